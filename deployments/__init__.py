@@ -1,0 +1,1 @@
+"""Prefill and decode deployments, the engine under them, and the API in front of them."""

@@ -1,0 +1,49 @@
+"""Every error that crosses a module border. Only `api/http.py` turns them into status codes.
+
+Each carries its message alone, so that it survives pickling between actors.
+"""
+
+
+class KvRelayError(Exception):
+    """Base of all errors of this project."""
+
+
+class InvalidRequestError(KvRelayError):
+    """The request is wrong in itself; retrying it unchanged cannot help.
+
+    Args:
+        message: names the value and the bound.
+        param: the field at fault, as the API calls it.
+    """
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param)
+        self.message = message
+        self.param = param
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class RequestTooLargeError(InvalidRequestError):
+    """The request can never fit this engine; the message gives the numbers."""
+
+
+class UnsupportedModelError(KvRelayError):
+    """The model has a layer that the engine cannot run; the message names it."""
+
+
+class LayoutMismatchError(KvRelayError):
+    """Two engines disagree on what a KV block is; handing one over would give wrong tokens."""
+
+
+class TransferError(KvRelayError):
+    """A hand-off did not complete: the peer died, timed out, or dropped the chunk."""
+
+
+class OverloadedError(KvRelayError):
+    """Admission refused: the queue is full; try again later."""
+
+
+class EngineDeadError(KvRelayError):
+    """The engine process or its loop ended; the replica will be replaced."""

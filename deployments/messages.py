@@ -1,0 +1,85 @@
+"""What the parts say to each other: requests going down, tokens coming back.
+
+Owns the vocabulary shared by the API, the deployments and the engine. Plain frozen values that pickle small; knows
+nothing of Ray, HTTP, torch or text.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended; the values are OpenAI's."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn and when to stop.
+
+    Attributes:
+        max_tokens: tokens to generate at most, at least 1.
+        temperature: 0 is greedy.
+        top_k: keep the k most likely tokens; 0 is off.
+        top_p: keep the smallest set of tokens whose probability reaches this; 1 is off.
+        min_p: drop tokens less likely than this share of the most likely one; 0 is off.
+        seed: with the position it fixes the draw, whichever engine makes it.
+        stop_token_ids: ids that end the sequence with `FinishReason.STOP`; the id itself is emitted.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One prompt to continue, as token ids."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """New tokens of one sequence.
+
+    Attributes:
+        request_id: the request they belong to.
+        index: place of `token_ids[0]` among the generated tokens, from 0.
+        token_ids: consecutive new tokens; never empty.
+        finish_reason: set on the last output of a request.
+        num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
+    """
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What the ingress must know of the model the engines run.
+
+    Attributes:
+        name: the name in the API.
+        path: folder with the tokenizer files.
+        max_model_len: longest prompt plus output, in tokens.
+        vocab_size: ids are below this.
+        eos_token_ids: ids that end a sequence unless the request says otherwise.
+    """
+
+    name: str
+    path: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
