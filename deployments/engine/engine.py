@@ -1,0 +1,301 @@
+"""The engine: requests in, events out, one step at a time. One class for every role, and no thread of its own.
+
+A request's life here:
+1. `add` (compute and decode, or reserve for a remote prefill) or `prefill` (compute for another engine) queues it.
+2. The scheduler gives it blocks; what the prefix cache holds is not computed again. A decode engine says `Placed`.
+3. Its prompt runs in chunks. A prefill engine copies each chunk's KV out and says `ChunkReady`.
+4. A decode engine takes chunks with `import_chunk`; the last one brings the first token and starts the decoding.
+5. Each further step yields one `TokenOutput` per sequence, until a stop token, the length, or `abort`.
+6. Whatever ended it, its blocks are free; those of a shared prefix stay findable.
+
+Not thread-safe, but for `take_chunk`; `EngineLoop` runs it.
+"""
+
+import logging
+import time
+
+from torch import Tensor
+
+from deployments.engine.block_manager import BlockManager
+from deployments.engine.config import EngineConfig, EngineLimits
+from deployments.engine.export import ExportBuffer
+from deployments.engine.kv_cache import KVCache
+from deployments.engine.model import LoadedModel
+from deployments.engine.model_runner import ModelRunner
+from deployments.engine.scheduler import ScheduledSequence, Scheduler
+from deployments.engine.sequence import Role, Sequence, Status
+from deployments.engine.sizing import choose_limits
+from deployments.engine.stats import EngineStats
+from deployments.errors import InvalidRequestError, RequestTooLargeError
+from deployments.messages import ChunkReady, EngineEvent, FinishReason, GenerateRequest, TokenOutput
+
+logger = logging.getLogger(__name__)
+
+# A step's worth of chunks may wait for their receivers while the next ones are computed.
+_EXPORT_STEPS = 4
+
+
+class Engine:
+    """Continuous batching over a paged KV cache.
+
+    Args:
+        loaded: the model.
+        config: what the user asked for.
+    """
+
+    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+        self.limits: EngineLimits = choose_limits(loaded, config)
+        self.kv_shape = loaded.kv_shape
+        cache = KVCache(loaded.kv_shape, self.limits.num_blocks, self.limits.block_size, loaded.device)
+        self._runner = ModelRunner(loaded, cache)
+        self._blocks = BlockManager(
+            self.limits.num_blocks, self.limits.block_size, enable_prefix_caching=config.enable_prefix_caching
+        )
+        self._scheduler = Scheduler(self._blocks, self.limits)
+        self._max_chunk_blocks = max(1, self.limits.max_num_batched_tokens // self.limits.block_size)
+        self._exports = ExportBuffer(max_blocks=_EXPORT_STEPS * self._max_chunk_blocks)
+        self._exporting: dict[str, Sequence] = {}
+        self._first_tokens: dict[str, int] = {}
+        self._vocab_size = loaded.vocab_size
+        self._stats = EngineStats(num_blocks=self.limits.num_blocks)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` could make progress now."""
+        return self._scheduler.has_work or self._can_export()
+
+    @property
+    def num_sequences(self) -> int:
+        return self._scheduler.num_sequences
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self._blocks.num_free_blocks
+
+    def add(self, request: GenerateRequest, remote_threshold: int | None = None) -> None:
+        """Queue a request to decode here.
+
+        Args:
+            request: the prompt and how to continue it.
+            remote_threshold: with at least this many uncached prompt tokens the prompt is left to a prefill engine:
+                blocks are reserved and `Placed.remote` is true. None: this engine computes it.
+
+        Raises:
+            RequestTooLargeError: it can never fit.
+            InvalidRequestError: an empty prompt, a token id outside the vocabulary, or an id already in use.
+        """
+        self._check(request, request.sampling.max_tokens)
+        self._scheduler.add(Sequence(request, Role.LOCAL, time.monotonic(), remote_threshold=remote_threshold))
+
+    def prefill(self, request: GenerateRequest, first_block: int) -> None:
+        """Queue a request whose prompt is computed for another engine.
+
+        Args:
+            request: as the other engine has it.
+            first_block: leading blocks that the other engine already holds; chunks begin behind them.
+
+        Raises:
+            RequestTooLargeError, InvalidRequestError: see `add`.
+        """
+        self._check(request, 1)
+        sequence = Sequence(request, Role.EXPORT, time.monotonic(), num_exported_blocks=first_block)
+        self._scheduler.add(sequence)
+        self._exporting[request.request_id] = sequence
+
+    def import_chunk(self, chunk: ChunkReady, tensor: Tensor) -> list[EngineEvent]:
+        """Put a chunk of a reserved sequence into its blocks.
+
+        Args:
+            chunk: which blocks; the last chunk carries the first token.
+            tensor: (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim).
+
+        Returns:
+            The first token's output once every block is here; nothing for a request that is no longer waiting.
+
+        Raises:
+            ValueError: the tensor does not fit the pool.
+        """
+        sequence = self._scheduler.reserved.get(chunk.request_id)
+        if sequence is None:
+            return []
+        arrived = range(chunk.start_block, chunk.start_block + chunk.num_blocks)
+        if not sequence.missing_blocks.issuperset(arrived):
+            raise ValueError(f"{chunk.request_id}: blocks {arrived} are not all awaited ({sequence.missing_blocks})")
+        self._runner.cache.import_blocks([sequence.block_table[i] for i in arrived], tensor)
+        sequence.missing_blocks.difference_update(arrived)
+        if chunk.first_token is not None:
+            self._first_tokens[chunk.request_id] = chunk.first_token
+        if sequence.missing_blocks or chunk.request_id not in self._first_tokens:
+            return []
+        sequence.num_computed_tokens = sequence.num_prompt_tokens
+        self._scheduler.activate(sequence)
+        self._blocks.publish(sequence)
+        return [self._append(sequence, self._first_tokens.pop(chunk.request_id))]
+
+    def prefill_locally(self, request_id: str) -> bool:
+        """Stop waiting for a prefill engine and compute what is missing here; False if it does not wait."""
+        sequence = self._scheduler.reserved.get(request_id)
+        if sequence is None:
+            return False
+        num_blocks = min(sequence.missing_blocks, default=len(sequence.block_table))
+        usable = min(num_blocks, (sequence.num_prompt_tokens - 1) // self.limits.block_size)
+        sequence.num_computed_tokens = usable * self.limits.block_size
+        sequence.role = Role.LOCAL
+        self._first_tokens.pop(request_id, None)
+        self._scheduler.activate(sequence)
+        return True
+
+    def abort(self, request_id: str) -> None:
+        """End a request in whatever state it is; unknown ids are no error, since it may just have finished."""
+        self._scheduler.remove(request_id)
+        self._exporting.pop(request_id, None)
+        self._first_tokens.pop(request_id, None)
+        self._exports.release(request_id)
+
+    def take_chunk(self, request_id: str, index: int) -> Tensor | None:
+        """Hand out the KV of a chunk that was announced; None if it is gone. Safe from any thread."""
+        return self._exports.take(request_id, index)
+
+    def release_chunk(self, request_id: str, index: int) -> None:
+        """The receiver has the chunk: its memory may be used for others. Safe from any thread."""
+        self._exports.release(request_id, index)
+
+    def step(self) -> list[EngineEvent]:
+        """Run one batch, if there is one.
+
+        Returns:
+            What happened, in order; one `TokenOutput` per sequence that drew a token.
+        """
+        schedule = self._scheduler.schedule()
+        events: list[EngineEvent] = list(schedule.placed)
+        for placed in schedule.placed:
+            self._stats.prefix_hit_tokens += placed.num_cached_tokens
+        if schedule.scheduled:
+            self._stats.steps += 1
+            for item, token in self._runner.execute(schedule.scheduled):
+                events += self._advance(item, token)
+        return events + self._export_chunks()
+
+    def stats(self) -> EngineStats:
+        """A snapshot; its histograms are copies."""
+        scheduler, stats = self._scheduler, self._stats
+        stats.num_queued_prompt_tokens = scheduler.num_queued_prompt_tokens
+        stats.num_waiting = len(scheduler.waiting)
+        stats.num_reserved = len(scheduler.reserved)
+        stats.num_running = len(scheduler.running)
+        stats.num_used_blocks = self._blocks.num_held_blocks
+        stats.num_exported_blocks = self._exports.num_blocks
+        stats.preemptions = scheduler.num_preemptions
+        return stats.copy()
+
+    def check_integrity(self) -> None:
+        """Assert that no block, sequence or chunk is lost or counted twice."""
+        self._scheduler.check_integrity()
+        strangers = {r for r in [*self._exporting, *self._first_tokens] if r not in self._scheduler}
+        assert not strangers, f"kept for requests that are gone: {strangers}"
+
+    def _check(self, request: GenerateRequest, max_tokens: int) -> None:
+        prompt = request.prompt_token_ids
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty; it needs at least 1 token", "prompt")
+        if max_tokens < 1:
+            raise InvalidRequestError(f"max_tokens is {max_tokens}, must be at least 1", "max_tokens")
+        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+            bad = next(t for t in prompt if not 0 <= t < self._vocab_size)
+            raise InvalidRequestError(f"token id {bad} is not in the vocabulary (0 to {self._vocab_size - 1})", "prompt")
+        total, limits = len(prompt) + max_tokens, self.limits
+        if total > limits.max_model_len:
+            raise RequestTooLargeError(
+                f"{len(prompt)} prompt tokens + {max_tokens} to generate = {total}, the model takes {limits.max_model_len}"
+            )
+        if self._blocks.blocks_for(total) > limits.num_blocks:
+            raise RequestTooLargeError(
+                f"{len(prompt)} prompt tokens + {max_tokens} to generate need {self._blocks.blocks_for(total)} KV blocks, "
+                f"this engine has {limits.num_blocks} of {limits.block_size} tokens"
+            )
+        if request.request_id in self._scheduler:
+            raise InvalidRequestError(f"request id {request.request_id!r} is already in use", "request_id")
+
+    def _advance(self, item: ScheduledSequence, token: int | None) -> list[EngineEvent]:
+        """Account for a run that was computed, and for the token it drew."""
+        sequence = item.sequence
+        num_prompt = min(sequence.num_computed_tokens + item.num_tokens, sequence.num_prompt_tokens)
+        self._stats.prompt_tokens += max(0, num_prompt - sequence.num_computed_tokens)
+        sequence.num_computed_tokens += item.num_tokens
+        self._blocks.publish(sequence)
+        if token is None:
+            return []
+        self._stats.generated_tokens += 1
+        if sequence.role is not Role.EXPORT:
+            return [self._append(sequence, token)]
+        if sequence.request_id in self._first_tokens:
+            return []  # computed again after a preemption: the token is out already
+        self._first_tokens[sequence.request_id] = token
+        output = self._output(sequence, 0, token)
+        if output.finish_reason is not None:
+            self._finish(sequence)  # nobody will decode it, so nobody wants its KV
+        return [output]
+
+    def _append(self, sequence: Sequence, token: int) -> TokenOutput:
+        output = self._output(sequence, sequence.num_generated_tokens, token)
+        sequence.token_ids.append(token)
+        if output.finish_reason is not None:
+            self._finish(sequence)
+        return output
+
+    def _output(self, sequence: Sequence, index: int, token: int) -> TokenOutput:
+        now, sampling = time.monotonic(), sequence.request.sampling
+        if sequence.last_token_s is None:
+            self._stats.ttft_s.observe(now - sequence.arrival_s)
+        else:
+            self._stats.itl_s.observe(now - sequence.last_token_s)
+        sequence.last_token_s = now
+        reason = None
+        if token in sampling.stop_token_ids:
+            reason = FinishReason.STOP
+        elif index + 1 == sampling.max_tokens:
+            reason = FinishReason.LENGTH
+        return TokenOutput(sequence.request_id, index, (token,), reason, sequence.num_cached_tokens)
+
+    def _finish(self, sequence: Sequence) -> None:
+        self._scheduler.remove(sequence.request_id)
+        self._exporting.pop(sequence.request_id, None)
+        self._first_tokens.pop(sequence.request_id, None)
+
+    def _num_exportable(self, sequence: Sequence) -> int:
+        """Blocks that are computed and not yet copied out; the last, partial one counts when the prompt is done."""
+        if sequence.status is not Status.RUNNING:
+            return 0
+        done = sequence.num_uncomputed_tokens == 0
+        num_blocks = len(sequence.block_table) if done else sequence.num_computed_tokens // self.limits.block_size
+        return num_blocks - sequence.num_exported_blocks
+
+    def _can_export(self) -> bool:
+        room = self._exports.num_free_blocks
+        sizes = (min(self._num_exportable(s), self._max_chunk_blocks) for s in self._exporting.values())
+        return any(0 < size <= room for size in sizes)
+
+    def _export_chunks(self) -> list[EngineEvent]:
+        """Copy out what is computed, as far as the buffer has room; a sequence that is all out is finished."""
+        events: list[EngineEvent] = []
+        for sequence in list(self._exporting.values()):
+            while size := min(self._num_exportable(sequence), self._max_chunk_blocks):
+                if size < 0 or size > self._exports.num_free_blocks:
+                    break
+                events.append(self._export(sequence, size))
+                if sequence.status is Status.FINISHED:
+                    break
+        return events
+
+    def _export(self, sequence: Sequence, size: int) -> ChunkReady:
+        start, index = sequence.num_exported_blocks, sequence.num_exported_chunks
+        tensor = self._runner.cache.export_blocks(sequence.block_table[start : start + size])
+        self._exports.put(sequence.request_id, index, size, tensor)
+        sequence.num_exported_blocks += size
+        sequence.num_exported_chunks += 1
+        first_token = None
+        if sequence.num_uncomputed_tokens == 0 and sequence.num_exported_blocks == len(sequence.block_table):
+            first_token = self._first_tokens[sequence.request_id]
+            self._finish(sequence)
+        return ChunkReady(sequence.request_id, index, start, size, first_token)
+

@@ -1,0 +1,74 @@
+"""The KV pool of one engine: a single tensor, allocated once, and copies of blocks in and out of it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What one token's KV is, the same in every layer."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+class KVCache:
+    """Keys and values of all layers in blocks.
+
+    Attributes:
+        blocks: (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim); [:, 0] are the keys.
+    """
+
+    def __init__(self, shape: KVShape, num_blocks: int, block_size: int, device: torch.device) -> None:
+        self.shape = shape
+        self.block_size = block_size
+        # Zeroed, so that padded gathers never meet a NaN that a mask cannot silence; it also faults the pages in now,
+        # when running out of memory is still a clear error at start-up.
+        self.blocks = torch.zeros(
+            (shape.num_layers, 2, num_blocks, block_size, shape.num_kv_heads, shape.head_dim),
+            dtype=shape.dtype,
+            device=device,
+        )
+        self._slots = self.blocks.view(shape.num_layers, 2, num_blocks * block_size, shape.num_kv_heads, shape.head_dim)
+
+    def write(self, layer: int, slot_mapping: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store new tokens of one layer.
+
+        Args:
+            layer: index of the layer.
+            slot_mapping: (T,) int64 slots.
+            keys: (T, num_kv_heads, head_dim), also as a strided view.
+            values: as the keys.
+        """
+        self._slots[layer, 0].index_copy_(0, slot_mapping, keys)
+        self._slots[layer, 1].index_copy_(0, slot_mapping, values)
+
+    def gather(self, layer: int, block_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Copy blocks of one layer together: keys and values, each (N, block_size, num_kv_heads, head_dim)."""
+        keys, values = self.blocks[layer]
+        return keys.index_select(0, block_ids), values.index_select(0, block_ids)
+
+    def export_blocks(self, block_ids: list[int]) -> Tensor:
+        """Copy blocks of every layer out: (num_layers, 2, N, block_size, num_kv_heads, head_dim), contiguous."""
+        return self.blocks.index_select(2, torch.tensor(block_ids, device=self.blocks.device))
+
+    def import_blocks(self, block_ids: list[int], chunk: Tensor) -> None:
+        """Copy a chunk, shaped as `export_blocks` gives it, into blocks.
+
+        Raises:
+            ValueError: the chunk has another shape or dtype.
+        """
+        expected = (*self.blocks.shape[:2], len(block_ids), *self.blocks.shape[3:])
+        if tuple(chunk.shape) != expected or chunk.dtype != self.blocks.dtype:
+            raise ValueError(
+                f"KV chunk is {tuple(chunk.shape)} {chunk.dtype}, this pool takes {expected} {self.blocks.dtype}"
+            )
+        self.blocks.index_copy_(2, torch.tensor(block_ids, device=self.blocks.device), chunk)

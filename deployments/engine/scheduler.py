@@ -1,0 +1,181 @@
+"""Which tokens run in the next step. Continuous batching, chunked prefill, preemption by recomputation.
+
+Every running sequence that decodes gets its token first; prompts share what is left of the token budget, oldest first.
+Knows blocks and sequences, nothing of tensors. Called by the engine, once per step.
+
+Source: Sarathi-Serve (Agrawal et al., OSDI 2024) for chunked prefill beside decodes.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+from deployments.engine.block_manager import BlockManager
+from deployments.engine.config import EngineLimits
+from deployments.engine.sequence import Role, Sequence, Status
+from deployments.messages import Placed
+
+# Share of the pool that a new sequence must leave free, so that it does not preempt its elders at once.
+_WATERMARK = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """The next `num_tokens` uncomputed tokens of a sequence run in this step."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether the step reaches the newest token, so that the next one is drawn."""
+        return self.num_tokens == self.sequence.num_uncomputed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One step: what runs, and which sequences were given blocks for the first time."""
+
+    scheduled: list[ScheduledSequence]
+    placed: list[Placed]
+
+
+class Scheduler:
+    """Owns every unfinished sequence of an engine; each is in exactly one of waiting, reserved and running."""
+
+    def __init__(self, blocks: BlockManager, limits: EngineLimits) -> None:
+        self._blocks = blocks
+        self._limits = limits
+        self._num_spare_blocks = int(blocks.num_blocks * _WATERMARK)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in the order of admission
+        self.reserved: dict[str, Sequence] = {}
+        self._by_id: dict[str, Sequence] = {}
+        self.num_preemptions = 0
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._by_id
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._by_id)
+
+    @property
+    def num_queued_prompt_tokens(self) -> int:
+        """Tokens that wait to be computed here, by sequences without blocks and by unfinished prompts."""
+        waiting = sum(len(s.token_ids) for s in self.waiting)
+        return waiting + sum(s.num_uncomputed_tokens for s in self.running if not s.is_decoding)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether another step could make progress without a message from outside."""
+        return bool(self.waiting or any(s.num_uncomputed_tokens for s in self.running))
+
+    def add(self, sequence: Sequence) -> None:
+        assert sequence.request_id not in self._by_id, f"{sequence.request_id} is already here"
+        self._by_id[sequence.request_id] = sequence
+        self.waiting.append(sequence)
+
+    def schedule(self) -> Schedule:
+        """Choose the next step; sequences get their blocks here, and lose them if they must."""
+        scheduled, num_preempted = self._schedule_decodes()
+        budget = self._limits.max_num_batched_tokens - len(scheduled)
+        for sequence in self.running:
+            if sequence.is_decoding or budget == 0:
+                continue
+            num_tokens = min(sequence.num_uncomputed_tokens, budget)
+            if num_tokens:
+                scheduled.append(ScheduledSequence(sequence, num_tokens))
+                budget -= num_tokens
+        placed = [] if num_preempted else self._admit(scheduled, budget)
+        return Schedule(scheduled, placed)
+
+    def activate(self, sequence: Sequence) -> None:
+        """A reserved sequence has what it waited for, or gave up waiting: from now on it runs here."""
+        del self.reserved[sequence.request_id]
+        sequence.status = Status.RUNNING
+        sequence.missing_blocks.clear()
+        self.running.append(sequence)
+
+    def remove(self, request_id: str) -> Sequence | None:
+        """Forget a sequence, whatever its state, and free its blocks; None if there is none of that id."""
+        sequence = self._by_id.pop(request_id, None)
+        if sequence is None:
+            return None
+        if sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        elif sequence.status is Status.RESERVED:
+            del self.reserved[request_id]
+        else:
+            self.running.remove(sequence)
+        self._blocks.free(sequence)
+        sequence.status = Status.FINISHED
+        return sequence
+
+    def check_integrity(self) -> None:
+        """Assert that sequences and blocks agree."""
+        states = {Status.WAITING: self.waiting, Status.RUNNING: self.running, Status.RESERVED: self.reserved.values()}
+        seen = [s.request_id for group in states.values() for s in group]
+        assert sorted(seen) == sorted(self._by_id), f"tables disagree: {seen} and {list(self._by_id)}"
+        for status, group in states.items():
+            for s in group:
+                assert s.status is status, f"{s.request_id} is {s.status} among the {status}"
+                capacity = len(s.block_table) * self._blocks.block_size
+                assert capacity >= s.num_computed_tokens, f"{s.request_id}: more computed than its blocks hold"
+                assert status is not Status.WAITING or not s.block_table, f"{s.request_id} waits and holds blocks"
+        self._blocks.check_integrity([*self.running, *self.reserved.values()])
+
+    def _schedule_decodes(self) -> tuple[list[ScheduledSequence], int]:
+        scheduled: list[ScheduledSequence] = []
+        num_preempted = 0
+        for sequence in [s for s in self.running if s.is_decoding]:
+            while sequence.status is Status.RUNNING and not self._blocks.append(sequence):
+                # The newest one goes: it is at or behind `sequence`, so nothing scheduled is undone.
+                self._preempt(self.running[-1])
+                num_preempted += 1
+            if sequence.status is Status.RUNNING:
+                scheduled.append(ScheduledSequence(sequence, 1))
+        return scheduled, num_preempted
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._blocks.free(sequence)
+        sequence.status = Status.WAITING
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _admit(self, scheduled: list[ScheduledSequence], budget: int) -> list[Placed]:
+        placed: list[Placed] = []
+        while self.waiting and len(self.running) + len(self.reserved) < self._limits.max_num_seqs:
+            sequence = self.waiting[0]
+            may_be_remote = sequence.remote_threshold is not None and sequence.num_preemptions == 0
+            if budget == 0 and not may_be_remote:
+                break
+            # With nothing else here the watermark would lock out a sequence that needs the whole pool.
+            spare = self._num_spare_blocks if self.running or self.reserved else 0
+            if not self._blocks.admit(sequence, spare):
+                break
+            self.waiting.popleft()
+            if sequence.num_preemptions == 0:
+                sequence.num_cached_tokens = sequence.num_computed_tokens
+                placed.append(self._place(sequence))
+            if sequence.role is Role.IMPORT:
+                sequence.status = Status.RESERVED
+                self.reserved[sequence.request_id] = sequence
+                continue
+            sequence.status = Status.RUNNING
+            self.running.append(sequence)
+            num_tokens = min(sequence.num_uncomputed_tokens, budget)
+            if num_tokens:
+                scheduled.append(ScheduledSequence(sequence, num_tokens))
+                budget -= num_tokens
+        return placed
+
+    def _place(self, sequence: Sequence) -> Placed:
+        threshold = sequence.remote_threshold
+        remote = threshold is not None and sequence.num_uncomputed_tokens >= threshold
+        if remote:
+            sequence.role = Role.IMPORT
+            first = sequence.num_computed_tokens // self._blocks.block_size
+            sequence.missing_blocks = set(range(first, len(sequence.block_table)))
+        return Placed(sequence.request_id, remote, sequence.num_cached_tokens)

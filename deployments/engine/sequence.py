@@ -1,0 +1,85 @@
+"""One request inside an engine: its tokens, its blocks, and how far it has come. Moved along by the scheduler alone."""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from deployments.messages import GenerateRequest
+
+
+class Role(Enum):
+    """What this engine does for the sequence."""
+
+    LOCAL = auto()  # compute the prompt and decode
+    EXPORT = auto()  # compute the prompt, hand over its KV, end after the first token
+    IMPORT = auto()  # receive the KV of the prompt, then decode
+
+
+class Status(Enum):
+    """Where the sequence stands; it holds blocks in RESERVED and RUNNING, and in no other state."""
+
+    WAITING = auto()
+    RESERVED = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens and blocks of one request.
+
+    Attributes:
+        request: as it was asked.
+        role: what this engine does for it.
+        arrival_s: monotonic time of arrival.
+        token_ids: the prompt, then the generated tokens.
+        num_computed_tokens: leading tokens whose KV is in the blocks.
+        num_cached_tokens: those of them that were found in the prefix cache at the first admission.
+        block_table: physical block of each logical block.
+        block_hashes: chained hash of each full block of `token_ids`, filled on demand.
+        num_published_blocks: leading blocks that were offered to the prefix cache.
+        num_exported_blocks: EXPORT: leading blocks already handed out, or never wanted.
+        num_exported_chunks: EXPORT: chunks handed out.
+        missing_blocks: IMPORT: logical blocks that have not arrived.
+        remote_threshold: IMPORT is chosen at admission if at least as many prompt tokens are uncached; None: never.
+    """
+
+    request: GenerateRequest
+    role: Role
+    arrival_s: float
+    status: Status = Status.WAITING
+    token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_published_blocks: int = 0
+    num_exported_blocks: int = 0
+    num_exported_chunks: int = 0
+    missing_blocks: set[int] = field(default_factory=set)
+    remote_threshold: int | None = None
+    last_token_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_token_ids)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Exactly one token, the newest, has no KV yet, and it was generated."""
+        return self.num_uncomputed_tokens == 1 and self.num_generated_tokens > 0

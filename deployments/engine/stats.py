@@ -1,0 +1,67 @@
+"""Numbers an engine keeps of its own work, and the snapshot that leaves it. Knows no metrics system."""
+
+from bisect import bisect_left
+from dataclasses import dataclass, field, replace
+
+# Seconds. From one decode step on a GPU to a long prompt on a CPU.
+LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Counts per bucket, Prometheus fashion but not yet cumulative; the last count is of what exceeds every bound."""
+
+    bounds: tuple[float, ...] = LATENCY_BUCKETS_S
+    counts: list[int] = field(default_factory=list)
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = self.counts or [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def copy(self) -> "Histogram":
+        return Histogram(self.bounds, list(self.counts), self.total)
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counters since start and gauges of now.
+
+    Attributes:
+        num_queued_prompt_tokens: prompt tokens that wait to be computed.
+        num_waiting: sequences without blocks.
+        num_reserved: sequences whose KV is on its way from a prefill engine.
+        num_running: sequences in the batch.
+        num_blocks: size of the KV pool.
+        num_used_blocks: blocks held by sequences; cached free blocks do not count.
+        num_exported_blocks: blocks copied out for a hand-off and not yet released.
+        prompt_tokens: prompt tokens computed here.
+        prefix_hit_tokens: prompt tokens found in the prefix cache.
+        generated_tokens: tokens drawn here.
+        preemptions: sequences that lost their blocks and were computed again.
+        steps: batches run.
+        ttft_s: arrival at this engine to first token.
+        itl_s: gap between tokens of one sequence.
+    """
+
+    num_queued_prompt_tokens: int = 0
+    num_waiting: int = 0
+    num_reserved: int = 0
+    num_running: int = 0
+    num_blocks: int = 0
+    num_used_blocks: int = 0
+    num_exported_blocks: int = 0
+    prompt_tokens: int = 0
+    prefix_hit_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    ttft_s: Histogram = field(default_factory=Histogram)
+    itl_s: Histogram = field(default_factory=Histogram)
+
+    def copy(self) -> "EngineStats":
+        """An independent snapshot."""
+        return replace(self, ttft_s=self.ttft_s.copy(), itl_s=self.itl_s.copy())
