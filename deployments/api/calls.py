@@ -1,0 +1,156 @@
+"""From a request's body to a call: prompts as token ids that fit the model, and how to answer.
+
+Owns what OpenAI's fields mean to the engines. Knows nothing of HTTP; `http.py` calls `read_completion` and `read_chat`,
+in a thread where the body is long.
+"""
+
+import reprlib
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import orjson
+from pydantic import ValidationError
+
+from deployments.api.openai import ChatBody, CompletionBody, GenerateBody, explain
+from deployments.api.text import TextCodec
+from deployments.errors import InvalidRequestError, RequestTooLargeError
+from deployments.messages import GenerateRequest, ModelInfo, SamplingParams
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+
+
+class ModelNotFoundError(InvalidRequestError):
+    """The request names a model that is not served here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request that can be served as it stands.
+
+    Attributes:
+        call_id: the id of the response; its requests' ids begin with it.
+        created: Unix time in seconds.
+        model: the name to answer with.
+        requests: one per choice.
+        stops: stop strings of every choice.
+        stream: answer with server-sent events.
+        include_usage: streaming: send the usage at the end.
+        continuous_usage: streaming: send the usage so far with every chunk.
+        return_token_ids: send the ids of prompt and output beside the text.
+        user: who asked, for the operator's log.
+    """
+
+    call_id: str
+    created: int
+    model: str
+    requests: tuple[GenerateRequest, ...]
+    stops: tuple[str, ...]
+    stream: bool
+    include_usage: bool
+    continuous_usage: bool
+    return_token_ids: bool
+    user: str | None
+
+
+B = TypeVar("B", bound=GenerateBody)
+
+
+def read_completion(data: bytes, call_id: str, codec: TextCodec, info: ModelInfo) -> Call:
+    """Read the body of a completion request and encode its prompts.
+
+    Raises:
+        InvalidRequestError: names the field, its value and the bound.
+    """
+    body = _parse(data, CompletionBody, info)
+    requests = []
+    for index, prompt in enumerate(body.prompt):
+        token_ids = codec.encode(prompt) if isinstance(prompt, str) else prompt
+        num_left = _check_prompt(token_ids, "prompt", info)
+        max_tokens = body.max_tokens or min(DEFAULT_COMPLETION_TOKENS, num_left)
+        requests.append(_build_request(f"{call_id}-{index}", token_ids, max_tokens, body, "prompt", info))
+    return _build_call(call_id, requests, body, info)
+
+
+def read_chat(data: bytes, call_id: str, codec: TextCodec, info: ModelInfo) -> Call:
+    """Read the body of a chat request, apply the template and encode the result.
+
+    Raises:
+        InvalidRequestError: names the field, its value and the bound.
+    """
+    body = _parse(data, ChatBody, info)
+    token_ids = codec.encode_chat([message.model_dump(exclude_none=True) for message in body.messages])
+    num_left = _check_prompt(token_ids, "messages", info)
+    max_tokens = body.max_completion_tokens or body.max_tokens or num_left
+    request = _build_request(f"{call_id}-0", token_ids, max_tokens, body, "messages", info)
+    return _build_call(call_id, [request], body, info)
+
+
+def _parse(data: bytes, kind: type[B], info: ModelInfo) -> B:
+    try:
+        fields = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
+    try:
+        body = kind.model_validate(fields)
+    except ValidationError as error:
+        raise explain(error) from None
+    if body.model != info.name:
+        raise ModelNotFoundError(f"the model {reprlib.repr(body.model)} does not exist; {info.name!r} does", "model")
+    return body
+
+
+def _check_prompt(token_ids: Sequence[int], param: str, info: ModelInfo) -> int:
+    """Return how many tokens may follow the prompt, at least 1."""
+    if not token_ids:
+        raise InvalidRequestError(f"{param} must not be empty", param)
+    for bad in (min(token_ids), max(token_ids)):
+        if not 0 <= bad < info.vocab_size:
+            raise InvalidRequestError(f"token ids must be 0 to {info.vocab_size - 1}, got {bad}", param)
+    num_left = info.max_model_len - len(token_ids)
+    if num_left < 1:
+        raise RequestTooLargeError(
+            f"the prompt has {len(token_ids)} tokens; the model's context is {info.max_model_len} tokens, prompt and "
+            "output together",
+            param,
+        )
+    return num_left
+
+
+def _build_request(
+    request_id: str, token_ids: Sequence[int], max_tokens: int, body: GenerateBody, param: str, info: ModelInfo
+) -> GenerateRequest:
+    num_total = len(token_ids) + max_tokens
+    if num_total > info.max_model_len:
+        raise RequestTooLargeError(
+            f"{len(token_ids)} prompt tokens and {max_tokens} to generate are {num_total}; the model's context is "
+            f"{info.max_model_len} tokens",
+            param,
+        )
+    sampling = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=body.temperature,
+        top_k=max(body.top_k, 0),
+        top_p=body.top_p,
+        min_p=body.min_p,
+        seed=secrets.randbits(63) if body.seed is None else body.seed,
+        stop_token_ids=() if body.ignore_eos else info.eos_token_ids,
+    )
+    return GenerateRequest(request_id, tuple(token_ids), sampling)
+
+
+def _build_call(call_id: str, requests: Sequence[GenerateRequest], body: GenerateBody, info: ModelInfo) -> Call:
+    return Call(
+        call_id=call_id,
+        created=int(time.time()),
+        model=info.name,
+        requests=tuple(requests),
+        stops=body.stop,
+        stream=body.stream,
+        include_usage=body.stream_options.include_usage,
+        continuous_usage=body.stream_options.continuous_usage_stats,
+        return_token_ids=body.return_token_ids,
+        user=body.user,
+    )

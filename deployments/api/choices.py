@@ -1,0 +1,146 @@
+"""From the token outputs of a call's prompts to text events: detokenizing, stop strings, several prompts at once.
+
+Owns when a choice ends and that its request is then closed at the backend. Knows neither HTTP nor OpenAI's shapes;
+`http.py` consumes the events.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TypeVar
+
+from deployments.api.stop import StopChecker
+from deployments.api.text import Detokenizer
+from deployments.errors import EngineDeadError
+from deployments.messages import FinishReason, GenerateRequest, TokenOutput
+
+T = TypeVar("T")
+Generate = Callable[[GenerateRequest], AsyncGenerator[TokenOutput, None]]
+
+
+@dataclass(frozen=True, slots=True)
+class TextEvent:
+    """What one token output adds to one choice.
+
+    Attributes:
+        choice: index of the choice in the call.
+        text: new text; empty while a character or a stop string is incomplete.
+        token_ids: generated for it, at least 1; those after a stop string do not count.
+        finish_reason: set on the last event of a choice.
+        num_cached_tokens: prompt tokens found in the prefix cache.
+    """
+
+    choice: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None
+    num_cached_tokens: int
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+class ChoiceText:
+    """The text of one choice, as far as its tokens have come.
+
+    Args:
+        choice: index of the choice in the call.
+        detokenizer: a fresh one.
+        stops: stop strings; they end the choice and are not part of its text.
+    """
+
+    def __init__(self, choice: int, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
+        self._choice = choice
+        self._detokenizer = detokenizer
+        self._checker = StopChecker(stops) if stops else None
+        self._num_tokens = 0
+
+    def push(self, output: TokenOutput) -> TextEvent:
+        """Take the next output; after an event with a finish reason there is no other."""
+        assert output.index == self._num_tokens, (output, self._num_tokens)
+        self._num_tokens += len(output.token_ids)
+        # The id that ended the sequence is a signal, not text, even where it is no special token.
+        visible = output.token_ids[:-1] if output.finish_reason is FinishReason.STOP else output.token_ids
+        if self._checker is not None:
+            return self._push_checked(output, visible, self._checker)
+        text = self._detokenizer.push(visible)
+        if output.finish_reason is not None:
+            text += self._detokenizer.flush()
+        return self._event(output, text, output.token_ids, output.finish_reason)
+
+    def _push_checked(self, output: TokenOutput, visible: Sequence[int], checker: StopChecker) -> TextEvent:
+        """Token by token, because the tokens after a stop string do not count."""
+        text = ""
+        for num_tokens, token_id in enumerate(visible, start=1):
+            piece, is_hit = checker.push(self._detokenizer.push((token_id,)))
+            text += piece
+            if is_hit:
+                return self._event(output, text, output.token_ids[:num_tokens], FinishReason.STOP)
+        finish_reason = output.finish_reason
+        if finish_reason is not None:
+            piece, is_hit = checker.push(self._detokenizer.flush())
+            text += piece if is_hit else piece + checker.flush()
+            finish_reason = FinishReason.STOP if is_hit else finish_reason
+        return self._event(output, text, output.token_ids, finish_reason)
+
+    def _event(
+        self, output: TokenOutput, text: str, token_ids: tuple[int, ...], finish_reason: FinishReason | None
+    ) -> TextEvent:
+        return TextEvent(self._choice, text, token_ids, finish_reason, output.num_cached_tokens)
+
+
+async def stream_choice(
+    generate: Generate, request: GenerateRequest, text: ChoiceText
+) -> AsyncGenerator[TextEvent, None]:
+    """Run one request; its backend generator is closed before the last event goes out, and whenever this one closes.
+
+    Raises:
+        EngineDeadError: the backend ended the stream without a finish reason.
+        KvRelayError: whatever the backend raises.
+    """
+    async with aclosing(generate(request)) as outputs:
+        async for output in outputs:
+            event = text.push(output)
+            if event.finish_reason is not None:
+                break
+            yield event
+        else:
+            raise EngineDeadError(f"the tokens of {request.request_id} ended without a finish reason")
+    yield event
+
+
+async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """Run all streams at once and yield their items as they come; the first error ends all of them.
+
+    Every stream is closed when this generator is.
+    """
+    if len(streams) == 1:  # the usual call: no task and no queue between the backend and the client
+        async with aclosing(streams[0]) as stream:
+            async for item in stream:
+                yield item
+        return
+    ready: asyncio.Queue[T | asyncio.Task[None]] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(stream, ready)) for stream in streams]
+    for task in tasks:
+        task.add_done_callback(ready.put_nowait)
+    try:
+        num_running = len(tasks)
+        while num_running:
+            entry = await ready.get()
+            if isinstance(entry, asyncio.Task):
+                entry.result()
+                num_running -= 1
+            else:
+                yield entry
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(stream: AsyncGenerator[T, None], ready: "asyncio.Queue[T | asyncio.Task[None]]") -> None:
+    async with aclosing(stream):
+        async for item in stream:
+            ready.put_nowait(item)

@@ -1,0 +1,343 @@
+"""The HTTP application: routes, status codes, streaming, and what happens when a client leaves.
+
+The only file that knows status codes. It knows the backend as a Protocol alone; the ingress builds the app with
+`build_app` and lets Ray Serve, or any ASGI server, run it.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Protocol
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
+
+from deployments.api import sse
+from deployments.api.answers import Answer, ChatAnswer, ChoiceResult, CompletionAnswer, Tally, describe_model
+from deployments.api.asgi import RequestIds, until_disconnect
+from deployments.api.calls import Call, ModelNotFoundError, read_chat, read_completion
+from deployments.api.choices import ChoiceText, TextEvent, merge, stream_choice
+from deployments.api.observer import Observer, Outcome, SilentObserver, Stopwatch
+from deployments.api.text import TextCodec
+from deployments.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    KvRelayError,
+    OverloadedError,
+    RequestTooLargeError,
+    TransferError,
+)
+from deployments.messages import GenerateRequest, ModelInfo, TokenOutput
+
+logger = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 32 * 2**20
+# Reading 4 KiB of JSON and encoding it takes about 2 ms (SmolLM2's tokenizer, one core of a shared CPU); a longer body
+# goes to a thread, so that it does not stop the streams of others.
+_MAX_INLINE_BODY_BYTES = 4096
+_METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Backend(Protocol):
+    """The pools behind the API."""
+
+    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+        """Run a request. Closing the generator, or cancelling who awaits it, aborts the request on every pool.
+
+        Raises:
+            KvRelayError: at any point; before the first token it still becomes a status code.
+        """
+        ...
+
+    async def health(self) -> tuple[bool, str]:
+        """Can the pools serve, and if not, why not."""
+        ...
+
+    async def metrics(self) -> bytes:
+        """Prometheus' text exposition."""
+        ...
+
+
+def build_app(
+    backend: Backend,
+    codec: TextCodec,
+    info: ModelInfo,
+    *,
+    observer: Observer | None = None,
+    max_body_bytes: int = MAX_BODY_BYTES,
+    retry_after_s: int = 1,
+) -> Starlette:
+    """Build the application.
+
+    Args:
+        backend: runs the requests.
+        codec: the tokenizer of the model.
+        info: the one model that is served.
+        observer: told of the calls and their timing.
+        max_body_bytes: a longer request body is refused with 413.
+        retry_after_s: what a client is told to wait when the backend is overloaded.
+    """
+    service = _Service(backend, codec, info, observer or SilentObserver(), max_body_bytes, retry_after_s)
+    pages = _Pages(backend, info)
+    return Starlette(
+        routes=[
+            Route("/v1/completions", _Endpoint(service, "cmpl", read_completion, CompletionAnswer), methods=["POST"]),
+            Route("/v1/chat/completions", _Endpoint(service, "chatcmpl", read_chat, ChatAnswer), methods=["POST"]),
+            Route("/v1/models", pages.models),
+            Route("/v1/models/{model_id:path}", pages.model),
+            Route("/health", pages.health),
+            Route("/metrics", pages.metrics),
+        ],
+        middleware=[Middleware(RequestIds)],
+        exception_handlers={HTTPException: _refuse, KvRelayError: _refuse, Exception: _refuse},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Service:
+    backend: Backend
+    codec: TextCodec
+    info: ModelInfo
+    observer: Observer
+    max_body_bytes: int
+    retry_after_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Endpoint:
+    """One of the two routes that generate, as an ASGI application: a response object could not watch the client."""
+
+    service: _Service
+    id_prefix: str
+    read: Callable[[bytes, str, TextCodec, ModelInfo], Call]
+    build_answer: Callable[[Call, Tally], Answer]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await _Exchange(self, scope, receive, send).run()
+
+
+class _Exchange:
+    """One request to generate and its response. Owns whether headers went out, and so how an error can be told."""
+
+    def __init__(self, endpoint: _Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
+        self._endpoint = endpoint
+        self._service = endpoint.service
+        self._scope = scope
+        self._receive = receive
+        self._send_message = send
+        self._call_id = f"{endpoint.id_prefix}-{scope['state']['request_id']}"
+        self._stopwatch = Stopwatch(self._service.observer)
+        self._has_started = False
+        self._user: str | None = None
+
+    async def run(self) -> None:
+        """Read, generate, answer; a client that leaves ends all of it at once."""
+        outcome = Outcome.ABORTED
+        self._service.observer.request_started()
+        try:
+            outcome = await self._serve()
+        finally:
+            self._service.observer.request_finished(outcome)
+            elapsed_s = self._stopwatch.elapsed_s()
+            logger.info("%s: %s after %.3f s, user %r", self._call_id, outcome, elapsed_s, self._user)
+
+    async def _serve(self) -> Outcome:
+        try:
+            body = await self._read_body()
+        except ClientDisconnect:
+            return Outcome.ABORTED
+        except Exception as error:
+            return await self._fail(error)
+        outcome = await until_disconnect(self._receive, self._respond(body))
+        return outcome or Outcome.ABORTED
+
+    async def _read_body(self) -> bytes:
+        limit = self._service.max_body_bytes
+        too_long = HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body must be at most {limit} bytes")
+        request = Request(self._scope, self._receive)
+        if int(request.headers.get("content-length", 0)) > limit:
+            raise too_long
+        body = bytearray()
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:
+                raise too_long
+        return bytes(body)
+
+    async def _respond(self, body: bytes) -> Outcome:
+        try:
+            await self._generate(await self._read_call(body))
+        except ClientDisconnect:
+            return Outcome.ABORTED
+        except Exception as error:
+            return await self._fail(error)
+        return Outcome.OK
+
+    async def _read_call(self, body: bytes) -> Call:
+        arguments = (body, self._call_id, self._service.codec, self._service.info)
+        if len(body) > _MAX_INLINE_BODY_BYTES:
+            return await asyncio.to_thread(self._endpoint.read, *arguments)
+        return self._endpoint.read(*arguments)
+
+    async def _generate(self, call: Call) -> None:
+        self._user = call.user
+        tally = Tally(call)
+        answer = self._endpoint.build_answer(call, tally)
+        generate, codec = self._service.backend.generate, self._service.codec
+        choices = [
+            stream_choice(generate, request, ChoiceText(index, codec.detokenizer(), call.stops))
+            for index, request in enumerate(call.requests)
+        ]
+        async with aclosing(merge(choices)) as events:
+            if call.stream:
+                await self._stream(events, answer, tally, call.include_usage)
+            else:
+                await self._collect(events, answer, tally, len(choices))
+
+    async def _stream(
+        self, events: AsyncGenerator[TextEvent, None], answer: Answer, tally: Tally, include_usage: bool
+    ) -> None:
+        # The headers wait for the first event: until then an error can have its status code.
+        async for event in events:
+            if not self._has_started:
+                await self._start(HTTPStatus.OK, "text/event-stream; charset=utf-8", {"x-accel-buffering": "no"})
+            tally.add(event)
+            if frames := b"".join(sse.frame(chunk) for chunk in answer.chunks(event)):
+                await self._send_body(frames, more_body=True)
+            self._stopwatch.lap(event)
+        ending = sse.frame(answer.usage_chunk()) if include_usage else b""
+        await self._send_body(ending + sse.DONE)
+
+    async def _collect(
+        self, events: AsyncGenerator[TextEvent, None], answer: Answer, tally: Tally, num_choices: int
+    ) -> None:
+        choices = [ChoiceResult() for _ in range(num_choices)]
+        async for event in events:
+            tally.add(event)
+            choices[event.choice].add(event)
+            self._stopwatch.lap(event)
+        response = answer.whole(choices)
+        await self._start(HTTPStatus.OK, "application/json")
+        await self._send_body(sse.to_json(response))
+
+    async def _fail(self, error: Exception) -> Outcome:
+        failure = _failure_of(error)
+        failure.log(self._call_id, error)
+        if self._has_started:
+            await self._send_body(sse.frame(failure.body()))
+        else:
+            retry = {"retry-after": str(self._service.retry_after_s)} if failure.outcome is Outcome.OVERLOADED else {}
+            await self._start(failure.status, "application/json", retry)
+            await self._send_body(sse.to_json(failure.body()))
+        return failure.outcome
+
+    async def _start(self, status: HTTPStatus, content_type: str, headers: dict[str, str] | None = None) -> None:
+        fields = {"content-type": content_type, "cache-control": "no-store"} | (headers or {})
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in fields.items()]
+        self._has_started = True
+        await self._send({"type": "http.response.start", "status": int(status), "headers": raw})
+
+    async def _send_body(self, body: bytes, more_body: bool = False) -> None:
+        await self._send({"type": "http.response.body", "body": body, "more_body": more_body})
+
+    async def _send(self, message: Message) -> None:
+        try:
+            await self._send_message(message)
+        except OSError as error:  # what ASGI servers raise when the client is gone
+            raise ClientDisconnect from error
+
+
+class _Pages:
+    """The routes that only look."""
+
+    def __init__(self, backend: Backend, info: ModelInfo) -> None:
+        self._backend = backend
+        self._info = info
+        self._model = describe_model(info, created=int(time.time()))
+
+    async def models(self, _: Request) -> Response:
+        return _json({"object": "list", "data": [self._model]})
+
+    async def model(self, request: Request) -> Response:
+        model_id = request.path_params["model_id"]
+        if model_id != self._info.name:
+            raise ModelNotFoundError(f"the model {model_id!r} does not exist; {self._info.name!r} does", "model")
+        return _json(self._model)
+
+    async def health(self, _: Request) -> Response:
+        is_healthy, reason = await self._backend.health()
+        if is_healthy:
+            return _json({"status": "ok"})
+        return _json({"status": "unavailable", "reason": reason}, HTTPStatus.SERVICE_UNAVAILABLE)
+
+    async def metrics(self, _: Request) -> Response:
+        return Response(await self._backend.metrics(), headers={"content-type": _METRICS_CONTENT_TYPE})
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """An error as a client sees it, in OpenAI's shape."""
+
+    status: HTTPStatus
+    message: str
+    kind: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+
+    @property
+    def outcome(self) -> Outcome:
+        if self.status is HTTPStatus.TOO_MANY_REQUESTS:
+            return Outcome.OVERLOADED
+        return Outcome.FAILED if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR else Outcome.INVALID
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def log(self, call_id: str, error: Exception) -> None:
+        if self.status is HTTPStatus.INTERNAL_SERVER_ERROR:
+            logger.error("%s failed", call_id, exc_info=error)
+        elif self.outcome is Outcome.FAILED:
+            logger.warning("%s failed: %s", call_id, error)
+
+
+def _failure_of(error: Exception) -> _Failure:
+    match error:
+        case ModelNotFoundError():
+            return _Failure(HTTPStatus.NOT_FOUND, str(error), param=error.param, code="model_not_found")
+        case RequestTooLargeError():
+            return _Failure(HTTPStatus.BAD_REQUEST, str(error), param=error.param, code="context_length_exceeded")
+        case InvalidRequestError():
+            return _Failure(HTTPStatus.BAD_REQUEST, str(error), param=error.param)
+        case OverloadedError():
+            return _Failure(HTTPStatus.TOO_MANY_REQUESTS, str(error), "rate_limit_error", code="overloaded")
+        case EngineDeadError() | TransferError():
+            return _Failure(HTTPStatus.SERVICE_UNAVAILABLE, str(error), "server_error", code="engine_unavailable")
+        case HTTPException():
+            return _Failure(HTTPStatus(error.status_code), error.detail)
+    return _Failure(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error", "server_error", code="internal_error")
+
+
+def _refuse(request: Request, error: Exception) -> Response:
+    """Answer for the routes that are no `_Endpoint`: unknown paths, wrong methods, models, health, metrics."""
+    failure = _failure_of(error)
+    request_id = request.scope["state"]["request_id"]
+    failure.log(request_id, error)
+    response = _json(failure.body(), failure.status)
+    if isinstance(error, HTTPException):
+        response.headers.update(error.headers or {})
+    # A 500 is sent from outside the middleware that adds the id to all other responses.
+    response.headers["x-request-id"] = request_id
+    return response
+
+
+def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> Response:
+    return Response(sse.to_json(value), status_code=status, media_type="application/json")

@@ -1,0 +1,242 @@
+"""OpenAI's request bodies: which fields exist and what they may hold.
+
+Every field that is accepted takes effect. A field of OpenAI's API that is not supported yet is accepted only with the
+value that changes nothing (`n: 1`), and refused by name with any other; an unknown field is refused by name.
+`user` is the exception by nature: it goes to the operator's log and never changes an answer.
+Knows nothing of tokens or HTTP; `calls.py` reads bodies with it.
+"""
+
+import reprlib
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self, cast
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from deployments.errors import InvalidRequestError
+
+MAX_PROMPTS = 1024
+MAX_STOPS = 4
+MAX_STOP_CHARACTERS = 1024
+
+Prompt = str | tuple[int, ...]
+_NoOps = Mapping[str, tuple[object, ...]]
+
+# Fields not supported yet, with the values that ask for nothing; null is always one of them.
+_NO_OPS: _NoOps = {
+    "n": (1,),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "min_tokens": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "response_format": ({"type": "text"},),
+    "metadata": ({},),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "safety_identifier": (),
+    "prompt_cache_key": (),
+}
+_COMPLETION_NO_OPS: _NoOps = {**_NO_OPS, "best_of": (1,), "echo": (False,), "suffix": ("",)}
+_CHAT_NO_OPS: _NoOps = {
+    **_NO_OPS,
+    "top_logprobs": (0,),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "parallel_tool_calls": (True,),
+    "functions": ([],),
+    "function_call": ("none",),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+}
+_MESSAGE_NO_OPS: _NoOps = {
+    "refusal": (),
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "tool_calls": ([],),
+    "reasoning_content": (),
+}
+
+
+class _Strict(BaseModel):
+    """Refuses unknown fields and unsupported ones; null means that a field was left out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    no_ops: ClassVar[_NoOps] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, fields: object) -> object:
+        if not isinstance(fields, dict):
+            return fields
+        kept: dict[str, object] = {}
+        for name, value in fields.items():
+            if name in cls.no_ops:
+                if not _asks_for_nothing(value, cls.no_ops[name]):
+                    raise PydanticCustomError("unsupported", "not supported yet", {"field": name})
+            elif value is not None or name not in cls.model_fields:
+                kept[name] = value
+        return kept
+
+
+def _asks_for_nothing(value: object, no_ops: tuple[object, ...]) -> bool:
+    # Compare types as well: to Python `True` is 1.
+    return value is None or any(type(value) is type(no_op) and value == no_op for no_op in no_ops)
+
+
+def _as_stops(value: object) -> object:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise PydanticCustomError("stop", "must be a string or a list of strings")
+    if len(stops) > MAX_STOPS:
+        raise PydanticCustomError("stop", f"must be at most {MAX_STOPS} strings")
+    if not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
+        raise PydanticCustomError("stop", f"must be strings of 1 to {MAX_STOP_CHARACTERS} characters")
+    return tuple(stops)
+
+
+def _is_id_list(value: object) -> bool:
+    return isinstance(value, list) and all(type(token_id) is int for token_id in value)
+
+
+def _as_prompts(value: object) -> tuple[Prompt, ...]:
+    if isinstance(value, str):
+        prompts: list[Prompt] = [value]
+    elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+        prompts = value
+    elif _is_id_list(value):
+        prompts = [tuple(cast(list[int], value))]
+    elif isinstance(value, list) and all(_is_id_list(item) for item in value):
+        prompts = [tuple(item) for item in value]
+    else:
+        raise PydanticCustomError(
+            "prompt", "must be a string, a list of strings, of token ids, or of lists of token ids"
+        )
+    if not prompts or not all(prompts):
+        raise PydanticCustomError("prompt", "must not be empty")
+    if len(prompts) > MAX_PROMPTS:
+        raise PydanticCustomError("prompt", f"must be at most {MAX_PROMPTS} prompts")
+    return tuple(prompts)
+
+
+def _as_text(value: object) -> object:
+    """Join text parts, as the chat templates that know parts do: with nothing between them."""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            named = reprlib.repr(kind) if isinstance(kind, str) else "without a type"
+            raise PydanticCustomError("content", f"content part {named} is not supported, only 'text' is")
+        if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
+            raise PydanticCustomError("content", "a text part must hold 'type' and a string 'text', and nothing else")
+    return "".join(part["text"] for part in value)
+
+
+class StreamOptions(_Strict):
+    """`continuous_usage_stats` is an extension that load tools use to count tokens."""
+
+    no_ops = {"include_obfuscation": (False,)}
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+    @model_validator(mode="after")
+    def _check_usage(self) -> Self:
+        if self.continuous_usage_stats and not self.include_usage:
+            raise PydanticCustomError("stream_options", "continuous_usage_stats needs include_usage")
+        return self
+
+
+class GenerateBody(_Strict):
+    """What both endpoints take.
+
+    `top_k` (0 and -1 are off), `min_p`, `ignore_eos` and `return_token_ids` are extensions, named as in vLLM.
+    """
+
+    model: str
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1)
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: Annotated[tuple[str, ...], BeforeValidator(_as_stops)] = ()
+    max_tokens: int | None = Field(default=None, ge=1)
+    ignore_eos: bool = False
+    return_token_ids: bool = False
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    user: str | None = Field(default=None, max_length=256)
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if "stream_options" in self.model_fields_set and not self.stream:
+            raise PydanticCustomError("stream_options", "only allowed with stream", {"field": "stream_options"})
+        return self
+
+
+class CompletionBody(GenerateBody):
+    """`POST /v1/completions`: one choice per prompt."""
+
+    no_ops = _COMPLETION_NO_OPS
+
+    prompt: Annotated[tuple[Prompt, ...], PlainValidator(_as_prompts)]
+
+
+class Message(_Strict):
+    """One turn; the model's template decides what it does with the role, the name and the tool_call_id."""
+
+    no_ops = _MESSAGE_NO_OPS
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str, BeforeValidator(_as_text)]
+    name: str | None = None
+    tool_call_id: str | None = None
+
+
+class ChatBody(GenerateBody):
+    """`POST /v1/chat/completions`: one choice. `max_tokens` is the older name of `max_completion_tokens`."""
+
+    no_ops = _CHAT_NO_OPS
+
+    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> Self:
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            message = "means the same as max_completion_tokens; give one of them"
+            raise PydanticCustomError("max_tokens", message, {"field": "max_tokens"})
+        return self
+
+
+def explain(error: ValidationError) -> InvalidRequestError:
+    """Say what is wrong with the first faulty field, by its path (`messages.0.content`)."""
+    fault = error.errors(include_url=False)[0]
+    # A check of several fields has the whole body as its input, and names the field itself.
+    field = fault.get("ctx", {}).get("field")
+    param = ".".join(str(part) for part in (*fault["loc"], field) if part is not None)
+    match fault["type"]:
+        case "extra_forbidden":
+            return InvalidRequestError(f"unknown field {reprlib.repr(param)}", param[:100])
+        case "missing":
+            return InvalidRequestError(f"{param} is required", param)
+        case "unsupported":
+            return InvalidRequestError(f"{param} is not supported yet", param)
+    value = "" if field is not None else f", got {reprlib.repr(fault['input'])}"
+    return InvalidRequestError(f"{param or 'the body'}: {fault['msg']}{value}", param or None)

@@ -1,0 +1,15 @@
+"""Server-sent events and JSON as bytes. Knows neither HTTP nor OpenAI's shapes; `http.py` sends what it makes."""
+
+import orjson
+
+DONE = b"data: [DONE]\n\n"
+
+
+def to_json(value: object) -> bytes:
+    """Encode what JSON can hold; raises `TypeError` for anything else."""
+    return orjson.dumps(value)
+
+
+def frame(value: object) -> bytes:
+    """One event. JSON escapes line breaks, so a single `data:` line always holds it."""
+    return b"data: " + orjson.dumps(value) + b"\n\n"

@@ -1,0 +1,199 @@
+"""Stand-ins for the tests of the API: a tokenizer of bytes, a scripted backend, a real server, a recording observer."""
+
+import asyncio
+import socket
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import orjson
+import uvicorn
+from starlette.applications import Starlette
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from deployments.api.observer import Outcome
+from deployments.api.text import TextCodec
+from deployments.messages import FinishReason, GenerateRequest, ModelInfo, TokenOutput
+
+END_ID = 256  # special: shows no text
+PLAIN_END_ID = ord("!")  # a stop id that is ordinary text
+
+INFO = ModelInfo(name="fake/model", path="", max_model_len=64, vocab_size=257, eos_token_ids=(END_ID,))
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def build_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer without merges: ids 0 to 255 are bytes, 256 is the special `<end>`."""
+    vocab = {_letter_of(byte): byte for byte in range(256)}
+    assert vocab.keys() == set(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<end>", special=True)])
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    wrapped.chat_template = chat_template
+    return wrapped
+
+
+def _letter_of(byte: int) -> str:
+    """The printable character that stands for a byte in a byte-level vocabulary, asked of the tokenizers library."""
+    pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if byte < 0x80:
+        return pre_tokenizer.pre_tokenize_str(chr(byte))[0][0]
+    if byte < 0xC0:  # a continuation byte: the second of a two-byte character
+        return pre_tokenizer.pre_tokenize_str(bytes([0xC2, byte]).decode())[0][0][1]
+    # What is left leads a character, or stands in no valid UTF-8 (0xC0, 0xC1, 0xF5 and up) and is a letter itself.
+    return chr(byte)
+
+
+def build_codec() -> TextCodec:
+    return TextCodec(build_tokenizer())
+
+
+class Hang:
+    """A step at which the backend waits until it is closed."""
+
+
+Step = Sequence[int] | str | FinishReason | Exception | Hang | asyncio.Event
+
+
+@dataclass
+class FakeBackend:
+    """Plays a script per request.
+
+    Steps: text or ids are one output; a finish reason ends the request together with the output before it; an exception
+    is raised; an event is waited for.
+    """
+
+    script: Callable[[GenerateRequest], Sequence[Step]]
+    num_cached_tokens: int = 0
+    healthy: tuple[bool, str] | Exception = (True, "")
+    requests: list[GenerateRequest] = field(default_factory=list)
+    running: set[str] = field(default_factory=set)
+    num_outputs: Counter[str] = field(default_factory=Counter)
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+        self.requests.append(request)
+        self.running.add(request.request_id)
+        await self._tell()
+        try:
+            async for output in self._play(request):
+                self.num_outputs[request.request_id] += 1
+                yield output
+        finally:
+            self.running.discard(request.request_id)
+            await self._tell()
+
+    async def _play(self, request: GenerateRequest) -> AsyncIterator[TokenOutput]:
+        index = 0
+        steps = list(self.script(request))
+        for place, step in enumerate(steps):
+            match step:
+                case Hang():
+                    await asyncio.Event().wait()
+                case asyncio.Event():
+                    await step.wait()
+                case Exception():
+                    raise step
+                case FinishReason():
+                    return
+                case _:
+                    ids = tuple(step.encode()) if isinstance(step, str) else tuple(step)
+                    following = steps[place + 1] if place + 1 < len(steps) else None
+                    reason = following if isinstance(following, FinishReason) else None
+                    yield TokenOutput(request.request_id, index, ids, reason, self.num_cached_tokens)
+                    index += len(ids)
+
+    async def _tell(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def until(self, is_reached: Callable[[], bool], timeout_s: float = 5.0) -> None:
+        async with asyncio.timeout(timeout_s), self.changed:
+            await self.changed.wait_for(is_reached)
+
+    async def health(self) -> tuple[bool, str]:
+        if isinstance(self.healthy, Exception):
+            raise self.healthy
+        return self.healthy
+
+    async def metrics(self) -> bytes:
+        return b"# TYPE up gauge\nup 1\n"
+
+
+def playing(*steps: Step) -> FakeBackend:
+    """A backend that plays the same script for every request."""
+    return FakeBackend(lambda _: steps)
+
+
+@dataclass
+class Recorder:
+    """An observer that keeps what it is told."""
+
+    num_started: int = 0
+    first_s: list[float] = field(default_factory=list)
+    gaps: list[tuple[float, int]] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+    has_started: asyncio.Event = field(default_factory=asyncio.Event)
+    has_finished: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def request_started(self) -> None:
+        self.num_started += 1
+        self.has_started.set()
+
+    def first_token(self, seconds: float) -> None:
+        self.first_s.append(seconds)
+
+    def inter_token(self, seconds: float, num_tokens: int) -> None:
+        self.gaps.append((seconds, num_tokens))
+
+    def request_finished(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        self.has_finished.set()
+
+
+def client_of(app: Starlette) -> httpx.AsyncClient:
+    """A client that calls the app without a socket."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://test")
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.is_ready = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.is_ready.set()
+
+
+@asynccontextmanager
+async def serving(app: Starlette) -> AsyncIterator[str]:
+    """Run a real server on a free port; gives its URL."""
+    server = _Server(uvicorn.Config(app, port=0, lifespan="off", ws="none", log_level="warning"))
+    task = asyncio.create_task(server.serve())
+    await server.is_ready.wait()
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        await task
+
+
+def events_of(body: bytes) -> Iterator[Any]:
+    """The JSON of each server-sent event; the string `[DONE]` for the last one."""
+    assert body.endswith(b"\n\n")
+    for event in body[:-2].split(b"\n\n"):
+        assert event.startswith(b"data: ") and b"\n" not in event
+        data = event.removeprefix(b"data: ")
+        yield "[DONE]" if data == b"[DONE]" else orjson.loads(data)

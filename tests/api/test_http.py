@@ -1,0 +1,453 @@
+"""The application as a client sees it, over a scripted backend."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import httpx
+import orjson
+import pytest
+from starlette.types import Message
+
+from deployments.api.http import build_app
+from deployments.api.observer import Outcome
+from deployments.api.text import TextCodec
+from deployments.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    KvRelayError,
+    OverloadedError,
+    RequestTooLargeError,
+    TransferError,
+)
+from deployments.messages import FinishReason
+from tests.api.fakes import (
+    END_ID,
+    INFO,
+    FakeBackend,
+    Hang,
+    Recorder,
+    build_codec,
+    build_tokenizer,
+    client_of,
+    events_of,
+    playing,
+)
+
+LENGTH, STOP = FinishReason.LENGTH, FinishReason.STOP
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+def body_of(path: str, **fields: Any) -> dict[str, Any]:
+    prompt = {"prompt": "abc"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "hi"}]}
+    return {"model": INFO.name} | prompt | fields
+
+
+async def post(backend: FakeBackend, path: str, recorder: Recorder | None = None, **fields: Any) -> httpx.Response:
+    async with client_of(build_app(backend, build_codec(), INFO, observer=recorder)) as client:
+        return await client.post(path, json=body_of(path, **fields))
+
+
+async def test_a_completion_has_openais_shape():
+    backend = playing("Hel", "lo", [END_ID], STOP)
+    backend.num_cached_tokens = 2
+    answer = await post(backend, COMPLETIONS)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "application/json")
+    body = answer.json()
+    assert body.pop("id") == f"cmpl-{answer.headers['x-request-id']}"
+    assert isinstance(body.pop("created"), int)
+    assert body == {
+        "object": "text_completion",
+        "model": INFO.name,
+        "choices": [{"index": 0, "text": "Hello", "logprobs": None, "finish_reason": "stop"}],
+        "usage": {
+            "prompt_tokens": 3,
+            "completion_tokens": 6,
+            "total_tokens": 9,
+            "prompt_tokens_details": {"cached_tokens": 2},
+        },
+    }
+
+
+async def test_a_chat_completion_has_openais_shape():
+    answer = await post(playing("Hi", LENGTH), CHAT)
+    body = answer.json()
+    assert body.pop("id") == f"chatcmpl-{answer.headers['x-request-id']}"
+    assert isinstance(body.pop("created"), int)
+    message = {"role": "assistant", "content": "Hi", "refusal": None}
+    assert body == {
+        "object": "chat.completion",
+        "model": INFO.name,
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}],
+        "usage": {
+            "prompt_tokens": 7,
+            "completion_tokens": 2,
+            "total_tokens": 9,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
+    }
+
+
+async def test_prompts_of_one_call_run_at_once_and_each_has_its_choice():
+    everyone = asyncio.Event()
+    backend = FakeBackend(lambda r: [everyone, chr(r.prompt_token_ids[0]).upper(), LENGTH])
+    call = asyncio.create_task(post(backend, COMPLETIONS, prompt=["a", "b", "c"]))
+    await backend.until(lambda: len(backend.running) == 3)
+    everyone.set()
+    body = (await call).json()
+    assert [(choice["index"], choice["text"]) for choice in body["choices"]] == [(0, "A"), (1, "B"), (2, "C")]
+    assert (body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"]) == (3, 3)
+
+
+async def test_a_completion_streams_in_openais_shape():
+    answer = await post(playing("He", "y", [END_ID], STOP), COMPLETIONS, stream=True)
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    *chunks, done = events_of(answer.content)
+    assert done == "[DONE]"
+    for chunk in chunks:
+        assert chunk.pop("id") == f"cmpl-{answer.headers['x-request-id']}"
+        assert isinstance(chunk.pop("created"), int)
+    assert chunks == [
+        {
+            "object": "text_completion",
+            "model": INFO.name,
+            "choices": [{"index": 0, "text": text, "logprobs": None, "finish_reason": reason}],
+        }
+        for text, reason in [("He", None), ("y", None), ("", "stop")]
+    ]
+
+
+async def test_a_chat_streams_in_openais_shape_with_usage_at_the_end():
+    options = {"include_usage": True}
+    answer = await post(playing("He", "y", LENGTH), CHAT, stream=True, stream_options=options)
+    *chunks, done = events_of(answer.content)
+    assert done == "[DONE]"
+    deltas: list[tuple[object, str | None]] = [
+        ({"role": "assistant", "content": ""}, None),
+        ({"content": "He"}, None),
+        ({"content": "y"}, None),
+        ({}, "length"),
+    ]
+    for chunk in chunks:
+        assert chunk.pop("id") == f"chatcmpl-{answer.headers['x-request-id']}"
+        assert isinstance(chunk.pop("created"), int)
+    common = {"object": "chat.completion.chunk", "model": INFO.name}
+    usage = {
+        "prompt_tokens": 7,
+        "completion_tokens": 3,
+        "total_tokens": 10,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+    assert chunks == [
+        *(
+            common | {"choices": [{"index": 0, "delta": d, "logprobs": None, "finish_reason": reason}], "usage": None}
+            for d, reason in deltas
+        ),
+        common | {"choices": [], "usage": usage},
+    ]
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_continuous_usage_counts_up(path: str):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    answer = await post(playing("a", "bc", "d", LENGTH), path, stream=True, stream_options=options)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in events_of(answer.content) if chunk != "[DONE]"]
+    assert sorted(set(counts)) == [1, 3, 4]
+    assert counts == sorted(counts)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_token_ids_come_beside_the_text_where_asked_for(path: str, stream: bool):
+    answer = await post(playing("He", "y", [END_ID], STOP), path, stream=stream, return_token_ids=True)
+    parts = [e for e in events_of(answer.content) if e != "[DONE]"] if stream else [answer.json()]
+    choices = [choice for part in parts for choice in part["choices"]]
+    assert [t for choice in choices for t in choice.get("token_ids", [])] == [*map(ord, "Hey"), END_ID]
+    prompts = [holder["prompt_token_ids"] for holder in [*parts, *choices] if "prompt_token_ids" in holder]
+    expected = [ord(c) for c in "abc"] if path == COMPLETIONS else None
+    assert len(prompts) == 1, "once, however many chunks there are"
+    assert expected is None or prompts[0] == expected
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_token_ids_are_left_out_where_not_asked_for(path: str):
+    assert b"token_ids" not in (await post(playing("a", LENGTH), path)).content
+    assert b"token_ids" not in (await post(playing("a", LENGTH), path, stream=True)).content
+
+
+async def test_streamed_prompts_of_one_call_carry_their_index():
+    backend = FakeBackend(lambda r: [chr(r.prompt_token_ids[0]).upper() + "1", "2", LENGTH])
+    answer = await post(backend, COMPLETIONS, prompt=["a", "b"], stream=True)
+    texts = {0: "", 1: ""}
+    for chunk in events_of(answer.content):
+        if chunk != "[DONE]":
+            texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert texts == {0: "A12", 1: "B12"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_a_stop_string_across_outputs_ends_the_request(path: str, stream: bool):
+    backend = playing("one\n", "\nt", Hang())
+    answer = await post(backend, path, stop=["\n\n"], stream=stream)
+    assert answer.status_code == 200
+    assert not backend.running
+    if stream:
+        text, reasons = "", []
+        for chunk in events_of(answer.content):
+            if chunk != "[DONE]":
+                choice = chunk["choices"][0]
+                text += choice.get("text") or choice.get("delta", {}).get("content", "")
+                reasons.append(choice["finish_reason"])
+        assert (text, reasons[-1]) == ("one", "stop")
+    else:
+        choice = answer.json()["choices"][0]
+        assert (choice.get("text") or choice["message"]["content"], choice["finish_reason"]) == ("one", "stop")
+        assert answer.json()["usage"]["completion_tokens"] == 5
+
+
+ERRORS: list[tuple[Exception, int, str, str | None, str | None]] = [
+    (InvalidRequestError("bad", "seed"), 400, "invalid_request_error", "seed", None),
+    (RequestTooLargeError("big"), 400, "invalid_request_error", None, "context_length_exceeded"),
+    (OverloadedError("full"), 429, "rate_limit_error", None, "overloaded"),
+    (EngineDeadError("dead"), 503, "server_error", None, "engine_unavailable"),
+    (TransferError("lost"), 503, "server_error", None, "engine_unavailable"),
+    (RuntimeError("secret"), 500, "server_error", None, "internal_error"),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "kind", "param", "code"), ERRORS)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_an_error_before_the_first_token_has_its_status(
+    path: str, stream: bool, error: Exception, status: int, kind: str, param: str | None, code: str | None
+):
+    backend = playing(error)
+    answer = await post(backend, path, stream=stream)
+    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json")
+    message = str(error) if isinstance(error, KvRelayError) else "internal error"
+    assert answer.json() == {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    assert answer.headers.get("retry-after") == ("1" if status == 429 else None)
+    assert "x-request-id" in answer.headers
+    assert not backend.running
+
+
+@pytest.mark.parametrize("error", [EngineDeadError("dead"), RuntimeError("secret")])
+async def test_an_error_after_the_first_token_is_an_event_that_ends_the_stream(error: Exception):
+    answer = await post(playing("a", error), COMPLETIONS, stream=True)
+    assert answer.status_code == 200
+    first, last = events_of(answer.content)
+    assert first["choices"][0]["text"] == "a"
+    assert last["error"]["message"] == ("dead" if isinstance(error, EngineDeadError) else "internal error")
+
+
+async def test_an_error_in_one_prompt_ends_the_others():
+    backend = FakeBackend(lambda r: [OverloadedError("full")] if r.prompt_token_ids == (98,) else ["x", Hang()])
+    answer = await post(backend, COMPLETIONS, prompt=["a", "b"])
+    assert answer.status_code == 429
+    assert not backend.running
+
+
+async def test_an_unexpected_error_is_logged(caplog: pytest.LogCaptureFixture):
+    await post(playing(RuntimeError("secret")), COMPLETIONS)
+    assert "secret" in caplog.text
+
+
+async def test_headers_wait_for_the_first_token():
+    release, sent = asyncio.Event(), asyncio.Queue[Message]()
+    backend = playing(release, "a", LENGTH)
+    app = build_app(backend, build_codec(), INFO)
+    body = orjson.dumps(body_of(COMPLETIONS, stream=True))
+    incoming = asyncio.Queue[Message]()
+    incoming.put_nowait({"type": "http.request", "body": body, "more_body": False})
+    call = asyncio.create_task(app(scope_of(COMPLETIONS), incoming.get, sent.put))
+    await backend.until(lambda: bool(backend.running))
+    assert sent.empty()
+    release.set()
+    await call
+    assert (await sent.get())["type"] == "http.response.start"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_cancelling_the_server_closes_the_request_and_is_not_swallowed(stream: bool):
+    backend, recorder = playing("a", Hang()), Recorder()
+    app = build_app(backend, build_codec(), INFO, observer=recorder)
+    incoming, sent = asyncio.Queue[Message](), asyncio.Queue[Message]()
+    body = orjson.dumps(body_of(CHAT, stream=stream))
+    incoming.put_nowait({"type": "http.request", "body": body, "more_body": False})
+    call = asyncio.create_task(app(scope_of(CHAT), incoming.get, sent.put))
+    await backend.until(lambda: bool(backend.running))
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert not backend.running
+    assert recorder.outcomes == [Outcome.ABORTED]
+
+
+async def test_a_server_that_says_the_client_is_gone_ends_the_request():
+    backend, recorder = playing("a", "b", Hang()), Recorder()
+    app = build_app(backend, build_codec(), INFO, observer=recorder)
+    incoming = asyncio.Queue[Message]()
+    body = orjson.dumps(body_of(COMPLETIONS, stream=True))
+    incoming.put_nowait({"type": "http.request", "body": body, "more_body": False})
+
+    async def broken_send(_: Message) -> None:
+        raise OSError("gone")
+
+    await app(scope_of(COMPLETIONS), incoming.get, broken_send)
+    assert not backend.running
+    assert recorder.outcomes == [Outcome.ABORTED]
+
+
+def scope_of(path: str) -> dict[str, Any]:
+    return {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b"", "root_path": ""}
+
+
+async def test_a_wrong_model_is_404():
+    answer = await post(playing("a", LENGTH), COMPLETIONS, model="gpt-9")
+    assert answer.status_code == 404
+    assert (answer.json()["error"]["code"], answer.json()["error"]["param"]) == ("model_not_found", "model")
+
+
+async def test_a_prompt_that_does_not_fit_is_400():
+    answer = await post(playing("a", LENGTH), COMPLETIONS, prompt="x" * 99)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/nowhere", 404), ("GET", COMPLETIONS, 405), ("POST", "/health", 405), ("GET", "/v1/models/other", 404)],
+)
+async def test_other_refusals_have_the_same_shape(method: str, path: str, status: int):
+    async with client_of(build_app(playing(), build_codec(), INFO)) as client:
+        answer = await client.request(method, path)
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert "x-request-id" in answer.headers
+    assert ("allow" in answer.headers) == (status == 405)
+
+
+async def test_bad_json_is_400():
+    async with client_of(build_app(playing(), build_codec(), INFO)) as client:
+        answer = await client.post(COMPLETIONS, content=b"{")
+    assert answer.status_code == 400
+    assert "not valid JSON" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("is_chunked", [False, True])
+async def test_a_body_over_the_limit_is_413(is_chunked: bool):
+    async def parts():
+        for _ in range(3):
+            yield b" " * 500
+
+    recorder = Recorder()
+    async with client_of(build_app(playing(), build_codec(), INFO, max_body_bytes=1000, observer=recorder)) as client:
+        answer = await client.post(COMPLETIONS, content=parts() if is_chunked else b" " * 1500)
+    assert answer.status_code == 413
+    assert "at most 1000 bytes" in answer.json()["error"]["message"]
+    assert recorder.outcomes == [Outcome.INVALID]
+
+
+async def test_models_are_listed_and_found_by_a_name_with_a_slash():
+    async with client_of(build_app(playing(), build_codec(), INFO)) as client:
+        listed = (await client.get("/v1/models")).json()
+        found = (await client.get(f"/v1/models/{INFO.name}")).json()
+    assert listed == {"object": "list", "data": [found]}
+    assert (found["id"], found["object"], found["max_model_len"]) == (INFO.name, "model", 64)
+
+
+async def test_health_is_the_backends():
+    backend = playing()
+    async with client_of(build_app(backend, build_codec(), INFO)) as client:
+        assert (await client.get("/health")).status_code == 200
+        backend.healthy = (False, "no decode replica")
+        answer = await client.get("/health")
+        assert (answer.status_code, answer.json()["reason"]) == (503, "no decode replica")
+        backend.healthy = RuntimeError("secret")
+        answer = await client.get("/health")
+        assert (answer.status_code, answer.json()["error"]["message"]) == (500, "internal error")
+        assert "x-request-id" in answer.headers
+
+
+async def test_metrics_are_the_backends():
+    async with client_of(build_app(playing(), build_codec(), INFO)) as client:
+        answer = await client.get("/metrics")
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert answer.content == b"# TYPE up gauge\nup 1\n"
+
+
+@pytest.mark.parametrize(("length", "is_inline"), [(10, True), (10_000, False)])
+async def test_only_long_bodies_are_read_in_another_thread(length: int, is_inline: bool):
+    threads: list[int] = []
+
+    class Spy(TextCodec):
+        def encode(self, text: str) -> list[int]:
+            threads.append(threading.get_ident())
+            return [1]
+
+    async with client_of(build_app(playing("a", LENGTH), Spy(build_tokenizer()), INFO)) as client:
+        await client.post(COMPLETIONS, json=body_of(COMPLETIONS, prompt="x" * length))
+    assert (threads == [threading.get_ident()]) == is_inline
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_observer_is_told_what_the_client_sees(stream: bool):
+    recorder = Recorder()
+    await post(playing("a", "bcd", LENGTH), COMPLETIONS, recorder, stream=stream)
+    assert recorder.num_started == 1
+    assert recorder.outcomes == [Outcome.OK]
+    assert len(recorder.first_s) == 1
+    assert [num_tokens for _, num_tokens in recorder.gaps] == [3]
+
+
+async def test_time_to_first_token_and_gaps_cover_the_call_and_no_more():
+    recorder, waits = Recorder(), [asyncio.Event(), asyncio.Event()]
+    backend = playing(waits[0], "a", waits[1], "bc", LENGTH)
+    start_s = time.perf_counter()
+    call = asyncio.create_task(post(backend, COMPLETIONS, recorder, stream=True))
+    await backend.until(lambda: bool(backend.running))
+    for wait in waits:
+        await asyncio.sleep(0.05)
+        wait.set()
+    await call
+    total_s = time.perf_counter() - start_s
+    ((gap_s, num_tokens),) = recorder.gaps
+    assert recorder.first_s[0] >= 0.05
+    assert num_tokens == 2
+    # Both tokens of the second output together took as long as the output did.
+    assert 0.1 <= recorder.first_s[0] + gap_s * num_tokens <= total_s
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (OverloadedError(""), Outcome.OVERLOADED),
+        (InvalidRequestError(""), Outcome.INVALID),
+        (TransferError(""), Outcome.FAILED),
+    ],
+)
+async def test_the_observer_learns_how_a_call_ended(error: Exception, outcome: Outcome):
+    recorder = Recorder()
+    await post(playing(error), COMPLETIONS, recorder)
+    await post(playing("a", error), COMPLETIONS, recorder, stream=True)
+    assert recorder.outcomes == [outcome, outcome]
+
+
+async def test_the_operators_log_names_the_user(caplog: pytest.LogCaptureFixture):
+    caplog.set_level("INFO")
+    answer = await post(playing("a", LENGTH), COMPLETIONS, user="alice")
+    assert any(answer.headers["x-request-id"] in line and "'alice'" in line for line in caplog.messages)
+
+
+def test_importing_the_api_loads_nothing_heavy():
+    script = (
+        "import sys, deployments.api.http;"
+        "print({'torch', 'ray', 'transformers', 'tokenizers', 'deployments.engine'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout == "set()\n"
