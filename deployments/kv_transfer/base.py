@@ -1,0 +1,54 @@
+"""What can be set on the hand-off of KV, and what it counts. Plain values; nothing of Ray or torch."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True, slots=True)
+class TransferConfig:
+    """Bounds of every wait. Both ends of a pair should have the same.
+
+    Attributes:
+        connect_timeout_s: forming a group of two, and any answer of the other engine.
+        transfer_timeout_s: one chunk, once the group is there; also the bound for a peer that hangs.
+        probe_interval_s: while a peer is waited for, it is asked this often whether it lives.
+        idle_probe_interval_s: the same for a pair with nothing to do.
+        doubt_after_s: a peer that leaves the question open this long is in doubt: the transfer in progress may still
+            finish, those behind it fail at once, so that a hung peer holds one thread of the receiver and not all.
+        idle_timeout_s: a pair unused for so long gives its group back.
+    """
+
+    connect_timeout_s: float = 10.0
+    transfer_timeout_s: float = 30.0
+    probe_interval_s: float = 0.25
+    idle_probe_interval_s: float = 3.0
+    doubt_after_s: float = 2.0
+    idle_timeout_s: float = 300.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not value > 0:
+                raise ValueError(f"{field.name} is {value}, must be above 0")
+
+
+@dataclass(frozen=True, slots=True)
+class TransferStats:
+    """Counters of one process since it started, and what it holds now.
+
+    Attributes:
+        num_received: chunks pulled from other engines.
+        num_received_bytes: their size.
+        receive_s: time spent pulling them, from the request to the last byte, waits for other chunks left out.
+        num_sent: chunks sent to other engines.
+        num_failed: chunks whose transfer failed, on either end.
+        num_links: pairs that are open now; a pair that sends in both directions counts twice.
+        num_held: chunks that were produced here and are still referenced somewhere.
+    """
+
+    num_received: int = 0
+    num_received_bytes: int = 0
+    receive_s: float = 0.0
+    num_sent: int = 0
+    num_failed: int = 0
+    num_links: int = 0
+    num_held: int = 0

@@ -1,0 +1,190 @@
+"""KV as Ray Direct Transport objects. The one file of the project that knows that part of Ray.
+
+A method under `exports_kv` returns a chunk's tensor; Ray leaves the tensor where it is and hands out a reference. As a
+positional argument of a method under `receives_kv` it arrives there as the tensor. The chunk is freed at its source
+when the last reference is gone.
+
+    @ray.remote(**ENGINE_ACTOR_OPTIONS)
+    class EngineActor:
+        @exports_kv
+        def take_chunk(self, request_id: str, index: int) -> Tensor: ...
+        @receives_kv
+        def receive_kv(self, header: ChunkReady, chunk: Tensor) -> None: ...
+
+    ack = decode.receive_kv.remote(header, prefill.take_chunk.remote(request_id, index))
+
+Ray runs the receiving side of all transfers of an actor on one thread (`_ray_system`), so a hung source would stop all
+others. Here that thread only delivers a ticket, `RemoteChunk`; the pull happens on the thread of the method that was
+given it. Whatever fails is raised there, and reaches whoever awaits that method as the project's own errors.
+"""
+
+import functools
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import ray
+from ray.actor import ActorHandle
+from ray.experimental import (
+    CommunicatorMetadata,
+    TensorTransportManager,
+    TensorTransportMetadata,
+    register_tensor_transport,
+)
+from torch import Tensor
+
+from deployments.kv_transfer.base import TransferConfig, TransferStats
+from deployments.kv_transfer.endpoint import RemoteChunk, actor_id, endpoint
+from deployments.kv_transfer.layout import KVLayout
+from deployments.kv_transfer.link import CONTROL_GROUP
+
+TRANSPORT_NAME = "KVRELAY"
+EXPORT_GROUP = "export"
+RECEIVE_GROUP = "kv"
+
+
+# For `ray.remote`. The numbers are threads by kind of call: "kv" bounds the sources an engine receives from at once,
+# since a hung one keeps one of its threads until the transfer times out.
+ENGINE_ACTOR_OPTIONS: dict[str, Any] = {
+    "enable_tensor_transport": True,
+    "concurrency_groups": {RECEIVE_GROUP: 8, CONTROL_GROUP: 1, EXPORT_GROUP: 4, "ctl": 8, "stream": 2},
+}
+
+Self = TypeVar("Self")
+Header = TypeVar("Header")
+Result = TypeVar("Result")
+P = ParamSpec("P")
+
+
+def configure(layout: KVLayout, device: str = "cpu", config: TransferConfig | None = None) -> None:
+    """Say what this process's KV is. An engine does so before it exports or receives.
+
+    Args:
+        layout: of the engine's KV.
+        device: `cpu` (gloo) or `cuda` (NCCL), where its chunks are and where it wants those of others.
+        config: bounds of the waits; None: the defaults.
+    """
+    endpoint.configure(layout, device, config or TransferConfig())
+
+
+def stats() -> TransferStats:
+    """Counters of this process."""
+    return endpoint.stats()
+
+
+def register() -> None:
+    """Make the transport known to this process's Ray. Idempotent; importing an engine actor's class does it too.
+
+    A process that owns references must have done so before it makes or meets the first engine actor.
+    """
+    # Raised if it is registered; Ray itself may have been first, on behalf of the engine's creator.
+    with suppress(ValueError):
+        register_tensor_transport(TRANSPORT_NAME, ["cpu", "cuda"], KvTransport, Tensor)
+
+
+def exports_kv(method: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Mark an actor's method that returns one chunk: contiguous, of the configured layout and device.
+
+    The tensor is not copied: it must not be written to until the reference is gone.
+    """
+    register()
+    mark: Any = ray.method(tensor_transport=TRANSPORT_NAME, concurrency_group=EXPORT_GROUP)
+    marked: Callable[P, Tensor] = mark(method)
+    return marked
+
+
+def receives_kv(method: Callable[[Self, Header, Tensor], Result]) -> Callable[[Self, Header, Tensor], Result]:
+    """Mark an actor's method that takes a chunk as its second argument; it runs once the tensor is there.
+
+    If the tensor cannot be brought, the method does not run, and whoever awaits it sees `TransferError` or
+    `LayoutMismatchError`.
+    """
+
+    @functools.wraps(method)
+    def receive(self: Self, header: Header, chunk: Tensor | RemoteChunk) -> Result:
+        # Ray pickles this closure with the actor's class: it may name module-level functions, but no state.
+        return method(self, header, _bring(chunk))
+
+    # On the method itself: Ray unwraps before it looks for the mark (actor.py, `inspect.unwrap`).
+    mark: Any = ray.method(concurrency_group=RECEIVE_GROUP)
+    mark(method)
+    return receive
+
+
+def _bring(chunk: Tensor | RemoteChunk) -> Tensor:
+    """Pull the chunk; one that this very engine exported arrives as it is."""
+    return endpoint.pull(chunk) if isinstance(chunk, RemoteChunk) else chunk
+
+
+@dataclass
+class _ChunkMetadata(TensorTransportMetadata):
+    """Travels with the reference: through its owner, to whoever receives the chunk."""
+
+    chunk: RemoteChunk | None = None
+
+
+class KvTransport(TensorTransportManager):
+    """To Ray a one-sided transport, whose receiver gets a `RemoteChunk` in place of each tensor.
+
+    Its methods are called under locks and on threads that Ray shares among all transfers: none may wait.
+    """
+
+    def tensor_transport_backend(self) -> str:
+        return TRANSPORT_NAME
+
+    @staticmethod
+    def is_one_sided() -> bool:
+        return True
+
+    @staticmethod
+    def can_abort_transport() -> bool:
+        """Else Ray kills both actors when a transfer fails."""
+        return True
+
+    def actor_has_tensor_transport(self, actor: ActorHandle[Any]) -> bool:
+        return True
+
+    def extract_tensor_transport_metadata(self, obj_id: str, rdt_object: list[Tensor]) -> _ChunkMetadata:
+        if len(rdt_object) != 1:
+            raise ValueError(f"a method that exports KV returns one tensor, got {len(rdt_object)}")
+        (tensor,) = rdt_object
+        endpoint.hold(obj_id, tensor)
+        chunk = RemoteChunk(
+            object_id=obj_id,
+            source=ray.get_runtime_context().current_actor,
+            source_id=actor_id(),
+            layout=endpoint.layout,
+            shape=tuple(tensor.shape),
+            device=tensor.device.type,
+        )
+        return _ChunkMetadata([(tensor.shape, tensor.dtype)], tensor.device.type, chunk)
+
+    def get_communicator_metadata(
+        self, src_actor: ActorHandle[Any], dst_actor: ActorHandle[Any], backend: str | None = None
+    ) -> CommunicatorMetadata:
+        return CommunicatorMetadata()
+
+    def recv_multiple_tensors(
+        self,
+        obj_id: str,
+        tensor_transport_metadata: TensorTransportMetadata,
+        communicator_metadata: CommunicatorMetadata,
+        target_buffers: list[Any] | None = None,
+    ) -> list[Any]:
+        assert isinstance(tensor_transport_metadata, _ChunkMetadata)
+        return [tensor_transport_metadata.chunk]
+
+    def send_multiple_tensors(
+        self,
+        tensors: list[Any],
+        tensor_transport_metadata: TensorTransportMetadata,
+        communicator_metadata: CommunicatorMetadata,
+    ) -> None:
+        raise AssertionError("Ray has one-sided transports send nothing")
+
+    def garbage_collect(self, obj_id: str, tensor_transport_meta: TensorTransportMetadata, tensors: list[Any]) -> None:
+        endpoint.release(obj_id)
+
+    def abort_transport(self, obj_id: str, communicator_metadata: CommunicatorMetadata) -> None:
+        """Nothing: to Ray a transfer is over with the ticket, and the pull has its own bounds."""

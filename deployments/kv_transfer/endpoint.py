@@ -1,0 +1,276 @@
+"""What one process has of the hand-off: the chunks it produced, and its links to other engines in both directions.
+
+The receiver drives. It opens a link, asks the source for one chunk, and receives it; the source's thread for that link
+sends what it was asked for. A sender thus only ever waits for a receiver that is receiving this very chunk, so no cycle
+of waits can form, whoever hands what to whom. Called by `direct`; knows no Ray object references to chunks.
+"""
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import partial
+from threading import Lock
+from time import monotonic
+from typing import Any
+from uuid import uuid4
+
+import ray
+import torch
+from ray.actor import ActorHandle
+from torch import Tensor
+
+from deployments.errors import LayoutMismatchError, TransferError
+from deployments.kv_transfer.base import TransferConfig, TransferStats
+from deployments.kv_transfer.group import Group, build_group, host_store, join_store
+from deployments.kv_transfer.layout import KVLayout
+from deployments.kv_transfer.link import Link, LinkLostError, Peer, Watchdog, call_engine
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteChunk:
+    """A chunk in another engine's memory, and how to get it.
+
+    Attributes:
+        object_id: its name there.
+        source: the engine that holds it.
+        source_id: of that actor.
+        layout: of that engine's KV.
+        shape: of the chunk's tensor.
+        device: `cpu` or `cuda`.
+    """
+
+    object_id: str
+    source: ActorHandle[Any]
+    source_id: str
+    layout: KVLayout
+    shape: tuple[int, ...]
+    device: str
+
+
+class _Reply(Enum):
+    SENDING = "sending"
+    GONE = "gone"
+    NO_LINK = "no link"
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    tensor: Tensor
+    ready: torch.cuda.Event | None
+
+
+class Endpoint:
+    """State of one process; safe to call from any thread."""
+
+    def __init__(self) -> None:
+        self._config = TransferConfig()
+        self._layout: KVLayout | None = None
+        self._device = "cpu"
+        self._watchdog = Watchdog()
+        self._lock = Lock()
+        self._held: dict[str, _Held] = {}
+        self._inbound: dict[str, Link] = {}
+        self._outbound: dict[str, Link] = {}
+        self._stats = TransferStats()
+
+    @property
+    def layout(self) -> KVLayout:
+        assert self._layout is not None, "configure() was not called in this process"
+        return self._layout
+
+    def configure(self, layout: KVLayout, device: str, config: TransferConfig) -> None:
+        self._layout, self._device, self._config = layout, device, config
+
+    def stats(self) -> TransferStats:
+        with self._lock:
+            return replace(self._stats, num_links=len(self._inbound) + len(self._outbound), num_held=len(self._held))
+
+    # The side of the source.
+
+    def hold(self, object_id: str, tensor: Tensor) -> None:
+        """Keep a chunk until `release`.
+
+        Raises:
+            ValueError: not a contiguous tensor of this engine's layout and device.
+        """
+        _check_chunk(tensor, self.layout, self._device)
+        ready = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
+        with self._lock:
+            self._held[object_id] = _Held(tensor, ready)
+
+    def release(self, object_id: str) -> None:
+        """Drop a chunk; one that is being sent lives until that ends."""
+        with self._lock:
+            self._held.pop(object_id, None)
+
+    def accept(self, name: str, receiver: ActorHandle[Any], receiver_id: str, address: tuple[str, int]) -> None:
+        """A receiver has opened a link and waits at its store; one that it had before is over."""
+        with self._lock:
+            previous = self._outbound.get(receiver_id)
+            # Inside the lock, so that a link that fails at once is not forgotten before it is noted.
+            link = Link(name, Peer(receiver), partial(self._join, address), self._config, self._forget_outbound)
+            self._outbound[receiver_id] = link
+        if previous is not None:
+            previous.close("the receiver opened a new link")
+        self._watchdog.watch(link, self._config.probe_interval_s)
+
+    def push(self, name: str, receiver_id: str, object_id: str) -> _Reply:
+        """A receiver waits for this chunk: hand it to the link's thread. Never blocks."""
+        with self._lock:
+            link = self._outbound.get(receiver_id)
+            held = self._held.get(object_id)
+        if link is None or link.name != name:
+            return _Reply.NO_LINK
+        if held is None:
+            return _Reply.GONE
+        try:
+            link.submit(partial(self._send, held))
+        except TransferError:
+            return _Reply.NO_LINK
+        return _Reply.SENDING
+
+    def hang_up(self, name: str, receiver_id: str) -> None:
+        """The receiver has closed this link."""
+        with self._lock:
+            link = self._outbound.get(receiver_id)
+        if link is not None and link.name == name:
+            link.close("the receiver closed the link")
+
+    def _join(self, address: tuple[str, int]) -> Group:
+        timeout_s = self._config.connect_timeout_s
+        return build_group(self._device, join_store(address, timeout_s), 1, _node_ip(), timeout_s)
+
+    def _send(self, held: _Held, group: Group) -> None:
+        try:
+            if held.ready is not None:
+                held.ready.synchronize()
+            group.send(held.tensor, self._config.transfer_timeout_s)
+        except Exception:
+            self._count(num_failed=1)
+            raise
+        self._count(num_sent=1)
+
+    def _forget_outbound(self, link: Link) -> None:
+        with self._lock:
+            _remove(self._outbound, link)
+
+    # The side of the receiver.
+
+    def pull(self, chunk: RemoteChunk) -> Tensor:
+        """Bring a chunk here; blocks until it is complete.
+
+        Raises:
+            LayoutMismatchError: the source's KV is of another kind; nothing was sent.
+            TransferError: the source died, hangs, or no longer has the chunk. The same chunk may be pulled again.
+        """
+        self.layout.check_compatible(chunk.layout)
+        if chunk.device != self._device:
+            raise LayoutMismatchError(
+                f"engines disagree on the device of KV: ours {self._device}, theirs {chunk.device}"
+            )
+        try:
+            try:
+                return self._pull_once(chunk)
+            except LinkLostError:
+                # The source closed its end while nothing was under way, or was restarted.
+                return self._pull_once(chunk)
+        except TransferError as error:
+            self._count(num_failed=1)
+            # A new exception: the link's other jobs may hold the old one.
+            raise TransferError(f"chunk from engine {chunk.source_id}: {error}") from None
+
+    def _pull_once(self, chunk: RemoteChunk) -> Tensor:
+        link = self._link_to(chunk)
+        tensor = link.submit(partial(self._receive, link.name, chunk)).result()
+        assert tensor is not None
+        return tensor
+
+    def _link_to(self, chunk: RemoteChunk) -> Link:
+        name = uuid4().hex
+        with self._lock:
+            link = self._inbound.get(chunk.source_id)
+            if link is not None:
+                return link
+            open_group = partial(self._invite, name, chunk)
+            link = Link(name, Peer(chunk.source), open_group, self._config, self._forget_inbound)
+            self._inbound[chunk.source_id] = link
+        self._watchdog.watch(link, self._config.probe_interval_s)
+        return link
+
+    def _invite(self, name: str, chunk: RemoteChunk) -> Group:
+        """Open a store for this link alone, tell the source where it is, and wait for it there."""
+        timeout_s = self._config.connect_timeout_s
+        store, address = host_store(_node_ip(), timeout_s)
+        receiver = ray.get_runtime_context().current_actor
+        invitation = call_engine(chunk.source, _accept, name, receiver, actor_id(), address)
+        ray.get(invitation, timeout=timeout_s)
+        return build_group(self._device, store, 0, address[0], timeout_s)
+
+    def _receive(self, name: str, chunk: RemoteChunk, group: Group) -> Tensor:
+        started = monotonic()
+        request = call_engine(chunk.source, _push, name, actor_id(), chunk.object_id)
+        tensor = torch.empty(chunk.shape, dtype=getattr(torch, chunk.layout.dtype), device=chunk.device)
+        reply = ray.get(request, timeout=self._config.connect_timeout_s)
+        if reply is _Reply.NO_LINK:
+            raise LinkLostError("the source closed the link")
+        if reply is _Reply.GONE:
+            raise TransferError("the source no longer has it")
+        group.recv(tensor, self._config.transfer_timeout_s)
+        self._count(num_received=1, num_received_bytes=tensor.nbytes, receive_s=monotonic() - started)
+        return tensor
+
+    def _forget_inbound(self, link: Link) -> None:
+        with self._lock:
+            _remove(self._inbound, link)
+        # Tells a living source at once what it would else find out from its own timeouts.
+        call_engine(link.peer.actor, _hang_up, link.name, actor_id())
+
+    def _count(self, **increments: float) -> None:
+        with self._lock:
+            self._stats = replace(
+                self._stats, **{name: getattr(self._stats, name) + by for name, by in increments.items()}
+            )
+
+
+# One for the process, because the functions below are run in it by other engines.
+endpoint = Endpoint()
+
+
+def _accept(_engine: object, name: str, receiver: ActorHandle[Any], receiver_id: str, address: tuple[str, int]) -> None:
+    endpoint.accept(name, receiver, receiver_id, address)
+
+
+def _push(_engine: object, name: str, receiver_id: str, object_id: str) -> _Reply:
+    return endpoint.push(name, receiver_id, object_id)
+
+
+def _hang_up(_engine: object, name: str, receiver_id: str) -> None:
+    endpoint.hang_up(name, receiver_id)
+
+
+def actor_id() -> str:
+    """Of the engine that this process is."""
+    found = ray.get_runtime_context().get_actor_id()
+    assert found is not None, "KV moves between actors only"
+    return found
+
+
+def _node_ip() -> str:
+    return str(ray.util.get_node_ip_address())
+
+
+def _remove(links: dict[str, Link], link: Link) -> None:
+    """Forget this link, but not one that has taken its place since."""
+    for peer_id, other in list(links.items()):
+        if other is link:
+            del links[peer_id]
+
+
+def _check_chunk(tensor: Tensor, layout: KVLayout, device: str) -> None:
+    shape = layout.chunk_shape(tensor.shape[2] if tensor.dim() == 6 else 0)
+    if tuple(tensor.shape) != shape or tensor.dtype != getattr(torch, layout.dtype) or tensor.device.type != device:
+        raise ValueError(
+            f"a chunk of KV has shape {shape}, {layout.dtype} on {device};"
+            f" got {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+        )
+    if not tensor.is_contiguous():
+        raise ValueError(f"a chunk of KV must be contiguous, got strides {tensor.stride()}")

@@ -1,0 +1,277 @@
+"""One pair of engines, seen from one of them: a thread that forms a group of two, then runs one job at a time over it.
+
+Owns the rule that nothing here waits without a bound: `Watchdog` asks the peers of all links whether they live, without
+waiting for the answers, and ends the links of those that died or hang. Knows Ray's actors; nothing of KV or layouts.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from threading import Condition, Lock, Thread
+from time import monotonic, sleep
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from torch import Tensor
+
+from deployments.errors import TransferError
+from deployments.kv_transfer.base import TransferConfig
+from deployments.kv_transfer.group import Group
+
+logger = logging.getLogger(__name__)
+
+CONTROL_GROUP = "kv_ctl"
+Job = Callable[[Group], Tensor | None]
+
+
+class LinkLostError(TransferError):
+    """The other end had closed the link before the transfer began: a new link will do."""
+
+
+def call_engine(actor: ActorHandle[Any], function: Callable[..., Any], *args: object) -> "ray.ObjectRef[Any]":
+    """Run `function(engine, *args)` in the engine's process, in the group of threads kept for short calls."""
+    return actor.__ray_call__.options(concurrency_group=CONTROL_GROUP).remote(function, *args)
+
+
+def _answer(_engine: object) -> None:
+    """The question whether an engine lives; being run is the answer."""
+
+
+class Peer:
+    """Whether another engine lives, found out without waiting for it."""
+
+    def __init__(self, actor: ActorHandle[Any]) -> None:
+        self.actor = actor
+        self._question: ray.ObjectRef[Any] | None = None
+        self._asked_at = monotonic()
+
+    def silent_s(self, interval_s: float) -> float:
+        """How long the peer has left a question open; asks a new one every `interval_s`. RayError: it is dead."""
+        now = monotonic()
+        if self._question is not None:
+            if not ray.wait([self._question], timeout=0)[0]:
+                return now - self._asked_at
+            question, self._question = self._question, None
+            ray.get(question)
+        if now - self._asked_at >= interval_s:
+            self._question = call_engine(self.actor, _answer)
+            self._asked_at = now
+        return 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    job: Job
+    future: "Future[Tensor | None]"
+
+    def fail(self, kind: type[TransferError], reason: str) -> None:
+        # A new exception for each: one that was raised elsewhere has a traceback, and that pins tensors.
+        self.future.set_exception(kind(reason))
+
+
+class Link:
+    """One end of a pair.
+
+    Args:
+        name: of the link, unique among all that were ever opened.
+        peer: the engine at the other end.
+        open_group: joins the group; runs on the link's thread and may block for `connect_timeout_s`.
+        config: the bounds.
+        on_close: called once, from any thread, with the link.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        peer: Peer,
+        open_group: Callable[[], Group],
+        config: TransferConfig,
+        on_close: "Callable[[Link], None]",
+    ) -> None:
+        self.name = name
+        self.peer = peer
+        self._open_group = open_group
+        self._config = config
+        self._on_close = on_close
+        self._changed = Condition(Lock())
+        # All below is guarded by _changed. Whoever takes a task out of it finishes its future, and nobody else.
+        self._waiting: deque[_Task] = deque()
+        self._current: _Task | None = None
+        self._group: Group | None = None
+        self._state_since = monotonic()
+        self._doubt: str | None = None
+        self._closed: str | None = None
+        Thread(target=self._run, name=f"kv-link-{name}", daemon=True).start()
+
+    @property
+    def is_closed(self) -> bool:
+        return self._closed is not None
+
+    def submit(self, job: Job) -> "Future[Tensor | None]":
+        """Run a job behind those that wait. One that raises `TransferError` fails alone, else the link closes.
+
+        Raises:
+            LinkLostError: the link is closed.
+            TransferError: the peer does not answer.
+        """
+        task = _Task(job, Future())
+        with self._changed:
+            if self._closed is not None:
+                raise LinkLostError(self._closed)
+            if self._doubt is not None:
+                raise TransferError(self._doubt)
+            self._waiting.append(task)
+            self._changed.notify()
+        return task.future
+
+    def close(self, reason: str, kind: type[TransferError] = TransferError) -> None:
+        """End the group and fail every job. Idempotent, from any thread."""
+        with self._changed:
+            if self._closed is not None:
+                return
+            self._closed = reason
+            tasks = [self._current] if self._current is not None else []
+            tasks += self._waiting
+            self._current = None
+            self._waiting.clear()
+            group, self._group = self._group, None
+            self._changed.notify()
+        if group is not None:
+            group.abort()
+        for task in tasks:
+            task.fail(kind, reason)
+        self._on_close(self)
+
+    def check(self) -> None:
+        """Close the link if its peer is dead, its time is over, or nobody has used it for long. Never waits."""
+        with self._changed:
+            is_connecting = self._group is None
+            is_busy = is_connecting or self._current is not None
+            state_s = monotonic() - self._state_since
+        config = self._config
+        try:
+            silent_s = self.peer.silent_s(config.probe_interval_s if is_busy else config.idle_probe_interval_s)
+        except RayError:
+            self.close("the other engine died")
+            return
+        if is_connecting and state_s > config.connect_timeout_s:
+            self.close(f"no connection to the other engine after {config.connect_timeout_s} s")
+        elif is_busy and state_s > config.transfer_timeout_s:
+            self.close(f"transfer not done after {config.transfer_timeout_s} s")
+        elif not is_busy and state_s > config.idle_timeout_s:
+            # A job that comes at this moment is worth a new link.
+            self.close("unused", LinkLostError)
+        else:
+            self._set_doubt(silent_s > config.doubt_after_s)
+
+    def _set_doubt(self, in_doubt: bool) -> None:
+        reason = f"the other engine has not answered for {self._config.doubt_after_s} s" if in_doubt else None
+        with self._changed:
+            self._doubt = reason
+            tasks = list(self._waiting) if in_doubt else []
+            if in_doubt:
+                self._waiting.clear()
+        for task in tasks:
+            task.fail(TransferError, str(reason))
+
+    def _run(self) -> None:
+        reason = self._connect()
+        if reason is not None:
+            self.close(reason)
+        while (task := self._next()) is not None:
+            self._perform(task)
+            # Else this name would keep the last chunk until the next one comes.
+            del task
+
+    def _connect(self) -> str | None:
+        """Join the group; why not, if it failed. A late group of a closed link is ended at once."""
+        try:
+            group = self._open_group()
+        except Exception as error:
+            return f"cannot form a group with the other engine: {_describe(error)}"
+        with self._changed:
+            if self._closed is None:
+                self._group = group
+                self._state_since = monotonic()
+                return None
+        group.abort()
+        return None
+
+    def _next(self) -> _Task | None:
+        """Wait for a job; None once the link is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed is not None or self._waiting)
+            if self._closed is not None:
+                return None
+            self._current = self._waiting.popleft()
+            self._state_since = monotonic()
+            return self._current
+
+    def _perform(self, task: _Task) -> None:
+        group = self._group
+        if group is None:
+            return  # closed since: the future was failed there
+        try:
+            result = task.job(group)
+        except LinkLostError as error:
+            self.close(str(error), LinkLostError)
+        except TransferError as error:
+            if self._finish(task):
+                task.fail(TransferError, str(error))
+        except Exception as error:
+            self.close(f"transfer failed: {_describe(error)}")
+        else:
+            if self._finish(task):
+                task.future.set_result(result)
+
+    def _finish(self, task: _Task) -> bool:
+        """Take the job out; False if `close` was first and has failed it."""
+        with self._changed:
+            is_ours = self._current is task
+            if is_ours:
+                self._current = None
+                self._state_since = monotonic()
+            return is_ours
+
+
+class Watchdog:
+    """Checks every open link a few times a second, on a thread that lives as long as there are links."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._links: set[Link] = set()
+        self._is_running = False
+
+    def watch(self, link: Link, interval_s: float) -> None:
+        with self._lock:
+            self._links.add(link)
+            if not self._is_running:
+                self._is_running = True
+                Thread(target=self._run, args=(interval_s,), name="kv-watchdog", daemon=True).start()
+
+    def _run(self, interval_s: float) -> None:
+        while links := self._open_links():
+            for link in links:
+                try:
+                    link.check()
+                except Exception as error:
+                    logger.exception("link %s cannot be watched", link.name)
+                    link.close(f"the link cannot be watched: {_describe(error)}")
+            del link, links
+            sleep(interval_s)
+
+    def _open_links(self) -> list[Link]:
+        with self._lock:
+            self._links = {link for link in self._links if not link.is_closed}
+            self._is_running = bool(self._links)
+            return list(self._links)
+
+
+def _describe(error: Exception) -> str:
+    """The error in one line; Ray's and gloo's run over many."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1].strip()[:300]}" if lines else type(error).__name__

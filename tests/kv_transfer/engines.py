@@ -1,0 +1,86 @@
+"""An engine actor without a model: chunks of one value, and what the tests must see of its process."""
+
+import os
+import threading
+import weakref
+from typing import Any
+
+import ray
+import torch
+from torch import Tensor
+
+from deployments.kv_transfer.base import TransferConfig, TransferStats
+from deployments.kv_transfer.direct import ENGINE_ACTOR_OPTIONS, configure, exports_kv, receives_kv, stats
+from deployments.kv_transfer.group import GlooGroup
+from deployments.kv_transfer.layout import KVLayout
+from deployments.messages import ChunkReady
+
+# 64 KiB per block.
+LAYOUT = KVLayout("test-model", "float32", block_size=16, num_layers=4, num_kv_heads=2, head_dim=64)
+
+
+@ray.remote(num_cpus=0, **ENGINE_ACTOR_OPTIONS)
+class FakeEngine:
+    def __init__(self, layout: KVLayout, config: TransferConfig) -> None:
+        torch.set_num_threads(1)
+        configure(layout, config=config)
+        self._layout = layout
+        self._exported: list[weakref.ref[Tensor]] = []
+        self._may_go = threading.Event()
+        self._is_moving = threading.Event()
+
+    @exports_kv
+    def take_chunk(self, num_blocks: int, value: float) -> Tensor:
+        chunk = torch.full(self._layout.chunk_shape(num_blocks), value)
+        # The second half tells a chunk that came in part.
+        chunk.view(-1)[chunk.numel() // 2 :] += 0.5
+        self._exported.append(weakref.ref(chunk))
+        return chunk
+
+    @exports_kv
+    def take_wrong_chunk(self) -> Tensor:
+        return torch.zeros(3, 3)
+
+    @receives_kv
+    def receive_kv(self, header: ChunkReady, chunk: Tensor) -> tuple[float, float, int]:
+        halves = chunk.view(2, -1)
+        assert (halves[0] == halves[0, 0]).all() and (halves[1] == halves[1, 0]).all()
+        return float(halves[0, 0]), float(halves[1, 0]), chunk.shape[2]
+
+    @ray.method(concurrency_group="ctl")
+    def stats(self) -> TransferStats:
+        return stats()
+
+    @ray.method(concurrency_group="ctl")
+    def num_exported_alive(self) -> int:
+        """Chunks produced here whose memory is not freed."""
+        return sum(ref() is not None for ref in self._exported)
+
+    @ray.method(concurrency_group="ctl")
+    def threads(self) -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name.startswith("kv-")]
+
+    @ray.method(concurrency_group="ctl")
+    def pid(self) -> int:
+        return os.getpid()
+
+    @ray.method(concurrency_group="ctl")
+    def hold_back(self, direction: str, seconds: float) -> None:
+        """From now on wait before each `send` or `recv`, as if this process were slow."""
+        original: Any = getattr(GlooGroup, direction)
+
+        def slow(group: GlooGroup, tensor: Tensor, timeout_s: float) -> None:
+            self._is_moving.set()
+            self._may_go.wait(seconds)
+            original(group, tensor, timeout_s)
+
+        setattr(GlooGroup, direction, slow)
+
+    @ray.method(concurrency_group="ctl")
+    def let_go(self) -> None:
+        self._may_go.set()
+
+    @ray.method(concurrency_group="ctl")
+    def wait_until_moving(self) -> bool:
+        """Wait until a transfer has reached `send` or `recv` here, after `hold_back`."""
+        return self._is_moving.wait(20)

@@ -1,0 +1,211 @@
+"""Hand-off between real Ray actors over gloo, and everything that can die on the way."""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import ray
+
+from deployments.errors import LayoutMismatchError, TransferError
+from deployments.kv_transfer.base import TransferConfig
+from deployments.messages import ChunkReady
+from tests.kv_transfer.engines import LAYOUT, FakeEngine
+
+CONFIG = TransferConfig(
+    connect_timeout_s=4, transfer_timeout_s=4, probe_interval_s=0.1, idle_probe_interval_s=0.3, doubt_after_s=1
+)
+# Two busy cores: what takes 0.3 s alone may take this.
+SOON_S = 4.0
+BIG = 4000  # blocks: 250 MiB
+
+Engine = Any
+# Ray's decorator types do not tell an actor class from a class.
+EngineClass: Any = FakeEngine
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def engines(cluster: None) -> list[Engine]:
+    """Four that every test leaves alive and well; starting one takes seconds."""
+    return [EngineClass.remote(LAYOUT, CONFIG) for _ in range(4)]
+
+
+@pytest.fixture
+def start_engine() -> Iterator[Callable[..., Engine]]:
+    started: list[Engine] = []
+
+    def start(config: TransferConfig = CONFIG, **fields: Any) -> Engine:
+        engine = EngineClass.remote(replace(LAYOUT, **fields), config)
+        started.append(engine)
+        return engine
+
+    yield start
+    for engine in started:
+        ray.kill(engine)
+
+
+def hand_off(source: Engine, destination: Engine, num_blocks: int, value: float) -> "ray.ObjectRef[Any]":
+    header = ChunkReady("request", 0, 0, num_blocks)
+    ack: ray.ObjectRef[Any] = destination.receive_kv.remote(header, source.take_chunk.remote(num_blocks, value))
+    return ack
+
+
+def assert_arrived(acks: "list[ray.ObjectRef[Any]]", expected: list[tuple[int, float]], timeout: float = 30) -> None:
+    received = ray.get(acks, timeout=timeout)
+    assert received == [(value, value + 0.5, num_blocks) for num_blocks, value in expected]
+
+
+def wait_for(condition: Callable[[], bool], within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not true after {within_s} s"
+        time.sleep(0.05)
+
+
+def has_no_links(engine: Engine) -> bool:
+    stats, threads = ray.get([engine.stats.remote(), engine.threads.remote()])
+    return bool(stats.num_links == 0 and not threads)
+
+
+def test_many_concurrent_chunks_arrive_whole_in_crossing_directions(engines):
+    rng = random.Random(0)
+    jobs = [(*rng.sample(range(4), 2), rng.choice([1, 16, 100])) for _ in range(200)]
+    acks = [hand_off(engines[s], engines[d], blocks, float(i)) for i, (s, d, blocks) in enumerate(jobs)]
+    assert_arrived(acks, [(blocks, float(i)) for i, (_, _, blocks) in enumerate(jobs)])
+    stats = ray.get([engine.stats.remote() for engine in engines])
+    assert sum(s.num_received for s in stats) == sum(s.num_sent for s in stats) == 200
+    assert sum(s.num_received_bytes for s in stats) == sum(job[2] for job in jobs) * LAYOUT.bytes_per_block
+    assert [s.num_failed for s in stats] == [0] * 4
+    wait_for(lambda: sum(ray.get([e.num_exported_alive.remote() for e in engines])) == 0, SOON_S)
+    # Both ends of 12 ordered pairs, each with one thread, and a watchdog per engine.
+    assert sum(len(t) for t in ray.get([e.threads.remote() for e in engines])) == 24 + 4
+
+
+def test_an_engine_hands_over_to_itself(engines):
+    assert_arrived([hand_off(engines[0], engines[0], 4, 7.0)], [(4, 7.0)])
+
+
+def test_a_dropped_reference_frees_the_chunk_at_its_source(engines):
+    ref = engines[0].take_chunk.remote(100, 1.0)
+    ray.wait([ref], fetch_local=False)
+    assert ray.get(engines[0].stats.remote()).num_held == 1
+    del ref
+    wait_for(lambda: ray.get(engines[0].num_exported_alive.remote()) == 0, SOON_S)
+    assert ray.get(engines[0].stats.remote()).num_held == 0
+
+
+def test_a_chunk_can_be_pulled_twice(engines):
+    ref = engines[0].take_chunk.remote(8, 3.0)
+    acks = [engines[i].receive_kv.remote(ChunkReady("request", 0, 0, 8), ref) for i in (1, 2, 1)]
+    assert_arrived(acks, [(8, 3.0)] * 3)
+
+
+def test_another_layout_is_refused_before_anything_is_sent(engines, start_engine):
+    source = start_engine(head_dim=32)
+    for _ in range(2):
+        with pytest.raises(LayoutMismatchError, match="head_dim: ours 64, theirs 32"):
+            ray.get(hand_off(source, engines[0], 4, 1.0), timeout=20)
+    stats = ray.get(source.stats.remote())
+    assert (stats.num_sent, stats.num_links) == (0, 0)
+    assert_arrived([hand_off(engines[1], engines[0], 1, 1.0)], [(1, 1.0)])
+
+
+def test_a_tensor_that_is_no_chunk_is_refused_at_its_source(engines):
+    source, destination = engines[:2]
+    with pytest.raises(ValueError, match="a chunk of KV has shape"):
+        ray.get(destination.receive_kv.remote(ChunkReady("r", 0, 0, 1), source.take_wrong_chunk.remote()), timeout=20)
+    assert_arrived([hand_off(source, destination, 1, 1.0)], [(1, 1.0)])
+
+
+@pytest.mark.parametrize("sends_after_s", [0.05, 20.0], ids=["amid the bytes", "before the bytes"])
+def test_a_killed_source_fails_the_transfer_fast_and_others_go_on(engines, start_engine, sends_after_s):
+    source, (other, destination) = start_engine(), engines[:2]
+    num_links = ray.get(destination.stats.remote()).num_links
+    ray.get(source.hold_back.remote("send", sends_after_s))
+    ack = hand_off(source, destination, BIG, 2.0)
+    assert ray.get(source.wait_until_moving.remote())
+    time.sleep(0.08)
+    ray.kill(source)
+    killed = time.monotonic()
+    with pytest.raises(TransferError):
+        ray.get(ack, timeout=20)
+    assert time.monotonic() - killed < SOON_S
+    assert_arrived([hand_off(other, destination, 1, 3.0)], [(1, 3.0)])
+    wait_for(lambda: len(ray.get(destination.threads.remote())) == num_links + 1, SOON_S)
+    assert ray.get(destination.stats.remote()).num_links == num_links
+
+
+@pytest.mark.parametrize("receives_after_s", [0.05, 20.0], ids=["amid the bytes", "before the bytes"])
+def test_a_killed_receiver_frees_the_chunk_and_the_source_serves_others(engines, start_engine, receives_after_s):
+    (source, other), destination = engines[:2], start_engine()
+    num_links = ray.get(source.stats.remote()).num_links
+    ray.get(destination.hold_back.remote("recv", receives_after_s))
+    ack = hand_off(source, destination, BIG, 1.0)
+    assert ray.get(destination.wait_until_moving.remote())
+    assert ray.get(source.num_exported_alive.remote()) == 1
+    time.sleep(0.08)
+    ray.kill(destination)
+    killed = time.monotonic()
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        ray.get(ack, timeout=20)
+    del ack
+    wait_for(lambda: ray.get(source.num_exported_alive.remote()) == 0, SOON_S)
+    assert time.monotonic() - killed < SOON_S
+    assert_arrived([hand_off(source, other, 1, 3.0)], [(1, 3.0)])
+    wait_for(lambda: len(ray.get(source.threads.remote())) == num_links + 1, SOON_S)
+    assert ray.get(source.stats.remote()).num_links == num_links
+
+
+def test_a_stopped_source_is_bounded_and_holds_up_nobody(engines, start_engine):
+    # More chunks than the receiver has threads to receive with.
+    stopped, (other, destination) = start_engine(), engines[:2]
+    assert_arrived([hand_off(e, destination, 1, 1.0) for e in (stopped, other)], [(1, 1.0)] * 2)
+    refs = [stopped.take_chunk.remote(16, 2.0) for _ in range(12)]
+    ray.wait(refs, num_returns=12, fetch_local=False)
+    pid = ray.get(stopped.pid.remote())
+    os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    try:
+        hung = [destination.receive_kv.remote(ChunkReady("request", 0, 0, 16), ref) for ref in refs]
+        assert_arrived([hand_off(other, destination, 16, 3.0) for _ in range(3)], [(16, 3.0)] * 3)
+        assert time.monotonic() - began < CONFIG.doubt_after_s + 2
+        for ack in hung:
+            with pytest.raises(TransferError):
+                ray.get(ack, timeout=20)
+        assert time.monotonic() - began < CONFIG.transfer_timeout_s + 2
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    # The first may still meet the end of the broken link.
+    ray.wait([hand_off(stopped, destination, 1, 4.0)], timeout=20)
+    retried = [destination.receive_kv.remote(ChunkReady("request", 0, 0, 16), ref) for ref in refs]
+    assert_arrived(retried, [(16, 2.0)] * 12)
+
+
+def test_a_pair_is_formed_again_after_a_failure_and_after_a_rest(start_engine):
+    config = replace(CONFIG, idle_timeout_s=0.5)
+    source, destination = start_engine(config), start_engine(config)
+    assert_arrived([hand_off(source, destination, 4, 1.0)], [(4, 1.0)])
+    # Unused: the receiver closes, and tells the source.
+    for engine in (source, destination):
+        wait_for(partial(has_no_links, engine), SOON_S)
+    assert_arrived([hand_off(source, destination, 4, 2.0)], [(4, 2.0)])
+    ray.get(source.hold_back.remote("send", 8.0))
+    with pytest.raises(TransferError):
+        ray.get(hand_off(source, destination, 4, 3.0), timeout=20)
+    ray.get(source.let_go.remote())
+    assert_arrived([hand_off(source, destination, 4, 4.0)], [(4, 4.0)])
+    for engine in (source, destination):
+        wait_for(partial(has_no_links, engine), 10)
+    assert ray.get([engine.num_exported_alive.remote() for engine in (source, destination)]) == [0, 0]

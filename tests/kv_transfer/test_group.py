@@ -1,0 +1,109 @@
+"""Groups of two over gloo; both ends are threads of this process."""
+
+import multiprocessing
+import os
+import signal
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.synchronize import Event
+from threading import Thread
+from time import monotonic, sleep
+
+import pytest
+import torch
+
+from deployments.kv_transfer.group import Group, build_group, host_store, join_store
+
+HOST = "127.0.0.1"
+# 800 MB: far from over after 0.1 s.
+LARGE = 200_000_000
+
+
+@pytest.fixture
+def ends() -> tuple[Group, Group]:
+    store, address = host_store(HOST, 5)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: build_group("cpu", join_store(address, 5), 1, HOST, 5))
+        return build_group("cpu", store, 0, HOST, 5), other.result()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bytes_arrive_unchanged(ends, dtype):
+    sent = torch.randn(3, 2, 1000).to(dtype)
+    received = torch.empty_like(sent)
+    sender = Thread(target=ends[1].send, args=(sent, 5))
+    sender.start()
+    ends[0].recv(received, 5)
+    sender.join()
+    assert torch.equal(received, sent)
+
+
+@pytest.mark.parametrize("aborting", [0, 1])
+def test_abort_wakes_a_pending_receive_on_either_end(ends, aborting):
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(ends[0].recv, torch.empty(1_000_000), 30)
+        sleep(0.1)
+        assert not pending.done()
+        ends[aborting].abort()
+        started = monotonic()
+        with pytest.raises(RuntimeError):
+            pending.result(timeout=5)
+        assert monotonic() - started < 1
+
+
+def test_abort_wakes_a_send_that_nobody_receives(ends):
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(ends[0].send, torch.empty(50_000_000), 30)
+        sleep(0.1)
+        assert not pending.done()
+        ends[0].abort()
+        with pytest.raises(RuntimeError):
+            pending.result(timeout=5)
+
+
+def test_a_receive_is_bounded_by_its_timeout(ends):
+    started = monotonic()
+    with pytest.raises(RuntimeError, match="Timed out"):
+        ends[0].recv(torch.empty(10), 0.2)
+    assert monotonic() - started < 2
+
+
+def test_forming_a_group_alone_is_bounded():
+    store, _ = host_store(HOST, 0.5)
+    with pytest.raises(RuntimeError):
+        build_group("cpu", store, 0, HOST, 0.5)
+
+
+def other_end(address: tuple[str, int], direction: str, ready: Event) -> None:
+    group = build_group("cpu", join_store(address, 20), 1, HOST, 20)
+    tensor = torch.ones(LARGE)
+    ready.set()
+    (group.send if direction == "recv" else group.recv)(tensor, 60)
+
+
+@pytest.mark.parametrize("stop_signal", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("direction", ["send", "recv"])
+def test_a_peer_lost_amid_the_bytes_pins_nothing(direction, stop_signal):
+    store, address = host_store(HOST, 20)
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    other = context.Process(target=other_end, args=(address, direction, ready), daemon=True)
+    other.start()
+    assert other.pid is not None
+    try:
+        group = build_group("cpu", store, 0, HOST, 20)
+        tensors = [torch.ones(LARGE)]
+        memory = weakref.ref(tensors[0])
+        assert ready.wait(20)
+        with ThreadPoolExecutor(1) as pool:
+            pending = pool.submit(lambda: getattr(group, direction)(tensors.pop(), 60))
+            sleep(0.1)
+            assert not pending.done()
+            os.kill(other.pid, stop_signal)
+            group.abort()
+            assert isinstance(pending.exception(timeout=5), RuntimeError)
+            del pending
+        assert memory() is None
+    finally:
+        other.kill()
+        other.join()

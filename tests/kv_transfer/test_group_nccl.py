@@ -1,0 +1,64 @@
+"""Groups of two over NCCL. One GPU is enough: two processes that claim to be two hosts talk over loopback sockets."""
+
+import multiprocessing
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+
+from deployments.kv_transfer.group import Group, build_group, host_store, join_store
+
+HOST = "127.0.0.1"
+SIZES = (1000, 25_000_000, 1000)
+
+pytestmark = pytest.mark.gpu
+
+
+def join(rank: int, addresses: Any) -> Group:
+    os.environ.update(NCCL_HOSTID=f"host-{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+    torch.cuda.init()
+    if rank == 1:
+        return build_group("cuda", join_store(addresses.get(), 20), 1, HOST, 20)
+    store, address = host_store(HOST, 20)
+    addresses.put(address)
+    return build_group("cuda", store, 0, HOST, 20)
+
+
+def send_all(addresses: Any, then_stay_s: float) -> None:
+    group = join(1, addresses)
+    for size in SIZES:
+        group.send(torch.arange(size, device="cuda", dtype=torch.float32), 20)
+    time.sleep(then_stay_s)
+
+
+def receive_all(addresses: Any, results: Any) -> None:
+    group = join(0, addresses)
+    for size in SIZES:
+        received = torch.empty(size, device="cuda")
+        group.recv(received, 20)
+        results.put(torch.equal(received.cpu(), torch.arange(size, dtype=torch.float32)))
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(group.recv, torch.empty(10_000_000, device="cuda"), 60)
+        time.sleep(1)
+        group.abort()
+        results.put(isinstance(pending.exception(timeout=5), RuntimeError))
+    results.put(float(torch.ones(10, device="cuda").sum()) == 10)
+
+
+@pytest.mark.parametrize("then_stay_s", [60.0, 0.2], ids=["silent peer", "dead peer"])
+def test_bytes_arrive_and_abort_wakes_the_receiver(then_stay_s):
+    context = multiprocessing.get_context("spawn")
+    addresses, results = context.Queue(), context.Queue()
+    sender = context.Process(target=send_all, args=(addresses, then_stay_s), daemon=True)
+    receiver = context.Process(target=receive_all, args=(addresses, results), daemon=True)
+    sender.start()
+    receiver.start()
+    try:
+        assert [results.get(timeout=60) for _ in range(len(SIZES) + 2)] == [True] * (len(SIZES) + 2)
+    finally:
+        for process in (sender, receiver):
+            process.kill()
+            process.join()
