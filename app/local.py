@@ -1,0 +1,228 @@
+"""The server on one machine: `python -m app.local up`, `down`, `status`; what `make serve` and `make stop` call.
+
+Starts `app/local_server.py` in a session of its own, tells what it is doing until it answers, and stops it again.
+Never talks to Ray: it watches the log and asks `/health`.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from app.arguments import ConfigError, list_arguments
+from app.config import AppConfig
+from app.local_process import RunFolder, Server
+from app.local_server import HOST, RUNS, STAGE_MARK
+
+# For the processes of the server, where the user's environment does not say otherwise.
+SERVE_ENVIRONMENT = {
+    "PYTHONUNBUFFERED": "1",
+    # A local try-out reports nothing to anybody.
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+# What deployments/engine/model.py logs; its one step that takes a minute.
+_CONVERSION = re.compile(r"converting \S+ to \S+ \(once\)")
+_POLL_S = 0.3
+_NUM_ERROR_LINES = 30
+
+
+class LocalError(Exception):
+    """`up` or `down` cannot do what was asked; the message says why and what would help."""
+
+
+def parse_arguments(pairs: list[str]) -> AppConfig:
+    """Read `key=value` pairs.
+
+    Raises:
+        ConfigError: one is malformed, unknown or out of bounds.
+    """
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key and equals and value):
+            raise ConfigError(f"{pair!r} is not of the form key=value")
+    return AppConfig.model_validate(dict(pair.split("=", 1) for pair in pairs))
+
+
+def up(folder: RunFolder, app: str, port: int, num_cpus: int | None, timeout_s: float, pairs: list[str]) -> None:
+    """Start the server and return when it answers; on any failure nothing of it is left.
+
+    Raises:
+        ConfigError: an argument is wrong; nothing was started.
+        LocalError: it runs already, the port is taken, or it did not start.
+    """
+    config = parse_arguments(pairs)
+    num_cpus = num_cpus or max(os.cpu_count() or 1, math.ceil(config.max_num_cpus()))
+    started = time.monotonic()
+    with folder.locked():
+        if (running := folder.server()) is not None:
+            raise LocalError(f"a server already runs at {running.url} (pid {running.pid}); stop it first: make stop")
+        _check_port(port)
+        server, process = _spawn(folder, app, port, num_cpus, pairs)
+        folder.remember(server)
+    try:
+        _wait_until_healthy(folder, server, process, started, timeout_s)
+    except BaseException:  # KeyboardInterrupt too: what was started is stopped
+        server.stop()
+        folder.forget()
+        raise
+    print(f"\n{config.served_model_name} is served at {server.url} (log: {folder.log}; stop with: make stop). Try:\n")
+    print(f"  {_curl(server, config.served_model_name)}\n")
+
+
+def _check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise LocalError(f"port {port} is taken ({error.strerror}); choose another: --port {port + 1}") from None
+
+
+def _spawn(
+    folder: RunFolder, app: str, port: int, num_cpus: int, pairs: list[str]
+) -> tuple[Server, subprocess.Popen[bytes]]:
+    # Short: Ray puts Unix sockets under it, whose paths end at 107 characters.
+    temp_dir = tempfile.mkdtemp(prefix="kvrelay-")
+    command = [sys.executable, "-m", "app.local_server", "--app", app, "--port", str(port)]
+    command += ["--num-cpus", str(num_cpus), "--temp-dir", temp_dir, "--", *pairs]
+    environment = SERVE_ENVIRONMENT | os.environ
+    environment.pop("RAY_ADDRESS", None)
+    with open(folder.log, "wb") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    return Server(process.pid, psutil.Process(process.pid).create_time(), port, temp_dir), process
+
+
+def _wait_until_healthy(
+    folder: RunFolder, server: Server, process: subprocess.Popen[bytes], started: float, timeout_s: float
+) -> None:
+    runs = False
+    with open(folder.log, errors="replace") as log:
+        while True:
+            for stage in _stages(log):
+                print(f"{time.monotonic() - started:6.1f} s  {stage}", flush=True)
+                runs = runs or stage == RUNS
+            elapsed = time.monotonic() - started
+            if process.poll() is not None:
+                raise LocalError(f"the server ended with status {process.returncode}:\n\n{_last_lines(folder.log)}")
+            # Not before: Serve would hold the question until there is somebody to ask.
+            if runs and server.is_healthy():
+                print(f"{elapsed:6.1f} s  ready", flush=True)
+                return
+            if elapsed > timeout_s:
+                raise LocalError(f"not ready after {timeout_s:g} s:\n\n{_last_lines(folder.log)}")
+            time.sleep(_POLL_S)
+
+
+def _stages(log: Iterator[str]) -> Iterator[str]:
+    """Pick out of new log lines what a waiting user wants to know."""
+    for line in log:
+        if line.startswith(STAGE_MARK):
+            yield line.removeprefix(STAGE_MARK).strip()
+        elif _CONVERSION.search(line):
+            yield "converting the model (the first time only)"
+
+
+def _last_lines(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return "\n".join([*lines[-_NUM_ERROR_LINES:], f"\n(the whole log: {log})"])
+
+
+def _curl(server: Server, model: str) -> str:
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    body = json.dumps({"model": model, "messages": messages, "max_tokens": 32, "temperature": 0})
+    header = "Content-Type: application/json"
+    return f"curl {server.url}/v1/chat/completions -H {shlex.quote(header)} -d {shlex.quote(body)}"
+
+
+def down(folder: RunFolder) -> None:
+    """Stop the server and all its processes.
+
+    Raises:
+        LocalError: none runs.
+    """
+    with folder.locked():
+        server = folder.server()
+        if server is None:
+            folder.forget()
+            raise LocalError("no server runs")
+        server.stop()
+        folder.forget()
+    print(f"stopped the server at {server.url} (pid {server.pid})")
+
+
+def status(folder: RunFolder) -> None:
+    """Say whether the server runs and answers.
+
+    Raises:
+        LocalError: none runs.
+    """
+    server = folder.server()
+    if server is None:
+        raise LocalError("no server runs")
+    health = "answers" if server.is_healthy() else "does not answer /health"
+    print(f"the server at {server.url} {health} (pid {server.pid}, log: {folder.log})")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m app.local",
+        description="Serve on this machine, in the background.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"arguments of `up`, each as key=value:\n\n{list_arguments(AppConfig)}",
+    )
+    parser.add_argument("--run-dir", type=Path, default=Path(".run"), help="log and state (default: %(default)s)")
+    commands = parser.add_subparsers(dest="command", required=True)
+    start = commands.add_parser("up", help="start the server and wait until it answers")
+    start.add_argument("--port", type=int, default=8000, help="of the API on 127.0.0.1 (default: %(default)s)")
+    start.add_argument("--num-cpus", type=int, help="CPUs that Ray may hand out (default: what the arguments need)")
+    start.add_argument("--timeout", type=float, default=1800, help="seconds to wait (default: %(default)s)")
+    start.add_argument("--app", default="app:graph", help="import path of the graph (default: %(default)s)")
+    start.add_argument("arguments", nargs="*", metavar="key=value", help="see python -m app.local --help")
+    commands.add_parser("down", help="stop the server")
+    commands.add_parser("status", help="say whether it runs")
+    return parser
+
+
+def main() -> int:
+    """Run one command; 0 when done, 1 when it could not be, 130 after Ctrl-C."""
+    options = _parser().parse_args()
+    folder = RunFolder(options.run_dir)
+    # `kill` on a waiting `up` stops what it started, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        if options.command == "up":
+            up(folder, options.app, options.port, options.num_cpus, options.timeout, options.arguments)
+        elif options.command == "down":
+            down(folder)
+        else:
+            status(folder)
+    except (ConfigError, LocalError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The process behind `python -m app.local up`: a private Ray on this machine, the application on it, until SIGTERM.
+
+Owns Ray and Serve for its lifetime; both are its children. Says where it is in lines that begin with `STAGE_MARK`,
+which `app/local.py`, its only caller, finds in the log. Nobody else's Ray cluster is touched or found.
+"""
+
+import argparse
+import signal
+import threading
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
+
+import ray
+from ray import serve
+from ray.serve import Application
+
+from app.config import AppConfig
+
+HOST = "127.0.0.1"
+STAGE_MARK = "[kvrelay] "
+RUNS = "every replica runs"
+_POLL_S = 1.0
+
+
+def say(stage: str) -> None:
+    """Tell the foreground what happens now."""
+    print(f"{STAGE_MARK}{stage}", flush=True)
+
+
+def load_builder(import_path: str) -> Callable[[AppConfig], Application]:
+    """Find the function that builds the application; `module:name`, as `serve run` takes it."""
+    module, _, name = import_path.partition(":")
+    builder: Callable[[AppConfig], Application] = getattr(import_module(module), name)
+    return builder
+
+
+def start(application: Application, port: int, num_cpus: int, temp_dir: Path) -> None:
+    """Start Ray and the application and return when every deployment has its replicas.
+
+    Raises:
+        RuntimeError: Serve gave up; the message holds what the replicas died of.
+    """
+    say("starting Ray")
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        # The engines' own messages, such as that of a model's conversion, belong in the log.
+        logging_config=ray.LoggingConfig(encoding="TEXT", log_level="INFO"),
+        # Its own folder, so that `ray status` and `serve run` of others do not take this cluster for theirs.
+        _temp_dir=str(temp_dir),
+    )
+    say("starting the replicas")
+    serve.start(http_options={"host": HOST, "port": port})
+    stopped = threading.Event()
+    reporter = threading.Thread(target=_report_replicas, args=(stopped,), daemon=True)
+    reporter.start()
+    try:
+        serve.run(application)
+    except RuntimeError as error:
+        raise RuntimeError("\n\n".join([str(error), *_complaints()])) from None
+    finally:
+        stopped.set()
+        reporter.join()
+
+
+def _complaints() -> list[str]:
+    applications = serve.status().applications.values()
+    return [
+        f"{name}: {deployment.message}"
+        for application in applications
+        for name, deployment in application.deployments.items()
+        if deployment.status != "HEALTHY"
+    ]
+
+
+def _report_replicas(stopped: threading.Event) -> None:
+    told: set[str] = set()
+    while not stopped.wait(_POLL_S):
+        for application in serve.status().applications.values():
+            for name, deployment in application.deployments.items():
+                states = ", ".join(f"{count} {state.lower()}" for state, count in deployment.replica_states.items())
+                line = f"{name}: {states or 'waiting for resources'}"
+                if line not in told:
+                    told.add(line)
+                    say(line)
+
+
+def _exit(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def main() -> None:
+    """Serve until SIGTERM, then take everything down in order."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--app", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--num-cpus", type=int, required=True)
+    parser.add_argument("--temp-dir", type=Path, required=True)
+    parser.add_argument("arguments", nargs="*")
+    options = parser.parse_args()
+    arguments = dict(argument.split("=", 1) for argument in options.arguments)
+    try:
+        say("loading the code")
+        application = load_builder(options.app)(AppConfig.model_validate(arguments))
+        start(application, options.port, options.num_cpus, options.temp_dir)
+        # Only now: ray.init sets a handler of its own, and until here `down` ends the whole session by force.
+        signal.signal(signal.SIGTERM, _exit)
+        say(RUNS)
+        threading.Event().wait()
+    finally:
+        # Not without the question: with no Ray of our own, Serve would look for another to shut down.
+        if ray.is_initialized():
+            serve.shutdown()
+            ray.shutdown()
+
+
+if __name__ == "__main__":
+    main()

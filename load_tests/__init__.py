@@ -1,0 +1,1 @@
+"""Load tests: they speak HTTP to a running service and import nothing of the project."""

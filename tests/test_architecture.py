@@ -1,0 +1,127 @@
+"""The import rules of the project, read from its source: who may know of whom."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("app", "deployments", "load_tests")
+RDT_OWNER = "deployments.kv_transfer.direct"
+RDT_NAMES = ("ray.experimental", "tensor_transport", "rdt")
+
+# For modules under each prefix: what they may not import. A rule names a module and all below it.
+FORBIDDEN = {
+    "deployments": ["app"],
+    "deployments.messages": ["ray", "torch", "transformers", "starlette", "deployments.engine", "deployments.api"],
+    "deployments.errors": ["ray", "torch", "transformers", "starlette", "deployments.engine", "deployments.api"],
+    "deployments.engine": ["ray", "starlette", "uvicorn", "fastapi", "httpx", "tokenizers"],
+    "deployments.api": ["ray", "torch", "deployments.engine", "deployments.kv_transfer"],
+    "load_tests": ["app", "deployments", "ray", "torch"],
+}
+# Of the project's own modules, these alone may be imported from under each prefix.
+OWN_ALLOWED = {
+    "deployments.engine": ["deployments.engine", "deployments.messages", "deployments.errors"],
+    "deployments.messages": ["deployments.errors"],
+    "deployments.errors": [],
+}
+
+
+def module_files() -> dict[str, Path]:
+    """Every module of the project's packages, by dotted name."""
+    files = (path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+
+
+MODULES = module_files()
+
+
+def imports_of(module: str, source: str) -> Iterator[str]:
+    """Every module that a source imports, those of `from m import n` as both `m` and `m.n`; relative ones resolved."""
+    package = module if MODULES.get(module, Path()).name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def is_under(module: str, prefix: str) -> bool:
+    return module == prefix or module.startswith(f"{prefix}.")
+
+
+def violations(module: str, source: str) -> list[str]:
+    """What a module imports and may not."""
+    imported = set(imports_of(module, source))
+    found = [
+        name
+        for prefix, forbidden in FORBIDDEN.items()
+        if is_under(module, prefix)
+        for name in imported
+        if any(is_under(name, bad) for bad in forbidden)
+    ]
+    for prefix, allowed in OWN_ALLOWED.items():
+        if is_under(module, prefix):
+            own = {name for name in imported if is_under(name, "deployments") and name != "deployments"}
+            found += [name for name in own if not any(is_under(name, good) for good in allowed)]
+    if is_under(module, "deployments.engine") and "transformers.AutoTokenizer" in imported:
+        found += ["transformers.AutoTokenizer"] if module != "deployments.engine.model" else []
+    return sorted(found)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_imports_only_what_its_place_allows(module):
+    assert violations(module, MODULES[module].read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("deployments.engine.scheduler", "import ray"),
+        ("deployments.engine.scheduler", "from ..decode import Decode"),
+        ("deployments.engine.attention.sdpa", "from deployments import metrics"),
+        ("deployments.engine.batch", "from transformers import AutoTokenizer"),
+        ("deployments.api.text", "def f():\n    import torch.nn"),
+        ("deployments.decode", "from app.config import AppConfig"),
+        ("load_tests.run", "from deployments import messages"),
+    ],
+)
+def test_the_rules_catch_a_wrong_import(module, source):
+    assert violations(module, source) != []
+
+
+def test_one_module_names_ray_direct_transport():
+    names = {
+        module
+        for module, path in MODULES.items()
+        if any(name in word for word in _words(path.read_text()) for name in RDT_NAMES)
+    }
+    assert names == {RDT_OWNER}
+
+
+def _words(source: str) -> Iterator[str]:
+    """Identifiers, imports and keyword arguments of a source: code, not what docstrings say."""
+    tree = ast.parse(source)
+    yield from imports_of("", source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield f"{ast.unparse(node.value)}.{node.attr}"
+        elif isinstance(node, ast.keyword) and node.arg:
+            yield node.arg
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_opens_with_what_it_is(module):
+    assert ast.get_docstring(ast.parse(MODULES[module].read_text()))
+
+
+@pytest.mark.parametrize("first", ["from app.graph import graph", "from app import graph"])
+def test_the_package_exports_the_function_whatever_was_imported_first(first):
+    check = "from app import graph; import app; assert callable(graph) and app.graph is graph"
+    subprocess.run([sys.executable, "-c", f"{first}; {check}"], cwd=ROOT, check=True, timeout=120)

@@ -1,0 +1,118 @@
+"""The cluster file and the application's file for it: valid, and agreeing on labels, resources and room."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
+from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import ServeDeploySchema
+
+from app.config import AppConfig
+
+ROOT = Path(__file__).parents[1]
+POOLS = ("prefill", "decode")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> dict[str, Any]:
+    prepared: dict[str, Any] = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text()))
+    return prepared
+
+
+@pytest.fixture(scope="module")
+def config() -> AppConfig:
+    return read_app("serve.cluster.yaml")
+
+
+def read_app(name: str) -> AppConfig:
+    deploy = ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "app" / name).read_text()))
+    assert deploy.applications[0].import_path == "app:graph"
+    return AppConfig.model_validate(deploy.applications[0].args)
+
+
+def demand(config: AppConfig, pool: str) -> dict[str, Any]:
+    """What one engine and its front ask of a single node: the bundles are packed strictly."""
+    options = config.deployment_options("prefill" if pool == "prefill" else "decode")
+    assert options["placement_group_strategy"] == "STRICT_PACK"
+    bundles: list[dict[str, Any]] = options["placement_group_bundles"]
+    return {name: sum(bundle.get(name, 0) for bundle in bundles) for bundle in bundles for name in bundle}
+
+
+def nodes_started_for(cluster: dict[str, Any], demands: list[dict[str, Any]]) -> dict[str, int]:
+    """Ask the autoscaler that `ray up` runs which nodes it would start."""
+    scorer = partial(_default_utilization_scorer, node_availability_summary=NodeAvailabilitySummary({}))
+    types, head = cluster["available_node_types"], cluster["head_node_type"]
+    nodes, unmet = get_nodes_for(types, {head: 1}, head, cluster["max_workers"], demands, scorer)
+    assert not unmet, f"no type of node holds {unmet}"
+    return dict(nodes)
+
+
+def test_ray_accepts_the_cluster_file(cluster):
+    validate_config(cluster)
+
+
+def test_ray_refuses_a_cluster_file_with_an_unknown_field(cluster):
+    with pytest.raises(Exception, match="Additional properties are not allowed"):
+        validate_config(cluster | {"idle_timeout": 5})
+
+
+@pytest.mark.parametrize("name", ["serve.yaml", "serve.cluster.yaml"])
+def test_serve_and_the_application_accept_the_application_files(name):
+    assert read_app(name).mode == "disaggregated"
+
+
+def test_the_plain_application_file_needs_no_more_than_two_cores_and_no_gpu():
+    config = read_app("serve.yaml")
+    assert config.max_num_cpus() <= 2
+    assert all("GPU" not in demand(config, pool) for pool in POOLS)
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_pool_is_pinned_to_the_type_of_node_of_its_name_and_to_no_other(cluster, config, pool):
+    (selector,) = {
+        tuple(bundle.items()) for bundle in config.deployment_options(pool)["placement_group_bundle_label_selector"]
+    }
+    admitted = [
+        name for name, type_ in cluster["available_node_types"].items() if set(selector) <= set(type_["labels"].items())
+    ]
+    assert admitted == [pool]
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_the_autoscaler_starts_the_pools_own_type_of_node_for_one_engine(cluster, config, pool):
+    assert nodes_started_for(cluster, [demand(config, pool)]) == {pool: 1}
+
+
+def test_without_its_resource_an_engine_could_start_the_wrong_type_of_node(cluster, config):
+    bare = {name: amount for name, amount in demand(config, "decode").items() if name != "decode_engine"}
+    assert nodes_started_for(cluster, [bare]) != {"decode": 1}
+
+
+def test_all_replicas_of_both_pools_fit_on_the_nodes_allowed(cluster, config):
+    demands = [demand(config, pool) for pool in POOLS for _ in range(config.pool(pool).max_replicas)]
+    started = nodes_started_for(cluster, demands)
+    assert started == {pool: cluster["available_node_types"][pool]["max_workers"] for pool in POOLS}
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_a_node_full_of_engines_has_cpus_for_all_of_them(cluster, config, pool):
+    resources = cluster["available_node_types"][pool]["resources"]
+    assert resources["GPU"] * demand(config, pool)["CPU"] <= resources["CPU"]
+
+
+def test_all_ingress_replicas_fit_on_the_head_and_are_pinned_to_it(cluster, config):
+    head = cluster["available_node_types"][cluster["head_node_type"]]
+    options = config.deployment_options("ingress")["ray_actor_options"]
+    assert options["label_selector"].items() <= head["labels"].items()
+    assert math.ceil(config.ingress.max_replicas * options["num_cpus"]) <= head["resources"]["CPU"]
+
+
+def test_nodes_install_the_torch_of_the_makefile(cluster):
+    makefile = (ROOT / "Makefile").read_text()
+    (wanted,) = {word for line in cluster["setup_commands"] for word in line.split() if word.startswith("torch==")}
+    assert wanted in makefile.split()

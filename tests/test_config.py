@@ -1,0 +1,182 @@
+"""Arguments: how they are read, what they become, and what is said about wrong ones."""
+
+from types import FunctionType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ray import serve
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+
+from app.arguments import ConfigError, arguments_of, list_arguments
+from app.config import AppConfig
+from deployments.engine.config import EngineConfig
+
+
+def read(*pairs: str) -> AppConfig:
+    return AppConfig.model_validate(dict(pair.split("=", 1) for pair in pairs))
+
+
+def refusal(*pairs: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read(*pairs)
+    return str(caught.value)
+
+
+class Nothing:
+    """A deployment with nothing in it, to see what Serve makes of the options."""
+
+
+def test_no_arguments_need_two_cores_and_no_gpu():
+    config = read()
+    assert config.max_num_cpus() <= 2
+    for pool in ("prefill", "decode"):
+        assert config.deployment_options(pool)["placement_group_bundles"] == [{"CPU": 0.1}, {"CPU": 0.8}]
+
+
+def test_dotted_keys_reach_nested_fields_and_strings_become_their_types():
+    config = read("prefill.max_replicas=4", "engine.enable_prefix_caching=false", "decode.engine.num_blocks=512")
+    assert config.prefill.max_replicas == 4
+    assert config.engine_config("prefill").enable_prefix_caching is False
+    assert config.engine_config("decode").num_blocks == 512
+
+
+def test_a_field_that_holds_a_mapping_takes_the_rest_of_the_key_whole():
+    config = read("decode.node_labels.ray.io/zone=a", "decode.node_labels.pool=decode", "decode.resources.slot=1")
+    assert config.decode.node_labels == {"ray.io/zone": "a", "pool": "decode"}
+    assert config.decode.resources == {"slot": 1.0}
+
+
+def test_nested_and_dotted_arguments_merge_and_the_callers_mapping_stays_as_it_was():
+    given_values: dict[str, Any] = {"prefill": {"node_labels": {"pool": "prefill"}}, "prefill.node_labels.zone": "a"}
+    assert AppConfig.model_validate(given_values).prefill.node_labels == {"pool": "prefill", "zone": "a"}
+    assert given_values["prefill"] == {"node_labels": {"pool": "prefill"}}
+
+
+def test_an_argument_given_twice_is_refused():
+    with pytest.raises(ConfigError, match=r"decode\.max_replicas is given twice: 2 and '3'"):
+        AppConfig.model_validate({"decode": {"max_replicas": 2}, "decode.max_replicas": "3"})
+
+
+@given(st.dictionaries(st.sampled_from([a.name for a in arguments_of(AppConfig)]), st.text(min_size=1), max_size=4))
+def test_any_values_of_known_arguments_are_accepted_or_refused_in_words(values):
+    try:
+        AppConfig.model_validate(values)
+    except ConfigError as error:
+        assert "no such argument" not in str(error)  # noqa: PT017  either outcome is right, a third is not
+
+
+@pytest.mark.parametrize(
+    ("pair", "parts"),
+    [
+        ("prefil.max_replicas=4", ["prefil.max_replicas=4: no such argument", "did you mean prefill.max_replicas"]),
+        ("num_blocks=4", ["num_blocks=4: no such argument", "did you mean engine.num_blocks?"]),
+        ("decode.engine.num_block=4", ["decode.engine.num_block=4: no such", "decode.engine.num_blocks"]),
+        ("zzz=1", ["zzz=1: no such argument"]),
+        ("mode=fast", ["mode=fast: input should be 'disaggregated' or 'colocated'"]),
+        ("engine.num_blocks=0", ["engine.num_blocks=0: input should be greater than or equal to 1"]),
+        ("decode.max_replicas=many", ["decode.max_replicas=many: input should be a valid integer"]),
+        ("engine.model=x", ["engine: both pools run one model; set the argument `model`"]),
+        ("decode.min_replicas=2", ["decode: max_replicas (1) must be", "min_replicas (2)"]),
+        ("prefill.autoscaling_config.delay=3", ["prefill: autoscaling_config.delay: Ray Serve's"]),
+        (
+            "prefill.autoscaling_config.upscale_delay_s=-1",
+            ["prefill: autoscaling_config.upscale_delay_s: Input should"],
+        ),
+        ("prefill.autoscaling_config.max_replicas=2", ["autoscaling_config.max_replicas: set `max_replicas` beside"]),
+        ("decode.node_labels.pool=a@b", ["decode: node_labels: Invalid label selector value `a@b`"]),
+        ("mode.x=1", ["mode", "'disaggregated' or 'colocated'"]),
+    ],
+)
+def test_a_wrong_argument_is_refused_by_name_with_what_is_allowed(pair, parts):
+    message = refusal(pair)
+    assert [part for part in parts if part not in message] == []
+    assert "pydantic.dev" not in message
+
+
+def test_all_wrong_arguments_are_named_at_once():
+    assert refusal("mode=fast", "zzz=1").startswith("2 arguments are wrong")
+
+
+@pytest.mark.parametrize("pair", ["prefill.max_replicas=2", "min_remote_prefill_tokens=1"])
+def test_colocated_refuses_arguments_that_could_have_no_effect(pair):
+    assert f"leave out {pair.split('.')[0].split('=')[0]}" in refusal("mode=colocated", pair)
+
+
+def test_pools_that_could_not_hand_over_kv_are_refused():
+    assert "set engine.block_size" in refusal("prefill.engine.block_size=16")
+    assert "set engine.dtype" in refusal("decode.engine.dtype=float16")
+    assert read("mode=colocated", "decode.engine.block_size=16").engine_config("decode").block_size == 16
+
+
+def test_a_pools_engine_settings_win_over_the_shared_ones_and_these_over_the_defaults():
+    config = read("engine.max_num_seqs=8", "engine.max_model_len=100", "decode.engine.max_num_seqs=9")
+    assert config.engine_config("decode") == EngineConfig(max_num_seqs=9, max_model_len=100, num_threads=1)
+    assert config.engine_config("prefill") == EngineConfig(max_num_seqs=8, max_model_len=100, num_threads=1)
+
+
+def test_an_engine_has_as_many_threads_as_cpus_reserved_unless_told_otherwise():
+    config = read("decode.num_cpus=4", "prefill.num_cpus=4", "prefill.engine.num_threads=2")
+    assert config.engine_config("decode").num_threads == 4
+    assert config.engine_config("prefill").num_threads == 2
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("smollm2-135m-instruct", "smollm2-135m-instruct"),
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("/models/qwen", "qwen"),
+        ("./files/tiny.Q4_1.gguf", "tiny.Q4_1"),
+    ],
+)
+def test_the_served_name_comes_from_the_model_unless_given(model, name):
+    assert read(f"model={model}").served_model_name == name
+    assert read(f"model={model}", "served_model_name=other").served_model_name == "other"
+
+
+def test_serve_takes_the_options_of_every_deployment():
+    config = read(
+        "prefill.num_gpus=1",
+        "prefill.resources.slot=1",
+        "prefill.node_labels.pool=prefill",
+        "prefill.max_replicas=3",
+        "prefill.initial_replicas=2",
+        "prefill.autoscaling_config.upscale_delay_s=1.5",
+        "ingress.node_labels.pool=cpu",
+    )
+    options = config.deployment_options("prefill")
+    assert options["placement_group_bundles"] == [{"CPU": 0.1}, {"CPU": 0.8, "GPU": 1, "slot": 1}]
+    assert options["placement_group_bundle_label_selector"] == [{"pool": "prefill"}] * 2
+    deployment = serve.deployment()(Nothing).options(**options)
+    scaling = deployment._deployment_config.autoscaling_config
+    assert scaling is not None
+    assert (scaling.min_replicas, scaling.initial_replicas, scaling.max_replicas) == (1, 2, 3)
+    assert scaling.upscale_delay_s == 1.5
+    ingress = serve.deployment()(Nothing).options(**config.deployment_options("ingress"))
+    assert ingress.ray_actor_options == {"num_cpus": 0.1, "label_selector": {"pool": "cpu"}}
+    assert ingress.max_ongoing_requests == config.ingress.max_ongoing_requests
+
+
+def test_serve_run_hands_a_builder_the_config_and_its_refusal():
+    seen: list[AppConfig] = []
+
+    def graph(args: AppConfig) -> serve.Application:
+        seen.append(args)
+        return serve.deployment()(Nothing).bind()
+
+    assert isinstance(graph, FunctionType)
+    call_user_app_builder_with_args_if_necessary(graph, {"decode.max_replicas": "2"})
+    assert seen[0].decode.max_replicas == 2
+    with pytest.raises(ConfigError, match=r"did you mean decode\.max_replicas"):
+        call_user_app_builder_with_args_if_necessary(graph, {"decode.max_replica": "2"})
+
+
+def test_every_argument_is_listed_with_a_meaning():
+    arguments = list(arguments_of(AppConfig))
+    assert all(argument.meaning for argument in arguments)
+    assert {f"engine.{name}" for name in EngineConfig.model_fields} - {a.name for a in arguments} == {"engine.model"}
+    listing = list_arguments(AppConfig)
+    assert "prefill.max_replicas" in listing
+    assert "decode.*" in listing

@@ -1,0 +1,177 @@
+"""The background server: it comes up, says why when it does not, and goes away whole and alone."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from app.local import LocalError, up
+from app.local_process import RunFolder, Server
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        number: int = probe.getsockname()[1]
+        return number
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[RunFolder]:
+    folder = RunFolder(tmp_path / "run")
+    yield folder
+    if (left := folder.server()) is not None:
+        left.stop()
+
+
+@pytest.fixture
+def bystander() -> Iterator[psutil.Process]:
+    """A process of somebody else that has a Ray process's name."""
+    with subprocess.Popen(["bash", "-c", "exec -a ray::Idle sleep 300"], start_new_session=True) as process:
+        yield psutil.Process(process.pid)
+        process.kill()
+
+
+def command(folder: RunFolder, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", "app.local", "--run-dir", str(folder.path), *arguments]
+
+
+def run(folder: RunFolder, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(folder, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def remembered(folder: RunFolder) -> Server:
+    server = folder.server()
+    assert server is not None
+    return server
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def session(leader: subprocess.Popen[bytes]) -> Server:
+    return Server(leader.pid, psutil.Process(leader.pid).create_time(), 0, "/nonexistent")
+
+
+@pytest.mark.e2e
+def test_a_server_comes_up_answers_and_goes_away_whole_and_alone(folder, port, bystander):
+    started = run(folder, "up", "--app", "tests.tiny_graphs:healthy", "--port", str(port), "model=some/model")
+    assert started.returncode == 0, started.stderr
+    assert "converting the model (the first time only)" in started.stdout
+    assert f"curl http://127.0.0.1:{port}/v1/chat/completions" in started.stdout
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as response:
+        assert json.load(response) == {"model": "some/model"}
+
+    server = remembered(folder)
+    members = server.processes()
+    assert len(members) > 3
+    assert f"at {server.url} answers" in run(folder, "status").stdout
+    again = run(folder, "up", "--app", "tests.tiny_graphs:healthy", "--port", str(port))
+    assert again.returncode == 1
+    assert f"already runs at {server.url}" in again.stderr
+
+    assert run(folder, "down").returncode == 0
+    assert [process for process in members if is_alive(process)] == []
+    assert server.processes() == []
+    assert not Path(server.temp_dir).exists()
+    assert bystander.is_running()
+    assert run(folder, "down").stderr.strip() == "no server runs"
+    assert run(folder, "status").returncode == 1
+
+
+@pytest.mark.e2e
+def test_a_graph_that_cannot_start_is_reported_with_its_cause_and_leaves_nothing(folder, port):
+    failed = run(folder, "up", "--app", "tests.tiny_graphs:broken", "--port", str(port))
+    assert failed.returncode == 1
+    assert "ValueError: layer 7 cannot be run" in failed.stderr
+    assert folder.server() is None
+
+
+@pytest.mark.e2e
+def test_interrupting_the_start_stops_what_was_started(folder, port):
+    arguments = command(folder, "up", "--app", "tests.tiny_graphs:healthy", "--port", str(port))
+    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any("starting Ray" in line for line in process.stdout)
+        server = remembered(folder)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=90)
+        assert process.returncode == 130
+    assert server.processes() == []
+    assert folder.server() is None
+
+
+def test_a_taken_port_is_refused_before_anything_starts(folder):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(LocalError, match=f"port {port} is taken"):
+            up(folder, "tests.tiny_graphs:healthy", port, None, 60, [])
+    assert not folder.log.exists()
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"), [("mode=fast", "'disaggregated' or 'colocated'"), ("mode", "'mode' is not of the form")]
+)
+def test_a_wrong_argument_is_refused_before_anything_starts(folder, port, pair, message):
+    refused = run(folder, "up", "--port", str(port), pair)
+    assert refused.returncode == 1
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not folder.log.exists()
+
+
+def test_a_process_that_ignores_the_order_to_stop_is_ended_by_force():
+    stubborn = (
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); signal.pause()"
+    )
+    with subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        session(process).stop(timeout_s=0.5)
+        assert not psutil.pid_exists(process.pid)
+
+
+def test_children_that_outlive_the_server_are_found_and_stopped():
+    with subprocess.Popen(["bash", "-c", "sleep 300 & read"], stdin=subprocess.PIPE, start_new_session=True) as leader:
+        server = session(leader)
+        (orphan,) = wait_for_others(server)
+        leader.kill()
+        leader.wait()
+        assert server.processes() == [orphan]
+        server.stop(timeout_s=5)
+        assert not is_alive(orphan)
+
+
+def wait_for_others(server: Server) -> list[psutil.Process]:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if others := [process for process in server.processes() if process.pid != server.pid]:
+            return others
+        time.sleep(0.02)
+    raise AssertionError("no child appeared")
+
+
+def test_a_stranger_that_got_the_servers_pid_is_not_touched(bystander):
+    assert os.getsid(bystander.pid) == bystander.pid
+    server = Server(bystander.pid, bystander.create_time() - 100, 0, "/nonexistent")
+    assert server.processes() == []
+    server.stop(timeout_s=0.5)
+    assert bystander.is_running()
