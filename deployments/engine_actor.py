@@ -1,0 +1,201 @@
+"""The process an engine lives in: a Ray actor around `EngineLoop`, one per prefill or decode replica.
+
+It takes messages for the loop, streams the loop's events to its front, and sends and receives KV chunks. Methods only
+enqueue or wait, each kind in a concurrency group of its own, so that a transfer never delays an abort.
+"""
+
+import logging
+import os
+import queue
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from deployments.engine.config import EngineConfig
+from deployments.engine.stats import EngineStats
+from deployments.errors import TransferError
+from deployments.kv_transfer import direct
+from deployments.kv_transfer.layout import KVLayout
+from deployments.messages import ChunkReady, EngineEvent, GenerateRequest
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+    from torch import Tensor
+
+    from deployments.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+# A chunk that is imported waits for the step in progress; a step longer than this means that the engine hangs.
+_IMPORT_TIMEOUT_S = 60.0
+
+
+def _log_failure(command: "Future[object]") -> None:
+    if error := command.exception():
+        logger.error("a command failed in the engine", exc_info=error)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What a front must know of its engine.
+
+    Attributes:
+        path: folder or hub id of the model, tokenizer included.
+        max_model_len: tokens of prompt plus output.
+        vocab_size: ids are below this.
+        eos_token_ids: ids that end a text.
+        block_size: tokens per KV block.
+        bytes_per_block: KV of one block, all layers.
+    """
+
+    path: str
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    block_size: int
+    bytes_per_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineResources:
+    """What Ray sets aside for an engine's process.
+
+    Attributes:
+        num_cpus: logical CPUs.
+        num_gpus: GPUs.
+        custom: custom resources by name.
+    """
+
+    num_cpus: float
+    num_gpus: float
+    custom: dict[str, float]
+
+
+class EngineActor:
+    """See the module.
+
+    Args:
+        config: of the engine.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        # Imported here and not above: fronts name this class, and must not load transformers for it.
+        import torch
+
+        from deployments.engine.engine import Engine
+        from deployments.engine.model import load_model
+        from deployments.engine.runner import EngineLoop
+
+        torch.set_num_threads(config.num_threads or 1)  # never all of the node's cores: it has other engines
+        self._events: queue.SimpleQueue[list[EngineEvent]] = queue.SimpleQueue()
+        loaded = load_model(config)
+        self._engine = Engine(loaded, config)
+        self._loop = EngineLoop(self._engine, self._events.put)
+        limits, shape = self._engine.limits, self._engine.kv_shape
+        layout = KVLayout(
+            model=loaded.fingerprint,
+            dtype=str(shape.dtype).removeprefix("torch."),
+            block_size=limits.block_size,
+            num_layers=shape.num_layers,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+        )
+        direct.configure(layout, loaded.device.type)
+        self._info = EngineInfo(
+            path=loaded.path,
+            max_model_len=limits.max_model_len,
+            vocab_size=loaded.vocab_size,
+            eos_token_ids=loaded.eos_token_ids,
+            block_size=limits.block_size,
+            bytes_per_block=layout.bytes_per_block,
+        )
+        logger.info(
+            "engine ready: %s, %s, %d threads, pid %d", loaded.path, limits, torch.get_num_threads(), os.getpid()
+        )
+
+    @ray.method(concurrency_group="ctl")
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @ray.method(concurrency_group="ctl")
+    def ping(self) -> None:
+        """Raise `EngineDeadError` if the loop has ended."""
+        if not self._loop.is_alive:
+            self._loop.call(lambda engine: None)
+
+    @ray.method(concurrency_group="ctl")
+    def stats(self) -> EngineStats:
+        return self._loop.call(lambda engine: engine.stats())
+
+    @ray.method(concurrency_group="ctl")
+    def add(self, request: GenerateRequest, remote_threshold: int | None) -> None:
+        """Queue a request to decode here; see `Engine.add`."""
+        self._engine.check(request)
+        self._post(lambda engine: engine.add(request, remote_threshold))
+
+    @ray.method(concurrency_group="ctl")
+    def prefill(self, request: GenerateRequest, first_block: int) -> None:
+        """Queue a prompt to compute for another engine; see `Engine.prefill`."""
+        self._engine.check(request)
+        self._post(lambda engine: engine.prefill(request, first_block))
+
+    @ray.method(concurrency_group="ctl")
+    def prefill_locally(self, request_id: str) -> None:
+        self._post(lambda engine: engine.prefill_locally(request_id))
+
+    @ray.method(concurrency_group="ctl")
+    def abort(self, request_id: str, admission: None) -> None:
+        """End a request; `admission` is what its `add` or `prefill` returned, so that it cannot come later."""
+        self._post(lambda engine: engine.abort(request_id))
+
+    @ray.method(concurrency_group="ctl")
+    def release_chunk(self, request_id: str, index: int) -> None:
+        self._post(lambda engine: engine.release_chunk(request_id, index))
+
+    @direct.exports_kv
+    def take_chunk(self, request_id: str, index: int) -> "Tensor":
+        """The KV of a chunk; it leaves this process by direct transfer only.
+
+        Raises:
+            TransferError: the chunk is gone, since the request was aborted.
+        """
+        chunk = self._engine.take_chunk(request_id, index)
+        if chunk is None:
+            raise TransferError(f"{request_id}: chunk {index} is gone")
+        return chunk
+
+    @direct.receives_kv
+    def receive_kv(self, chunk: ChunkReady, tensor: "Tensor") -> None:
+        """Take a chunk into the pool; returns when it is there."""
+        self._loop.call(lambda engine: self._loop.emit(engine.import_chunk(chunk, tensor)), _IMPORT_TIMEOUT_S)
+
+    @ray.method(concurrency_group="stream")
+    def events(self) -> Iterator[list[EngineEvent]]:
+        """Everything that happens, one item per step or several steps at once; for one reader."""
+        while True:
+            batch = self._events.get()
+            while not self._events.empty():
+                batch = batch + self._events.get()
+            yield batch
+
+    def _post(self, command: "Callable[[Engine], object]") -> None:
+        """Have the loop carry out a command whose result nobody waits for; a failure is at least logged."""
+        self._loop.submit(command).add_done_callback(_log_failure)
+
+
+def spawn_engine(config: EngineConfig, resources: EngineResources) -> "ActorHandle[Any]":
+    """Start an engine in the second bundle of the calling replica's placement group; it dies with the replica."""
+    group = ray.util.get_current_placement_group()
+    assert group is not None, "a front runs in a placement group of two bundles: itself and its engine"
+    actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(EngineActor)
+    engine: ActorHandle[Any] = actor_class.options(
+        num_cpus=resources.num_cpus,
+        num_gpus=resources.num_gpus,
+        resources=resources.custom,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=1),
+    ).remote(config)
+    return engine

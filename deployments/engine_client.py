@@ -1,0 +1,122 @@
+"""A front's side of its engine: sends messages to the actor and sorts its events by request."""
+
+import asyncio
+import contextvars
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from deployments.engine.stats import EngineStats
+from deployments.engine_actor import EngineInfo
+from deployments.errors import EngineDeadError
+from deployments.messages import EngineEvent, GenerateRequest
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class EventQueue:
+    """Events of one request, in order. An error that is put in is raised to the reader: `EngineDeadError`, say."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[EngineEvent | Exception] = asyncio.Queue()
+
+    def put(self, event: EngineEvent | Exception) -> None:
+        self._queue.put_nowait(event)
+
+    def __aiter__(self) -> AsyncIterator[EngineEvent]:
+        return self
+
+    async def __anext__(self) -> EngineEvent:
+        event = await self._queue.get()
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+
+class EngineClient:
+    """Owns the connection to one engine actor; lives in the front's event loop. Build with `connect`."""
+
+    def __init__(self, actor: "ActorHandle[Any]", info: EngineInfo) -> None:
+        self.actor = actor
+        self.info = info
+        self._queues: dict[str, EventQueue] = {}
+        self._admissions: dict[str, ObjectRef[None]] = {}
+        self._death: EngineDeadError | None = None
+        self._context = contextvars.copy_context()
+        self._pump = asyncio.create_task(self._distribute())
+
+    @classmethod
+    async def connect(cls, actor: "ActorHandle[Any]") -> "EngineClient":
+        """Wait until the engine has loaded its model."""
+        return cls(actor, await actor.info.remote())
+
+    def detached(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call something that submits actor tasks, so that they outlive the request that asks for them.
+
+        When a client leaves, Serve cancels the replica's task, and Ray with it every task submitted on its behalf: also
+        the abort that was to free the request's blocks. Ray finds those by a context variable, so here the call runs
+        in the context that the client was built in.
+        """
+        return self._context.copy().run(call, *args, **kwargs)
+
+    def open(self, request_id: str) -> EventQueue:
+        """Start listening for a request's events; before the engine hears of the request."""
+        if self._death is not None:
+            raise self._death
+        events = self._queues[request_id] = EventQueue()
+        return events
+
+    def close(self, request_id: str) -> None:
+        """Stop listening and end the request on the engine, if it has not ended; does not wait."""
+        del self._queues[request_id]
+        admission = self._admissions.pop(request_id, None)
+        if admission is not None:
+            # The actor's threads may overtake each other; as an argument the admission goes first. If it was refused
+            # there is nothing to abort, and this call fails unheard.
+            self.detached(self.actor.abort.remote, request_id, admission)
+
+    async def add(self, request: GenerateRequest, remote_threshold: int | None) -> None:
+        """Have the engine decode a request; see `Engine.add`."""
+        await self._admit(request, self.detached(self.actor.add.remote, request, remote_threshold))
+
+    async def prefill(self, request: GenerateRequest, first_block: int) -> None:
+        """Have the engine compute a prompt for another; see `Engine.prefill`."""
+        await self._admit(request, self.detached(self.actor.prefill.remote, request, first_block))
+
+    async def _admit(self, request: GenerateRequest, admission: "ObjectRef[None]") -> None:
+        self._admissions[request.request_id] = admission
+        await admission
+
+    async def prefill_locally(self, request_id: str) -> None:
+        await self.detached(self.actor.prefill_locally.remote, request_id)
+
+    async def stats(self) -> EngineStats:
+        stats: EngineStats = await self.actor.stats.remote()
+        return stats
+
+    async def check_health(self, timeout_s: float) -> None:
+        """Raise if the engine's process or loop is dead, or does not answer in time."""
+        if self._death is not None:
+            raise self._death
+        await asyncio.wait_for(self.actor.ping.remote(), timeout_s)
+
+    async def _distribute(self) -> None:
+        reason = "its event stream ended"
+        try:
+            async for ref in self.actor.events.options(num_returns="streaming").remote():
+                for event in await ref:
+                    if (events := self._queues.get(event.request_id)) is not None:
+                        events.put(event)
+        except Exception as error:
+            reason = str(error)
+        self._death = EngineDeadError(f"the engine died: {reason}")
+        logger.error("%s", self._death)
+        for events in self._queues.values():
+            events.put(self._death)

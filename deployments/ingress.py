@@ -1,0 +1,138 @@
+"""The front door: OpenAI's API over HTTP, and the way from there to the decode pool. Runs on CPU nodes.
+
+Knows the pools by their handles. What HTTP looks like is `api/`'s business.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from starlette.applications import Starlette
+
+from deployments.api.http import build_app
+from deployments.api.text import TextCodec
+from deployments.engine_actor import EngineInfo
+from deployments.errors import EngineDeadError, KvRelayError
+from deployments.messages import GenerateRequest, ModelInfo, TokenOutput
+from deployments.metrics import ClientMetrics, ReplicaStats, render
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+logger = logging.getLogger(__name__)
+
+_HEALTH_TIMEOUT_S = 5.0
+_STATS_TIMEOUT_S = 10.0
+
+
+class PoolBackend:
+    """What the API needs, done by the pools.
+
+    Args:
+        decode: handle of the decode deployment.
+        prefill: handle of the prefill deployment; None: colocated.
+    """
+
+    def __init__(self, decode: "DeploymentHandle[Any]", prefill: "DeploymentHandle[Any] | None") -> None:
+        self._decode = decode
+        self._pools = {"decode": decode} if prefill is None else {"prefill": prefill, "decode": decode}
+        self.clients = ClientMetrics()
+
+    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+        """Tokens of a request; closing the generator ends the request on every pool."""
+        stream: Any = self._decode.options(stream=True).generate.remote(request)
+        has_finished = False
+        try:
+            async for output in stream:
+                has_finished = output.finish_reason is not None
+                yield output
+        except RayError as error:
+            raise _as_ours(error) from error
+        finally:
+            if not has_finished:
+                stream.cancel()
+
+    async def health(self) -> tuple[bool, str]:
+        """Whether every pool can serve, and if not, which one cannot."""
+        for name, handle in self._pools.items():
+            try:
+                await asyncio.wait_for(handle.ready.remote(), _HEALTH_TIMEOUT_S)
+            except TimeoutError:
+                return False, f"the {name} pool did not answer in {_HEALTH_TIMEOUT_S:.0f} s"
+            except Exception as error:
+                return False, f"the {name} pool cannot serve: {_as_ours(error)}"
+        return True, "ok"
+
+    async def metrics(self) -> bytes:
+        names = list(self._pools)
+        readings = await asyncio.gather(*(self._stats(handle) for handle in self._pools.values()))
+        return render(dict(zip(names, readings, strict=True)), self.clients)
+
+    async def _stats(self, handle: "DeploymentHandle[Any]") -> list[ReplicaStats]:
+        stats: list[ReplicaStats] = await handle.broadcast("stats").results_async(timeout_s=_STATS_TIMEOUT_S)
+        return stats
+
+
+@serve.ingress()
+class Ingress:
+    """One ingress replica.
+
+    Args:
+        decode: handle of the decode deployment.
+        prefill: handle of the prefill deployment; None: colocated.
+        model: as the engines were given it.
+        served_model_name: the model's name in the API.
+        max_request_bytes: larger bodies are refused.
+    """
+
+    async def __init__(  # type: ignore[misc]
+        self,
+        decode: "DeploymentHandle[Any]",
+        prefill: "DeploymentHandle[Any] | None",
+        model: str,
+        served_model_name: str,
+        max_request_bytes: int,
+    ) -> None:
+        engine: EngineInfo = await decode.engine_info.remote()
+        self._info = ModelInfo(
+            name=served_model_name,
+            path=engine.path,
+            max_model_len=engine.max_model_len,
+            vocab_size=engine.vocab_size,
+            eos_token_ids=engine.eos_token_ids,
+        )
+        self._codec = await asyncio.to_thread(_load_codec, engine.path, model)
+        self._backend = PoolBackend(decode, prefill)
+        self._max_request_bytes = max_request_bytes
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        return build_app(
+            self._backend,
+            self._codec,
+            self._info,
+            observer=self._backend.clients,
+            max_body_bytes=self._max_request_bytes,
+        )
+
+
+def _load_codec(path: str, model: str) -> TextCodec:
+    if Path(path).is_absolute() and not Path(path).exists():
+        # The engine's node converted the model into its own cache; this node has to do the same.
+        from deployments.engine.model import resolve_model
+
+        path = resolve_model(model)
+    return TextCodec.load(path)
+
+
+def _as_ours(error: BaseException) -> BaseException:
+    """The error as it was raised in the pool; a dead process becomes `EngineDeadError`."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, KvRelayError):
+        return cause
+    if isinstance(cause, RayActorError):
+        return EngineDeadError(f"a replica died while it served the request: {cause}")
+    return error

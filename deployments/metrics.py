@@ -1,0 +1,161 @@
+"""Numbers of the service, in Prometheus' text form: per pool and replica from the engines, and as clients see it.
+
+Knows what each number is called; the engines, fronts and the ingress keep the numbers themselves.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import Histogram as PrometheusHistogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from deployments.engine.stats import LATENCY_BUCKETS_S, EngineStats, Histogram
+
+_PREFIX = "kvrelay_"
+_LABELS = ("pool", "replica")
+
+_GAUGES = {
+    "queued_prompt_tokens": ("num_queued_prompt_tokens", "Prompt tokens that wait to be computed."),
+    "waiting_sequences": ("num_waiting", "Sequences without KV blocks."),
+    "reserved_sequences": ("num_reserved", "Sequences whose KV is on its way."),
+    "running_sequences": ("num_running", "Sequences in the batch."),
+    "kv_blocks": ("num_blocks", "KV blocks in the pool."),
+    "kv_blocks_used": ("num_used_blocks", "KV blocks held by sequences."),
+    "exported_blocks": ("num_exported_blocks", "KV blocks copied out for a hand-off and not yet released."),
+}
+_COUNTERS = {
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens computed."),
+    "prefix_hit_tokens": ("prefix_hit_tokens", "Prompt tokens found in the prefix cache."),
+    "generated_tokens": ("generated_tokens", "Tokens generated."),
+    "preemptions": ("preemptions", "Sequences that lost their blocks and were computed again."),
+    "engine_steps": ("steps", "Batches run."),
+}
+_HISTOGRAMS = {
+    "engine_ttft_seconds": ("ttft_s", "Arrival at the engine to first token."),
+    "engine_itl_seconds": ("itl_s", "Gap between consecutive tokens of a sequence at the engine."),
+}
+
+
+@dataclass(slots=True)
+class HandoffStats:
+    """What a front has handed over (prefill) or failed to get (decode).
+
+    Attributes:
+        num_requests: requests whose KV arrived whole.
+        num_failures: requests whose hand-off ended in an error.
+        num_chunks: chunks that arrived.
+        num_bytes: bytes that arrived.
+        seconds: per chunk, from computed to arrived in the other engine's pool.
+    """
+
+    num_requests: int = 0
+    num_failures: int = 0
+    num_chunks: int = 0
+    num_bytes: int = 0
+    seconds: Histogram = field(default_factory=Histogram)
+
+    def observe(self, num_bytes: int, seconds: float) -> None:
+        self.num_chunks += 1
+        self.num_bytes += num_bytes
+        self.seconds.observe(seconds)
+
+    def copy(self) -> "HandoffStats":
+        return HandoffStats(self.num_requests, self.num_failures, self.num_chunks, self.num_bytes, self.seconds.copy())
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStats:
+    """Everything one prefill or decode replica tells of itself."""
+
+    replica: str
+    engine: EngineStats
+    handoff: HandoffStats
+
+
+class ClientMetrics:
+    """What the clients of this ingress replica see; an `api.observer.Observer`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._ttft = PrometheusHistogram(
+            f"{_PREFIX}ttft_seconds", "Arrival to first token sent.", buckets=LATENCY_BUCKETS_S, registry=self.registry
+        )
+        self._itl = PrometheusHistogram(
+            f"{_PREFIX}itl_seconds",
+            "Gap between consecutive tokens.",
+            buckets=LATENCY_BUCKETS_S,
+            registry=self.registry,
+        )
+        self._finished = Counter(f"{_PREFIX}requests", "Calls by how they ended.", ["outcome"], registry=self.registry)
+        self._in_flight = Gauge(f"{_PREFIX}requests_in_flight", "Calls not yet answered.", registry=self.registry)
+
+    def request_started(self) -> None:
+        self._in_flight.inc()
+
+    def first_token(self, seconds: float) -> None:
+        self._ttft.observe(seconds)
+
+    def inter_token(self, seconds: float, num_tokens: int) -> None:
+        for _ in range(num_tokens):
+            self._itl.observe(seconds)
+
+    def request_finished(self, outcome: str) -> None:
+        self._in_flight.dec()
+        self._finished.labels(outcome).inc()
+
+
+class _PoolCollector(Collector):
+    """Turns one reading of all replicas into metric families."""
+
+    def __init__(self, pools: dict[str, list[ReplicaStats]]) -> None:
+        self._rows = [((pool, stats.replica), stats) for pool, replicas in pools.items() for stats in replicas]
+
+    def collect(self) -> Iterator[Metric]:
+        for name, (attribute, text) in _GAUGES.items():
+            gauge = GaugeMetricFamily(_PREFIX + name, text, labels=_LABELS)
+            for labels, stats in self._rows:
+                gauge.add_metric(labels, getattr(stats.engine, attribute))
+            yield gauge
+        for name, (attribute, text) in _COUNTERS.items():
+            yield self._counter(name, text, [getattr(stats.engine, attribute) for _, stats in self._rows])
+        for name, (attribute, text) in _HISTOGRAMS.items():
+            yield self._histogram(name, text, [getattr(stats.engine, attribute) for _, stats in self._rows])
+        handoffs = [stats.handoff for _, stats in self._rows]
+        yield self._counter("handoff_requests", "Prompts handed over whole.", [h.num_requests for h in handoffs])
+        yield self._counter("handoff_failures", "Hand-offs that failed.", [h.num_failures for h in handoffs])
+        yield self._counter("handoff_chunks", "KV chunks handed over.", [h.num_chunks for h in handoffs])
+        yield self._counter("handoff_bytes", "KV bytes handed over.", [h.num_bytes for h in handoffs])
+        yield self._histogram(
+            "handoff_seconds", "Per chunk, from computed to arrived in the other pool.", [h.seconds for h in handoffs]
+        )
+
+    def _counter(self, name: str, text: str, values: list[int]) -> CounterMetricFamily:
+        family = CounterMetricFamily(_PREFIX + name, text, labels=_LABELS)
+        for (labels, _), value in zip(self._rows, values, strict=True):
+            family.add_metric(labels, value)
+        return family
+
+    def _histogram(self, name: str, text: str, values: list[Histogram]) -> HistogramMetricFamily:
+        family = HistogramMetricFamily(_PREFIX + name, text, labels=_LABELS)
+        for (labels, _), histogram in zip(self._rows, values, strict=True):
+            bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
+            cumulative, total = [], 0
+            for bound, count in zip(bounds, histogram.counts, strict=True):
+                total += count
+                cumulative.append((bound, total))
+            family.add_metric(labels, cumulative, histogram.total)
+        return family
+
+
+def render(pools: dict[str, list[ReplicaStats]], clients: ClientMetrics) -> bytes:
+    """Prometheus' text exposition of one reading.
+
+    Args:
+        pools: the replicas of each pool, by its name.
+        clients: of the ingress that answers.
+    """
+    registry = CollectorRegistry()
+    registry.register(_PoolCollector(pools))
+    return generate_latest(registry) + generate_latest(clients.registry)

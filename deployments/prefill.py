@@ -1,0 +1,99 @@
+"""The prefill pool: computes prompts and hands their KV to a decode engine, chunk by chunk, while it computes on.
+
+Called by decode fronts. Owns every reference to a chunk: when this front or its engine goes, the chunks go.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+from deployments.engine.config import EngineConfig
+from deployments.engine_actor import EngineResources
+from deployments.engine_client import EventQueue
+from deployments.front import EngineFront
+from deployments.messages import ChunkReady, GenerateRequest, TokenOutput
+from deployments.metrics import ReplicaStats
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+    from ray.actor import ActorHandle
+    from torch import Tensor
+
+
+class Prefill:
+    """One prefill replica."""
+
+    async def __init__(self, config: EngineConfig, resources: EngineResources) -> None:  # type: ignore[misc]
+        self._front = await EngineFront.start(config, resources)
+
+    async def prefill(
+        self, request: GenerateRequest, first_block: int, target: "ActorHandle[Any]"
+    ) -> AsyncGenerator[TokenOutput, None]:
+        """Compute a prompt for another engine.
+
+        Args:
+            request: the prompt.
+            first_block: leading blocks that the target already holds.
+            target: the decode engine, which has reserved blocks for the request.
+
+        Yields:
+            The first token, as soon as it is drawn. The generator ends when the target has every block.
+
+        Raises:
+            TransferError or a Ray error: some chunk did not arrive; the target keeps its reservation.
+            LayoutMismatchError: the engines do not agree on what a block is.
+        """
+        engine, request_id = self._front.engine, request.request_id
+        events = engine.open(request_id)
+        sends: list[asyncio.Task[None]] = []
+        try:
+            await engine.prefill(request, first_block)
+            async for event in events:
+                if isinstance(event, TokenOutput):
+                    yield event
+                    if event.finish_reason is not None:
+                        return
+                elif isinstance(event, ChunkReady):
+                    sends.append(asyncio.create_task(self._send(event, target, events)))
+                    if event.first_token is not None:
+                        break
+            await asyncio.gather(*sends)
+            self._front.handoff.num_requests += 1
+        except Exception:
+            self._front.handoff.num_failures += 1
+            raise
+        finally:
+            for send in sends:
+                send.cancel()
+            engine.close(request_id)
+
+    async def stats(self) -> ReplicaStats:
+        return await self._front.stats()
+
+    async def ready(self) -> None:
+        """Return once the engine can serve."""
+        await self._front.check_health()
+
+    async def check_health(self) -> None:
+        await self._front.check_health()
+
+    async def _send(self, chunk: ChunkReady, target: "ActorHandle[Any]", events: EventQueue) -> None:
+        source, started_s = self._front.engine, time.monotonic()
+
+        def submit() -> "tuple[ObjectRef[Tensor], ObjectRef[None]]":
+            taken: ObjectRef[Tensor] = source.actor.take_chunk.remote(chunk.request_id, chunk.index)
+            return taken, target.receive_kv.remote(chunk, taken)
+
+        # In a thread: the first contact of two engines can hold up the call.
+        # `taken` keeps the chunk until it has arrived.
+        taken, received = await asyncio.to_thread(source.detached, submit)
+        try:
+            await received
+        except Exception as error:
+            # Whoever reads the events may wait for a later chunk, which waits for the room that this one takes.
+            events.put(error)
+            raise
+        del taken
+        self._front.handoff.observe(chunk.num_blocks * source.info.bytes_per_block, time.monotonic() - started_s)
+        source.detached(source.actor.release_chunk.remote, chunk.request_id, chunk.index)

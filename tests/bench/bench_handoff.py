@@ -1,0 +1,249 @@
+"""What a hand-off costs: its seconds beside a plain copy over loopback, and the time to first token it adds.
+
+Run: `make bench-handoff`. Prints a table and, as its last line, one JSON object with every raw number.
+
+Part 1 takes two engine actors and a prompt that the first one has cached, so that its KV is there at once: the hand-off is
+from the first chunk announced to the last block in the other engine's pool. The plain copy sends as many bytes through a
+TCP socket on loopback into a buffer that is there already, in chunks of the same size; the two take turns.
+
+Part 2 runs the application twice on one Ray, disaggregated and colocated, and asks both in turn, over HTTP, idle.
+"""
+
+import json
+import multiprocessing
+import os
+import platform
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import ray
+import torch
+from ray import serve
+
+from app.config import AppConfig
+from app.graph import graph
+from deployments.engine_actor import EngineActor
+from deployments.kv_transfer import direct
+from deployments.messages import ChunkReady, GenerateRequest, Placed, SamplingParams, TokenOutput
+
+ROUNDS = int(os.environ.get("ROUNDS", "5"))
+HANDOFF_TOKENS = (512, 2048, 8000)
+TTFT_TOKENS = (256, 2048)
+PORT = int(os.environ.get("PORT", "8123"))
+VOCAB = 49_000
+
+
+def random_prompt(num_tokens: int, seed: int) -> tuple[int, ...]:
+    rng = random.Random(seed)
+    return tuple(rng.randrange(3, VOCAB) for _ in range(num_tokens))
+
+
+class Driver:
+    """Plays both fronts: moves one request from engine to engine and reads the clock."""
+
+    def __init__(self, config: AppConfig) -> None:
+        actor_class = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(EngineActor)
+        self.source, self.target = (
+            actor_class.options(num_cpus=1).remote(config.engine_config(pool)) for pool in ("prefill", "decode")
+        )
+        self.info = ray.get(self.source.info.remote())
+        ray.get(self.target.info.remote())
+        self._from_source = self.source.events.options(num_returns="streaming").remote()
+        self._from_target = self.target.events.options(num_returns="streaming").remote()
+
+    def warm(self, prompt: tuple[int, ...]) -> None:
+        """Have the source compute a prompt, so that its KV is cached there."""
+        self._request(prompt, "warm", lambda request: self.source.add.remote(request, None))
+        self._await(self._from_source, TokenOutput)
+
+    def hand_over(self, prompt: tuple[int, ...], name: str) -> tuple[float, int]:
+        """Seconds and bytes of one hand-off."""
+        self._request(prompt, name, lambda request: self.target.add.remote(request, 1))
+        assert self._await(self._from_target, Placed)[0].remote
+        self._request(prompt, name, lambda request: self.source.prefill.remote(request, 0))
+        started, kept, num_blocks, last = None, [], 0, False
+        while not last:
+            for chunk in self._await(self._from_source, ChunkReady):
+                started = started or time.perf_counter()
+                ref = self.source.take_chunk.remote(name, chunk.index)
+                ack = self.target.receive_kv.remote(chunk, ref)
+                self.source.release_chunk.remote(name, chunk.index, ack)
+                kept.append(ref)
+                num_blocks += chunk.num_blocks
+                last = last or chunk.first_token is not None
+        self._await(self._from_target, TokenOutput)
+        seconds = time.perf_counter() - started
+        for actor in (self.source, self.target):
+            ray.get(actor.abort.remote(name, None))
+        return seconds, num_blocks * self.info.bytes_per_block
+
+    def _request(self, prompt: tuple[int, ...], name: str, send: Callable[[GenerateRequest], Any]) -> None:
+        # Two tokens: the request must outlive its first one to be handed over.
+        tokens = 1 if name == "warm" else 2
+        ray.get(send(GenerateRequest(name, prompt, SamplingParams(max_tokens=tokens, temperature=0))))
+
+    def _await(self, stream: Any, kind: type) -> list[Any]:
+        while True:
+            found = [event for event in ray.get(next(stream)) if isinstance(event, kind)]
+            if found:
+                return found
+
+
+def _copy_sink(port: multiprocessing.Queue, total: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port.put(server.getsockname()[1])
+        connection, _ = server.accept()
+        with connection:
+            buffer = memoryview(bytearray(total))
+            while True:
+                received = 0
+                while received < total:
+                    size = connection.recv_into(buffer[received:])
+                    if size == 0:
+                        return
+                    received += size
+                connection.sendall(b"k")
+
+
+class LoopbackCopy:
+    """A plain TCP copy between two processes, buffers ready, connection open."""
+
+    def __init__(self, total: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        port: multiprocessing.Queue = context.Queue()
+        self._process = context.Process(target=_copy_sink, args=(port, total), daemon=True)
+        self._process.start()
+        self._socket = socket.create_connection(("127.0.0.1", port.get()))
+        self._data = torch.rand(total // 4).numpy().tobytes()
+        self.seconds()  # faults the pages in
+
+    def seconds(self) -> float:
+        started = time.perf_counter()
+        self._socket.sendall(self._data)
+        assert self._socket.recv(1) == b"k"
+        return time.perf_counter() - started
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.join()
+
+
+def bench_transfer(config: AppConfig) -> list[dict[str, Any]]:
+    driver, rows = Driver(config), []
+    for num_tokens in HANDOFF_TOKENS:
+        prompt = random_prompt(num_tokens, seed=num_tokens)
+        print(f"computing a prompt of {num_tokens} tokens once ...", flush=True)
+        driver.warm(prompt)
+        _, num_bytes = driver.hand_over(prompt, f"first-{num_tokens}")
+        copy = LoopbackCopy(num_bytes)
+        handoffs, copies = [], []
+        for i in range(ROUNDS):
+            # The target must not keep the prefix, or there would be nothing to send: a new suffix does not help, so it
+            # runs without prefix caching.
+            handoffs.append(driver.hand_over(prompt, f"{num_tokens}-{i}")[0])
+            copies.append(copy.seconds())
+        copy.close()
+        rows.append(
+            {
+                "tokens": num_tokens,
+                "bytes": num_bytes,
+                "handoff_s": handoffs,
+                "copy_s": copies,
+                "ratio": statistics.median(handoffs) / statistics.median(copies),
+            }
+        )
+    return rows
+
+
+def ttft(client: httpx.Client, route: str, num_tokens: int, seed: int) -> tuple[float, float]:
+    """Seconds to the first and to the second token of a fresh prompt."""
+    body = {
+        "model": "bench",
+        "prompt": list(random_prompt(num_tokens, seed)),
+        "max_tokens": 3,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    times: list[float] = []
+    started = time.perf_counter()
+    with client.stream("POST", f"http://127.0.0.1:{PORT}{route}/v1/completions", json=body) as response:
+        assert response.status_code == 200, response.read()
+        for line in response.iter_lines():
+            if line.startswith("data: {") and json.loads(line[6:])["choices"][0]["finish_reason"] is None:
+                times.append(time.perf_counter() - started)
+    return times[0], times[1] if len(times) > 1 else float("nan")
+
+
+def bench_ttft() -> list[dict[str, Any]]:
+    serve.start(http_options={"port": PORT})
+    for mode in ("disaggregated", "colocated"):
+        print(f"starting the {mode} application ...", flush=True)
+        args = AppConfig(mode=mode, served_model_name="bench")
+        serve.run(graph(args), name=mode, route_prefix=f"/{mode}")
+    rows = []
+    with httpx.Client(timeout=120) as client:
+        for num_tokens in TTFT_TOKENS:
+            samples: dict[str, list[tuple[float, float]]] = {"disaggregated": [], "colocated": []}
+            for i in range(ROUNDS + 1):
+                for mode, taken in samples.items():
+                    taken.append(ttft(client, f"/{mode}", num_tokens, seed=hash((num_tokens, i, mode)) % 2**31))
+                print(
+                    f"{num_tokens} tokens, round {i}: " + ", ".join(f"{m} {t[-1][0]:.3f} s" for m, t in samples.items())
+                )
+            first = {mode: [t for t, _ in taken[1:]] for mode, taken in samples.items()}  # round 0 warms up
+            second = {mode: [t for _, t in taken[1:]] for mode, taken in samples.items()}
+            median = {mode: statistics.median(values) for mode, values in first.items()}
+            rows.append(
+                {
+                    "tokens": num_tokens,
+                    "ttft_s": first,
+                    "second_token_s": second,
+                    "added_s": median["disaggregated"] - median["colocated"],
+                    "added_share": median["disaggregated"] / median["colocated"] - 1,
+                    "added_second_token_s": statistics.median(second["disaggregated"])
+                    - statistics.median(second["colocated"]),
+                }
+            )
+    serve.shutdown()
+    return rows
+
+
+def main() -> int:
+    """Run both parts and print the report."""
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    no_prefix = AppConfig.model_validate({"decode.engine.enable_prefix_caching": "false"})
+    transfers = bench_transfer(no_prefix)
+    ray.shutdown()
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    latencies = bench_ttft()
+    ray.shutdown()
+    print(f"\n{'tokens':>7} {'MiB':>7} {'hand-off s':>11} {'copy s':>8} {'ratio':>6}")
+    for row in transfers:
+        handoff, copy = statistics.median(row["handoff_s"]), statistics.median(row["copy_s"])
+        print(f"{row['tokens']:>7} {row['bytes'] / 2**20:>7.1f} {handoff:>11.3f} {copy:>8.3f} {row['ratio']:>6.2f}")
+    print(
+        f"\n{'tokens':>7} {'TTFT colocated':>15} {'disaggregated':>14} {'added':>9} {'share':>7} {'2nd token added':>16}"
+    )
+    for row in latencies:
+        values = (statistics.median(row["ttft_s"][mode]) for mode in ("colocated", "disaggregated"))
+        print(
+            "{:>7} {:>13.3f} s {:>12.3f} s {:>6.0f} ms {:>6.1%} {:>13.0f} ms".format(
+                row["tokens"], *values, row["added_s"] * 1e3, row["added_share"], row["added_second_token_s"] * 1e3
+            )
+        )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    versions = {"torch": torch.__version__, "ray": ray.__version__, "python": platform.python_version()}
+    print(json.dumps({"commit": commit, "versions": versions, "transfer": transfers, "ttft": latencies}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

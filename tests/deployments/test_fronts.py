@@ -1,0 +1,114 @@
+"""Requests through both fronts: the same tokens whatever happens on the way, and nothing held afterwards."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+import pytest
+import pytest_asyncio
+
+from deployments.errors import EngineDeadError, RequestTooLargeError
+from deployments.messages import FinishReason, GenerateRequest, SamplingParams, TokenOutput
+from tests.deployments.fakes import Pools
+from tests.engine.driving import greedy
+from tests.engine.families import random_prompt, reference
+
+PROMPT = random_prompt(150, seed=3)
+NUM_TOKENS = 12
+
+
+@pytest_asyncio.fixture
+async def pools(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pools]:
+    pools = await Pools.start(monkeypatch, max_num_batched_tokens=32)
+    yield pools
+    pools.stop()
+
+
+async def collect(pools: Pools, request: GenerateRequest) -> list[TokenOutput]:
+    return [output async for output in pools.decode.generate(request)]
+
+
+def tokens_of(outputs: list[TokenOutput]) -> tuple[int, ...]:
+    assert [output.index for output in outputs] == list(range(len(outputs))), "each token comes once, in order"
+    assert [output.finish_reason is not None for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    return tuple(token for output in outputs for token in output.token_ids)
+
+
+async def test_a_long_prompt_is_handed_over_and_a_short_one_is_not(pools: Pools) -> None:
+    assert tokens_of(await collect(pools, greedy("long", PROMPT, NUM_TOKENS))) == reference("llama", PROMPT, NUM_TOKENS)
+    handoff = (await pools.prefill._front.engine.stats(), pools.prefill._front.handoff)
+    assert handoff[0].prompt_tokens == len(PROMPT)
+    assert handoff[1].num_requests == 1
+    assert handoff[1].num_chunks >= 5, "a chunk leaves with every step of the prompt"
+    short = PROMPT[:10]
+    assert tokens_of(await collect(pools, greedy("short", short, NUM_TOKENS))) == reference("llama", short, NUM_TOKENS)
+    assert pools.prefill._front.handoff.num_requests == 1
+    await pools.wait_idle()
+
+
+async def test_many_at_once_get_their_own_tokens(pools: Pools) -> None:
+    prompts = [random_prompt(length, seed=length) for length in (5, 17, 33, 40, 64, 65, 100, 150)]
+    requests = [greedy(f"r{i}", prompt, NUM_TOKENS) for i, prompt in enumerate(prompts)]
+    answers = await asyncio.gather(*(collect(pools, request) for request in requests))
+    assert [tokens_of(answer) for answer in answers] == [reference("llama", p, NUM_TOKENS) for p in prompts]
+    await pools.wait_idle()
+
+
+async def test_a_broken_transfer_costs_only_time(pools: Pools) -> None:
+    pools.decode_actor.fail_receives = 1
+    answer = await collect(pools, greedy("r", PROMPT, NUM_TOKENS))
+    assert tokens_of(answer) == reference("llama", PROMPT, NUM_TOKENS)
+    assert pools.decode._front.handoff.num_failures == 1
+    await pools.wait_idle()
+
+
+async def test_a_dead_prefill_engine_costs_only_time(pools: Pools) -> None:
+    pools.prefill_actor.die()
+    answer = await collect(pools, greedy("r", PROMPT, NUM_TOKENS))
+    assert tokens_of(answer) == reference("llama", PROMPT, NUM_TOKENS)
+    with pytest.raises(EngineDeadError):
+        await pools.prefill.check_health()
+
+
+async def test_a_dead_decode_engine_ends_the_request_with_an_error_and_frees_prefill(pools: Pools) -> None:
+    stream = pools.decode.generate(greedy("r", PROMPT, 500))
+    await anext(stream)
+    pools.decode_actor.die()
+    with pytest.raises(EngineDeadError):
+        async for _ in stream:
+            pass
+    with pytest.raises(EngineDeadError):
+        await pools.decode.check_health()
+
+
+@pytest.mark.parametrize("num_outputs", [0, 1, 2, 5])
+async def test_closing_the_stream_frees_both_pools(pools: Pools, num_outputs: int) -> None:
+    async with aclosing(pools.decode.generate(greedy("r", PROMPT, 500))) as stream:
+        for _ in range(num_outputs):
+            await anext(stream)
+    await pools.wait_idle()
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.01, 0.03, 0.1])
+async def test_cancelling_the_reader_frees_both_pools(pools: Pools, after_s: float) -> None:
+    reader = asyncio.create_task(collect(pools, greedy("r", PROMPT, 800)))
+    await asyncio.sleep(after_s)
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    await pools.wait_idle()
+
+
+async def test_a_stop_token_drawn_by_prefill_ends_the_request_at_once(pools: Pools) -> None:
+    first = reference("llama", PROMPT, 1)[0]
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, stop_token_ids=(first,))
+    (output,) = await collect(pools, GenerateRequest("r", PROMPT, sampling))
+    assert output.token_ids == (first,)
+    assert output.finish_reason is FinishReason.STOP
+    await pools.wait_idle()
+
+
+async def test_a_request_that_can_never_fit_is_refused_with_the_numbers(pools: Pools) -> None:
+    with pytest.raises(RequestTooLargeError, match=r"150 prompt tokens \+ 5000 to generate"):
+        await collect(pools, greedy("r", PROMPT, 5000))
+    await pools.wait_idle()

@@ -1,0 +1,135 @@
+"""What a client can rely on beside the tokens: OpenAI's client, health, metrics, errors, and that leaving frees."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.e2e.conftest import MODEL_NAME, Service
+
+
+def openai_client(service: Service) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{service.url}/v1", api_key="none", max_retries=0)
+
+
+def test_openai_client_chats(service: Service) -> None:
+    with openai_client(service) as client:
+        question = [{"role": "user", "content": "What is the capital of France?"}]
+        options: dict[str, Any] = {"model": MODEL_NAME, "messages": question, "max_tokens": 12, "temperature": 0}
+        whole = client.chat.completions.create(**options)
+        assert "Paris" in whole.choices[0].message.content
+        assert whole.usage.completion_tokens <= 12
+        chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        assert text == whole.choices[0].message.content
+        assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+def test_openai_client_completes_and_stops(service: Service) -> None:
+    with openai_client(service) as client:
+        options: dict[str, Any] = {
+            "model": MODEL_NAME,
+            "prompt": "One, two, three, four,",
+            "max_tokens": 24,
+            "temperature": 0,
+        }
+        whole = client.completions.create(**options)
+        streamed = "".join(c.choices[0].text for c in client.completions.create(**options, stream=True))
+        assert streamed == whole.choices[0].text
+        stop = whole.choices[0].text[5:9]  # in the middle of the text, across tokens as they come
+        stopped = client.completions.create(**options, stop=stop)
+        assert stopped.choices[0].text == whole.choices[0].text.split(stop)[0]
+        assert stopped.choices[0].finish_reason == "stop"
+        assert [m.id for m in client.models.list()] == [MODEL_NAME]
+
+
+def test_a_sampled_answer_depends_on_its_seed_alone(services: dict[str, Service], client: httpx.Client) -> None:
+    def sample(service: Service, seed: int) -> str:
+        prompt = "Once upon a time there was a little robot who lived in a lighthouse by the sea. " * 6
+        body = {
+            "model": MODEL_NAME,
+            "prompt": prompt,
+            "max_tokens": 12,
+            "temperature": 1.2,
+            "top_p": 0.95,
+            "seed": seed,
+        }
+        text: str = client.post(f"{service.url}/v1/completions", json=body).json()["choices"][0]["text"]
+        return text
+
+    by_mode = {mode: [sample(service, seed) for seed in (1, 1, 2)] for mode, service in services.items()}
+    assert by_mode["disaggregated"] == by_mode["colocated"]
+    first, again, other = by_mode["colocated"]
+    assert first == again != other
+
+
+def test_health_and_metrics_cover_both_pools(disaggregated: Service, client: httpx.Client) -> None:
+    assert client.get(f"{disaggregated.url}/health").status_code == 200
+    body = {"model": MODEL_NAME, "prompt": list(range(1000, 1200)), "max_tokens": 4}
+    assert client.post(f"{disaggregated.url}/v1/completions", json=body).status_code == 200
+    text = client.get(f"{disaggregated.url}/metrics").text
+    for name in (
+        "queued_prompt_tokens", "running_sequences", "kv_blocks_used", "kv_blocks", "prefix_hit_tokens_total",
+        "prompt_tokens_total", "generated_tokens_total", "engine_ttft_seconds_count", "engine_itl_seconds_count",
+        "handoff_bytes_total", "handoff_seconds_count",
+    ):  # fmt: skip
+        for pool in ("prefill", "decode"):
+            assert f'kvrelay_{name}{{pool="{pool}"' in text, (name, pool)
+    assert "kvrelay_ttft_seconds_count" in text
+    assert "kvrelay_itl_seconds_count" in text
+
+
+def test_a_request_too_long_is_refused_with_the_numbers(service: Service, client: httpx.Client) -> None:
+    body = {"model": MODEL_NAME, "prompt": [7] * 8000, "max_tokens": 1000}
+    response = client.post(f"{service.url}/v1/completions", json=body)
+    assert response.status_code == 400
+    assert "8000" in response.text
+    assert "8192" in response.text
+
+
+def idle(service: Service) -> bool:
+    stats = [row.engine for pool in service.pools for row in service.stats(pool)]
+    return all(
+        s.num_used_blocks == s.num_running == s.num_reserved == s.num_waiting == s.num_exported_blocks == 0
+        for s in stats
+    )
+
+
+def wait_idle(service: Service, timeout_s: float) -> float:
+    started = time.monotonic()
+    while not idle(service):
+        assert time.monotonic() - started < timeout_s, [service.stats(pool) for pool in service.pools]
+        time.sleep(0.02)
+    return time.monotonic() - started
+
+
+def test_a_client_that_leaves_its_stream_frees_both_pools_within_a_second(
+    service: Service, client: httpx.Client
+) -> None:
+    wait_idle(service, 30)
+    body = {"model": MODEL_NAME, "prompt": list(range(2000, 2090)), "max_tokens": 2000, "stream": True}
+    with client.stream("POST", f"{service.url}/v1/completions", json=body | {"ignore_eos": True}) as stream:
+        lines = stream.iter_lines()
+        for _ in range(6):
+            next(lines)
+        assert not idle(service)
+    assert wait_idle(service, 10) < 1.0
+
+
+@pytest.mark.parametrize(("num_prompt_tokens", "leaves_after_s"), [(4000, 2.0), (90, 4.0)], ids=["prefill", "decode"])
+def test_a_client_that_leaves_without_streaming_frees_both_pools_within_a_second(
+    service: Service, client: httpx.Client, num_prompt_tokens: int, leaves_after_s: float
+) -> None:
+    wait_idle(service, 30)
+    prompt = list(range(3000, 3000 + num_prompt_tokens))
+    body = {"model": MODEL_NAME, "prompt": prompt, "max_tokens": 2000, "ignore_eos": True}
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(client.post, f"{service.url}/v1/completions", json=body, timeout=leaves_after_s)
+        while idle(service):
+            assert not pending.done(), pending.result()
+        with pytest.raises(httpx.ReadTimeout):
+            pending.result()
+    assert wait_idle(service, 10) < 1.0
