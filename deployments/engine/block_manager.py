@@ -61,6 +61,10 @@ class BlockManager:
         """Leading blocks of a sequence that the cache holds; never all of its tokens."""
         return len(self._match(sequence))
 
+    def can_admit(self, sequence: Sequence, num_spare_blocks: int = 0) -> bool:
+        """Whether `admit` would succeed now."""
+        return self._fits(sequence, self._match(sequence), num_spare_blocks)
+
     def admit(self, sequence: Sequence, num_spare_blocks: int = 0) -> bool:
         """Give a sequence blocks for all its tokens, shared ones first.
 
@@ -73,10 +77,9 @@ class BlockManager:
         """
         assert not sequence.block_table, f"{sequence.request_id} already holds blocks"
         shared = self._match(sequence)
-        num_new = self.blocks_for(len(sequence.token_ids)) - len(shared)
-        num_shared_free = sum(1 for block in shared if self._ref_counts[block] == 0)
-        if num_new + num_shared_free + num_spare_blocks > self.num_free_blocks:
+        if not self._fits(sequence, shared, num_spare_blocks):
             return False
+        num_new = self.blocks_for(len(sequence.token_ids)) - len(shared)
         for block in shared:
             self._hold(block)
         sequence.block_table = shared + [self._take() for _ in range(num_new)]
@@ -139,6 +142,11 @@ class BlockManager:
         assert not any(b in self._hash_of for b in self._blank), "a blank block has a hash"
         assert all(b in self._hash_of for b in self._cached), "a cached block has no hash"
         assert {b: h for h, b in self._block_of.items()} == self._hash_of, "hash tables disagree"
+
+    def _fits(self, sequence: Sequence, shared: list[int], num_spare_blocks: int) -> bool:
+        num_new = self.blocks_for(len(sequence.token_ids)) - len(shared)
+        num_shared_free = sum(1 for block in shared if self._ref_counts[block] == 0)
+        return num_new + num_shared_free + num_spare_blocks <= self.num_free_blocks
 
     def _match(self, sequence: Sequence) -> list[int]:
         if not self._prefix_caching:

@@ -81,26 +81,59 @@ class Engine:
                 blocks are reserved and `Placed.remote` is true. None: this engine computes it.
 
         Raises:
-            RequestTooLargeError: it can never fit.
-            InvalidRequestError: an empty prompt, a token id outside the vocabulary, or an id already in use.
+            RequestTooLargeError, InvalidRequestError: see `check`; or the id is in use.
         """
-        self._check(request, request.sampling.max_tokens)
-        self._scheduler.add(Sequence(request, Role.LOCAL, time.monotonic(), remote_threshold=remote_threshold))
+        self.check(request)
+        self._enter(Sequence(request, Role.LOCAL, time.monotonic(), remote_threshold=remote_threshold))
 
     def prefill(self, request: GenerateRequest, first_block: int) -> None:
         """Queue a request whose prompt is computed for another engine.
 
         Args:
             request: as the other engine has it.
-            first_block: leading blocks that the other engine already holds; chunks begin behind them.
+            first_block: leading blocks that the other engine already holds; chunks begin behind them. The block of the
+                last token is never among them.
 
         Raises:
-            RequestTooLargeError, InvalidRequestError: see `add`.
+            RequestTooLargeError, InvalidRequestError: see `check`; or the id is in use, also by chunks of an earlier
+                hand-off that were neither released nor aborted.
         """
-        self._check(request, 1)
+        self.check(request)
+        last_block = (len(request.prompt_token_ids) - 1) // self.limits.block_size
+        if not 0 <= first_block <= last_block:
+            raise InvalidRequestError(f"first_block is {first_block}, must be from 0 to {last_block}", "first_block")
         sequence = Sequence(request, Role.EXPORT, time.monotonic(), num_exported_blocks=first_block)
-        self._scheduler.add(sequence)
+        self._enter(sequence)
         self._exporting[request.request_id] = sequence
+
+    def check(self, request: GenerateRequest) -> None:
+        """Refuse what can never run here. Safe from any thread.
+
+        Raises:
+            RequestTooLargeError: prompt and output together exceed the model or the pool; gives the numbers.
+            InvalidRequestError: an empty prompt, no token to generate, or a token id outside the vocabulary.
+        """
+        prompt, max_tokens = request.prompt_token_ids, request.sampling.max_tokens
+        if not prompt:
+            raise InvalidRequestError("the prompt is empty; it needs at least 1 token", "prompt")
+        if max_tokens < 1:
+            raise InvalidRequestError(f"max_tokens is {max_tokens}, must be at least 1", "max_tokens")
+        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+            bad = next(t for t in prompt if not 0 <= t < self._vocab_size)
+            raise InvalidRequestError(
+                f"token id {bad} is not in the vocabulary (0 to {self._vocab_size - 1})", "prompt"
+            )
+        total, limits = len(prompt) + max_tokens, self.limits
+        if total > limits.max_model_len:
+            raise RequestTooLargeError(
+                f"{len(prompt)} prompt tokens + {max_tokens} to generate = {total}, "
+                f"the model takes {limits.max_model_len}"
+            )
+        if self._blocks.blocks_for(total) > limits.num_blocks:
+            raise RequestTooLargeError(
+                f"{len(prompt)} prompt tokens + {max_tokens} to generate need {self._blocks.blocks_for(total)} KV "
+                f"blocks, this engine has {limits.num_blocks} of {limits.block_size} tokens"
+            )
 
     def import_chunk(self, chunk: ChunkReady, tensor: Tensor) -> list[EngineEvent]:
         """Put a chunk of a reserved sequence into its blocks.
@@ -113,7 +146,7 @@ class Engine:
             The first token's output once every block is here; nothing for a request that is no longer waiting.
 
         Raises:
-            ValueError: the tensor does not fit the pool.
+            ValueError: the tensor does not fit the pool, or its blocks are not all awaited; nothing was changed.
         """
         sequence = self._scheduler.reserved.get(chunk.request_id)
         if sequence is None:
@@ -140,7 +173,6 @@ class Engine:
         num_blocks = min(sequence.missing_blocks, default=len(sequence.block_table))
         usable = min(num_blocks, (sequence.num_prompt_tokens - 1) // self.limits.block_size)
         sequence.num_computed_tokens = usable * self.limits.block_size
-        sequence.role = Role.LOCAL
         self._first_tokens.pop(request_id, None)
         self._scheduler.activate(sequence)
         return True
@@ -194,27 +226,11 @@ class Engine:
         strangers = {r for r in [*self._exporting, *self._first_tokens] if r not in self._scheduler}
         assert not strangers, f"kept for requests that are gone: {strangers}"
 
-    def _check(self, request: GenerateRequest, max_tokens: int) -> None:
-        prompt = request.prompt_token_ids
-        if not prompt:
-            raise InvalidRequestError("the prompt is empty; it needs at least 1 token", "prompt")
-        if max_tokens < 1:
-            raise InvalidRequestError(f"max_tokens is {max_tokens}, must be at least 1", "max_tokens")
-        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
-            bad = next(t for t in prompt if not 0 <= t < self._vocab_size)
-            raise InvalidRequestError(f"token id {bad} is not in the vocabulary (0 to {self._vocab_size - 1})", "prompt")
-        total, limits = len(prompt) + max_tokens, self.limits
-        if total > limits.max_model_len:
-            raise RequestTooLargeError(
-                f"{len(prompt)} prompt tokens + {max_tokens} to generate = {total}, the model takes {limits.max_model_len}"
-            )
-        if self._blocks.blocks_for(total) > limits.num_blocks:
-            raise RequestTooLargeError(
-                f"{len(prompt)} prompt tokens + {max_tokens} to generate need {self._blocks.blocks_for(total)} KV blocks, "
-                f"this engine has {limits.num_blocks} of {limits.block_size} tokens"
-            )
-        if request.request_id in self._scheduler:
-            raise InvalidRequestError(f"request id {request.request_id!r} is already in use", "request_id")
+    def _enter(self, sequence: Sequence) -> None:
+        request_id = sequence.request_id
+        if request_id in self._scheduler or self._exports.has(request_id):
+            raise InvalidRequestError(f"request id {request_id!r} is already in use", "request_id")
+        self._scheduler.add(sequence)
 
     def _advance(self, item: ScheduledSequence, token: int | None) -> list[EngineEvent]:
         """Account for a run that was computed, and for the token it drew."""
@@ -298,4 +314,3 @@ class Engine:
             first_token = self._first_tokens[sequence.request_id]
             self._finish(sequence)
         return ChunkReady(sequence.request_id, index, start, size, first_token)
-

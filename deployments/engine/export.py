@@ -32,6 +32,10 @@ class ExportBuffer:
     def num_free_blocks(self) -> int:
         return self.max_blocks - self._num_blocks
 
+    def has(self, request_id: str) -> bool:
+        """Whether any chunk of the request still counts."""
+        return request_id in self._chunks
+
     def put(self, request_id: str, index: int, num_blocks: int, tensor: Tensor) -> None:
         with self._lock:
             self._chunks.setdefault(request_id, {})[index] = _Exported(num_blocks, tensor)

@@ -15,7 +15,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -23,6 +22,7 @@ from deployments.engine.attention.base import IMPLEMENTATION, register
 from deployments.engine.config import EngineConfig
 from deployments.engine.kv_cache import KVShape
 from deployments.engine.packed_linear import pack_linears
+from deployments.engine.probe import probe_kv_shape
 from deployments.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,7 @@ class LoadedModel:
     Attributes:
         model: in inference mode, its attention set to ours.
         path: the folder or hub id it came from, tokenizer included.
+        fingerprint: tells models apart whose KV must not be mixed; the same in every process that loads the same one.
         device: where it is.
         kv_shape: KV of one token.
         max_model_len: what it was trained for, in tokens.
@@ -50,6 +51,7 @@ class LoadedModel:
 
     model: PreTrainedModel
     path: str
+    fingerprint: str
     device: torch.device
     kv_shape: KVShape
     max_model_len: int
@@ -118,16 +120,18 @@ def prepare_model(model: PreTrainedModel, path: str, device: torch.device) -> Lo
         UnsupportedModelError: see `load_model`.
     """
     check_config(model.config)
+    register()
     model.set_attn_implementation(IMPLEMENTATION)
     model.eval().requires_grad_(False)
     text_config = model.config
     generation = getattr(model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None) or text_config.eos_token_id
+    eos = getattr(generation, "eos_token_id", None) or getattr(text_config, "eos_token_id", None)
     return LoadedModel(
         model=model,
         path=path,
+        fingerprint=_fingerprint(model),
         device=device,
-        kv_shape=_probe_kv_shape(model, device),
+        kv_shape=probe_kv_shape(model, device),
         max_model_len=_max_model_len(text_config),
         vocab_size=text_config.vocab_size,
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
@@ -149,7 +153,9 @@ def check_config(config: PretrainedConfig) -> None:
     layer_types = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
     other = sorted(layer_types - _FULL_ATTENTION - {"attention"})
     if other:
-        raise UnsupportedModelError(f"{name} has layers of type {', '.join(other)}; only attention layers can be served")
+        raise UnsupportedModelError(
+            f"{name} has layers of type {', '.join(other)}; only attention layers can be served"
+        )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(f"{name} is not a causal language model known to transformers")
 
@@ -171,56 +177,13 @@ def _max_model_len(config: PretrainedConfig) -> int:
     return max_len
 
 
-class _Probe:
-    """Stands in for attention and notes what each layer hands over."""
-
-    def __init__(self) -> None:
-        self.layers: dict[int, tuple[int, int, int]] = {}
-        self.dtype = torch.float32
-
-    def attend(
-        self,
-        layer: int,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        self.layers[layer] = (keys.shape[0], keys.shape[2], values.shape[2])
-        self.dtype = keys.dtype
-        return queries.transpose(0, 1)
-
-
-@torch.inference_mode()
-def _probe_kv_shape(model: PreTrainedModel, device: torch.device) -> KVShape:
-    probe = _Probe()
-    ids = torch.zeros((1, 2), dtype=torch.int64, device=device)
-    positions = torch.arange(2, device=device).unsqueeze(0)
-    model(input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=1, paged_step=probe)
-    num_layers = model.config.num_hidden_layers
-    if sorted(probe.layers) != list(range(num_layers)):
-        missing = [i for i in range(num_layers) if i not in probe.layers]
-        raise UnsupportedModelError(
-            f"{model.config.model_type}: layers {missing} do not use attention but {_mixers(model, missing)}"
-        )
-    shapes = set(probe.layers.values())
-    num_kv_heads, key_dim, value_dim = shapes.pop()
-    if shapes or key_dim != value_dim:
-        raise UnsupportedModelError(
-            f"{model.config.model_type}: layers differ in their KV (heads, key size, value size): {probe.layers}"
-        )
-    return KVShape(num_layers, num_kv_heads, key_dim, probe.dtype)
-
-
-def _mixers(model: nn.Module, layers: list[int]) -> str:
-    """Class names of whatever mixes tokens in these layers."""
-    names = {
-        type(module).__name__ for module in model.modules() if getattr(module, "layer_idx", None) in layers
-    }
-    return ", ".join(sorted(names)) or "another kind of layer"
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Hash of the configuration and of a sample of every weight."""
+    digest = blake2b(repr(sorted(model.config.to_diff_dict().items(), key=str)).encode(), digest_size=16)
+    for name, parameter in model.named_parameters():
+        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)].float().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return f"{model.config.model_type}-{digest.hexdigest()}"
 
 
 def _convert_gguf(file: Path) -> Path:
@@ -245,7 +208,7 @@ def _convert_gguf(file: Path) -> Path:
 def _write_dense(file: Path, folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     # transformers dequantizes on loading but goes on calling the model quantized, and then will not save it.
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]  # nn.Module types its attributes loosely
     del model.config.quantization_config
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)

@@ -26,6 +26,8 @@ class _Command:
     future: "Future[Any]"
 
     def carry_out(self, engine: Engine) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return  # the caller no longer wants it
         try:
             self.future.set_result(self.run(engine))
         except Exception as error:
@@ -110,5 +112,6 @@ class EngineLoop:
         with self._lock:
             self._death = death
         while not self._inbox.empty():
-            if (command := self._inbox.get()) is not None:
+            command = self._inbox.get()
+            if command is not None and command.future.set_running_or_notify_cancel():
                 command.future.set_exception(death)

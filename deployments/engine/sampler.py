@@ -59,14 +59,15 @@ def hash_to_uniform(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
     Source: SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), its finalizer applied to the seed and again to the sum.
     """
     mixed = _mix(_mix(seeds) + positions * np.uint64(0x9E3779B97F4A7C15))
-    return (mixed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return np.ldexp((mixed >> np.uint64(11)).astype(np.float64), -53)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:

@@ -68,7 +68,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether another step could make progress without a message from outside."""
-        return bool(self.waiting or any(s.num_uncomputed_tokens for s in self.running))
+        return any(s.num_uncomputed_tokens for s in self.running) or self._can_admit()
 
     def add(self, sequence: Sequence) -> None:
         assert sequence.request_id not in self._by_id, f"{sequence.request_id} is already here"
@@ -93,6 +93,7 @@ class Scheduler:
         """A reserved sequence has what it waited for, or gave up waiting: from now on it runs here."""
         del self.reserved[sequence.request_id]
         sequence.status = Status.RUNNING
+        sequence.role = Role.LOCAL  # after a preemption its prompt is computed here
         sequence.missing_blocks.clear()
         self.running.append(sequence)
 
@@ -144,16 +145,26 @@ class Scheduler:
         self.num_preemptions += 1
         self.waiting.appendleft(sequence)
 
+    @property
+    def _has_seat(self) -> bool:
+        return bool(self.waiting) and len(self.running) + len(self.reserved) < self._limits.max_num_seqs
+
+    @property
+    def _num_spare(self) -> int:
+        # With nothing else here the watermark would lock out a sequence that needs the whole pool.
+        return self._num_spare_blocks if self.running or self.reserved else 0
+
+    def _can_admit(self) -> bool:
+        return self._has_seat and self._blocks.can_admit(self.waiting[0], self._num_spare)
+
     def _admit(self, scheduled: list[ScheduledSequence], budget: int) -> list[Placed]:
         placed: list[Placed] = []
-        while self.waiting and len(self.running) + len(self.reserved) < self._limits.max_num_seqs:
+        while self._has_seat:
             sequence = self.waiting[0]
             may_be_remote = sequence.remote_threshold is not None and sequence.num_preemptions == 0
             if budget == 0 and not may_be_remote:
                 break
-            # With nothing else here the watermark would lock out a sequence that needs the whole pool.
-            spare = self._num_spare_blocks if self.running or self.reserved else 0
-            if not self._blocks.admit(sequence, spare):
+            if not self._blocks.admit(sequence, self._num_spare):
                 break
             self.waiting.popleft()
             if sequence.num_preemptions == 0:

@@ -22,19 +22,21 @@ def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
     max_model_len = config.max_model_len or loaded.max_model_len
     if max_model_len > loaded.max_model_len:
         raise ValueError(f"max_model_len is {max_model_len}, the model takes at most {loaded.max_model_len}")
-    if config.max_num_batched_tokens < config.max_num_seqs:
+    on_cpu = loaded.device.type == "cpu"
+    max_num_batched_tokens = config.max_num_batched_tokens or (128 if on_cpu else 8192)
+    if max_num_batched_tokens < config.max_num_seqs:
         raise ValueError(
-            f"max_num_batched_tokens is {config.max_num_batched_tokens}, must be at least max_num_seqs"
+            f"max_num_batched_tokens is {max_num_batched_tokens}, must be at least max_num_seqs"
             f" ({config.max_num_seqs}), so that every sequence can get its token in each step"
         )
-    block_size = config.block_size or (16 if loaded.device.type == "cpu" else 256)
+    block_size = config.block_size or (16 if on_cpu else 256)
     bytes_per_block = block_size * loaded.kv_shape.bytes_per_token
     num_blocks = config.num_blocks or (config.kv_cache_bytes or _default_pool_bytes(loaded.device)) // bytes_per_block
     # More than every sequence at full length can never be used.
     num_blocks = min(num_blocks, config.max_num_seqs * -(-max_model_len // block_size))
     if num_blocks < 1:
         raise ValueError(f"kv_cache_bytes is {config.kv_cache_bytes}, one block alone takes {bytes_per_block}")
-    return EngineLimits(max_model_len, block_size, num_blocks, config.max_num_seqs, config.max_num_batched_tokens)
+    return EngineLimits(max_model_len, block_size, num_blocks, config.max_num_seqs, max_num_batched_tokens)
 
 
 def _default_pool_bytes(device: torch.device) -> int:

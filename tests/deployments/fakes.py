@@ -61,12 +61,13 @@ class LocalActor:
         self.death: Exception | None = None
         self.fail_receives = 0
         self._queue: asyncio.Queue[list[EngineEvent] | Exception] = asyncio.Queue()
-        self.loop = EngineLoop(
-            self.engine, lambda events: self.event_loop.call_soon_threadsafe(self._queue.put_nowait, events)
-        )
+        self.loop = EngineLoop(self.engine, self._emit)
 
     def __getattr__(self, name: str) -> RemoteMethod:
         return RemoteMethod(self, object.__getattribute__(self, f"_{name}"))
+
+    def _emit(self, events: list[EngineEvent]) -> None:
+        self.event_loop.call_soon_threadsafe(self._queue.put_nowait, events)
 
     def die(self) -> None:
         """As if the process had been killed."""
@@ -206,7 +207,8 @@ class Pools:
     async def wait_idle(self) -> None:
         """Return when no engine holds anything; the test's own timeout bounds it."""
         for actor in self.actors:
-            while not await actor._command(_is_idle):
+            # An engine tells nobody that it is idle.
+            while not await actor._command(_is_idle):  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
 
     def stop(self) -> None:

@@ -1,7 +1,8 @@
 """The one place where transformers' layers meet our KV cache.
 
-`paged_attention` is registered as an attention implementation of transformers; each layer calls it with the queries, keys
-and values of the whole flat batch. The step's own object (`AttentionStep`) travels as a keyword argument of `forward`.
+`paged_attention` is registered as an attention implementation of transformers; each layer calls it with the queries,
+keys and values of the whole flat batch. The step's own object (`AttentionStep`) travels as a keyword argument of
+`forward`.
 """
 
 from typing import Any, Protocol
@@ -13,9 +14,18 @@ from deployments.errors import UnsupportedModelError
 
 IMPLEMENTATION = "kvrelay_paged"
 
-# Given by layers, and without meaning for us: dropout is training's, the rest repeats what the step knows.
+# Given by layers, and without meaning for us: dropout is training's, outputs are the model's own, the rest repeats what
+# the step knows.
 _IGNORED = frozenset(
-    {"dropout", "position_ids", "use_cache", "cache_position", "is_causal", "output_attentions", "output_hidden_states"}
+    {
+        "cache_position",
+        "dropout",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "position_ids",
+        "use_cache",
+    }
 )
 
 
@@ -57,10 +67,11 @@ def paged_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    paged_step: AttentionStep,
+    paged_step: AttentionStep | None = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers' attention layers call; shapes (1, heads, T, head_dim) in, (1, T, heads, head_dim) out.
@@ -68,10 +79,15 @@ def paged_attention(
     Raises:
         UnsupportedModelError: the layer asks for something that this attention does not know.
     """
-    unknown = sorted(name for name, given in kwargs.items() if given is not None and name not in _IGNORED)
+    name = type(module).__name__
+    if paged_step is None:
+        raise UnsupportedModelError(f"{name} is not given the model's keyword arguments, which paged attention needs")
+    if not getattr(module, "is_causal", True) or is_causal is False:
+        raise UnsupportedModelError(f"{name} lets tokens see later ones; paged attention is causal")
+    unknown = sorted(key for key, given in kwargs.items() if given is not None and key not in _IGNORED)
     if unknown or attention_mask is not None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} needs {', '.join(unknown) or 'an attention mask'}, which paged attention lacks"
+            f"{name} needs {', '.join(unknown) or 'an attention mask'}, which paged attention lacks"
         )
     output = paged_step.attend(
         module.layer_idx,  # type: ignore[arg-type]  # nn.Module types its attributes loosely

@@ -1,8 +1,8 @@
 """Paged attention on a CPU: gather blocks, then torch's fused attention, many sequences in one call.
 
-Decodes of different lengths are cut into splits of one length, attended together, and merged by their log-sum-exp, so that
-one long sequence beside many short ones costs its own tokens and no padding of the others. A prompt chunk attends its
-context without a mask and itself causally, and the two are merged likewise.
+Decodes of different lengths are cut into splits of one length, attended together, and merged by their log-sum-exp, so
+that one long sequence beside many short ones costs its own tokens and no padding of the others. A prompt chunk attends
+its context without a mask and itself causally, and the two are merged likewise.
 
 Source: Flash-Decoding (Dao et al., 2023) for splits; cascade inference (Ye et al., 2024) for merging states.
 """
@@ -66,9 +66,7 @@ class SdpaStep:
             outputs.append(self._prefill(layer, chunk, *new, scaling, sliding_window, softcap))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _decode(
-        self, layer: int, queries: Tensor, scaling: float, window: int | None, softcap: float | None
-    ) -> Tensor:
+    def _decode(self, layer: int, queries: Tensor, scaling: float, window: int | None, softcap: float | None) -> Tensor:
         plan = self._decode_plans.get(window)
         if plan is None:
             plan = _plan_decodes(self._batch, self._cache.block_size, window, self._cache.blocks)
@@ -134,7 +132,7 @@ class SdpaStep:
 
 def _group(queries: Tensor, num_kv_heads: int) -> Tensor:
     """(num_heads, T, head_dim) to (num_kv_heads, group, T, head_dim)."""
-    return queries.unflatten(0, (num_kv_heads, -1))
+    return queries.view(num_kv_heads, -1, *queries.shape[1:])
 
 
 def _spread(keys: Tensor) -> Tensor:
@@ -185,7 +183,7 @@ def _attend(
 def _merge_splits(out: Tensor, lse: Tensor, owner: Tensor, num_decodes: int) -> Tensor:
     """Combine the splits of each decode: (N, H, Q, head_dim), (N, H, Q) to (num_decodes, H, Q, head_dim)."""
     peak = lse.new_full((num_decodes, *lse.shape[1:]), float("-inf"))
-    peak.index_reduce_(0, owner, lse, "amax")
+    peak.scatter_reduce_(0, owner[:, None, None].expand_as(lse), lse, "amax")
     weight = torch.exp(lse - peak.index_select(0, owner))
     total = torch.zeros_like(peak).index_add_(0, owner, weight)
     merged = torch.zeros((num_decodes, *out.shape[1:]), dtype=torch.float32, device=out.device)

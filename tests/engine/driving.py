@@ -1,0 +1,86 @@
+"""Runs engines step by step, checking after each that nothing is lost, and hands KV from one to another."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from deployments.engine.config import EngineConfig
+from deployments.engine.engine import Engine
+from deployments.engine.model import LoadedModel
+from deployments.messages import ChunkReady, EngineEvent, GenerateRequest, SamplingParams, TokenOutput
+
+BLOCK_SIZE = 8
+
+
+def build_engine(loaded: LoadedModel, **overrides: object) -> Engine:
+    settings: dict[str, object] = {
+        "block_size": BLOCK_SIZE,
+        "num_blocks": 128,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 256,
+    }
+    return Engine(loaded, EngineConfig.model_validate(settings | overrides))
+
+
+def greedy(request_id: str, prompt: Iterable[int], max_tokens: int) -> GenerateRequest:
+    return GenerateRequest(request_id, tuple(prompt), SamplingParams(max_tokens=max_tokens, temperature=0.0))
+
+
+class Transcript:
+    """Tokens per request, put together from events that must be gapless and end once."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[str, list[int]] = defaultdict(list)
+        self.cached: dict[str, int] = {}
+        self.finished: set[str] = set()
+        self.chunks: list[ChunkReady] = []
+
+    def note(self, events: Iterable[EngineEvent]) -> None:
+        for event in events:
+            if isinstance(event, ChunkReady):
+                self.chunks.append(event)
+            elif isinstance(event, TokenOutput):
+                assert event.request_id not in self.finished, f"{event} after the end"
+                assert event.index == len(self.tokens[event.request_id]), f"{event} leaves a gap"
+                self.tokens[event.request_id] += event.token_ids
+                self.cached.setdefault(event.request_id, event.num_cached_tokens)
+                if event.finish_reason is not None:
+                    self.finished.add(event.request_id)
+
+
+def run(engine: Engine, transcript: Transcript | None = None, max_steps: int = 10_000) -> Transcript:
+    """Step until nothing is left to do."""
+    transcript = transcript or Transcript()
+    for _ in range(max_steps):
+        if not engine.has_work:
+            return transcript
+        transcript.note(engine.step())
+        engine.check_integrity()
+    raise AssertionError(f"still at work after {max_steps} steps: {engine.stats()}")
+
+
+def generate(engine: Engine, requests: Iterable[GenerateRequest]) -> list[tuple[int, ...]]:
+    """Run requests together; their tokens in order."""
+    requests = list(requests)
+    for request in requests:
+        engine.add(request)
+    transcript = run(engine)
+    assert transcript.finished == {request.request_id for request in requests}
+    assert engine.num_free_blocks == engine.limits.num_blocks
+    return [tuple(transcript.tokens[request.request_id]) for request in requests]
+
+
+def prefill_all(engine: Engine, request: GenerateRequest, first_block: int = 0) -> list[tuple[ChunkReady, Tensor]]:
+    """Compute a prompt for another engine and take every chunk, in order, each as soon as it is there."""
+    engine.prefill(request, first_block)
+    taken: list[tuple[ChunkReady, Tensor]] = []
+    while engine.has_work:
+        for event in engine.step():
+            if isinstance(event, ChunkReady):
+                tensor = engine.take_chunk(event.request_id, event.index)
+                assert tensor is not None
+                engine.release_chunk(event.request_id, event.index)
+                taken.append((event, tensor))
+        engine.check_integrity()
+    return taken

@@ -1,0 +1,311 @@
+"""Two engines and everything that may happen between them, in any order: nothing is lost, and no token is wrong."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from deployments.engine.engine import Engine
+from deployments.engine.model import LoadedModel, prepare_model
+from deployments.engine.sequence import Sequence
+from deployments.messages import ChunkReady, EngineEvent, GenerateRequest, Placed, SamplingParams, TokenOutput
+from tests.engine.driving import Transcript, build_engine, generate, greedy, prefill_all, run
+from tests.engine.families import CPU, randomize
+
+BLOCK_SIZE, MAX_PROMPT, MAX_TOKENS, VOCAB_SIZE = 4, 30, 10, 64
+POOL_BLOCKS = 14  # one request may need 10: two long ones must fight for blocks
+
+
+@cache
+def tiny() -> LoadedModel:
+    """One layer, so that a step takes about a millisecond."""
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        eos_token_id=None,
+    )
+    return prepare_model(randomize(AutoModelForCausalLM.from_config(config)), "", CPU)
+
+
+def build_small(**overrides: object) -> Engine:
+    shape = {"block_size": BLOCK_SIZE, "num_blocks": POOL_BLOCKS, "max_num_seqs": 4, "max_num_batched_tokens": 8}
+    return build_engine(tiny(), **(shape | overrides))
+
+
+@cache
+def alone(prompt: tuple[int, ...], sampling: SamplingParams) -> tuple[int, ...]:
+    """What the request generates with an engine of its own."""
+    (tokens,) = generate(build_small(), [GenerateRequest("alone", prompt, sampling)])
+    return tokens
+
+
+# Few prompts that begin alike, so that prefixes meet; drawn tokens depend on the seed and so on every logit.
+prompts = st.builds(
+    lambda length, last: (*((i * 7) % VOCAB_SIZE for i in range(length - 1)), last),
+    st.integers(1, MAX_PROMPT),
+    st.integers(0, 2),
+)
+samplings = st.builds(
+    SamplingParams,
+    max_tokens=st.sampled_from([1, 2, 5, MAX_TOKENS]),
+    temperature=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 1),
+    stop_token_ids=st.sampled_from([(), (3, 17, 40)]),
+)
+
+
+@dataclass
+class InFlight:
+    """A chunk that was announced; `tensor` once it was taken."""
+
+    chunk: ChunkReady
+    tensor: Tensor | None = None
+
+
+class Relay(RuleBasedStateMachine):
+    """A prefill engine, a decode engine, and a network and clients without manners."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prefill, self.decode = build_small(), build_small()
+        self.requests: dict[str, GenerateRequest] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.ended: set[str] = set()
+        self.unsent: list[Placed] = []
+        self.in_flight: list[InFlight] = []
+        self.arrived: list[InFlight] = []
+        self.unreleased: list[ChunkReady] = []
+
+    @rule(prompt=prompts, sampling=samplings, threshold=st.sampled_from([None, 0, 0, 9]))
+    def add(self, prompt: tuple[int, ...], sampling: SamplingParams, threshold: int | None) -> None:
+        request = GenerateRequest(f"r{len(self.requests)}", prompt, sampling)
+        self.requests[request.request_id] = request
+        self.tokens[request.request_id] = []
+        self.decode.add(request, threshold)
+
+    @precondition(lambda self: self.decode.has_work)
+    @rule()
+    def step_decode(self) -> None:
+        decoding = [s for s in self.decode._scheduler.running if s.is_decoding]
+        preemptions = {s.request_id: s.num_preemptions for s in decoding}
+        events = self.decode.step()
+        self.note(events)
+        got = {e.request_id for e in events if isinstance(e, TokenOutput)}
+        for chosen in decoding:
+            lost_blocks = chosen.num_preemptions > preemptions[chosen.request_id]
+            assert chosen.request_id in got or lost_blocks, f"{chosen.request_id} got no token"
+
+    @precondition(lambda self: self.prefill.has_work)
+    @rule()
+    def step_prefill(self) -> None:
+        for event in self.prefill.step():
+            if isinstance(event, ChunkReady):
+                self.in_flight.append(InFlight(event))
+                self.unreleased.append(event)
+            elif isinstance(event, TokenOutput):
+                self.note_first_token(event)
+
+    @precondition(lambda self: self.unsent)
+    @rule(data=st.data())
+    def send_to_prefill(self, data: st.DataObject) -> None:
+        placed = data.draw(st.sampled_from(self.unsent))
+        self.unsent.remove(placed)
+        self.prefill.prefill(self.requests[placed.request_id], placed.num_cached_tokens // BLOCK_SIZE)
+
+    @precondition(lambda self: self.in_flight)
+    @rule(data=st.data())
+    def deliver(self, data: st.DataObject) -> None:
+        item = data.draw(st.sampled_from(self.in_flight))
+        self.in_flight.remove(item)
+        item.tensor = self.prefill.take_chunk(item.chunk.request_id, item.chunk.index)
+        assert self.prefill.take_chunk(item.chunk.request_id, item.chunk.index) is None, "given away twice"
+        if item.tensor is not None:
+            self.note(self.decode.import_chunk(item.chunk, item.tensor))
+            self.arrived.append(item)
+
+    @precondition(lambda self: self.arrived)
+    @rule(data=st.data())
+    def deliver_again(self, data: st.DataObject) -> None:
+        item = data.draw(st.sampled_from(self.arrived))
+        assert item.tensor is not None
+        if item.chunk.request_id in self.decode._scheduler.reserved:
+            with pytest.raises(ValueError, match="are not all awaited"):
+                self.decode.import_chunk(item.chunk, item.tensor)
+        else:
+            assert self.decode.import_chunk(item.chunk, item.tensor) == []
+
+    @precondition(lambda self: self.unreleased)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        chunk = data.draw(st.sampled_from(self.unreleased))
+        self.unreleased.remove(chunk)
+        self.prefill.release_chunk(chunk.request_id, chunk.index)
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def prefill_locally(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.requests)))
+        waits = request_id in self.decode._scheduler.reserved
+        assert self.decode.prefill_locally(request_id) is waits
+
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data(), where=st.sampled_from(["decode", "prefill", "both"]))
+    def abort(self, data: st.DataObject, where: str) -> None:
+        request_id = data.draw(st.sampled_from(sorted(self.requests)))
+        if where != "prefill":
+            self.end(request_id)
+        if where != "decode":
+            self.prefill.abort(request_id)
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        self.prefill.check_integrity()
+        self.decode.check_integrity()
+
+    def note(self, events: list[EngineEvent]) -> None:
+        for event in events:
+            if isinstance(event, Placed) and event.remote:
+                self.unsent.append(event)
+            elif isinstance(event, TokenOutput):
+                request, tokens = self.requests[event.request_id], self.tokens[event.request_id]
+                assert event.request_id not in self.ended, f"{event} after the end"
+                assert event.index == len(tokens)
+                tokens += event.token_ids
+                whole = alone(request.prompt_token_ids, request.sampling)
+                assert tuple(tokens) == whole[: len(tokens)], "other tokens than alone"
+                assert (event.finish_reason is not None) is (len(tokens) == len(whole))
+                if event.finish_reason is not None:
+                    self.ended.add(event.request_id)
+
+    def note_first_token(self, event: TokenOutput) -> None:
+        """The first token also comes from the prefill engine; if it is the last one too, nobody sends any KV."""
+        request = self.requests[event.request_id]
+        assert event.index == 0
+        assert event.token_ids == alone(request.prompt_token_ids, request.sampling)[:1]
+        if event.finish_reason is not None:
+            self.end(event.request_id)
+
+    def end(self, request_id: str) -> None:
+        self.decode.abort(request_id)
+        self.ended.add(request_id)
+
+    def teardown(self) -> None:
+        """The prefill engine's peers are gone; the decode engine computes the rest itself."""
+        for request_id in self.requests:
+            self.prefill.abort(request_id)
+        for _ in range(2000):
+            for request_id in list(self.decode._scheduler.reserved):
+                self.decode.prefill_locally(request_id)
+            if not self.decode.has_work:
+                break
+            self.step_decode()
+            self.decode.check_integrity()
+        assert self.ended == set(self.requests), "not all requests came to an end"
+        for engine in (self.prefill, self.decode):
+            engine.check_integrity()
+            assert engine.num_sequences == 0
+            assert engine.num_free_blocks == POOL_BLOCKS
+            assert engine._exports.num_blocks == 0 and not engine._exports._chunks
+            assert not engine._exporting and not engine._first_tokens
+            assert not engine.has_work
+
+
+TestRelay = Relay.TestCase
+TestRelay.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+
+
+def decoding(engine: Engine) -> list[Sequence]:
+    return [s for s in engine._scheduler.running if s.is_decoding]
+
+
+def test_running_decodes_get_a_token_in_every_step_of_a_long_prompt() -> None:
+    engine = build_small(num_blocks=64, max_model_len=64)
+    for i in range(3):
+        engine.add(greedy(f"r{i}", (1, 2, i), 40))
+    while len(decoding(engine)) < 3:
+        engine.step()
+    engine.add(greedy("long", [5] * 60, 1))
+    num_steps = 0
+    while "long" in engine._scheduler:
+        got = {e.request_id for e in engine.step() if isinstance(e, TokenOutput)}
+        assert got >= {"r0", "r1", "r2"}
+        num_steps += 1
+    assert num_steps == 12, "5 of 8 tokens of each step are left for the prompt"
+
+
+def test_an_export_waits_for_room_in_the_buffer_and_goes_on_when_chunks_are_released() -> None:
+    engine = build_small(max_num_batched_tokens=4)  # chunks of 1 block, a buffer of 4
+    engine.prefill(greedy("r", range(30), 2), 0)
+    waiting = run(engine).chunks
+    assert len(waiting) == 4 and not engine.has_work
+    assert engine.num_sequences == 1, "its blocks stay until they are copied out"
+    engine.take_chunk("r", 0)
+    assert not engine.has_work, "taken is not released: the receiver still reads it"
+    for chunk in waiting:
+        engine.release_chunk("r", chunk.index)
+    assert engine.has_work
+    rest = run(engine).chunks
+    assert [c.first_token is not None for c in rest] == [False, False, False, True]
+    assert engine.num_sequences == 0 and engine.num_free_blocks == POOL_BLOCKS
+
+
+def test_aborting_a_chunked_prefill_returns_every_block_and_chunk() -> None:
+    engine = build_small()
+    engine.prefill(greedy("r", range(30), 2), 0)
+    engine.step()
+    assert engine.num_free_blocks < POOL_BLOCKS and engine.stats().num_exported_blocks == 2
+    engine.abort("r")
+    engine.check_integrity()
+    assert engine.num_free_blocks == POOL_BLOCKS and engine.stats().num_exported_blocks == 0
+    assert engine.take_chunk("r", 0) is None
+    assert not engine.has_work
+
+
+def test_a_decode_engine_waits_quietly_while_its_pool_is_reserved() -> None:
+    prefill, decode = build_small(), build_small(num_blocks=9)
+    request = greedy("r", range(30), 6)
+    decode.add(request, remote_threshold=0)
+    decode.add(greedy("next", range(20, 30), 3))
+    decode.step()
+    assert not decode.has_work
+    transcript = Transcript()
+    for chunk, tensor in prefill_all(prefill, request):
+        transcript.note(decode.import_chunk(chunk, tensor))
+    assert decode.has_work
+    assert run(decode, transcript).finished == {"r", "next"}
+
+
+def test_a_chunk_of_another_shape_is_refused_and_the_right_one_is_still_taken() -> None:
+    prefill, decode = build_small(), build_small()
+    request = greedy("r", range(5), 3)
+    decode.add(request, remote_threshold=0)
+    decode.step()
+    ((chunk, tensor),) = prefill_all(prefill, request)
+    for wrong in (tensor[:, :, :1], tensor.double()):
+        with pytest.raises(ValueError, match="this pool takes"):
+            decode.import_chunk(chunk, wrong)
+    transcript = Transcript()
+    transcript.note(decode.import_chunk(chunk, tensor))
+    assert run(decode, transcript).finished == {"r"}
+
+
+def test_stats_count_what_was_done() -> None:
+    engine = build_small(num_blocks=64)
+    generate(engine, [greedy("a", range(10), 4), greedy("b", range(20, 33), 2)])
+    generate(engine, [greedy("c", range(10), 4)])
+    stats = engine.stats()
+    assert (stats.prompt_tokens, stats.prefix_hit_tokens, stats.generated_tokens) == (10 + 13 + 2, 8, 4 + 2 + 4)
+    assert sum(stats.ttft_s.counts) == 3 and sum(stats.itl_s.counts) == 3 + 1 + 3
+    assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
+    stats.ttft_s.observe(1.0)
+    assert sum(engine.stats().ttft_s.counts) == 3, "a snapshot is a copy"
