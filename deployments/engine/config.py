@@ -18,8 +18,8 @@ class EngineConfig(BaseModel):
         num_blocks: size of the KV pool in blocks; else `kv_cache_bytes` decides.
         kv_cache_bytes: size of the KV pool; on a CPU at most 1 GiB or a quarter of the free memory.
         max_num_seqs: sequences that run at once.
-        max_num_batched_tokens: token budget of one step; longer prompts run in chunks. 128 on a CPU, where a step then
-            stays under a second on one core; 8192 on a GPU.
+        max_num_batched_tokens: token budget of one step; longer prompts run in chunks. On a CPU 128 per thread,
+            so that a step of a small model stays under a second; 8192 on a GPU.
         enable_prefix_caching: reuse the KV of finished prompts that share a prefix.
         num_threads: CPU threads of this engine's process; 1 unless given.
     """

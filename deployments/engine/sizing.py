@@ -9,6 +9,8 @@ from deployments.engine.model import LoadedModel
 
 _CPU_POOL_BYTES = 1 << 30
 _CPU_MEMORY_SHARE = 0.25
+# Token budget per thread: a step of SmolLM2-135M then stays under a second (Zen 3, 2026-11), and so does an abort.
+_CPU_TOKENS_PER_THREAD = 128
 # What stays free on a GPU for activations, besides what is measured.
 _GPU_MEMORY_SHARE = 0.9
 
@@ -23,7 +25,9 @@ def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
     if max_model_len > loaded.max_model_len:
         raise ValueError(f"max_model_len is {max_model_len}, the model takes at most {loaded.max_model_len}")
     on_cpu = loaded.device.type == "cpu"
-    max_num_batched_tokens = config.max_num_batched_tokens or (128 if on_cpu else 8192)
+    max_num_batched_tokens = config.max_num_batched_tokens or (
+        _CPU_TOKENS_PER_THREAD * torch.get_num_threads() if on_cpu else 8192
+    )
     if max_num_batched_tokens < config.max_num_seqs:
         raise ValueError(
             f"max_num_batched_tokens is {max_num_batched_tokens}, must be at least max_num_seqs"
