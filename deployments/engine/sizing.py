@@ -36,8 +36,6 @@ def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
     block_size = config.block_size or (16 if on_cpu else 256)
     bytes_per_block = block_size * loaded.kv_shape.bytes_per_token
     num_blocks = config.num_blocks or (config.kv_cache_bytes or _default_pool_bytes(loaded.device)) // bytes_per_block
-    # More than every sequence at full length can never be used.
-    num_blocks = min(num_blocks, config.max_num_seqs * -(-max_model_len // block_size))
     if num_blocks < 1:
         raise ValueError(f"kv_cache_bytes is {config.kv_cache_bytes}, one block alone takes {bytes_per_block}")
     return EngineLimits(max_model_len, block_size, num_blocks, config.max_num_seqs, max_num_batched_tokens)
