@@ -84,13 +84,12 @@ class EngineActor:
 
     def __init__(self, config: EngineConfig) -> None:
         # Imported here and not above: fronts name this class, and must not load transformers for it.
-        import torch
-
         from deployments.engine.engine import Engine
         from deployments.engine.model import load_model
+        from deployments.engine.process import configure_process
         from deployments.engine.runner import EngineLoop
 
-        torch.set_num_threads(config.num_threads or 1)  # never all of the node's cores: it has other engines
+        configure_process(config.num_threads or 1)
         self._events: queue.SimpleQueue[list[EngineEvent]] = queue.SimpleQueue()
         loaded = load_model(config)
         self._engine = Engine(loaded, config)

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from deployments.engine.attention.base import IMPLEMENTATION, register
 from deployments.engine.config import EngineConfig
 from deployments.engine.kv_cache import KVShape
+from deployments.engine.merged_linear import merge_linears
 from deployments.engine.packed_linear import pack_linears
 from deployments.engine.probe import probe_kv_shape
 from deployments.errors import UnsupportedModelError
@@ -108,6 +109,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     except ValueError as error:
         raise UnsupportedModelError(f"model {config.model!r}: {error}") from error
     loaded = prepare_model(model, path, device)
+    merge_linears(model)
     if device.type == "cpu":
         pack_linears(model)
     return loaded

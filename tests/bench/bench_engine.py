@@ -32,6 +32,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
 from deployments.engine.model import LoadedModel, load_model
+from deployments.engine.process import configure_process
 from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
 
 PROMPT_TOKENS, OUTPUT_TOKENS, LONG_PROMPT_TOKENS = 128, 64, 2048
@@ -214,10 +215,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=3, help="at least 1")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="run the scenarios whose name contains this")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    configure_process(arguments.threads)  # theirs profit as well
     loaded = load_model(EngineConfig(device="cpu"))
-    results = [race(scenario, arguments.rounds) for scenario in build_scenarios(loaded)]
+    results = [race(scenario, arguments.rounds) for scenario in build_scenarios(loaded) if arguments.only in scenario.name]
     for result in results:
         print_table(result)
     report = {

@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from deployments.engine.model import LoadedModel, prepare_model
+from deployments.engine.merged_linear import merge_linears
 from deployments.engine.packed_linear import pack_linears
 
 CPU = torch.device("cpu")
@@ -101,10 +102,11 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 
 
 @cache
-def load(family: str, *, packed: bool = False) -> LoadedModel:
+def load(family: str, *, optimized: bool = False) -> LoadedModel:
     """The model as an engine takes it; engines may share it."""
     loaded = prepare_model(copy.deepcopy(build_model(family)), "", CPU)
-    if packed:
+    if optimized:  # as `load_model` does on a CPU
+        merge_linears(loaded.model)
         assert pack_linears(loaded.model) > 0
     return loaded
 

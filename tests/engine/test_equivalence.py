@@ -32,9 +32,9 @@ def test_the_reference_does_not_repeat_itself(family: str) -> None:
 
 
 @every_family
-@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
-def test_prompts_of_different_lengths_run_together_as_alone(family: str, packed: bool) -> None:
-    assert outputs(build_engine(load(family, packed=packed))) == expected(family)
+@pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
+def test_prompts_of_different_lengths_run_together_as_alone(family: str, optimized: bool) -> None:
+    assert outputs(build_engine(load(family, optimized=optimized))) == expected(family)
 
 
 @every_family

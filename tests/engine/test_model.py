@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from deployments.engine import model as model_module
 from deployments.engine.config import EngineConfig
 from deployments.engine.model import BUNDLED_MODEL, LoadedModel, load_model, prepare_model, resolve_model
+from deployments.engine.merged_linear import LinearPart, MergedLinear, merge_linears
 from deployments.engine.packed_linear import PackedLinear, pack_linears
 from deployments.errors import UnsupportedModelError
 from tests.engine.driving import build_engine, generate, greedy
@@ -200,6 +201,52 @@ def test_packing_replaces_every_linear_layer_and_keeps_the_embedding() -> None:
     assert pack_linears(packed) == num_linears > 0
     assert not any(type(m) is torch.nn.Linear for m in packed.modules())
     assert isinstance(packed.get_input_embeddings(), torch.nn.Embedding)
+
+
+# --- merged linear layers
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_merged_layers_compute_what_the_plain_ones_do(bias: bool) -> None:
+    linears = [torch.nn.Linear(48, size, bias=bias) for size in (80, 16, 32)]
+    group = MergedLinear(linears)
+    for rows in (1, 7):
+        x = torch.randn(1, rows, 48)
+        with torch.inference_mode():
+            for index, linear in enumerate(linears):
+                torch.testing.assert_close(group.part(x, index), linear(x), rtol=1e-5, atol=1e-5)
+
+
+def test_merged_layers_compute_once_per_input_and_keep_nothing() -> None:
+    group = MergedLinear([torch.nn.Linear(8, 4), torch.nn.Linear(8, 4)])
+    calls: list[int] = []
+    group.linear.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(1, 2, 8)
+    first, second = group.part(x, 0), group.part(x, 1)
+    assert len(calls) == 1
+    assert first.shape == second.shape == (1, 2, 4)
+    assert group.memo.x is None and group.memo.parts == ()
+
+
+def test_a_merged_layer_asked_about_another_input_does_not_answer_with_the_last_one() -> None:
+    linears = [torch.nn.Linear(8, 4), torch.nn.Linear(8, 4)]
+    group = MergedLinear(linears)
+    x, y = torch.randn(1, 2, 8), torch.randn(1, 2, 8)
+    with torch.inference_mode():
+        group.part(x, 0)
+        torch.testing.assert_close(group.part(y, 1), linears[1](y))
+        group.part(x, 0)
+        x.mul_(2)  # a buffer that is written anew for each step
+        torch.testing.assert_close(group.part(x, 0), linears[0](x))
+
+
+def test_merging_finds_the_groups_of_a_family_and_leaves_the_rest() -> None:
+    model = copy.deepcopy(build_model("llama"))
+    num_layers = model.config.num_hidden_layers
+    assert merge_linears(model) == 2 * num_layers
+    assert isinstance(model.model.layers[0].self_attn.k_proj, LinearPart)
+    assert type(model.model.layers[0].self_attn.o_proj) is torch.nn.Linear
+    assert merge_linears(copy.deepcopy(build_model("phi3"))) == 0  # its checkpoint comes merged
 
 
 def test_loading_on_a_cpu_packs(local_model: str) -> None:

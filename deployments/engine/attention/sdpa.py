@@ -18,6 +18,7 @@ from deployments.engine.kv_cache import KVCache
 
 # A split has a fixed price beside its tokens: about that of 32 tokens (2 Zen 3 cores, 3 KV heads of 64, 2026-11).
 _SPLIT_OVERHEAD_TOKENS = 32
+_flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +165,7 @@ def _attend(
     """
     if queries.device.type == "cpu" and softcap is None:
         keys, values = (part.expand(-1, queries.shape[1], -1, -1) for part in (keys, values))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            queries, keys, values, 0.0, is_causal, attn_mask=mask, scale=scaling
-        )
+        out, lse = _flash_on_cpu(queries, keys, values, 0.0, is_causal, attn_mask=mask, scale=scaling)
         return out, lse
     scores = (queries.float() @ keys.float().transpose(-1, -2)) * scaling
     if softcap is not None:

@@ -1,0 +1,29 @@
+"""What an engine sets for its whole process, once, before it loads a model: threads, and how memory is reused."""
+
+import ctypes
+import sys
+
+import torch
+
+# Names and numbers of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_NEVER = 1 << 30
+
+
+def configure_process(num_threads: int) -> None:
+    """Give torch its threads, and keep freed memory instead of returning it to the system.
+
+    A step on a CPU allocates the same activations as the last one. By default glibc hands buffers of that size back
+    at once, and every step faults its pages in anew: 270,000 faults and a fifth of the time of 16 prompts of 128 tokens
+    (SmolLM2-135M, 2 Zen 3 cores, 2026-11). One arena, because those of other threads are given back regardless.
+
+    Args:
+        num_threads: CPU threads of this process; the node has other engines.
+    """
+    torch.set_num_threads(num_threads)
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # musl has none
+            libc.mallopt(_M_ARENA_MAX, 1)
+            libc.mallopt(_M_TRIM_THRESHOLD, _NEVER)
+            libc.mallopt(_M_MMAP_THRESHOLD, _NEVER)
