@@ -89,7 +89,8 @@ class EngineActor:
         from deployments.engine.process import configure_process
         from deployments.engine.runner import EngineLoop
 
-        configure_process(config.num_threads or 1)
+        num_threads = config.num_threads or 1  # never all of the node's cores: it has other engines
+        configure_process(num_threads)
         self._events: queue.SimpleQueue[list[EngineEvent]] = queue.SimpleQueue()
         loaded = load_model(config)
         self._engine = Engine(loaded, config)
@@ -113,7 +114,7 @@ class EngineActor:
             bytes_per_block=layout.bytes_per_block,
         )
         logger.info(
-            "engine ready: %s, %s, %d threads, pid %d", loaded.path, limits, torch.get_num_threads(), os.getpid()
+            "engine ready: %s, %s, %d threads, pid %d", loaded.path, limits, num_threads, os.getpid()
         )
 
     @ray.method(concurrency_group="ctl")

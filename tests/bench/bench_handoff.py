@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import httpx
@@ -76,7 +77,7 @@ class Driver:
                 started = started or time.perf_counter()
                 ref = self.source.take_chunk.remote(name, chunk.index)
                 ack = self.target.receive_kv.remote(chunk, ref)
-                self.source.release_chunk.remote(name, chunk.index, ack)
+                ack.future().add_done_callback(partial(self._release, name, chunk.index))
                 kept.append(ref)
                 num_blocks += chunk.num_blocks
                 last = last or chunk.first_token is not None
@@ -85,6 +86,10 @@ class Driver:
         for actor in (self.source, self.target):
             ray.get(actor.abort.remote(name, None))
         return seconds, num_blocks * self.info.bytes_per_block
+
+    def _release(self, name: str, index: int, _: object) -> None:
+        # Only now: the exports of an engine have bounded room, and later chunks wait for it.
+        self.source.release_chunk.remote(name, index)
 
     def _request(self, prompt: tuple[int, ...], name: str, send: Callable[[GenerateRequest], Any]) -> None:
         # Two tokens: the request must outlive its first one to be handed over.
