@@ -113,9 +113,7 @@ class EngineActor:
             block_size=limits.block_size,
             bytes_per_block=layout.bytes_per_block,
         )
-        logger.info(
-            "engine ready: %s, %s, %d threads, pid %d", loaded.path, limits, num_threads, os.getpid()
-        )
+        logger.info("engine ready: %s, %s, %d threads, pid %d", loaded.path, limits, num_threads, os.getpid())
 
     @ray.method(concurrency_group="ctl")
     def info(self) -> EngineInfo:

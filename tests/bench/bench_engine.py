@@ -219,7 +219,9 @@ def main() -> None:
     arguments = parser.parse_args()
     configure_process(arguments.threads)  # theirs profit as well
     loaded = load_model(EngineConfig(device="cpu"))
-    results = [race(scenario, arguments.rounds) for scenario in build_scenarios(loaded) if arguments.only in scenario.name]
+    results = [
+        race(scenario, arguments.rounds) for scenario in build_scenarios(loaded) if arguments.only in scenario.name
+    ]
     for result in results:
         print_table(result)
     report = {

@@ -12,8 +12,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from deployments.engine.model import LoadedModel, prepare_model
 from deployments.engine.merged_linear import merge_linears
+from deployments.engine.model import LoadedModel, prepare_model
 from deployments.engine.packed_linear import pack_linears
 
 CPU = torch.device("cpu")

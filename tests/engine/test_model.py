@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from deployments.engine import model as model_module
 from deployments.engine.config import EngineConfig
-from deployments.engine.model import BUNDLED_MODEL, LoadedModel, load_model, prepare_model, resolve_model
 from deployments.engine.merged_linear import LinearPart, MergedLinear, merge_linears
+from deployments.engine.model import BUNDLED_MODEL, LoadedModel, load_model, prepare_model, resolve_model
 from deployments.engine.packed_linear import PackedLinear, pack_linears
 from deployments.errors import UnsupportedModelError
 from tests.engine.driving import build_engine, generate, greedy
