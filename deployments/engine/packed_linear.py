@@ -6,12 +6,14 @@ prompts gain nothing and lose nothing (float32, 2 Zen 3 cores, torch 2.13, 2026-
 torch.compile's freezing uses; they exist wherever `torch.backends.mkldnn` is available.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 # The batch size oneDNN is told to choose the blocked order for; the result serves every size.
 _TUNED_FOR_ROWS = 16
-_linear = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+_linear: Any = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
 
 
 class PackedLinear(nn.Module):
