@@ -219,9 +219,11 @@ def main() -> None:
     arguments = parser.parse_args()
     configure_process(arguments.threads)  # theirs profit as well
     loaded = load_model(EngineConfig(device="cpu"))
-    results = [
-        race(scenario, arguments.rounds) for scenario in build_scenarios(loaded) if arguments.only in scenario.name
-    ]
+    scenarios = build_scenarios(loaded)
+    chosen = [scenario for scenario in scenarios if arguments.only in scenario.name]
+    if not chosen:
+        parser.error(f"--only {arguments.only!r} is in none of {[scenario.name for scenario in scenarios]}")
+    results = [race(scenario, arguments.rounds) for scenario in chosen]
     for result in results:
         print_table(result)
     report = {
