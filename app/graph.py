@@ -27,7 +27,8 @@ def graph(args: AppConfig) -> Application:
         args.engine_config("decode"), _resources(args, "decode"), prefill, args.min_remote_prefill_tokens
     )
     ingress = _deploy(Ingress, args, "ingress")
-    return ingress.bind(decode, prefill, args.model, args.served_model_name, args.ingress.max_request_bytes)
+    limits = args.ingress.max_request_bytes, args.ingress.max_unread_tokens
+    return ingress.bind(decode, prefill, args.model, args.served_model_name, *limits)
 
 
 def _deploy(cls: type, args: AppConfig, name: Pool | Literal["ingress"]) -> Deployment:

@@ -26,12 +26,7 @@ from app.config import AppConfig
 from app.local_process import RunFolder, Server
 from app.local_server import HOST, RUNS, STAGE_MARK
 
-# For the processes of the server, where the user's environment does not say otherwise.
-SERVE_ENVIRONMENT = {
-    "PYTHONUNBUFFERED": "1",
-    # A local try-out reports nothing to anybody.
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
+SERVE_SETTINGS = Path(__file__).with_name("serve.env")
 # What deployments/engine/model.py logs; its one step that takes a minute.
 _CONVERSION = re.compile(r"converting \S+ to \S+ \(once\)")
 _POLL_S = 0.3
@@ -97,7 +92,7 @@ def _spawn(
     temp_dir = tempfile.mkdtemp(prefix="kvrelay-")
     command = [sys.executable, "-m", "app.local_server", "--app", app, "--port", str(port)]
     command += ["--num-cpus", str(num_cpus), "--temp-dir", temp_dir, "--", *pairs]
-    environment = SERVE_ENVIRONMENT | os.environ
+    environment = _serve_environment(temp_dir) | os.environ
     environment.pop("RAY_ADDRESS", None)
     with open(folder.log, "wb") as log:
         process = subprocess.Popen(
@@ -109,6 +104,36 @@ def _spawn(
             start_new_session=True,
         )
     return Server(process.pid, psutil.Process(process.pid).create_time(), port, temp_dir), process
+
+
+def _serve_environment(temp_dir: str) -> dict[str, str]:
+    """For the processes of the server, where the user's environment does not say otherwise."""
+    lines = (line.strip() for line in SERVE_SETTINGS.read_text().splitlines())
+    settings = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    # HAProxy's files and ports are fixed, so two servers on one machine would share them. Short names: see above.
+    folder = Path(temp_dir, "h")
+    settings |= {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+    }
+    return settings | {
+        "PYTHONUNBUFFERED": "1",
+        # A local try-out reports nothing to anybody.
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _wait_until_healthy(

@@ -1,20 +1,21 @@
 """The decode pool: owns a request from its admission to its last token.
 
-Called by the ingress. Its engine reserves KV blocks first; then a prefill replica fills them, or, where the prompt is
-short, mostly cached, or there is no prefill pool, the engine computes the prompt itself.
+Called by the ingress, once per request. Its engine reserves KV blocks first; then a prefill replica fills them, or,
+where the prompt is short, mostly cached, or there is no prefill pool, the engine computes the prompt itself. Tokens do
+not pass through here: the engines send them to the ingress.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from deployments.engine.config import EngineConfig
-from deployments.engine_actor import EngineInfo, EngineResources
+from deployments.engine_actor import EngineBuilder, EngineInfo, EngineResources, build_engine
 from deployments.engine_client import EventQueue
+from deployments.errors import TransferError
 from deployments.front import EngineFront
-from deployments.messages import GenerateRequest, Placed, TokenOutput
+from deployments.messages import Ended, GenerateRequest, Placed, ReplyAddress
 from deployments.metrics import ReplicaStats
 
 if TYPE_CHECKING:
@@ -43,41 +44,45 @@ class Decode:
         config: of its engine.
         resources: of its engine.
         prefill: None: colocated, every prompt is computed here.
+        min_tokens: see `RemotePrefill`.
+        build: makes the engine.
     """
 
     async def __init__(  # type: ignore[misc]
-        self, config: EngineConfig, resources: EngineResources, prefill: "DeploymentHandle[Any] | None", min_tokens: int
+        self,
+        config: EngineConfig,
+        resources: EngineResources,
+        prefill: "DeploymentHandle[Any] | None",
+        min_tokens: int,
+        build: EngineBuilder = build_engine,
     ) -> None:
         self._prefill = None if prefill is None else RemotePrefill(prefill, min_tokens)
-        self._front = await EngineFront.start(config, resources)
+        self._front = await EngineFront.start(config, resources, build)
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
-        """Continue a prompt; closing or cancelling the generator ends the request on both pools.
+    async def generate(self, request: GenerateRequest, reply_to: ReplyAddress) -> None:
+        """Continue a prompt; returns when its last token is on its way. Cancelling it ends the request on both pools.
 
-        Yields:
-            The generated tokens in order, each once.
+        Args:
+            request: the prompt.
+            reply_to: where the tokens go; each comes at least once, in order.
 
         Raises:
             InvalidRequestError: the request can never run.
             EngineDeadError: this replica's engine died.
+            TransferError: the tokens can no longer be delivered.
         """
         engine, request_id = self._front.engine, request.request_id
         events = engine.open(request_id)
         handoff: asyncio.Task[None] | None = None
-        num_cached_tokens = num_sent = 0
         try:
-            await engine.add(request, self._prefill.min_tokens if self._prefill else None)
+            await engine.add(request, self._prefill.min_tokens if self._prefill else None, reply_to)
             async for event in events:
-                if isinstance(event, Placed):
-                    num_cached_tokens = event.num_cached_tokens
-                    if event.remote:
-                        handoff = asyncio.create_task(self._prefill_remotely(request, event, events))
-                elif isinstance(event, TokenOutput) and event.index == num_sent:
-                    # The first token comes from the prefill pool and again, with the KV, from our own engine.
-                    num_sent += len(event.token_ids)
-                    yield replace(event, num_cached_tokens=max(num_cached_tokens, event.num_cached_tokens))
-                    if event.finish_reason is not None:
-                        return
+                if isinstance(event, Placed) and event.remote:
+                    handoff = asyncio.create_task(self._prefill_remotely(request, event, reply_to, events))
+                elif isinstance(event, Ended):
+                    if event.loss is not None:
+                        raise TransferError(f"{request_id}: {event.loss}")
+                    return
         finally:
             if handoff is not None:
                 handoff.cancel()
@@ -96,22 +101,23 @@ class Decode:
     async def check_health(self) -> None:
         await self._front.check_health()
 
-    async def _prefill_remotely(self, request: GenerateRequest, placed: Placed, events: EventQueue) -> None:
+    async def _prefill_remotely(
+        self, request: GenerateRequest, placed: Placed, reply_to: ReplyAddress, events: EventQueue
+    ) -> None:
         """Have the prompt computed by a prefill replica; if that fails for any reason, compute it here."""
         assert self._prefill is not None, "placed remotely without a prefill pool"
         engine = self._front.engine
         first_block = placed.num_cached_tokens // engine.info.block_size
-        prefill = self._prefill.handle.options(stream=True).prefill
-        stream: Any = prefill.remote(request, first_block, engine.actor)
-        has_ended = False
+        call: Any = self._prefill.handle.prefill.remote(request, first_block, engine.actor, reply_to)
         try:
-            async for output in stream:
-                events.put(output)
-            has_ended = True
+            has_finished = await call
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
         except Exception:
             self._front.handoff.num_failures += 1
             logger.exception("%s: remote prefill failed, prefilling locally", request.request_id)
             await engine.prefill_locally(request.request_id)
-        finally:
-            if not has_ended:
-                stream.cancel()
+        else:
+            if has_finished:  # with its first token: there is nothing to decode
+                events.put(Ended(request.request_id))

@@ -1,7 +1,8 @@
 """The process an engine lives in: a Ray actor around `EngineLoop`, one per prefill or decode replica.
 
-It takes messages for the loop, streams the loop's events to its front, and sends and receives KV chunks. Methods only
-enqueue or wait, each kind in a concurrency group of its own, so that a transfer never delays an abort.
+It takes messages for the loop, tells its front what happens to its requests, sends their tokens straight to the
+ingress, and sends and receives KV chunks. Methods only enqueue or wait, each kind in a concurrency group of its own, so
+that a transfer never delays an abort.
 """
 
 import logging
@@ -10,7 +11,7 @@ import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -20,7 +21,16 @@ from deployments.engine.stats import EngineStats
 from deployments.errors import TransferError
 from deployments.kv_transfer import direct
 from deployments.kv_transfer.layout import KVLayout
-from deployments.messages import ChunkReady, EngineEvent, GenerateRequest
+from deployments.messages import (
+    ChunkReady,
+    Ended,
+    EngineEvent,
+    FrontEvent,
+    GenerateRequest,
+    ReplyAddress,
+    TokenOutput,
+)
+from deployments.tokens.sender import TokenSender
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -75,45 +85,77 @@ class EngineResources:
     custom: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine and what others must know of it.
+
+    Attributes:
+        engine: loaded, idle.
+        info: for fronts and the ingress.
+        layout: of its KV blocks; None: it takes part in no hand-off.
+        device_type: where its KV is.
+    """
+
+    engine: "Engine"
+    info: EngineInfo
+    layout: KVLayout | None
+    device_type: str
+
+
+EngineBuilder: TypeAlias = Callable[[EngineConfig], BuiltEngine]
+
+
+def build_engine(config: EngineConfig) -> BuiltEngine:
+    """Load the model and set up this process for it."""
+    # Imported here and not above: fronts name this function, and must not load transformers for it.
+    from deployments.engine.engine import Engine
+    from deployments.engine.model import load_model
+    from deployments.engine.process import configure_process
+
+    num_threads = config.num_threads or 1  # never all of the node's cores: it has other engines
+    configure_process(num_threads)
+    loaded = load_model(config)
+    engine = Engine(loaded, config)
+    limits, shape = engine.limits, engine.kv_shape
+    layout = KVLayout(
+        model=loaded.fingerprint,
+        dtype=str(shape.dtype).removeprefix("torch."),
+        block_size=limits.block_size,
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+    )
+    info = EngineInfo(
+        path=loaded.path,
+        max_model_len=limits.max_model_len,
+        vocab_size=loaded.vocab_size,
+        eos_token_ids=loaded.eos_token_ids,
+        block_size=limits.block_size,
+        bytes_per_block=layout.bytes_per_block,
+    )
+    logger.info("engine ready: %s, %s, %d threads, pid %d", loaded.path, limits, num_threads, os.getpid())
+    return BuiltEngine(engine, info, layout, loaded.device.type)
+
+
 class EngineActor:
     """See the module.
 
     Args:
         config: of the engine.
+        build: makes it; benchmarks pass an engine without a model.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        # Imported here and not above: fronts name this class, and must not load transformers for it.
-        from deployments.engine.engine import Engine
-        from deployments.engine.model import load_model
-        from deployments.engine.process import configure_process
+    def __init__(self, config: EngineConfig, build: EngineBuilder = build_engine) -> None:
         from deployments.engine.runner import EngineLoop
 
-        num_threads = config.num_threads or 1  # never all of the node's cores: it has other engines
-        configure_process(num_threads)
-        self._events: queue.SimpleQueue[list[EngineEvent]] = queue.SimpleQueue()
-        loaded = load_model(config)
-        self._engine = Engine(loaded, config)
-        self._loop = EngineLoop(self._engine, self._events.put)
-        limits, shape = self._engine.limits, self._engine.kv_shape
-        layout = KVLayout(
-            model=loaded.fingerprint,
-            dtype=str(shape.dtype).removeprefix("torch."),
-            block_size=limits.block_size,
-            num_layers=shape.num_layers,
-            num_kv_heads=shape.num_kv_heads,
-            head_dim=shape.head_dim,
-        )
-        direct.configure(layout, loaded.device.type)
-        self._info = EngineInfo(
-            path=loaded.path,
-            max_model_len=limits.max_model_len,
-            vocab_size=loaded.vocab_size,
-            eos_token_ids=loaded.eos_token_ids,
-            block_size=limits.block_size,
-            bytes_per_block=layout.bytes_per_block,
-        )
-        logger.info("engine ready: %s, %s, %d threads, pid %d", loaded.path, limits, num_threads, os.getpid())
+        built = build(config)
+        self._engine = built.engine
+        self._info = built.info
+        if built.layout is not None:
+            direct.configure(built.layout, built.device_type)
+        self._events: queue.SimpleQueue[list[FrontEvent]] = queue.SimpleQueue()
+        self._tokens = TokenSender(self._give_up)
+        self._loop = EngineLoop(self._engine, self._emit)
 
     @ray.method(concurrency_group="ctl")
     def info(self) -> EngineInfo:
@@ -130,15 +172,17 @@ class EngineActor:
         return self._loop.call(lambda engine: engine.stats())
 
     @ray.method(concurrency_group="ctl")
-    def add(self, request: GenerateRequest, remote_threshold: int | None) -> None:
-        """Queue a request to decode here; see `Engine.add`."""
+    def add(self, request: GenerateRequest, remote_threshold: int | None, reply_to: ReplyAddress) -> None:
+        """Queue a request to decode here; see `Engine.add`. Its tokens go to `reply_to`."""
         self._engine.check(request)
+        self._tokens.register(request.request_id, reply_to)
         self._post(lambda engine: engine.add(request, remote_threshold))
 
     @ray.method(concurrency_group="ctl")
-    def prefill(self, request: GenerateRequest, first_block: int) -> None:
-        """Queue a prompt to compute for another engine; see `Engine.prefill`."""
+    def prefill(self, request: GenerateRequest, first_block: int, reply_to: ReplyAddress) -> None:
+        """Queue a prompt to compute for another engine; see `Engine.prefill`. Its first token goes to `reply_to`."""
         self._engine.check(request)
+        self._tokens.register(request.request_id, reply_to)
         self._post(lambda engine: engine.prefill(request, first_block))
 
     @ray.method(concurrency_group="ctl")
@@ -148,6 +192,7 @@ class EngineActor:
     @ray.method(concurrency_group="ctl")
     def abort(self, request_id: str, admission: None) -> None:
         """End a request; `admission` is what its `add` or `prefill` returned, so that it cannot come later."""
+        self._tokens.forget(request_id)
         self._post(lambda engine: engine.abort(request_id))
 
     @ray.method(concurrency_group="ctl")
@@ -172,20 +217,37 @@ class EngineActor:
         self._loop.call(lambda engine: self._loop.emit(engine.import_chunk(chunk, tensor)), _IMPORT_TIMEOUT_S)
 
     @ray.method(concurrency_group="stream")
-    def events(self) -> Iterator[list[EngineEvent]]:
-        """Everything that happens, one item per step or several steps at once; for one reader."""
+    def events(self) -> Iterator[list[FrontEvent]]:
+        """What happens to the requests, one item per step or several steps at once; for one reader."""
         while True:
             batch = self._events.get()
             while not self._events.empty():
                 batch = batch + self._events.get()
             yield batch
 
+    def _emit(self, events: list[EngineEvent]) -> None:
+        """Share out what a step made; called in the loop's thread."""
+        outputs = [event for event in events if isinstance(event, TokenOutput)]
+        if outputs:
+            self._tokens.send(outputs)
+        told: list[FrontEvent] = [event for event in events if not isinstance(event, TokenOutput)]
+        told += [Ended(output.request_id) for output in outputs if output.finish_reason is not None]
+        if told:
+            self._events.put(told)
+
+    def _give_up(self, request_id: str, reason: str) -> None:
+        """End a request whose tokens nobody takes; called in the sender's thread."""
+        self._post(lambda engine: engine.abort(request_id))
+        self._events.put([Ended(request_id, reason)])
+
     def _post(self, command: "Callable[[Engine], object]") -> None:
         """Have the loop carry out a command whose result nobody waits for; a failure is at least logged."""
         self._loop.submit(command).add_done_callback(_log_failure)
 
 
-def spawn_engine(config: EngineConfig, resources: EngineResources) -> "ActorHandle[Any]":
+def spawn_engine(
+    config: EngineConfig, resources: EngineResources, build: EngineBuilder = build_engine
+) -> "ActorHandle[Any]":
     """Start an engine in the second bundle of the calling replica's placement group; it dies with the replica."""
     group = ray.util.get_current_placement_group()
     assert group is not None, "a front runs in a placement group of two bundles: itself and its engine"
@@ -195,5 +257,5 @@ def spawn_engine(config: EngineConfig, resources: EngineResources) -> "ActorHand
         num_gpus=resources.num_gpus,
         resources=resources.custom,
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=1),
-    ).remote(config)
+    ).remote(config, build)
     return engine

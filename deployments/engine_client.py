@@ -1,4 +1,4 @@
-"""A front's side of its engine: sends messages to the actor and sorts its events by request."""
+"""A front's side of its engine: sends messages to the actor and sorts its events by request. Tokens go elsewhere."""
 
 import asyncio
 import contextvars
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from deployments.engine.stats import EngineStats
 from deployments.engine_actor import EngineInfo
 from deployments.errors import EngineDeadError
-from deployments.messages import EngineEvent, GenerateRequest
+from deployments.messages import Ended, FrontEvent, GenerateRequest, ReplyAddress
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -25,15 +25,15 @@ class EventQueue:
     """Events of one request, in order. An error that is put in is raised to the reader: `EngineDeadError`, say."""
 
     def __init__(self) -> None:
-        self._queue: asyncio.Queue[EngineEvent | Exception] = asyncio.Queue()
+        self._queue: asyncio.Queue[FrontEvent | Exception] = asyncio.Queue()
 
-    def put(self, event: EngineEvent | Exception) -> None:
+    def put(self, event: FrontEvent | Exception) -> None:
         self._queue.put_nowait(event)
 
-    def __aiter__(self) -> AsyncIterator[EngineEvent]:
+    def __aiter__(self) -> AsyncIterator[FrontEvent]:
         return self
 
-    async def __anext__(self) -> EngineEvent:
+    async def __anext__(self) -> FrontEvent:
         event = await self._queue.get()
         if isinstance(event, Exception):
             raise event
@@ -82,13 +82,13 @@ class EngineClient:
             # there is nothing to abort, and this call fails unheard.
             self.detached(self.actor.abort.remote, request_id, admission)
 
-    async def add(self, request: GenerateRequest, remote_threshold: int | None) -> None:
+    async def add(self, request: GenerateRequest, remote_threshold: int | None, reply_to: ReplyAddress) -> None:
         """Have the engine decode a request; see `Engine.add`."""
-        await self._admit(request, self.detached(self.actor.add.remote, request, remote_threshold))
+        await self._admit(request, self.detached(self.actor.add.remote, request, remote_threshold, reply_to))
 
-    async def prefill(self, request: GenerateRequest, first_block: int) -> None:
+    async def prefill(self, request: GenerateRequest, first_block: int, reply_to: ReplyAddress) -> None:
         """Have the engine compute a prompt for another; see `Engine.prefill`."""
-        await self._admit(request, self.detached(self.actor.prefill.remote, request, first_block))
+        await self._admit(request, self.detached(self.actor.prefill.remote, request, first_block, reply_to))
 
     async def _admit(self, request: GenerateRequest, admission: "ObjectRef[None]") -> None:
         self._admissions[request.request_id] = admission
@@ -112,6 +112,8 @@ class EngineClient:
         try:
             async for ref in self.actor.events.options(num_returns="streaming").remote():
                 for event in await ref:
+                    if isinstance(event, Ended):
+                        self._admissions.pop(event.request_id, None)
                     if (events := self._queues.get(event.request_id)) is not None:
                         events.put(event)
         except Exception as error:

@@ -45,5 +45,9 @@ class OverloadedError(KvRelayError):
     """Admission refused: the queue is full; try again later."""
 
 
+class SlowReaderError(KvRelayError):
+    """The client did not read its tokens; the message gives the bound."""
+
+
 class EngineDeadError(KvRelayError):
     """The engine process or its loop ended; the replica will be replaced."""

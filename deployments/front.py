@@ -3,7 +3,7 @@
 from ray import serve
 
 from deployments.engine.config import EngineConfig
-from deployments.engine_actor import EngineResources, spawn_engine
+from deployments.engine_actor import EngineBuilder, EngineResources, spawn_engine
 from deployments.engine_client import EngineClient
 from deployments.metrics import HandoffStats, ReplicaStats
 
@@ -18,9 +18,9 @@ class EngineFront:
         self.handoff = HandoffStats()
 
     @classmethod
-    async def start(cls, config: EngineConfig, resources: EngineResources) -> "EngineFront":
+    async def start(cls, config: EngineConfig, resources: EngineResources, build: EngineBuilder) -> "EngineFront":
         """Spawn the engine in this replica's placement group and wait until it is loaded."""
-        return cls(await EngineClient.connect(spawn_engine(config, resources)))
+        return cls(await EngineClient.connect(spawn_engine(config, resources, build)))
 
     async def stats(self) -> ReplicaStats:
         replica = serve.get_replica_context().replica_id.unique_id

@@ -1,24 +1,27 @@
 """The front door: OpenAI's API over HTTP, and the way from there to the decode pool. Runs on CPU nodes.
 
-Knows the pools by their handles. What HTTP looks like is `api/`'s business.
+Knows the pools by their handles: one call per request, which lasts as long as the request does. Its tokens come from
+the engines directly, to the `TokenReceiver` of this replica. What HTTP looks like is `api/`'s business.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from starlette.applications import Starlette
 
 from deployments.api.http import build_app
 from deployments.api.text import TextCodec
 from deployments.engine_actor import EngineInfo
-from deployments.errors import EngineDeadError, KvRelayError
+from deployments.errors import EngineDeadError, KvRelayError, TransferError
 from deployments.messages import GenerateRequest, ModelInfo, TokenOutput
 from deployments.metrics import ClientMetrics, ReplicaStats, render
+from deployments.tokens.receiver import TokenReceiver, TokenStream
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -27,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _HEALTH_TIMEOUT_S = 5.0
 _STATS_TIMEOUT_S = 10.0
+# Between "every token is on its way" and the last one's arrival; they take different paths.
+_LAST_TOKEN_TIMEOUT_S = 10.0
 
 
 class PoolBackend:
@@ -35,26 +40,39 @@ class PoolBackend:
     Args:
         decode: handle of the decode deployment.
         prefill: handle of the prefill deployment; None: colocated.
+        tokens: where the engines send the tokens of this replica's requests.
     """
 
-    def __init__(self, decode: "DeploymentHandle[Any]", prefill: "DeploymentHandle[Any] | None") -> None:
+    def __init__(
+        self, decode: "DeploymentHandle[Any]", prefill: "DeploymentHandle[Any] | None", tokens: TokenReceiver
+    ) -> None:
         self._decode = decode
         self._pools = {"decode": decode} if prefill is None else {"prefill": prefill, "decode": decode}
+        self._tokens = tokens
         self.clients = ClientMetrics()
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+    async def generate(
+        self, request: GenerateRequest, on_overflow: Callable[[], None]
+    ) -> AsyncGenerator[TokenOutput, None]:
         """Tokens of a request; closing the generator ends the request on every pool."""
-        stream: Any = self._decode.options(stream=True).generate.remote(request)
+
+        def overflow() -> None:
+            call.cancel()
+            on_overflow()
+
         has_finished = False
+        stream = self._tokens.open(request.request_id, overflow)
+        call: Any = self._decode.generate.remote(request, self._tokens.address)
+        watch = asyncio.create_task(_watch(call, stream))
         try:
             async for output in stream:
                 has_finished = output.finish_reason is not None
                 yield output
-        except RayError as error:
-            raise _as_ours(error) from error
         finally:
+            self._tokens.close(request.request_id)
+            watch.cancel()
             if not has_finished:
-                stream.cancel()
+                call.cancel()
 
     async def health(self) -> tuple[bool, str]:
         """Whether every pool can serve, and if not, which one cannot."""
@@ -87,6 +105,7 @@ class Ingress:
         model: as the engines were given it.
         served_model_name: the model's name in the API.
         max_request_bytes: larger bodies are refused.
+        max_unread_tokens: a client that leaves more tokens unread is dropped.
     """
 
     async def __init__(  # type: ignore[misc]
@@ -96,6 +115,7 @@ class Ingress:
         model: str,
         served_model_name: str,
         max_request_bytes: int,
+        max_unread_tokens: int,
     ) -> None:
         engine: EngineInfo = await decode.engine_info.remote()
         self._info = ModelInfo(
@@ -106,7 +126,8 @@ class Ingress:
             eos_token_ids=engine.eos_token_ids,
         )
         self._codec = await asyncio.to_thread(_load_codec, engine.path, model)
-        self._backend = PoolBackend(decode, prefill)
+        tokens = await TokenReceiver.start(ray.util.get_node_ip_address(), max_unread_tokens)
+        self._backend = PoolBackend(decode, prefill, tokens)
         self._max_request_bytes = max_request_bytes
 
     def __serve_build_asgi_app__(self) -> Starlette:
@@ -128,7 +149,20 @@ def _load_codec(path: str, model: str) -> TextCodec:
     return TextCodec.load(path)
 
 
-def _as_ours(error: BaseException) -> BaseException:
+async def _watch(call: Any, stream: TokenStream) -> None:
+    """Tell the reader of a request's tokens if its call ends without the last one."""
+    try:
+        await call
+    except asyncio.CancelledError:
+        raise
+    except Exception as error:
+        stream.fail(_as_ours(error))
+        return
+    await asyncio.sleep(_LAST_TOKEN_TIMEOUT_S)  # cancelled as soon as the reader has the last token
+    stream.fail(TransferError(f"the last token did not arrive within {_LAST_TOKEN_TIMEOUT_S:.0f} s"))
+
+
+def _as_ours(error: Exception) -> Exception:
     """The error as it was raised in the pool; a dead process becomes `EngineDeadError`."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, KvRelayError):

@@ -7,6 +7,8 @@ nothing of Ray, HTTP, torch or text.
 from dataclasses import dataclass
 from enum import StrEnum
 
+import msgspec
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended; the values are OpenAI's."""
@@ -47,8 +49,8 @@ class GenerateRequest:
     sampling: SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class TokenOutput:
+# A Struct, no dataclass, for it crosses the wire with every token; not tracked by the collector, for it has no cycle.
+class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one sequence.
 
     Attributes:
@@ -64,6 +66,34 @@ class TokenOutput:
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyAddress:
+    """Where an engine sends the tokens of a request: the token receiver of the ingress replica that took it.
+
+    Attributes:
+        host: IP address.
+        port: TCP port.
+        key: 32 bytes that the receiver wants to see first; they travel over Ray alone.
+    """
+
+    host: str
+    port: int
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """An engine is done with a request, and has sent all of its tokens that it will send.
+
+    Attributes:
+        request_id: the request.
+        loss: None: its last token is out; else why the engine gave the request up.
+    """
+
+    request_id: str
+    loss: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +131,8 @@ class ChunkReady:
 
 
 EngineEvent = TokenOutput | Placed | ChunkReady
+# What a front hears of its engine. Tokens are not among it: they go to the ingress directly.
+FrontEvent = Placed | ChunkReady | Ended
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,14 @@ Called by decode fronts. Owns every reference to a chunk: when this front or its
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
 from deployments.engine.config import EngineConfig
-from deployments.engine_actor import EngineResources
+from deployments.engine_actor import EngineBuilder, EngineResources, build_engine
 from deployments.engine_client import EventQueue
+from deployments.errors import TransferError
 from deployments.front import EngineFront
-from deployments.messages import ChunkReady, GenerateRequest, TokenOutput
+from deployments.messages import ChunkReady, Ended, GenerateRequest, ReplyAddress
 from deployments.metrics import ReplicaStats
 
 if TYPE_CHECKING:
@@ -22,23 +22,32 @@ if TYPE_CHECKING:
 
 
 class Prefill:
-    """One prefill replica."""
+    """One prefill replica.
 
-    async def __init__(self, config: EngineConfig, resources: EngineResources) -> None:  # type: ignore[misc]
-        self._front = await EngineFront.start(config, resources)
+    Args:
+        config: of its engine.
+        resources: of its engine.
+        build: makes the engine.
+    """
+
+    async def __init__(  # type: ignore[misc]
+        self, config: EngineConfig, resources: EngineResources, build: EngineBuilder = build_engine
+    ) -> None:
+        self._front = await EngineFront.start(config, resources, build)
 
     async def prefill(
-        self, request: GenerateRequest, first_block: int, target: "ActorHandle[Any]"
-    ) -> AsyncGenerator[TokenOutput, None]:
-        """Compute a prompt for another engine.
+        self, request: GenerateRequest, first_block: int, target: "ActorHandle[Any]", reply_to: ReplyAddress
+    ) -> bool:
+        """Compute a prompt for another engine; returns when the target has every block.
 
         Args:
             request: the prompt.
             first_block: leading blocks that the target already holds.
             target: the decode engine, which has reserved blocks for the request.
+            reply_to: where the first token goes, as soon as it is drawn.
 
-        Yields:
-            The first token, as soon as it is drawn. The generator ends when the target has every block.
+        Returns:
+            Whether the first token was the last one, so that there is nothing to hand over.
 
         Raises:
             TransferError or a Ray error: some chunk did not arrive; the target keeps its reservation.
@@ -48,16 +57,16 @@ class Prefill:
         events = engine.open(request_id)
         sends: list[asyncio.Task[None]] = []
         try:
-            await engine.prefill(request, first_block)
+            await engine.prefill(request, first_block, reply_to)
             async for event in events:
-                if isinstance(event, TokenOutput):
-                    yield event
-                    if event.finish_reason is not None:
-                        return
-                elif isinstance(event, ChunkReady):
+                if isinstance(event, ChunkReady):
                     sends.append(asyncio.create_task(self._send(event, target, events)))
                     if event.first_token is not None:
                         break
+                elif isinstance(event, Ended):
+                    if event.loss is not None:
+                        raise TransferError(f"{request_id}: {event.loss}")
+                    return True
             await asyncio.gather(*sends)
             self._front.handoff.num_requests += 1
         except Exception:
@@ -67,6 +76,7 @@ class Prefill:
             for send in sends:
                 send.cancel()
             engine.close(request_id)
+        return False
 
     async def stats(self) -> ReplicaStats:
         return await self._front.stats()

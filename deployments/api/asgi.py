@@ -35,15 +35,18 @@ class RequestIds:
         await self._app(scope, receive, send_with_id)
 
 
-async def until_disconnect(receive: Receive, work: Coroutine[object, object, T]) -> T | None:
+async def until_disconnect(
+    receive: Receive, work: Coroutine[object, object, T], given_up: "asyncio.Future[None]"
+) -> T | None:
     """Run `work` until it ends or the client leaves; then it is cancelled, cleaned up, and None comes back.
 
-    The request's body must have been read: whatever else `receive` brings is dropped.
+    The request's body must have been read: whatever else `receive` brings is dropped. `given_up` counts as leaving, for
+    a client that is there and does not read.
     """
     task = asyncio.create_task(work)
     watcher = asyncio.create_task(_wait_for_disconnect(receive))
     try:
-        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, watcher, given_up), return_when=asyncio.FIRST_COMPLETED)
         return task.result() if task.done() else None
     finally:
         task.cancel()

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Protocol
 
@@ -34,6 +35,7 @@ from deployments.errors import (
     KvRelayError,
     OverloadedError,
     RequestTooLargeError,
+    SlowReaderError,
     TransferError,
 )
 from deployments.messages import GenerateRequest, ModelInfo, TokenOutput
@@ -44,14 +46,21 @@ MAX_BODY_BYTES = 32 * 2**20
 # Reading 4 KiB of JSON and encoding it takes about 2 ms (SmolLM2's tokenizer, one core of a shared CPU); a longer body
 # goes to a thread, so that it does not stop the streams of others.
 _MAX_INLINE_BODY_BYTES = 4096
+# What a client that has not read for long may take to come back and hear why its request was ended.
+LAST_WORDS_S = 10.0
 _METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Backend(Protocol):
     """The pools behind the API."""
 
-    def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+    def generate(self, request: GenerateRequest, on_overflow: Callable[[], None]) -> AsyncGenerator[TokenOutput, None]:
         """Run a request. Closing the generator, or cancelling who awaits it, aborts the request on every pool.
+
+        Args:
+            request: the prompt.
+            on_overflow: called when the reader has left too many tokens unread. The request is over then, and the
+                generator, if it is asked once more, raises `SlowReaderError`.
 
         Raises:
             KvRelayError: at any point; before the first token it still becomes a status code.
@@ -137,6 +146,8 @@ class _Exchange:
         self._call_id = f"{endpoint.id_prefix}-{scope['state']['request_id']}"
         self._stopwatch = Stopwatch(self._service.observer)
         self._has_started = False
+        self._given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._is_stalled = False
         self._user: str | None = None
 
     async def run(self) -> None:
@@ -157,8 +168,18 @@ class _Exchange:
             return Outcome.ABORTED
         except Exception as error:
             return await self._fail(error)
-        outcome = await until_disconnect(self._receive, self._respond(body))
-        return outcome or Outcome.ABORTED
+        outcome = await until_disconnect(self._receive, self._respond(body), self._given_up)
+        return outcome or (Outcome.STALLED if self._is_stalled else Outcome.ABORTED)
+
+    def _stall(self) -> None:
+        """The client does not read. What was to be sent blocks; if it ever goes out, the reason follows it."""
+        if not self._is_stalled:
+            self._is_stalled = True
+            asyncio.get_running_loop().call_later(LAST_WORDS_S, self._give_up)
+
+    def _give_up(self) -> None:
+        if not self._given_up.done():
+            self._given_up.set_result(None)
 
     async def _read_body(self) -> bytes:
         limit = self._service.max_body_bytes
@@ -192,7 +213,7 @@ class _Exchange:
         self._user = call.user
         tally = Tally(call)
         answer = self._endpoint.build_answer(call, tally)
-        generate, codec = self._service.backend.generate, self._service.codec
+        generate, codec = partial(self._service.backend.generate, on_overflow=self._stall), self._service.codec
         choices = [
             stream_choice(generate, request, ChoiceText(index, codec.detokenizer(), call.stops))
             for index, request in enumerate(call.requests)
@@ -297,6 +318,8 @@ class _Failure:
     def outcome(self) -> Outcome:
         if self.status is HTTPStatus.TOO_MANY_REQUESTS:
             return Outcome.OVERLOADED
+        if self.status is HTTPStatus.REQUEST_TIMEOUT:
+            return Outcome.STALLED
         return Outcome.FAILED if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR else Outcome.INVALID
 
     def body(self) -> dict[str, dict[str, str | None]]:
@@ -319,6 +342,8 @@ def _failure_of(error: Exception) -> _Failure:
             return _Failure(HTTPStatus.BAD_REQUEST, str(error), param=error.param)
         case OverloadedError():
             return _Failure(HTTPStatus.TOO_MANY_REQUESTS, str(error), "rate_limit_error", code="overloaded")
+        case SlowReaderError():
+            return _Failure(HTTPStatus.REQUEST_TIMEOUT, str(error), code="client_too_slow")
         case EngineDeadError() | TransferError():
             return _Failure(HTTPStatus.SERVICE_UNAVAILABLE, str(error), "server_error", code="engine_unavailable")
         case HTTPException():

@@ -17,6 +17,7 @@ class Outcome(StrEnum):
     INVALID = "invalid"  # the request was at fault
     OVERLOADED = "overloaded"  # refused by admission
     FAILED = "failed"  # the system was at fault
+    STALLED = "stalled"  # the client did not read
     ABORTED = "aborted"  # the client left, or the server stops
 
 

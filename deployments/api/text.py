@@ -10,7 +10,7 @@ import codecs
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from deployments.errors import InvalidRequestError, UnsupportedModelError
 
@@ -70,7 +70,7 @@ class TextCodec:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with the special tokens that the tokenizer adds by itself."""
-        return self._backend.encode(text).ids
+        return self._encode(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation, up to where the assistant speaks.
@@ -83,7 +83,7 @@ class TextCodec:
         if not self._tokenizer.chat_template:
             raise InvalidRequestError("this model has no chat template; use /v1/completions", "messages")
         try:
-            text = self._tokenizer.apply_chat_template(
+            text: Any = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
             )
         except (TemplateError, TypeError) as error:
@@ -91,7 +91,13 @@ class TextCodec:
                 f"the model's chat template refuses these messages: {error}", "messages"
             ) from error
         # The template has written the special tokens already.
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        # As a batch of one: only that lets other threads run. `encode` stopped every stream for 300 ms with a prompt of
+        # 108,000 tokens, this for 9 ms (tokenizers 0.23, 2 cores of a shared CPU, 2026-11-24).
+        (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        return encoding.ids
 
     def detokenizer(self) -> Detokenizer:
         """Build a detokenizer for one sequence."""

@@ -80,7 +80,9 @@ class FakeBackend:
     num_outputs: Counter[str] = field(default_factory=Counter)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
-    async def generate(self, request: GenerateRequest) -> AsyncGenerator[TokenOutput, None]:
+    async def generate(
+        self, request: GenerateRequest, on_overflow: Callable[[], None] = lambda: None
+    ) -> AsyncGenerator[TokenOutput, None]:
         self.requests.append(request)
         self.running.add(request.request_id)
         await self._tell()

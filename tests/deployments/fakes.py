@@ -1,8 +1,8 @@
-"""Both fronts in one process: real engines on a tiny model, with what Ray does in between replaced by plain calls."""
+"""Ingress and both fronts in one process: real engines on a tiny model, a real token channel, plain calls for Ray's."""
 
 import asyncio
 import concurrent.futures
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
 from torch import Tensor
@@ -13,8 +13,11 @@ from deployments.engine.runner import EngineLoop
 from deployments.engine_actor import EngineInfo, EngineResources
 from deployments.engine_client import EngineClient
 from deployments.front import EngineFront
-from deployments.messages import ChunkReady, EngineEvent, GenerateRequest
+from deployments.ingress import PoolBackend
+from deployments.messages import ChunkReady, Ended, EngineEvent, FrontEvent, GenerateRequest, ReplyAddress, TokenOutput
 from deployments.prefill import Prefill
+from deployments.tokens.receiver import TokenReceiver
+from deployments.tokens.sender import TokenSender
 from tests.engine.driving import build_engine
 from tests.engine.families import load
 
@@ -60,14 +63,25 @@ class LocalActor:
         self.engine: Engine = build_engine(load("llama"), **overrides)
         self.death: Exception | None = None
         self.fail_receives = 0
-        self._queue: asyncio.Queue[list[EngineEvent] | Exception] = asyncio.Queue()
+        self._queue: asyncio.Queue[list[FrontEvent] | Exception] = asyncio.Queue()
+        self.tokens = TokenSender(self._give_up)
         self.loop = EngineLoop(self.engine, self._emit)
 
     def __getattr__(self, name: str) -> RemoteMethod:
         return RemoteMethod(self, object.__getattribute__(self, f"_{name}"))
 
     def _emit(self, events: list[EngineEvent]) -> None:
+        outputs = [event for event in events if isinstance(event, TokenOutput)]
+        self.tokens.send(outputs)
+        told: list[FrontEvent] = [event for event in events if not isinstance(event, TokenOutput)]
+        self._tell(told + [Ended(output.request_id) for output in outputs if output.finish_reason is not None])
+
+    def _tell(self, events: list[FrontEvent]) -> None:
         self.event_loop.call_soon_threadsafe(self._queue.put_nowait, events)
+
+    def _give_up(self, request_id: str, reason: str) -> None:
+        self.loop.submit(lambda engine: engine.abort(request_id))
+        self._tell([Ended(request_id, reason)])
 
     def die(self) -> None:
         """As if the process had been killed."""
@@ -87,18 +101,21 @@ class LocalActor:
     async def _stats(self) -> Any:
         return await self._command(lambda engine: engine.stats())
 
-    async def _add(self, request: GenerateRequest, threshold: int | None) -> None:
+    async def _add(self, request: GenerateRequest, threshold: int | None, reply_to: ReplyAddress) -> None:
         self.engine.check(request)
+        self.tokens.register(request.request_id, reply_to)
         await self._command(lambda engine: engine.add(request, threshold))
 
-    async def _prefill(self, request: GenerateRequest, first_block: int) -> None:
+    async def _prefill(self, request: GenerateRequest, first_block: int, reply_to: ReplyAddress) -> None:
         self.engine.check(request)
+        self.tokens.register(request.request_id, reply_to)
         await self._command(lambda engine: engine.prefill(request, first_block))
 
     async def _prefill_locally(self, request_id: str) -> None:
         await self._command(lambda engine: engine.prefill_locally(request_id))
 
     async def _abort(self, request_id: str, admission: None) -> None:
+        self.tokens.forget(request_id)
         await self._command(lambda engine: engine.abort(request_id))
 
     async def _take_chunk(self, request_id: str, index: int) -> Any:
@@ -127,78 +144,68 @@ def _done(value: Any) -> "asyncio.Future[Any]":
     return future
 
 
-class Stream:
-    """What a Serve handle returns for a streaming call: runs ahead of its reader, and can be cancelled."""
+class Call:
+    """What a Serve handle returns: runs by itself, can be awaited, and cancelled."""
 
-    def __init__(self, generator: AsyncGenerator[Any, None]) -> None:
-        self._items: asyncio.Queue[Any] = asyncio.Queue()
-        self._task = asyncio.ensure_future(self._run(generator))
-
-    async def _run(self, generator: AsyncGenerator[Any, None]) -> None:
-        error: BaseException = StopAsyncIteration()
-        try:
-            async for item in generator:
-                self._items.put_nowait((item, None))
-        except BaseException as raised:
-            error = raised
-        finally:
-            await generator.aclose()
-            self._items.put_nowait((None, error))
+    def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self._task = asyncio.ensure_future(coroutine)
 
     def cancel(self) -> None:
         self._task.cancel()
 
-    def __aiter__(self) -> "Stream":
-        return self
-
-    async def __anext__(self) -> Any:
-        item, error = await self._items.get()
-        if error is not None:
-            raise error
-        return item
+    def __await__(self) -> Any:
+        return asyncio.shield(self._task).__await__()
 
 
-class PrefillHandle:
-    """A Serve handle of the prefill deployment with one replica."""
+class Handle:
+    """A Serve handle of a deployment with one replica."""
 
-    def __init__(self, replica: Prefill) -> None:
+    def __init__(self, replica: Any, method: str = "") -> None:
         self._replica = replica
+        self._method = method
 
-    def options(self, stream: bool) -> "PrefillHandle":
-        assert stream
-        return self
+    def __getattr__(self, method: str) -> "Handle":
+        return Handle(self._replica, method)
 
-    @property
-    def prefill(self) -> "PrefillHandle":
-        return self
-
-    def remote(self, *args: Any) -> Stream:
-        return Stream(self._replica.prefill(*args))
+    def remote(self, *args: Any) -> Call:
+        return Call(getattr(self._replica, self._method)(*args))
 
 
 class Pools:
-    """One prefill and one decode replica. Build with `start`."""
+    """One ingress, one prefill and one decode replica. Build with `start`."""
 
     prefill_actor: LocalActor
     decode_actor: LocalActor
     prefill: Prefill
     decode: Decode
+    tokens: TokenReceiver
+    backend: PoolBackend
 
     @classmethod
-    async def start(cls, monkeypatch: Any, min_tokens: int = 16, **overrides: object) -> "Pools":
+    async def start(
+        cls, monkeypatch: Any, min_tokens: int = 16, max_unread_tokens: int = 1000, **overrides: object
+    ) -> "Pools":
         pools = cls()
         pools.prefill_actor, pools.decode_actor = LocalActor(**overrides), LocalActor(**overrides)
         actors = iter([pools.prefill_actor, pools.decode_actor])
 
-        async def start(config: Any, resources: Any) -> EngineFront:
+        async def start(config: Any, resources: Any, build: Any) -> EngineFront:
             return EngineFront(await EngineClient.connect(next(actors)))  # type: ignore[arg-type]
 
         monkeypatch.setattr(EngineFront, "start", start)
         resources = EngineResources(1, 0, {})
         pools.prefill, pools.decode = Prefill.__new__(Prefill), Decode.__new__(Decode)
         await pools.prefill.__init__(None, resources)  # type: ignore[misc]  # as Serve does with an async constructor
-        await pools.decode.__init__(None, resources, PrefillHandle(pools.prefill), min_tokens)  # type: ignore[misc]
+        await pools.decode.__init__(None, resources, Handle(pools.prefill), min_tokens)  # type: ignore[misc]
+        pools.tokens = await TokenReceiver.start("127.0.0.1", max_unread_tokens)
+        pools.backend = PoolBackend(Handle(pools.decode), Handle(pools.prefill), pools.tokens)  # type: ignore[arg-type]
         return pools
+
+    def generate(
+        self, request: GenerateRequest, on_overflow: Callable[[], None] = lambda: None
+    ) -> AsyncGenerator[TokenOutput, None]:
+        """As the API asks for it."""
+        return self.backend.generate(request, on_overflow)
 
     @property
     def actors(self) -> tuple[LocalActor, LocalActor]:
@@ -211,9 +218,11 @@ class Pools:
             while not await actor._command(_is_idle):  # noqa: ASYNC110
                 await asyncio.sleep(0.005)
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
+        await self.tokens.stop()
         for actor in self.actors:
             actor.loop.stop()
+            actor.tokens.stop()
 
 
 def _is_idle(engine: Engine) -> bool:

@@ -1,0 +1,97 @@
+"""A server under measurement: starts it as `make serve` does, and adds up what its processes use."""
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from app.local import up
+from app.local_process import RunFolder, Server
+from tests.bench.serving.paced import TRACE_VARIABLE
+
+# Ray Serve as it comes.
+DEFAULT_FLAGS = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "1",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",
+}
+# Names that `make serve`'s processes go by, and what they are called here.
+_ROLES = (
+    ("HAProxyManager", "proxy actor"),
+    ("haproxy", "haproxy"),
+    ("ProxyActor", "proxy actor"),
+    ("ngress", "ingress"),
+    ("EngineActor", "engine"),
+    ("ecode", "decode front"),
+    ("ServeController", "controller"),
+    ("raylet", "raylet"),
+    ("gcs_server", "gcs"),
+)
+
+
+class MeasuredServer:
+    """One application on a Ray of its own.
+
+    Args:
+        folder: for its log, its state and its engine's trace.
+        graph: name of the function in `graphs.py`.
+        port: of its API.
+        flags: settings of Ray Serve that differ from `app/serve.env`.
+        arguments: of the graph.
+    """
+
+    def __init__(
+        self, folder: Path, graph: str, port: int, flags: dict[str, str], arguments: tuple[str, ...] = ()
+    ) -> None:
+        self.name = graph
+        self.port = port
+        self.trace = folder / "trace.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = RunFolder(folder)
+        with _environment(flags | {TRACE_VARIABLE: str(self.trace)}):
+            pairs = ["served_model_name=bench", "mode=colocated", *arguments]
+            up(self._folder, f"tests.bench.serving.graphs:{graph}", port, 8, 300, pairs)
+        server = self._folder.server()
+        assert server is not None
+        self.server: Server = server
+
+    def processes(self) -> list[tuple[str, psutil.Process]]:
+        """Every process of the server with its role."""
+        found = []
+        for process in self.server.processes():
+            with contextlib.suppress(psutil.Error):
+                command = " ".join(process.cmdline()[:1]) + " " + process.name()
+                role = next((role for mark, role in _ROLES if mark in command), "other")
+                found.append((role, process))
+        return found
+
+    def cpu_s(self) -> Counter[str]:
+        """CPU seconds by role, user and system, since each process began."""
+        used: Counter[str] = Counter()
+        for role, process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                used[role] += times.user + times.system
+        return used
+
+    def rss_bytes(self, role: str) -> int:
+        return sum(process.memory_info().rss for name, process in self.processes() if name == role)
+
+    def stop(self) -> None:
+        self.server.stop()
+        self._folder.forget()
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
