@@ -6,7 +6,7 @@ the engines directly, to the `TokenReceiver` of this replica. What HTTP looks li
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from deployments.api.http import build_app
 from deployments.api.text import TextCodec
 from deployments.engine_actor import EngineInfo
 from deployments.errors import EngineDeadError, KvRelayError, TransferError
-from deployments.messages import GenerateRequest, ModelInfo, TokenOutput
+from deployments.messages import GenerateRequest, ModelInfo
 from deployments.metrics import ClientMetrics, ReplicaStats, render
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 
@@ -51,28 +51,22 @@ class PoolBackend:
         self._tokens = tokens
         self.clients = ClientMetrics()
 
-    async def generate(
-        self, request: GenerateRequest, on_overflow: Callable[[], None]
-    ) -> AsyncGenerator[TokenOutput, None]:
-        """Tokens of a request; closing the generator ends the request on every pool."""
+    def generate(self, request: GenerateRequest, on_overflow: Callable[[], None]) -> TokenStream:
+        """Tokens of a request; closing the stream ends the request on every pool."""
 
         def overflow() -> None:
             call.cancel()
             on_overflow()
 
-        has_finished = False
-        stream = self._tokens.open(request.request_id, overflow)
+        def close(stream: TokenStream) -> None:
+            watch.cancel()
+            if not stream.has_finished:
+                call.cancel()
+
+        stream = self._tokens.open(request.request_id, overflow, close)
         call: Any = self._decode.generate.remote(request, self._tokens.address)
         watch = asyncio.create_task(_watch(call, stream))
-        try:
-            async for output in stream:
-                has_finished = output.finish_reason is not None
-                yield output
-        finally:
-            self._tokens.close(request.request_id)
-            watch.cancel()
-            if not has_finished:
-                call.cancel()
+        return stream
 
     async def health(self) -> tuple[bool, str]:
         """Whether every pool can serve, and if not, which one cannot."""

@@ -5,13 +5,13 @@ Knows what each number is called; the engines, fronts and the ingress keep the n
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
-from prometheus_client import Histogram as PrometheusHistogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from deployments.engine.stats import LATENCY_BUCKETS_S, EngineStats, Histogram
+from deployments.engine.stats import EngineStats, Histogram
 
 _PREFIX = "kvrelay_"
 _LABELS = ("pool", "replica")
@@ -74,20 +74,17 @@ class ReplicaStats:
     handoff: HandoffStats
 
 
-class ClientMetrics:
-    """What the clients of this ingress replica see; an `api.observer.Observer`."""
+class ClientMetrics(Collector):
+    """What the clients of this ingress replica see; an `api.observer.Observer`.
+
+    The histograms are our own: an observation is on the path of every token, and prometheus_client's takes 2 to 3
+    microseconds (a lock, and a loop over the buckets) where this takes 0.4.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._ttft = PrometheusHistogram(
-            f"{_PREFIX}ttft_seconds", "Arrival to first token sent.", buckets=LATENCY_BUCKETS_S, registry=self.registry
-        )
-        self._itl = PrometheusHistogram(
-            f"{_PREFIX}itl_seconds",
-            "Gap between consecutive tokens.",
-            buckets=LATENCY_BUCKETS_S,
-            registry=self.registry,
-        )
+        self._ttft, self._itl = Histogram(), Histogram()
+        self.registry.register(self)
         self._finished = Counter(f"{_PREFIX}requests", "Calls by how they ended.", ["outcome"], registry=self.registry)
         self._in_flight = Gauge(f"{_PREFIX}requests_in_flight", "Calls not yet answered.", registry=self.registry)
 
@@ -98,12 +95,20 @@ class ClientMetrics:
         self._ttft.observe(seconds)
 
     def inter_token(self, seconds: float, num_tokens: int) -> None:
-        for _ in range(num_tokens):
-            self._itl.observe(seconds)
+        self._itl.observe(seconds, num_tokens)
 
     def request_finished(self, outcome: str) -> None:
         self._in_flight.dec()
         self._finished.labels(outcome).inc()
+
+    def collect(self) -> Iterator[Metric]:
+        for name, text, histogram in (
+            ("ttft_seconds", "Arrival to first token sent.", self._ttft),
+            ("itl_seconds", "Gap between consecutive tokens.", self._itl),
+        ):
+            family = HistogramMetricFamily(_PREFIX + name, text)
+            family.add_metric([], _cumulative(histogram), histogram.total)
+            yield family
 
 
 class _PoolCollector(Collector):
@@ -140,13 +145,14 @@ class _PoolCollector(Collector):
     def _histogram(self, name: str, text: str, values: list[Histogram]) -> HistogramMetricFamily:
         family = HistogramMetricFamily(_PREFIX + name, text, labels=_LABELS)
         for (labels, _), histogram in zip(self._rows, values, strict=True):
-            bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
-            cumulative, total = [], 0
-            for bound, count in zip(bounds, histogram.counts, strict=True):
-                total += count
-                cumulative.append((bound, total))
-            family.add_metric(labels, cumulative, histogram.total)
+            family.add_metric(labels, _cumulative(histogram), histogram.total)
         return family
+
+
+def _cumulative(histogram: Histogram) -> list[tuple[str, float]]:
+    """Bound and count of all up to it, as Prometheus wants buckets."""
+    bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
+    return list(zip(bounds, accumulate(histogram.counts), strict=True))
 
 
 def render(pools: dict[str, list[ReplicaStats]], clients: ClientMetrics) -> bytes:

@@ -5,10 +5,11 @@ Owns when a choice ends and that its request is then closed at the backend. Know
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
+
+import msgspec
 
 from deployments.api.stop import StopChecker
 from deployments.api.text import Detokenizer
@@ -16,11 +17,25 @@ from deployments.errors import EngineDeadError
 from deployments.messages import FinishReason, GenerateRequest, TokenOutput
 
 T = TypeVar("T")
-Generate = Callable[[GenerateRequest], AsyncGenerator[TokenOutput, None]]
 
 
-@dataclass(frozen=True, slots=True)
-class TextEvent:
+class TokenOutputs(Protocol):
+    """The tokens of one request as they come; an asynchronous generator is one."""
+
+    def __aiter__(self) -> AsyncIterator[TokenOutput]: ...
+
+    def __anext__(self) -> Awaitable[TokenOutput]: ...
+
+    def aclose(self) -> Awaitable[None]:
+        """End the request, if it has not ended."""
+        ...
+
+
+Generate = Callable[[GenerateRequest], TokenOutputs]
+
+
+# A Struct, for one is made for every token: 0.2 instead of 1.5 microseconds.
+class TextEvent(msgspec.Struct, frozen=True, gc=False):
     """What one token output adds to one choice.
 
     Attributes:
@@ -111,16 +126,16 @@ async def stream_choice(
     yield event
 
 
-async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
     """Run all streams at once and yield their items as they come; the first error ends all of them.
 
-    Every stream is closed when this generator is.
+    Every stream is closed when what comes back is.
     """
-    if len(streams) == 1:  # the usual call: no task and no queue between the backend and the client
-        async with aclosing(streams[0]) as stream:
-            async for item in stream:
-                yield item
-        return
+    # The usual call has one choice: no task and no queue between the backend and the client.
+    return streams[0] if len(streams) == 1 else _merge(streams)
+
+
+async def _merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
     ready: asyncio.Queue[T | asyncio.Task[None]] = asyncio.Queue()
     tasks = [asyncio.create_task(_pump(stream, ready)) for stream in streams]
     for task in tasks:

@@ -26,7 +26,7 @@ from deployments.api import sse
 from deployments.api.answers import Answer, ChatAnswer, ChoiceResult, CompletionAnswer, Tally, describe_model
 from deployments.api.asgi import RequestIds, until_disconnect
 from deployments.api.calls import Call, ModelNotFoundError, read_chat, read_completion
-from deployments.api.choices import ChoiceText, TextEvent, merge, stream_choice
+from deployments.api.choices import ChoiceText, TextEvent, TokenOutputs, merge, stream_choice
 from deployments.api.observer import Observer, Outcome, SilentObserver, Stopwatch
 from deployments.api.text import TextCodec
 from deployments.errors import (
@@ -38,7 +38,7 @@ from deployments.errors import (
     SlowReaderError,
     TransferError,
 )
-from deployments.messages import GenerateRequest, ModelInfo, TokenOutput
+from deployments.messages import GenerateRequest, ModelInfo
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +54,13 @@ _METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 class Backend(Protocol):
     """The pools behind the API."""
 
-    def generate(self, request: GenerateRequest, on_overflow: Callable[[], None]) -> AsyncGenerator[TokenOutput, None]:
-        """Run a request. Closing the generator, or cancelling who awaits it, aborts the request on every pool.
+    def generate(self, request: GenerateRequest, on_overflow: Callable[[], None]) -> TokenOutputs:
+        """Run a request. Closing what comes back aborts it on every pool; so each is closed, whatever happens.
 
         Args:
             request: the prompt.
-            on_overflow: called when the reader has left too many tokens unread. The request is over then, and the
-                generator, if it is asked once more, raises `SlowReaderError`.
+            on_overflow: called when the reader has left too many tokens unread. The request is over then, and
+                the next output that is asked for is `SlowReaderError`.
 
         Raises:
             KvRelayError: at any point; before the first token it still becomes a status code.

@@ -25,24 +25,44 @@ class TokenStream:
     """The tokens of one request, for one reader: an asynchronous iterator that ends after the finish reason.
 
     Whatever has come since the reader last asked is one output. The same token may come twice, from the prefill engine
-    and again from the decode engine; the reader gets it once.
+    and again from the decode engine; the reader gets it once. No generator, for it is on the path of every token.
 
     Args:
         request_id: of the request.
         max_unread_tokens: with more waiting the reader is given up: it gets `SlowReaderError`, and no more tokens.
         on_overflow: called once when that happens.
+        on_close: called once when the reader closes the stream.
     """
 
-    def __init__(self, request_id: str, max_unread_tokens: int, on_overflow: Callable[[], None]) -> None:
-        self._request_id = request_id
+    def __init__(
+        self,
+        request_id: str,
+        max_unread_tokens: int,
+        on_overflow: Callable[[], None],
+        on_close: Callable[["TokenStream"], None],
+    ) -> None:
+        self.request_id = request_id
         self._max_unread_tokens = max_unread_tokens
         self._on_overflow = on_overflow
+        self._on_close = on_close
+        self._is_closed = False
         self._unread: list[TokenOutput] = []
         self._num_received = 0
         self._num_read = 0
         self._finish_reason: FinishReason | None = None
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def has_finished(self) -> bool:
+        """Whether the last token has arrived, read or not."""
+        return self._finish_reason is not None
+
+    async def aclose(self) -> None:
+        """Stop listening; tokens that still come are dropped. The reader must do so, whatever happens."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._on_close(self)
 
     def push(self, output: TokenOutput) -> None:
         """Take an output that has arrived."""
@@ -53,9 +73,7 @@ class TokenStream:
             if num_known >= len(output.token_ids):
                 return
             if num_known < 0:
-                self.fail(
-                    EngineDeadError(f"{self._request_id}: tokens {self._num_received} to {output.index} are lost")
-                )
+                self.fail(EngineDeadError(f"{self.request_id}: tokens {self._num_received} to {output.index} are lost"))
                 return
             output = _without_first(output, num_known)
         self._num_received += len(output.token_ids)
@@ -130,16 +148,18 @@ class TokenReceiver:
         """Requests that are open."""
         return len(self._streams)
 
-    def open(self, request_id: str, on_overflow: Callable[[], None]) -> TokenStream:
-        """Start listening for a request's tokens; before an engine hears of it."""
-        assert request_id not in self._streams, request_id
-        stream = TokenStream(request_id, self.max_unread_tokens, on_overflow)
-        self._streams[request_id] = stream
-        return stream
+    def open(
+        self, request_id: str, on_overflow: Callable[[], None], on_close: Callable[[TokenStream], None]
+    ) -> TokenStream:
+        """Start listening for a request's tokens; before an engine hears of it. See `TokenStream`."""
 
-    def close(self, request_id: str) -> None:
-        """Stop listening; tokens that still come are dropped."""
-        del self._streams[request_id]
+        def close(stream: TokenStream) -> None:
+            del self._streams[request_id]
+            on_close(stream)
+
+        assert request_id not in self._streams, request_id
+        stream = self._streams[request_id] = TokenStream(request_id, self.max_unread_tokens, on_overflow, close)
+        return stream
 
     async def stop(self) -> None:
         """Close every connection; the engines then end what they run for this receiver."""

@@ -16,7 +16,7 @@ from deployments.front import EngineFront
 from deployments.ingress import PoolBackend
 from deployments.messages import ChunkReady, Ended, EngineEvent, FrontEvent, GenerateRequest, ReplyAddress, TokenOutput
 from deployments.prefill import Prefill
-from deployments.tokens.receiver import TokenReceiver
+from deployments.tokens.receiver import TokenReceiver, TokenStream
 from deployments.tokens.sender import TokenSender
 from tests.engine.driving import build_engine
 from tests.engine.families import load
@@ -201,9 +201,7 @@ class Pools:
         pools.backend = PoolBackend(Handle(pools.decode), Handle(pools.prefill), pools.tokens)  # type: ignore[arg-type]
         return pools
 
-    def generate(
-        self, request: GenerateRequest, on_overflow: Callable[[], None] = lambda: None
-    ) -> AsyncGenerator[TokenOutput, None]:
+    def generate(self, request: GenerateRequest, on_overflow: Callable[[], None] = lambda: None) -> TokenStream:
         """As the API asks for it."""
         return self.backend.generate(request, on_overflow)
 

@@ -26,7 +26,8 @@ async def pools(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pools]:
 
 
 async def collect(pools: Pools, request: GenerateRequest) -> list[TokenOutput]:
-    return [output async for output in pools.generate(request)]
+    async with aclosing(pools.generate(request)) as outputs:
+        return [output async for output in outputs]
 
 
 def tokens_of(outputs: list[TokenOutput]) -> tuple[int, ...]:

@@ -22,6 +22,9 @@ def token(request_id: str, index: int, last: int | None = None) -> TokenOutput:
 def ignore() -> None: ...
 
 
+def ignore_close(stream: TokenStream) -> None: ...
+
+
 class Losses:
     """What a sender says that it lost."""
 
@@ -64,7 +67,7 @@ async def read(stream: TokenStream) -> list[int]:
 async def test_many_requests_share_one_channel_per_engine(receiver: TokenReceiver, losses: Losses) -> None:
     senders = [TokenSender(losses) for _ in range(3)]
     names = {f"{i}-{j}": sender for i, sender in enumerate(senders) for j in range(20)}
-    streams = {name: receiver.open(name, ignore) for name in names}
+    streams = {name: receiver.open(name, ignore, ignore_close) for name in names}
     for name, sender in names.items():
         sender.register(name, receiver.address)
     for index in range(50):
@@ -73,15 +76,15 @@ async def test_many_requests_share_one_channel_per_engine(receiver: TokenReceive
     answers = await asyncio.gather(*(read(stream) for stream in streams.values()))
     assert answers == [list(range(50))] * 60
     assert receiver.num_channels == 3
-    for name in streams:
-        receiver.close(name)
+    for stream in streams.values():
+        await stream.aclose()
     assert receiver.num_streams == 0
     await asyncio.gather(*(asyncio.to_thread(sender.stop) for sender in senders))
 
 
 async def test_two_receivers_share_an_engine(sender: TokenSender, receiver: TokenReceiver) -> None:
     other = await TokenReceiver.start("127.0.0.1", 100)
-    streams = [owner.open("r" + str(i), ignore) for i, owner in enumerate((receiver, other))]
+    streams = [owner.open("r" + str(i), ignore, ignore_close) for i, owner in enumerate((receiver, other))]
     sender.register("r0", receiver.address)
     sender.register("r1", other.address)
     for index in range(3):
@@ -93,7 +96,7 @@ async def test_two_receivers_share_an_engine(sender: TokenSender, receiver: Toke
 
 async def test_a_token_that_comes_twice_is_read_once(receiver: TokenReceiver, losses: Losses) -> None:
     prefill, decode = TokenSender(losses), TokenSender(losses)
-    stream = receiver.open("r", ignore)
+    stream = receiver.open("r", ignore, ignore_close)
     for engine in (prefill, decode):
         engine.register("r", receiver.address)
     prefill.send([token("r", 0)])
@@ -106,7 +109,7 @@ async def test_a_token_that_comes_twice_is_read_once(receiver: TokenReceiver, lo
 
 
 async def test_what_came_while_the_reader_was_away_is_one_output(receiver: TokenReceiver) -> None:
-    stream = receiver.open("r", ignore)
+    stream = receiver.open("r", ignore, ignore_close)
     for index in range(5):
         stream.push(token("r", index, last=4))
     output = await anext(stream)
@@ -117,7 +120,7 @@ async def test_what_came_while_the_reader_was_away_is_one_output(receiver: Token
 
 async def test_a_reader_that_leaves_too_much_unread_is_given_up_once(receiver: TokenReceiver) -> None:
     told: list[str] = []
-    stream = receiver.open("r", lambda: told.append("r"))
+    stream = receiver.open("r", lambda: told.append("r"), ignore_close)
     for index in range(300):
         stream.push(token("r", index, last=299))
     with pytest.raises(SlowReaderError, match="more than 100 tokens"):
@@ -126,7 +129,7 @@ async def test_a_reader_that_leaves_too_much_unread_is_given_up_once(receiver: T
 
 
 async def test_a_reader_may_leave_as_much_as_is_allowed(receiver: TokenReceiver) -> None:
-    stream = receiver.open("r", lambda: pytest.fail("within the bound"))
+    stream = receiver.open("r", lambda: pytest.fail("within the bound"), ignore_close)
     for _ in range(3):
         start = stream._num_received
         for index in range(start, start + 100):
@@ -135,7 +138,7 @@ async def test_a_reader_may_leave_as_much_as_is_allowed(receiver: TokenReceiver)
 
 
 async def test_an_error_comes_after_the_tokens_before_it(receiver: TokenReceiver) -> None:
-    stream = receiver.open("r", ignore)
+    stream = receiver.open("r", ignore, ignore_close)
     stream.push(token("r", 0))
     stream.fail(EngineDeadError("gone"))
     assert (await anext(stream)).token_ids == (0,)
@@ -144,23 +147,22 @@ async def test_an_error_comes_after_the_tokens_before_it(receiver: TokenReceiver
 
 
 async def test_an_error_after_the_last_token_is_nobodys_business(receiver: TokenReceiver) -> None:
-    stream = receiver.open("r", ignore)
+    stream = receiver.open("r", ignore, ignore_close)
     stream.push(token("r", 0, last=0))
     stream.fail(EngineDeadError("gone"))
     assert await read(stream) == [0]
 
 
 async def test_lost_tokens_end_the_stream_with_an_error(receiver: TokenReceiver) -> None:
-    stream = receiver.open("r", ignore)
+    stream = receiver.open("r", ignore, ignore_close)
     stream.push(token("r", 1))
     with pytest.raises(EngineDeadError, match="are lost"):
         await anext(stream)
 
 
 async def test_tokens_of_closed_and_unknown_requests_are_dropped(sender: TokenSender, receiver: TokenReceiver) -> None:
-    receiver.open("closed", ignore)
-    receiver.close("closed")
-    stream = receiver.open("open", ignore)
+    await receiver.open("closed", ignore, ignore_close).aclose()
+    stream = receiver.open("open", ignore, ignore_close)
     for name in ("closed", "open", "forgotten"):
         sender.register(name, receiver.address)
     sender.forget("forgotten")
@@ -172,7 +174,11 @@ async def test_a_receiver_that_goes_ends_its_requests_and_no_others(
     sender: TokenSender, receiver: TokenReceiver, losses: Losses
 ) -> None:
     other = await TokenReceiver.start("127.0.0.1", 100)
-    streams = {"a": other.open("a", ignore), "b": other.open("b", ignore), "c": receiver.open("c", ignore)}
+    streams = {
+        "a": other.open("a", ignore, ignore_close),
+        "b": other.open("b", ignore, ignore_close),
+        "c": receiver.open("c", ignore, ignore_close),
+    }
     for name in ("a", "b"):
         sender.register(name, other.address)
     sender.register("c", receiver.address)
@@ -211,7 +217,7 @@ async def test_a_receiver_that_does_not_read_is_given_up(losses: Losses) -> None
 
 async def test_a_stranger_without_the_key_is_turned_away(receiver: TokenReceiver, losses: Losses) -> None:
     stranger = TokenSender(losses)
-    stream = receiver.open("r", ignore)
+    stream = receiver.open("r", ignore, ignore_close)
     stranger.register("r", ReplyAddress(receiver.address.host, receiver.address.port, bytes(32)))
     stranger.send([token("r", 0)])
     assert (await losses.next())[0] == "r"

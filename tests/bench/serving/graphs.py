@@ -64,8 +64,9 @@ class OrdinaryDecode:
     async def __init__(self, config: EngineConfig, num_cpus: float) -> None:  # type: ignore[misc]
         import asyncio
 
-        remote: Any = ray.remote(num_cpus=num_cpus, concurrency_groups={"ctl": 4, "stream": 1})
-        self._engine = remote(OrdinaryEngineActor).remote(config)
+        options: dict[str, Any] = {"num_cpus": num_cpus, "concurrency_groups": {"ctl": 4, "stream": 1}}
+        actor: Any = ray.remote(**options)(OrdinaryEngineActor)
+        self._engine = actor.remote(config)
         self._info = await self._engine.info.remote()
         self._queues: dict[str, asyncio.Queue[TokenOutput]] = {}
         self._new_queue: Callable[[], asyncio.Queue[TokenOutput]] = asyncio.Queue
