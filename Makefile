@@ -20,7 +20,7 @@ RUNTIME := $(VENV)/.stamp-runtime
 DEV := $(VENV)/.stamp-dev
 SOURCES := app deployments tests load_tests
 
-.PHONY: help serve stop status test check format bench-engine bench-handoff clean
+.PHONY: help serve stop status test check format bench-engine bench-handoff bench-serving clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -55,6 +55,9 @@ bench-engine: $(DEV) ## Measure one engine without a server. ARGS= is passed on.
 
 bench-handoff: $(DEV) ## Measure the hand-off of KV between two engines. ARGS= is passed on.
 	@$(PY) tests/bench/bench_handoff.py $(ARGS)
+
+bench-serving: $(DEV) ## Measure the serving layer: CPU and latency per token. ARGS= is passed on.
+	@$(PY) -m tests.bench.serving.bench_serving $(ARGS)
 
 clean: ## Remove the virtual environment and every cache.
 	@rm -rf $(VENV) .run .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

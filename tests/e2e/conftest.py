@@ -1,22 +1,35 @@
 """One local Ray with the real graph on the default model, twice: disaggregated and colocated."""
 
+import random
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import ray
+import torch
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.config import AppConfig
 from app.graph import graph
+from deployments.engine.model import BUNDLED_MODEL, resolve_model
 from deployments.metrics import ReplicaStats
 
 MODEL_NAME = "smollm2"
 MODES = ("disaggregated", "colocated")
+MAX_TOKENS = 16
+PLAIN_LENGTHS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 128, 200, 256, 300, 511, 1025, 3000)
+CHATS = (
+    "What is the capital of France?",
+    "Write a haiku about the sea. 🌊",
+    "List three prime numbers above ten and say why they are prime, in one sentence each. " * 6,
+    "Erkläre in einem Satz, was ein Schlüssel-Wert-Cache ist, 请用中文回答。",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -82,3 +95,40 @@ def disaggregated(services: dict[str, Service]) -> Service:
 def client() -> Iterator[httpx.Client]:
     with httpx.Client(timeout=300) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+def prompts() -> dict[str, list[int]]:
+    """24 prompts by name; the plain ones are windows of real text, the chats go through the template."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model(BUNDLED_MODEL))
+    words = Path(__file__).read_text() + " ".join(CHATS) + Path(str(torch.__file__)).read_text()
+    text = tokenizer(words)["input_ids"]
+    rng = random.Random(7)
+    plain = {f"plain-{n}": text[(at := rng.randrange(len(text) - n)) : at + n] for n in PLAIN_LENGTHS}
+    chats = {
+        f"chat-{i}": tokenizer.apply_chat_template(
+            [{"role": "user", "content": chat}], add_generation_prompt=True, return_dict=False
+        )
+        for i, chat in enumerate(CHATS)
+    }
+    return plain | chats
+
+
+@pytest.fixture(scope="session")
+def reference(prompts: dict[str, list[int]]) -> dict[str, list[tuple[int, float]]]:
+    """Greedy tokens of transformers itself, each with the lead of its logit over the runner-up's."""
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(BUNDLED_MODEL), dtype=torch.float32)
+    expected = {}
+    for name, prompt in prompts.items():
+        out = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones((1, len(prompt)), dtype=torch.int64),
+            max_new_tokens=MAX_TOKENS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        tops = [logits[0].topk(2).values for logits in out.logits]
+        tokens = out.sequences[0, len(prompt) :].tolist()
+        expected[name] = [(token, (top[0] - top[1]).item()) for token, top in zip(tokens, tops, strict=True)]
+    return expected

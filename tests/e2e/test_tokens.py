@@ -1,66 +1,14 @@
 """Greedy tokens over HTTP are those that transformers' own `generate` gives on the same float32 weights."""
 
-import random
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from deployments.engine.model import BUNDLED_MODEL, resolve_model
-from tests.e2e.conftest import MODEL_NAME, Service
+from tests.e2e.conftest import CHATS, MAX_TOKENS, MODEL_NAME, Service
 
-MAX_TOKENS = 16
 # Beyond float32's noise in a logit of this model (measured: 1e-4 between batch shapes), far below a real difference.
 TIE = 1e-3
-
-PLAIN_LENGTHS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 128, 200, 256, 300, 511, 1025, 3000)
-CHATS = (
-    "What is the capital of France?",
-    "Write a haiku about the sea. 🌊",
-    "List three prime numbers above ten and say why they are prime, in one sentence each. " * 6,
-    "Erkläre in einem Satz, was ein Schlüssel-Wert-Cache ist, 请用中文回答。",
-)
-
-
-@pytest.fixture(scope="session")
-def prompts() -> dict[str, list[int]]:
-    """24 prompts by name; the plain ones are windows of real text, the chats go through the template."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model(BUNDLED_MODEL))
-    words = Path(__file__).read_text() + " ".join(CHATS) + Path(str(torch.__file__)).read_text()
-    text = tokenizer(words)["input_ids"]
-    rng = random.Random(7)
-    plain = {f"plain-{n}": text[(at := rng.randrange(len(text) - n)) : at + n] for n in PLAIN_LENGTHS}
-    chats = {
-        f"chat-{i}": tokenizer.apply_chat_template(
-            [{"role": "user", "content": chat}], add_generation_prompt=True, return_dict=False
-        )
-        for i, chat in enumerate(CHATS)
-    }
-    return plain | chats
-
-
-@pytest.fixture(scope="session")
-def reference(prompts: dict[str, list[int]]) -> dict[str, list[tuple[int, float]]]:
-    """Greedy tokens of transformers itself, each with the lead of its logit over the runner-up's."""
-    model = AutoModelForCausalLM.from_pretrained(resolve_model(BUNDLED_MODEL), dtype=torch.float32)
-    expected = {}
-    for name, prompt in prompts.items():
-        out = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones((1, len(prompt)), dtype=torch.int64),
-            max_new_tokens=MAX_TOKENS,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        tops = [logits[0].topk(2).values for logits in out.logits]
-        tokens = out.sequences[0, len(prompt) :].tolist()
-        expected[name] = [(token, (top[0] - top[1]).item()) for token, top in zip(tokens, tops, strict=True)]
-    return expected
 
 
 def complete(client: httpx.Client, service: Service, name: str, prompt: list[int]) -> list[int]:

@@ -1,7 +1,11 @@
 """A server under measurement: starts it as `make serve` does, and adds up what its processes use."""
 
 import contextlib
+import csv
+import io
 import os
+import socket
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +62,21 @@ class MeasuredServer:
         server = self._folder.server()
         assert server is not None
         self.server: Server = server
+        if flags.get("RAY_SERVE_ENABLE_HA_PROXY") != "0":
+            self._wait_for_haproxy()
+
+    def _wait_for_haproxy(self) -> None:
+        """Return when HAProxy knows the ingress replica; until then it sends requests through Serve's own proxy."""
+        (address,) = Path(self.server.temp_dir, "h").glob("*/admin.sock")
+        while True:
+            with socket.socket(socket.AF_UNIX) as admin:
+                admin.connect(str(address))
+                admin.sendall(b"show stat\n")
+                table = admin.makefile().read()
+            rows = csv.DictReader(io.StringIO(table.removeprefix("# ")))
+            if any(row["svname"].startswith("SERVE_REPLICA") and row["status"].startswith("UP") for row in rows):
+                return
+            time.sleep(0.2)
 
     def processes(self) -> list[tuple[str, psutil.Process]]:
         """Every process of the server with its role."""

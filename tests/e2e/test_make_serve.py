@@ -1,0 +1,147 @@
+"""The server as `make serve` starts it, with two ingress replicas: HAProxy, gRPC between replicas, the real model."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+
+from app.local_process import RunFolder, Server
+from tests.e2e.conftest import MODEL_NAME, Service
+from tests.e2e.test_tokens import assert_same, complete
+
+PROMPT_NAMES = ("plain-1", "plain-33", "plain-300", "plain-511", "plain-1025", "chat-0", "chat-1", "chat-3")
+HELD = ("running_sequences", "waiting_sequences", "reserved_sequences", "kv_blocks_used", "exported_blocks")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = RunFolder(tmp_path_factory.mktemp("run"))
+    pairs = ["ingress.min_replicas=2", "ingress.max_replicas=2", f"served_model_name={MODEL_NAME}"]
+    command = [sys.executable, "-m", "app.local", "--run-dir", str(folder.path), "up", "--port", str(port), *pairs]
+    subprocess.run(command, check=True, timeout=600)
+    server = folder.server()
+    assert server is not None
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def local(server: Server) -> Service:
+    return Service("disaggregated", server.url)
+
+
+def processes(server: Server, name: str) -> list[psutil.Process]:
+    return [process for process in server.processes() if re.search(name, " ".join(process.cmdline()[:1]))]
+
+
+def held(client: httpx.Client, local: Service) -> float:
+    """How much both pools hold for requests."""
+    text = client.get(f"{local.url}/metrics").text
+    return sum(
+        float(value) for name in HELD for value in re.findall(rf"^kvrelay_{name}{{.*}} (.*)$", text, re.MULTILINE)
+    )
+
+
+def test_the_processes_are_those_that_the_settings_name(server: Server) -> None:
+    assert len(processes(server, "Ingress")) == 2
+    assert processes(server, "haproxy$")
+    maps = Path(f"/proc/{processes(server, 'Ingress')[0].pid}/maps").read_text()
+    assert "uvloop" in maps
+    assert "httptools" in maps
+
+
+def test_tokens_equal_transformers_through_both_ingress_replicas(
+    client: httpx.Client,
+    local: Service,
+    prompts: dict[str, list[int]],
+    reference: dict[str, list[tuple[int, float]]],
+) -> None:
+    names = PROMPT_NAMES * 2
+    with ThreadPoolExecutor(len(names)) as pool:
+        answers = pool.map(lambda name: complete(client, local, name, prompts[name]), names)
+        for name, tokens in zip(names, answers, strict=True):
+            assert_same(name, tokens, reference[name])
+
+
+def test_openai_client_streams_what_it_gets_whole(local: Service) -> None:
+    with openai.OpenAI(base_url=f"{local.url}/v1", api_key="none", max_retries=0) as client:
+        options: dict[str, Any] = {
+            "model": MODEL_NAME,
+            "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "max_tokens": 12,
+            "temperature": 0,
+        }
+        whole = client.chat.completions.create(**options)
+        chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+        assert (
+            "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
+        )
+        assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [90, 3000])
+def test_a_client_that_leaves_frees_both_pools_within_a_second(
+    client: httpx.Client, local: Service, num_prompt_tokens: int
+) -> None:
+    assert held(client, local) == 0
+    body = {
+        "model": MODEL_NAME,
+        "prompt": list(range(2000, 2000 + num_prompt_tokens)),
+        "max_tokens": 2000,
+        "stream": True,
+        "ignore_eos": True,
+    }
+    with client.stream("POST", f"{local.url}/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        for _ in range(6):
+            next(lines)
+        assert held(client, local) > 0
+    started = time.monotonic()
+    while held(client, local) > 0:
+        assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 1
+
+
+def test_a_decode_engine_that_dies_ends_its_streams_with_an_error_and_is_replaced(
+    client: httpx.Client, local: Service, server: Server
+) -> None:
+    body = {"model": MODEL_NAME, "prompt": "Once upon a time", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    (front,) = processes(server, "Decode")
+    engines = processes(server, "EngineActor")
+    with client.stream("POST", f"{local.url}/v1/completions", json=body) as stream:
+        lines = stream.iter_lines()
+        for _ in range(6):
+            next(lines)
+        # The one that computes now: the other belongs to the prefill pool.
+        before = {engine.pid: sum(engine.cpu_times()[:2]) for engine in engines}
+        time.sleep(1)
+        busy = max(engines, key=lambda engine: sum(engine.cpu_times()[:2]) - before[engine.pid])
+        os.kill(busy.pid, signal.SIGKILL)
+        started = time.monotonic()
+        rest = [line for line in lines if line.startswith("data: ")]
+        assert '"code":"engine_unavailable"' in rest[-1]
+        assert time.monotonic() - started < 5
+    deadline = time.monotonic() + 120
+    while True:
+        response = client.post(f"{local.url}/v1/completions", json=body | {"max_tokens": 3, "stream": False})
+        if response.status_code == 200:
+            break
+        assert response.status_code == 503
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert not front.is_running()
