@@ -106,10 +106,15 @@ def _spawn(
     return Server(process.pid, psutil.Process(process.pid).create_time(), port, temp_dir), process
 
 
+def read_settings(path: Path) -> dict[str, str]:
+    """Read `NAME=VALUE` lines and `#` comments, as a shell does."""
+    lines = (line.strip() for line in path.read_text().splitlines())
+    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+
+
 def _serve_environment(temp_dir: str) -> dict[str, str]:
     """For the processes of the server, where the user's environment does not say otherwise."""
-    lines = (line.strip() for line in SERVE_SETTINGS.read_text().splitlines())
-    settings = dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    settings = read_settings(SERVE_SETTINGS)
     # HAProxy's files and ports are fixed, so two servers on one machine would share them. Short names: see above.
     folder = Path(temp_dir, "h")
     settings |= {

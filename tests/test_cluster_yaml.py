@@ -1,6 +1,7 @@
 """The cluster file and the application's file for it: valid, and agreeing on labels, resources and room."""
 
 import math
+import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import yaml
 from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
 from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve._private import constants
 from ray.serve.schema import ServeDeploySchema
 
 from app.config import AppConfig
+from app.local import SERVE_SETTINGS, read_settings
 
 ROOT = Path(__file__).parents[1]
 POOLS = ("prefill", "decode")
@@ -116,3 +119,19 @@ def test_nodes_install_the_torch_of_the_makefile(cluster):
     makefile = (ROOT / "Makefile").read_text()
     (wanted,) = {word for line in cluster["setup_commands"] for word in line.split() if word.startswith("torch==")}
     assert wanted in makefile.split()
+
+
+def test_every_node_starts_ray_with_the_settings_of_serve_env(cluster: dict[str, Any]) -> None:
+    for key in ("head_start_ray_commands", "worker_start_ray_commands"):
+        (start,) = (command for command in cluster[key] if "ray start" in command)
+        assert start.index("set -a; . ~/kvrelay/app/serve.env; set +a;") < start.index("ray start")
+
+
+def test_serve_env_is_what_a_shell_and_make_serve_read_and_ray_knows() -> None:
+    command = ["env", "-i", "sh", "-c", "set -a; . app/serve.env; set +a; env"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    by_shell = {key: value for key, value in (line.split("=", 1) for line in printed) if key.startswith("RAY_")}
+    by_us = read_settings(SERVE_SETTINGS)
+    assert by_shell == by_us
+    source = Path(str(constants.__file__)).read_text()
+    assert [name for name in by_us if f'"{name}"' not in source] == []
