@@ -19,7 +19,8 @@ FORBIDDEN = {
     "deployments.messages": ["ray", "torch", "transformers", "starlette", "deployments.engine", "deployments.api"],
     "deployments.errors": ["ray", "torch", "transformers", "starlette", "deployments.engine", "deployments.api"],
     "deployments.engine": ["ray", "starlette", "uvicorn", "fastapi", "httpx", "tokenizers"],
-    "deployments.api": ["ray", "torch", "deployments.engine", "deployments.kv_transfer"],
+    "deployments.api": ["ray", "torch", "deployments.engine", "deployments.kv_transfer", "deployments.tokens"],
+    "deployments.tokens": ["ray", "torch", "transformers", "starlette", "deployments.engine", "deployments.api"],
     "load_tests": ["app", "deployments", "ray", "torch"],
 }
 # Of the project's own modules, these alone may be imported from under each prefix.

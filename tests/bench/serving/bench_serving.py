@@ -48,6 +48,7 @@ _LONG_REQUESTS = (
     (_LONG_CHAT, "/v1/chat/completions"),
 )
 MAX_UNREAD_TOKENS = 2_000
+IDLE_WINDOW_S = 8.0
 # With more the ordinary way falls far behind and needs minutes to recover, so that is looked at once, at the end.
 MAX_ORDINARY_STREAMS = 32
 _BUSY_SHARE = 1.5
@@ -76,10 +77,9 @@ class Bench:
     async def idle(self) -> dict[str, float]:
         """Share of a core that each server uses while nobody asks anything."""
         for name, server in self.servers.items():
-            await asyncio.sleep(2)
-            used = await self._cpu_of(server, max(5.0, self.window_s))
-            self.idle_share[name] = sum(used.values()) / max(5.0, self.window_s)
-        return self.idle_share
+            used = await self._cpu_of(server, IDLE_WINDOW_S)
+            self.idle_share[name] = sum(used.values()) / IDLE_WINDOW_S
+        return dict(self.idle_share)
 
     async def cost(self, name: str, num_streams: int, period_us: int = PERIOD_US) -> dict[str, Any]:
         """CPU per token of one server with so many streams."""
@@ -216,10 +216,10 @@ class Bench:
         for connection in connections:
             connection.transport.abort()
         idle_share = self.idle_share.get(server.name, 0.2)
-        for _ in range(60):
+        for _ in range(120):
             if sum((await self._cpu_of(server, 0.5)).values()) / 0.5 < idle_share * _BUSY_SHARE + 0.05:
                 return
-        note(f"{server.name} is still busy 30 s after its clients left")
+        note(f"{server.name} is still busy a minute after its clients left")
 
     async def _cpu_of(self, server: MeasuredServer, seconds: float) -> Counter[str]:
         before = server.cpu_s()
@@ -238,11 +238,12 @@ def _own_cpu_s() -> float:
 
 async def measure(bench: Bench, num_first_tokens: int) -> dict[str, Any]:
     """Everything but the settings."""
-    report: dict[str, Any] = {"idle_share_of_a_core": await bench.idle(), "cost": [], "flat_out": []}
+    report: dict[str, Any] = {"idle_share_of_a_core": [], "cost": [], "flat_out": []}
     for index in range(bench.rounds):
         note(f"round {index + 1} of {bench.rounds}")
-        for num_streams in STREAMS:
-            for name in bench.servers:
+        report["idle_share_of_a_core"].append(await bench.idle())
+        for name in bench.servers:
+            for num_streams in STREAMS:
                 if name == "ours" or num_streams <= MAX_ORDINARY_STREAMS:
                     report["cost"].append(await bench.cost(name, num_streams))
     for _ in range(bench.rounds):

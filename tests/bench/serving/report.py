@@ -14,7 +14,8 @@ _FLAT_KEYS = ("tokens_per_s", "tokens_per_event", "cpu_us_per_token", "client_us
 
 def show(report: dict[str, Any]) -> None:
     """Print the figures of `measure`."""
-    idle = report["idle_share_of_a_core"]
+    readings = report["idle_share_of_a_core"]
+    idle = {name: statistics.median(reading[name] for reading in readings) for name in readings[0]}
     print("\nidle, share of a core: " + ", ".join(f"{name} {share:.1%}" for name, share in idle.items()))
     _show_cost(report["cost"])
     _show_flat_out(report["flat_out"])
@@ -22,15 +23,15 @@ def show(report: dict[str, Any]) -> None:
 
 
 def _show_cost(rows: list[dict[str, Any]]) -> None:
-    _line("streams", "server", "tokens/s", "us/token", "above idle", "client us", "ratio")
+    _line("streams", "server", "tokens/s", "us/token", "above idle", "client us", "ratio", "above idle")
     for num_streams in STREAMS:
         medians = {}
         for name in ("ours", "ordinary"):
             taken = [row for row in rows if (row["server"], row["streams"]) == (name, num_streams)]
             medians[name] = [statistics.median(row[key] for row in taken) for key in _COST_KEYS]
         for name, values in medians.items():
-            ratio = f"{medians['ordinary'][1] / values[1]:.1f}" if name == "ours" else ""
-            _line(num_streams, name, *(f"{value:.0f}" for value in values), ratio)
+            ratios = [f"{medians['ordinary'][i] / values[i]:.1f}" for i in (1, 2) if name == "ours"]
+            _line(num_streams, name, *(f"{value:.0f}" for value in values), *ratios)
 
 
 def _show_flat_out(rows: list[dict[str, Any]]) -> None:
