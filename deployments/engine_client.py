@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from deployments.engine.stats import EngineStats
 from deployments.engine_actor import EngineInfo
 from deployments.errors import EngineDeadError
-from deployments.messages import Ended, FrontEvent, GenerateRequest, ReplyAddress
+from deployments.messages import FrontEvent, GenerateRequest, ReplyAddress
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -74,7 +74,10 @@ class EngineClient:
         return events
 
     def close(self, request_id: str) -> None:
-        """Stop listening and end the request on the engine, if it has not ended; does not wait."""
+        """Stop listening and end the request on the engine; does not wait.
+
+        Also one that has ended there: chunks of its prompt may still wait to be taken.
+        """
         del self._queues[request_id]
         admission = self._admissions.pop(request_id, None)
         if admission is not None:
@@ -112,8 +115,6 @@ class EngineClient:
         try:
             async for ref in self.actor.events.options(num_returns="streaming").remote():
                 for event in await ref:
-                    if isinstance(event, Ended):
-                        self._admissions.pop(event.request_id, None)
                     if (events := self._queues.get(event.request_id)) is not None:
                         events.put(event)
         except Exception as error:
