@@ -1,4 +1,4 @@
-"""Every error that crosses a module border. Only `api/http.py` turns them into status codes.
+"""Every error that crosses a module border. Only `api/failures.py` turns them into status codes.
 
 Each carries its message alone, so that it survives pickling between actors.
 """

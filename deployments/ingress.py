@@ -63,8 +63,9 @@ class PoolBackend:
             if not stream.has_finished:
                 call.cancel()
 
-        stream = self._tokens.open(request.request_id, overflow, close)
+        # If the call cannot be made, no stream is left open. Its tokens reach this event loop later than the next line.
         call: Any = self._decode.generate.remote(request, self._tokens.address)
+        stream = self._tokens.open(request.request_id, overflow, close)
         watch = asyncio.create_task(_watch(call, stream))
         return stream
 

@@ -77,8 +77,8 @@ class ReplicaStats:
 class ClientMetrics(Collector):
     """What the clients of this ingress replica see; an `api.observer.Observer`.
 
-    The histograms are our own: an observation is on the path of every token, and prometheus_client's takes 2 to 3
-    microseconds (a lock, and a loop over the buckets) where this takes 0.4.
+    The histograms are our own: an observation is on the path of every token, and prometheus_client's takes 1.0 us (a
+    lock, and a loop over the buckets) where this takes 0.2 (2026-11-25).
     """
 
     def __init__(self) -> None:

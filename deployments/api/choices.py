@@ -34,7 +34,7 @@ class TokenOutputs(Protocol):
 Generate = Callable[[GenerateRequest], TokenOutputs]
 
 
-# A Struct, for one is made for every token: 0.2 instead of 1.5 microseconds.
+# A Struct, for one is made for every token: 0.09 instead of 0.87 us for a frozen dataclass (2026-11-25).
 class TextEvent(msgspec.Struct, frozen=True, gc=False):
     """What one token output adds to one choice.
 

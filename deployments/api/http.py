@@ -1,7 +1,7 @@
-"""The HTTP application: routes, status codes, streaming, and what happens when a client leaves.
+"""The HTTP application: routes, streaming, and what happens when a client leaves or does not read.
 
-The only file that knows status codes. It knows the backend as a Protocol alone; the ingress builds the app with
-`build_app` and lets Ray Serve, or any ASGI server, run it.
+Only it and `failures.py`, which has the errors, know status codes. It knows the backend as a Protocol alone; the
+ingress builds the app with `build_app` and lets Ray Serve, or any ASGI server, run it.
 """
 
 import asyncio
@@ -27,17 +27,10 @@ from deployments.api.answers import Answer, ChatAnswer, ChoiceResult, Completion
 from deployments.api.asgi import RequestIds, until_disconnect
 from deployments.api.calls import Call, ModelNotFoundError, read_chat, read_completion
 from deployments.api.choices import ChoiceText, TextEvent, TokenOutputs, merge, stream_choice
+from deployments.api.failures import failure_of
 from deployments.api.observer import Observer, Outcome, SilentObserver, Stopwatch
 from deployments.api.text import TextCodec
-from deployments.errors import (
-    EngineDeadError,
-    InvalidRequestError,
-    KvRelayError,
-    OverloadedError,
-    RequestTooLargeError,
-    SlowReaderError,
-    TransferError,
-)
+from deployments.errors import KvRelayError
 from deployments.messages import GenerateRequest, ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -257,7 +250,7 @@ class _Exchange:
         await self._send_body(sse.to_json(response))
 
     async def _fail(self, error: Exception) -> Outcome:
-        failure = _failure_of(error)
+        failure = failure_of(error)
         failure.log(self._call_id, error)
         if self._has_started:
             await self._send_body(sse.frame(failure.body()))
@@ -310,56 +303,9 @@ class _Pages:
         return Response(await self._backend.metrics(), headers={"content-type": _METRICS_CONTENT_TYPE})
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """An error as a client sees it, in OpenAI's shape."""
-
-    status: HTTPStatus
-    message: str
-    kind: str = "invalid_request_error"
-    param: str | None = None
-    code: str | None = None
-
-    @property
-    def outcome(self) -> Outcome:
-        if self.status is HTTPStatus.TOO_MANY_REQUESTS:
-            return Outcome.OVERLOADED
-        if self.status is HTTPStatus.REQUEST_TIMEOUT:
-            return Outcome.STALLED
-        return Outcome.FAILED if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR else Outcome.INVALID
-
-    def body(self) -> dict[str, dict[str, str | None]]:
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
-
-    def log(self, call_id: str, error: Exception) -> None:
-        if self.status is HTTPStatus.INTERNAL_SERVER_ERROR:
-            logger.error("%s failed", call_id, exc_info=error)
-        elif self.outcome is Outcome.FAILED:
-            logger.warning("%s failed: %s", call_id, error)
-
-
-def _failure_of(error: Exception) -> _Failure:
-    match error:
-        case ModelNotFoundError():
-            return _Failure(HTTPStatus.NOT_FOUND, str(error), param=error.param, code="model_not_found")
-        case RequestTooLargeError():
-            return _Failure(HTTPStatus.BAD_REQUEST, str(error), param=error.param, code="context_length_exceeded")
-        case InvalidRequestError():
-            return _Failure(HTTPStatus.BAD_REQUEST, str(error), param=error.param)
-        case OverloadedError():
-            return _Failure(HTTPStatus.TOO_MANY_REQUESTS, str(error), "rate_limit_error", code="overloaded")
-        case SlowReaderError():
-            return _Failure(HTTPStatus.REQUEST_TIMEOUT, str(error), code="client_too_slow")
-        case EngineDeadError() | TransferError():
-            return _Failure(HTTPStatus.SERVICE_UNAVAILABLE, str(error), "server_error", code="engine_unavailable")
-        case HTTPException():
-            return _Failure(HTTPStatus(error.status_code), error.detail)
-    return _Failure(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error", "server_error", code="internal_error")
-
-
 def _refuse(request: Request, error: Exception) -> Response:
     """Answer for the routes that are no `_Endpoint`: unknown paths, wrong methods, models, health, metrics."""
-    failure = _failure_of(error)
+    failure = failure_of(error)
     request_id = request.scope["state"]["request_id"]
     failure.log(request_id, error)
     response = _json(failure.body(), failure.status)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from tests.bench.serving.client import Reply
@@ -36,7 +37,7 @@ def token_times(reply: Reply, loop: TokenLoop) -> list[float]:
 
 
 def gaps(times_s: Sequence[float]) -> list[float]:
-    return [after - before for before, after in zip(times_s, times_s[1:], strict=False)]  # noqa: RUF007
+    return [after - before for before, after in pairwise(times_s)]
 
 
 def added_gaps(client_s: Sequence[float], engine_s: Sequence[float]) -> list[float]:
@@ -46,4 +47,4 @@ def added_gaps(client_s: Sequence[float], engine_s: Sequence[float]) -> list[flo
 
 def largest_gap_between(times_s: Sequence[float], start_s: float, end_s: float) -> float:
     """The longest wait of a reader that ended within a window."""
-    return max(after - before for before, after in zip(times_s, times_s[1:], strict=False) if start_s <= after < end_s)  # noqa: RUF007
+    return max(after - before for before, after in pairwise(times_s) if start_s <= after < end_s)

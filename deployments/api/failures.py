@@ -1,0 +1,68 @@
+"""What an error looks like to a client: its status code and its body in OpenAI's shape. `http.py` sends it."""
+
+import logging
+from dataclasses import dataclass
+from http import HTTPStatus
+
+from starlette.exceptions import HTTPException
+
+from deployments.api.calls import ModelNotFoundError
+from deployments.api.observer import Outcome
+from deployments.errors import (
+    EngineDeadError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestTooLargeError,
+    SlowReaderError,
+    TransferError,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as a client sees it, in OpenAI's shape."""
+
+    status: HTTPStatus
+    message: str
+    kind: str = "invalid_request_error"
+    param: str | None = None
+    code: str | None = None
+
+    @property
+    def outcome(self) -> Outcome:
+        if self.status is HTTPStatus.TOO_MANY_REQUESTS:
+            return Outcome.OVERLOADED
+        if self.status is HTTPStatus.REQUEST_TIMEOUT:
+            return Outcome.STALLED
+        return Outcome.FAILED if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR else Outcome.INVALID
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def log(self, call_id: str, error: Exception) -> None:
+        if self.status is HTTPStatus.INTERNAL_SERVER_ERROR:
+            logger.error("%s failed", call_id, exc_info=error)
+        elif self.outcome is Outcome.FAILED:
+            logger.warning("%s failed: %s", call_id, error)
+
+
+def failure_of(error: Exception) -> Failure:
+    """What a client is told of an error; of one that nobody foresaw, no more than that."""
+    match error:
+        case ModelNotFoundError():
+            return Failure(HTTPStatus.NOT_FOUND, str(error), param=error.param, code="model_not_found")
+        case RequestTooLargeError():
+            return Failure(HTTPStatus.BAD_REQUEST, str(error), param=error.param, code="context_length_exceeded")
+        case InvalidRequestError():
+            return Failure(HTTPStatus.BAD_REQUEST, str(error), param=error.param)
+        case OverloadedError():
+            return Failure(HTTPStatus.TOO_MANY_REQUESTS, str(error), "rate_limit_error", code="overloaded")
+        case SlowReaderError():
+            return Failure(HTTPStatus.REQUEST_TIMEOUT, str(error), code="client_too_slow")
+        case EngineDeadError() | TransferError():
+            return Failure(HTTPStatus.SERVICE_UNAVAILABLE, str(error), "server_error", code="engine_unavailable")
+        case HTTPException():
+            return Failure(HTTPStatus(error.status_code), error.detail)
+    return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error", "server_error", code="internal_error")
