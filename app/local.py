@@ -126,6 +126,8 @@ def _serve_environment(temp_dir: str) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        # With HAProxy an ingress replica waits half a minute for load balancers to notice that it goes; here are none.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     }
     return settings | {
         "PYTHONUNBUFFERED": "1",

@@ -37,7 +37,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = folder.server()
     assert server is not None
     yield server
+    started = time.monotonic()
     server.stop()
+    assert time.monotonic() - started < 30, "it goes by its own order; force begins after 30 s"
 
 
 @pytest.fixture
