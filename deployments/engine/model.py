@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from deployments.engine.attention.base import IMPLEMENTATION, register
 from deployments.engine.config import EngineConfig
+from deployments.engine.fused_layers import fuse_layers
 from deployments.engine.kv_cache import KVShape
 from deployments.engine.merged_linear import merge_linears
 from deployments.engine.packed_linear import pack_linears
@@ -109,10 +110,17 @@ def load_model(config: EngineConfig) -> LoadedModel:
     except ValueError as error:
         raise UnsupportedModelError(f"model {config.model!r}: {error}") from error
     loaded = prepare_model(model, path, device)
-    merge_linears(model)
-    if device.type == "cpu":
-        pack_linears(model)
+    optimize_layers(model)
     return loaded
+
+
+def optimize_layers(model: PreTrainedModel) -> None:
+    """Replace layers of a loaded model, in place, by faster ones that compute the same."""
+    merge_linears(model)
+    if model.device.type == "cpu":
+        if model.dtype is torch.float32:
+            fuse_layers(model)
+        pack_linears(model)
 
 
 def prepare_model(model: PreTrainedModel, path: str, device: torch.device) -> LoadedModel:

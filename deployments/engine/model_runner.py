@@ -2,6 +2,7 @@
 
 import torch
 
+from deployments.engine.attention.paged_decode import can_decode, compile_decode
 from deployments.engine.attention.sdpa import SdpaStep
 from deployments.engine.batch import build_batch, order_for_batch
 from deployments.engine.kv_cache import KVCache
@@ -17,6 +18,8 @@ class ModelRunner:
         self._model = loaded.model
         self._device = loaded.device
         self.cache = cache
+        if can_decode(cache):
+            compile_decode(cache)
 
     @torch.inference_mode()
     def execute(self, scheduled: list[ScheduledSequence]) -> list[tuple[ScheduledSequence, int | None]]:

@@ -12,9 +12,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from deployments.engine.merged_linear import merge_linears
-from deployments.engine.model import LoadedModel, prepare_model
-from deployments.engine.packed_linear import pack_linears
+from deployments.engine.model import LoadedModel, optimize_layers, prepare_model
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 512
@@ -105,9 +103,8 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 def load(family: str, *, optimized: bool = False) -> LoadedModel:
     """The model as an engine takes it; engines may share it."""
     loaded = prepare_model(copy.deepcopy(build_model(family)), "", CPU)
-    if optimized:  # as `load_model` does on a CPU
-        merge_linears(loaded.model)
-        assert pack_linears(loaded.model) > 0
+    if optimized:
+        optimize_layers(loaded.model)
     return loaded
 
 

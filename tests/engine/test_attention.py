@@ -1,11 +1,15 @@
 """The step's attention against dense attention in float64: splits, merging, windows, softcaps, any block table."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from deployments.engine.attention.sdpa import SdpaStep, _plan_decodes
+from deployments.engine.attention import sdpa
+from deployments.engine.attention.paged_decode import PagedDecode
+from deployments.engine.attention.sdpa import _plan_decodes
 from deployments.engine.batch import Batch, PromptChunk
 from deployments.engine.kv_cache import KVCache, KVShape
 from tests.engine.families import CPU
@@ -79,10 +83,12 @@ def check(
             prompt_chunks.append(PromptChunk(start, count, context, torch.tensor(table)))
         start += count
     batch = build_batch(torch.cat(slots), decode_lens, tables, prompt_chunks)
-    actual = SdpaStep(pool.cache, batch).attend(
-        0, queries, keys, values, scaling=SCALING, sliding_window=window, softcap=softcap
-    )
-    torch.testing.assert_close(actual.double(), torch.cat(expected), rtol=1e-4, atol=1e-5)
+    for kernel in (True, False):  # without it as well, as for other dtypes
+        with patch.object(sdpa, "can_decode", lambda _, kernel=kernel: kernel):
+            actual = sdpa.SdpaStep(pool.cache, batch).attend(
+                0, queries, keys, values, scaling=SCALING, sliding_window=window, softcap=softcap
+            )
+        torch.testing.assert_close(actual.double(), torch.cat(expected), rtol=1e-4, atol=1e-5)
 
 
 def build_batch(slots: Tensor, decode_lens: list[int], tables: list[list[int]], chunks: list[PromptChunk]) -> Batch:
@@ -158,3 +164,13 @@ def test_a_window_gathers_only_the_blocks_it_reaches() -> None:
     tables = [pool.take(600)]
     plan = _plan_decodes(build_batch(torch.zeros(0), [600], tables, []), BLOCK_SIZE, 16, pool.cache.blocks)
     assert set(plan.block_ids.tolist()) == set(tables[0][-2:])
+
+
+def test_a_decode_gives_the_same_bits_whatever_runs_beside_it() -> None:
+    pool, lens = Pool(3), [700, 5, 300]
+    tables = [pool.take(length) for length in lens]
+    queries = pool.randn(len(lens), NUM_HEADS, HEAD_DIM)
+    together = PagedDecode(build_batch(torch.zeros(0), lens, tables, []), pool.cache, None).attend(0, queries, SCALING)
+    for i, length in enumerate(lens):
+        alone = PagedDecode(build_batch(torch.zeros(0), [length], tables[i : i + 1], []), pool.cache, None)
+        assert torch.equal(alone.attend(0, queries[i : i + 1], SCALING)[0], together[i])

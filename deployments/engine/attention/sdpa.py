@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deployments.engine.attention.paged_decode import PagedDecode, can_decode
 from deployments.engine.batch import Batch, PromptChunk
+from deployments.engine.kernels.cpu import use_torch_threads
 from deployments.engine.kv_cache import KVCache
 
 # A split has a fixed price beside its tokens: about that of 32 tokens (2 Zen 3 cores, 3 KV heads of 64, 2026-11).
@@ -40,9 +42,11 @@ class SdpaStep:
     """One step's attention; plans are made once and shared by all layers with the same window."""
 
     def __init__(self, cache: KVCache, batch: Batch) -> None:
+        use_torch_threads()
         self._cache = cache
         self._batch = batch
         self._decode_plans: dict[int | None, _DecodePlan] = {}
+        self._paged_decodes: dict[int | None, PagedDecode] = {}
 
     def attend(
         self,
@@ -68,6 +72,11 @@ class SdpaStep:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _decode(self, layer: int, queries: Tensor, scaling: float, window: int | None, softcap: float | None) -> Tensor:
+        if softcap is None and can_decode(self._cache):
+            paged = self._paged_decodes.get(window)
+            if paged is None:
+                paged = self._paged_decodes[window] = PagedDecode(self._batch, self._cache, window)
+            return paged.attend(layer, queries.transpose(0, 1), scaling)
         plan = self._decode_plans.get(window)
         if plan is None:
             plan = _plan_decodes(self._batch, self._cache.block_size, window, self._cache.blocks)

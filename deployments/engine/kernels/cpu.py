@@ -1,0 +1,127 @@
+"""Kernels that torch lacks on a CPU, for float32. Numba compiles them when first called and keeps them on disk."""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import numba
+import numpy as np
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+_FLOAT = np.float32
+
+
+def use_torch_threads() -> None:
+    """Let kernels called from this thread run on as many threads as torch does."""
+    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
+
+
+def rms_norm(x: Tensor, weight: np.ndarray, eps: float) -> Tensor:
+    """Divide by the root mean square over the last dimension and scale.
+
+    Args:
+        x: (..., N) float32.
+        weight: (N,) float32.
+        eps: added to the mean square.
+
+    Returns:
+        As x.
+
+    Source: RMSNorm (Zhang and Sennrich, 2019).
+    """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    size = x.shape[-1]
+    _rms_norm(x.reshape(-1, size).numpy(), weight, _FLOAT(eps), out.view(-1, size).numpy())
+    return out
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """SwiGLU's activation: silu(gate) * up.
+
+    Args:
+        gate_up: (..., 2 * N) float32, the gate's outputs before the others; contiguous.
+
+    Returns:
+        (..., N).
+
+    Source: GLU variants (Shazeer, 2020).
+    """
+    size = gate_up.shape[-1] // 2
+    out = torch.empty((*gate_up.shape[:-1], size))
+    _silu_mul(gate_up.view(-1, 2 * size).numpy(), out.view(-1, size).numpy())
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, the halves of a head being the pairs' parts.
+
+    Args:
+        x: (1, H, T, head_dim) float32, as a view of rows (T, H * head_dim) that may lie further apart.
+        cos: (1, T, head_dim) float32, contiguous.
+        sin: as cos.
+
+    Returns:
+        (1, H, T, head_dim), a view of (T, H, head_dim).
+
+    Source: RoFormer (Su et al., 2021); the layout is GPT-NeoX's.
+    """
+    _, num_heads, num_tokens, head_dim = x.shape
+    out = torch.empty((num_tokens, num_heads, head_dim))
+    stride = x.stride(2)
+    # Compiled code vectorizes over arrays that it knows to be contiguous: all of the memory that x spans is one.
+    flat = x.as_strided(((num_tokens - 1) * stride + num_heads * head_dim,), (1,))
+    _rotate(flat.numpy(), stride, cos[0].numpy(), sin[0].numpy(), out.numpy())
+    return out.transpose(0, 1).unsqueeze(0)
+
+
+@njit(fastmath=True, inline="always")
+def exp_of_negative(x):
+    """exp(x) for x <= 0 as a polynomial (Cephes' expf), since calls of the C library's do not vectorize."""
+    x = max(x, _FLOAT(-87.0))
+    n = np.floor(x * _FLOAT(1.4426950408889634) + _FLOAT(0.5))
+    r = x - n * _FLOAT(0.693359375) - n * _FLOAT(-2.12194440e-4)
+    p = _FLOAT(1.9875691500e-4)
+    p = p * r + _FLOAT(1.3981999507e-3)
+    p = p * r + _FLOAT(8.3334519073e-3)
+    p = p * r + _FLOAT(4.1665795894e-2)
+    p = p * r + _FLOAT(1.6666665459e-1)
+    p = p * r + _FLOAT(5.0000001201e-1)
+    p = p * r * r + r + _FLOAT(1)
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@njit(fastmath=True, parallel=True, cache=True, nogil=True)
+def _rms_norm(x, weight, eps, out):
+    for i in prange(x.shape[0]):
+        row, result = x[i], out[i]
+        total = _FLOAT(0)
+        for j in range(row.shape[0]):
+            total += row[j] * row[j]
+        scale = _FLOAT(1) / np.sqrt(total / _FLOAT(row.shape[0]) + eps)
+        for j in range(row.shape[0]):
+            result[j] = weight[j] * (row[j] * scale)
+
+
+@njit(fastmath=True, parallel=True, cache=True, nogil=True)
+def _silu_mul(gate_up, out):
+    size = out.shape[1]
+    for i in prange(gate_up.shape[0]):
+        gate, up, result = gate_up[i, :size], gate_up[i, size:], out[i]
+        for j in range(size):
+            small = exp_of_negative(-abs(gate[j]))
+            share = _FLOAT(1) if gate[j] >= 0 else small
+            result[j] = gate[j] * (share / (_FLOAT(1) + small)) * up[j]
+
+
+@njit(fastmath=True, parallel=True, cache=True, nogil=True)
+def _rotate(flat, stride, cos, sin, out):
+    num_heads, head_dim = out.shape[1], out.shape[2]
+    half = head_dim // 2
+    for t in prange(out.shape[0]):
+        cos_a, cos_b, sin_a, sin_b = cos[t, :half], cos[t, half:], sin[t, :half], sin[t, half:]
+        for head in range(num_heads):
+            start = t * stride + head * head_dim
+            a, b = flat[start : start + half], flat[start + half : start + head_dim]
+            to_a, to_b = out[t, head, :half], out[t, head, half:]
+            for j in range(half):
+                to_a[j] = a[j] * cos_a[j] - b[j] * sin_a[j]
+                to_b[j] = b[j] * cos_b[j] + a[j] * sin_b[j]
