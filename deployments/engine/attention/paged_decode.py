@@ -13,7 +13,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from deployments.engine.batch import Batch
-from deployments.engine.kernels.cpu import exp_of_negative
+from deployments.engine.kernels.cpu import PARALLEL, exp_of_negative
 from deployments.engine.kv_cache import KVCache
 
 _SPLIT_TOKENS = 256
@@ -28,7 +28,8 @@ def can_decode(cache: KVCache) -> bool:
 def compile_decode(cache: KVCache) -> None:
     """Compile the kernel for this pool, or fetch it from numba's cache, before the first request needs it."""
     shape = cache.shape
-    nothing = Batch(*[torch.empty(0)] * 4, np.zeros((0, 1), np.int64), np.zeros(0, np.int64), ())
+    none = torch.empty(0, dtype=torch.int64)
+    nothing = Batch(none, none, none, none, np.zeros((0, 1), np.int64), np.zeros(0, np.int64), ())
     PagedDecode(nothing, cache, None).attend(0, torch.empty(0, shape.num_kv_heads, shape.head_dim), 1.0)
 
 
@@ -148,7 +149,7 @@ def _merge(parts, peaks, sums, out):
                 row[j] += weight * part[j]
 
 
-@njit(parallel=True, cache=True, nogil=True)
+@njit(parallel=PARALLEL, cache=True, nogil=True)
 def _decode(queries, keys, values, tables, splits, first_split, scaling, parts, peaks, sums, out):
     """Fills out. A decode's only split goes there directly; several go to parts and are merged."""
     for s in prange(splits.shape[0]):

@@ -1,6 +1,8 @@
 """Kernels that torch lacks on a CPU, for float32. Numba compiles them when first called and keeps them on disk."""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
+from importlib import import_module
+
 import numba
 import numpy as np
 import torch
@@ -8,6 +10,20 @@ from numba import njit, prange
 from torch import Tensor
 
 _FLOAT = np.float32
+
+
+def _has_openmp() -> bool:
+    """Whether numba finds OpenMP's library. Of its own pools one ends the process when two threads use it at once."""
+    try:
+        import_module("numba.np.ufunc.omppool")
+    except ImportError:
+        return False
+    return True
+
+
+PARALLEL = _has_openmp()  # else kernels run on one thread
+if PARALLEL:
+    numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
 
 
 def use_torch_threads() -> None:
@@ -89,7 +105,7 @@ def exp_of_negative(x):
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@njit(fastmath=True, parallel=True, cache=True, nogil=True)
+@njit(fastmath=True, parallel=PARALLEL, cache=True, nogil=True)
 def _rms_norm(x, weight, eps, out):
     for i in prange(x.shape[0]):
         row, result = x[i], out[i]
@@ -101,7 +117,7 @@ def _rms_norm(x, weight, eps, out):
             result[j] = weight[j] * (row[j] * scale)
 
 
-@njit(fastmath=True, parallel=True, cache=True, nogil=True)
+@njit(fastmath=True, parallel=PARALLEL, cache=True, nogil=True)
 def _silu_mul(gate_up, out):
     size = out.shape[1]
     for i in prange(gate_up.shape[0]):
@@ -112,7 +128,7 @@ def _silu_mul(gate_up, out):
             result[j] = gate[j] * (share / (_FLOAT(1) + small)) * up[j]
 
 
-@njit(fastmath=True, parallel=True, cache=True, nogil=True)
+@njit(fastmath=True, parallel=PARALLEL, cache=True, nogil=True)
 def _rotate(flat, stride, cos, sin, out):
     num_heads, head_dim = out.shape[1], out.shape[2]
     half = head_dim // 2
