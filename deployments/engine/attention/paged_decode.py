@@ -149,7 +149,7 @@ def _merge(parts, peaks, sums, out):
                 row[j] += weight * part[j]
 
 
-@njit(parallel=PARALLEL, cache=True, nogil=True)
+@njit(parallel=PARALLEL, cache=PARALLEL, nogil=True)
 def _decode(queries, keys, values, tables, splits, first_split, scaling, parts, peaks, sums, out):
     """Fills out. A decode's only split goes there directly; several go to parts and are merged."""
     for s in prange(splits.shape[0]):

@@ -21,7 +21,9 @@ def _has_openmp() -> bool:
     return True
 
 
-PARALLEL = _has_openmp()  # else kernels run on one thread
+# Without it kernels run on one thread. They are not kept on disk then: numba's cache, which nodes may share, does not tell
+# the two kinds apart.
+PARALLEL = _has_openmp()
 if PARALLEL:
     numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
 
@@ -105,7 +107,7 @@ def exp_of_negative(x):
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@njit(fastmath=True, parallel=PARALLEL, cache=True, nogil=True)
+@njit(fastmath=True, parallel=PARALLEL, cache=PARALLEL, nogil=True)
 def _rms_norm(x, weight, eps, out):
     for i in prange(x.shape[0]):
         row, result = x[i], out[i]
@@ -117,7 +119,7 @@ def _rms_norm(x, weight, eps, out):
             result[j] = weight[j] * (row[j] * scale)
 
 
-@njit(fastmath=True, parallel=PARALLEL, cache=True, nogil=True)
+@njit(fastmath=True, parallel=PARALLEL, cache=PARALLEL, nogil=True)
 def _silu_mul(gate_up, out):
     size = out.shape[1]
     for i in prange(gate_up.shape[0]):
@@ -128,7 +130,7 @@ def _silu_mul(gate_up, out):
             result[j] = gate[j] * (share / (_FLOAT(1) + small)) * up[j]
 
 
-@njit(fastmath=True, parallel=PARALLEL, cache=True, nogil=True)
+@njit(fastmath=True, parallel=PARALLEL, cache=PARALLEL, nogil=True)
 def _rotate(flat, stride, cos, sin, out):
     num_heads, head_dim = out.shape[1], out.shape[2]
     half = head_dim // 2
