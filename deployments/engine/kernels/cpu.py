@@ -21,7 +21,7 @@ def _has_openmp() -> bool:
     return True
 
 
-# Without it kernels run on one thread. They are not kept on disk then: numba's cache, which nodes may share, does not tell
+# Without it kernels run on one thread, and are not kept on disk: numba's cache, which nodes may share, does not tell
 # the two kinds apart.
 PARALLEL = _has_openmp()
 if PARALLEL:
