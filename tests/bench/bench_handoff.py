@@ -9,6 +9,7 @@ bytes in one piece through a TCP socket on loopback, into a buffer that is there
 Part 2 runs the application twice on one Ray, disaggregated and colocated, and asks both in turn, over HTTP, idle.
 """
 
+import asyncio
 import json
 import multiprocessing
 import os
@@ -18,10 +19,11 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Coroutine
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import ray
@@ -32,7 +34,8 @@ from app.config import AppConfig
 from app.graph import graph
 from deployments.engine_actor import EngineActor
 from deployments.kv_transfer import direct
-from deployments.messages import ChunkReady, GenerateRequest, Placed, SamplingParams, TokenOutput
+from deployments.messages import ChunkReady, GenerateRequest, Placed, SamplingParams
+from deployments.tokens.receiver import TokenReceiver, TokenStream
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 HANDOFF_TOKENS = (512, 2048, 8000)
@@ -40,10 +43,39 @@ TTFT_TOKENS = (256, 2048)
 PORT = int(os.environ.get("PORT", "8123"))
 VOCAB = 49_000
 
+T = TypeVar("T")
+
 
 def random_prompt(num_tokens: int, seed: int) -> tuple[int, ...]:
     rng = random.Random(seed)
     return tuple(rng.randrange(3, VOCAB) for _ in range(num_tokens))
+
+
+class Inbox:
+    """Plays the ingress for one engine: takes its tokens, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._receiver = self._run(TokenReceiver.start("127.0.0.1", max_unread_tokens=1000))
+        self.address = self._receiver.address
+        self._streams: dict[str, TokenStream] = {}
+
+    def open(self, name: str) -> None:
+        """Listen for a request, before the engine hears of it."""
+        self._streams[name] = self._run(self._open(name))
+
+    def first(self, name: str) -> None:
+        """Wait for the request's first token, and stop listening."""
+        stream = self._streams.pop(name)
+        self._run(anext(stream))
+        self._run(stream.aclose())
+
+    async def _open(self, name: str) -> TokenStream:
+        return self._receiver.open(name, lambda: None, lambda _: None)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
 class Driver:
@@ -58,19 +90,25 @@ class Driver:
         )
         self.info = ray.get(self.source.info.remote())
         ray.get(self.target.info.remote())
+        self._at_source, self._at_target = Inbox(), Inbox()
         self._from_source = self.source.events.options(num_returns="streaming").remote()
         self._from_target = self.target.events.options(num_returns="streaming").remote()
 
     def warm(self, prompt: tuple[int, ...]) -> None:
         """Have the source compute a prompt, so that its KV is cached there."""
-        self._request(prompt, "warm", lambda request: self.source.add.remote(request, None))
-        self._await(self._from_source, TokenOutput)
+        self._at_source.open("warm")
+        ray.get(self.source.add.remote(_request(prompt, "warm", 1), None, self._at_source.address))
+        self._at_source.first("warm")
 
     def hand_over(self, prompt: tuple[int, ...], name: str) -> tuple[float, int]:
         """Seconds and bytes of one hand-off."""
-        self._request(prompt, name, lambda request: self.target.add.remote(request, 1))
+        # Two tokens: the request must outlive its first one to be handed over.
+        request = _request(prompt, name, 2)
+        for inbox in (self._at_source, self._at_target):
+            inbox.open(name)
+        ray.get(self.target.add.remote(request, 1, self._at_target.address))
         assert self._await(self._from_target, Placed)[0].remote
-        self._request(prompt, name, lambda request: self.source.prefill.remote(request, 0))
+        ray.get(self.source.prefill.remote(request, 0, self._at_source.address))
         started, kept, num_blocks, last = 0.0, [], 0, False
         while not last:
             for chunk in self._await(self._from_source, ChunkReady):
@@ -81,8 +119,9 @@ class Driver:
                 kept.append(ref)
                 num_blocks += chunk.num_blocks
                 last = last or chunk.first_token is not None
-        self._await(self._from_target, TokenOutput)
+        self._at_target.first(name)  # the target says it when the last block is in its pool
         seconds = time.perf_counter() - started
+        self._at_source.first(name)
         for actor in (self.source, self.target):
             ray.get(actor.abort.remote(name, None))
         return seconds, num_blocks * self.info.bytes_per_block
@@ -91,16 +130,15 @@ class Driver:
         # Only now: the exports of an engine have bounded room, and later chunks wait for it.
         self.source.release_chunk.remote(name, index)
 
-    def _request(self, prompt: tuple[int, ...], name: str, send: Callable[[GenerateRequest], Any]) -> None:
-        # Two tokens: the request must outlive its first one to be handed over.
-        tokens = 1 if name == "warm" else 2
-        ray.get(send(GenerateRequest(name, prompt, SamplingParams(max_tokens=tokens, temperature=0))))
-
     def _await(self, stream: Any, kind: type) -> list[Any]:
         while True:
             found = [event for event in ray.get(next(stream)) if isinstance(event, kind)]
             if found:
                 return found
+
+
+def _request(prompt: tuple[int, ...], name: str, max_tokens: int) -> GenerateRequest:
+    return GenerateRequest(name, prompt, SamplingParams(max_tokens=max_tokens, temperature=0))
 
 
 def _copy_sink(port: "multiprocessing.Queue[int]", total: int) -> None:
