@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -108,7 +109,11 @@ def test_a_graph_that_cannot_start_is_reported_with_its_cause_and_leaves_nothing
 @pytest.mark.e2e
 def test_interrupting_the_start_stops_what_was_started(folder, port):
     arguments = command(folder, "up", "--app", "tests.tiny_graphs:healthy", "--port", str(port))
-    with subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # Tests that run in the background of a script are born with the signal ignored, and so are their children.
+    heed_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(
+        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
+    ) as process:
         assert process.stdout is not None
         assert any("starting Ray" in line for line in process.stdout)
         server = remembered(folder)
