@@ -88,8 +88,8 @@ def _scores(query, keys, scores, scaling):
 def _softmax(scores, peaks, sums):
     for head in range(scores.shape[0]):
         row = scores[head]
-        peak = _FLOAT(-np.inf)
-        for i in range(row.shape[0]):
+        peak = row[0]  # not -inf, of which fastmath may assume that there is none
+        for i in range(1, row.shape[0]):
             peak = max(peak, row[i])
         total = _FLOAT(0)
         for i in range(row.shape[0]):

@@ -1,8 +1,9 @@
 """Paged attention on a CPU: gather blocks, then torch's fused attention, many sequences in one call.
 
-Decodes of different lengths are cut into splits of one length, attended together, and merged by their log-sum-exp, so
-that one long sequence beside many short ones costs its own tokens and no padding of the others. A prompt chunk attends
-its context without a mask and itself causally, and the two are merged likewise.
+Decodes in float32 have a kernel of their own (`paged_decode.py`) and gather nothing. Others, of different lengths,
+are cut into splits of one length, attended together, and merged by their log-sum-exp, so that one long sequence
+beside many short ones costs its own tokens and no padding of the others. A prompt chunk attends its context without a
+mask and itself causally, and the two are merged likewise.
 
 Source: Flash-Decoding (Dao et al., 2023) for splits; cascade inference (Ye et al., 2024) for merging states.
 """
