@@ -1,12 +1,15 @@
 """Which tokens run in the next step. Continuous batching, chunked prefill, preemption by recomputation.
 
-Every running sequence that decodes gets its token first; prompts share what is left of the token budget, oldest first.
-Knows blocks and sequences, nothing of tensors. Called by the engine, once per step.
+Every running sequence that decodes gets its token first; prompts share what is left of the token budget, the one with
+fewest tokens left first, so that a short prompt does not wait behind a long one. No prompt is overtaken by more tokens
+than it has itself. Knows blocks and sequences, nothing of tensors. Called by the engine, once per step.
 
-Source: Sarathi-Serve (Agrawal et al., OSDI 2024) for chunked prefill beside decodes.
+Source: Sarathi-Serve (Agrawal et al., OSDI 2024) for chunked prefill beside decodes; shortest remaining time first.
 """
 
+import itertools
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from deployments.engine.block_manager import BlockManager
@@ -50,6 +53,7 @@ class Scheduler:
         self.running: list[Sequence] = []  # in the order of admission
         self.reserved: dict[str, Sequence] = {}
         self._by_id: dict[str, Sequence] = {}
+        self._arrivals = itertools.count()
         self.num_preemptions = 0
 
     def __contains__(self, request_id: str) -> bool:
@@ -73,20 +77,20 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         assert sequence.request_id not in self._by_id, f"{sequence.request_id} is already here"
         self._by_id[sequence.request_id] = sequence
+        sequence.arrival_number = next(self._arrivals)
         self.waiting.append(sequence)
 
     def schedule(self) -> Schedule:
         """Choose the next step; sequences get their blocks here, and lose them if they must."""
         scheduled, num_preempted = self._schedule_decodes()
         budget = self._limits.max_num_batched_tokens - len(scheduled)
-        for sequence in self.running:
-            if sequence.is_decoding or budget == 0:
-                continue
+        placed = [] if num_preempted else self._admit(budget)
+        for sequence in sorted(self._running_prompts(), key=_precedence):
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
-            if num_tokens:
-                scheduled.append(ScheduledSequence(sequence, num_tokens))
-                budget -= num_tokens
-        placed = [] if num_preempted else self._admit(scheduled, budget)
+            if num_tokens == 0:
+                break
+            scheduled.append(ScheduledSequence(sequence, num_tokens))
+            budget -= num_tokens
         return Schedule(scheduled, placed)
 
     def activate(self, sequence: Sequence) -> None:
@@ -155,18 +159,22 @@ class Scheduler:
         return self._num_spare_blocks if self.running or self.reserved else 0
 
     def _can_admit(self) -> bool:
-        return self._has_seat and self._blocks.can_admit(self.waiting[0], self._num_spare)
+        return self._has_seat and self._blocks.can_admit(min(self.waiting, key=_precedence), self._num_spare)
 
-    def _admit(self, scheduled: list[ScheduledSequence], budget: int) -> list[Placed]:
+    def _running_prompts(self) -> Iterator[Sequence]:
+        return (s for s in self.running if not s.is_decoding)
+
+    def _admit(self, budget: int) -> list[Placed]:
         placed: list[Placed] = []
         while self._has_seat:
-            sequence = self.waiting[0]
+            sequence = min(self.waiting, key=_precedence)
             may_be_remote = sequence.remote_threshold is not None and sequence.num_preemptions == 0
-            if budget == 0 and not may_be_remote:
+            if not may_be_remote and self._num_tokens_before(sequence) >= budget:
                 break
             if not self._blocks.admit(sequence, self._num_spare):
                 break
-            self.waiting.popleft()
+            self.waiting.remove(sequence)
+            self._count_overtaken(sequence)
             if sequence.num_preemptions == 0:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
                 placed.append(self._place(sequence))
@@ -176,11 +184,18 @@ class Scheduler:
                 continue
             sequence.status = Status.RUNNING
             self.running.append(sequence)
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
-            if num_tokens:
-                scheduled.append(ScheduledSequence(sequence, num_tokens))
-                budget -= num_tokens
         return placed
+
+    def _num_tokens_before(self, sequence: Sequence) -> int:
+        """Tokens of running prompts that would get the budget before a waiting one."""
+        own = _precedence(sequence)
+        return sum(s.num_uncomputed_tokens for s in self._running_prompts() if _precedence(s) < own)
+
+    def _count_overtaken(self, sequence: Sequence) -> None:
+        """A sequence was admitted: older prompts that it goes before remember by how much."""
+        for other in itertools.chain(self.waiting, self._running_prompts()):
+            if other.arrival_number < sequence.arrival_number and _precedence(sequence) < _precedence(other):
+                other.num_overtaken_tokens += sequence.num_uncomputed_tokens
 
     def _place(self, sequence: Sequence) -> Placed:
         threshold = sequence.remote_threshold
@@ -190,3 +205,13 @@ class Scheduler:
             first = sequence.num_computed_tokens // self._blocks.block_size
             sequence.missing_blocks = set(range(first, len(sequence.block_table)))
         return Placed(sequence.request_id, remote, sequence.num_cached_tokens)
+
+
+def _precedence(prompt: Sequence) -> tuple[bool, int, int]:
+    """Sort key of prompts: fewest uncomputed tokens first, but none may be overtaken for ever.
+
+    One that gave its blocks away, or was overtaken by as many tokens as it has, comes before all others.
+    """
+    if prompt.num_preemptions or prompt.num_overtaken_tokens >= len(prompt.token_ids):
+        return False, prompt.arrival_number, 0
+    return True, prompt.num_uncomputed_tokens, prompt.arrival_number

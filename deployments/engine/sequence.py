@@ -31,6 +31,8 @@ class Sequence:
         request: as it was asked.
         role: what this engine does for it.
         arrival_s: monotonic time of arrival.
+        arrival_number: position in the order of arrival at this engine.
+        num_overtaken_tokens: prompt tokens of later sequences that were admitted before this prompt was done.
         token_ids: the prompt, then the generated tokens.
         num_computed_tokens: leading tokens whose KV is in the blocks.
         num_cached_tokens: those of them that were found in the prefix cache at the first admission.
@@ -51,6 +53,8 @@ class Sequence:
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    arrival_number: int = 0
+    num_overtaken_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_published_blocks: int = 0

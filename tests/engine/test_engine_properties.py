@@ -275,6 +275,7 @@ def test_a_decode_engine_waits_quietly_while_its_pool_is_reserved() -> None:
     prefill, decode = build_small(), build_small(num_blocks=9)
     request = greedy("r", range(30), 6)
     decode.add(request, remote_threshold=0)
+    decode.step()
     decode.add(greedy("next", range(20, 30), 3))
     decode.step()
     assert not decode.has_work

@@ -1,4 +1,4 @@
-"""Which tokens run when: decodes first, prompts in order, the newest gives way."""
+"""Which tokens run when: decodes first, then short prompts, and the newest gives way."""
 
 import hypothesis.strategies as st
 import pytest
@@ -43,13 +43,35 @@ def step(scheduler: Scheduler) -> dict[str, int]:
     return ran
 
 
-def test_prompts_share_the_budget_in_the_order_of_arrival() -> None:
+def test_prompts_of_one_length_share_the_budget_in_the_order_of_arrival() -> None:
     scheduler = build(budget=16)
     for name, length in [("a", 10), ("b", 10), ("c", 10)]:
         add(scheduler, name, length)
     assert step(scheduler) == {"a": 10, "b": 6}
     assert step(scheduler) == {"a": 1, "b": 4, "c": 10}
     assert step(scheduler) == {"a": 1, "b": 1, "c": 1}
+
+
+def test_a_short_prompt_overtakes_a_long_one_in_the_middle_of_its_chunks() -> None:
+    scheduler = build(budget=8)
+    add(scheduler, "long", 40)
+    assert step(scheduler) == {"long": 8}
+    add(scheduler, "short", 5)
+    assert step(scheduler) == {"short": 5, "long": 3}
+
+
+def test_a_prompt_is_overtaken_by_no_more_tokens_than_it_has() -> None:
+    scheduler = build(budget=8, max_num_seqs=64, num_blocks=256)
+    long = add(scheduler, "long", 40)
+    num_overtaking = 0
+    while "long" not in step(scheduler):
+        num_overtaking += 8
+        add(scheduler, f"short-{num_overtaking}", 8)
+        if num_overtaking > 200:
+            pytest.fail("the long prompt starves")
+        for name in [s.request_id for s in scheduler.running if s.is_decoding]:
+            scheduler.remove(name)
+    assert num_overtaking <= len(long.token_ids) + 8
 
 
 def test_running_decodes_get_their_token_before_any_prompt() -> None:
@@ -75,6 +97,7 @@ def test_no_more_sequences_run_than_allowed() -> None:
 def test_reserved_sequences_take_a_seat_too() -> None:
     scheduler = build(max_num_seqs=2)
     add(scheduler, "r", 9, remote_threshold=0)
+    assert step(scheduler) == {}
     for name in "ab":
         add(scheduler, name, 2)
     assert set(step(scheduler)) == {"a"}
@@ -154,6 +177,7 @@ def test_remote_prompts_are_placed_even_when_the_budget_is_spent() -> None:
 def test_there_is_no_work_while_the_only_ones_waiting_cannot_be_admitted() -> None:
     scheduler = build(num_blocks=4)
     add(scheduler, "reserved", 15, remote_threshold=0)
+    step(scheduler)
     add(scheduler, "waits", 3)
     step(scheduler)
     assert not scheduler.has_work, "a loop that stepped now would spin until the other engine sends something"
