@@ -13,6 +13,12 @@ ARGS ?=
 
 VENV := .venv
 PY := $(VENV)/bin/python
+# The load generator has 140 packages of its own, some of them pinned: it lives apart.
+LOAD_VENV := .venv-load
+LOAD_PY := $(LOAD_VENV)/bin/python
+LOAD := $(LOAD_VENV)/.stamp
+SCENARIO ?= mixed
+URL ?= http://127.0.0.1:$(PORT)
 # Quiet but for errors; what is being installed is said by the rules.
 PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
 
@@ -20,7 +26,8 @@ RUNTIME := $(VENV)/.stamp-runtime
 DEV := $(VENV)/.stamp-dev
 SOURCES := app deployments tests load_tests
 
-.PHONY: help serve stop status test check format bench-engine bench-handoff bench-serving clean
+.PHONY: help serve stop status test check format bench-engine bench-handoff bench-serving bench-interference load-test advise \
+	clean
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
@@ -59,8 +66,17 @@ bench-handoff: $(DEV) ## Measure the hand-off of KV between two engines. ARGS= i
 bench-serving: $(DEV) ## Measure the serving layer: CPU and latency per token. ARGS= is passed on.
 	@$(PY) -m tests.bench.serving.bench_serving $(ARGS)
 
+bench-interference: $(DEV) $(LOAD) ## Colocated against disaggregated, two engines each, under mixed load. ARGS= is passed on.
+	@$(LOAD_PY) -m tests.bench.interference.bench_interference $(ARGS)
+
+load-test: $(LOAD) ## Load a running service: SCENARIO=, URL=. ARGS= is passed on.
+	@$(LOAD_PY) -m load_tests.run $(SCENARIO) --url $(URL) $(ARGS)
+
+advise: $(RUNTIME) $(LOAD) ## Measure whether to disaggregate: SCENARIO=. ARGS= is passed on.
+	@$(LOAD_PY) -m load_tests.advise $(SCENARIO) $(ARGS)
+
 clean: ## Remove the virtual environment and every cache.
-	@rm -rf $(VENV) .run .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	@rm -rf $(VENV) $(LOAD_VENV) .run .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -79,4 +95,10 @@ $(RUNTIME): pyproject.toml | $(PY)
 
 $(DEV): pyproject.toml $(RUNTIME)
 	@echo "installing the tools for tests and checks"; $(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+$(LOAD): load_tests/requirements.txt
+	@echo "installing the load generator"
+	@test -x $(LOAD_PY) || "$(PYTHON)" -m venv $(LOAD_VENV)
+	@$(LOAD_PY) -m pip install -qq --disable-pip-version-check -r load_tests/requirements.txt
 	@touch $@

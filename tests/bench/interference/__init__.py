@@ -1,0 +1,1 @@
+"""Colocated against disaggregated on two cores: `make bench-interference`."""

@@ -1,0 +1,219 @@
+"""Colocated against disaggregated at equal resources: two engines, a core each, the same model and the same arrivals.
+
+Run: `make bench-interference`, with the load generator's Python. Three questions: how far long prompts hold up chat
+streams (`mixed`, every budget of chunked prefill), which side serves more requests within the SLO (`mixed-open`, both
+sides tuned, load swept), and whether short uniform prompts are better left colocated (`chat`). Deployments take turns
+within each round. Writes a report for each into `load_tests/results/`, prints the tables and, as its last line, one
+JSON object.
+"""
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from load_tests.compare import Comparison, compare
+from load_tests.deployments import Deployment, Deployments
+from load_tests.environment import describe
+from load_tests.measure import choose_slo
+from load_tests.report import table, write_report
+from load_tests.run import RESULTS, result_folder
+from load_tests.samples import Run, write_runs
+from load_tests.scenario import load_scenario
+from load_tests.stats import Ratio, Slo, attainment, class_stats, goodput, goodput_ratio, itl_ratio
+from load_tests.verdict import decide, same_rounds
+
+URL = "http://127.0.0.1:8011"
+SERVER = ".venv/bin/python -m tests.bench.interference.pinned"
+SPLIT = "disaggregated"
+WHOLE = "colocated, whole prompts"
+# Tokens of a step in which decodes and prompts share; 128 is the engine's default on one thread.
+BUDGETS = (16, 32, 64, 128)
+DEFAULT_BUDGET = 128
+# The decode engine computes chat prompts itself, a few tokens beside each step, so that they do not lengthen it much.
+SPLIT_ARGUMENTS = "engine.max_num_seqs=16 decode.engine.max_num_batched_tokens=16"
+COLOCATED_ARGUMENTS = "mode=colocated decode.min_replicas=2 decode.max_replicas=2 engine.max_num_seqs=16"
+
+
+def colocated(budget: int) -> str:
+    """Name of the colocated deployment with a token budget."""
+    return f"colocated, {budget}"
+
+
+def build(names: list[str]) -> Deployments:
+    """Describe how to bring up each of the named deployments."""
+    budgets = {colocated(budget): budget for budget in BUDGETS} | {WHOLE: 2048}
+    found = {}
+    for name in names:
+        if name == SPLIT:
+            arguments, num_prefill, num_decode = SPLIT_ARGUMENTS, 1, 1
+        else:
+            arguments = f"{COLOCATED_ARGUMENTS} engine.max_num_batched_tokens={budgets[name]}"
+            num_prefill, num_decode = 0, 2
+        start = f"{SERVER} up {arguments}"
+        found[name] = Deployment(num_prefill=num_prefill, num_decode=num_decode, start=start, stop=f"{SERVER} down")
+    return Deployments(url=URL, deployments=found)
+
+
+class Bench:
+    """One question: a scenario, the deployments, the loads."""
+
+    def __init__(self, scenario: str, names: list[str], loads: list[float], rounds: int) -> None:
+        self.scenario = load_scenario(scenario)
+        self.deployments = build(names)
+        self.folder = result_folder(RESULTS, f"interference-{scenario}")
+        print(f"\n{scenario}: {', '.join(names)}; loads {loads}; {rounds} rounds", flush=True)
+        found: Comparison = compare(
+            self.scenario, self.deployments, loads, rounds, self.folder, lambda line: print(line, flush=True)
+        )
+        self.runs: list[Run] = found.runs
+        self.idle = found.idle
+        self.slo = choose_slo(self.scenario.slo, list(found.idle.values()))
+
+    def of(self, name: str, load: float | None = None) -> list[Run]:
+        """Valid runs of a deployment, at one load or at all."""
+        return [run for run in self.runs if run.deployment == name and load in (None, run.load) and run.is_valid]
+
+    def report(self, title: str, findings: list[str]) -> str:
+        """Write the report and the raw samples, print the table."""
+        about = describe(
+            scenario=self.scenario.model_dump(mode="json"),
+            deployments=self.deployments.model_dump(mode="json"),
+            idle={name: asdict(idle) for name, idle in self.idle.items()},
+        )
+        write_runs(self.folder / "samples.json", self.runs, about)
+        page = write_report(self.folder, title, self.runs, self.slo, about, findings)
+        print(table(self.runs, self.slo))
+        print("\n".join(findings))
+        print(f"report: {page}", flush=True)
+        return str(page)
+
+
+def in_words(ratio: Ratio) -> str:
+    """A ratio for a sentence."""
+    return f"{ratio.value:.2f} times (95% interval {ratio.low:.2f} to {ratio.high:.2f})"
+
+
+def best_budget(bench: Bench) -> int:
+    """Choose the budget that an operator would: most requests within the SLO, then the shorter p99 ITL of chat."""
+
+    def rank(budget: int) -> tuple[float, float]:
+        itl = class_stats(bench.of(colocated(budget)), "chat").itl
+        return goodput(bench.of(colocated(budget)), bench.slo), -(itl.percentiles[99] if itl else math.inf)
+
+    return max((budget for budget in BUDGETS if bench.of(colocated(budget))), key=rank)
+
+
+def ask_mixed(rounds: int) -> dict[str, Any]:
+    """How far do long prompts hold up chat streams, at every budget?"""
+    names = [SPLIT, *map(colocated, BUDGETS), WHOLE]
+    bench = Bench("mixed", names, [1.0], rounds)
+    best = best_budget(bench)
+    rows = {}
+    findings = []
+    for name in names[1:]:
+        ratio = itl_ratio(*same_rounds(bench.of(name), bench.of(SPLIT)), "chat")
+        rows[name] = {"p99_itl_ratio": asdict(ratio), "goodput": goodput(bench.of(name), bench.slo)}
+        label = " (best budget)" if name == colocated(best) else ""
+        findings.append(
+            f"{name}{label} over {SPLIT}: p99 ITL of chat {in_words(ratio)}; goodput {rows[name]['goodput']:.3f} "
+            f"requests/s."
+        )
+    page = bench.report("Mixed: chat streams while long prompts arrive", findings)
+    return {
+        "slo": asdict(bench.slo),
+        "idle": {name: asdict(idle) for name, idle in bench.idle.items()},
+        "best_budget": best,
+        "split_goodput": goodput(bench.of(SPLIT), bench.slo),
+        "colocated": rows,
+        "by_class": figures(bench),
+        "report": page,
+    }
+
+
+def ask_goodput(budgets: list[int], loads: list[float], rounds: int) -> dict[str, Any]:
+    """Which side serves more requests within the SLO?"""
+    bench = Bench("mixed-open", [SPLIT, *map(colocated, budgets)], loads, rounds)
+    verdict = decide(bench.runs, bench.deployments.deployments, bench.slo)
+    page = bench.report("Goodput on mixed traffic", list(verdict.sentences))
+    return {
+        "slo": asdict(bench.slo),
+        "verdict": asdict(verdict),
+        "goodput": goodput_by_criterion(bench, loads),
+        "by_class": figures(bench),
+        "report": page,
+    }
+
+
+def ask_chat(rounds: int) -> dict[str, Any]:
+    """Are short uniform prompts better left colocated?"""
+    bench = Bench("chat", [SPLIT, colocated(DEFAULT_BUDGET)], [1.0], rounds)
+    verdict = decide(bench.runs, bench.deployments.deployments, bench.slo)
+    ratio = itl_ratio(*same_rounds(bench.of(colocated(DEFAULT_BUDGET)), bench.of(SPLIT)), "chat")
+    words = f"Colocated over {SPLIT}: p99 ITL {in_words(ratio)}."
+    page = bench.report("Chat: short uniform prompts", [*verdict.sentences, words])
+    return {
+        "slo": asdict(bench.slo),
+        "verdict": asdict(verdict),
+        "p99_itl_ratio": asdict(ratio),
+        "goodput": goodput_by_criterion(bench, [1.0]),
+        "by_class": figures(bench),
+        "report": page,
+    }
+
+
+def goodput_by_criterion(bench: Bench, loads: list[float]) -> list[dict[str, Any]]:
+    """Goodput of every deployment and load, with the ITL SLO on 95% and 99% of a request's gaps, and on their mean."""
+    rows = []
+    for quantile in (0.95, 0.99, None):
+        slo: Slo = replace(bench.slo, itl_quantile=quantile)
+        for load in loads:
+            for name in bench.deployments.deployments:
+                runs = bench.of(name, load)
+                shares = {kind: attainment(runs, slo, kind) for kind in bench.scenario.class_names()}
+                row = {"itl_quantile": quantile, "load": load, "deployment": name, "attainment": shares}
+                row["goodput"] = goodput(runs, slo) if runs else None
+                if name != SPLIT and runs and (split := bench.of(SPLIT, load)):
+                    row["split_over_this"] = asdict(goodput_ratio(*same_rounds(split, runs), slo))
+                rows.append(row)
+    return rows
+
+
+def figures(bench: Bench) -> list[dict[str, Any]]:
+    """Figures of every class, deployment and load."""
+    return [
+        {"deployment": name, "load": load, **asdict(class_stats(bench.of(name, load), kind))}
+        for name in bench.deployments.deployments
+        for load in sorted({run.load for run in bench.runs})
+        for kind in bench.scenario.class_names()
+    ]
+
+
+def main() -> int:
+    """Ask the questions; 2 when a run was invalid."""
+    parser = argparse.ArgumentParser(prog="make bench-interference ARGS=...")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--loads", default="0.5,0.75,1", help="of the goodput sweep")
+    parser.add_argument("--only", choices=("mixed", "goodput", "chat"), help="ask one question")
+    parser.add_argument("--budgets", default="", help="of the goodput sweep; else the best one of `mixed`")
+    options = parser.parse_args()
+    Path(".run").mkdir(exist_ok=True)
+    answers: dict[str, Any] = {}
+    if options.only in (None, "mixed"):
+        answers["mixed"] = ask_mixed(options.rounds)
+    if options.only in (None, "goodput"):
+        given = [int(budget) for budget in options.budgets.split(",") if budget]
+        budgets = given or [answers["mixed"]["best_budget"] if "mixed" in answers else DEFAULT_BUDGET]
+        loads = [float(load) for load in options.loads.split(",")]
+        answers["goodput"] = ask_goodput(budgets, loads, options.rounds)
+    if options.only in (None, "chat"):
+        answers["chat"] = ask_chat(options.rounds)
+    print(json.dumps(answers))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
