@@ -26,11 +26,11 @@ RUNTIME := $(VENV)/.stamp-runtime
 DEV := $(VENV)/.stamp-dev
 SOURCES := app deployments tests load_tests
 
-.PHONY: help serve stop status test check format bench-engine bench-handoff bench-serving bench-interference load-test advise \
-	clean
+.PHONY: help serve stop status test check format load-test advise clean \
+	bench-engine bench-handoff bench-serving bench-interference
 
 help: ## List the targets.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 24
 	@echo
 	@echo "  make serve PORT=8000 MODEL=Qwen/Qwen3-0.6B ARGS=\"prefill.max_replicas=4 engine.num_blocks=512\""
 	@echo "  All of ARGS, with defaults and meanings: $(PY) -m app.config (after the first make)"
@@ -45,7 +45,7 @@ stop: ## Stop the server and everything it started.
 status: ## Say whether the server runs.
 	@test -x $(PY) || { echo "no server runs"; exit 1; }; $(PY) -m app.local status
 
-test: $(DEV) ## Run the tests that need no GPU. ARGS= is passed on to pytest.
+test: $(DEV) $(LOAD) ## Run the tests that need no GPU. ARGS= is passed on to pytest.
 	@$(PY) -m pytest $(ARGS)
 
 check: $(DEV) ## Formatting, lint and types.

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from load_tests.compare import compare
+from load_tests.compare import Plan, compare
 from load_tests.deployments import DeploymentError, load_deployments
 from load_tests.environment import describe
 from load_tests.generator import GeneratorError
@@ -48,9 +48,8 @@ def main(arguments: list[str] | None = None) -> int:
         scenario = load_scenario(options.scenario, changes_of(options))
         deployments = load_deployments(options.deployments)
         folder = result_folder(options.results, f"advise-{scenario.name}")
-        found = compare(
-            scenario, deployments, options.loads, options.rounds, folder, lambda line: print(line, flush=True)
-        )
+        plan = Plan(scenario, deployments, options.loads, range(options.rounds))
+        found = compare(plan, folder, lambda line: print(line, flush=True))
         slo = choose_slo(scenario.slo, list(found.idle.values()))
         about = describe(
             scenario=scenario.model_dump(mode="json"), deployments=deployments.model_dump(mode="json"), slo=str(slo)

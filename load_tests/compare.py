@@ -5,34 +5,63 @@ machine that changes its speed changes it for all. Says what it is doing.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from load_tests.deployments import Deployments, running
 from load_tests.measure import Idle, find_target, measure, measure_idle
-from load_tests.samples import Run
+from load_tests.samples import Run, write_runs
 from load_tests.scenario import Scenario
+
+# Of a deployment's turn: once more if the generator did not keep up.
+_ATTEMPTS = 2
 
 
 @dataclass(slots=True)
 class Comparison:
-    """Runs of all deployments, and what each does when idle."""
+    """Runs of all deployments, and what those do when idle that were asked."""
 
     runs: list[Run] = field(default_factory=list)
     idle: dict[str, Idle] = field(default_factory=dict)
 
 
-def compare(
-    scenario: Scenario,
-    deployments: Deployments,
-    loads: Sequence[float],
-    num_rounds: int,
-    folder: Path,
-    say: Callable[[str], None],
-    first_round: int = 0,
-) -> Comparison:
-    """Measure every deployment at every load, `num_rounds` times.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is compared.
+
+    Attributes:
+        scenario: what is sent.
+        deployments: how to bring each up.
+        loads: multipliers of the scenario's arrivals, measured one after the other.
+        rounds: their numbers; each has arrivals and prompts of its own.
+        idle: deployments that are measured idle, in the first round; None: all.
+    """
+
+    scenario: Scenario
+    deployments: Deployments
+    loads: Sequence[float]
+    rounds: Sequence[int]
+    idle: Sequence[str] | None = None
+
+    def turns(self) -> Iterator[tuple[int, str]]:
+        """Each round and deployment, every round in another order."""
+        names = list(self.deployments.deployments)
+        for round_ in self.rounds:
+            shift = round_ % len(names)
+            yield from ((round_, name) for name in names[shift:] + names[:shift])
+
+    def wants_idle(self, round_: int, name: str) -> bool:
+        return round_ == self.rounds[0] and (self.idle is None or name in self.idle)
+
+
+def compare(plan: Plan, folder: Path, say: Callable[[str], None]) -> Comparison:
+    """Measure every deployment at every load in every round; a run that is not valid is repeated once.
+
+    Args:
+        plan: what to measure.
+        folder: for logs, the generator's files, and `samples.json`, which is written anew after every run.
+        say: told of progress.
 
     Raises:
         DeploymentError: one did not come up.
@@ -40,29 +69,50 @@ def compare(
         GeneratorError: the generator is missing or failed.
     """
     found = Comparison()
-    names = list(deployments.deployments)
     folder.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
 
     def tell(what: str) -> None:
         say(f"{(time.monotonic() - started) / 60:5.1f} min  {what}")
 
-    for round_ in range(first_round, first_round + num_rounds):
-        shift = round_ % len(names)
-        for name in names[shift:] + names[:shift]:
+    for round_, name in plan.turns():
+        missing = list(plan.loads)
+        for attempt in range(_ATTEMPTS):
             tell(f"round {round_}: {name}: starting")
-            deployment = deployments.deployments[name]
-            log = folder / f"{_file_name(name)}.log"
-            with running(name, deployment, deployments.url, deployments.ready_timeout_s, log):
-                target = find_target(deployments.url, deployments.model)
-                if round_ == first_round:
-                    found.idle[name] = measure_idle(scenario, target, folder / "idle")
-                    tell(f"round {round_}: {name}: idle: {_describe_idle(found.idle[name])}")
-                for load in loads:
-                    run = measure(scenario, target, folder / "run", name, load, round_)
-                    found.runs.append(run)
-                    tell(f"round {round_}: {name}: load {load:g}: {_describe(run)}")
+            missing = _take_turn(plan, round_, name, missing, found, folder, tell, is_last=attempt + 1 == _ATTEMPTS)
+            if not missing:
+                break
     return found
+
+
+def _take_turn(
+    plan: Plan,
+    round_: int,
+    name: str,
+    loads: Sequence[float],
+    found: Comparison,
+    folder: Path,
+    tell: Callable[[str], None],
+    is_last: bool,
+) -> list[float]:
+    """Bring one deployment up and run the loads; returns those to be repeated, on a service that has not seen them."""
+    again = []
+    log = folder / f"{_file_name(name)}.log"
+    deployments = plan.deployments
+    with running(name, deployments.deployments[name], deployments.url, deployments.ready_timeout_s, log):
+        target = find_target(deployments.url, deployments.model)
+        if plan.wants_idle(round_, name) and name not in found.idle:
+            found.idle[name] = measure_idle(plan.scenario, target, folder / "idle")
+            tell(f"round {round_}: {name}: idle: {_describe_idle(found.idle[name])}")
+        for load in loads:
+            run = measure(plan.scenario, target, folder / "run", name, load, round_)
+            tell(f"round {round_}: {name}: load {load:g}: {_describe(run)}")
+            if run.is_valid or is_last:
+                found.runs.append(run)
+                write_runs(folder / "samples.json", found.runs, {})
+            else:
+                again.append(load)
+    return again
 
 
 def _describe(run: Run) -> str:

@@ -4,6 +4,7 @@ Pure and deterministic: a seed fixes every instant and every token, so that depl
 same traffic. Knows nothing of HTTP or of the generator. A multiplier `load` scales arrivals, never lengths.
 """
 
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def _arrivals(traffic: TrafficClass, warmup_s: float, end_s: float, load: float,
     elif arrivals.bursts is not None:
         every_s = arrivals.bursts.every_s / load
         # The first one in the middle of an interval: a beginning is no burst.
-        for burst in range(int(end_s / every_s + 0.5)):
+        for burst in range(math.ceil(end_s / every_s - 0.5)):
             yield from [(burst + 0.5) * every_s] * arrivals.bursts.size
     else:
         assert arrivals.times_s is not None

@@ -189,7 +189,7 @@ def test_the_text_table_has_one_line_per_deployment_load_and_class():
     samples = [build_sample(ttft_s=0.2, gaps_s=[0.1, 0.3])] * 4
     failed = build_sample("long", ttft_s=None, gaps_s=[], error="timeout")
     runs = [build_run([*samples, failed]), build_run(samples, "split", 2.0, problems=["late"])]
-    head, *lines = (line.split() for line in table(runs, Slo({"chat": 0.5}, 0.3)).splitlines())
+    head, *lines = (line.split() for line in table(runs, Slo({"chat": 0.5, "long": 1.0}, 0.3)).splitlines())
     assert head[:5] == ["deployment", "load", "class", "n", "errors"]
     none = "–"  # noqa: RUF001
     assert lines == [

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from load_tests.compare import Comparison, compare
+from load_tests.compare import Plan, compare
 from load_tests.deployments import Deployment, Deployments
 from load_tests.environment import describe
 from load_tests.measure import choose_slo
@@ -66,9 +66,9 @@ class Bench:
         self.deployments = build(names)
         self.folder = result_folder(RESULTS, f"interference-{scenario}")
         print(f"\n{scenario}: {', '.join(names)}; loads {loads}; {rounds} rounds", flush=True)
-        found: Comparison = compare(
-            self.scenario, self.deployments, loads, rounds, self.folder, lambda line: print(line, flush=True)
-        )
+        # Colocated deployments differ in nothing while they are idle.
+        plan = Plan(self.scenario, self.deployments, loads, range(rounds), idle=[SPLIT, colocated(DEFAULT_BUDGET)])
+        found = compare(plan, self.folder, lambda line: print(line, flush=True))
         self.runs: list[Run] = found.runs
         self.idle = found.idle
         self.slo = choose_slo(self.scenario.slo, list(found.idle.values()))
