@@ -10,6 +10,7 @@ JSON object.
 import argparse
 import json
 import math
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,6 +37,15 @@ DEFAULT_BUDGET = 128
 # The decode engine computes chat prompts itself, a few tokens beside each step, so that they do not lengthen it much.
 SPLIT_ARGUMENTS = "engine.max_num_seqs=16 decode.engine.max_num_batched_tokens=16"
 COLOCATED_ARGUMENTS = "mode=colocated decode.min_replicas=2 decode.max_replicas=2 engine.max_num_seqs=16"
+
+
+def server_versions() -> dict[str, str]:
+    """Versions of what the server stands on; it lives in another environment than the load generator."""
+    names = ("torch", "transformers", "ray", "numba")
+    program = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {names}}}))"
+    ran = subprocess.run([".venv/bin/python", "-c", program], capture_output=True, text=True, check=True)
+    versions: dict[str, str] = json.loads(ran.stdout)
+    return versions
 
 
 def colocated(budget: int) -> str:
@@ -80,6 +90,7 @@ class Bench:
     def report(self, title: str, findings: list[str]) -> str:
         """Write the report and the raw samples, print the table."""
         about = describe(
+            server_versions=server_versions(),
             scenario=self.scenario.model_dump(mode="json"),
             deployments=self.deployments.model_dump(mode="json"),
             idle={name: asdict(idle) for name, idle in self.idle.items()},
@@ -129,7 +140,7 @@ def ask_mixed(rounds: int) -> dict[str, Any]:
         "best_budget": best,
         "split_goodput": goodput(bench.of(SPLIT), bench.slo),
         "colocated": rows,
-        "by_class": figures(bench),
+        "runs": figures(bench),
         "report": page,
     }
 
@@ -143,7 +154,7 @@ def ask_goodput(budgets: list[int], loads: list[float], rounds: int) -> dict[str
         "slo": asdict(bench.slo),
         "verdict": asdict(verdict),
         "goodput": goodput_by_criterion(bench, loads),
-        "by_class": figures(bench),
+        "runs": figures(bench),
         "report": page,
     }
 
@@ -160,7 +171,7 @@ def ask_chat(rounds: int) -> dict[str, Any]:
         "verdict": asdict(verdict),
         "p99_itl_ratio": asdict(ratio),
         "goodput": goodput_by_criterion(bench, [1.0]),
-        "by_class": figures(bench),
+        "runs": figures(bench),
         "report": page,
     }
 
@@ -183,12 +194,17 @@ def goodput_by_criterion(bench: Bench, loads: list[float]) -> list[dict[str, Any
 
 
 def figures(bench: Bench) -> list[dict[str, Any]]:
-    """Figures of every class, deployment and load."""
+    """Figures of every class in every run; the requests themselves are in the report's `samples.json`."""
     return [
-        {"deployment": name, "load": load, **asdict(class_stats(bench.of(name, load), kind))}
-        for name in bench.deployments.deployments
-        for load in sorted({run.load for run in bench.runs})
-        for kind in bench.scenario.class_names()
+        {
+            "deployment": run.deployment,
+            "load": run.load,
+            "round": run.round,
+            "goodput": goodput([run], bench.slo),
+            "generator": asdict(run.generator),
+            "classes": [asdict(class_stats([run], kind)) for kind in bench.scenario.class_names()],
+        }
+        for run in bench.runs
     ]
 
 
