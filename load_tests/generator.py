@@ -6,7 +6,6 @@ AIPerf has one class of traffic per run; here the schedule says which request wa
 Source: https://github.com/ai-dynamo/aiperf, `mooncake_trace` datasets with verbatim payloads on a fixed schedule.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -33,7 +32,6 @@ MAX_CPU_SHARE = 0.8
 # How often /metrics is read: each reading asks every replica, so AIPerf's own third of a second would be load.
 _METRICS_INTERVAL_S = 2.0
 _CPU_INTERVAL_S = 1.0
-_NICENESS = -10
 # AIPerf starts a dozen processes; on two busy cores that takes most of a minute.
 _START_TIMEOUT_S = 180.0
 # Of the server's metrics by their type, as AIPerf names them; how replicas are put together, where not by their mean.
@@ -99,7 +97,6 @@ def send(schedule: Sequence[Planned], target: Target, end_s: float, drain_s: flo
             env=os.environ | {"AIPERF_SERVER_METRICS_COLLECTION_INTERVAL": str(_METRICS_INTERVAL_S)},
             start_new_session=True,
         )
-    _prefer(process.pid)
     watch = _CpuWatch(process.pid)
     try:
         status = process.wait(_START_TIMEOUT_S + end_s + drain_s)
@@ -115,13 +112,6 @@ def send(schedule: Sequence[Planned], target: Target, end_s: float, drain_s: flo
     samples, start_s = match(schedule, records, end_s)
     health = judge(samples, watch.shares(start_s, start_s + end_s))
     return Observed(samples, health, _server_figures(folder / "artifacts" / "server_metrics_export.json"))
-
-
-def _prefer(pid: int) -> None:
-    """Let the generator go first where it shares a machine with the service: it should be on another one."""
-    # Only the superuser may. Whoever may not sees in the report whether it mattered.
-    with contextlib.suppress(psutil.AccessDenied):
-        psutil.Process(pid).nice(_NICENESS)
 
 
 def _command(target: Target, end_s: float, drain_s: float, folder: Path) -> list[str]:

@@ -20,7 +20,7 @@ from load_tests.samples import Run
 from load_tests.stats import PERCENTILES, ClassStats, Slo, Summary, attainment, class_stats, goodput
 
 MISSING = "–"  # noqa: RUF001 - a dash where there is no figure
-METRICS = ("TTFT", "ITL", "TPOT", "end to end")
+METRICS = ("TTFT", "ITL", "TPOT", "longest gap", "end to end")
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def table(runs: Sequence[Run], slo: Slo | None) -> str:
     """Lay out the main figures for a terminal, one line per deployment, load and class."""
     groups = group_runs(runs)
     units = _units(stats for group in groups for stats in group.stats.values())
-    columns = (("TTFT", 50), ("TTFT", 99), ("ITL", 50), ("ITL", 99), ("end to end", 50))
+    columns = (("TTFT", 50), ("TTFT", 99), ("ITL", 50), ("ITL", 99), ("longest gap", 50), ("end to end", 50))
     head = ["deployment", "load", "class", "n", "errors"]
     head += [f"{metric} p{percentile} {units[metric]}" for metric, percentile in columns]
     lines = [head + (["goodput/s"] if slo else [])]
@@ -159,7 +159,7 @@ def errors_in_words(stats: ClassStats) -> str:
 
 def summaries(stats: ClassStats) -> dict[str, Summary | None]:
     """Distributions by their names on the page."""
-    return dict(zip(METRICS, (stats.ttft, stats.itl, stats.tpot, stats.e2e), strict=True))
+    return dict(zip(METRICS, (stats.ttft, stats.itl, stats.tpot, stats.longest_gap, stats.e2e), strict=True))
 
 
 def number(value: float) -> str:

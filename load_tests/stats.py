@@ -63,7 +63,10 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class ClassStats:
-    """One class of traffic in the steady state of some runs."""
+    """One class of traffic in the steady state of some runs.
+
+    `longest_gap` is of each request: a stall of seconds, once per answer, is in no percentile of its hundreds of gaps.
+    """
 
     request_class: str
     num_requests: int
@@ -73,6 +76,7 @@ class ClassStats:
     ttft: Summary | None
     itl: Summary | None
     tpot: Summary | None
+    longest_gap: Summary | None
     e2e: Summary | None
 
     @property
@@ -94,6 +98,7 @@ def class_stats(runs: Sequence[Run], request_class: str) -> ClassStats:
         ttft=Summary.of([sample.ttft_s for sample in samples if sample.ttft_s is not None]),
         itl=Summary.of([gap for run in runs for gap in run.gaps_s(request_class)]),
         tpot=Summary.of([tpot for sample in done if (tpot := sample.tpot_s) is not None]),
+        longest_gap=Summary.of([max(sample.gaps_s) for sample in samples if sample.gaps_s]),
         e2e=Summary.of([e2e for sample in done if (e2e := sample.e2e_s) is not None]),
     )
 

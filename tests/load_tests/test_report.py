@@ -193,10 +193,10 @@ def test_the_text_table_has_one_line_per_deployment_load_and_class():
     assert head[:5] == ["deployment", "load", "class", "n", "errors"]
     none = "–"  # noqa: RUF001
     assert lines == [
-        ["colocated", "1", "chat", "4", none, "200", "200", "200", "300", "600", "0.200"],
-        ["colocated", "1", "long", "1", "timeout", "1", *[none] * 5, "0"],
-        ["split", "(invalid)", "2", "chat", "4", none, "200", "200", "200", "300", "600", "0.200"],
-        ["split", "(invalid)", "2", "long", "0", none, *[none] * 5, "0"],
+        ["colocated", "1", "chat", "4", none, "200", "200", "200", "300", "300", "600", "0.200"],
+        ["colocated", "1", "long", "1", "timeout", "1", *[none] * 6, "0"],
+        ["split", "(invalid)", "2", "chat", "4", none, "200", "200", "200", "300", "300", "600", "0.200"],
+        ["split", "(invalid)", "2", "long", "0", none, *[none] * 6, "0"],
     ]
 
 

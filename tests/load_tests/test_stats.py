@@ -144,3 +144,10 @@ def test_no_goodput_on_either_side_is_a_tie():
     nothing = [build_run()]
     assert goodput_ratio(nothing, nothing, SLO).value == 1.0
     assert goodput_ratio(build_rounds(0.1, rounds=(0,)), nothing, SLO).value == float("inf")
+
+
+def test_a_stall_that_no_percentile_of_the_gaps_shows_is_seen_in_the_longest_gap_of_each_request():
+    stalled = build_sample(gaps_s=[0.1] * 199 + [4.0])
+    stats = class_stats([build_run([stalled] * 3, duration_s=60.0)], "chat")
+    assert stats.itl is not None and stats.itl.percentiles[99] == pytest.approx(0.1)
+    assert stats.longest_gap is not None and (stats.longest_gap.n, stats.longest_gap.mean) == (3, 4.0)
