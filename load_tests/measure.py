@@ -4,6 +4,7 @@ Puts scenario, schedule and generator together; called by the commands (`run`, `
 """
 
 import json
+import os
 import statistics
 import urllib.error
 import urllib.request
@@ -36,13 +37,13 @@ class Idle:
     itl_s: float
 
 
-def find_target(url: str, model: str | None = None, api_key: str | None = None) -> Target:
-    """Ask a service which model it has.
+def find_target(url: str, model: str | None = None) -> Target:
+    """Ask a service which model it has; with the key in OPENAI_API_KEY, which is in no report.
 
     Raises:
         ServiceError: it does not answer, or has no model of that name.
     """
-    url = url.rstrip("/").removesuffix("/v1")
+    url, api_key = url.rstrip("/").removesuffix("/v1"), os.environ.get("OPENAI_API_KEY")
     request = urllib.request.Request(f"{url}/v1/models")
     if api_key:
         request.add_header("Authorization", f"Bearer {api_key}")

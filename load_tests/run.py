@@ -39,16 +39,18 @@ def changes_of(options: argparse.Namespace) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run it; 0 when it was valid, 2 when the generator did not keep up, 1 when it could not be run."""
-    parser = argparse.ArgumentParser(prog="python -m load_tests.run", description="Load a running service.")
+    parser = argparse.ArgumentParser(
+        prog="python -m load_tests.run",
+        description="Load a running service. Its API key, if it wants one, is read from the variable OPENAI_API_KEY.",
+    )
     add_scenario_arguments(parser)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the service (default: %(default)s)")
     parser.add_argument("--model", help="its name in the API; else the first that the service names")
-    parser.add_argument("--api-key", help="sent as a bearer token")
     parser.add_argument("--load", type=float, default=1.0, help="multiplier of the arrival rates (default: 1)")
     options = parser.parse_args(arguments)
     try:
         scenario = load_scenario(options.scenario, changes_of(options))
-        target = find_target(options.url, options.model, options.api_key)
+        target = find_target(options.url, options.model)
         folder = result_folder(options.results, scenario.name)
         print("measuring the idle service", flush=True)
         slo = choose_slo(scenario.slo, [measure_idle(scenario, target, folder / "idle")])

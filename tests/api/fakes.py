@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from deployments.api.http import build_app
 from deployments.api.observer import Outcome
 from deployments.api.text import TextCodec
 from deployments.messages import FinishReason, GenerateRequest, ModelInfo, TokenOutput
@@ -199,3 +200,16 @@ def events_of(body: bytes) -> Iterator[Any]:
         assert event.startswith(b"data: ") and b"\n" not in event
         data = event.removeprefix(b"data: ")
         yield "[DONE]" if data == b"[DONE]" else orjson.loads(data)
+
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+def body_of(path: str, **fields: Any) -> dict[str, Any]:
+    prompt = {"prompt": "abc"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "hi"}]}
+    return {"model": INFO.name} | prompt | fields
+
+
+async def post(backend: FakeBackend, path: str, recorder: Recorder | None = None, **fields: Any) -> httpx.Response:
+    async with client_of(build_app(backend, build_codec(), INFO, observer=recorder)) as client:
+        return await client.post(path, json=body_of(path, **fields))

@@ -7,7 +7,6 @@ import threading
 import time
 from typing import Any
 
-import httpx
 import orjson
 import pytest
 from starlette.types import Message
@@ -16,39 +15,29 @@ from deployments.api.http import build_app
 from deployments.api.observer import Outcome
 from deployments.api.text import TextCodec
 from deployments.errors import (
-    EngineDeadError,
     InvalidRequestError,
-    KvRelayError,
     OverloadedError,
-    RequestTooLargeError,
     TransferError,
 )
 from deployments.messages import FinishReason
 from tests.api.fakes import (
+    CHAT,
+    COMPLETIONS,
     END_ID,
     INFO,
     FakeBackend,
     Hang,
     Recorder,
+    body_of,
     build_codec,
     build_tokenizer,
     client_of,
     events_of,
     playing,
+    post,
 )
 
 LENGTH, STOP = FinishReason.LENGTH, FinishReason.STOP
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-
-
-def body_of(path: str, **fields: Any) -> dict[str, Any]:
-    prompt = {"prompt": "abc"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "hi"}]}
-    return {"model": INFO.name} | prompt | fields
-
-
-async def post(backend: FakeBackend, path: str, recorder: Recorder | None = None, **fields: Any) -> httpx.Response:
-    async with client_of(build_app(backend, build_codec(), INFO, observer=recorder)) as client:
-        return await client.post(path, json=body_of(path, **fields))
 
 
 async def test_a_completion_has_openais_shape():
@@ -209,53 +198,6 @@ async def test_a_stop_string_across_outputs_ends_the_request(path: str, stream: 
         assert answer.json()["usage"]["completion_tokens"] == 5
 
 
-ERRORS: list[tuple[Exception, int, str, str | None, str | None]] = [
-    (InvalidRequestError("bad", "seed"), 400, "invalid_request_error", "seed", None),
-    (RequestTooLargeError("big"), 400, "invalid_request_error", None, "context_length_exceeded"),
-    (OverloadedError("full"), 429, "rate_limit_error", None, "overloaded"),
-    (EngineDeadError("dead"), 503, "server_error", None, "engine_unavailable"),
-    (TransferError("lost"), 503, "server_error", None, "engine_unavailable"),
-    (RuntimeError("secret"), 500, "server_error", None, "internal_error"),
-]
-
-
-@pytest.mark.parametrize(("error", "status", "kind", "param", "code"), ERRORS)
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-async def test_an_error_before_the_first_token_has_its_status(
-    path: str, stream: bool, error: Exception, status: int, kind: str, param: str | None, code: str | None
-):
-    backend = playing(error)
-    answer = await post(backend, path, stream=stream)
-    assert (answer.status_code, answer.headers["content-type"]) == (status, "application/json")
-    message = str(error) if isinstance(error, KvRelayError) else "internal error"
-    assert answer.json() == {"error": {"message": message, "type": kind, "param": param, "code": code}}
-    assert answer.headers.get("retry-after") == ("1" if status == 429 else None)
-    assert "x-request-id" in answer.headers
-    assert not backend.running
-
-
-@pytest.mark.parametrize("error", [EngineDeadError("dead"), RuntimeError("secret")])
-async def test_an_error_after_the_first_token_is_an_event_that_ends_the_stream(error: Exception):
-    answer = await post(playing("a", error), COMPLETIONS, stream=True)
-    assert answer.status_code == 200
-    first, last = events_of(answer.content)
-    assert first["choices"][0]["text"] == "a"
-    assert last["error"]["message"] == ("dead" if isinstance(error, EngineDeadError) else "internal error")
-
-
-async def test_an_error_in_one_prompt_ends_the_others():
-    backend = FakeBackend(lambda r: [OverloadedError("full")] if r.prompt_token_ids == (98,) else ["x", Hang()])
-    answer = await post(backend, COMPLETIONS, prompt=["a", "b"])
-    assert answer.status_code == 429
-    assert not backend.running
-
-
-async def test_an_unexpected_error_is_logged(caplog: pytest.LogCaptureFixture):
-    await post(playing(RuntimeError("secret")), COMPLETIONS)
-    assert "secret" in caplog.text
-
-
 async def test_headers_wait_for_the_first_token():
     release, sent = asyncio.Event(), asyncio.Queue[Message]()
     backend = playing(release, "a", LENGTH)
@@ -304,53 +246,6 @@ async def test_a_server_that_says_the_client_is_gone_ends_the_request():
 
 def scope_of(path: str) -> dict[str, Any]:
     return {"type": "http", "method": "POST", "path": path, "headers": [], "query_string": b"", "root_path": ""}
-
-
-async def test_a_wrong_model_is_404():
-    answer = await post(playing("a", LENGTH), COMPLETIONS, model="gpt-9")
-    assert answer.status_code == 404
-    assert (answer.json()["error"]["code"], answer.json()["error"]["param"]) == ("model_not_found", "model")
-
-
-async def test_a_prompt_that_does_not_fit_is_400():
-    answer = await post(playing("a", LENGTH), COMPLETIONS, prompt="x" * 99)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [("GET", "/nowhere", 404), ("GET", COMPLETIONS, 405), ("POST", "/health", 405), ("GET", "/v1/models/other", 404)],
-)
-async def test_other_refusals_have_the_same_shape(method: str, path: str, status: int):
-    async with client_of(build_app(playing(), build_codec(), INFO)) as client:
-        answer = await client.request(method, path)
-    assert answer.status_code == status
-    error = answer.json()["error"]
-    assert error["type"] == "invalid_request_error"
-    assert error.keys() == {"message", "type", "param", "code"}
-    assert "x-request-id" in answer.headers
-    assert ("allow" in answer.headers) == (status == 405)
-
-
-async def test_bad_json_is_400():
-    async with client_of(build_app(playing(), build_codec(), INFO)) as client:
-        answer = await client.post(COMPLETIONS, content=b"{")
-    assert answer.status_code == 400
-    assert "not valid JSON" in answer.json()["error"]["message"]
-
-
-@pytest.mark.parametrize("is_chunked", [False, True])
-async def test_a_body_over_the_limit_is_413(is_chunked: bool):
-    async def parts():
-        for _ in range(3):
-            yield b" " * 500
-
-    recorder = Recorder()
-    async with client_of(build_app(playing(), build_codec(), INFO, max_body_bytes=1000, observer=recorder)) as client:
-        answer = await client.post(COMPLETIONS, content=parts() if is_chunked else b" " * 1500)
-    assert answer.status_code == 413
-    assert "at most 1000 bytes" in answer.json()["error"]["message"]
-    assert recorder.outcomes == [Outcome.INVALID]
 
 
 async def test_models_are_listed_and_found_by_a_name_with_a_slash():

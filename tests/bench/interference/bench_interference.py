@@ -13,7 +13,6 @@ import math
 import subprocess
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from load_tests.compare import Plan, compare
@@ -87,6 +86,14 @@ class Bench:
         """Valid runs of a deployment, at one load or at all."""
         return [run for run in self.runs if run.deployment == name and load in (None, run.load) and run.is_valid]
 
+    def decide(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """The verdict and its sentences; None where too few runs were valid, with the reason."""
+        try:
+            verdict = decide(self.runs, self.deployments.deployments, self.slo)
+        except ValueError as error:
+            return None, [f"No answer: {error}."]
+        return asdict(verdict), list(verdict.sentences)
+
     def report(self, title: str, findings: list[str]) -> str:
         """Write the report and the raw samples, print the table."""
         about = describe(
@@ -108,14 +115,17 @@ def in_words(ratio: Ratio) -> str:
     return f"{ratio.value:.2f} times (95% interval {ratio.low:.2f} to {ratio.high:.2f})"
 
 
-def best_budget(bench: Bench) -> int:
-    """Choose the budget that an operator would: most requests within the SLO, then the shorter p99 ITL of chat."""
+def best_budget(bench: Bench) -> int | None:
+    """Choose the budget that an operator would: most requests within the SLO, then the shorter p99 ITL of chat.
+
+    None: no budget has a valid run.
+    """
 
     def rank(budget: int) -> tuple[float, float]:
         itl = class_stats(bench.of(colocated(budget)), "chat").itl
         return goodput(bench.of(colocated(budget)), bench.slo), -(itl.percentiles[99] if itl else math.inf)
 
-    return max((budget for budget in BUDGETS if bench.of(colocated(budget))), key=rank)
+    return max((budget for budget in BUDGETS if bench.of(colocated(budget))), key=rank, default=None)
 
 
 def ask_mixed(rounds: int) -> dict[str, Any]:
@@ -123,12 +133,16 @@ def ask_mixed(rounds: int) -> dict[str, Any]:
     names = [SPLIT, *map(colocated, BUDGETS), WHOLE]
     bench = Bench("mixed", names, [1.0], rounds)
     best = best_budget(bench)
-    rows = {}
+    rows: dict[str, Any] = {}
     findings = []
     for name in names[1:]:
-        ratio = itl_ratio(*same_rounds(bench.of(name), bench.of(SPLIT)), "chat")
+        try:
+            ratio = itl_ratio(*same_rounds(bench.of(name), bench.of(SPLIT)), "chat")
+        except ValueError as error:
+            findings.append(f"{name} over {SPLIT}: no answer: {error}.")
+            continue
         rows[name] = {"p99_itl_ratio": asdict(ratio), "goodput": goodput(bench.of(name), bench.slo)}
-        label = " (best budget)" if name == colocated(best) else ""
+        label = " (best budget)" if name == colocated(best or 0) else ""
         findings.append(
             f"{name}{label} over {SPLIT}: p99 ITL of chat {in_words(ratio)}; goodput {rows[name]['goodput']:.3f} "
             f"requests/s."
@@ -138,7 +152,7 @@ def ask_mixed(rounds: int) -> dict[str, Any]:
         "slo": asdict(bench.slo),
         "idle": {name: asdict(idle) for name, idle in bench.idle.items()},
         "best_budget": best,
-        "split_goodput": goodput(bench.of(SPLIT), bench.slo),
+        "split_goodput": goodput(bench.of(SPLIT), bench.slo) if bench.of(SPLIT) else None,
         "colocated": rows,
         "runs": figures(bench),
         "report": page,
@@ -148,11 +162,11 @@ def ask_mixed(rounds: int) -> dict[str, Any]:
 def ask_goodput(budgets: list[int], loads: list[float], rounds: int) -> dict[str, Any]:
     """Which side serves more requests within the SLO?"""
     bench = Bench("mixed-open", [SPLIT, *map(colocated, budgets)], loads, rounds)
-    verdict = decide(bench.runs, bench.deployments.deployments, bench.slo)
-    page = bench.report("Goodput on mixed traffic", list(verdict.sentences))
+    verdict, sentences = bench.decide()
+    page = bench.report("Goodput on mixed traffic", sentences)
     return {
         "slo": asdict(bench.slo),
-        "verdict": asdict(verdict),
+        "verdict": verdict,
         "goodput": goodput_by_criterion(bench, loads),
         "runs": figures(bench),
         "report": page,
@@ -162,14 +176,11 @@ def ask_goodput(budgets: list[int], loads: list[float], rounds: int) -> dict[str
 def ask_chat(rounds: int) -> dict[str, Any]:
     """Are short uniform prompts better left colocated?"""
     bench = Bench("chat", [SPLIT, colocated(DEFAULT_BUDGET)], [1.0], rounds)
-    verdict = decide(bench.runs, bench.deployments.deployments, bench.slo)
-    ratio = itl_ratio(*same_rounds(bench.of(colocated(DEFAULT_BUDGET)), bench.of(SPLIT)), "chat")
-    words = f"Colocated over {SPLIT}: p99 ITL {in_words(ratio)}."
-    page = bench.report("Chat: short uniform prompts", [*verdict.sentences, words])
+    verdict, sentences = bench.decide()
+    page = bench.report("Chat: short uniform prompts", sentences)
     return {
         "slo": asdict(bench.slo),
-        "verdict": asdict(verdict),
-        "p99_itl_ratio": asdict(ratio),
+        "verdict": verdict,
         "goodput": goodput_by_criterion(bench, [1.0]),
         "runs": figures(bench),
         "report": page,
@@ -187,8 +198,9 @@ def goodput_by_criterion(bench: Bench, loads: list[float]) -> list[dict[str, Any
                 shares = {kind: attainment(runs, slo, kind) for kind in bench.scenario.class_names()}
                 row = {"itl_quantile": quantile, "load": load, "deployment": name, "attainment": shares}
                 row["goodput"] = goodput(runs, slo) if runs else None
-                if name != SPLIT and runs and (split := bench.of(SPLIT, load)):
-                    row["split_over_this"] = asdict(goodput_ratio(*same_rounds(split, runs), slo))
+                common = {run.round for run in runs} & {run.round for run in bench.of(SPLIT, load)}
+                if name != SPLIT and common:
+                    row["split_over_this"] = asdict(goodput_ratio(*same_rounds(bench.of(SPLIT, load), runs), slo))
                 rows.append(row)
     return rows
 
@@ -209,26 +221,26 @@ def figures(bench: Bench) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Ask the questions; 2 when a run was invalid."""
+    """Ask the questions; 2 when some run stayed invalid."""
     parser = argparse.ArgumentParser(prog="make bench-interference ARGS=...")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--loads", default="0.5,0.75,1", help="of the goodput sweep")
     parser.add_argument("--only", choices=("mixed", "goodput", "chat"), help="ask one question")
     parser.add_argument("--budgets", default="", help="of the goodput sweep; else the best one of `mixed`")
     options = parser.parse_args()
-    Path(".run").mkdir(exist_ok=True)
     answers: dict[str, Any] = {}
     if options.only in (None, "mixed"):
         answers["mixed"] = ask_mixed(options.rounds)
     if options.only in (None, "goodput"):
         given = [int(budget) for budget in options.budgets.split(",") if budget]
-        budgets = given or [answers["mixed"]["best_budget"] if "mixed" in answers else DEFAULT_BUDGET]
+        budgets = given or [answers.get("mixed", {}).get("best_budget") or DEFAULT_BUDGET]
         loads = [float(load) for load in options.loads.split(",")]
         answers["goodput"] = ask_goodput(budgets, loads, options.rounds)
     if options.only in (None, "chat"):
         answers["chat"] = ask_chat(options.rounds)
     print(json.dumps(answers))
-    return 0
+    runs = [run for answer in answers.values() for run in answer["runs"]]
+    return 2 if any(run["generator"]["problems"] for run in runs) else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A server whose engines have a core each: `python -m tests.bench.interference.pinned up|down [KEY=VALUE ...]`.
 
-Starts what `make serve` starts, then pins each engine's process, all its threads, to one core: decode engines first, as
-Serve numbers them. All else of the server runs where it may, on both sides alike.
+Starts what `make serve` starts, then pins each of the two engines, with all threads of its process, to a core of its
+own. All else of the server runs where it may, on both sides alike.
 """
 
 import argparse
@@ -19,7 +19,7 @@ FOLDER = Path(".run/interference")
 
 
 def engines(server: Server) -> list[psutil.Process]:
-    """The engines' processes, those of the decode pool first."""
+    """The engines' processes, the oldest first."""
     found = [process for process in server.processes() if "EngineActor" in " ".join(process.cmdline()) + process.name()]
     return sorted(found, key=lambda process: process.create_time())
 
