@@ -46,13 +46,16 @@ class RemoteMethod:
 
 
 class LocalRef:
-    """Looks like an object reference: to await, or to pass on as an argument that is resolved first."""
+    """Looks like an object reference: to await, or to pass on as an argument that is resolved first.
+
+    As with Ray's, whoever is cancelled while waiting for it leaves the task running.
+    """
 
     def __init__(self, future: "concurrent.futures.Future[Any]") -> None:
         self._future = future
 
     def __await__(self) -> Any:
-        return asyncio.wrap_future(self._future).__await__()
+        return asyncio.shield(asyncio.wrap_future(self._future)).__await__()
 
 
 class LocalActor:
