@@ -1,19 +1,14 @@
-"""Decode attention on a CPU, straight from the paged pool: nothing gathered, masked or padded.
+"""Decode attention on a CPU, straight from the paged pool, by a kernel of our own: torch has none for CPUs.
 
-torch has no such kernel for CPUs; numba compiles it at the first call and keeps it on disk. A sequence is cut into
-splits of one length, which threads share, so that its result depends on nothing but itself.
-
-Source: PagedAttention (Kwon et al., SOSP 2023); splits and their merging from Flash-Decoding (Dao et al., 2023).
+A sequence is cut into splits of one length, so that its result depends on nothing but itself.
 """
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import numpy as np
 import torch
-from numba import njit, prange
 from torch import Tensor
 
 from deployments.engine.batch import Batch
-from deployments.engine.kernels.cpu import PARALLEL, exp_of_negative
+from deployments.engine.kernels.decode_attention import decode_attention
 from deployments.engine.kv_cache import KVCache
 
 _SPLIT_TOKENS = 256
@@ -66,98 +61,5 @@ class PagedDecode:
         parts = np.empty((num_splits, *queries.shape[1:]), _FLOAT)
         peaks, sums = np.empty((2, num_splits, num_heads), _FLOAT)
         where = (self._tables, self._splits, self._first_split)
-        _decode(queries.numpy(), keys, values, *where, _FLOAT(scaling), parts, peaks, sums, out.numpy())
+        decode_attention(queries.numpy(), keys, values, *where, _FLOAT(scaling), parts, peaks, sums, out.numpy())
         return out
-
-
-@njit(fastmath=True, inline="never")
-def _scores(query, keys, scores, scaling):
-    group = query.shape[0] // keys.shape[1]
-    for i in range(keys.shape[0]):
-        for kv_head in range(keys.shape[1]):
-            key = keys[i, kv_head]
-            for g in range(group):
-                row = query[kv_head * group + g]
-                dot = _FLOAT(0)
-                for j in range(key.shape[0]):
-                    dot += row[j] * key[j]
-                scores[kv_head * group + g, i] = dot * scaling
-
-
-@njit(fastmath=True, inline="never")
-def _softmax(scores, peaks, sums):
-    for head in range(scores.shape[0]):
-        row = scores[head]
-        peak = row[0]  # not -inf, of which fastmath may assume that there is none
-        for i in range(1, row.shape[0]):
-            peak = max(peak, row[i])
-        total = _FLOAT(0)
-        for i in range(row.shape[0]):
-            weight = exp_of_negative(row[i] - peak)
-            row[i] = weight
-            total += weight
-        peaks[head] = peak
-        sums[head] = total
-
-
-@njit(fastmath=True, inline="never")
-def _accumulate(out, values, scores):
-    group = out.shape[0] // values.shape[1]
-    for kv_head in range(values.shape[1]):
-        for g in range(group):
-            row, weights = out[kv_head * group + g], scores[kv_head * group + g]
-            for i in range(values.shape[0]):
-                weight, value = weights[i], values[i, kv_head]
-                for j in range(value.shape[0]):
-                    row[j] += weight * value[j]
-
-
-@njit(fastmath=True, inline="never")
-def _attend_split(query, keys, values, table, start, end, scaling, out, peaks, sums):
-    size = keys.shape[1]
-    scores = np.empty((query.shape[0], end - start), _FLOAT)
-    for block in range(start // size, (end - 1) // size + 1):
-        first, last = max(block * size, start), min((block + 1) * size, end)
-        part = keys[table[block], first - block * size : last - block * size]
-        _scores(query, part, scores[:, first - start : last - start], scaling)
-    _softmax(scores, peaks, sums)
-    out[:] = _FLOAT(0)
-    for block in range(start // size, (end - 1) // size + 1):
-        first, last = max(block * size, start), min((block + 1) * size, end)
-        part = values[table[block], first - block * size : last - block * size]
-        _accumulate(out, part, scores[:, first - start : last - start])
-    for head in range(query.shape[0]):
-        row, scale = out[head], _FLOAT(1) / sums[head]
-        for j in range(row.shape[0]):
-            row[j] *= scale
-
-
-@njit(fastmath=True, inline="never")
-def _merge(parts, peaks, sums, out):
-    for head in range(out.shape[0]):
-        row = out[head]
-        peak = peaks[0, head]
-        for s in range(1, parts.shape[0]):
-            peak = max(peak, peaks[s, head])
-        total = _FLOAT(0)
-        for s in range(parts.shape[0]):
-            total += sums[s, head] * exp_of_negative(peaks[s, head] - peak)
-        row[:] = _FLOAT(0)
-        for s in range(parts.shape[0]):
-            part, weight = parts[s, head], sums[s, head] * exp_of_negative(peaks[s, head] - peak) / total
-            for j in range(row.shape[0]):
-                row[j] += weight * part[j]
-
-
-@njit(parallel=PARALLEL, cache=PARALLEL, nogil=True)
-def _decode(queries, keys, values, tables, splits, first_split, scaling, parts, peaks, sums, out):
-    """Fills out. A decode's only split goes there directly; several go to parts and are merged."""
-    for s in prange(splits.shape[0]):
-        d, start, end = splits[s]
-        target = out[d] if first_split[d + 1] - first_split[d] == 1 else parts[s]
-        _attend_split(queries[d], keys, values, tables[d], start, end, scaling, target, peaks[s], sums[s])
-    if splits.shape[0] > queries.shape[0]:
-        for d in range(queries.shape[0]):
-            first, last = first_split[d], first_split[d + 1]
-            if last - first > 1:
-                _merge(parts[first:last], peaks[first:last], sums[first:last], out[d])

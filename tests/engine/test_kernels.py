@@ -1,0 +1,56 @@
+"""Kernels on a CPU against torch, in shapes that do not fit their tiles as well."""
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from deployments.engine.kernels.decode_attention import decode_attention
+from deployments.engine.kernels.matmul import PackedWeight, linear
+
+GENERATOR = torch.Generator().manual_seed(0)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=GENERATOR)
+
+
+@pytest.mark.parametrize(("num_columns", "depth"), [(1, 1), (3, 7), (48, 16), (77, 100), (130, 1600), (96, 768)])
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 3, 7, 8, 13, 127, 300])
+def test_a_packed_product_equals_torchs(num_rows: int, num_columns: int, depth: int) -> None:
+    x, weight, bias = randn(num_rows, depth), randn(num_columns, depth), randn(num_columns)
+    expected = (x.double() @ weight.double().T + bias.double()).float()
+    torch.testing.assert_close(linear(x, PackedWeight(weight, bias)), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_packed_product_takes_rows_that_lie_apart() -> None:
+    x, weight = randn(6, 64)[:, 8:40], randn(50, 32)
+    torch.testing.assert_close(linear(x, PackedWeight(weight, None)), x @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_of_a_packed_product_has_the_same_bits_whatever_is_beside_it() -> None:
+    x, weight = randn(200, 900), PackedWeight(randn(130, 900), None)
+    whole = linear(x, weight)
+    for start, end in ((0, 1), (5, 8), (190, 200), (64, 192)):
+        assert torch.equal(linear(x[start:end], weight), whole[start:end])
+
+
+@pytest.mark.parametrize("head_dim", [4, 16, 40, 64, 80, 128])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(1, 1), (6, 3), (9, 3), (4, 1), (5, 1), (16, 2), (32, 4)])
+def test_decode_attention_serves_every_shape_of_heads(num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    block_size, lens = 8, (1, 8, 21)
+    keys, values = randn(2, 12, block_size, num_kv_heads, head_dim)
+    tables = torch.randperm(12, generator=GENERATOR).view(3, 4)
+    queries, scaling = randn(3, num_heads, head_dim), head_dim**-0.5
+    splits = np.array([(0, 0, 1), (1, 0, 8), (2, 0, 10), (2, 10, 21)], np.int64)
+    scratch = np.empty((4, num_heads, head_dim), np.float32), *np.empty((2, 4, num_heads), np.float32)
+    out = np.empty((3, num_heads, head_dim), np.float32)
+    where = tables.numpy(), splits, np.array([0, 1, 2, 4])
+    arguments = queries.numpy(), keys.numpy(), values.numpy(), *where, np.float32(scaling), *scratch, out
+    decode_attention(*arguments)
+    for query, table, length, result in zip(queries, tables, lens, out, strict=True):
+        key, value = (part[table].flatten(0, 1)[:length].double() for part in (keys, values))
+        key, value = (part.repeat_interleave(num_heads // num_kv_heads, dim=1) for part in (key, value))
+        scores = torch.einsum("hd,thd->ht", query.double(), key) * scaling
+        expected = torch.einsum("ht,thd->hd", scores.softmax(-1), value).float()
+        torch.testing.assert_close(torch.from_numpy(result), expected, rtol=1e-4, atol=1e-5)
