@@ -135,7 +135,7 @@ def itl_cdf(
         slo: its bound is drawn.
         colors: of the deployments; None: `deployment_colors(runs)`.
     """
-    figure = Figure(figsize=(7.0, 4.8), layout="constrained")
+    figure = Figure(figsize=(8.0, 5.6), layout="constrained")
     axis = figure.subplots()
     # Limits are set below: a single value has no span that could be found.
     axis.set(xscale="log", yscale="log", autoscale_on=False)
@@ -167,7 +167,8 @@ def itl_cdf(
     axis.axhline(0.01, color="#444444", linewidth=1, linestyle=":")
     _clean(axis)
     if edges:
-        axis.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none")
+        # Outside: curves of stalls run along every edge.
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
