@@ -27,7 +27,7 @@ DEV := $(VENV)/.stamp-dev
 SOURCES := app deployments tests load_tests
 
 .PHONY: help serve stop status test check format load-test advise clean \
-	bench-engine bench-handoff bench-serving bench-interference
+	bench-engine bench-gpu bench-handoff bench-serving bench-interference
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 24
@@ -59,6 +59,9 @@ format: $(DEV) ## Format, and fix what lint can fix.
 
 bench-engine: $(DEV) ## Measure one engine without a server. ARGS= is passed on.
 	@$(PY) tests/bench/bench_engine.py $(ARGS)
+
+bench-gpu: $(DEV) ## Measure the engine on a GPU with random weights: tokens, prompts, throughput. ARGS= is passed on.
+	@$(PY) -m tests.bench.bench_gpu $(ARGS)
 
 bench-handoff: $(DEV) ## Measure the hand-off of KV between two engines. ARGS= is passed on.
 	@$(PY) tests/bench/bench_handoff.py $(ARGS)

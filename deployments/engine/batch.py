@@ -34,7 +34,7 @@ class Batch:
     """The inputs of one step.
 
     Attributes:
-        input_ids: (T,) int64.
+        input_ids: (T,) int64; `PENDING` for tokens that the step before draws.
         positions: (T,) int64, within each sequence.
         slot_mapping: (T,) int64, where each token's KV goes in the flattened pool.
         logits_indices: (S,) int64, flat positions whose logits are wanted, in the order of the sequences.
@@ -75,7 +75,7 @@ def build_batch(scheduled: list[ScheduledSequence], block_size: int, device: tor
     chunks: list[PromptChunk] = []
     decodes = [s for s in scheduled if s.num_tokens == 1]
     for item in scheduled:
-        sequence, start = item.sequence, item.sequence.num_computed_tokens
+        sequence, start = item.sequence, item.start
         end = start + item.num_tokens
         table = np.asarray(sequence.block_table[: -(-end // block_size)], dtype=np.int64)
         position = np.arange(start, end)
@@ -93,13 +93,13 @@ def build_batch(scheduled: list[ScheduledSequence], block_size: int, device: tor
         slot_mapping=torch.from_numpy(np.concatenate(slots)).to(device),
         logits_indices=torch.tensor(logits_indices, dtype=torch.int64, device=device),
         decode_block_tables=_pad_tables(decodes, block_size),
-        decode_lens=np.array([s.sequence.num_computed_tokens + 1 for s in decodes], dtype=np.int64),
+        decode_lens=np.array([s.start + 1 for s in decodes], dtype=np.int64),
         chunks=tuple(chunks),
     )
 
 
 def _pad_tables(decodes: list[ScheduledSequence], block_size: int) -> np.ndarray:
-    num_blocks = [s.sequence.num_computed_tokens // block_size + 1 for s in decodes]
+    num_blocks = [s.start // block_size + 1 for s in decodes]
     tables = np.zeros((len(decodes), max(num_blocks, default=0)), dtype=np.int64)
     for row, item, count in zip(tables, decodes, num_blocks, strict=True):
         row[:count] = item.sequence.block_table[:count]

@@ -21,9 +21,9 @@ from deployments.engine.config import EngineConfig, EngineLimits
 from deployments.engine.export import ExportBuffer
 from deployments.engine.kv_cache import KVCache
 from deployments.engine.model import LoadedModel
-from deployments.engine.model_runner import ModelRunner
+from deployments.engine.model_runner import LaunchedStep, build_runner
 from deployments.engine.scheduler import ScheduledSequence, Scheduler
-from deployments.engine.sequence import Role, Sequence, Status
+from deployments.engine.sequence import PENDING, Role, Sequence, Status
 from deployments.engine.sizing import choose_limits
 from deployments.engine.stats import EngineStats
 from deployments.errors import InvalidRequestError, RequestTooLargeError
@@ -41,19 +41,25 @@ class Engine:
     Args:
         loaded: the model.
         config: what the user asked for.
+        is_pipelined: whether a step is started before the one before has been concluded, so that a GPU never waits for
+            this process; else, and None on a CPU, one step at a time.
     """
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig) -> None:
+    def __init__(self, loaded: LoadedModel, config: EngineConfig, is_pipelined: bool | None = None) -> None:
+        if is_pipelined is None:
+            is_pipelined = loaded.device.type == "cuda"
         self.limits: EngineLimits = choose_limits(loaded, config)
         self.kv_shape = loaded.kv_shape
         cache = KVCache(loaded.kv_shape, self.limits.num_blocks, self.limits.block_size, loaded.device)
-        self._runner = ModelRunner(loaded, cache)
+        self._runner = build_runner(loaded, cache, self.limits)
         self._blocks = BlockManager(
             self.limits.num_blocks, self.limits.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
         self._scheduler = Scheduler(self._blocks, self.limits)
         self._max_chunk_blocks = max(1, self.limits.max_num_batched_tokens // self.limits.block_size)
         self._exports = ExportBuffer(max_blocks=_EXPORT_STEPS * self._max_chunk_blocks)
+        self._is_pipelined = is_pipelined
+        self._in_flight: LaunchedStep | None = None
         self._exporting: dict[str, Sequence] = {}
         self._first_tokens: dict[str, int] = {}
         self._vocab_size = loaded.vocab_size
@@ -62,7 +68,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` could make progress now."""
-        return self._scheduler.has_work or self._can_export()
+        return self._in_flight is not None or self._scheduler.has_work or self._can_export()
 
     @property
     def num_sequences(self) -> int:
@@ -163,7 +169,9 @@ class Engine:
         sequence.num_computed_tokens = sequence.num_prompt_tokens
         self._scheduler.activate(sequence)
         self._blocks.publish(sequence)
-        return [self._append(sequence, self._first_tokens.pop(chunk.request_id))]
+        first_token = self._first_tokens.pop(chunk.request_id)
+        sequence.token_ids.append(first_token)
+        return [self._told(sequence, sequence.num_prompt_tokens, first_token)]
 
     def prefill_locally(self, request_id: str) -> bool:
         """Stop waiting for a prefill engine and compute what is missing here; False if it does not wait."""
@@ -193,7 +201,7 @@ class Engine:
         self._exports.release(request_id, index)
 
     def step(self) -> list[EngineEvent]:
-        """Run one batch, if there is one.
+        """Run one batch, if there is one. A pipelined engine starts it, and concludes the one before meanwhile.
 
         Returns:
             What happened, in order; one `TokenOutput` per sequence that drew a token.
@@ -202,10 +210,17 @@ class Engine:
         events: list[EngineEvent] = list(schedule.placed)
         for placed in schedule.placed:
             self._stats.prefix_hit_tokens += placed.num_cached_tokens
+        launched = None
         if schedule.scheduled:
             self._stats.steps += 1
-            for item, token in self._runner.execute(schedule.scheduled):
-                events += self._advance(item, token)
+            launched = self._runner.launch(schedule.scheduled)
+            for item in schedule.scheduled:
+                self._account(item)
+        if self._is_pipelined:
+            launched, self._in_flight = self._in_flight, launched
+        if launched is not None:
+            for item, token in launched.collect():
+                events += self._conclude(item, token)
         return events + self._export_chunks()
 
     def stats(self) -> EngineStats:
@@ -232,18 +247,29 @@ class Engine:
             raise InvalidRequestError(f"request id {request_id!r} is already in use", "request_id")
         self._scheduler.add(sequence)
 
-    def _advance(self, item: ScheduledSequence, token: int | None) -> list[EngineEvent]:
-        """Account for a run that was computed, and for the token it drew."""
+    def _account(self, item: ScheduledSequence) -> None:
+        """A run was started: its tokens count as computed, and the one it draws as there."""
         sequence = item.sequence
-        num_prompt = min(sequence.num_computed_tokens + item.num_tokens, sequence.num_prompt_tokens)
-        self._stats.prompt_tokens += max(0, num_prompt - sequence.num_computed_tokens)
+        num_prompt = min(item.start + item.num_tokens, sequence.num_prompt_tokens)
+        self._stats.prompt_tokens += max(0, num_prompt - item.start)
         sequence.num_computed_tokens += item.num_tokens
-        self._blocks.publish(sequence)
+        if item.samples and sequence.role is not Role.EXPORT:
+            sequence.token_ids.append(PENDING)
+
+    def _conclude(self, item: ScheduledSequence, token: int | None) -> list[EngineEvent]:
+        """A run has ended and drawn this token."""
+        sequence = item.sequence
+        if sequence.status is Status.FINISHED:
+            return []  # aborted, or ended by the token before, while this one was in flight
+        if token is not None and sequence.role is not Role.EXPORT:
+            sequence.token_ids[item.start + item.num_tokens] = token
+        if sequence.status is Status.RUNNING:  # and not preempted since
+            self._blocks.publish(sequence)
         if token is None:
             return []
         self._stats.generated_tokens += 1
         if sequence.role is not Role.EXPORT:
-            return [self._append(sequence, token)]
+            return [self._told(sequence, item.start + item.num_tokens, token)]
         if sequence.request_id in self._first_tokens:
             return []  # computed again after a preemption: the token is out already
         self._first_tokens[sequence.request_id] = token
@@ -252,9 +278,9 @@ class Engine:
             self._finish(sequence)  # nobody will decode it, so nobody wants its KV
         return [output]
 
-    def _append(self, sequence: Sequence, token: int) -> TokenOutput:
-        output = self._output(sequence, sequence.num_generated_tokens, token)
-        sequence.token_ids.append(token)
+    def _told(self, sequence: Sequence, position: int, token: int) -> TokenOutput:
+        """Tell of a token that is in its place."""
+        output = self._output(sequence, position - sequence.num_prompt_tokens, token)
         if output.finish_reason is not None:
             self._finish(sequence)
         return output
@@ -279,12 +305,17 @@ class Engine:
         self._first_tokens.pop(sequence.request_id, None)
 
     def _num_exportable(self, sequence: Sequence) -> int:
-        """Blocks that are computed and not yet copied out; the last, partial one counts when the prompt is done."""
+        """Blocks that are computed and not yet copied out; the last ones count when the first token is known."""
         if sequence.status is not Status.RUNNING:
             return 0
-        done = sequence.num_uncomputed_tokens == 0
-        num_blocks = len(sequence.block_table) if done else sequence.num_computed_tokens // self.limits.block_size
+        done = self._is_computed(sequence)
+        num_computed = sequence.num_computed_tokens // self.limits.block_size
+        num_blocks = len(sequence.block_table) if done else min(num_computed, len(sequence.block_table) - 1)
         return num_blocks - sequence.num_exported_blocks
+
+    def _is_computed(self, sequence: Sequence) -> bool:
+        """Whether an exporting sequence has all its KV and the token that its last chunk brings."""
+        return sequence.num_uncomputed_tokens == 0 and sequence.request_id in self._first_tokens
 
     def _can_export(self) -> bool:
         room = self._exports.num_free_blocks
@@ -310,7 +341,7 @@ class Engine:
         sequence.num_exported_blocks += size
         sequence.num_exported_chunks += 1
         first_token = None
-        if sequence.num_uncomputed_tokens == 0 and sequence.num_exported_blocks == len(sequence.block_table):
+        if self._is_computed(sequence) and sequence.num_exported_blocks == len(sequence.block_table):
             first_token = self._first_tokens[sequence.request_id]
             self._finish(sequence)
         return ChunkReady(sequence.request_id, index, start, size, first_token)

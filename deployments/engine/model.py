@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fcntl import LOCK_EX, flock
 from hashlib import blake2b
 from importlib.util import find_spec
@@ -20,11 +20,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from deployments.engine.attention.base import IMPLEMENTATION, register
 from deployments.engine.config import EngineConfig
-from deployments.engine.fused_layers import fuse_layers
+from deployments.engine.fused_layers import CPU_KERNELS, fuse_layers
 from deployments.engine.kv_cache import KVShape
 from deployments.engine.merged_linear import merge_linears
 from deployments.engine.packed_linear import pack_linears
-from deployments.engine.probe import probe_kv_shape
+from deployments.engine.probe import is_plain, probe_kv_shape
 from deployments.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ class LoadedModel:
         max_model_len: what it was trained for, in tokens.
         vocab_size: rows of the output layer.
         eos_token_ids: ids that end a text.
+        has_cuda_layers: its layers are replaced by those of `cuda_layers`, which only `CudaRunner` can run.
     """
 
     model: PreTrainedModel
@@ -59,6 +60,7 @@ class LoadedModel:
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    has_cuda_layers: bool = False
 
 
 def cache_folder() -> Path:
@@ -110,17 +112,35 @@ def load_model(config: EngineConfig) -> LoadedModel:
     except ValueError as error:
         raise UnsupportedModelError(f"model {config.model!r}: {error}") from error
     loaded = prepare_model(model, path, device)
-    optimize_layers(model)
-    return loaded
+    return replace(loaded, has_cuda_layers=optimize_layers(model))
 
 
-def optimize_layers(model: PreTrainedModel) -> None:
-    """Replace layers of a loaded model, in place, by faster ones that compute the same."""
+def optimize_layers(model: PreTrainedModel) -> bool:
+    """Replace layers of a loaded model, in place, by faster ones that compute the same.
+
+    Returns:
+        Whether they are those that `CudaRunner` runs.
+    """
     merge_linears(model)
-    if model.device.type == "cpu":
-        if model.dtype is torch.float32:
-            fuse_layers(model)
-        pack_linears(model)
+    if model.device.type == "cuda":
+        return _optimize_for_cuda(model)
+    if model.dtype is torch.float32:
+        fuse_layers(model, CPU_KERNELS)
+    pack_linears(model)
+    return False
+
+
+def _optimize_for_cuda(model: PreTrainedModel) -> bool:
+    if model.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    from deployments.engine import cuda_layers  # Triton is there only where a GPU is
+
+    cuda_layers.optimize_layers(model)
+    if is_plain(model):
+        return True
+    logger.info("windows, softcaps or another rotary embedding: attention runs without kernels of our own")
+    cuda_layers.restore_rotary(model)
+    return False
 
 
 def prepare_model(model: PreTrainedModel, path: str, device: torch.device) -> LoadedModel:

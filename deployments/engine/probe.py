@@ -25,6 +25,8 @@ class _Probe:
         self.calls: list[int] = []
         self.layers: dict[int, tuple[int, int, int]] = {}
         self.windows: dict[int, int | None] = {}
+        self.softcaps: dict[int, float | None] = {}
+        self.leaves_rotary: dict[int, bool] = {}
         self.dtype = torch.float32
 
     def attend(
@@ -37,10 +39,13 @@ class _Probe:
         scaling: float,
         sliding_window: int | None,
         softcap: float | None,
+        rotary: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         self.calls.append(layer)
         self.layers[layer] = (keys.shape[0], keys.shape[2], values.shape[2])
         self.windows[layer] = sliding_window
+        self.softcaps[layer] = softcap
+        self.leaves_rotary[layer] = rotary is not None
         self.dtype = keys.dtype
         return queries.new_zeros(queries.shape[1], queries.shape[0], values.shape[2])
 
@@ -67,6 +72,16 @@ def probe_kv_shape(model: PreTrainedModel, device: torch.device) -> KVShape:
     if not _agree(logits, _last_logits(model, [second, second], positions, _Probe())):
         raise UnsupportedModelError(f"{name} mixes neighbouring tokens outside of its attention layers")
     return shape
+
+
+@torch.inference_mode()
+def is_plain(model: PreTrainedModel) -> bool:
+    """Whether every layer attends without window and softcap and leaves the rotary embedding to attention."""
+    probe = _Probe()
+    _last_logits(model, [0, 1], torch.arange(2, device=model.device).unsqueeze(0), probe)
+    longest = model.config.max_position_embeddings
+    no_window = all(window is None or window >= longest for window in probe.windows.values())
+    return no_window and not any(probe.softcaps.values()) and all(probe.leaves_rotary.values())
 
 
 def _last_logits(model: PreTrainedModel, token_ids: list[int], positions: Tensor | None, probe: _Probe) -> Tensor:

@@ -23,15 +23,24 @@ _WATERMARK = 0.01
 
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
-    """The next `num_tokens` uncomputed tokens of a sequence run in this step."""
+    """The next `num_tokens` uncomputed tokens of a sequence run in this step.
+
+    Attributes:
+        sequence: whose.
+        start: computed tokens before them.
+        num_tokens: at least 1.
+        samples: the step reaches the newest token, so that the next one is drawn.
+    """
 
     sequence: Sequence
+    start: int
     num_tokens: int
+    samples: bool
 
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the newest token, so that the next one is drawn."""
-        return self.num_tokens == self.sequence.num_uncomputed_tokens
+    @classmethod
+    def of(cls, sequence: Sequence, num_tokens: int) -> "ScheduledSequence":
+        """A run of a sequence as it is now."""
+        return cls(sequence, sequence.num_computed_tokens, num_tokens, num_tokens == sequence.num_uncomputed_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +81,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether another step could make progress without a message from outside."""
-        return any(s.num_uncomputed_tokens for s in self.running) or self._can_admit()
+        return any(s.num_uncomputed_tokens and not s.is_complete for s in self.running) or self._can_admit()
 
     def add(self, sequence: Sequence) -> None:
         assert sequence.request_id not in self._by_id, f"{sequence.request_id} is already here"
@@ -89,7 +98,7 @@ class Scheduler:
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             if num_tokens == 0:
                 break
-            scheduled.append(ScheduledSequence(sequence, num_tokens))
+            scheduled.append(ScheduledSequence.of(sequence, num_tokens))
             budget -= num_tokens
         return Schedule(scheduled, placed)
 
@@ -132,13 +141,13 @@ class Scheduler:
     def _schedule_decodes(self) -> tuple[list[ScheduledSequence], int]:
         scheduled: list[ScheduledSequence] = []
         num_preempted = 0
-        for sequence in [s for s in self.running if s.is_decoding]:
+        for sequence in [s for s in self.running if s.is_decoding and not s.is_complete]:
             while sequence.status is Status.RUNNING and not self._blocks.append(sequence):
                 # The newest one goes: it is at or behind `sequence`, so nothing scheduled is undone.
                 self._preempt(self.running[-1])
                 num_preempted += 1
             if sequence.status is Status.RUNNING:
-                scheduled.append(ScheduledSequence(sequence, 1))
+                scheduled.append(ScheduledSequence.of(sequence, 1))
         return scheduled, num_preempted
 
     def _preempt(self, sequence: Sequence) -> None:

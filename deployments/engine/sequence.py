@@ -5,6 +5,9 @@ from enum import Enum, auto
 
 from deployments.messages import GenerateRequest
 
+# Stands in `token_ids` for a token that a step in flight draws; ids are never negative.
+PENDING = -1
+
 
 class Role(Enum):
     """What this engine does for the sequence."""
@@ -33,8 +36,8 @@ class Sequence:
         arrival_s: monotonic time of arrival.
         arrival_number: position in the order of arrival at this engine.
         num_overtaken_tokens: prompt tokens of later sequences that were admitted before this prompt was done.
-        token_ids: the prompt, then the generated tokens.
-        num_computed_tokens: leading tokens whose KV is in the blocks.
+        token_ids: the prompt, then the generated tokens, `PENDING` for one that is not known yet.
+        num_computed_tokens: leading tokens whose KV is in the blocks, or will be when the step in flight has ended.
         num_cached_tokens: those of them that were found in the prefix cache at the first admission.
         block_table: physical block of each logical block.
         block_hashes: chained hash of each full block of `token_ids`, filled on demand.
@@ -87,3 +90,8 @@ class Sequence:
     def is_decoding(self) -> bool:
         """Exactly one token, the newest, has no KV yet, and it was generated."""
         return self.num_uncomputed_tokens == 1 and self.num_generated_tokens > 0
+
+    @property
+    def is_complete(self) -> bool:
+        """The last token it may generate is there, or in flight."""
+        return self.num_generated_tokens >= self.request.sampling.max_tokens

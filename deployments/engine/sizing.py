@@ -11,6 +11,8 @@ _CPU_POOL_BYTES = 1 << 30
 _CPU_MEMORY_SHARE = 0.25
 # Token budget per thread: a step of SmolLM2-135M then stays under a second (Zen 3, 2026-11), and so does an abort.
 _CPU_TOKENS_PER_THREAD = 128
+# The paged attention of torch reads blocks of a multiple of this.
+_GPU_BLOCK_SIZE = 256
 # What stays free on a GPU for activations, besides what is measured.
 _GPU_MEMORY_SHARE = 0.9
 
@@ -33,7 +35,9 @@ def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
             f"max_num_batched_tokens is {max_num_batched_tokens}, must be at least max_num_seqs"
             f" ({config.max_num_seqs}), so that every sequence can get its token in each step"
         )
-    block_size = config.block_size or (16 if on_cpu else 256)
+    block_size = config.block_size or (16 if on_cpu else _GPU_BLOCK_SIZE)
+    if loaded.has_cuda_layers and block_size % _GPU_BLOCK_SIZE:
+        raise ValueError(f"block_size is {block_size}, must be a multiple of {_GPU_BLOCK_SIZE} on a GPU")
     bytes_per_block = block_size * loaded.kv_shape.bytes_per_token
     num_blocks = config.num_blocks or (config.kv_cache_bytes or _default_pool_bytes(loaded.device)) // bytes_per_block
     if num_blocks < 1:

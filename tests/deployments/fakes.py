@@ -61,7 +61,7 @@ class LocalRef:
 class LocalActor:
     """An engine behind the interface of `EngineActor`'s handle."""
 
-    def __init__(self, **overrides: object) -> None:
+    def __init__(self, **overrides: Any) -> None:
         self.event_loop = asyncio.get_running_loop()
         self.engine: Engine = build_engine(load("llama"), **overrides)
         self.death: Exception | None = None

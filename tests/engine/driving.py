@@ -13,14 +13,14 @@ from deployments.messages import ChunkReady, EngineEvent, GenerateRequest, Sampl
 BLOCK_SIZE = 8
 
 
-def build_engine(loaded: LoadedModel, **overrides: object) -> Engine:
+def build_engine(loaded: LoadedModel, *, is_pipelined: bool | None = None, **overrides: object) -> Engine:
     settings: dict[str, object] = {
         "block_size": BLOCK_SIZE,
         "num_blocks": 128,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 256,
     }
-    return Engine(loaded, EngineConfig.model_validate(settings | overrides))
+    return Engine(loaded, EngineConfig.model_validate(settings | overrides), is_pipelined)
 
 
 def greedy(request_id: str, prompt: Iterable[int], max_tokens: int) -> GenerateRequest:

@@ -86,7 +86,7 @@ def check(
     for kernel in (True, False):  # without it as well, as for other dtypes
         with patch.object(sdpa, "can_decode", lambda _, kernel=kernel: kernel):
             actual = sdpa.SdpaStep(pool.cache, batch).attend(
-                0, queries, keys, values, scaling=SCALING, sliding_window=window, softcap=softcap
+                0, queries, keys, values, scaling=SCALING, sliding_window=window, softcap=softcap, rotary=None
             )
         torch.testing.assert_close(actual.double(), torch.cat(expected), rtol=1e-4, atol=1e-5)
 

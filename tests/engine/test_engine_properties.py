@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deployments.engine.engine import Engine
 from deployments.engine.model import LoadedModel, prepare_model
-from deployments.engine.sequence import Sequence
+from deployments.engine.sequence import PENDING, Sequence
 from deployments.messages import ChunkReady, EngineEvent, GenerateRequest, Placed, SamplingParams, TokenOutput
 from tests.engine.driving import Transcript, build_engine, generate, greedy, prefill_all, run
 from tests.engine.families import CPU, randomize
@@ -37,9 +37,9 @@ def tiny() -> LoadedModel:
     return prepare_model(randomize(AutoModelForCausalLM.from_config(config)), "", CPU)
 
 
-def build_small(**overrides: object) -> Engine:
+def build_small(*, is_pipelined: bool = False, **overrides: object) -> Engine:
     shape = {"block_size": BLOCK_SIZE, "num_blocks": POOL_BLOCKS, "max_num_seqs": 4, "max_num_batched_tokens": 8}
-    return build_engine(tiny(), **(shape | overrides))
+    return build_engine(tiny(), is_pipelined=is_pipelined, **(shape | overrides))
 
 
 @cache
@@ -75,9 +75,11 @@ class InFlight:
 class Relay(RuleBasedStateMachine):
     """A prefill engine, a decode engine, and a network and clients without manners."""
 
+    is_pipelined = False
+
     def __init__(self) -> None:
         super().__init__()
-        self.prefill, self.decode = build_small(), build_small()
+        self.prefill, self.decode = (build_small(is_pipelined=self.is_pipelined) for _ in range(2))
         self.requests: dict[str, GenerateRequest] = {}
         self.tokens: dict[str, list[int]] = {}
         self.ended: set[str] = set()
@@ -97,6 +99,8 @@ class Relay(RuleBasedStateMachine):
     @rule()
     def step_decode(self) -> None:
         decoding = [s for s in self.decode._scheduler.running if s.is_decoding]
+        if self.is_pipelined:  # then tokens come of what was started before
+            decoding = [s for s in decoding if s.token_ids[-1] == PENDING]
         preemptions = {s.request_id: s.num_preemptions for s in decoding}
         events = self.decode.step()
         self.note(events)
@@ -210,6 +214,8 @@ class Relay(RuleBasedStateMachine):
                 break
             self.step_decode()
             self.decode.check_integrity()
+        while self.prefill.has_work:  # a step that was in flight
+            assert not self.prefill.step(), "events of requests that were aborted"
         assert self.ended == set(self.requests), "not all requests came to an end"
         for engine in (self.prefill, self.decode):
             engine.check_integrity()
@@ -220,8 +226,16 @@ class Relay(RuleBasedStateMachine):
             assert not engine.has_work
 
 
+class PipelinedRelay(Relay):
+    """The same with engines that start a step before they conclude the one before."""
+
+    is_pipelined = True
+
+
 TestRelay = Relay.TestCase
-TestRelay.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
+TestPipelinedRelay = PipelinedRelay.TestCase
+for case in (TestRelay, TestPipelinedRelay):
+    case.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
 
 
 def decoding(engine: Engine) -> list[Sequence]:

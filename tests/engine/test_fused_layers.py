@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from deployments.engine.fused_layers import FusedGatedMLP, FusedRMSNorm, fuse_layers
+from deployments.engine.fused_layers import CPU_KERNELS, FusedGatedMLP, FusedRMSNorm, fuse_layers
 from deployments.engine.kernels.cpu import rms_norm, rotate, silu_mul
 from deployments.engine.merged_linear import merge_linears
 from tests.engine.families import build_model
@@ -17,13 +17,13 @@ def test_rms_norm_matches_float64(shape: tuple[int, ...]) -> None:
     x, weight = 100 * torch.randn(shape), torch.randn(shape[-1])
     wide = x.double()
     expected = wide * (wide.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
-    torch.testing.assert_close(rms_norm(x, weight.numpy(), 1e-5).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_rms_norm_takes_views_whose_rows_lie_apart() -> None:
     x, weight = torch.randn(5, 96), torch.randn(4)
     heads = x[:, :32].view(5, 8, 4)
-    torch.testing.assert_close(rms_norm(heads, weight.numpy(), 1e-6), rms_norm(heads.clone(), weight.numpy(), 1e-6))
+    torch.testing.assert_close(rms_norm(heads, weight, 1e-6), rms_norm(heads.clone(), weight, 1e-6))
 
 
 @pytest.mark.parametrize("size", [1, 15, 1536])
@@ -46,7 +46,7 @@ def test_rotate_reads_heads_out_of_a_merged_projection(num_tokens: int) -> None:
 def fuse(family: str) -> tuple[nn.Module, int]:
     model = copy.deepcopy(build_model(family))
     merge_linears(model)
-    return model, fuse_layers(model)
+    return model, fuse_layers(model, CPU_KERNELS)
 
 
 def count(model: nn.Module, kind: type[nn.Module]) -> int:
@@ -77,7 +77,7 @@ def test_a_norm_that_computes_something_else_stays_as_it_is() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + self.weight
 
-    assert fuse_layers(nn.ModuleList([Shifted()])) == 0
+    assert fuse_layers(nn.ModuleList([Shifted()]), CPU_KERNELS) == 0
 
 
 def test_other_models_in_the_process_keep_their_own_layers() -> None:

@@ -29,6 +29,24 @@ _IGNORED = frozenset(
 )
 
 
+class Rotary:
+    """The rotary embedding that an attention layer leaves to attention, where one kernel does it with the rest.
+
+    Attributes:
+        owed: cos and sin, (1, T, head_dim) each, of queries and keys that were not rotated; None: they were.
+    """
+
+    __slots__ = ("owed",)
+
+    def __init__(self) -> None:
+        self.owed: tuple[Tensor, Tensor] | None = None
+
+    def take(self) -> tuple[Tensor, Tensor] | None:
+        """What is owed, once."""
+        owed, self.owed = self.owed, None
+        return owed
+
+
 class AttentionStep(Protocol):
     """Attention for one step: writes the new KV, then attends."""
 
@@ -42,6 +60,7 @@ class AttentionStep(Protocol):
         scaling: float,
         sliding_window: int | None,
         softcap: float | None,
+        rotary: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         """Attend in one layer.
 
@@ -53,6 +72,7 @@ class AttentionStep(Protocol):
             scaling: factor on the scores.
             sliding_window: a token sees itself and this many less one before it; None: all.
             softcap: scores are squashed to ±softcap; None: they are not.
+            rotary: cos and sin, (1, T, head_dim) each, where queries and keys still have to be rotated.
 
         Returns:
             (T, num_heads, head_dim).
@@ -89,6 +109,7 @@ def paged_attention(
         raise UnsupportedModelError(
             f"{name} needs {', '.join(unknown) or 'an attention mask'}, which paged attention lacks"
         )
+    rotary: Rotary | None = getattr(module, "kvrelay_rotary", None)
     output = paged_step.attend(
         module.layer_idx,  # type: ignore[arg-type]  # nn.Module types its attributes loosely
         query[0],
@@ -97,6 +118,7 @@ def paged_attention(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         sliding_window=sliding_window,
         softcap=softcap,
+        rotary=None if rotary is None else rotary.take(),
     )
     return output.unsqueeze(0), None
 

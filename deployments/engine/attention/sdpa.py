@@ -59,7 +59,9 @@ class SdpaStep:
         scaling: float,
         sliding_window: int | None,
         softcap: float | None,
+        rotary: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
+        assert rotary is None, "this attention takes queries and keys that are rotated"
         batch = self._batch
         self._cache.write(layer, batch.slot_mapping, keys.transpose(0, 1), values.transpose(0, 1))
         outputs = []

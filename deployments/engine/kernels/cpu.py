@@ -33,7 +33,7 @@ def use_torch_threads() -> None:
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
 
 
-def rms_norm(x: Tensor, weight: np.ndarray, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Divide by the root mean square over the last dimension and scale.
 
     Args:
@@ -48,7 +48,7 @@ def rms_norm(x: Tensor, weight: np.ndarray, eps: float) -> Tensor:
     """
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     size = x.shape[-1]
-    _rms_norm(x.reshape(-1, size).numpy(), weight, _FLOAT(eps), out.view(-1, size).numpy())
+    _rms_norm(x.reshape(-1, size).numpy(), weight.numpy(), _FLOAT(eps), out.view(-1, size).numpy())
     return out
 
 

@@ -1,6 +1,6 @@
 """Kernels that torch lacks on a GPU, in Triton; bfloat16 and float16. Imported only where there is one.
 
-All of them may be captured in a CUDA graph: shapes are fixed by their arguments' shapes, and lengths are read on the GPU.
+All of them may be recorded in a CUDA graph: their grids depend on shapes alone, and lengths are read on the GPU.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
-# Products of more rows are torch's: cuBLAS is then bound by arithmetic and better at it.
-MAX_SKINNY_ROWS = 64
+# Products of more rows are torch's: cuBLAS is then bound by arithmetic and better at it, with many columns later.
+_MAX_ROWS, _MAX_ROWS_OF_WIDE, _WIDE = 32, 64, 16384
 _MAX_SPLITS = 32
 # A decode attention of fewer programs than this leaves multiprocessors idle (H100: 132).
 _ENOUGH_PROGRAMS = 264
@@ -22,7 +22,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Divide by the root mean square over the last dimension, round, and scale, as transformers' models do.
 
     Args:
-        x: (..., N), rows at equal distances.
+        x: (..., M, N), where the M rows lie at equal distances, and so do the groups of them; two dimensions at least.
         weight: (N,).
         eps: added to the mean square.
 
@@ -31,12 +31,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Source: RMSNorm (Zhang and Sennrich, 2019).
     """
-    size = x.shape[-1]
-    rows = x.reshape(-1, size)
+    num_rows, size = x.shape[-2:]
+    groups = x.reshape(-1, num_rows, size)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(size)
     num_warps = 8 if block >= 4096 else 4 if block >= 1024 else 1
-    _rms_norm[(len(rows),)](rows, weight, out, rows.stride(0), eps, size, BLOCK=block, num_warps=num_warps)
+    _rms_norm[(len(groups) * num_rows,)](
+        groups, weight, out, num_rows, *groups.stride()[:2], eps, size, BLOCK=block, num_warps=num_warps
+    )
     return out
 
 
@@ -71,9 +73,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     depth = x.shape[-1]
     num_rows, num_columns = x.numel() // depth, len(weight)
-    if num_rows > MAX_SKINNY_ROWS or depth % 8:
+    if num_rows > (_MAX_ROWS_OF_WIDE if num_columns >= _WIDE else _MAX_ROWS) or depth % 8:
         return functional.linear(x, weight, bias)
     out = torch.empty((*x.shape[:-1], num_columns), dtype=x.dtype, device=x.device)
+    if num_rows == 0:
+        return out
     if num_rows == 1:
         _product_of_row(x, weight, bias, out)
     else:
@@ -83,18 +87,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _product_of_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
     num_columns, depth = weight.shape
-    columns = 2 if num_columns >= 8192 else 1
-    block = min(2048, triton.next_power_of_2(depth))
-    grid = (triton.cdiv(num_columns, columns),)
-    _linear_of_row[grid](
-        x, weight, bias, out, num_columns, depth, HAS_BIAS=bias is not None, COLUMNS=columns, BLOCK=block, num_warps=8
+    block, num_warps = (1024, 4) if depth <= 1024 else (2048, 8)
+    _linear_of_row[(triton.cdiv(num_columns, 2),)](
+        x, weight, bias, out, num_columns, depth, HAS_BIAS=bias is not None, COLUMNS=2, BLOCK=block, num_warps=num_warps
     )
 
 
 def _product_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, num_rows: int) -> None:
     num_columns, depth = weight.shape
     rows = max(16, triton.next_power_of_2(num_rows))
-    columns, block, num_stages, num_warps = skinny_tile(num_columns, depth, rows)
+    columns, block, num_stages, num_warps = skinny_tile(num_columns, rows)
     _linear_of_rows[(triton.cdiv(num_columns, columns),)](
         x,
         weight,
@@ -112,10 +114,18 @@ def _product_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
     )
 
 
-def skinny_tile(num_columns: int, depth: int, num_rows: int) -> tuple[int, int, int, int]:
-    """Columns and depth of a program's tile, its stages and warps."""
-    columns = 16 if num_columns <= 8192 else 32
-    return columns, 256 if num_rows <= 32 else 128, 4, 4
+def skinny_tile(num_columns: int, num_rows: int) -> tuple[int, int, int, int]:
+    """Columns and depth of a program's tile, its stages and warps: the best of those tried on an H100 (docs/log.md).
+
+    Args:
+        num_columns: of the weight.
+        num_rows: of the tile: 16, 32 or 64.
+    """
+    if num_columns <= 2048:  # narrow tiles, so that there are enough programs
+        return 16, 512 if num_rows == 16 else 256, 3, 4
+    if num_columns <= 4096:
+        return 32, 256, 5 if num_rows <= 32 else 3, 4
+    return (64, 256, 3, 4) if num_rows == 16 else (64, 128, 5, 4)
 
 
 def rotate_and_write(
@@ -127,7 +137,9 @@ def rotate_and_write(
     key_pool: Tensor,
     value_pool: Tensor,
     slots: Tensor,
-) -> Tensor:
+    *,
+    keep_keys: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """Rotary position embedding of queries and keys; keys and values go into the paged pool.
 
     Args:
@@ -138,16 +150,18 @@ def rotate_and_write(
         sin: as cos.
         key_pool: (num_slots, H_kv, head_dim), contiguous; of one layer.
         value_pool: as the key pool.
-        slots: (T,) int64; tokens with a negative slot are padding and are not written.
+        slots: (T,) int32 or int64; tokens with a negative slot are padding and are not written.
+        keep_keys: give the rotated keys back as well.
 
     Returns:
-        The rotated queries, (T, H, head_dim), contiguous.
+        The rotated queries, (T, H, head_dim), contiguous, and the rotated keys, (T, H_kv, head_dim), or None.
 
     Source: RoFormer (Su et al., 2021); the layout is GPT-NeoX's.
     """
     num_tokens, num_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[1]
     out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
+    new_keys = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device) if keep_keys else None
     heads = min(8, triton.next_power_of_2(max(num_heads, num_kv_heads)))
     parts = triton.cdiv(num_heads, heads), triton.cdiv(num_kv_heads, heads)
     _rotate_and_write[(num_tokens, parts[0] + 2 * parts[1])](
@@ -160,6 +174,7 @@ def rotate_and_write(
         value_pool,
         slots,
         out,
+        new_keys,
         queries.stride(0),
         keys.stride(0),
         values.stride(0),
@@ -170,9 +185,10 @@ def rotate_and_write(
         HEADS=heads,
         HEAD_DIM=head_dim,
         HALF=triton.next_power_of_2(head_dim // 2),
+        KEEP_KEYS=keep_keys,
         num_warps=4 if heads * head_dim >= 512 else 1,
     )
-    return out
+    return out, new_keys
 
 
 def decode_attention(
@@ -231,16 +247,17 @@ def decode_attention(
 
 def choose_splits(num_programs: int, max_tokens: int) -> int:
     """Parts that each sequence is cut into, so that enough programs run; fixed by shapes, as a CUDA graph needs it."""
-    wanted = triton.cdiv(_ENOUGH_PROGRAMS, num_programs)
-    return max(1, min(wanted, triton.cdiv(max_tokens, 64), _MAX_SPLITS))
+    wanted = -(-_ENOUGH_PROGRAMS // num_programs)
+    return max(1, min(wanted, -(-max_tokens // 64), _MAX_SPLITS))
 
 
 @triton.jit
-def _rms_norm(x, weight, out, stride, eps, size, BLOCK: tl.constexpr):
+def _rms_norm(x, weight, out, num_rows, group_stride, row_stride, eps, size, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
+    x += row // num_rows * group_stride + row % num_rows * row_stride
     at = tl.arange(0, BLOCK)
     inside = at < size
-    value = tl.load(x + row * stride + at, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, axis=0) / size + eps)
     rounded = (value * scale).to(out.dtype.element_ty)
     tl.store(out + row * size + at, rounded * tl.load(weight + at, mask=inside), mask=inside)
@@ -316,6 +333,7 @@ def _rotate_and_write(
     value_pool,
     slots,
     out,
+    new_keys,
     query_stride,
     key_stride,
     value_stride,
@@ -326,12 +344,13 @@ def _rotate_and_write(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
+    KEEP_KEYS: tl.constexpr,
 ):
     """One token and some heads: of the queries, then of the keys, then of the values."""
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     j = tl.arange(0, HALF)[None, :]
     low = j < HEAD_DIM // 2
-    slot = tl.load(slots + token)
+    slot = tl.load(slots + token).to(tl.int64)
     if part < query_parts:
         heads = (part * HEADS + tl.arange(0, HEADS))[:, None]
         source = queries + token * query_stride + heads * HEAD_DIM
@@ -341,12 +360,12 @@ def _rotate_and_write(
         heads = ((part - query_parts) * HEADS + tl.arange(0, HEADS))[:, None]
         source = keys + token * key_stride + heads * HEAD_DIM
         target = key_pool + (slot * num_kv_heads + heads) * HEAD_DIM
-        inside = (heads < num_kv_heads) & low & (slot >= 0)
+        inside = (heads < num_kv_heads) & low
     else:
         heads = ((part - query_parts - kv_parts) * HEADS + tl.arange(0, HEADS))[:, None]
         source = values + token * value_stride + heads * HEAD_DIM
         target = value_pool + (slot * num_kv_heads + heads) * HEAD_DIM
-        inside = (heads < num_kv_heads) & low & (slot >= 0)
+        inside = (heads < num_kv_heads) & low
     a = tl.load(source + j, mask=inside, other=0.0)
     b = tl.load(source + HEAD_DIM // 2 + j, mask=inside, other=0.0)
     if part < query_parts + kv_parts:
@@ -355,6 +374,12 @@ def _rotate_and_write(
         first, second = a.to(tl.float32), b.to(tl.float32)
         a = (first * c - second * s).to(a.dtype)
         b = (second * c + first * s).to(b.dtype)
+    if KEEP_KEYS:  # noqa: SIM102  # Triton decides this one when it compiles, the next one on the GPU
+        if (part >= query_parts) & (part < query_parts + kv_parts):
+            kept = new_keys + (token * num_kv_heads + heads) * HEAD_DIM
+            tl.store(kept + j, a, mask=inside)
+            tl.store(kept + HEAD_DIM // 2 + j, b, mask=inside)
+    inside &= (part < query_parts) | (slot >= 0)
     tl.store(target + j, a, mask=inside)
     tl.store(target + HEAD_DIM // 2 + j, b, mask=inside)
 

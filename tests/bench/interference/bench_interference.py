@@ -208,7 +208,7 @@ def ask_chat(rounds: int) -> dict[str, Any]:
 def goodput_by_criterion(bench: Bench, loads: list[float]) -> list[dict[str, Any]]:
     """Goodput of every deployment and load with looser and stricter ITL SLOs than the one of the verdict.
 
-    Half as much again and twice the bound; on 95% and 99% of a request's gaps, and on their mean, which forgives stalls.
+    Half as much again and twice the bound; on 95% and 99% of a request's gaps, and on their mean, which hides stalls.
     """
     return [
         goodput_of(bench, name, load, replace(bench.slo, itl_s=times * bench.slo.itl_s, itl_quantile=quantile))

@@ -1,0 +1,145 @@
+"""Attention on a GPU, over the paged pool: decodes by our kernel, prompts by torch's.
+
+Whole prompts attend their own keys and values, which are at hand: those of one length by cuDNN, on Hopper nearly twice
+as fast as FlashAttention 2, others by torch's variable-length attention. Prompts with computed context read all from
+the pool.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+
+from deployments.engine.kernels import cuda as kernels
+from deployments.engine.kv_cache import KVCache
+
+_CAUSAL = (-1, 0)
+_EVEN = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Chunks of prompts that attend together; P of them, their tokens behind each other in the flat batch.
+
+    Attributes:
+        start: of their tokens in the flat batch.
+        num_tokens: of all of them.
+        max_queries: tokens of the longest chunk.
+        max_keys: tokens of the longest sequence, context included.
+        starts: (P + 1,) int32 where each chunk begins, from 0.
+        lens: (P,) int32 tokens of each sequence, context and chunk; None: whole prompts, without context.
+        capacities: (P + 1,) int32 where each sequence's blocks would begin if they lay behind each other; None as well.
+        tables: (P, max_blocks) int32 block ids; None as well.
+    """
+
+    start: int
+    num_tokens: int
+    max_queries: int
+    max_keys: int
+    starts: Tensor
+    lens: Tensor | None = None
+    capacities: Tensor | None = None
+    tables: Tensor | None = None
+
+
+class CudaStep:
+    """One step's attention; its tensors may be those of a CUDA graph, filled anew for each replay.
+
+    Args:
+        cache: the pool.
+        slots: (T,) where each token's KV goes; negative: nowhere.
+        decode_tables: (D, max_blocks) int32 block ids; the D decodes come first in the flat batch.
+        decode_lens: (D,) int32 tokens of each decoding sequence, the new one included.
+        prompts: the chunks behind the decodes.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        slots: Tensor,
+        decode_tables: Tensor,
+        decode_lens: Tensor,
+        prompts: tuple[Prompts, ...] = (),
+    ) -> None:
+        self._cache, self._slots = cache, slots
+        self._tables, self._lens = decode_tables, decode_lens
+        self._prompts = prompts
+
+    def attend(
+        self,
+        layer: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+        softcap: float | None,
+        rotary: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        assert rotary is not None and softcap is None, "a model that this attention does not fit was let through"
+        key_pool, value_pool = self._cache.blocks[layer]
+        new = queries.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1)
+        cos, sin = rotary[0][0], rotary[1][0]
+        pools = key_pool.view(-1, *key_pool.shape[2:]), value_pool.view(-1, *value_pool.shape[2:])
+        rotated, new_keys = kernels.rotate_and_write(
+            *new, cos, sin, *pools, self._slots, keep_keys=any(prompts.tables is None for prompts in self._prompts)
+        )
+        num_decodes = len(self._lens)
+        if not self._prompts:
+            return kernels.decode_attention(rotated, key_pool, value_pool, self._tables, self._lens, scaling)
+        parts = []
+        if num_decodes:
+            decodes = rotated[:num_decodes]
+            parts.append(kernels.decode_attention(decodes, key_pool, value_pool, self._tables, self._lens, scaling))
+        for prompts in self._prompts:
+            span = slice(prompts.start, prompts.start + prompts.num_tokens)
+            if prompts.tables is None:
+                assert new_keys is not None
+                parts.append(_attend_whole(prompts, rotated[span], new_keys[span], new[2][span], scaling))
+            else:
+                parts.append(_attend_context(prompts, rotated[span], key_pool, value_pool, scaling))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _attend_whole(prompts: Prompts, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    num_prompts, length = len(prompts.starts) - 1, prompts.max_queries
+    if prompts.num_tokens == num_prompts * length:
+        query, key, value = (
+            part.unflatten(0, (num_prompts, length)).transpose(1, 2) for part in (queries, keys, values)
+        )
+        with sdpa_kernel(_EVEN, set_priority=True):
+            out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1)
+    return varlen_attn(  # type: ignore[return-value]  # a pair only if asked for
+        queries,
+        keys,
+        values.contiguous(),
+        prompts.starts,
+        prompts.starts,
+        length,
+        length,
+        scale=scaling,
+        window_size=_CAUSAL,
+        enable_gqa=True,
+    )
+
+
+def _attend_context(prompts: Prompts, queries: Tensor, key_pool: Tensor, value_pool: Tensor, scaling: float) -> Tensor:
+    return varlen_attn(  # type: ignore[return-value]
+        queries,
+        key_pool,
+        value_pool,
+        prompts.starts,
+        prompts.capacities,
+        prompts.max_queries,
+        prompts.max_keys,
+        scale=scaling,
+        window_size=_CAUSAL,
+        enable_gqa=True,
+        seqused_k=prompts.lens,
+        block_table=prompts.tables,
+    )

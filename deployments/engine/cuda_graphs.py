@@ -1,0 +1,70 @@
+"""CUDA graphs: which sizes are recorded, what belongs to one, and how it is recorded. Knows no model."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Between these a batch is padded to the next one.
+_SMALL_BATCHES = (1, 2, 4, 8)
+_BATCH_STEP = 16
+MAX_GRAPH_BATCH = 512
+# Single whole prompts are padded to the next of these. Launching a step of them takes a process as long as 800 tokens
+# take the GPU (Llama-3.1-8B, H100), so longer ones need no graph.
+PROMPT_LENGTHS = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, 1024)
+
+MemoryPool = tuple[int, int]
+
+
+def ladder(max_batch: int) -> list[int]:
+    """Batch sizes that are recorded, ending with the largest."""
+    sizes = [size for size in (*_SMALL_BATCHES, *range(_BATCH_STEP, max_batch, _BATCH_STEP)) if size < max_batch]
+    return [*sizes, max_batch]
+
+
+def padded_batch(batch_size: int, max_batch: int) -> int:
+    """The smallest size of the ladder that holds a batch."""
+    if batch_size <= _SMALL_BATCHES[-1]:
+        return min(next(size for size in _SMALL_BATCHES if size >= batch_size), max_batch)
+    return min(-(-batch_size // _BATCH_STEP) * _BATCH_STEP, max_batch)
+
+
+class DecodeGraph:
+    """A decode step of a fixed batch size, recorded.
+
+    Attributes:
+        batch_size: rows of its inputs.
+        graph: to replay.
+        logits: (batch_size, vocab_size), of the last replay.
+    """
+
+    def __init__(self, batch_size: int, graph: torch.cuda.CUDAGraph, logits: Tensor) -> None:
+        self.batch_size, self.graph, self.logits = batch_size, graph, logits
+
+
+class PromptGraph:
+    """A step of one whole prompt of up to a fixed length, recorded.
+
+    Attributes:
+        inputs: (3 * length + 1,) int32: token ids, positions, slots, and which token's logits are wanted.
+        graph: to replay, once `record` has filled it.
+        logits: (1, vocab_size), of the last replay.
+    """
+
+    def __init__(self, length: int, device: torch.device) -> None:
+        self.length = length
+        self.inputs = torch.zeros(3 * length + 1, dtype=torch.int32, device=device)
+        self.inputs[2 * length : 3 * length] = -1
+        self.graph = torch.cuda.CUDAGraph()
+        self.logits: Tensor | None = None
+
+
+def record(graph: torch.cuda.CUDAGraph, run: Callable[[], Tensor], pool: MemoryPool | None) -> Tensor:
+    """Run once, then once more into a graph; gives back its output."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()  # compiles kernels and warms up libraries, which a recording must not
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]  # an opaque type of torch's, a pair at run time
+        return run()

@@ -1,0 +1,167 @@
+"""The engine with CUDA layers, graphs and pipelining gives the tokens of transformers' own model on the same GPU."""
+
+import copy
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
+
+from deployments.engine.config import EngineConfig
+from deployments.engine.engine import Engine
+from deployments.engine.model import LoadedModel, optimize_layers, prepare_model
+from deployments.messages import SamplingParams
+from tests.engine.driving import Transcript, greedy, run
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 3000,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=128, tie_word_embeddings=True),
+}
+NUM_TOKENS = 24
+LENGTHS = (1, 2, 40, 255, 256, 257, 700, 1500)
+# Two tokens whose logits are nearer than this are a tie: in bfloat16 logits of this size are multiples of 1/16, and
+# each may be rounded to another one.
+TIE = 0.13
+
+every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
+
+
+@cache
+def plain(family: str) -> PreTrainedModel:
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32, attn_implementation="sdpa")
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.06)
+    moved: PreTrainedModel = model.to("cuda", torch.bfloat16).eval()
+    return moved
+
+
+@cache
+def loaded(family: str) -> LoadedModel:
+    model = copy.deepcopy(plain(family))
+    found = prepare_model(model, "random", torch.device("cuda"))
+    return replace(found, has_cuda_layers=optimize_layers(model))
+
+
+def build(family: str, **overrides: object) -> Engine:
+    settings = {"num_blocks": 64, "max_num_seqs": 20, "max_num_batched_tokens": 4096} | overrides
+    return Engine(loaded(family), EngineConfig.model_validate(settings))
+
+
+def prompt(length: int) -> tuple[int, ...]:
+    return tuple(torch.randint(0, 3000, (length,), generator=torch.Generator().manual_seed(length)).tolist())
+
+
+@torch.inference_mode()
+def check_greedy(family: str, given: tuple[int, ...], tokens: list[int]) -> None:
+    """Each token is the likeliest after those before it, or tied with it."""
+    ids = torch.tensor([[*given, *tokens]], device="cuda")
+    logits = plain(family)(ids, use_cache=False).logits[0, len(given) - 1 : -1].float()
+    behind = logits.amax(-1) - logits.gather(-1, torch.tensor(tokens, device="cuda").unsqueeze(-1)).squeeze(-1)
+    assert behind.max() < TIE, f"prompt of {len(given)}: behind the likeliest by {behind.tolist()}"
+
+
+@every_family
+def test_the_layers_are_replaced(family: str) -> None:
+    assert loaded(family).has_cuda_layers
+
+
+@every_family
+@pytest.mark.parametrize("budget", [4096, 300])
+def test_prompts_of_all_lengths_together(family: str, budget: int) -> None:
+    engine = build(family, max_num_batched_tokens=budget)
+    for length in LENGTHS:
+        engine.add(greedy(f"r{length}", prompt(length), NUM_TOKENS))
+    tokens = run(engine).tokens
+    for length in LENGTHS:
+        assert len(tokens[f"r{length}"]) == NUM_TOKENS
+        check_greedy(family, prompt(length), tokens[f"r{length}"])
+    assert engine.num_free_blocks == 64
+
+
+@every_family
+def test_preemption_and_a_warm_cache(family: str) -> None:
+    engine = build(family, num_blocks=9)
+    for _ in range(2):
+        for length in (200, 255, 256, 500, 511, 700):
+            engine.add(greedy(f"r{length}", prompt(length), NUM_TOKENS))
+        for name, tokens in run(engine).tokens.items():
+            check_greedy(family, prompt(int(name[1:])), tokens)
+    assert engine.stats().preemptions > 0 and engine.stats().prefix_hit_tokens > 0
+
+
+def test_a_handed_over_prompt_continues() -> None:
+    source, target = build("llama", max_num_batched_tokens=512), build("llama")
+    transcript = Transcript()
+    request = greedy("r", prompt(1500), NUM_TOKENS)
+    target.add(request, remote_threshold=100)
+    transcript.note(target.step())
+    source.prefill(request, 0)
+    run(source, transcript)
+    for chunk in transcript.chunks:
+        tensor = source.take_chunk("r", chunk.index)
+        assert tensor is not None
+        target.import_chunk(chunk, tensor)
+        source.release_chunk("r", chunk.index)
+    tokens = [*transcript.tokens["r"]]
+    rest = Transcript()
+    rest.tokens["r"] = tokens
+    run(target, rest)
+    assert len(rest.tokens["r"]) == NUM_TOKENS
+    check_greedy("llama", prompt(1500), rest.tokens["r"])
+
+
+def test_a_stop_token_ends_a_sequence_although_the_next_step_is_under_way() -> None:
+    engine = build("llama")
+    engine.add(greedy("a", prompt(40), NUM_TOKENS))
+    tokens = run(engine).tokens["a"]
+    stop = tokens[5]
+    first = tokens.index(stop)
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, stop_token_ids=(stop,))
+    engine.add(replace(greedy("b", prompt(40), NUM_TOKENS), sampling=sampling))
+    assert run(engine).tokens["b"] == tokens[: first + 1]
+    assert engine.num_free_blocks == 64
+
+
+@every_family
+def test_sampled_tokens_repeat_and_are_among_the_likeliest(family: str) -> None:
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.8, top_k=20, seed=5)
+    engine = build(family, enable_prefix_caching=False)
+    answers = []
+    for _ in range(2):
+        engine.add(replace(greedy("s", prompt(40), NUM_TOKENS), sampling=sampling))
+        engine.add(greedy("g", prompt(255), NUM_TOKENS))
+        answers.append(run(engine).tokens)
+    assert answers[0] == answers[1]
+    check_greedy(family, prompt(255), answers[0]["g"])
+    tokens = answers[0]["s"]
+    with torch.inference_mode():
+        ids = torch.tensor([[*prompt(40), *tokens]], device="cuda")
+        logits = plain(family)(ids, use_cache=False).logits[0, 39:-1].float()
+    least = logits.topk(20).values[:, -1]
+    drawn = logits.gather(-1, torch.tensor(tokens, device="cuda").unsqueeze(-1)).squeeze(-1)
+    assert (drawn >= least - TIE).all()
+    assert len(set(tokens)) > NUM_TOKENS // 2
+
+
+@pytest.mark.parametrize("length", [2, 15, 16, 17, 500, 1023, 1024, 1025])
+def test_a_prompt_alone_takes_the_graph_of_its_length(length: int) -> None:
+    engine = build("llama")
+    engine.add(greedy("r", prompt(length), 4))
+    check_greedy("llama", prompt(length), run(engine).tokens["r"])

@@ -1,0 +1,114 @@
+"""Kernels on a GPU against plain torch in float32, in shapes that do not fit their tiles as well."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+pytestmark = pytest.mark.gpu
+pytest.importorskip("triton")
+if not torch.cuda.is_available():
+    pytest.skip("no GPU", allow_module_level=True)
+
+from deployments.engine.kernels import cuda as kernels  # noqa: E402
+
+BLOCK_SIZE = 256
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def check(actual: Tensor, expected: Tensor, tolerance: float = 5e-3) -> None:
+    assert actual.shape == expected.shape
+    difference = (actual.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-9)
+    assert difference < tolerance, f"relative difference {difference:.2e}"
+
+
+@pytest.mark.parametrize("shape", [(1, 4096), (7, 1, 576), (300, 128), (3, 1000)])
+def test_rms_norm(shape: tuple[int, ...]) -> None:
+    x, weight = randn(*shape), randn(shape[-1])
+    value = x.float()
+    expected = weight * (value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
+    check(kernels.rms_norm(x, weight, 1e-5), expected)
+
+
+def test_rms_norm_of_heads_within_rows_that_lie_apart() -> None:
+    heads, weight = randn(1, 7, 10 * 128)[..., 128:512].unflatten(-1, (3, 128)), randn(128)
+    assert torch.equal(kernels.rms_norm(heads, weight, 1e-6), kernels.rms_norm(heads.contiguous(), weight, 1e-6))
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (5, 6144), (2, 3, 200)])
+def test_silu_mul(shape: tuple[int, ...]) -> None:
+    x = randn(*shape)
+    gate, up = x.float().chunk(2, -1)
+    check(kernels.silu_mul(x), functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    ("num_columns", "depth"), [(4096, 4096), (1000, 1032), (1024, 3072), (20000, 512), (6144, 1024)]
+)
+@pytest.mark.parametrize("num_rows", [1, 2, 8, 17, 32, 33, 64, 65])
+def test_products(num_rows: int, num_columns: int, depth: int, has_bias: bool, dtype: torch.dtype) -> None:
+    x, weight = randn(num_rows, depth, dtype=dtype), randn(num_columns, depth, dtype=dtype) / depth**0.5
+    bias = randn(num_columns, dtype=dtype) if has_bias else None
+    expected = functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    check(kernels.linear(x, weight, bias), expected)
+
+
+@pytest.mark.parametrize("keep_keys", [False, True])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(32, 8, 128), (9, 3, 64), (5, 1, 80)])
+def test_rotate_and_write(num_heads: int, num_kv_heads: int, head_dim: int, keep_keys: bool) -> None:
+    num_tokens = 11
+    sizes = [num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim]
+    parts = randn(num_tokens, sum(sizes)).split(sizes, -1)
+    queries, keys, values = (part.unflatten(-1, (-1, head_dim)) for part in parts)
+    angles = randn(num_tokens, head_dim // 2, dtype=torch.float32)
+    cos, sin = (torch.cat((half, half), -1).bfloat16() for half in (angles.cos(), angles.sin()))
+    pools = torch.zeros(2, 512, num_kv_heads, head_dim, device="cuda", dtype=torch.bfloat16)
+    slots = torch.randperm(511, device="cuda")[:num_tokens]
+    slots[3] = -1
+    rotated, kept = kernels.rotate_and_write(
+        queries, keys, values, cos, sin, pools[0], pools[1], slots, keep_keys=keep_keys
+    )
+    check(rotated, rotate(queries, cos, sin))
+    written = slots >= 0
+    check(pools[0][slots[written]], rotate(keys, cos, sin)[written])
+    assert torch.equal(pools[1][slots[written]], values[written])
+    assert not pools[:, -1].any(), "padding was written"
+    if keep_keys:
+        assert kept is not None
+        check(kept, rotate(keys, cos, sin))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    low, high = x.float().chunk(2, -1)
+    return x.float() * cos.float().unsqueeze(1) + torch.cat((-high, low), -1) * sin.float().unsqueeze(1)
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_dim"), [(32, 8, 128), (9, 3, 64), (8, 8, 128), (32, 1, 64)]
+)
+@pytest.mark.parametrize("lens", [[1], [0, 256], [5, 64, 65, 2000], [320] * 40, [100, 9000]], ids=lambda x: f"{x[:4]}")
+def test_decode_attention(lens: list[int], num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    counts = [-(-length // BLOCK_SIZE) for length in lens]
+    keys, values = randn(2, sum(counts) + 3, BLOCK_SIZE, num_kv_heads, head_dim)
+    ids = torch.randperm(len(keys)).tolist()
+    tables = torch.zeros(len(lens), max(counts), dtype=torch.int32)
+    for row, count in zip(tables, counts, strict=True):
+        row[:count] = torch.tensor([ids.pop() for _ in range(count)])
+    queries, scaling = randn(len(lens), num_heads, head_dim), head_dim**-0.5
+    on_gpu = tables.cuda(), torch.tensor(lens, dtype=torch.int32, device="cuda")
+    out = kernels.decode_attention(queries, keys, values, *on_gpu, scaling)
+    for query, table, length, result in zip(queries, tables, lens, out, strict=True):
+        if length == 0:
+            assert not result.any()
+            continue
+        group = num_heads // num_kv_heads
+        key, value = (
+            part[table.long()].flatten(0, 1)[:length].float().repeat_interleave(group, 1) for part in (keys, values)
+        )
+        weights = (torch.einsum("hd,thd->ht", query.float(), key) * scaling).softmax(-1)
+        check(result, torch.einsum("ht,thd->hd", weights, value))
