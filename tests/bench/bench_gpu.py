@@ -153,7 +153,7 @@ def copy_bandwidth() -> float:
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / 1e3)
-    return 2 * source.nbytes / statistics.median(times)
+    return float(2 * source.nbytes / statistics.median(times))
 
 
 def floor(engine: Engine, batch_size: int, bandwidth: float) -> float:
