@@ -81,7 +81,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether another step could make progress without a message from outside."""
-        return any(s.num_uncomputed_tokens and not s.is_complete for s in self.running) or self._can_admit()
+        return any(s.has_work for s in self.running) or self._can_admit()
 
     def add(self, sequence: Sequence) -> None:
         assert sequence.request_id not in self._by_id, f"{sequence.request_id} is already here"
@@ -94,7 +94,7 @@ class Scheduler:
         scheduled, num_preempted = self._schedule_decodes()
         budget = self._limits.max_num_batched_tokens - len(scheduled)
         placed = [] if num_preempted else self._admit(budget)
-        for sequence in sorted(self._running_prompts(), key=_precedence):
+        for sequence in sorted(self._runnable_besides(scheduled), key=_precedence):
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             if num_tokens == 0:
                 break
@@ -141,7 +141,7 @@ class Scheduler:
     def _schedule_decodes(self) -> tuple[list[ScheduledSequence], int]:
         scheduled: list[ScheduledSequence] = []
         num_preempted = 0
-        for sequence in [s for s in self.running if s.is_decoding and not s.is_complete]:
+        for sequence in [s for s in self.running if s.is_decoding and s.has_work]:
             while sequence.status is Status.RUNNING and not self._blocks.append(sequence):
                 # The newest one goes: it is at or behind `sequence`, so nothing scheduled is undone.
                 self._preempt(self.running[-1])
@@ -169,6 +169,11 @@ class Scheduler:
 
     def _can_admit(self) -> bool:
         return self._has_seat and self._blocks.can_admit(min(self.waiting, key=_precedence), self._num_spare)
+
+    def _runnable_besides(self, scheduled: list[ScheduledSequence]) -> list[Sequence]:
+        """Running sequences with something left to compute: prompts, and whatever was resumed just now."""
+        chosen = {item.sequence.request_id for item in scheduled}
+        return [s for s in self.running if s.has_work and s.request_id not in chosen]
 
     def _running_prompts(self) -> Iterator[Sequence]:
         return (s for s in self.running if not s.is_decoding)

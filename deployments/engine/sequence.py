@@ -92,6 +92,6 @@ class Sequence:
         return self.num_uncomputed_tokens == 1 and self.num_generated_tokens > 0
 
     @property
-    def is_complete(self) -> bool:
-        """The last token it may generate is there, or in flight."""
-        return self.num_generated_tokens >= self.request.sampling.max_tokens
+    def has_work(self) -> bool:
+        """Whether there are tokens left to compute; not for the sake of a token beyond the last one it may generate."""
+        return self.num_uncomputed_tokens > 0 and self.num_generated_tokens < self.request.sampling.max_tokens

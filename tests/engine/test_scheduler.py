@@ -2,7 +2,7 @@
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from deployments.engine.block_manager import BlockManager
 from deployments.engine.config import EngineLimits
@@ -50,6 +50,16 @@ def test_prompts_of_one_length_share_the_budget_in_the_order_of_arrival() -> Non
     assert step(scheduler) == {"a": 10, "b": 6}
     assert step(scheduler) == {"a": 1, "b": 4, "c": 10}
     assert step(scheduler) == {"a": 1, "b": 1, "c": 1}
+
+
+def test_a_prompt_that_waits_to_be_handed_over_holds_up_no_other() -> None:
+    scheduler = build(budget=16)
+    done = Sequence(GenerateRequest("done", tuple(range(5)), SamplingParams(max_tokens=100)), Role.EXPORT, 0.0)
+    scheduler.add(done)
+    scheduler.schedule()
+    done.num_computed_tokens = 5
+    add(scheduler, "next", 10)
+    assert step(scheduler) == {"next": 10}
 
 
 def test_a_short_prompt_overtakes_a_long_one_in_the_middle_of_its_chunks() -> None:
@@ -214,6 +224,8 @@ def test_removal_frees_the_blocks_in_every_state(status: Status) -> None:
     assert scheduler.num_sequences == 0 and not scheduler.has_work
 
 
+# The second is preempted, and resumed with all but its last token in the cache.
+@example(lengths=[19, 2], outputs=20, num_blocks=15, budget=8, arrivals=1)
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
