@@ -3,9 +3,10 @@
 from torch import Tensor, nn
 
 from deployments.engine.fused_layers import FusedKernels, fuse_layers, rotate_in_attention
-from deployments.engine.kernels import cuda as kernels
+from deployments.engine.kernels.cuda import rms_norm, silu_mul
+from deployments.engine.kernels.cuda_matmul import linear
 
-KERNELS = FusedKernels(kernels.rms_norm, kernels.silu_mul, rotate_in_attention)
+KERNELS = FusedKernels(rms_norm, silu_mul, rotate_in_attention)
 
 
 class SkinnyLinear(nn.Module):
@@ -18,7 +19,7 @@ class SkinnyLinear(nn.Module):
         self._bias = None if layer.bias is None else layer.bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.linear(x, self._weight, self._bias)
+        return linear(x, self._weight, self._bias)
 
 
 def optimize_layers(model: nn.Module) -> None:

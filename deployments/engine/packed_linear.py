@@ -1,4 +1,4 @@
-"""Linear layers whose weights are packed for our own matrix product: `kernels/matmul.py`, float32 on a CPU.
+"""Linear layers whose weights are packed for our own matrix product: `kernels/cpu_matmul.py`, float32 on a CPU.
 
 Milliseconds for all linear layers of SmolLM2-135M (540 MB of weights), one thread of a Zen 4 core, 2026-11, against
 oneDNN's packed product, which this replaces: 1 row 20 and 42, 8 rows 26 and 42, 16 rows 48 and 59, 32 rows 82 and 100.
@@ -7,7 +7,7 @@ oneDNN's packed product, which this replaces: 1 row 20 and 42, 8 rows 26 and 42,
 import torch
 from torch import Tensor, nn
 
-from deployments.engine.kernels.matmul import PackedWeight, linear
+from deployments.engine.kernels.cpu_matmul import PackedWeight, linear
 
 
 class PackedLinear(nn.Module):

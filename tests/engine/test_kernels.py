@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deployments.engine.kernels.decode_attention import decode_attention
-from deployments.engine.kernels.matmul import PackedWeight, linear
+from deployments.engine.kernels.cpu_attention import decode_attention
+from deployments.engine.kernels.cpu_matmul import PackedWeight, linear
 
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -1,5 +1,6 @@
 """What the engine cannot run it refuses, at start-up or at the door, by the name of the fault and with numbers."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -202,3 +203,10 @@ def test_the_kv_shape_is_what_the_layers_hand_over() -> None:
             16,
             torch.float32,
         )
+
+
+def test_blocks_that_the_attention_on_a_gpu_cannot_read_are_refused() -> None:
+    loaded = replace(load("llama"), has_cuda_layers=True)
+    with pytest.raises(ValueError, match="block_size is 128, must be a multiple of 256 on a GPU"):
+        choose_limits(loaded, EngineConfig(block_size=128))
+    assert choose_limits(loaded, EngineConfig(block_size=512)).block_size == 512

@@ -10,7 +10,9 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
-from deployments.engine.kernels import cuda as kernels  # noqa: E402
+from deployments.engine.kernels.cuda import rms_norm, silu_mul  # noqa: E402
+from deployments.engine.kernels.cuda_attention import decode_attention, rotate_and_write  # noqa: E402
+from deployments.engine.kernels.cuda_matmul import linear  # noqa: E402
 
 BLOCK_SIZE = 256
 
@@ -30,19 +32,19 @@ def test_rms_norm(shape: tuple[int, ...]) -> None:
     x, weight = randn(*shape), randn(shape[-1])
     value = x.float()
     expected = weight * (value * torch.rsqrt(value.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
-    check(kernels.rms_norm(x, weight, 1e-5), expected)
+    check(rms_norm(x, weight, 1e-5), expected)
 
 
 def test_rms_norm_of_heads_within_rows_that_lie_apart() -> None:
     heads, weight = randn(1, 7, 10 * 128)[..., 128:512].unflatten(-1, (3, 128)), randn(128)
-    assert torch.equal(kernels.rms_norm(heads, weight, 1e-6), kernels.rms_norm(heads.contiguous(), weight, 1e-6))
+    assert torch.equal(rms_norm(heads, weight, 1e-6), rms_norm(heads.contiguous(), weight, 1e-6))
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (5, 6144), (2, 3, 200)])
 def test_silu_mul(shape: tuple[int, ...]) -> None:
     x = randn(*shape)
     gate, up = x.float().chunk(2, -1)
-    check(kernels.silu_mul(x), functional.silu(gate) * up)
+    check(silu_mul(x), functional.silu(gate) * up)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -55,7 +57,7 @@ def test_products(num_rows: int, num_columns: int, depth: int, has_bias: bool, d
     x, weight = randn(num_rows, depth, dtype=dtype), randn(num_columns, depth, dtype=dtype) / depth**0.5
     bias = randn(num_columns, dtype=dtype) if has_bias else None
     expected = functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    check(kernels.linear(x, weight, bias), expected)
+    check(linear(x, weight, bias), expected)
 
 
 @pytest.mark.parametrize("keep_keys", [False, True])
@@ -70,9 +72,7 @@ def test_rotate_and_write(num_heads: int, num_kv_heads: int, head_dim: int, keep
     pools = torch.zeros(2, 512, num_kv_heads, head_dim, device="cuda", dtype=torch.bfloat16)
     slots = torch.randperm(511, device="cuda")[:num_tokens]
     slots[3] = -1
-    rotated, kept = kernels.rotate_and_write(
-        queries, keys, values, cos, sin, pools[0], pools[1], slots, keep_keys=keep_keys
-    )
+    rotated, kept = rotate_and_write(queries, keys, values, cos, sin, pools[0], pools[1], slots, keep_keys=keep_keys)
     check(rotated, rotate(queries, cos, sin))
     written = slots >= 0
     check(pools[0][slots[written]], rotate(keys, cos, sin)[written])
@@ -101,7 +101,7 @@ def test_decode_attention(lens: list[int], num_heads: int, num_kv_heads: int, he
         row[:count] = torch.tensor([ids.pop() for _ in range(count)])
     queries, scaling = randn(len(lens), num_heads, head_dim), head_dim**-0.5
     on_gpu = tables.cuda(), torch.tensor(lens, dtype=torch.int32, device="cuda")
-    out = kernels.decode_attention(queries, keys, values, *on_gpu, scaling)
+    out = decode_attention(queries, keys, values, *on_gpu, scaling)
     for query, table, length, result in zip(queries, tables, lens, out, strict=True):
         if length == 0:
             assert not result.any()

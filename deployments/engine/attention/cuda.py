@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
-from deployments.engine.kernels import cuda as kernels
+from deployments.engine.kernels.cuda_attention import decode_attention, rotate_and_write
 from deployments.engine.kv_cache import KVCache
 
 _CAUSAL = (-1, 0)
@@ -85,16 +85,16 @@ class CudaStep:
         new = queries.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1)
         cos, sin = rotary[0][0], rotary[1][0]
         pools = key_pool.view(-1, *key_pool.shape[2:]), value_pool.view(-1, *value_pool.shape[2:])
-        rotated, new_keys = kernels.rotate_and_write(
+        rotated, new_keys = rotate_and_write(
             *new, cos, sin, *pools, self._slots, keep_keys=any(prompts.tables is None for prompts in self._prompts)
         )
         num_decodes = len(self._lens)
         if not self._prompts:
-            return kernels.decode_attention(rotated, key_pool, value_pool, self._tables, self._lens, scaling)
+            return decode_attention(rotated, key_pool, value_pool, self._tables, self._lens, scaling)
         parts = []
         if num_decodes:
             decodes = rotated[:num_decodes]
-            parts.append(kernels.decode_attention(decodes, key_pool, value_pool, self._tables, self._lens, scaling))
+            parts.append(decode_attention(decodes, key_pool, value_pool, self._tables, self._lens, scaling))
         for prompts in self._prompts:
             span = slice(prompts.start, prompts.start + prompts.num_tokens)
             if prompts.tables is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.batch import Batch
-from deployments.engine.kernels.decode_attention import decode_attention
+from deployments.engine.kernels.cpu_attention import decode_attention
 from deployments.engine.kv_cache import KVCache
 
 _SPLIT_TOKENS = 256

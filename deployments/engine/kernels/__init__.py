@@ -1,1 +1,1 @@
-"""Kernels of our own, one file per kind of device. No layer, model or cache is known here."""
+"""Kernels of our own; files of one kind of device begin with its name. No layer, model or cache is known here."""

@@ -12,7 +12,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from deployments.engine.kernels.cpu import PARALLEL
-from deployments.engine.kernels.tiles import LANES, matmul_tile
+from deployments.engine.kernels.cpu_tiles import LANES, matmul_tile
 
 # Vectors of a panel and rows of a tile: with AVX-512 8 x 3 of 32 registers hold sums, else 4 x 3 of 16.
 _VECTORS = 3

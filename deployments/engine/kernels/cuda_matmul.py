@@ -1,0 +1,128 @@
+"""Matrix product of few rows on a GPU, in Triton: bound by reading the weight once; bfloat16 and float16."""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional
+
+# Products of more rows are torch's: cuBLAS is then bound by arithmetic and better at it, with many columns later.
+_MAX_ROWS, _MAX_ROWS_OF_WIDE, _WIDE = 32, 64, 16384
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Matrix product for few rows, which is bound by reading the weight once.
+
+    Args:
+        x: (..., K), contiguous.
+        weight: (N, K), contiguous.
+        bias: (N,).
+
+    Returns:
+        (..., N).
+    """
+    depth = x.shape[-1]
+    num_rows, num_columns = x.numel() // depth, len(weight)
+    if num_rows > (_MAX_ROWS_OF_WIDE if num_columns >= _WIDE else _MAX_ROWS) or depth % 8:
+        return functional.linear(x, weight, bias)
+    out = torch.empty((*x.shape[:-1], num_columns), dtype=x.dtype, device=x.device)
+    if num_rows == 0:
+        return out
+    if num_rows == 1:
+        _product_of_row(x, weight, bias, out)
+    else:
+        _product_of_rows(x, weight, bias, out, num_rows)
+    return out
+
+
+def _product_of_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    num_columns, depth = weight.shape
+    block, num_warps = (1024, 4) if depth <= 1024 else (2048, 8)
+    _linear_of_row[(triton.cdiv(num_columns, 2),)](
+        x, weight, bias, out, num_columns, depth, HAS_BIAS=bias is not None, COLUMNS=2, BLOCK=block, num_warps=num_warps
+    )
+
+
+def _product_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, num_rows: int) -> None:
+    num_columns, depth = weight.shape
+    rows = max(16, triton.next_power_of_2(num_rows))
+    columns, block, num_stages, num_warps = skinny_tile(num_columns, rows)
+    _linear_of_rows[(triton.cdiv(num_columns, columns),)](
+        x,
+        weight,
+        bias,
+        out,
+        num_rows,
+        num_columns,
+        depth,
+        HAS_BIAS=bias is not None,
+        ROWS=rows,
+        COLUMNS=columns,
+        BLOCK=block,
+        num_stages=num_stages,
+        num_warps=num_warps,
+    )
+
+
+def skinny_tile(num_columns: int, num_rows: int) -> tuple[int, int, int, int]:
+    """Columns and depth of a program's tile, its stages and warps: the best of those tried on an H100 (docs/log.md).
+
+    Args:
+        num_columns: of the weight.
+        num_rows: of the tile: 16, 32 or 64.
+    """
+    if num_columns <= 2048:  # narrow tiles, so that there are enough programs
+        return 16, 512 if num_rows == 16 else 256, 3, 4
+    if num_columns <= 4096:
+        return 32, 256, 5 if num_rows <= 32 else 3, 4
+    return (64, 256, 3, 4) if num_rows == 16 else (64, 128, 5, 4)
+
+
+@triton.jit
+def _linear_of_row(
+    x, weight, bias, out, num_columns, depth, HAS_BIAS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+):
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    rows = weight + tl.minimum(columns, num_columns - 1).to(tl.int64)[:, None] * depth
+    total = tl.zeros((COLUMNS, BLOCK), tl.float32)
+    for start in range(0, depth, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < depth
+        part = tl.load(rows + at[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+        total += part.to(tl.float32) * tl.load(x + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+    result = tl.sum(total, axis=1)
+    if HAS_BIAS:
+        result += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
+    tl.store(out + columns, result, mask=columns < num_columns)
+
+
+@triton.jit
+def _linear_of_rows(
+    x,
+    weight,
+    bias,
+    out,
+    num_rows,
+    num_columns,
+    depth,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    rows = tl.arange(0, ROWS)
+    of_weight = weight + tl.minimum(columns, num_columns - 1).to(tl.int64)[:, None] * depth
+    of_x = x + tl.minimum(rows, num_rows - 1)[None, :] * depth
+    total = tl.zeros((COLUMNS, ROWS), tl.float32)
+    for start in range(0, depth, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < depth
+        part = tl.load(of_weight + at[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+        factors = tl.load(of_x + at[:, None], mask=inside[:, None], other=0.0)
+        total = tl.dot(part, factors, total)
+    if HAS_BIAS:
+        total += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[:, None]
+    places = out + rows[None, :].to(tl.int64) * num_columns + columns[:, None]
+    tl.store(places, total, mask=(rows < num_rows)[None, :] & (columns < num_columns)[:, None])
