@@ -11,6 +11,7 @@ import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ray
@@ -21,6 +22,7 @@ from deployments.engine.stats import EngineStats
 from deployments.errors import TransferError
 from deployments.kv_transfer import direct
 from deployments.kv_transfer.layout import KVLayout
+from deployments.kv_transfer.local import Arena
 from deployments.messages import (
     ChunkReady,
     Ended,
@@ -33,6 +35,7 @@ from deployments.messages import (
 from deployments.tokens.sender import TokenSender
 
 if TYPE_CHECKING:
+    import torch
     from ray.actor import ActorHandle
     from torch import Tensor
 
@@ -42,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 # A chunk that is imported waits for the step in progress; a step longer than this means that the engine hangs.
 _IMPORT_TIMEOUT_S = 60.0
+# Quarters of what an engine exports at most at once.
+_ARENA_SLACK = 5
 
 
 def _log_failure(command: "Future[object]") -> None:
@@ -94,12 +99,14 @@ class BuiltEngine:
         info: for fronts and the ingress.
         layout: of its KV blocks; None: it takes part in no hand-off.
         device_type: where its KV is.
+        arena: where it copies KV to that it hands over; None: to memory that is its process's alone.
     """
 
     engine: "Engine"
     info: EngineInfo
     layout: KVLayout | None
     device_type: str
+    arena: Arena | None = None
 
 
 EngineBuilder: TypeAlias = Callable[[EngineConfig], BuiltEngine]
@@ -134,7 +141,12 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
         bytes_per_block=layout.bytes_per_block,
     )
     logger.info("engine ready: %s, %s, %d threads, pid %d", loaded.path, limits, num_threads, os.getpid())
-    return BuiltEngine(engine, info, layout, loaded.device.type)
+    arena = None
+    if config.share_kv:
+        # Chunks outlive their release by as long as Ray takes to notice, and leave gaps.
+        arena = Arena(_ARENA_SLACK * engine.max_export_bytes // 4, loaded.device.type)
+        engine.export_into(arena.allocate)
+    return BuiltEngine(engine, info, layout, loaded.device.type, arena)
 
 
 class EngineActor:
@@ -152,7 +164,7 @@ class EngineActor:
         self._engine = built.engine
         self._info = built.info
         if built.layout is not None:
-            direct.configure(built.layout, built.device_type)
+            direct.configure(built.layout, built.device_type, arena=built.arena)
         self._events: queue.SimpleQueue[list[FrontEvent]] = queue.SimpleQueue()
         self._tokens = TokenSender(self._give_up)
         self._loop = EngineLoop(self._engine, self._emit)
@@ -213,8 +225,14 @@ class EngineActor:
 
     @direct.receives_kv
     def receive_kv(self, chunk: ChunkReady, tensor: "Tensor") -> None:
-        """Take a chunk into the pool; returns when it is there."""
-        self._loop.call(lambda engine: self._loop.emit(engine.import_chunk(chunk, tensor)), _IMPORT_TIMEOUT_S)
+        """Take a chunk into the pool; returns when it is there and the chunk is read no more."""
+        imported = self._loop.call(partial(self._import, chunk, tensor), _IMPORT_TIMEOUT_S)
+        if imported is not None:
+            imported.synchronize()
+
+    def _import(self, chunk: ChunkReady, tensor: "Tensor", engine: "Engine") -> "torch.cuda.Event | None":
+        self._loop.emit(engine.import_chunk(chunk, tensor))
+        return engine.fence()
 
     @ray.method(concurrency_group="stream")
     def events(self) -> Iterator[list[FrontEvent]]:

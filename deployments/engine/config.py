@@ -21,6 +21,8 @@ class EngineConfig(BaseModel):
         max_num_batched_tokens: token budget of one step; longer prompts run in chunks. On a CPU 128 per thread,
             so that a step of a small model stays under a second; 8192 on a GPU.
         enable_prefix_caching: reuse the KV of finished prompts that share a prefix.
+        share_kv: engines of the same machine may read the KV that this one hands over in its memory; else, and on other
+            machines, it is sent: over TCP (gloo) from CPUs, over NCCL from GPUs.
         num_threads: CPU threads of this engine's process; 1 unless given.
     """
 
@@ -36,6 +38,7 @@ class EngineConfig(BaseModel):
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_batched_tokens: int | None = Field(default=None, ge=1)
     enable_prefix_caching: bool = True
+    share_kv: bool = True
     num_threads: int | None = Field(default=None, ge=1)
 
 

@@ -14,12 +14,14 @@ Not thread-safe, but for `take_chunk`; `EngineLoop` runs it.
 import logging
 import time
 
+import torch
 from torch import Tensor
 
 from deployments.engine.block_manager import BlockManager
 from deployments.engine.config import EngineConfig, EngineLimits
 from deployments.engine.export import ExportBuffer
 from deployments.engine.kv_cache import KVCache
+from deployments.engine.kv_copies import Allocate, KVCopies
 from deployments.engine.model import LoadedModel
 from deployments.engine.model_runner import LaunchedStep, build_runner
 from deployments.engine.scheduler import ScheduledSequence, Scheduler
@@ -31,8 +33,10 @@ from deployments.messages import ChunkReady, EngineEvent, FinishReason, Generate
 
 logger = logging.getLogger(__name__)
 
-# A step's worth of chunks may wait for their receivers while the next ones are computed.
-_EXPORT_STEPS = 4
+# Chunks of this many steps may wait for their receivers while the next ones are computed. Steps of a GPU are long.
+_EXPORT_STEPS = {"cpu": 4, "cuda": 2}
+# Of one chunk: small enough that chunks of one step overlap on their way, large enough that each fills a link.
+_MAX_CHUNK_BYTES = 256 << 20
 
 
 class Engine:
@@ -52,12 +56,17 @@ class Engine:
         self.kv_shape = loaded.kv_shape
         cache = KVCache(loaded.kv_shape, self.limits.num_blocks, self.limits.block_size, loaded.device)
         self._runner = build_runner(loaded, cache, self.limits)
+        self._cache = cache
+        self._copies = KVCopies(cache)
         self._blocks = BlockManager(
             self.limits.num_blocks, self.limits.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
         self._scheduler = Scheduler(self._blocks, self.limits)
-        self._max_chunk_blocks = max(1, self.limits.max_num_batched_tokens // self.limits.block_size)
-        self._exports = ExportBuffer(max_blocks=_EXPORT_STEPS * self._max_chunk_blocks)
+        bytes_per_block = self.limits.block_size * loaded.kv_shape.bytes_per_token
+        step_blocks = max(1, self.limits.max_num_batched_tokens // self.limits.block_size)
+        self._max_chunk_blocks = max(1, min(step_blocks, _MAX_CHUNK_BYTES // bytes_per_block))
+        self._exports = ExportBuffer(max_blocks=_EXPORT_STEPS[loaded.device.type] * step_blocks)
+        self._max_export_bytes = self._exports.max_blocks * bytes_per_block
         self._is_pipelined = is_pipelined
         self._in_flight: LaunchedStep | None = None
         self._exporting: dict[str, Sequence] = {}
@@ -77,6 +86,15 @@ class Engine:
     @property
     def num_free_blocks(self) -> int:
         return self._blocks.num_free_blocks
+
+    @property
+    def max_export_bytes(self) -> int:
+        """Of all chunks at once that were copied out and not yet released."""
+        return self._max_export_bytes
+
+    def export_into(self, allocate: Allocate) -> None:
+        """Have chunks copied into memory from `allocate`, as far as it has room; before the first step."""
+        self._copies = KVCopies(self._cache, allocate)
 
     def add(self, request: GenerateRequest, remote_threshold: int | None = None) -> None:
         """Queue a request to decode here.
@@ -146,7 +164,7 @@ class Engine:
 
         Args:
             chunk: which blocks; the last chunk carries the first token.
-            tensor: (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim).
+            tensor: (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim); on a GPU it is read until `fence`.
 
         Returns:
             The first token's output once every block is here; nothing for a request that is no longer waiting.
@@ -160,7 +178,7 @@ class Engine:
         arrived = range(chunk.start_block, chunk.start_block + chunk.num_blocks)
         if not sequence.missing_blocks.issuperset(arrived):
             raise ValueError(f"{chunk.request_id}: blocks {arrived} are not all awaited ({sequence.missing_blocks})")
-        self._runner.cache.import_blocks([sequence.block_table[i] for i in arrived], tensor)
+        self._copies.import_([sequence.block_table[i] for i in arrived], tensor)
         sequence.missing_blocks.difference_update(arrived)
         if chunk.first_token is not None:
             self._first_tokens[chunk.request_id] = chunk.first_token
@@ -172,6 +190,10 @@ class Engine:
         first_token = self._first_tokens.pop(chunk.request_id)
         sequence.token_ids.append(first_token)
         return [self._told(sequence, sequence.num_prompt_tokens, first_token)]
+
+    def fence(self) -> torch.cuda.Event | None:
+        """When the device has done all that it was asked for up to now; None: it has."""
+        return self._copies.fence()
 
     def prefill_locally(self, request_id: str) -> bool:
         """Stop waiting for a prefill engine and compute what is missing here; False if it does not wait."""
@@ -193,7 +215,10 @@ class Engine:
         self._exports.release(request_id)
 
     def take_chunk(self, request_id: str, index: int) -> Tensor | None:
-        """Hand out the KV of a chunk that was announced; None if it is gone. Safe from any thread."""
+        """Wait until a chunk that was announced is complete, and hand its KV out; None if it is gone.
+
+        Safe from any thread.
+        """
         return self._exports.take(request_id, index)
 
     def release_chunk(self, request_id: str, index: int) -> None:
@@ -334,10 +359,15 @@ class Engine:
                     break
         return events
 
+    def _computed(self, sequence: Sequence) -> torch.cuda.Event | None:
+        """When all of a sequence's KV that counts as computed is there; None: now."""
+        step = self._in_flight
+        return step.done if step is not None and any(item.sequence is sequence for item in step.items) else None
+
     def _export(self, sequence: Sequence, size: int) -> ChunkReady:
         start, index = sequence.num_exported_blocks, sequence.num_exported_chunks
-        tensor = self._runner.cache.export_blocks(sequence.block_table[start : start + size])
-        self._exports.put(sequence.request_id, index, size, tensor)
+        tensor, ready = self._copies.export(sequence.block_table[start : start + size], self._computed(sequence))
+        self._exports.put(sequence.request_id, index, size, tensor, ready)
         sequence.num_exported_blocks += size
         sequence.num_exported_chunks += 1
         first_token = None

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from threading import Lock
 
+import torch
 from torch import Tensor
 
 
@@ -10,6 +11,7 @@ from torch import Tensor
 class _Exported:
     num_blocks: int
     tensor: Tensor | None
+    ready: torch.cuda.Event | None
 
 
 @dataclass(slots=True)
@@ -36,19 +38,22 @@ class ExportBuffer:
         """Whether any chunk of the request still counts."""
         return request_id in self._chunks
 
-    def put(self, request_id: str, index: int, num_blocks: int, tensor: Tensor) -> None:
+    def put(self, request_id: str, index: int, num_blocks: int, tensor: Tensor, ready: torch.cuda.Event | None) -> None:
+        """Keep a chunk that is complete when `ready` says so; None: it is."""
         with self._lock:
-            self._chunks.setdefault(request_id, {})[index] = _Exported(num_blocks, tensor)
+            self._chunks.setdefault(request_id, {})[index] = _Exported(num_blocks, tensor, ready)
             self._num_blocks += num_blocks
 
     def take(self, request_id: str, index: int) -> Tensor | None:
-        """Give the chunk away, once; None if it was taken, released, or never there."""
+        """Give the chunk away, once, when it is complete; None if it was taken, released, or never there."""
         with self._lock:
             chunk = self._chunks.get(request_id, {}).get(index)
             if chunk is None:
                 return None
             tensor, chunk.tensor = chunk.tensor, None
-            return tensor
+        if chunk.ready is not None:
+            chunk.ready.synchronize()
+        return tensor
 
     def release(self, request_id: str, index: int | None = None) -> None:
         """The receiver has the chunk, or nobody wants it any more; without an index: all of the request's."""

@@ -56,19 +56,47 @@ class KVCache:
         keys, values = self.blocks[layer]
         return keys.index_select(0, block_ids), values.index_select(0, block_ids)
 
-    def export_blocks(self, block_ids: list[int]) -> Tensor:
-        """Copy blocks of every layer out: (num_layers, 2, N, block_size, num_kv_heads, head_dim), contiguous."""
-        return self.blocks.index_select(2, torch.tensor(block_ids, device=self.blocks.device))
+    def export_blocks(self, block_ids: list[int], out: Tensor) -> None:
+        """Copy blocks of every layer out.
+
+        Args:
+            block_ids: N of them.
+            out: (num_layers, 2, N, block_size, num_kv_heads, head_dim), contiguous.
+        """
+        ids = self._upload(block_ids)
+        if self.blocks.is_cuda:
+            from deployments.engine.kernels.cuda_blocks import gather_blocks  # Triton is there only where a GPU is
+
+            gather_blocks(self.blocks, ids, out)
+        else:
+            torch.index_select(self.blocks, 2, ids, out=out)
 
     def import_blocks(self, block_ids: list[int], chunk: Tensor) -> None:
-        """Copy a chunk, shaped as `export_blocks` gives it, into blocks.
+        """Copy a chunk, shaped as that of `export_blocks`, into blocks.
 
         Raises:
             ValueError: the chunk has another shape or dtype.
         """
-        expected = (*self.blocks.shape[:2], len(block_ids), *self.blocks.shape[3:])
+        expected = self.chunk_shape(len(block_ids))
         if tuple(chunk.shape) != expected or chunk.dtype != self.blocks.dtype:
             raise ValueError(
                 f"KV chunk is {tuple(chunk.shape)} {chunk.dtype}, this pool takes {expected} {self.blocks.dtype}"
             )
-        self.blocks.index_copy_(2, torch.tensor(block_ids, device=self.blocks.device), chunk)
+        ids = self._upload(block_ids)
+        if self.blocks.is_cuda:
+            from deployments.engine.kernels.cuda_blocks import scatter_blocks
+
+            scatter_blocks(self.blocks, ids, chunk)
+        else:
+            self.blocks.index_copy_(2, ids, chunk)
+
+    def chunk_shape(self, num_blocks: int) -> tuple[int, ...]:
+        """Of so many blocks of every layer."""
+        return (*self.blocks.shape[:2], num_blocks, *self.blocks.shape[3:])
+
+    def _upload(self, block_ids: list[int]) -> Tensor:
+        """Block numbers on the pool's device; no wait for a GPU, which copying from pageable memory would be."""
+        ids = torch.tensor(block_ids)
+        if not self.blocks.is_cuda:
+            return ids
+        return ids.pin_memory().to(self.blocks.device, non_blocking=True)

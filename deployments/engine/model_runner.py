@@ -18,7 +18,18 @@ from deployments.engine.sequence import PENDING
 
 
 class LaunchedStep(Protocol):
-    """A step that is under way."""
+    """A step that is under way.
+
+    Attributes:
+        items: what runs, in the batch's order.
+        done: when it has ended; None where `launch` returns no earlier.
+    """
+
+    @property
+    def items(self) -> list[ScheduledSequence]: ...
+
+    @property
+    def done(self) -> torch.cuda.Event | None: ...
 
     def collect(self) -> list[tuple[ScheduledSequence, int | None]]:
         """Wait for it: what ran, each with the token drawn; None where the prompt is not yet at its end."""
@@ -50,10 +61,11 @@ def build_runner(loaded: LoadedModel, cache: KVCache, limits: EngineLimits) -> R
 
 @dataclass(frozen=True, slots=True)
 class _Launched:
-    """`LaunchedStep` with its items in the batch's order, and the tokens of those that draw one, (S,) on the device."""
+    """`LaunchedStep` with the tokens of those items that draw one, (S,) on the device."""
 
     items: list[ScheduledSequence]
     tokens: Tensor
+    done: torch.cuda.Event | None
 
     def collect(self) -> list[tuple[ScheduledSequence, int | None]]:
         tokens = iter(self.tokens.tolist())
@@ -91,7 +103,8 @@ class ModelRunner:
             )
             tokens = sample(logits, sampling)
         self._drawn, self._row_of = tokens, {item.sequence.request_id: row for row, item in enumerate(sampled)}
-        return _Launched(ordered, tokens)
+        done = torch.cuda.current_stream().record_event() if self._device.type == "cuda" else None
+        return _Launched(ordered, tokens, done)
 
     def _fill_pending(self, input_ids: Tensor, ordered: list[ScheduledSequence]) -> Tensor:
         """Put in what the step before drew, without waiting for it. Only decodes, which come first, can be pending."""

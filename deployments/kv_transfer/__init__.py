@@ -3,5 +3,6 @@
 A request's chunk, from the actor's side: `exports_kv` marks the method that gives it away, `receives_kv` the one that
 takes it, and whoever owns both handles passes the reference from one to the other. `layout` says what a chunk is,
 `base` what can be set and counted, `group` moves bytes between two processes, `link` runs one pair of engines,
-`endpoint` holds what a process has of all that, `direct` fits it into Ray.
+`local` lets engines of one machine read each other's memory (`shared_memory`), `endpoint` holds what a process has of
+all that, `direct` fits it into Ray.
 """

@@ -38,17 +38,21 @@ class TransferStats:
     Attributes:
         num_received: chunks pulled from other engines.
         num_received_bytes: their size.
-        receive_s: time spent pulling them, from the request to the last byte, waits for other chunks left out.
+        num_read_in_place: of these, chunks that were read in another engine's memory on the same machine.
+        receive_s: time spent pulling the others, from the request to the last byte, waits for other chunks left out.
         num_sent: chunks sent to other engines.
         num_failed: chunks whose transfer failed, on either end.
         num_links: pairs that are open now; a pair that sends in both directions counts twice.
+        num_neighbours: engines of this machine whose memory is mapped here.
         num_held: chunks that were produced here and are still referenced somewhere.
     """
 
     num_received: int = 0
     num_received_bytes: int = 0
+    num_read_in_place: int = 0
     receive_s: float = 0.0
     num_sent: int = 0
     num_failed: int = 0
     num_links: int = 0
+    num_neighbours: int = 0
     num_held: int = 0

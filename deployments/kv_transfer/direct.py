@@ -38,6 +38,7 @@ from deployments.kv_transfer.base import TransferConfig, TransferStats
 from deployments.kv_transfer.endpoint import RemoteChunk, actor_id, endpoint
 from deployments.kv_transfer.layout import KVLayout
 from deployments.kv_transfer.link import CONTROL_GROUP
+from deployments.kv_transfer.local import Arena
 
 TRANSPORT_NAME = "KVRELAY"
 EXPORT_GROUP = "export"
@@ -57,15 +58,18 @@ Result = TypeVar("Result")
 P = ParamSpec("P")
 
 
-def configure(layout: KVLayout, device: str = "cpu", config: TransferConfig | None = None) -> None:
+def configure(
+    layout: KVLayout, device: str = "cpu", config: TransferConfig | None = None, arena: Arena | None = None
+) -> None:
     """Say what this process's KV is. An engine does so before it exports or receives.
 
     Args:
         layout: of the engine's KV.
         device: `cpu` (gloo) or `cuda` (NCCL), where its chunks are and where it wants those of others.
         config: bounds of the waits; None: the defaults.
+        arena: where its chunks are, as far as there is room, for engines of the same machine to read; None: nowhere.
     """
-    endpoint.configure(layout, device, config or TransferConfig())
+    endpoint.configure(layout, device, config or TransferConfig(), arena)
 
 
 def stats() -> TransferStats:
@@ -86,7 +90,7 @@ def register() -> None:
 def exports_kv(method: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Mark an actor's method that returns one chunk: contiguous, of the configured layout and device.
 
-    The tensor is not copied: it must not be written to until the reference is gone.
+    The tensor must be complete, on a GPU too. It is not copied: it must not be written to until the reference is gone.
     """
     register()
     mark: Any = ray.method(tensor_transport=TRANSPORT_NAME, concurrency_group=EXPORT_GROUP)
@@ -96,6 +100,8 @@ def exports_kv(method: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 def receives_kv(method: Callable[[Self, Header, Tensor], Result]) -> Callable[[Self, Header, Tensor], Result]:
     """Mark an actor's method that takes a chunk as its second argument; it runs once the tensor is there.
+
+    The tensor may be the source's own memory: whoever reads it must be done, on a GPU too, when the method returns.
 
     If the tensor cannot be brought, the method does not run, and whoever awaits it sees `TransferError` or
     `LayoutMismatchError`.
@@ -157,6 +163,7 @@ class KvTransport(TensorTransportManager):
             layout=endpoint.layout,
             shape=tuple(tensor.shape),
             device=tensor.device.type,
+            place=endpoint.place_of(tensor),
         )
         return _ChunkMetadata([(tensor.shape, tensor.dtype)], tensor.device.type, chunk)
 

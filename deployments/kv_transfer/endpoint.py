@@ -2,7 +2,8 @@
 
 The receiver drives. It opens a link, asks the source for one chunk, and receives it; the source's thread for that link
 sends what it was asked for. A sender thus only ever waits for a receiver that is receiving this very chunk, so no cycle
-of waits can form, whoever hands what to whom. Called by `direct`; knows no Ray object references to chunks.
+of waits can form, whoever hands what to whom. On one machine there is nothing to send: the receiver reads the chunk
+where it lies. Called by `direct`; knows no Ray object references to chunks.
 """
 
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from deployments.kv_transfer.base import TransferConfig, TransferStats
 from deployments.kv_transfer.group import Group, build_group, host_store, join_store
 from deployments.kv_transfer.layout import KVLayout
 from deployments.kv_transfer.link import Link, LinkLostError, Peer, Watchdog, call_engine
+from deployments.kv_transfer.local import Arena, Neighbours, Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class RemoteChunk:
         layout: of that engine's KV.
         shape: of the chunk's tensor.
         device: `cpu` or `cuda`.
+        place: where it can be read on the source's machine; None: nowhere, it must be sent.
     """
 
     object_id: str
@@ -44,18 +47,13 @@ class RemoteChunk:
     layout: KVLayout
     shape: tuple[int, ...]
     device: str
+    place: Place | None = None
 
 
 class _Reply(Enum):
     SENDING = "sending"
     GONE = "gone"
     NO_LINK = "no link"
-
-
-@dataclass(frozen=True, slots=True)
-class _Held:
-    tensor: Tensor
-    ready: torch.cuda.Event | None
 
 
 class Endpoint:
@@ -67,7 +65,9 @@ class Endpoint:
         self._device = "cpu"
         self._watchdog = Watchdog()
         self._lock = Lock()
-        self._held: dict[str, _Held] = {}
+        self._arena: Arena | None = None
+        self._neighbours = Neighbours()
+        self._held: dict[str, Tensor] = {}
         self._inbound: dict[str, Link] = {}
         self._outbound: dict[str, Link] = {}
         self._stats = TransferStats()
@@ -77,25 +77,37 @@ class Endpoint:
         assert self._layout is not None, "configure() was not called in this process"
         return self._layout
 
-    def configure(self, layout: KVLayout, device: str, config: TransferConfig) -> None:
-        self._layout, self._device, self._config = layout, device, config
+    def configure(self, layout: KVLayout, device: str, config: TransferConfig, arena: Arena | None) -> None:
+        self._layout, self._device, self._config, self._arena = layout, device, config, arena
 
     def stats(self) -> TransferStats:
         with self._lock:
-            return replace(self._stats, num_links=len(self._inbound) + len(self._outbound), num_held=len(self._held))
+            return replace(
+                self._stats,
+                num_links=len(self._inbound) + len(self._outbound),
+                num_neighbours=len(self._neighbours),
+                num_held=len(self._held),
+            )
 
     # The side of the source.
 
     def hold(self, object_id: str, tensor: Tensor) -> None:
         """Keep a chunk until `release`.
 
+        Args:
+            object_id: its name.
+            tensor: complete, on a GPU too.
+
         Raises:
             ValueError: not a contiguous tensor of this engine's layout and device.
         """
         _check_chunk(tensor, self.layout, self._device)
-        ready = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
         with self._lock:
-            self._held[object_id] = _Held(tensor, ready)
+            self._held[object_id] = tensor
+
+    def place_of(self, tensor: Tensor) -> Place | None:
+        """Where engines of this machine find a chunk; None if it must be sent to them."""
+        return self._arena.place_of(tensor) if self._arena is not None else None
 
     def release(self, object_id: str) -> None:
         """Drop a chunk; one that is being sent lives until that ends."""
@@ -139,11 +151,9 @@ class Endpoint:
         timeout_s = self._config.connect_timeout_s
         return build_group(self._device, join_store(address, timeout_s), 1, _node_ip(), timeout_s)
 
-    def _send(self, held: _Held, group: Group) -> None:
+    def _send(self, tensor: Tensor, group: Group) -> None:
         try:
-            if held.ready is not None:
-                held.ready.synchronize()
-            group.send(held.tensor, self._config.transfer_timeout_s)
+            group.send(tensor, self._config.transfer_timeout_s)
         except Exception:
             self._count(num_failed=1)
             raise
@@ -156,7 +166,9 @@ class Endpoint:
     # The side of the receiver.
 
     def pull(self, chunk: RemoteChunk) -> Tensor:
-        """Bring a chunk here; blocks until it is complete.
+        """Bring a chunk here, or into reach; blocks until it is complete.
+
+        The caller keeps a reference to the chunk for as long as it uses the tensor: it may be the source's own memory.
 
         Raises:
             LayoutMismatchError: the source's KV is of another kind; nothing was sent.
@@ -167,6 +179,8 @@ class Endpoint:
             raise LayoutMismatchError(
                 f"engines disagree on the device of KV: ours {self._device}, theirs {chunk.device}"
             )
+        if chunk.place is not None and (tensor := self._view(chunk, chunk.place)) is not None:
+            return tensor
         try:
             try:
                 return self._pull_once(chunk)
@@ -177,6 +191,12 @@ class Endpoint:
             self._count(num_failed=1)
             # A new exception: the link's other jobs may hold the old one.
             raise TransferError(f"chunk from engine {chunk.source_id}: {error}") from None
+
+    def _view(self, chunk: RemoteChunk, place: Place) -> Tensor | None:
+        tensor = self._neighbours.view(place, chunk.shape, getattr(torch, chunk.layout.dtype))
+        if tensor is not None:
+            self._count(num_received=1, num_received_bytes=tensor.nbytes, num_read_in_place=1)
+        return tensor
 
     def _pull_once(self, chunk: RemoteChunk) -> Tensor:
         link = self._link_to(chunk)

@@ -13,6 +13,7 @@ from deployments.kv_transfer.base import TransferConfig, TransferStats
 from deployments.kv_transfer.direct import ENGINE_ACTOR_OPTIONS, configure, exports_kv, receives_kv, stats
 from deployments.kv_transfer.group import GlooGroup
 from deployments.kv_transfer.layout import KVLayout
+from deployments.kv_transfer.local import Arena
 from deployments.messages import ChunkReady
 
 # 64 KiB per block.
@@ -21,9 +22,10 @@ LAYOUT = KVLayout("test-model", "float32", block_size=16, num_layers=4, num_kv_h
 
 @ray.remote(num_cpus=0, **ENGINE_ACTOR_OPTIONS)
 class FakeEngine:
-    def __init__(self, layout: KVLayout, config: TransferConfig) -> None:
+    def __init__(self, layout: KVLayout, config: TransferConfig, arena_bytes: int = 0) -> None:
         torch.set_num_threads(1)
-        configure(layout, config=config)
+        self._arena = Arena(arena_bytes, "cpu")
+        configure(layout, config=config, arena=self._arena)
         self._layout = layout
         self._exported: list[weakref.ref[Tensor]] = []
         self._may_go = threading.Event()
@@ -31,7 +33,9 @@ class FakeEngine:
 
     @exports_kv
     def take_chunk(self, num_blocks: int, value: float) -> Tensor:
-        chunk = torch.full(self._layout.chunk_shape(num_blocks), value)
+        shape = self._layout.chunk_shape(num_blocks)
+        chunk = self._arena.allocate(shape, torch.float32)
+        chunk = (torch.empty(shape) if chunk is None else chunk).fill_(value)
         # The second half tells a chunk that came in part.
         chunk.view(-1)[chunk.numel() // 2 :] += 0.5
         self._exported.append(weakref.ref(chunk))

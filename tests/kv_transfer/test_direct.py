@@ -46,8 +46,8 @@ def engines(cluster: None) -> list[Engine]:
 def start_engine() -> Iterator[Callable[..., Engine]]:
     started: list[Engine] = []
 
-    def start(config: TransferConfig = CONFIG, **fields: Any) -> Engine:
-        engine = EngineClass.remote(replace(LAYOUT, **fields), config)
+    def start(config: TransferConfig = CONFIG, arena_bytes: int = 0, **fields: Any) -> Engine:
+        engine = EngineClass.remote(replace(LAYOUT, **fields), config, arena_bytes)
         started.append(engine)
         return engine
 
@@ -209,3 +209,38 @@ def test_a_pair_is_formed_again_after_a_failure_and_after_a_rest(start_engine):
     for engine in (source, destination):
         wait_for(partial(has_no_links, engine), 10)
     assert ray.get([engine.num_exported_alive.remote() for engine in (source, destination)]) == [0, 0]
+
+
+def test_on_one_machine_chunks_are_read_where_they_are_and_freed(start_engine):
+    source, destination = start_engine(arena_bytes=16 << 20), start_engine()
+    acks = [hand_off(source, destination, 4, float(i)) for i in range(50)]
+    assert_arrived(acks, [(4, float(i)) for i in range(50)])
+    stats = ray.get(destination.stats.remote())
+    assert (stats.num_received, stats.num_read_in_place, stats.num_neighbours) == (50, 50, 1)
+    assert stats.num_received_bytes == 50 * 4 * LAYOUT.bytes_per_block
+    assert ray.get([engine.stats.remote() for engine in (source, destination)])[0].num_links == 0
+    wait_for(lambda: ray.get(source.num_exported_alive.remote()) == 0, SOON_S)
+
+
+def test_a_chunk_for_which_shared_memory_has_no_room_is_sent(start_engine):
+    source, destination = start_engine(arena_bytes=6 * LAYOUT.bytes_per_block), start_engine()
+    refs = [source.take_chunk.remote(4, float(i)) for i in range(3)]
+    acks = [destination.receive_kv.remote(ChunkReady("request", 0, 0, 4), ref) for ref in refs]
+    assert_arrived(acks, [(4, float(i)) for i in range(3)])
+    assert ray.get(destination.stats.remote()).num_read_in_place == 1
+    assert ray.get(source.stats.remote()).num_sent == 2
+
+
+def test_a_stopped_source_can_be_read_and_a_dead_one_is_forgotten(start_engine, engines):
+    source, destination = start_engine(arena_bytes=16 << 20), start_engine()
+    assert_arrived([hand_off(source, destination, 4, 1.0)], [(4, 1.0)])
+    ref = source.take_chunk.remote(4, 2.0)
+    ray.wait([ref], fetch_local=False)
+    pid = ray.get(source.pid.remote())
+    os.kill(pid, signal.SIGSTOP)
+    assert_arrived([destination.receive_kv.remote(ChunkReady("request", 0, 0, 4), ref)], [(4, 2.0)])
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: ray.get(destination.stats.remote()).num_neighbours == 0, SOON_S)
+    with pytest.raises(TransferError):
+        ray.get(destination.receive_kv.remote(ChunkReady("request", 0, 0, 4), ref), timeout=20)
+    assert_arrived([hand_off(engines[0], destination, 1, 3.0)], [(1, 3.0)])
