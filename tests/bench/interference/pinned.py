@@ -20,8 +20,15 @@ FOLDER = Path(".run/interference")
 
 def engines(server: Server) -> list[psutil.Process]:
     """The engines' processes, the oldest first."""
-    found = [process for process in server.processes() if "EngineActor" in " ".join(process.cmdline()) + process.name()]
+    found = [process for process in server.processes() if _is_engine(process)]
     return sorted(found, key=lambda process: process.create_time())
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    try:
+        return "EngineActor" in " ".join(process.cmdline()) + process.name()
+    except psutil.NoSuchProcess:
+        return False  # one that Ray started in advance and needs no more
 
 
 def pin(process: psutil.Process, core: int) -> None:
