@@ -27,7 +27,7 @@ DEV := $(VENV)/.stamp-dev
 SOURCES := app deployments tests load_tests
 
 .PHONY: help serve stop status test check format load-test advise clean \
-	bench-engine bench-gpu bench-handoff bench-serving bench-interference
+	bench-engine bench-gpu bench-gpu-handoff bench-handoff bench-serving bench-interference
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 24
@@ -63,8 +63,11 @@ bench-engine: $(DEV) ## Measure one engine without a server. ARGS= is passed on.
 bench-gpu: $(DEV) ## Measure the engine on a GPU with random weights: tokens, prompts, throughput. ARGS= is passed on.
 	@$(PY) -m tests.bench.bench_gpu $(ARGS)
 
+bench-gpu-handoff: $(DEV) ## Measure the hand-off between two engines on one GPU, or two: CUDA IPC and NCCL. ARGS= is passed on.
+	@$(PY) -m tests.bench.bench_gpu_handoff $(ARGS)
+
 bench-handoff: $(DEV) ## Measure the hand-off of KV between two engines. ARGS= is passed on.
-	@$(PY) tests/bench/bench_handoff.py $(ARGS)
+	@$(PY) -m tests.bench.bench_handoff $(ARGS)
 
 bench-serving: $(DEV) ## Measure the serving layer: CPU and latency per token. ARGS= is passed on.
 	@$(PY) -m tests.bench.serving.bench_serving $(ARGS)

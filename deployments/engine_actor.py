@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deployments.engine.engine import Engine
+    from deployments.engine.model import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -115,13 +116,17 @@ EngineBuilder: TypeAlias = Callable[[EngineConfig], BuiltEngine]
 def build_engine(config: EngineConfig) -> BuiltEngine:
     """Load the model and set up this process for it."""
     # Imported here and not above: fronts name this function, and must not load transformers for it.
-    from deployments.engine.engine import Engine
     from deployments.engine.model import load_model
     from deployments.engine.process import configure_process
 
-    num_threads = config.num_threads or 1  # never all of the node's cores: it has other engines
-    configure_process(num_threads)
-    loaded = load_model(config)
+    configure_process(config.num_threads or 1)  # never all of the node's cores: it has other engines
+    return assemble_engine(load_model(config), config)
+
+
+def assemble_engine(loaded: "LoadedModel", config: EngineConfig) -> BuiltEngine:
+    """An engine around a model, and what its process needs to hand KV over."""
+    from deployments.engine.engine import Engine
+
     engine = Engine(loaded, config)
     limits, shape = engine.limits, engine.kv_shape
     layout = KVLayout(
@@ -140,7 +145,7 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
         block_size=limits.block_size,
         bytes_per_block=layout.bytes_per_block,
     )
-    logger.info("engine ready: %s, %s, %d threads, pid %d", loaded.path, limits, num_threads, os.getpid())
+    logger.info("engine ready: %s, %s, pid %d", loaded.path, limits, os.getpid())
     arena = None
     if config.share_kv:
         # Chunks outlive their release by as long as Ray takes to notice, and leave gaps.

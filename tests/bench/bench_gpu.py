@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
-from deployments.engine.model import optimize_layers, prepare_model
+from deployments.engine.model import LoadedModel, optimize_layers, prepare_model
 from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
 
 PROMPT_TOKENS = 256
@@ -47,7 +47,7 @@ def shapes() -> dict[str, PretrainedConfig]:
         num_hidden_layers=32,
         num_attention_heads=32,
         num_key_value_heads=8,
-        max_position_embeddings=16384,
+        max_position_embeddings=32768,
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         tie_word_embeddings=False,
     )
@@ -65,8 +65,8 @@ def shapes() -> dict[str, PretrainedConfig]:
     return {"llama-8b": llama, "qwen3-0.6b": qwen}
 
 
-def build(config: PretrainedConfig, max_num_seqs: int) -> Engine:
-    """An engine with random weights, as `load_model` would have prepared it."""
+def load_random(config: PretrainedConfig) -> LoadedModel:
+    """A model with random weights, the same each time, as `load_model` would have prepared it."""
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     generator = torch.Generator("cuda").manual_seed(0)
@@ -75,8 +75,13 @@ def build(config: PretrainedConfig, max_num_seqs: int) -> Engine:
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.02, generator=generator)
     loaded = prepare_model(model, "random", torch.device("cuda"))
-    loaded = replace(loaded, has_cuda_layers=optimize_layers(model))
-    return Engine(loaded, EngineConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=16384, max_model_len=12288))
+    return replace(loaded, has_cuda_layers=optimize_layers(model))
+
+
+def build(config: PretrainedConfig, max_num_seqs: int) -> Engine:
+    """An engine with random weights."""
+    settings = EngineConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=16384, max_model_len=12288)
+    return Engine(load_random(config), settings)
 
 
 class Driver:

@@ -9,21 +9,16 @@ bytes in one piece through a TCP socket on loopback, into a buffer that is there
 Part 2 runs the application twice on one Ray, disaggregated and colocated, and asks both in turn, over HTTP, idle.
 """
 
-import asyncio
 import json
 import multiprocessing
 import os
 import platform
-import random
 import socket
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Coroutine
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 import ray
@@ -34,111 +29,13 @@ from app.config import AppConfig
 from app.graph import graph
 from deployments.engine_actor import EngineActor
 from deployments.kv_transfer import direct
-from deployments.messages import ChunkReady, GenerateRequest, Placed, SamplingParams
-from deployments.tokens.receiver import TokenReceiver, TokenStream
+from tests.engine_pair import DrivenEngine, hand_over, random_prompt
 
 ROUNDS = int(os.environ.get("ROUNDS", "5"))
 HANDOFF_TOKENS = (512, 2048, 8000)
 TTFT_TOKENS = (256, 2048)
 PORT = int(os.environ.get("PORT", "8123"))
 VOCAB = 49_000
-
-T = TypeVar("T")
-
-
-def random_prompt(num_tokens: int, seed: int) -> tuple[int, ...]:
-    rng = random.Random(seed)
-    return tuple(rng.randrange(3, VOCAB) for _ in range(num_tokens))
-
-
-class Inbox:
-    """Plays the ingress for one engine: takes its tokens, in a thread of its own."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, daemon=True).start()
-        self._receiver = self._run(TokenReceiver.start("127.0.0.1", max_unread_tokens=1000))
-        self.address = self._receiver.address
-        self._streams: dict[str, TokenStream] = {}
-
-    def open(self, name: str) -> None:
-        """Listen for a request, before the engine hears of it."""
-        self._streams[name] = self._run(self._open(name))
-
-    def first(self, name: str) -> None:
-        """Wait for the request's first token, and stop listening."""
-        stream = self._streams.pop(name)
-        self._run(anext(stream))
-        self._run(stream.aclose())
-
-    async def _open(self, name: str) -> TokenStream:
-        return self._receiver.open(name, lambda: None, lambda _: None)
-
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-
-class Driver:
-    """Plays both fronts: moves one request from engine to engine and reads the clock."""
-
-    def __init__(self, config: AppConfig) -> None:
-        actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(EngineActor)
-        self.source: Any
-        self.target: Any
-        self.source, self.target = (
-            actor_class.options(num_cpus=1).remote(config.engine_config(pool)) for pool in ("prefill", "decode")
-        )
-        self.info = ray.get(self.source.info.remote())
-        ray.get(self.target.info.remote())
-        self._at_source, self._at_target = Inbox(), Inbox()
-        self._from_source = self.source.events.options(num_returns="streaming").remote()
-        self._from_target = self.target.events.options(num_returns="streaming").remote()
-
-    def warm(self, prompt: tuple[int, ...]) -> None:
-        """Have the source compute a prompt, so that its KV is cached there."""
-        self._at_source.open("warm")
-        ray.get(self.source.add.remote(_request(prompt, "warm", 1), None, self._at_source.address))
-        self._at_source.first("warm")
-
-    def hand_over(self, prompt: tuple[int, ...], name: str) -> tuple[float, int]:
-        """Seconds and bytes of one hand-off."""
-        # Two tokens: the request must outlive its first one to be handed over.
-        request = _request(prompt, name, 2)
-        for inbox in (self._at_source, self._at_target):
-            inbox.open(name)
-        ray.get(self.target.add.remote(request, 1, self._at_target.address))
-        assert self._await(self._from_target, Placed)[0].remote
-        ray.get(self.source.prefill.remote(request, 0, self._at_source.address))
-        started, kept, num_blocks, last = 0.0, [], 0, False
-        while not last:
-            for chunk in self._await(self._from_source, ChunkReady):
-                started = started or time.perf_counter()
-                ref = self.source.take_chunk.remote(name, chunk.index)
-                ack = self.target.receive_kv.remote(chunk, ref)
-                ack.future().add_done_callback(partial(self._release, name, chunk.index))
-                kept.append(ref)
-                num_blocks += chunk.num_blocks
-                last = last or chunk.first_token is not None
-        self._at_target.first(name)  # the target says it when the last block is in its pool
-        seconds = time.perf_counter() - started
-        self._at_source.first(name)
-        for actor in (self.source, self.target):
-            ray.get(actor.abort.remote(name, None))
-        return seconds, num_blocks * self.info.bytes_per_block
-
-    def _release(self, name: str, index: int, _: object) -> None:
-        # Only now: the exports of an engine have bounded room, and later chunks wait for it.
-        self.source.release_chunk.remote(name, index)
-
-    def _await(self, stream: Any, kind: type) -> list[Any]:
-        while True:
-            found = [event for event in ray.get(next(stream)) if isinstance(event, kind)]
-            if found:
-                return found
-
-
-def _request(prompt: tuple[int, ...], name: str, max_tokens: int) -> GenerateRequest:
-    return GenerateRequest(name, prompt, SamplingParams(max_tokens=max_tokens, temperature=0))
 
 
 def _copy_sink(port: "multiprocessing.Queue[int]", total: int) -> None:
@@ -181,17 +78,22 @@ class LoopbackCopy:
 
 
 def bench_transfer(config: AppConfig) -> list[dict[str, Any]]:
-    driver, rows = Driver(config), []
+    actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(EngineActor)
+    source, target = (
+        DrivenEngine(actor_class.options(num_cpus=1).remote(config.engine_config(pool)))
+        for pool in ("prefill", "decode")
+    )
+    rows = []
     for num_tokens in HANDOFF_TOKENS:
-        prompt = random_prompt(num_tokens, seed=num_tokens)
+        prompt = random_prompt(num_tokens, num_tokens, VOCAB)
         print(f"computing a prompt of {num_tokens} tokens once ...", flush=True)
-        driver.warm(prompt)
-        _, num_bytes = driver.hand_over(prompt, f"first-{num_tokens}")
+        source.generate(prompt, f"warm-{num_tokens}", 1)
+        num_bytes = hand_over(source, target, prompt, f"first-{num_tokens}").num_bytes
         copy = LoopbackCopy(num_bytes)
         handoffs, copies = [], []
         for i in range(ROUNDS):
             # The target runs without prefix caching: it would keep the prompt, and there would be nothing to send.
-            handoffs.append(driver.hand_over(prompt, f"{num_tokens}-{i}")[0])
+            handoffs.append(hand_over(source, target, prompt, f"{num_tokens}-{i}").chunks_s)
             copies.append(copy.seconds())
         copy.close()
         rows.append(
@@ -210,7 +112,7 @@ def ttft(client: httpx.Client, route: str, num_tokens: int, seed: int) -> tuple[
     """Seconds to the first and to the second token of a fresh prompt."""
     body = {
         "model": "bench",
-        "prompt": list(random_prompt(num_tokens, seed)),
+        "prompt": list(random_prompt(num_tokens, seed, VOCAB)),
         "max_tokens": 3,
         "temperature": 0,
         "ignore_eos": True,

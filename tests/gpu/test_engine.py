@@ -1,37 +1,20 @@
 """The engine with CUDA layers, graphs and pipelining gives the tokens of transformers' own model on the same GPU."""
 
-import copy
 from dataclasses import replace
-from functools import cache
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
-from deployments.engine.model import LoadedModel, optimize_layers, prepare_model
 from deployments.messages import SamplingParams
 from tests.engine.driving import Transcript, greedy, run
+from tests.gpu.models import CONFIGS, loaded, plain
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 3000,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-}
-CONFIGS: dict[str, PretrainedConfig] = {
-    "llama": LlamaConfig(**SHAPE),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=128, tie_word_embeddings=True),
-}
 NUM_TOKENS = 24
 LENGTHS = (1, 2, 40, 255, 256, 257, 700, 1500)
 # Two tokens whose logits are nearer than this are a tie: in bfloat16 logits of this size are multiples of 1/16, and
@@ -39,24 +22,6 @@ LENGTHS = (1, 2, 40, 255, 256, 257, 700, 1500)
 TIE = 0.13
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
-
-
-@cache
-def plain(family: str) -> PreTrainedModel:
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32, attn_implementation="sdpa")
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.06)
-    moved: PreTrainedModel = model.to("cuda", torch.bfloat16).eval()
-    return moved
-
-
-@cache
-def loaded(family: str) -> LoadedModel:
-    model = copy.deepcopy(plain(family))
-    found = prepare_model(model, "random", torch.device("cuda"))
-    return replace(found, has_cuda_layers=optimize_layers(model))
 
 
 def build(family: str, **overrides: object) -> Engine:

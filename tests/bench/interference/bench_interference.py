@@ -33,8 +33,8 @@ WHOLE = "colocated, whole prompts"
 # Tokens of a step in which decodes and prompts share; 128 is the engine's default on one thread.
 BUDGETS = (16, 32, 64, 128)
 DEFAULT_BUDGET = 128
-# The decode engine computes chat prompts itself, a few tokens beside each step, so that they do not lengthen it much; the
-# prefill engine takes longer steps, which nobody waits for: fewer chunks to hand over.
+# The decode engine computes chat prompts itself, a few tokens beside each step, so that they do not lengthen it much;
+# the prefill engine takes longer steps, which nobody waits for: fewer chunks to hand over.
 SPLIT_ARGUMENTS = (
     "engine.max_num_seqs=16 decode.engine.max_num_batched_tokens=16 prefill.engine.max_num_batched_tokens=256"
 )

@@ -1,0 +1,73 @@
+"""Engine actors around a small model with random weights, on a GPU where there is one, that say what tests must see."""
+
+import os
+from dataclasses import replace
+from functools import cache
+
+import ray
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from deployments.engine.config import EngineConfig
+from deployments.engine.model import LoadedModel, optimize_layers, prepare_model
+from deployments.engine_actor import BuiltEngine, EngineActor, assemble_engine
+from deployments.kv_transfer import direct
+from deployments.kv_transfer.base import TransferStats
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+BLOCK_SIZE = 256 if ON_GPU else 16
+NUM_BLOCKS = 64
+VOCAB_SIZE = 3000
+
+
+@cache
+def load() -> LoadedModel:
+    """The same weights in every process."""
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=512 if ON_GPU else 64,
+        intermediate_size=1024 if ON_GPU else 128,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=NUM_BLOCKS * BLOCK_SIZE // 2,
+    )
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.06)
+    if not ON_GPU:
+        return prepare_model(model.eval(), "random", DEVICE)
+    model = model.to(DEVICE, torch.bfloat16).eval()
+    return replace(prepare_model(model, "random", DEVICE), has_cuda_layers=optimize_layers(model))
+
+
+def build(config: EngineConfig) -> BuiltEngine:
+    """The engine of an actor."""
+    torch.set_num_threads(1)
+    return assemble_engine(load(), config)
+
+
+class WatchedEngine(EngineActor):
+    """One block per step and chunk."""
+
+    def __init__(self, share_kv: bool) -> None:
+        config = EngineConfig(
+            block_size=BLOCK_SIZE,
+            num_blocks=NUM_BLOCKS,
+            max_num_seqs=4,
+            max_num_batched_tokens=BLOCK_SIZE,
+            enable_prefix_caching=False,
+            share_kv=share_kv,
+        )
+        super().__init__(config, build)
+
+    @ray.method(concurrency_group="ctl")
+    def transfer_stats(self) -> TransferStats:
+        return direct.stats()
+
+    @ray.method(concurrency_group="ctl")
+    def pid(self) -> int:
+        return os.getpid()

@@ -1,0 +1,182 @@
+"""Drives engine actors without fronts and ingress: hands requests from one to another, and reads the clock."""
+
+import asyncio
+import random
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeVar
+
+import ray
+
+from deployments.engine_actor import EngineInfo
+from deployments.messages import ChunkReady, GenerateRequest, Placed, SamplingParams, TokenOutput
+from deployments.tokens.receiver import TokenReceiver, TokenStream
+
+T = TypeVar("T")
+Event = TypeVar("Event", Placed, ChunkReady)
+
+
+def random_prompt(num_tokens: int, seed: int, vocab_size: int) -> tuple[int, ...]:
+    """Token ids that no tokenizer gives a meaning of its own."""
+    rng = random.Random(seed)
+    return tuple(rng.randrange(3, vocab_size) for _ in range(num_tokens))
+
+
+@dataclass(slots=True)
+class Arrivals:
+    """What one engine sent of one request.
+
+    Attributes:
+        token_ids: in order.
+        times_s: `time.perf_counter()` of each.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)
+
+
+class Inbox:
+    """Plays the ingress for one engine: takes its tokens, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, daemon=True).start()
+        self._receiver = self._run(TokenReceiver.start("127.0.0.1", max_unread_tokens=1000))
+        self.address = self._receiver.address
+
+    @contextmanager
+    def listening(self, name: str) -> Iterator[TokenStream]:
+        """Listen for a request, from before the engine hears of it."""
+        stream = self._run(self._open(name))
+        try:
+            yield stream
+        finally:
+            self._run(stream.aclose())
+
+    def take(self, stream: TokenStream, count: int) -> Arrivals:
+        """Wait for so many tokens."""
+        return self._run(self._take(stream, count))
+
+    async def _take(self, stream: TokenStream, count: int) -> Arrivals:
+        found = Arrivals()
+        while len(found.token_ids) < count:
+            output: TokenOutput = await anext(stream)
+            found.token_ids += output.token_ids
+            found.times_s += [time.perf_counter()] * len(output.token_ids)
+        return found
+
+    async def _open(self, name: str) -> TokenStream:
+        return self._receiver.open(name, lambda: None, lambda _: None)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=300)
+
+
+@dataclass(frozen=True, slots=True)
+class HandOver:
+    """One request that one engine prefilled and the other one decoded.
+
+    Attributes:
+        token_ids: as the decode engine told them, the first one from the prefill engine included.
+        num_bytes: of KV.
+        chunks_s: from the first chunk announced to the last block in the other engine's pool.
+        behind_s: from the first token, when the last chunk was computed, to the last block in the other engine's pool.
+        ttft_s: from the request to the first token, which the prefill engine sends.
+    """
+
+    token_ids: list[int]
+    num_bytes: int
+    chunks_s: float
+    behind_s: float
+    ttft_s: float
+
+
+class DrivenEngine:
+    """An `EngineActor` of which nobody else reads the events.
+
+    Args:
+        actor: its handle.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self.info: EngineInfo = ray.get(actor.info.remote())
+        self.inbox = Inbox()
+        self._events = actor.events.options(num_returns="streaming").remote()
+
+    def generate(self, prompt: tuple[int, ...], name: str, max_tokens: int) -> list[int]:
+        """What it makes of a prompt by itself, greedily."""
+        with self.inbox.listening(name) as stream:
+            ray.get(self.actor.add.remote(_greedy(prompt, name, max_tokens), None, self.inbox.address))
+            return self.inbox.take(stream, max_tokens).token_ids
+
+    def await_events(self, kind: type[Event], name: str) -> list[Event]:
+        """The next ones of a kind, of one request; others are dropped."""
+        while True:
+            events = [event for event in ray.get(next(self._events)) if isinstance(event, kind)]
+            if found := [event for event in events if event.request_id == name]:
+                return found
+
+    def release(self, name: str, index: int, _: object) -> None:
+        """Free a chunk; called when its transfer has ended, one way or the other."""
+        self.actor.release_chunk.remote(name, index)
+
+
+def hand_over(
+    source: DrivenEngine,
+    target: DrivenEngine,
+    prompt: tuple[int, ...],
+    name: str,
+    max_tokens: int = 2,
+    on_chunk: Callable[[int], None] = lambda index: None,
+) -> HandOver:
+    """Have one engine prefill a prompt and the other one decode.
+
+    Args:
+        source: the prefill engine.
+        target: the decode engine.
+        prompt: token ids.
+        name: of the request, unique.
+        max_tokens: at least 2: a request must outlive its first token to be handed over.
+        on_chunk: called when the transfer of each chunk has been asked for, with its index.
+
+    Raises:
+        RayError, TransferError: an engine died, or a chunk did not arrive.
+    """
+    request = _greedy(prompt, name, max_tokens)
+    with source.inbox.listening(name) as sent, target.inbox.listening(name) as told:
+        begun = time.perf_counter()
+        ray.get(target.actor.add.remote(request, 1, target.inbox.address))
+        assert target.await_events(Placed, name)[0].remote
+        ray.get(source.actor.prefill.remote(request, 0, source.inbox.address))
+        announced, num_blocks, acks, is_last = 0.0, 0, [], False
+        while not is_last:
+            for chunk in source.await_events(ChunkReady, name):
+                announced = announced or time.perf_counter()
+                ref = source.actor.take_chunk.remote(name, chunk.index)
+                ack = target.actor.receive_kv.remote(chunk, ref)
+                # Only then: the exports of an engine have bounded room, and later chunks wait for it.
+                ack.future().add_done_callback(partial(source.release, name, chunk.index))
+                on_chunk(chunk.index)
+                acks.append(ack)
+                num_blocks += chunk.num_blocks
+                is_last = is_last or chunk.first_token is not None
+        ray.get(acks)
+        first = source.inbox.take(sent, 1).times_s[0]
+        # The target tells the first token too, when the last block is in its pool.
+        arrived = target.inbox.take(told, max_tokens)
+    return HandOver(
+        arrived.token_ids,
+        num_blocks * source.info.bytes_per_block,
+        arrived.times_s[0] - announced,
+        arrived.times_s[0] - first,
+        first - begun,
+    )
+
+
+def _greedy(prompt: tuple[int, ...], name: str, max_tokens: int) -> GenerateRequest:
+    return GenerateRequest(name, prompt, SamplingParams(max_tokens=max_tokens, temperature=0))
