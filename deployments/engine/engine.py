@@ -56,7 +56,6 @@ class Engine:
         self.kv_shape = loaded.kv_shape
         cache = KVCache(loaded.kv_shape, self.limits.num_blocks, self.limits.block_size, loaded.device)
         self._runner = build_runner(loaded, cache, self.limits)
-        self._cache = cache
         self._copies = KVCopies(cache)
         self._blocks = BlockManager(
             self.limits.num_blocks, self.limits.block_size, enable_prefix_caching=config.enable_prefix_caching
@@ -94,7 +93,7 @@ class Engine:
 
     def export_into(self, allocate: Allocate) -> None:
         """Have chunks copied into memory from `allocate`, as far as it has room; before the first step."""
-        self._copies = KVCopies(self._cache, allocate)
+        self._copies.allocate_from(allocate)
 
     def add(self, request: GenerateRequest, remote_threshold: int | None = None) -> None:
         """Queue a request to decode here.

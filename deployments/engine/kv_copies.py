@@ -21,13 +21,18 @@ class KVCopies:
 
     Args:
         cache: the pool.
-        allocate: where chunks go that are copied out; without it, or where it has no room, to torch's memory.
     """
 
-    def __init__(self, cache: KVCache, allocate: Allocate | None = None) -> None:
+    def __init__(self, cache: KVCache) -> None:
         self._cache = cache
-        self._allocate = allocate
+        self._allocate: Allocate | None = None
         self._stream = torch.cuda.Stream(cache.blocks.device) if cache.blocks.is_cuda else None
+        if self._stream is not None:
+            self._compile()
+
+    def allocate_from(self, allocate: Allocate) -> None:
+        """Copy chunks out to memory from there; where it has no room, as before to torch's."""
+        self._allocate = allocate
 
     def export(self, block_ids: list[int], after: torch.cuda.Event | None) -> tuple[Tensor, torch.cuda.Event | None]:
         """Copy blocks out.
@@ -60,6 +65,12 @@ class KVCopies:
     def fence(self) -> torch.cuda.Event | None:
         """When everything that was launched up to now is done."""
         return torch.cuda.current_stream().record_event() if self._stream is not None else None
+
+    def _compile(self) -> None:
+        """Copy a block out and in, so that the first hand-off finds the kernels ready."""
+        chunk, _ = self.export([0], None)
+        self.import_([0], chunk)
+        torch.cuda.synchronize()
 
     def _place(self, shape: tuple[int, ...]) -> Tensor:
         blocks = self._cache.blocks

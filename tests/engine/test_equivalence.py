@@ -1,6 +1,10 @@
 """Every way through the engine gives the tokens that transformers' own `generate` gives, token for token."""
 
+from math import prod
+
 import pytest
+import torch
+from torch import Tensor
 
 from deployments.engine.engine import Engine
 from deployments.messages import Placed
@@ -120,6 +124,28 @@ def test_a_decode_engine_that_holds_part_of_the_prefix_is_sent_only_the_rest() -
         transcript.note(decode.import_chunk(chunk, tensor))
     run(decode, transcript)
     assert tuple(transcript.tokens["r"]) == reference("llama", LONG, NUM_TOKENS)
+
+
+def test_chunks_go_where_they_are_told_to_as_far_as_there_is_room() -> None:
+    prefill, decode = build_engine(load("llama"), max_num_batched_tokens=16), build_engine(load("llama"))
+    given: list[Tensor] = []
+
+    def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        assert prod(shape) * dtype.itemsize <= prefill.max_export_bytes
+        if len(given) == 2:
+            return None
+        given.append(torch.full(shape, torch.nan, dtype=dtype))
+        return given[-1]
+
+    prefill.export_into(allocate)
+    reserve(decode)
+    transcript = Transcript()
+    chunks = prefill_all(prefill, greedy("r", LONG, NUM_TOKENS))
+    assert [tensor.data_ptr() for _, tensor in chunks[:2]] == [tensor.data_ptr() for tensor in given]
+    assert len(chunks) == 4
+    for chunk, tensor in chunks:
+        transcript.note(decode.import_chunk(chunk, tensor))
+    assert tuple(run(decode, transcript).tokens["r"]) == reference("llama", LONG, NUM_TOKENS)
 
 
 def test_a_prefill_engine_that_holds_part_of_the_prefix_still_sends_all() -> None:
