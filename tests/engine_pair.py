@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +19,8 @@ from deployments.tokens.receiver import TokenReceiver, TokenStream
 
 T = TypeVar("T")
 Event = TypeVar("Event", Placed, ChunkReady)
+
+_TIMEOUT_S = 300
 
 
 def random_prompt(num_tokens: int, seed: int, vocab_size: int) -> tuple[int, ...]:
@@ -57,9 +60,9 @@ class Inbox:
         finally:
             self._run(stream.aclose())
 
-    def take(self, stream: TokenStream, count: int) -> Arrivals:
-        """Wait for so many tokens."""
-        return self._run(self._take(stream, count))
+    def take(self, stream: TokenStream, count: int) -> "Future[Arrivals]":
+        """So many tokens, noted as they come."""
+        return asyncio.run_coroutine_threadsafe(self._take(stream, count), self._loop)
 
     async def _take(self, stream: TokenStream, count: int) -> Arrivals:
         found = Arrivals()
@@ -73,7 +76,7 @@ class Inbox:
         return self._receiver.open(name, lambda: None, lambda _: None)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=300)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(_TIMEOUT_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ class DrivenEngine:
         """What it makes of a prompt by itself, greedily."""
         with self.inbox.listening(name) as stream:
             ray.get(self.actor.add.remote(_greedy(prompt, name, max_tokens), None, self.inbox.address))
-            return self.inbox.take(stream, max_tokens).token_ids
+            return self.inbox.take(stream, max_tokens).result(_TIMEOUT_S).token_ids
 
     def await_events(self, kind: type[Event], name: str) -> list[Event]:
         """The next ones of a kind, of one request; others are dropped."""
@@ -149,6 +152,8 @@ def hand_over(
     """
     request = _greedy(prompt, name, max_tokens)
     with source.inbox.listening(name) as sent, target.inbox.listening(name) as told:
+        # The target tells the first token too, when the last block is in its pool.
+        first, arrived = source.inbox.take(sent, 1), target.inbox.take(told, max_tokens)
         begun = time.perf_counter()
         ray.get(target.actor.add.remote(request, 1, target.inbox.address))
         assert target.await_events(Placed, name)[0].remote
@@ -166,15 +171,14 @@ def hand_over(
                 num_blocks += chunk.num_blocks
                 is_last = is_last or chunk.first_token is not None
         ray.get(acks)
-        first = source.inbox.take(sent, 1).times_s[0]
-        # The target tells the first token too, when the last block is in its pool.
-        arrived = target.inbox.take(told, max_tokens)
+        computed_s, (in_place_s, *_) = first.result(_TIMEOUT_S).times_s[0], arrived.result(_TIMEOUT_S).times_s
+        token_ids = arrived.result().token_ids
     return HandOver(
-        arrived.token_ids,
+        token_ids,
         num_blocks * source.info.bytes_per_block,
-        arrived.times_s[0] - announced,
-        arrived.times_s[0] - first,
-        first - begun,
+        in_place_s - announced,
+        in_place_s - computed_s,
+        computed_s - begun,
     )
 
 

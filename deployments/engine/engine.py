@@ -65,7 +65,7 @@ class Engine:
         step_blocks = max(1, self.limits.max_num_batched_tokens // self.limits.block_size)
         self._max_chunk_blocks = max(1, min(step_blocks, _MAX_CHUNK_BYTES // bytes_per_block))
         self._exports = ExportBuffer(max_blocks=_EXPORT_STEPS[loaded.device.type] * step_blocks)
-        self._max_export_bytes = self._exports.max_blocks * bytes_per_block
+        self._bytes_per_block = bytes_per_block
         self._is_pipelined = is_pipelined
         self._in_flight: LaunchedStep | None = None
         self._exporting: dict[str, Sequence] = {}
@@ -89,7 +89,12 @@ class Engine:
     @property
     def max_export_bytes(self) -> int:
         """Of all chunks at once that were copied out and not yet released."""
-        return self._max_export_bytes
+        return self._exports.max_blocks * self._bytes_per_block
+
+    @property
+    def max_chunk_bytes(self) -> int:
+        """Of one chunk."""
+        return self._max_chunk_blocks * self._bytes_per_block
 
     def export_into(self, allocate: Allocate) -> None:
         """Have chunks copied into memory from `allocate`, as far as it has room; before the first step."""

@@ -8,7 +8,7 @@ import torch
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
 from deployments.messages import SamplingParams
-from tests.engine.driving import Transcript, greedy, run
+from tests.engine.driving import Transcript, greedy, prefill_all, run
 from tests.gpu.models import CONFIGS, loaded, plain
 
 pytestmark = pytest.mark.gpu
@@ -77,19 +77,11 @@ def test_a_handed_over_prompt_continues() -> None:
     request = greedy("r", prompt(1500), NUM_TOKENS)
     target.add(request, remote_threshold=100)
     transcript.note(target.step())
-    source.prefill(request, 0)
-    run(source, transcript)
-    for chunk in transcript.chunks:
-        tensor = source.take_chunk("r", chunk.index)
-        assert tensor is not None
-        target.import_chunk(chunk, tensor)
-        source.release_chunk("r", chunk.index)
-    tokens = [*transcript.tokens["r"]]
-    rest = Transcript()
-    rest.tokens["r"] = tokens
-    run(target, rest)
-    assert len(rest.tokens["r"]) == NUM_TOKENS
-    check_greedy("llama", prompt(1500), rest.tokens["r"])
+    for chunk, tensor in prefill_all(source, request):
+        transcript.note(target.import_chunk(chunk, tensor))
+    run(target, transcript)
+    assert len(transcript.tokens["r"]) == NUM_TOKENS
+    check_greedy("llama", prompt(1500), transcript.tokens["r"])
 
 
 def test_a_stop_token_ends_a_sequence_although_the_next_step_is_under_way() -> None:
