@@ -92,7 +92,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--ways", default="cuda_ipc,nccl")
-    parser.add_argument("--steps", type=int, default=8192, help="token budget of the prefill engine")
+    parser.add_argument("--steps", type=int, default=8192, help="token budget of both engines, so that they compute alike")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench-gpu-handoff needs a GPU", file=sys.stderr)
@@ -105,7 +105,7 @@ def main() -> int:
     for way in options.ways.split(","):
         share = 0.4 if num_gpus == 1 else 1
         source = start(0, way == "cuda_ipc", options.steps, share)
-        target = start(1, way == "cuda_ipc", 8192, share)
+        target = start(1, way == "cuda_ipc", options.steps, share)
         rows += measure(way, source, target, [int(length) for length in options.lengths.split(",")], options.rounds)
         stats = ray.get(target.actor.stats.remote())
         assert stats.num_used_blocks == 0, stats
