@@ -92,7 +92,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--ways", default="cuda_ipc,nccl")
-    parser.add_argument("--steps", type=int, default=8192, help="token budget of both engines, so that they compute alike")
+    parser.add_argument(
+        "--steps", type=int, default=8192, help="token budget of both engines, so that they compute alike"
+    )
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench-gpu-handoff needs a GPU", file=sys.stderr)
