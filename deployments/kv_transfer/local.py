@@ -133,14 +133,10 @@ class Neighbours:
             if memory is not None or address in self._unreachable:
                 return memory
             try:
-                # First: it names this very process, also when the number is given to another one later.
-                process = os.pidfd_open(address.pid)
+                process, memory = _open(address)
             except ProcessLookupError:
                 return None
-            try:
-                memory = address.open()
-            except (OSError, RuntimeError) as error:
-                os.close(process)
+            except (OSError, RuntimeError, ImportError) as error:
                 logger.warning("KV of process %d goes over the network, it cannot be mapped: %s", address.pid, error)
                 self._unreachable.add(address)
                 return None
@@ -156,3 +152,19 @@ class Neighbours:
         os.close(process)
         with self._lock:
             del self._mapped[address]
+
+
+def _open(address: Address) -> tuple[int, Memory]:
+    """A process, as a file descriptor, and its memory.
+
+    Raises:
+        ProcessLookupError: it has ended.
+        OSError, RuntimeError: its memory cannot be mapped.
+    """
+    # First: it names this very process, also when the number is given to another one later.
+    process = os.pidfd_open(address.pid)
+    try:
+        return process, address.open()
+    except BaseException:
+        os.close(process)
+        raise

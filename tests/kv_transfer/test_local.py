@@ -1,6 +1,7 @@
 """Memory that processes of one machine share: given out and freed, read by another process, and what can go wrong."""
 
 import multiprocessing
+import os
 import random
 import threading
 import time
@@ -175,4 +176,15 @@ def test_an_arena_without_memory_has_no_room_and_says_so_once(monkeypatch, caplo
     monkeypatch.setattr(HostMemory, "create", refuse)
     arena = Arena(PAGE, "cpu")
     assert [arena.allocate((1,), torch.uint8) for _ in range(3)] == [None] * 3
+    assert len(caplog.messages) == 1
+
+
+def test_without_the_kernel_s_help_kv_is_sent(neighbour, monkeypatch, caplog):
+    def refuse(pid: int) -> int:
+        raise PermissionError("pidfd_open is not allowed here")
+
+    _, _, place = neighbour
+    neighbours = Neighbours()
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    assert [neighbours.view(place, (1,), torch.float32) for _ in range(2)] == [None, None]
     assert len(caplog.messages) == 1
