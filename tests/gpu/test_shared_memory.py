@@ -7,12 +7,14 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from deployments.engine.kernels.cuda_blocks import gather_blocks, scatter_blocks
 from deployments.kv_transfer.local import Arena, Neighbours
 
 pytestmark = pytest.mark.gpu
+pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
+
+from deployments.engine.kernels.cuda_blocks import gather_blocks, scatter_blocks  # noqa: E402
 
 SHAPE = (4, 2, 16, 256, 8, 128)
 
