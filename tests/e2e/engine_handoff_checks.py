@@ -1,0 +1,93 @@
+"""Two engine actors hand KV over, in memory that both map and by a group of two: the tokens are those of one engine.
+
+On a GPU, where there is one: both are on it, and over NCCL each claims to be on a host of its own.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import RayError
+
+from deployments.errors import TransferError
+from deployments.kv_transfer import direct
+from tests.e2e.handoff_engines import BLOCK_SIZE, ON_GPU, VOCAB_SIZE, WatchedEngine
+from tests.engine_pair import DrivenEngine, hand_over, random_prompt
+
+NUM_TOKENS = 24
+# One block and many, a last block that is full and one that is not.
+LENGTHS = (1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 6 * BLOCK_SIZE - 7, 12 * BLOCK_SIZE)
+SOON_S = 15.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(num_cpus=4, num_gpus=int(ON_GPU), include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def start(rank: int, share_kv: bool) -> Any:
+    actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(WatchedEngine)
+    env = {"NCCL_HOSTID": f"host-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+    options = {"num_cpus": 1, "num_gpus": 0.3 if ON_GPU else 0, "runtime_env": {"env_vars": env}}
+    return actor_class.options(**options).remote(share_kv)
+
+
+@pytest.fixture(params=[True, False], ids=["shared memory", "group of two"])
+def share_kv(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture
+def engines(share_kv: bool) -> Iterator[list[DrivenEngine]]:
+    actors = [start(rank, share_kv) for rank in range(3)]
+    yield [DrivenEngine(actor) for actor in actors]
+    for actor in actors:
+        ray.kill(actor)
+
+
+def check_tokens(source: DrivenEngine, target: DrivenEngine, name: str) -> None:
+    for length in LENGTHS:
+        prompt = random_prompt(length, seed=length, vocab_size=VOCAB_SIZE)
+        alone = target.generate(prompt, f"{name}-alone-{length}", NUM_TOKENS)
+        for i in range(2):
+            found = hand_over(source, target, prompt, f"{name}-{length}-{i}", NUM_TOKENS)
+            assert found.token_ids == alone, f"prompt of {length} tokens"
+            assert found.num_bytes == -(-length // BLOCK_SIZE) * source.info.bytes_per_block
+
+
+def test_tokens_are_those_of_one_engine(engines, share_kv):
+    source, target, _ = engines
+    check_tokens(source, target, "first")
+    sent, received = ray.get([engine.actor.transfer_stats.remote() for engine in (source, target)])
+    assert (sent.num_failed, received.num_failed) == (0, 0)
+    in_place = received.num_received if share_kv else 0
+    assert (received.num_read_in_place, sent.num_sent) == (in_place, received.num_received - in_place)
+    assert received.num_received == 2 * sum(-(-length // BLOCK_SIZE) for length in LENGTHS)
+
+
+@pytest.mark.parametrize("killed", ["source", "target"])
+def test_a_death_amid_transfers_leaves_the_other_serving(engines, killed):
+    source, target, other = engines
+    hand_over(source, target, random_prompt(BLOCK_SIZE, 1, VOCAB_SIZE), "before")
+    victim, survivor = (source, target) if killed == "source" else (target, source)
+    pid = ray.get(victim.actor.pid.remote())
+    died = []
+
+    def kill(index: int) -> None:
+        if index == 4:
+            os.kill(pid, signal.SIGKILL)
+            died.append(time.monotonic())
+
+    with pytest.raises((TransferError, RayError)):
+        hand_over(source, target, random_prompt(30 * BLOCK_SIZE, 2, VOCAB_SIZE), "dying", NUM_TOKENS, kill)
+    assert time.monotonic() - died[0] < SOON_S
+    ray.get(survivor.actor.abort.remote("dying", None))
+    check_tokens(*((other, survivor) if killed == "source" else (survivor, other)), "after")
+    stats = ray.get(survivor.actor.stats.remote())
+    assert (stats.num_used_blocks, stats.num_exported_blocks) == (0, 0)
