@@ -27,7 +27,7 @@ DEV := $(VENV)/.stamp-dev
 SOURCES := app deployments tests load_tests
 
 .PHONY: help serve stop status test check format load-test advise clean \
-	bench-engine bench-gpu bench-gpu-handoff bench-handoff bench-serving bench-interference
+	bench-engine bench-gpu bench-gpu-handoff bench-two-gpus bench-handoff bench-serving bench-interference
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 24
@@ -65,6 +65,9 @@ bench-gpu: $(DEV) ## Measure the engine on a GPU with random weights: tokens, pr
 
 bench-gpu-handoff: $(DEV) ## Measure the hand-off between two engines on one GPU, or two: CUDA IPC and NCCL. ARGS= is passed on.
 	@$(PY) -m tests.bench.bench_gpu_handoff $(ARGS)
+
+bench-two-gpus: $(DEV) ## Serve on two GPUs: colocated against disaggregated, and killed engines. ARGS= is passed on.
+	@$(PY) -m tests.bench.two_gpus.bench_two_gpus $(ARGS)
 
 bench-handoff: $(DEV) ## Measure the hand-off of KV between two engines. ARGS= is passed on.
 	@$(PY) -m tests.bench.bench_handoff $(ARGS)

@@ -15,12 +15,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from load_tests.generator import Target, send
-from load_tests.samples import Run
+from load_tests.samples import Run, Sample
 from load_tests.scenario import Scenario, SloRule
 from load_tests.schedule import build_idle_schedule, build_schedule
 from load_tests.stats import Slo
 
-_IDLE_REQUESTS = 2
+IDLE_REQUESTS = 2
 # Enough for three of the longest requests of any class on a slow machine.
 _IDLE_LIMIT_S = 600.0
 
@@ -99,18 +99,27 @@ def measure_idle(scenario: Scenario, target: Target, folder: Path, seed: str = "
         ServiceError: some class got no answer.
         GeneratorError: the generator is missing or failed.
     """
-    schedule = build_idle_schedule(scenario, seed, _IDLE_REQUESTS + 1)
-    observed = send(schedule, target, _IDLE_LIMIT_S, 30.0, folder)
+    schedule = build_idle_schedule(scenario, seed, IDLE_REQUESTS + 1)
+    samples = send(schedule, target, _IDLE_LIMIT_S, 30.0, folder).samples
+    return summarise_idle(samples, scenario.class_names(), target.url)
+
+
+def summarise_idle(samples: Sequence[Sample], class_names: Sequence[str], url: str) -> Idle:
+    """Medians of requests that were alone, the first of each class left out.
+
+    Raises:
+        ServiceError: some class got no answer.
+    """
     by_class = defaultdict(list)
-    for sample in observed.samples:
+    for sample in samples:
         by_class[sample.request_class].append(sample)
-    for name in scenario.class_names():
+    for name in class_names:
         failed = [sample.error for sample in by_class[name] if sample.error]
         if failed or len(by_class[name]) < 2:
-            raise ServiceError(f"{target.url}, idle: class {name}: {failed[0] if failed else 'too few requests'}")
-    counted = {name: samples[1:] for name, samples in by_class.items()}
-    gaps = [gap for samples in counted.values() for sample in samples for gap in sample.gaps_s]
-    ttft_s = {name: statistics.median(s.ttft_s or 0.0 for s in samples) for name, samples in counted.items()}
+            raise ServiceError(f"{url}, idle: class {name}: {failed[0] if failed else 'too few requests'}")
+    counted = {name: own[1:] for name, own in by_class.items()}
+    gaps = [gap for own in counted.values() for sample in own for gap in sample.gaps_s]
+    ttft_s = {name: statistics.median(s.ttft_s or 0.0 for s in own) for name, own in counted.items()}
     return Idle(ttft_s, statistics.median(gaps) if gaps else 0.0)
 
 

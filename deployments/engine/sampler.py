@@ -31,6 +31,11 @@ class SamplingBatch:
     def is_greedy(self) -> bool:
         return not self.temperature.any()
 
+    def of(self, rows: np.ndarray) -> "SamplingBatch":
+        """Those of some sequences."""
+        columns = (self.temperature, self.top_k, self.top_p, self.min_p, self.uniform)
+        return SamplingBatch(*(column[rows] for column in columns))
+
 
 def build_sampling_batch(params: list[SamplingParams], positions: list[int]) -> SamplingBatch:
     """Gather the parameters of a step.
@@ -83,35 +88,47 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     greedy = logits.argmax(dim=-1)
     if batch.is_greedy:
         return greedy
-    rows = torch.from_numpy(np.flatnonzero(batch.temperature)).to(logits.device)
-    chosen = batch.temperature > 0
-
-    def column(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values[chosen]).to(logits.device).unsqueeze(1)
-
+    drawing = np.flatnonzero(batch.temperature)
+    bounds = batch.of(drawing)
+    rows = _upload(drawing, logits.device)
+    columns = np.stack([bounds.temperature, bounds.top_k, bounds.top_p, bounds.min_p, bounds.uniform])
+    temperature, top_k, top_p, min_p, uniform = _upload(columns, logits.device).unsqueeze(-1)
     # float64: the cumulative sum of a large vocabulary must not depend on how it was summed.
-    probs = torch.softmax(logits[rows].double() / column(batch.temperature), dim=-1)
-    threshold = _threshold(probs, column(batch.top_k), column(batch.top_p), column(batch.min_p))
+    probs = torch.softmax(logits[rows].double() / temperature, dim=-1)
+    threshold = _threshold(probs, bounds, top_k, top_p, min_p)
     kept = torch.where(probs >= threshold, probs, 0.0)
     cumulative = kept.cumsum(dim=-1)
-    target = column(batch.uniform) * cumulative[:, -1:]
+    target = uniform * cumulative[:, -1:]
     # The first token whose cumulative probability exceeds the target: never one of probability zero.
     drawn = torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
     return greedy.index_copy(0, rows, drawn)
 
 
-def _threshold(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """Least probability that top-k, then top-p of what is left, and min-p keep: (S, 1). Ties at it are all kept."""
+def _upload(values: np.ndarray, device: torch.device) -> Tensor:
+    """The values on the device, on a GPU without waiting for it."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _threshold(probs: Tensor, bounds: SamplingBatch, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Least probability that top-k, then top-p of what is left, and min-p keep: (S, 1). Ties at it are all kept.
+
+    Args:
+        probs: (S, vocab_size).
+        bounds: of the S sequences; the tensors are its columns, (S, 1) each.
+    """
     threshold = min_p * probs.amax(dim=-1, keepdim=True)
-    if not (top_k.any() or (top_p < 1).any()):
+    has_top_p = bounds.top_p < 1
+    if not (bounds.top_k.any() or has_top_p.any()):
         return threshold
     vocab_size = probs.shape[-1]
-    num_sorted = min(vocab_size, max(_NUM_CANDIDATES, int(top_k.max())))
+    num_sorted = min(vocab_size, max(_NUM_CANDIDATES, int(bounds.top_k.max())))
     best = probs.topk(num_sorted).values
     limit = torch.where(top_k > 0, top_k, vocab_size)
     mass_of_k = torch.where(top_k > 0, _first(best, limit).sum(dim=-1, keepdim=True), 1.0)
     wanted = top_p * mass_of_k
-    if ((best.sum(dim=-1, keepdim=True) < wanted) & (top_p < 1)).any():
+    # Only where top-p alone bounds can the candidates be too few. The question waits for a GPU.
+    if (has_top_p & (bounds.top_k == 0)).any() and ((best.sum(dim=-1, keepdim=True) < wanted) & (top_p < 1)).any():
         best = probs.sort(descending=True).values
     best = _first(best, limit)
     before = best.cumsum(dim=-1) - best

@@ -191,7 +191,9 @@ class DeviceMemory:
         stretch = _Stretch(self)
         if on_freed is not None:
             weakref.finalize(stretch, on_freed).atexit = False
-        unowned = cupy.cuda.UnownedMemory(self.data_ptr + offset, nbytes, stretch)
+        # The device through which it is reached here; the one it lies on may not be visible to this process.
+        device = torch.cuda.current_device()
+        unowned = cupy.cuda.UnownedMemory(self.data_ptr + offset, nbytes, stretch, device)
         array: Any = cupy.ndarray(nbytes, dtype=cupy.uint8, memptr=cupy.cuda.MemoryPointer(unowned, 0))
         tensor: Tensor = from_dlpack(array)
         return tensor

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
@@ -69,13 +69,18 @@ def load_random(config: PretrainedConfig) -> LoadedModel:
     """A model with random weights, the same each time, as `load_model` would have prepared it."""
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    generator = torch.Generator("cuda").manual_seed(0)
+    fill_random(model)
+    loaded = prepare_model(model, "random", torch.device("cuda"))
+    return replace(loaded, has_cuda_layers=optimize_layers(model))
+
+
+def fill_random(model: PreTrainedModel) -> None:
+    """Give every matrix random weights, the same each time."""
+    generator = torch.Generator(model.device).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0, 0.02, generator=generator)
-    loaded = prepare_model(model, "random", torch.device("cuda"))
-    return replace(loaded, has_cuda_layers=optimize_layers(model))
 
 
 def build(config: PretrainedConfig, max_num_seqs: int) -> Engine:
@@ -136,10 +141,14 @@ def prefill(driver: Driver, count: int, prompt_tokens: int) -> float:
     return time.perf_counter() - begun
 
 
-def throughput(driver: Driver, num_requests: int = 256) -> float:
+def lengths() -> np.ndarray:
+    """Prompt and output tokens of the 256 requests of `throughput`, uniform: (256, 2)."""
+    return np.random.default_rng(1).integers(100, 1025, (256, 2))
+
+
+def throughput(driver: Driver) -> float:
     """Output tokens per second of requests with uniform lengths, given at once."""
-    rng = np.random.default_rng(1)
-    for prompt_tokens, output_tokens in rng.integers(100, 1025, (num_requests, 2)).tolist():
+    for prompt_tokens, output_tokens in lengths().tolist():
         driver.add(prompt_tokens, output_tokens)
     begun = time.perf_counter()
     return driver.drain() / (time.perf_counter() - begun)
@@ -161,15 +170,32 @@ def copy_bandwidth() -> float:
     return float(2 * source.nbytes / statistics.median(times))
 
 
-def floor(engine: Engine, batch_size: int, bandwidth: float) -> float:
-    """Seconds that reading the weights and the KV once takes."""
+def weight_bytes(engine: Engine) -> int:
+    """What a decode step reads of the model, whatever its batch."""
     from deployments.engine.cuda_layers import SkinnyLinear  # only where there is a GPU
 
     model = engine._runner._model  # type: ignore[attr-defined]
     weights = {m._weight.data_ptr(): m._weight.nbytes for m in model.modules() if isinstance(m, SkinnyLinear)}
+    return sum(weights.values())
+
+
+def floor(engine: Engine, batch_size: int, bandwidth: float) -> float:
+    """Seconds that reading the weights and the KV once takes."""
     context = PROMPT_TOKENS + MEASURED_STEPS / 2
-    num_bytes = sum(weights.values()) + batch_size * context * engine.kv_shape.bytes_per_token
+    num_bytes = weight_bytes(engine) + batch_size * context * engine.kv_shape.bytes_per_token
     return float(num_bytes) / bandwidth
+
+
+def throughput_bound(engine: Engine, bandwidth: float, prompt_tokens_per_s: float) -> float:
+    """Tokens per second of `throughput` if decode steps did nothing but read weights and KV at this bandwidth.
+
+    Prompts are counted at the rate at which this engine computes them.
+    """
+    prompts, outputs = lengths().T
+    # The first token is the prompt's; step n of a sequence reads its prompt and n tokens more.
+    contexts = (prompts * (outputs - 1) + outputs * (outputs - 1) / 2).sum()
+    read = (outputs.max() - 1) * weight_bytes(engine) + contexts * engine.kv_shape.bytes_per_token
+    return float(outputs.sum() / (read / bandwidth + prompts.sum() / prompt_tokens_per_s))
 
 
 def repeated(measure: Callable[[], float], repeats: int) -> list[float]:
@@ -224,7 +250,12 @@ def measure_model(name: str, config: PretrainedConfig, bandwidth: float, repeats
         _print_row(f"prefill {count} x {prompt_tokens}", peer, statistics.median(times) * 1e3, None)
     rates = repeated(partial(throughput, driver), repeats)
     found["throughput"] = rates
-    print(f"{'output tokens/s':24}{VLLM[name]['throughput'] or '':>12}{statistics.median(rates):12.0f}")
+    median = statistics.median(rates)
+    print(f"{'output tokens/s':24}{VLLM[name]['throughput'] or '':>12}{median:12.0f}")
+    if evenly := found["prefill"].get("16x1024"):
+        bound = throughput_bound(engine, bandwidth, 16 * 1024 / statistics.median(evenly))
+        found["throughput_bound"] = bound
+        print(f"{'of a bound of':24}{'':12}{bound:12.0f}{median / bound:8.0%}")
     return found
 
 

@@ -3,7 +3,13 @@
 Run: `make bench-gpu-handoff` on a machine with a GPU, or two: then each engine has its own. Each way, memory that
 both processes map (CUDA IPC) and NCCL, hands over prompts of several lengths and checks the tokens against the
 decode engine alone. On one GPU NCCL talks over loopback sockets, since it knows no two ranks of one GPU: a figure of
-sockets. Prints a table and, as its last line, one JSON object with every raw number.
+sockets. On two, `ncclSend` and `cudaMemcpyPeer` of as many bytes are measured as well. Prints tables and, as its last
+line, one JSON object with every raw number.
+
+"Alone" is a hand-off of KV that the prefill engine holds already, from the first chunk announced to the last block in
+the other engine's pool; "behind" is what is left of it when the first token is there, if the prompt is computed
+meanwhile; the rest was hidden. "GiB/s" is that of the bytes' own way into the pool: copies on the GPU's clock, and
+over NCCL the receiving too, from the receiver's question for a chunk to its last byte.
 """
 
 import argparse
@@ -17,8 +23,12 @@ import ray
 import torch
 
 from deployments.engine.config import EngineConfig
+from deployments.engine.engine import Engine
 from deployments.engine_actor import BuiltEngine, EngineActor, assemble_engine
 from deployments.kv_transfer import direct
+from deployments.kv_transfer.base import TransferStats
+from deployments.messages import ChunkReady
+from tests.bench.bare_copies import memcpy_peer_s, nccl_send_s
 from tests.bench.bench_gpu import load_random, shapes
 from tests.engine_pair import DrivenEngine, hand_over, random_prompt
 
@@ -26,6 +36,32 @@ LENGTHS = (512, 2048, 8000, 32000)
 NUM_TOKENS = 16
 MODEL = "llama-8b"
 VOCAB_SIZE = shapes()[MODEL].vocab_size
+
+
+class TimedEngine(EngineActor):
+    """Also says how long its copies into the pool took."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config, build)
+        self._copies: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
+
+    def _import(self, chunk: ChunkReady, tensor: torch.Tensor, engine: Engine) -> torch.cuda.Event | None:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        imported = super()._import(chunk, tensor, engine)
+        end.record()
+        self._copies.append((tensor.nbytes, begin, end))
+        return imported
+
+    @ray.method(concurrency_group="ctl")
+    def copies(self) -> list[tuple[int, float]]:
+        """Bytes and seconds of each copy since the last call."""
+        found, self._copies = self._copies, []
+        return [(nbytes, begin.elapsed_time(end) / 1e3) for nbytes, begin, end in found]
+
+    @ray.method(concurrency_group="ctl")
+    def transfer_stats(self) -> TransferStats:
+        return direct.stats()
 
 
 def build(config: EngineConfig) -> BuiltEngine:
@@ -40,15 +76,15 @@ def start(rank: int, share_kv: bool, max_num_batched_tokens: int, num_gpus: floa
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=32768,
         kv_cache_bytes=9 << 30,
-        enable_prefix_caching=False,
+        enable_prefix_caching=rank == 0,  # so that the prefill engine can hand over what it has computed before
         share_kv=share_kv,
     )
     env = {"NCCL_NVLS_ENABLE": "0"}  # multicast needs rights that lent machines do not give
     if num_gpus < 1:
         env |= {"NCCL_HOSTID": f"host-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
-    actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(EngineActor)
+    actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(TimedEngine)
     options = {"num_cpus": 1, "num_gpus": num_gpus, "runtime_env": {"env_vars": env}}
-    return DrivenEngine(actor_class.options(**options).remote(config, build))
+    return DrivenEngine(actor_class.options(**options).remote(config))
 
 
 def measure(
@@ -57,34 +93,57 @@ def measure(
     """Rows of the table, printed as they come."""
     rows = []
     for length in lengths:
-        prompt = random_prompt(length, seed=length, vocab_size=VOCAB_SIZE)
-        alone = target.generate(prompt, f"alone-{length}", NUM_TOKENS)
-        hand_over(source, target, prompt, f"warm-{length}")
+        hand_over(source, target, random_prompt(length, length, VOCAB_SIZE), f"warm-{length}")
         found = []
+        ray.get(target.actor.copies.remote())
+        before: TransferStats = ray.get(target.actor.transfer_stats.remote())
         for i in range(rounds):
+            prompt, other = (random_prompt(length, length + 100_003 * (2 * i + j), VOCAB_SIZE) for j in (1, 2))
             begun = time.perf_counter()
-            source.generate(prompt, f"prefill-{length}-{i}", 1)
+            source.generate(other, f"prefill-{length}-{i}", 1)
             prefill_s = time.perf_counter() - begun
             handed = hand_over(source, target, prompt, f"{length}-{i}", NUM_TOKENS)
+            again = hand_over(source, target, prompt, f"again-{length}-{i}", NUM_TOKENS)
+            expected = target.generate(prompt, f"target-{length}-{i}", NUM_TOKENS)
             found.append(
                 {
                     "prefill_s": prefill_s,
                     "ttft_s": handed.ttft_s,
-                    "chunks_s": handed.chunks_s,
+                    "alone_s": again.chunks_s,
                     "behind_s": handed.behind_s,
-                    "equal": handed.token_ids == alone,
+                    "equal": handed.token_ids == expected,
                 }
             )
-        row = {"way": way, "tokens": length, "bytes": handed.num_bytes, "rounds": found}
-        rows.append(row)
+        copies = ray.get(target.actor.copies.remote())
+        after: TransferStats = ray.get(target.actor.transfer_stats.remote())
+        received_s = after.receive_s - before.receive_s
+        row = {"way": way, "tokens": length, "bytes": handed.num_bytes, "rounds": found, "copies": copies}
+        rows.append(row | {"received_s": received_s})
+        # Over NCCL a chunk is received first and then copied; the rate is that of both.
+        moved_s = (sum(seconds for _, seconds in copies) + received_s) / (2 * rounds)
         median = {name: statistics.median(r[name] for r in found) for name in found[0]}
         print(
             f"{way:>9} {length:>7} {handed.num_bytes / 2**20:>8.0f} {median['prefill_s'] * 1e3:>11.1f}"
-            f" {median['ttft_s'] * 1e3:>9.1f} {median['chunks_s'] * 1e3:>10.1f} {median['behind_s'] * 1e3:>10.1f}"
+            f" {median['ttft_s'] * 1e3:>9.1f} {median['alone_s'] * 1e3:>9.1f} {median['behind_s'] * 1e3:>10.1f}"
+            f" {1 - median['behind_s'] / median['alone_s']:>7.0%}"
+            f" {handed.num_bytes / moved_s / 2**30:>7.1f}"
             f"  {'equal' if all(r['equal'] for r in found) else 'DIFFERENT'}",
             flush=True,
         )
     return rows
+
+
+def measure_bare(lengths: list[int]) -> dict[str, dict[int, float]]:
+    """Seconds of `ncclSend` and `cudaMemcpyPeer` for the KV of so many tokens, printed as GiB/s."""
+    config = shapes()[MODEL]
+    head_dim = config.hidden_size // config.num_attention_heads
+    bytes_per_block = 256 * 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    sizes = [-(-length // 256) * bytes_per_block for length in lengths]
+    found = {"ncclSend": nccl_send_s(sizes), "cudaMemcpyPeer": {size: memcpy_peer_s(size) for size in sizes}}
+    for name, seconds in found.items():
+        rates = ", ".join(f"{size / 2**20:.0f} MiB {size / s / 2**30:.1f}" for size, s in seconds.items())
+        print(f"{name}, GiB/s: {rates}", flush=True)
+    return found
 
 
 def main() -> int:
@@ -103,7 +162,11 @@ def main() -> int:
     ray.init(num_cpus=8, num_gpus=num_gpus, include_dashboard=False, log_to_driver=False)
     rows = []
     print(f"{num_gpus} x {torch.cuda.get_device_name()}, torch {torch.__version__}, ray {ray.__version__}")
-    print(f"{'':>9} {'tokens':>7} {'MiB':>8} {'prefill ms':>11} {'TTFT ms':>9} {'chunks ms':>10} {'behind ms':>10}")
+    bare = measure_bare(list(map(int, options.lengths.split(",")))) if num_gpus > 1 else {}
+    print(
+        f"{'':>9} {'tokens':>7} {'MiB':>8} {'prefill ms':>11} {'TTFT ms':>9} {'alone ms':>9} {'behind ms':>10}"
+        f" {'hidden':>7} {'GiB/s':>7}"
+    )
     for way in options.ways.split(","):
         share = 0.4 if num_gpus == 1 else 1
         source = start(0, way == "cuda_ipc", options.steps, share)
@@ -115,7 +178,8 @@ def main() -> int:
             ray.kill(engine.actor)
         time.sleep(2)  # the GPU's memory, before the next two size theirs
     ray.shutdown()
-    print(json.dumps({"device": torch.cuda.get_device_name(), "num_gpus": num_gpus, "rows": rows}))
+    result = {"device": torch.cuda.get_device_name(), "num_gpus": num_gpus, "steps": options.steps, "bare": bare}
+    print(json.dumps(result | {"rows": rows}))
     return 0 if all(r["equal"] for row in rows for r in row["rounds"]) else 1
 
 

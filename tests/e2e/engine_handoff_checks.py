@@ -1,6 +1,7 @@
 """Two engine actors hand KV over, in memory that both map and by a group of two: the tokens are those of one engine.
 
-On a GPU, where there is one: both are on it, and over NCCL each claims to be on a host of its own.
+On a GPU, where there is one: both are on it, and over NCCL each claims to be on a host of its own. On two, where there
+are two: then each has its own.
 """
 
 import os
@@ -15,7 +16,7 @@ from ray.exceptions import RayError
 
 from deployments.errors import TransferError
 from deployments.kv_transfer import direct
-from tests.e2e.handoff_engines import BLOCK_SIZE, ON_GPU, VOCAB_SIZE, WatchedEngine
+from tests.e2e.handoff_engines import BLOCK_SIZE, NUM_GPUS, VOCAB_SIZE, WatchedEngine
 from tests.engine_pair import DrivenEngine, hand_over, random_prompt
 
 NUM_TOKENS = 24
@@ -26,15 +27,17 @@ SOON_S = 15.0
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(num_cpus=4, num_gpus=int(ON_GPU), include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=4, num_gpus=NUM_GPUS, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
 
 def start(rank: int, share_kv: bool) -> Any:
     actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(WatchedEngine)
-    env = {"NCCL_HOSTID": f"host-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
-    options = {"num_cpus": 1, "num_gpus": 0.3 if ON_GPU else 0, "runtime_env": {"env_vars": env}}
+    env = {"NCCL_NVLS_ENABLE": "0"}
+    if NUM_GPUS == 1:
+        env |= {"NCCL_HOSTID": f"host-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+    options = {"num_cpus": 1, "num_gpus": (0, 0.3, 1)[NUM_GPUS], "runtime_env": {"env_vars": env}}
     return actor_class.options(**options).remote(share_kv)
 
 
@@ -45,7 +48,7 @@ def share_kv(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def engines(share_kv: bool) -> Iterator[list[DrivenEngine]]:
-    actors = [start(rank, share_kv) for rank in range(3)]
+    actors = [start(rank, share_kv) for rank in range(2)]
     yield [DrivenEngine(actor) for actor in actors]
     for actor in actors:
         ray.kill(actor)
@@ -62,7 +65,7 @@ def check_tokens(source: DrivenEngine, target: DrivenEngine, name: str) -> None:
 
 
 def test_tokens_are_those_of_one_engine(engines, share_kv):
-    source, target, _ = engines
+    source, target = engines
     check_tokens(source, target, "first")
     sent, received = ray.get([engine.actor.transfer_stats.remote() for engine in (source, target)])
     assert (sent.num_failed, received.num_failed) == (0, 0)
@@ -72,8 +75,8 @@ def test_tokens_are_those_of_one_engine(engines, share_kv):
 
 
 @pytest.mark.parametrize("killed", ["source", "target"])
-def test_a_death_amid_transfers_leaves_the_other_serving(engines, killed):
-    source, target, other = engines
+def test_a_death_amid_transfers_leaves_the_other_serving(engines, share_kv, killed):
+    source, target = engines
     hand_over(source, target, random_prompt(BLOCK_SIZE, 1, VOCAB_SIZE), "before")
     victim, survivor = (source, target) if killed == "source" else (target, source)
     pid = ray.get(victim.actor.pid.remote())
@@ -88,6 +91,9 @@ def test_a_death_amid_transfers_leaves_the_other_serving(engines, killed):
         hand_over(source, target, random_prompt(30 * BLOCK_SIZE, 2, VOCAB_SIZE), "dying", NUM_TOKENS, kill)
     assert time.monotonic() - died[0] < SOON_S
     ray.get(survivor.actor.abort.remote("dying", None))
-    check_tokens(*((other, survivor) if killed == "source" else (survivor, other)), "after")
+    other = DrivenEngine(start(2, share_kv))
+    new_source, new_target = (other, survivor) if killed == "source" else (survivor, other)
+    check_tokens(new_source, new_target, "after")
+    ray.kill(other.actor)
     stats = ray.get(survivor.actor.stats.remote())
     assert (stats.num_used_blocks, stats.num_exported_blocks) == (0, 0)

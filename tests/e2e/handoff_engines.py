@@ -14,7 +14,8 @@ from deployments.engine_actor import BuiltEngine, EngineActor, assemble_engine
 from deployments.kv_transfer import direct
 from deployments.kv_transfer.base import TransferStats
 
-ON_GPU = torch.cuda.is_available()
+NUM_GPUS = min(2, torch.cuda.device_count())
+ON_GPU = NUM_GPUS > 0
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BLOCK_SIZE = 256 if ON_GPU else 16
 NUM_BLOCKS = 64

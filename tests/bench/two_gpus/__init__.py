@@ -1,0 +1,1 @@
+"""Colocated against disaggregated on two real GPUs: `make bench-two-gpus`."""

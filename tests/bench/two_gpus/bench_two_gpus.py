@@ -1,0 +1,288 @@
+"""The service on two GPUs: tokens, interference, and what a killed engine leaves behind.
+
+Run: `make bench-two-gpus`. Writes a model of the shape of Llama-3.1-8B with random weights, once, and brings the graph
+up on it as `make serve` does, with two engines that have a GPU each: as one prefill and one decode engine, or as two
+colocated ones at several token budgets. Each turn generates the same greedy tokens, then serves `mixed.yaml` beside
+this file; the last one of the disaggregated side kills engines. Prints a table and, as its last line, one JSON object.
+`--shape tiny` tries all of it on two CPU cores.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from app.local import down, up
+from app.local_process import RunFolder
+from load_tests.measure import IDLE_REQUESTS, Idle, choose_slo, summarise_idle
+from load_tests.samples import Run, write_runs
+from load_tests.scenario import Scenario, load_scenario
+from load_tests.schedule import build_idle_schedule
+from load_tests.stats import Slo, attainment, class_stats, goodput, goodput_ratio, itl_ratio
+from tests.bench.interference.pinned import engines
+from tests.bench.two_gpus.model import config_of, write_model
+from tests.bench.two_gpus.player import play, run
+from tests.engine_pair import random_prompt
+
+HERE = Path(__file__).parent
+PORT = 8012
+FOLDER = RunFolder(Path(".run/two-gpus"))
+SPLIT = "disaggregated"
+# A block of the last token, one full, one more, and several steps.
+PROBES = (1, 100, 255, 256, 257, 1000, 3000, 8000, 12000)
+PROBE_TOKENS = 32
+# Long enough that its hand-off is under way when an engine is killed, half-way through the prompt.
+KILLED_TOKENS = 12000
+RESTART_TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One way to use the two engines: `disaggregated`, `disaggregated, NCCL`, or `colocated, BUDGET`."""
+
+    name: str
+
+    @property
+    def is_split(self) -> bool:
+        return self.name.startswith(SPLIT)
+
+    def arguments(self, steps: int) -> list[str]:
+        """Of the application; `steps`: token budget of the prefill engine."""
+        if not self.is_split:
+            budget = self.name.removeprefix("colocated, ")
+            replicas = ["decode.min_replicas=2", "decode.max_replicas=2"]
+            return ["mode=colocated", *replicas, f"engine.max_num_batched_tokens={budget}"]
+        sent = [] if self.name == SPLIT else ["engine.share_kv=false"]
+        # Every prompt goes to the prefill engine: a decode step with a prompt in it is no CUDA graph.
+        return ["min_remote_prefill_tokens=1", f"engine.max_num_batched_tokens={steps}", *sent]
+
+
+class Service:
+    """The service that is up.
+
+    Args:
+        model: its name in the API.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+
+    def tokens(self, prompt: tuple[int, ...], max_tokens: int = PROBE_TOKENS) -> list[int]:
+        """Greedy continuation of a prompt."""
+        body = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+        data = json.dumps(body | {"return_token_ids": True, "ignore_eos": True}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{PORT}/v1/completions", data)
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=RESTART_TIMEOUT_S) as response:
+            answer = json.load(response)
+        found: list[int] = answer["choices"][0]["token_ids"]
+        return found
+
+    def engine_pids(self) -> list[int]:
+        """Of both engines, the oldest first."""
+        server = FOLDER.server()
+        assert server is not None, "the server is gone"
+        return [process.pid for process in engines(server)]
+
+    def prefill_pid(self, prompt: tuple[int, ...]) -> int:
+        """The engine that works when a prompt has one token to generate."""
+        before = {pid: _cpu_s(pid) for pid in self.engine_pids()}
+        self.tokens(prompt, max_tokens=1)
+        return max(before, key=lambda pid: _cpu_s(pid) - before[pid])
+
+
+def _cpu_s(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return float(times.user + times.system)
+
+
+@contextmanager
+def serving(turn: Turn, folder: Path, common: list[str], steps: int) -> Iterator[Service]:
+    """Bring the service up, and down again whatever happens."""
+    up(FOLDER, "app:graph", PORT, None, 600, [f"model={folder}", *common, *turn.arguments(steps)])
+    try:
+        yield Service(folder.name)
+    finally:
+        down(FOLDER)
+
+
+def probe(service: Service, vocab_size: int) -> list[list[int]]:
+    """Greedy tokens of one prompt after the other."""
+    return [service.tokens(random_prompt(length, seed=length, vocab_size=vocab_size)) for length in PROBES]
+
+
+def measure_idle(scenario: Scenario, service: Service) -> Idle:
+    schedule = build_idle_schedule(scenario, "idle", IDLE_REQUESTS + 1)
+    samples = play(schedule, PORT, service.model, end_s=60.0, drain_s=30.0)
+    return summarise_idle(samples, scenario.class_names(), f"port {PORT}")
+
+
+def handoff_figures() -> dict[str, float]:
+    """What the service says of hand-offs."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/metrics", timeout=30) as response:
+        lines = response.read().decode().splitlines()
+    kept = [line.rpartition(" ") for line in lines if line.startswith("kvrelay_handoff") and "_bucket" not in line]
+    return {name: float(value) for name, _, value in kept}
+
+
+def killed_prompt(number: int, vocab_size: int) -> tuple[int, ...]:
+    """One that nobody has computed before."""
+    return random_prompt(KILLED_TOKENS, KILLED_TOKENS + 1 + number, vocab_size)
+
+
+def kill_amid_transfer(service: Service, vocab_size: int, expected: dict[int, list[int]]) -> dict[str, Any]:
+    """Kill the prefill engine amid a hand-off, later the decode engine; what others get meanwhile and afterwards.
+
+    Raises:
+        RuntimeError: the service did not come back.
+    """
+    prompts = [killed_prompt(seed, vocab_size) for seed in range(4)]
+    short = random_prompt(100, seed=100, vocab_size=vocab_size)
+    found: dict[str, Any] = {}
+    begun = time.monotonic()
+    victim = service.prefill_pid(prompts[1])
+    half_s = (time.monotonic() - begun) / 2
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(service.tokens, short, 512)
+        long = pool.submit(service.tokens, prompts[0])
+        time.sleep(half_s)
+        os.kill(victim, signal.SIGKILL)
+        killed_s = time.monotonic()
+        found["was under way"] = not long.done()
+        found["tokens"] = long.result()
+        found["answered after, s"] = time.monotonic() - killed_s
+        found["other stream finished"] = other.result()[:PROBE_TOKENS] == expected[100]
+    found["prefill is back after, s"] = _await(lambda: len(service.engine_pids()) == 2 and _is_healthy(), killed_s)
+    found["then equal"] = service.tokens(random_prompt(8000, 8000, vocab_size)) == expected[8000]
+    survivor = service.prefill_pid(prompts[2])
+    (victim,) = set(service.engine_pids()) - {survivor}
+    with ThreadPoolExecutor(1) as pool:
+        lost = pool.submit(service.tokens, prompts[3])
+        time.sleep(half_s)
+        os.kill(victim, signal.SIGKILL)
+        killed_s = time.monotonic()
+        found["was under way again"] = not lost.done()
+        found["request of the killed decode engine"] = repr(lost.exception() or "finished")[:200]
+    found["decode is back after, s"] = _await(lambda: len(service.engine_pids()) == 2 and _is_healthy(), killed_s)
+    found["prefill survived"] = survivor in service.engine_pids()
+    found["then equal again"] = service.tokens(random_prompt(3000, 3000, vocab_size)) == expected[3000]
+    return found
+
+
+def _is_healthy() -> bool:
+    server = FOLDER.server()
+    return server is not None and server.is_healthy()
+
+
+def _await(condition: Callable[[], bool], since_s: float) -> float:
+    """Seconds from `since_s` until it holds."""
+    while not condition():
+        if time.monotonic() - since_s > RESTART_TIMEOUT_S:
+            raise RuntimeError(f"the service did not come back within {RESTART_TIMEOUT_S:g} s")
+        time.sleep(0.5)
+    return time.monotonic() - since_s
+
+
+def print_row(one: Run, slo: Slo) -> None:
+    for kind in one.classes():
+        stats = class_stats([one], kind)
+        assert stats.ttft is not None and stats.itl is not None, f"{kind}: no request finished"
+        ttft, itl = stats.ttft.percentiles, stats.itl.percentiles
+        print(
+            f"{one.deployment:>22} {kind:>5} {stats.ttft.n:>4} requests  TTFT p50 {ttft[50]:.3f} p99 {ttft[99]:.3f} s  "
+            f"ITL p50 {itl[50] * 1e3:.1f} p95 {itl[95] * 1e3:.1f} p99 {itl[99] * 1e3:.1f} ms  "
+            f"{attainment([one], slo, kind) or 0:.0%} good  errors {sum(stats.errors.values())}  "
+            f"{'; '.join(one.generator.problems)}",
+            flush=True,
+        )
+
+
+def compare_with_split(runs: list[Run], slo: Slo) -> dict[str, Any]:
+    """Ratios of each colocated deployment to the disaggregated one, over the rounds that both have."""
+    split = {one.round: one for one in runs if one.deployment == SPLIT}
+    found = {}
+    for name in dict.fromkeys(one.deployment for one in runs if not one.deployment.startswith(SPLIT)):
+        own = [one for one in runs if one.deployment == name and one.round in split]
+        pair = [split[one.round] for one in own]
+        if own:
+            found[name] = {
+                "p99_itl_ratio": asdict(itl_ratio(own, pair, "chat")),
+                "goodput_ratio": asdict(goodput_ratio(pair, own, slo)),
+                "goodput": goodput(own, slo),
+                "split_goodput": goodput(pair, slo),
+            }
+    return found
+
+
+def main() -> int:
+    """0 when every token was equal."""
+    parser = argparse.ArgumentParser(prog="make bench-two-gpus ARGS=...")
+    parser.add_argument("--turns", default="disaggregated;colocated, 512;colocated, 2048;colocated, 8192")
+    parser.add_argument("--shape", default="llama-8b")
+    parser.add_argument("--steps", type=int, default=2048, help="token budget of the prefill engine")
+    parser.add_argument("--scenario", default=str(HERE / "mixed.yaml"))
+    parser.add_argument("--round", type=int, default=0)
+    parser.add_argument("--model", type=Path, help="folder of the model; default: .run/two-gpus/SHAPE")
+    parser.add_argument("--kill", action="store_true", help="kill engines at the end of the first turn")
+    parser.add_argument("--results", type=Path, default=FOLDER.path, help="for samples.json")
+    options = parser.parse_args()
+    scenario = load_scenario(options.scenario)
+    folder = options.model or FOLDER.path / options.shape
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model(folder, options.shape)
+    num_gpus = torch.cuda.device_count()
+    common = ["engine.max_num_seqs=64", "engine.max_model_len=16384"]
+    common += ["prefill.num_gpus=1", "decode.num_gpus=1"] if num_gpus > 1 else ["engine.kv_cache_bytes=500000000"]
+    vocab_size = config_of(options.shape).vocab_size
+    runs: list[Run] = []
+    idle: dict[str, Idle] = {}
+    tokens: dict[str, list[list[int]]] = {}
+    result: dict[str, Any] = {"num_gpus": num_gpus, "handoff": {}, "started_s": {}}
+    for number, name in enumerate(options.turns.split(";")):
+        turn = Turn(name.strip())
+        begun = time.monotonic()
+        arguments = [one for one in common if turn.is_split or not one.startswith("prefill.")]
+        with serving(turn, folder.resolve(), arguments, options.steps) as service:
+            result["started_s"][turn.name] = time.monotonic() - begun
+            tokens[turn.name] = probe(service, vocab_size)
+            idle[turn.name] = measure_idle(scenario, service)
+            print(f"{turn.name}: up after {result['started_s'][turn.name]:.0f} s, idle {idle[turn.name]}", flush=True)
+            if "killed" in result:
+                same = service.tokens(killed_prompt(0, vocab_size)) == result["killed"]["tokens"]
+                result["killed"][f"tokens as {turn.name}"] = same
+                print(f"tokens of the request whose prefill engine was killed: {'equal' if same else 'DIFFERENT'}")
+            runs.append(run(scenario, PORT, service.model, turn.name, options.round))
+            slo = choose_slo(scenario.slo, list(idle.values()))
+            print_row(runs[-1], slo)
+            write_runs(options.results / "samples.json", runs, {"idle": {k: asdict(v) for k, v in idle.items()}})
+            if turn.is_split:
+                result["handoff"][turn.name] = handoff_figures()
+            if options.kill and number == 0:
+                expected = dict(zip(PROBES, tokens[turn.name], strict=True))
+                result["killed"] = kill_amid_transfer(service, vocab_size, expected)
+                print(json.dumps(result["killed"], indent=1), flush=True)
+    names = list(tokens)
+    equal = {name: [a == b for a, b in zip(tokens[names[0]], tokens[name], strict=True)] for name in names}
+    result |= {"equal": equal, "slo": asdict(slo), "ratios": compare_with_split(runs, slo)}
+    result["idle"] = {name: asdict(one) for name, one in idle.items()}
+    result["goodput"] = {one.deployment: goodput([one], slo) for one in runs}
+    for name, found in equal.items():
+        print(f"{name}: tokens of {sum(found)} of {len(found)} prompts as {names[0]}")
+    print(json.dumps(result))
+    return 0 if all(all(found) for found in equal.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
