@@ -142,12 +142,13 @@ def _write_dataset(path: Path, schedule: Sequence[Planned], target: Target) -> N
     with open(path, "w") as lines:
         for request in schedule:
             line: dict[str, Any] = {"session_id": request.session, "output_length": request.output_tokens}
-            line |= {"payload": _body(request, target.model)}
+            line |= {"payload": request_body(request, target.model)}
             line |= {"delay": request.delay_s * 1e3} if request.at_s is None else {"timestamp": request.at_s * 1e3}
             lines.write(json.dumps(line) + "\n")
 
 
-def _body(request: Planned, model: str) -> dict[str, Any]:
+def request_body(request: Planned, model: str) -> dict[str, Any]:
+    """What is sent for a request, to `/v1/completions`."""
     # Token ids and `ignore_eos` make both lengths exact with no tokenizer; vLLM and SGLang take them as well.
     return {
         "model": model,

@@ -227,7 +227,7 @@ def compare_with_split(runs: list[Run], slo: Slo) -> dict[str, Any]:
 
 
 def main() -> int:
-    """0 when every token was equal."""
+    """0 when every token was equal and the kills came when they should and cost nothing else."""
     parser = argparse.ArgumentParser(prog="make bench-two-gpus ARGS=...")
     parser.add_argument("--turns", default="disaggregated;colocated, 512;colocated, 2048;colocated, 8192")
     parser.add_argument("--shape", default="llama-8b")
@@ -281,7 +281,8 @@ def main() -> int:
     for name, found in equal.items():
         print(f"{name}: tokens of {sum(found)} of {len(found)} prompts as {names[0]}")
     print(json.dumps(result))
-    return 0 if all(all(found) for found in equal.values()) else 1
+    survived = all(value for value in result.get("killed", {}).values() if isinstance(value, bool))
+    return 0 if survived and all(all(found) for found in equal.values()) else 1
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
 
-from load_tests.generator import judge
+from load_tests.generator import judge, request_body
 from load_tests.samples import Run, Sample
 from load_tests.scenario import Scenario
 from load_tests.schedule import Planned, build_schedule
@@ -62,7 +62,7 @@ class Player:
                 await asyncio.sleep(max(0.0, wait_s))
                 if self._now_s() >= self.end_s:
                     return
-                connection = await post(self.port, _body(request, self.model))
+                connection = await post(self.port, request_body(request, self.model))
                 self.sent.append((request, connection.reply))
                 await connection.reply.done.wait()
         finally:
@@ -98,18 +98,6 @@ class Player:
             output_tokens=count,
             error=error,
         )
-
-
-def _body(request: Planned, model: str) -> dict[str, object]:
-    return {
-        "model": model,
-        "prompt": request.prompt,
-        "max_tokens": request.output_tokens,
-        "ignore_eos": True,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
 
 
 def play(schedule: Sequence[Planned], port: int, model: str, end_s: float, drain_s: float) -> tuple[Sample, ...]:
