@@ -106,12 +106,14 @@ class IngressConfig(ReplicaConfig):
         num_cpus: CPUs that Ray reserves for each replica.
         max_request_bytes: largest body of a request; a larger one is refused.
         max_unread_tokens: tokens kept for a client that does not read; with more its request is ended.
+        resume_timeout_s: seconds without a new token after which a request whose decode replica was lost fails.
     """
 
     max_ongoing_requests: int = Field(default=1024, ge=1)
     num_cpus: float = Field(default=0.1, ge=0)
     max_request_bytes: int = Field(default=4 * 1024 * 1024, ge=1)
     max_unread_tokens: int = Field(default=8192, ge=1)
+    resume_timeout_s: float = Field(default=60.0, gt=0)
 
     def deployment_options(self) -> dict[str, Any]:
         """Return the options of this deployment, as `Deployment.options` takes them."""

@@ -27,7 +27,7 @@ def graph(args: AppConfig) -> Application:
         args.engine_config("decode"), _resources(args, "decode"), prefill, args.min_remote_prefill_tokens
     )
     ingress = _deploy(Ingress, args, "ingress")
-    limits = args.ingress.max_request_bytes, args.ingress.max_unread_tokens
+    limits = args.ingress.max_request_bytes, args.ingress.max_unread_tokens, args.ingress.resume_timeout_s
     return ingress.bind(decode, prefill, args.model, args.served_model_name, *limits)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from deployments.engine.config import EngineConfig
 from deployments.engine_actor import EngineBuilder, EngineInfo, EngineResources, build_engine
 from deployments.engine_client import EventQueue
-from deployments.errors import TransferError
+from deployments.errors import TransferError, brief, was_cancelled
 from deployments.front import EngineFront
 from deployments.messages import Ended, GenerateRequest, Placed, ReplyAddress
 from deployments.metrics import ReplicaStats
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 logger = logging.getLogger(__name__)
+
+# Each with a replica that Serve chooses anew; one that has died is not chosen again.
+_MAX_PREFILLS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,11 @@ class Decode:
         try:
             await engine.add(request, self._prefill.min_tokens if self._prefill else None, reply_to)
             async for event in events:
-                if isinstance(event, Placed) and event.remote:
-                    handoff = asyncio.create_task(self._prefill_remotely(request, event, reply_to, events))
+                if isinstance(event, Placed):
+                    if handoff is not None:
+                        handoff.cancel()  # its lease ran out, and the engine computes the prompt now
+                    elif event.remote:
+                        handoff = asyncio.create_task(self._prefill_remotely(request, event, reply_to, events))
                 elif isinstance(event, Ended):
                     if event.loss is not None:
                         raise TransferError(f"{request_id}: {event.loss}")
@@ -104,20 +110,25 @@ class Decode:
     async def _prefill_remotely(
         self, request: GenerateRequest, placed: Placed, reply_to: ReplyAddress, events: EventQueue
     ) -> None:
-        """Have the prompt computed by a prefill replica; if that fails for any reason, compute it here."""
+        """Have the prompt computed by a prefill replica; if that fails, by another; in the end here."""
         assert self._prefill is not None, "placed remotely without a prefill pool"
-        engine = self._front.engine
+        engine, request_id = self._front.engine, request.request_id
         first_block = placed.num_cached_tokens // engine.info.block_size
-        call: Any = self._prefill.handle.prefill.remote(request, first_block, engine.actor, reply_to)
-        try:
-            has_finished = await call
-        except asyncio.CancelledError:
-            call.cancel()
-            raise
-        except Exception:
-            self._front.handoff.num_failures += 1
-            logger.exception("%s: remote prefill failed, prefilling locally", request.request_id)
-            await engine.prefill_locally(request.request_id)
-        else:
+        for attempt in range(_MAX_PREFILLS):
+            if attempt and not await engine.renew(request_id):
+                return  # the lease ran out, and the engine computes it
+            call: Any = self._prefill.handle.prefill.remote(request, first_block, engine.actor, reply_to)
+            try:
+                has_finished = await call
+            except (Exception, asyncio.CancelledError) as error:
+                if was_cancelled():
+                    call.cancel()
+                    raise
+                self._front.handoff.num_failures += 1
+                logger.warning("%s: remote prefill %d failed: %s", request_id, attempt + 1, brief(error))
+                continue
             if has_finished:  # with its first token: there is nothing to decode
-                events.put(Ended(request.request_id))
+                events.put(Ended(request_id))
+            return
+        logger.warning("%s: prefilling locally", request_id)
+        await engine.prefill_locally(request_id)

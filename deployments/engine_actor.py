@@ -66,6 +66,8 @@ class EngineInfo:
         eos_token_ids: ids that end a text.
         block_size: tokens per KV block.
         bytes_per_block: KV of one block, all layers.
+        lease_s: see `EngineConfig`.
+        pid: of the engine's process, on its own node.
     """
 
     path: str
@@ -74,6 +76,8 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     block_size: int
     bytes_per_block: int
+    lease_s: float
+    pid: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +148,8 @@ def assemble_engine(loaded: "LoadedModel", config: EngineConfig) -> BuiltEngine:
         eos_token_ids=loaded.eos_token_ids,
         block_size=limits.block_size,
         bytes_per_block=layout.bytes_per_block,
+        lease_s=config.lease_s,
+        pid=os.getpid(),
     )
     logger.info("engine ready: %s, %s, pid %d", loaded.path, limits, os.getpid())
     arena = None
@@ -179,9 +185,8 @@ class EngineActor:
 
     @ray.method(concurrency_group="ctl")
     def ping(self) -> None:
-        """Raise `EngineDeadError` if the loop has ended."""
-        if not self._loop.is_alive:
-            self._loop.call(lambda engine: None)
+        """Return once the loop has turned and the model has run a token; raises what is wrong with either."""
+        self._loop.call(lambda engine: engine.run_canary())
 
     @ray.method(concurrency_group="ctl")
     def stats(self) -> EngineStats:
@@ -204,6 +209,11 @@ class EngineActor:
     @ray.method(concurrency_group="ctl")
     def prefill_locally(self, request_id: str) -> None:
         self._post(lambda engine: engine.prefill_locally(request_id))
+
+    @ray.method(concurrency_group="ctl")
+    def renew(self, request_id: str) -> bool:
+        """See `Engine.renew`; an engine whose loop hangs does not answer."""
+        return self._loop.call(lambda engine: engine.renew(request_id))
 
     @ray.method(concurrency_group="ctl")
     def abort(self, request_id: str, admission: None) -> None:

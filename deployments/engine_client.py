@@ -41,21 +41,23 @@ class EventQueue:
 
 
 class EngineClient:
-    """Owns the connection to one engine actor; lives in the front's event loop. Build with `connect`."""
+    """Owns the connection to one engine actor; lives in the front's event loop.
 
-    def __init__(self, actor: "ActorHandle[Any]", info: EngineInfo) -> None:
+    Args:
+        actor: the engine, loaded.
+        info: what it said of itself.
+        on_death: called once when the engine is found dead or is given up, after every reader was told.
+    """
+
+    def __init__(self, actor: "ActorHandle[Any]", info: EngineInfo, on_death: Callable[[], None]) -> None:
         self.actor = actor
         self.info = info
+        self._on_death = on_death
         self._queues: dict[str, EventQueue] = {}
         self._admissions: dict[str, ObjectRef[None]] = {}
         self._death: EngineDeadError | None = None
         self._context = contextvars.copy_context()
         self._pump = asyncio.create_task(self._distribute())
-
-    @classmethod
-    async def connect(cls, actor: "ActorHandle[Any]") -> "EngineClient":
-        """Wait until the engine has loaded its model."""
-        return cls(actor, await actor.info.remote())
 
     def detached(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call something that submits actor tasks, so that they outlive the request that asks for them.
@@ -100,15 +102,31 @@ class EngineClient:
     async def prefill_locally(self, request_id: str) -> None:
         await self.detached(self.actor.prefill_locally.remote, request_id)
 
+    async def renew(self, request_id: str) -> bool:
+        """Renew the lease of a hand-off; False: the engine holds nothing for it any more."""
+        is_held: bool = await self.detached(self.actor.renew.remote, request_id)
+        return is_held
+
     async def stats(self) -> EngineStats:
         stats: EngineStats = await self.actor.stats.remote()
         return stats
 
     async def check_health(self, timeout_s: float) -> None:
-        """Raise if the engine's process or loop is dead, or does not answer in time."""
+        """Have the engine run a token, or show that it runs others.
+
+        Raises:
+            EngineDeadError: its process is gone, its loop has ended, its model fails, or it does not answer in time.
+                The engine is given up with that: its requests fail, so that they can go on elsewhere.
+        """
+        if self._death is None:
+            try:
+                await asyncio.wait_for(self.actor.ping.remote(), timeout_s)
+            except TimeoutError:
+                self._give_up(f"it has not answered for {timeout_s:g} s")
+            except Exception as error:
+                self._give_up(str(error))
         if self._death is not None:
             raise self._death
-        await asyncio.wait_for(self.actor.ping.remote(), timeout_s)
 
     async def _distribute(self) -> None:
         reason = "its event stream ended"
@@ -119,7 +137,13 @@ class EngineClient:
                         events.put(event)
         except Exception as error:
             reason = str(error)
+        self._give_up(reason)
+
+    def _give_up(self, reason: str) -> None:
+        if self._death is not None:
+            return
         self._death = EngineDeadError(f"the engine died: {reason}")
         logger.error("%s", self._death)
         for events in self._queues.values():
             events.put(self._death)
+        self._on_death()

@@ -3,6 +3,20 @@
 Each carries its message alone, so that it survives pickling between actors.
 """
 
+import asyncio
+
+
+def was_cancelled() -> bool:
+    """In a handler of `CancelledError`: whether this very task was cancelled, and not the call that it waited for."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def brief(error: BaseException) -> str:
+    """An error in one line: Ray's, gloo's and CUDA's run over many."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1].strip()[:300]}" if lines else type(error).__name__
+
 
 class KvRelayError(Exception):
     """Base of all errors of this project."""

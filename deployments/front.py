@@ -1,30 +1,62 @@
 """What the fronts of both pools share: the engine they own, their health, their numbers."""
 
+import asyncio
+import logging
+import os
+import signal
+from functools import partial
+
 from ray import serve
 
 from deployments.engine.config import EngineConfig
-from deployments.engine_actor import EngineBuilder, EngineResources, spawn_engine
+from deployments.engine_actor import EngineBuilder, EngineInfo, EngineResources, spawn_engine
 from deployments.engine_client import EngineClient
 from deployments.metrics import HandoffStats, ReplicaStats
 
-_PING_TIMEOUT_S = 10.0
+logger = logging.getLogger(__name__)
+
+_FAREWELL_S = 0.2
 
 
 class EngineFront:
-    """A replica that owns one engine. Composed into the deployments, not inherited by them."""
+    """A replica that owns one engine. Composed into the deployments, not inherited by them.
 
-    def __init__(self, engine: EngineClient) -> None:
+    Args:
+        engine: loaded.
+        max_silence_s: an engine that takes longer to answer between two steps hangs.
+    """
+
+    def __init__(self, engine: EngineClient, max_silence_s: float) -> None:
         self.engine = engine
         self.handoff = HandoffStats()
+        self._max_silence_s = max_silence_s
 
     @classmethod
     async def start(cls, config: EngineConfig, resources: EngineResources, build: EngineBuilder) -> "EngineFront":
         """Spawn the engine in this replica's placement group and wait until it is loaded."""
-        return cls(await EngineClient.connect(spawn_engine(config, resources, build)))
+        actor = spawn_engine(config, resources, build)
+        info: EngineInfo = await actor.info.remote()
+        process = os.pidfd_open(info.pid)  # and not the number, which may become another process's
+        return cls(EngineClient(actor, info, partial(_leave, process)), config.max_silence_s)
 
     async def stats(self) -> ReplicaStats:
         replica = serve.get_replica_context().replica_id.unique_id
         return ReplicaStats(replica, await self.engine.stats(), self.handoff.copy())
 
     async def check_health(self) -> None:
-        await self.engine.check_health(_PING_TIMEOUT_S)
+        """See `EngineClient.check_health`; Ray Serve calls it every few seconds."""
+        await self.engine.check_health(self._max_silence_s)
+
+
+def _leave(engine_process: int) -> None:
+    """End the engine's process, which may hang, and this one: a replica without its engine can do nothing.
+
+    Serve learns of it at once, sends no more requests here, and starts another. A replica that waited for three failed
+    health checks would, having the shortest queue, be given the requests that fled from it.
+    """
+    try:
+        signal.pidfd_send_signal(engine_process, signal.SIGKILL)
+    except ProcessLookupError:
+        logger.info("the engine's process was gone")
+    # Not at once: readers that were told of the death answer their callers first.
+    asyncio.get_running_loop().call_later(_FAREWELL_S, os._exit, 1)

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
 from starlette.applications import Starlette
 
 from deployments.api.http import build_app
 from deployments.api.text import TextCodec
 from deployments.engine_actor import EngineInfo
-from deployments.errors import EngineDeadError, KvRelayError, TransferError
 from deployments.messages import GenerateRequest, ModelInfo
 from deployments.metrics import ClientMetrics, ReplicaStats, render
+from deployments.resume import ResumingClient, as_ours
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 
 if TYPE_CHECKING:
@@ -30,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 _HEALTH_TIMEOUT_S = 5.0
 _STATS_TIMEOUT_S = 10.0
-# Between "every token is on its way" and the last one's arrival; they take different paths.
-_LAST_TOKEN_TIMEOUT_S = 10.0
 
 
 class PoolBackend:
@@ -41,32 +38,30 @@ class PoolBackend:
         decode: handle of the decode deployment.
         prefill: handle of the prefill deployment; None: colocated.
         tokens: where the engines send the tokens of this replica's requests.
+        resume_timeout_s: see `ResumingClient`.
     """
 
     def __init__(
-        self, decode: "DeploymentHandle[Any]", prefill: "DeploymentHandle[Any] | None", tokens: TokenReceiver
+        self,
+        decode: "DeploymentHandle[Any]",
+        prefill: "DeploymentHandle[Any] | None",
+        tokens: TokenReceiver,
+        resume_timeout_s: float,
     ) -> None:
-        self._decode = decode
         self._pools = {"decode": decode} if prefill is None else {"prefill": prefill, "decode": decode}
         self._tokens = tokens
         self.clients = ClientMetrics()
+        self._decode = ResumingClient(decode, tokens, resume_timeout_s, self.clients.request_resumed)
 
     def generate(self, request: GenerateRequest, on_overflow: Callable[[], None]) -> TokenStream:
         """Tokens of a request; closing the stream ends the request on every pool."""
 
         def overflow() -> None:
-            call.cancel()
+            serving.cancel()
             on_overflow()
 
-        def close(stream: TokenStream) -> None:
-            watch.cancel()
-            if not stream.has_finished:
-                call.cancel()
-
-        # If the call cannot be made, no stream is left open. Its tokens reach this event loop later than the next line.
-        call: Any = self._decode.generate.remote(request, self._tokens.address)
-        stream = self._tokens.open(request.request_id, overflow, close)
-        watch = asyncio.create_task(_watch(call, stream))
+        stream = self._tokens.open(request.request_id, overflow, lambda _: serving.cancel())
+        serving = asyncio.create_task(self._decode.serve(request, stream))
         return stream
 
     async def health(self) -> tuple[bool, str]:
@@ -77,7 +72,7 @@ class PoolBackend:
             except TimeoutError:
                 return False, f"the {name} pool did not answer in {_HEALTH_TIMEOUT_S:.0f} s"
             except Exception as error:
-                return False, f"the {name} pool cannot serve: {_as_ours(error)}"
+                return False, f"the {name} pool cannot serve: {as_ours(error)}"
         return True, "ok"
 
     async def metrics(self) -> bytes:
@@ -101,6 +96,7 @@ class Ingress:
         served_model_name: the model's name in the API.
         max_request_bytes: larger bodies are refused.
         max_unread_tokens: a client that leaves more tokens unread is dropped.
+        resume_timeout_s: how long a request whose decode replica was lost may wait for another.
     """
 
     async def __init__(  # type: ignore[misc]
@@ -111,6 +107,7 @@ class Ingress:
         served_model_name: str,
         max_request_bytes: int,
         max_unread_tokens: int,
+        resume_timeout_s: float,
     ) -> None:
         engine: EngineInfo = await decode.engine_info.remote()
         self._info = ModelInfo(
@@ -122,7 +119,7 @@ class Ingress:
         )
         self._codec = await asyncio.to_thread(_load_codec, engine.path, model)
         tokens = await TokenReceiver.start(ray.util.get_node_ip_address(), max_unread_tokens)
-        self._backend = PoolBackend(decode, prefill, tokens)
+        self._backend = PoolBackend(decode, prefill, tokens, resume_timeout_s)
         self._max_request_bytes = max_request_bytes
 
     def __serve_build_asgi_app__(self) -> Starlette:
@@ -142,26 +139,3 @@ def _load_codec(path: str, model: str) -> TextCodec:
 
         path = resolve_model(model)
     return TextCodec.load(path)
-
-
-async def _watch(call: Any, stream: TokenStream) -> None:
-    """Tell the reader of a request's tokens if its call ends without the last one."""
-    try:
-        await call
-    except asyncio.CancelledError:
-        raise
-    except Exception as error:
-        stream.fail(_as_ours(error))
-        return
-    await asyncio.sleep(_LAST_TOKEN_TIMEOUT_S)  # cancelled as soon as the reader has the last token
-    stream.fail(TransferError(f"the last token did not arrive within {_LAST_TOKEN_TIMEOUT_S:.0f} s"))
-
-
-def _as_ours(error: Exception) -> Exception:
-    """The error as it was raised in the pool; a dead process becomes `EngineDeadError`."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    if isinstance(cause, KvRelayError):
-        return cause
-    if isinstance(cause, RayActorError):
-        return EngineDeadError(f"a replica died while it served the request: {cause}")
-    return error

@@ -98,7 +98,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A decode engine gave a request its KV blocks and says who computes the prompt.
+    """A decode engine gave a request its KV blocks and says who computes the prompt; again, if that changes.
 
     Attributes:
         request_id: the request.
@@ -130,7 +130,7 @@ class ChunkReady:
     first_token: int | None = None
 
 
-EngineEvent = TokenOutput | Placed | ChunkReady
+EngineEvent = TokenOutput | Placed | ChunkReady | Ended
 # What a front hears of its engine. Tokens are not among it: they go to the ingress directly.
 FrontEvent = Placed | ChunkReady | Ended
 

@@ -31,6 +31,7 @@ _COUNTERS = {
     "generated_tokens": ("generated_tokens", "Tokens generated."),
     "preemptions": ("preemptions", "Sequences that lost their blocks and were computed again."),
     "engine_steps": ("steps", "Batches run."),
+    "expired_leases": ("expired_leases", "Hand-offs given up, the other engine not being heard of."),
 }
 _HISTOGRAMS = {
     "engine_ttft_seconds": ("ttft_s", "Arrival at the engine to first token."),
@@ -86,10 +87,17 @@ class ClientMetrics(Collector):
         self._ttft, self._itl = Histogram(), Histogram()
         self.registry.register(self)
         self._finished = Counter(f"{_PREFIX}requests", "Calls by how they ended.", ["outcome"], registry=self.registry)
+        self._resumed = Counter(
+            f"{_PREFIX}requests_resumed", "Times that a lost request went on.", registry=self.registry
+        )
         self._in_flight = Gauge(f"{_PREFIX}requests_in_flight", "Calls not yet answered.", registry=self.registry)
 
     def request_started(self) -> None:
         self._in_flight.inc()
+
+    def request_resumed(self) -> None:
+        """Its decode replica was lost, and another goes on with it."""
+        self._resumed.inc()
 
     def first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)

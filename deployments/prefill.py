@@ -15,6 +15,9 @@ from deployments.front import EngineFront
 from deployments.messages import ChunkReady, Ended, GenerateRequest, ReplyAddress
 from deployments.metrics import ReplicaStats
 
+# An answer may be lost in a long step.
+_RENEWALS_PER_LEASE = 3
+
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorHandle
@@ -50,11 +53,13 @@ class Prefill:
             Whether the first token was the last one, so that there is nothing to hand over.
 
         Raises:
-            TransferError or a Ray error: some chunk did not arrive; the target keeps its reservation.
+            TransferError or a Ray error: some chunk did not arrive, or the target waits no longer. A target that waits
+                keeps its reservation: the prompt may be computed again, here or elsewhere.
             LayoutMismatchError: the engines do not agree on what a block is.
         """
         engine, request_id = self._front.engine, request.request_id
         events = engine.open(request_id)
+        keeper = asyncio.create_task(self._keep_leases(request_id, target, events))
         sends: list[asyncio.Task[None]] = []
         try:
             await engine.prefill(request, first_block, reply_to)
@@ -73,6 +78,7 @@ class Prefill:
             self._front.handoff.num_failures += 1
             raise
         finally:
+            keeper.cancel()
             for send in sends:
                 send.cancel()
             engine.close(request_id)
@@ -87,6 +93,22 @@ class Prefill:
 
     async def check_health(self) -> None:
         await self._front.check_health()
+
+    async def _keep_leases(self, request_id: str, target: "ActorHandle[Any]", events: EventQueue) -> None:
+        """Renew the lease on both engines for as long as both answer."""
+        source = self._front.engine
+        while True:
+            await asyncio.sleep(source.info.lease_s / _RENEWALS_PER_LEASE)
+            try:
+                if not await source.detached(target.renew.remote, request_id):
+                    events.put(TransferError(f"{request_id}: the decode engine waits for it no longer"))
+                    return
+                if not await source.renew(request_id):
+                    events.put(TransferError(f"{request_id}: the prefill engine holds nothing for it any more"))
+                    return
+            except Exception as error:
+                events.put(error)
+                return
 
     async def _send(self, chunk: ChunkReady, target: "ActorHandle[Any]", events: EventQueue) -> None:
         source, started_s = self._front.engine, time.monotonic()

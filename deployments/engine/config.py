@@ -23,6 +23,10 @@ class EngineConfig(BaseModel):
         enable_prefix_caching: reuse the KV of finished prompts that share a prefix.
         share_kv: engines of the same machine may read the KV that this one hands over in its memory; else, and on other
             machines, it is sent: over TCP (gloo) from CPUs, over NCCL from GPUs.
+        lease_s: a hand-off whose other engine has not been heard of for so long is given up: its blocks are freed, or
+            the decode engine computes the rest of the prompt. Longer than any step takes.
+        max_silence_s: an engine that does not answer for so long, between two steps, counts as hung and is replaced.
+            Longer than any step takes.
         num_threads: CPU threads of this engine's process; 1 unless given.
     """
 
@@ -39,6 +43,8 @@ class EngineConfig(BaseModel):
     max_num_batched_tokens: int | None = Field(default=None, ge=1)
     enable_prefix_caching: bool = True
     share_kv: bool = True
+    lease_s: float = Field(default=15.0, gt=0)
+    max_silence_s: float = Field(default=15.0, gt=0)
     num_threads: int | None = Field(default=None, ge=1)
 
 

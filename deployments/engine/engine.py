@@ -8,7 +8,10 @@ A request's life here:
 5. Each further step yields one `TokenOutput` per sequence, until a stop token, the length, or `abort`.
 6. Whatever ended it, its blocks are free; those of a shared prefix stay findable.
 
-Not thread-safe, but for `take_chunk`; `EngineLoop` runs it.
+A hand-off has a lease on either side (`handoff.py`). When it runs out a decode engine computes the rest of the prompt
+itself, and a prefill engine drops the request and says `Ended`.
+
+Not thread-safe, but for `check`, `take_chunk` and `release_chunk`; `EngineLoop` runs it.
 """
 
 import logging
@@ -19,7 +22,8 @@ from torch import Tensor
 
 from deployments.engine.block_manager import BlockManager
 from deployments.engine.config import EngineConfig, EngineLimits
-from deployments.engine.export import ExportBuffer
+from deployments.engine.exporter import Exporter
+from deployments.engine.handoff import Clock, Inbox, Outbox, State
 from deployments.engine.kv_cache import KVCache
 from deployments.engine.kv_copies import Allocate, KVCopies
 from deployments.engine.model import LoadedModel
@@ -29,7 +33,16 @@ from deployments.engine.sequence import PENDING, Role, Sequence, Status
 from deployments.engine.sizing import choose_limits
 from deployments.engine.stats import EngineStats
 from deployments.errors import InvalidRequestError, RequestTooLargeError
-from deployments.messages import ChunkReady, EngineEvent, FinishReason, GenerateRequest, TokenOutput
+from deployments.messages import (
+    ChunkReady,
+    Ended,
+    EngineEvent,
+    FinishReason,
+    GenerateRequest,
+    Placed,
+    SamplingParams,
+    TokenOutput,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +50,8 @@ logger = logging.getLogger(__name__)
 _EXPORT_STEPS = {"cpu": 4, "cuda": 2}
 # Of one chunk: small enough that chunks of one step overlap on their way, large enough that each fills a link.
 _MAX_CHUNK_BYTES = 256 << 20
+# Never enters the scheduler, so no request's id can meet it.
+_CANARY = GenerateRequest("canary", (0,), SamplingParams(max_tokens=1, temperature=0))
 
 
 class Engine:
@@ -47,9 +62,16 @@ class Engine:
         config: what the user asked for.
         is_pipelined: whether a step is started before the one before has been concluded, so that a GPU never waits for
             this process; else, and None on a CPU, one step at a time.
+        clock: of leases; monotonic seconds.
     """
 
-    def __init__(self, loaded: LoadedModel, config: EngineConfig, is_pipelined: bool | None = None) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        config: EngineConfig,
+        is_pipelined: bool | None = None,
+        clock: Clock = time.monotonic,
+    ) -> None:
         if is_pipelined is None:
             is_pipelined = loaded.device.type == "cuda"
         self.limits: EngineLimits = choose_limits(loaded, config)
@@ -64,19 +86,27 @@ class Engine:
         bytes_per_block = self.limits.block_size * loaded.kv_shape.bytes_per_token
         step_blocks = max(1, self.limits.max_num_batched_tokens // self.limits.block_size)
         self._max_chunk_blocks = max(1, min(step_blocks, _MAX_CHUNK_BYTES // bytes_per_block))
-        self._exports = ExportBuffer(max_blocks=_EXPORT_STEPS[loaded.device.type] * step_blocks)
+        self._inbox = Inbox(config.lease_s, clock)
+        self._outbox = Outbox(_EXPORT_STEPS[loaded.device.type] * step_blocks, config.lease_s, clock)
+        self._exporter = Exporter(self._outbox, self._copies, self.limits.block_size, self._max_chunk_blocks)
         self._bytes_per_block = bytes_per_block
         self._is_pipelined = is_pipelined
         self._in_flight: LaunchedStep | None = None
-        self._exporting: dict[str, Sequence] = {}
-        self._first_tokens: dict[str, int] = {}
         self._vocab_size = loaded.vocab_size
         self._stats = EngineStats(num_blocks=self.limits.num_blocks)
+        self._num_steps_at_canary = 0
 
     @property
     def has_work(self) -> bool:
         """Whether `step` could make progress now."""
-        return self._in_flight is not None or self._scheduler.has_work or self._can_export()
+        has_steps = self._in_flight is not None or self._scheduler.has_work or self._exporter.has_work
+        return has_steps or self.next_expiry_s == 0
+
+    @property
+    def next_expiry_s(self) -> float | None:
+        """Seconds until `step` has to end a lease; None: there is none."""
+        expiries = self._inbox.next_expiry_s(), self._outbox.next_expiry_s()
+        return min((expiry for expiry in expiries if expiry is not None), default=None)
 
     @property
     def num_sequences(self) -> int:
@@ -89,7 +119,7 @@ class Engine:
     @property
     def max_export_bytes(self) -> int:
         """Of all chunks at once that were copied out and not yet released."""
-        return self._exports.max_blocks * self._bytes_per_block
+        return self._outbox.max_blocks * self._bytes_per_block
 
     @property
     def max_chunk_bytes(self) -> int:
@@ -130,9 +160,9 @@ class Engine:
         last_block = (len(request.prompt_token_ids) - 1) // self.limits.block_size
         if not 0 <= first_block <= last_block:
             raise InvalidRequestError(f"first_block is {first_block}, must be from 0 to {last_block}", "first_block")
-        sequence = Sequence(request, Role.EXPORT, time.monotonic(), num_exported_blocks=first_block)
+        sequence = Sequence(request, Role.EXPORT, time.monotonic())
         self._enter(sequence)
-        self._exporting[request.request_id] = sequence
+        self._exporter.add(sequence, first_block)
 
     def check(self, request: GenerateRequest) -> None:
         """Refuse what can never run here. Safe from any thread.
@@ -174,24 +204,19 @@ class Engine:
             The first token's output once every block is here; nothing for a request that is no longer waiting.
 
         Raises:
-            ValueError: the tensor does not fit the pool, or its blocks are not all awaited; nothing was changed.
+            ValueError: the tensor does not fit the pool, or its blocks were not reserved; nothing was changed.
         """
-        sequence = self._scheduler.reserved.get(chunk.request_id)
-        if sequence is None:
+        arrived = self._inbox.expect(chunk)
+        if arrived is None:
             return []
-        arrived = range(chunk.start_block, chunk.start_block + chunk.num_blocks)
-        if not sequence.missing_blocks.issuperset(arrived):
-            raise ValueError(f"{chunk.request_id}: blocks {arrived} are not all awaited ({sequence.missing_blocks})")
+        sequence = self._scheduler.reserved[chunk.request_id]
         self._copies.import_([sequence.block_table[i] for i in arrived], tensor)
-        sequence.missing_blocks.difference_update(arrived)
-        if chunk.first_token is not None:
-            self._first_tokens[chunk.request_id] = chunk.first_token
-        if sequence.missing_blocks or chunk.request_id not in self._first_tokens:
+        if self._inbox.fill(chunk) is not State.READY:
             return []
+        first_token = self._inbox.claim(chunk.request_id)
         sequence.num_computed_tokens = sequence.num_prompt_tokens
         self._scheduler.activate(sequence)
         self._blocks.publish(sequence)
-        first_token = self._first_tokens.pop(chunk.request_id)
         sequence.token_ids.append(first_token)
         return [self._told(sequence, sequence.num_prompt_tokens, first_token)]
 
@@ -201,33 +226,55 @@ class Engine:
 
     def prefill_locally(self, request_id: str) -> bool:
         """Stop waiting for a prefill engine and compute what is missing here; False if it does not wait."""
-        sequence = self._scheduler.reserved.get(request_id)
-        if sequence is None:
+        num_arrived = self._inbox.drop(request_id)
+        if num_arrived is None:
             return False
-        num_blocks = min(sequence.missing_blocks, default=len(sequence.block_table))
-        usable = min(num_blocks, (sequence.num_prompt_tokens - 1) // self.limits.block_size)
+        sequence = self._scheduler.reserved[request_id]
+        usable = min(num_arrived, (sequence.num_prompt_tokens - 1) // self.limits.block_size)
         sequence.num_computed_tokens = usable * self.limits.block_size
-        self._first_tokens.pop(request_id, None)
         self._scheduler.activate(sequence)
         return True
+
+    def renew(self, request_id: str) -> bool:
+        """The other engine of a hand-off lives: its lease begins anew. False: nothing is held for it here."""
+        return self._inbox.renew(request_id) or self._outbox.renew(request_id)
 
     def abort(self, request_id: str) -> None:
         """End a request in whatever state it is; unknown ids are no error, since it may just have finished."""
         self._scheduler.remove(request_id)
-        self._exporting.pop(request_id, None)
-        self._first_tokens.pop(request_id, None)
-        self._exports.release(request_id)
+        self._exporter.discard(request_id)
+        self._outbox.drop(request_id)
+        self._inbox.drop(request_id)
+
+    def run_canary(self) -> bool:
+        """Run one token through the model, unless steps have run since the last call: they show as much.
+
+        Returns:
+            Whether it ran; it does not where every block is held.
+
+        Raises:
+            Whatever a broken model or device raises.
+        """
+        num_steps, self._num_steps_at_canary = self._num_steps_at_canary, self._stats.steps
+        canary = Sequence(_CANARY, Role.LOCAL, time.monotonic())
+        if num_steps != self._stats.steps or self._in_flight is not None or not self._blocks.admit(canary):
+            return False
+        try:
+            self._runner.launch([ScheduledSequence.of(canary, 1)]).collect()
+        finally:
+            self._blocks.free(canary)
+        return True
 
     def take_chunk(self, request_id: str, index: int) -> Tensor | None:
         """Wait until a chunk that was announced is complete, and hand its KV out; None if it is gone.
 
         Safe from any thread.
         """
-        return self._exports.take(request_id, index)
+        return self._outbox.take(request_id, index)
 
     def release_chunk(self, request_id: str, index: int) -> None:
         """The receiver has the chunk: its memory may be used for others. Safe from any thread."""
-        self._exports.release(request_id, index)
+        self._outbox.release(request_id, index)
 
     def step(self) -> list[EngineEvent]:
         """Run one batch, if there is one. A pipelined engine starts it, and concludes the one before meanwhile.
@@ -235,10 +282,15 @@ class Engine:
         Returns:
             What happened, in order; one `TokenOutput` per sequence that drew a token.
         """
+        events = self._end_leases()
         schedule = self._scheduler.schedule()
-        events: list[EngineEvent] = list(schedule.placed)
         for placed in schedule.placed:
+            events.append(placed)
             self._stats.prefix_hit_tokens += placed.num_cached_tokens
+            if placed.remote:
+                first_block = placed.num_cached_tokens // self.limits.block_size
+                num_blocks = len(self._scheduler.reserved[placed.request_id].block_table)
+                self._inbox.reserve(placed.request_id, range(first_block, num_blocks))
         launched = None
         if schedule.scheduled:
             self._stats.steps += 1
@@ -250,7 +302,7 @@ class Engine:
         if launched is not None:
             for item, token in launched.collect():
                 events += self._conclude(item, token)
-        return events + self._export_chunks()
+        return events + self._export()
 
     def stats(self) -> EngineStats:
         """A snapshot; its histograms are copies."""
@@ -260,19 +312,22 @@ class Engine:
         stats.num_reserved = len(scheduler.reserved)
         stats.num_running = len(scheduler.running)
         stats.num_used_blocks = self._blocks.num_held_blocks
-        stats.num_exported_blocks = self._exports.num_blocks
+        stats.num_exported_blocks = self._outbox.num_blocks
         stats.preemptions = scheduler.num_preemptions
         return stats.copy()
 
     def check_integrity(self) -> None:
         """Assert that no block, sequence or chunk is lost or counted twice."""
         self._scheduler.check_integrity()
-        strangers = {r for r in [*self._exporting, *self._first_tokens] if r not in self._scheduler}
+        self._outbox.check_integrity()
+        strangers = {r for r in [*self._exporter, *self._inbox] if r not in self._scheduler}
         assert not strangers, f"kept for requests that are gone: {strangers}"
+        reserved = set(self._scheduler.reserved)
+        assert set(self._inbox) == reserved, f"{reserved} are reserved, {set(self._inbox)} awaited"
 
     def _enter(self, sequence: Sequence) -> None:
         request_id = sequence.request_id
-        if request_id in self._scheduler or self._exports.has(request_id):
+        if request_id in self._scheduler or request_id in self._outbox:
             raise InvalidRequestError(f"request id {request_id!r} is already in use", "request_id")
         self._scheduler.add(sequence)
 
@@ -299,19 +354,19 @@ class Engine:
         self._stats.generated_tokens += 1
         if sequence.role is not Role.EXPORT:
             return [self._told(sequence, item.start + item.num_tokens, token)]
-        if sequence.request_id in self._first_tokens:
+        if self._outbox.first_token(sequence.request_id) is not None:
             return []  # computed again after a preemption: the token is out already
-        self._first_tokens[sequence.request_id] = token
+        self._outbox.set_first_token(sequence.request_id, token)
         output = self._output(sequence, 0, token)
         if output.finish_reason is not None:
-            self._finish(sequence)  # nobody will decode it, so nobody wants its KV
+            self.abort(sequence.request_id)  # nobody will decode it, so nobody wants its KV
         return [output]
 
     def _told(self, sequence: Sequence, position: int, token: int) -> TokenOutput:
         """Tell of a token that is in its place."""
         output = self._output(sequence, position - sequence.num_prompt_tokens, token)
         if output.finish_reason is not None:
-            self._finish(sequence)
+            self._scheduler.remove(sequence.request_id)
         return output
 
     def _output(self, sequence: Sequence, index: int, token: int) -> TokenOutput:
@@ -328,54 +383,25 @@ class Engine:
             reason = FinishReason.LENGTH
         return TokenOutput(sequence.request_id, index, (token,), reason, sequence.num_cached_tokens)
 
-    def _finish(self, sequence: Sequence) -> None:
-        self._scheduler.remove(sequence.request_id)
-        self._exporting.pop(sequence.request_id, None)
-        self._first_tokens.pop(sequence.request_id, None)
-
-    def _num_exportable(self, sequence: Sequence) -> int:
-        """Blocks that are computed and not yet copied out; the last ones count when the first token is known."""
-        if sequence.status is not Status.RUNNING:
-            return 0
-        done = self._is_computed(sequence)
-        num_computed = sequence.num_computed_tokens // self.limits.block_size
-        num_blocks = len(sequence.block_table) if done else min(num_computed, len(sequence.block_table) - 1)
-        return num_blocks - sequence.num_exported_blocks
-
-    def _is_computed(self, sequence: Sequence) -> bool:
-        """Whether an exporting sequence has all its KV and the token that its last chunk brings."""
-        return sequence.num_uncomputed_tokens == 0 and sequence.request_id in self._first_tokens
-
-    def _can_export(self) -> bool:
-        room = self._exports.num_free_blocks
-        sizes = (min(self._num_exportable(s), self._max_chunk_blocks) for s in self._exporting.values())
-        return any(0 < size <= room for size in sizes)
-
-    def _export_chunks(self) -> list[EngineEvent]:
-        """Copy out what is computed, as far as the buffer has room; a sequence that is all out is finished."""
+    def _export(self) -> list[EngineEvent]:
+        """Copy out what can be; a sequence that is all out needs its blocks no longer."""
         events: list[EngineEvent] = []
-        for sequence in list(self._exporting.values()):
-            while size := min(self._num_exportable(sequence), self._max_chunk_blocks):
-                if size < 0 or size > self._exports.num_free_blocks:
-                    break
-                events.append(self._export(sequence, size))
-                if sequence.status is Status.FINISHED:
-                    break
+        for chunk in self._exporter.export(self._in_flight):
+            events.append(chunk)
+            if chunk.first_token is not None:
+                self._scheduler.remove(chunk.request_id)
         return events
 
-    def _computed(self, sequence: Sequence) -> torch.cuda.Event | None:
-        """When all of a sequence's KV that counts as computed is there; None: now."""
-        step = self._in_flight
-        return step.done if step is not None and any(item.sequence is sequence for item in step.items) else None
-
-    def _export(self, sequence: Sequence, size: int) -> ChunkReady:
-        start, index = sequence.num_exported_blocks, sequence.num_exported_chunks
-        tensor, ready = self._copies.export(sequence.block_table[start : start + size], self._computed(sequence))
-        self._exports.put(sequence.request_id, index, size, tensor, ready)
-        sequence.num_exported_blocks += size
-        sequence.num_exported_chunks += 1
-        first_token = None
-        if self._is_computed(sequence) and sequence.num_exported_blocks == len(sequence.block_table):
-            first_token = self._first_tokens[sequence.request_id]
-            self._finish(sequence)
-        return ChunkReady(sequence.request_id, index, start, size, first_token)
+    def _end_leases(self) -> list[EngineEvent]:
+        """Give up on engines that have not been heard of: what is held for them is free, or put to use."""
+        events: list[EngineEvent] = []
+        for request_id in self._inbox.expired():
+            logger.warning("%s: no KV came within the lease; computing the rest of the prompt here", request_id)
+            self._stats.expired_leases += 1
+            self.prefill_locally(request_id)
+            events.append(Placed(request_id, False, self._scheduler[request_id].num_cached_tokens))
+        for request_id in self._outbox.expired():
+            self._stats.expired_leases += 1
+            self.abort(request_id)
+            events.append(Ended(request_id, "the decode engine was not heard of within the lease"))
+        return events

@@ -99,7 +99,8 @@ class EngineLoop:
         """Run what is in the inbox, waiting for it while there is nothing else to do; False on stop."""
         while True:
             try:
-                command = self._inbox.get(block=not self.engine.has_work)
+                has_work = self.engine.has_work
+                command = self._inbox.get(block=not has_work, timeout=None if has_work else self.engine.next_expiry_s)
             except queue.Empty:
                 return True
             if command is None:

@@ -68,6 +68,9 @@ class Scheduler:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id
 
+    def __getitem__(self, request_id: str) -> Sequence:
+        return self._by_id[request_id]
+
     @property
     def num_sequences(self) -> int:
         return len(self._by_id)
@@ -107,7 +110,6 @@ class Scheduler:
         del self.reserved[sequence.request_id]
         sequence.status = Status.RUNNING
         sequence.role = Role.LOCAL  # after a preemption its prompt is computed here
-        sequence.missing_blocks.clear()
         self.running.append(sequence)
 
     def remove(self, request_id: str) -> Sequence | None:
@@ -216,8 +218,6 @@ class Scheduler:
         remote = threshold is not None and sequence.num_uncomputed_tokens >= threshold
         if remote:
             sequence.role = Role.IMPORT
-            first = sequence.num_computed_tokens // self._blocks.block_size
-            sequence.missing_blocks = set(range(first, len(sequence.block_table)))
         return Placed(sequence.request_id, remote, sequence.num_cached_tokens)
 
 

@@ -42,9 +42,6 @@ class Sequence:
         block_table: physical block of each logical block.
         block_hashes: chained hash of each full block of `token_ids`, filled on demand.
         num_published_blocks: leading blocks that were offered to the prefix cache.
-        num_exported_blocks: EXPORT: leading blocks already handed out, or never wanted.
-        num_exported_chunks: EXPORT: chunks handed out.
-        missing_blocks: IMPORT: logical blocks that have not arrived.
         remote_threshold: IMPORT is chosen at admission if at least as many prompt tokens are uncached; None: never.
     """
 
@@ -61,9 +58,6 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
     num_published_blocks: int = 0
-    num_exported_blocks: int = 0
-    num_exported_chunks: int = 0
-    missing_blocks: set[int] = field(default_factory=set)
     remote_threshold: int | None = None
     last_token_s: float | None = None
 

@@ -43,6 +43,7 @@ class EngineStats:
         generated_tokens: tokens drawn here.
         preemptions: sequences that lost their blocks and were computed again.
         steps: batches run.
+        expired_leases: hand-offs that were given up since the other engine was not heard of.
         ttft_s: arrival at this engine to first token.
         itl_s: gap between tokens of one sequence.
     """
@@ -59,6 +60,7 @@ class EngineStats:
     generated_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
+    expired_leases: int = 0
     ttft_s: Histogram = field(default_factory=Histogram)
     itl_s: Histogram = field(default_factory=Histogram)
 

@@ -18,7 +18,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from torch import Tensor
 
-from deployments.errors import TransferError
+from deployments.errors import TransferError, brief
 from deployments.kv_transfer.base import TransferConfig
 from deployments.kv_transfer.group import Group
 
@@ -192,7 +192,7 @@ class Link:
         try:
             group = self._open_group()
         except Exception as error:
-            return f"cannot form a group with the other engine: {_describe(error)}"
+            return f"cannot form a group with the other engine: {brief(error)}"
         with self._changed:
             if self._closed is None:
                 self._group = group
@@ -223,7 +223,7 @@ class Link:
             if self._finish(task):
                 task.fail(TransferError, str(error))
         except Exception as error:
-            self.close(f"transfer failed: {_describe(error)}")
+            self.close(f"transfer failed: {brief(error)}")
         else:
             if self._finish(task):
                 task.future.set_result(result)
@@ -260,7 +260,7 @@ class Watchdog:
                     link.check()
                 except Exception as error:
                     logger.exception("link %s cannot be watched", link.name)
-                    link.close(f"the link cannot be watched: {_describe(error)}")
+                    link.close(f"the link cannot be watched: {brief(error)}")
             del link, links
             sleep(interval_s)
 
@@ -269,9 +269,3 @@ class Watchdog:
             self._links = {link for link in self._links if not link.is_closed}
             self._is_running = bool(self._links)
             return list(self._links)
-
-
-def _describe(error: Exception) -> str:
-    """The error in one line; Ray's and gloo's run over many."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1].strip()[:300]}" if lines else type(error).__name__

@@ -27,6 +27,10 @@ class TokenStream:
     Whatever has come since the reader last asked is one output. The same token may come twice, from the prefill engine
     and again from the decode engine; the reader gets it once. No generator, for it is on the path of every token.
 
+    Attributes:
+        name: the id by which engines send its tokens; another one after the request was resumed (`rename`).
+        token_ids: all that have arrived.
+
     Args:
         request_id: of the request.
         max_unread_tokens: with more waiting the reader is given up: it gets `SlowReaderError`, and no more tokens.
@@ -39,15 +43,17 @@ class TokenStream:
         request_id: str,
         max_unread_tokens: int,
         on_overflow: Callable[[], None],
-        on_close: Callable[["TokenStream"], None],
+        on_close: Callable[["TokenStream"], object],
     ) -> None:
         self.request_id = request_id
+        self.name = request_id
+        self.token_ids: list[int] = []
+        self._first_index = 0  # of what comes under this name, among all tokens
         self._max_unread_tokens = max_unread_tokens
         self._on_overflow = on_overflow
         self._on_close = on_close
         self._is_closed = False
         self._unread: list[TokenOutput] = []
-        self._num_received = 0
         self._num_read = 0
         self._finish_reason: FinishReason | None = None
         self._error: Exception | None = None
@@ -57,6 +63,11 @@ class TokenStream:
     def has_finished(self) -> bool:
         """Whether the last token has arrived, read or not."""
         return self._finish_reason is not None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more will come: it has finished, or failed."""
+        return self._finish_reason is not None or self._error is not None
 
     async def aclose(self) -> None:
         """Stop listening; tokens that still come are dropped. The reader must do so, whatever happens."""
@@ -68,21 +79,29 @@ class TokenStream:
         """Take an output that has arrived."""
         if self._error is not None or self._finish_reason is not None:
             return
-        num_known = self._num_received - output.index
+        if self._first_index:
+            output = _moved(output, self._first_index)
+        num_received = len(self.token_ids)
+        num_known = num_received - output.index
         if num_known:
             if num_known >= len(output.token_ids):
                 return
             if num_known < 0:
-                self.fail(EngineDeadError(f"{self.request_id}: tokens {self._num_received} to {output.index} are lost"))
+                self.fail(EngineDeadError(f"{self.request_id}: tokens {num_received} to {output.index} are lost"))
                 return
             output = _without_first(output, num_known)
-        self._num_received += len(output.token_ids)
+        self.token_ids += output.token_ids
         self._finish_reason = output.finish_reason
         self._unread.append(output)
-        if self._num_received - self._num_read > self._max_unread_tokens:
+        if len(self.token_ids) - self._num_read > self._max_unread_tokens:
             self._overflow()
         else:
             self._wake()
+
+    def continue_as(self, name: str) -> None:
+        """From now on tokens come under another name, counted from 0 again; called by the receiver."""
+        self.name = name
+        self._first_index = len(self.token_ids)
 
     def fail(self, error: Exception) -> None:
         """End the stream: the reader gets what has come, and then the error. Does nothing if it has ended already."""
@@ -114,7 +133,7 @@ class TokenStream:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         outputs, self._unread = self._unread, []
-        self._num_read = self._num_received
+        self._num_read = len(self.token_ids)
         return outputs[0] if len(outputs) == 1 else _join(outputs)
 
 
@@ -149,17 +168,24 @@ class TokenReceiver:
         return len(self._streams)
 
     def open(
-        self, request_id: str, on_overflow: Callable[[], None], on_close: Callable[[TokenStream], None]
+        self, request_id: str, on_overflow: Callable[[], None], on_close: Callable[[TokenStream], object]
     ) -> TokenStream:
         """Start listening for a request's tokens; before an engine hears of it. See `TokenStream`."""
 
         def close(stream: TokenStream) -> None:
-            del self._streams[request_id]
+            del self._streams[stream.name]
             on_close(stream)
 
         assert request_id not in self._streams, request_id
         stream = self._streams[request_id] = TokenStream(request_id, self.max_unread_tokens, on_overflow, close)
         return stream
+
+    def rename(self, stream: TokenStream, name: str) -> None:
+        """Take the tokens of this name as what comes next in an open stream; those of its old name are dropped."""
+        assert name not in self._streams, name
+        del self._streams[stream.name]
+        self._streams[name] = stream
+        stream.continue_as(name)
 
     async def stop(self) -> None:
         """Close every connection; the engines then end what they run for this receiver."""
@@ -214,6 +240,11 @@ class _Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         self._transport.abort()
+
+
+def _moved(output: TokenOutput, num_tokens: int) -> TokenOutput:
+    """An output of a resumed request as the first one would have sent it; what was cached then has been said."""
+    return TokenOutput(output.request_id, output.index + num_tokens, output.token_ids, output.finish_reason)
 
 
 def _without_first(output: TokenOutput, num_tokens: int) -> TokenOutput:

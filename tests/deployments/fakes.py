@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import os
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
@@ -21,6 +22,8 @@ from deployments.tokens.sender import TokenSender
 from tests.engine.driving import build_engine
 from tests.engine.families import load
 
+MAX_SILENCE_S = 5.0
+
 
 class RemoteMethod:
     """Looks like an actor's method: `.remote()` runs it in order with all others, and gives something to await."""
@@ -38,6 +41,7 @@ class RemoteMethod:
 
         async def run() -> Any:
             resolved = [await arg if isinstance(arg, LocalRef) else arg for arg in args]
+            await self._actor.goes_on.wait()
             if self._actor.death is not None:
                 raise self._actor.death
             return await self._method(*resolved)
@@ -63,8 +67,11 @@ class LocalActor:
 
     def __init__(self, **overrides: Any) -> None:
         self.event_loop = asyncio.get_running_loop()
+        self.lease_s = float(overrides.get("lease_s", 15.0))
         self.engine: Engine = build_engine(load("llama"), **overrides)
         self.death: Exception | None = None
+        self.goes_on = asyncio.Event()
+        self.goes_on.set()
         self.fail_receives = 0
         self._queue: asyncio.Queue[list[FrontEvent] | Exception] = asyncio.Queue()
         self.tokens = TokenSender(self._give_up)
@@ -86,6 +93,10 @@ class LocalActor:
         self.loop.submit(lambda engine: engine.abort(request_id))
         self._tell([Ended(request_id, reason)])
 
+    def hang(self) -> None:
+        """As if the process had been stopped: it answers nothing and tells nothing, until `goes_on` is set."""
+        self.goes_on.clear()
+
     def die(self) -> None:
         """As if the process had been killed."""
         self.death = ConnectionError("the engine's process is gone")
@@ -96,10 +107,14 @@ class LocalActor:
 
     async def _info(self) -> EngineInfo:
         limits = self.engine.limits
-        return EngineInfo("tiny", limits.max_model_len, 512, (), limits.block_size, 1024)
+        return EngineInfo("tiny", limits.max_model_len, 512, (), limits.block_size, 1024, self.lease_s, os.getpid())
 
     async def _ping(self) -> None:
-        await self._command(lambda engine: None)
+        await self._command(lambda engine: engine.run_canary())
+
+    async def _renew(self, request_id: str) -> bool:
+        is_held: bool = await self._command(lambda engine: engine.renew(request_id))
+        return is_held
 
     async def _stats(self) -> Any:
         return await self._command(lambda engine: engine.stats())
@@ -136,6 +151,7 @@ class LocalActor:
     async def _events(self) -> AsyncGenerator[Any, None]:
         while True:
             events = await self._queue.get()
+            await self.goes_on.wait()
             if isinstance(events, Exception):
                 raise events
             yield _done(events)
@@ -161,47 +177,60 @@ class Call:
 
 
 class Handle:
-    """A Serve handle of a deployment with one replica."""
+    """A Serve handle: a call goes to the first replica that is not known to be dead."""
 
-    def __init__(self, replica: Any, method: str = "") -> None:
-        self._replica = replica
+    def __init__(self, replicas: list[Any], method: str = "") -> None:
+        self._replicas = replicas
         self._method = method
 
     def __getattr__(self, method: str) -> "Handle":
-        return Handle(self._replica, method)
+        return Handle(self._replicas, method)
 
     def remote(self, *args: Any) -> Call:
-        return Call(getattr(self._replica, self._method)(*args))
+        alive = [replica for replica in self._replicas if replica._front.engine._death is None]
+        return Call(getattr((alive or self._replicas)[0], self._method)(*args))
 
 
 class Pools:
-    """One ingress, one prefill and one decode replica. Build with `start`."""
+    """One ingress, and as many prefill and decode replicas as asked for. Build with `start`."""
 
-    prefill_actor: LocalActor
-    decode_actor: LocalActor
-    prefill: Prefill
-    decode: Decode
+    actors: list[LocalActor]
+    prefills: list[Prefill]
+    decodes: list[Decode]
     tokens: TokenReceiver
     backend: PoolBackend
 
     @classmethod
     async def start(
-        cls, monkeypatch: Any, min_tokens: int = 16, max_unread_tokens: int = 1000, **overrides: object
+        cls,
+        monkeypatch: Any,
+        min_tokens: int = 16,
+        max_unread_tokens: int = 1000,
+        resume_timeout_s: float = 10.0,
+        num_prefill: int = 1,
+        num_decode: int = 1,
+        **overrides: object,
     ) -> "Pools":
         pools = cls()
-        pools.prefill_actor, pools.decode_actor = LocalActor(**overrides), LocalActor(**overrides)
-        actors = iter([pools.prefill_actor, pools.decode_actor])
+        pools.actors = [LocalActor(**overrides) for _ in range(num_prefill + num_decode)]
+        actors = iter(pools.actors)
 
         async def start(config: Any, resources: Any, build: Any) -> EngineFront:
-            return EngineFront(await EngineClient.connect(next(actors)))  # type: ignore[arg-type]
+            actor: Any = next(actors)
+            return EngineFront(EngineClient(actor, await actor.info.remote(), on_death=lambda: None), MAX_SILENCE_S)
 
         monkeypatch.setattr(EngineFront, "start", start)
         resources = EngineResources(1, 0, {})
-        pools.prefill, pools.decode = Prefill.__new__(Prefill), Decode.__new__(Decode)
-        await pools.prefill.__init__(None, resources)  # type: ignore[misc]  # as Serve does with an async constructor
-        await pools.decode.__init__(None, resources, Handle(pools.prefill), min_tokens)  # type: ignore[misc]
+        pools.prefills = [Prefill.__new__(Prefill) for _ in range(num_prefill)]
+        for prefill in pools.prefills:
+            await prefill.__init__(None, resources)  # type: ignore[misc]  # as Serve does with an async constructor
+        prefill_handle: Any = Handle(pools.prefills)
+        pools.decodes = [Decode.__new__(Decode) for _ in range(num_decode)]
+        for decode in pools.decodes:
+            await decode.__init__(None, resources, prefill_handle, min_tokens)  # type: ignore[misc]
+        decode_handle: Any = Handle(pools.decodes)
         pools.tokens = await TokenReceiver.start("127.0.0.1", max_unread_tokens)
-        pools.backend = PoolBackend(Handle(pools.decode), Handle(pools.prefill), pools.tokens)  # type: ignore[arg-type]
+        pools.backend = PoolBackend(decode_handle, prefill_handle, pools.tokens, resume_timeout_s)
         return pools
 
     def generate(self, request: GenerateRequest, on_overflow: Callable[[], None] = lambda: None) -> TokenStream:
@@ -209,12 +238,26 @@ class Pools:
         return self.backend.generate(request, on_overflow)
 
     @property
-    def actors(self) -> tuple[LocalActor, LocalActor]:
-        return self.prefill_actor, self.decode_actor
+    def prefill(self) -> Prefill:
+        return self.prefills[0]
+
+    @property
+    def decode(self) -> Decode:
+        return self.decodes[0]
+
+    @property
+    def prefill_actor(self) -> LocalActor:
+        return self.actors[0]
+
+    @property
+    def decode_actor(self) -> LocalActor:
+        return self.actors[len(self.prefills)]
 
     async def wait_idle(self) -> None:
-        """Return when no engine holds anything; the test's own timeout bounds it."""
+        """Return when no engine that lives holds anything; the test's own timeout bounds it."""
         for actor in self.actors:
+            if actor.death is not None:
+                continue
             # An engine tells nobody that it is idle.
             while not await actor._command(_is_idle):  # noqa: ASYNC110
                 await asyncio.sleep(0.005)

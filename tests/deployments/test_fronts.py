@@ -73,17 +73,6 @@ async def test_a_dead_prefill_engine_costs_only_time(pools: Pools) -> None:
         await pools.prefill.check_health()
 
 
-async def test_a_dead_decode_engine_ends_the_request_with_an_error_and_frees_prefill(pools: Pools) -> None:
-    stream = pools.generate(greedy("r", PROMPT, 500))
-    await anext(stream)
-    pools.decode_actor.die()
-    with pytest.raises(EngineDeadError):
-        async for _ in stream:
-            pass
-    with pytest.raises(EngineDeadError):
-        await pools.decode.check_health()
-
-
 @pytest.mark.parametrize("num_outputs", [0, 1, 2, 5])
 async def test_closing_the_stream_frees_both_pools(pools: Pools, num_outputs: int) -> None:
     async with aclosing(pools.generate(greedy("r", PROMPT, 500))) as stream:

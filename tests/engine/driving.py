@@ -1,26 +1,41 @@
 """Runs engines step by step, checking after each that nothing is lost, and hands KV from one to another."""
 
+import time
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
+from deployments.engine.handoff import Clock
 from deployments.engine.model import LoadedModel
 from deployments.messages import ChunkReady, EngineEvent, GenerateRequest, SamplingParams, TokenOutput
 
 BLOCK_SIZE = 8
 
 
-def build_engine(loaded: LoadedModel, *, is_pipelined: bool | None = None, **overrides: object) -> Engine:
+@dataclass
+class FakeClock:
+    """Seconds that pass when a test says so."""
+
+    now_s: float = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def build_engine(
+    loaded: LoadedModel, *, is_pipelined: bool | None = None, clock: Clock = time.monotonic, **overrides: object
+) -> Engine:
     settings: dict[str, object] = {
         "block_size": BLOCK_SIZE,
         "num_blocks": 128,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 256,
     }
-    return Engine(loaded, EngineConfig.model_validate(settings | overrides), is_pipelined)
+    return Engine(loaded, EngineConfig.model_validate(settings | overrides), is_pipelined, clock)
 
 
 def greedy(request_id: str, prompt: Iterable[int], max_tokens: int) -> GenerateRequest:

@@ -1,5 +1,7 @@
 """An engine that starts a step before it has seen the last one's tokens gives the same tokens, and loses nothing."""
 
+from typing import Any
+
 import pytest
 
 from deployments.engine.engine import Engine
@@ -13,7 +15,7 @@ PROMPTS = tuple(random_prompt(length, seed=length) for length in (1, 5, 8, 23, 4
 some_families = pytest.mark.parametrize("family", ["llama", "mistral_windowed", "gemma2", "mixtral"])
 
 
-def build(family: str, **overrides: object) -> Engine:
+def build(family: str, **overrides: Any) -> Engine:
     return build_engine(load(family), is_pipelined=True, **overrides)
 
 

@@ -131,7 +131,7 @@ async def test_a_reader_that_leaves_too_much_unread_is_given_up_once(receiver: T
 async def test_a_reader_may_leave_as_much_as_is_allowed(receiver: TokenReceiver) -> None:
     stream = receiver.open("r", lambda: pytest.fail("within the bound"), ignore_close)
     for _ in range(3):
-        start = stream._num_received
+        start = len(stream.token_ids)
         for index in range(start, start + 100):
             stream.push(token("r", index))
         assert len((await anext(stream)).token_ids) == 100
@@ -221,5 +221,5 @@ async def test_a_stranger_without_the_key_is_turned_away(receiver: TokenReceiver
     stranger.register("r", ReplyAddress(receiver.address.host, receiver.address.port, bytes(32)))
     stranger.send([token("r", 0)])
     assert (await losses.next())[0] == "r"
-    assert stream._num_received == 0
+    assert not stream.token_ids
     await asyncio.to_thread(stranger.stop)

@@ -73,6 +73,13 @@ class PacedEngine:
     def has_work(self) -> bool:
         return bool(self._running)
 
+    @property
+    def next_expiry_s(self) -> float | None:
+        return None
+
+    def run_canary(self) -> bool:
+        return False
+
     def check(self, request: GenerateRequest) -> None: ...
 
     def add(self, request: GenerateRequest, remote_threshold: int | None = None) -> None:
@@ -121,6 +128,6 @@ class PacedEngine:
 def build_paced(config: EngineConfig) -> BuiltEngine:
     """Stands in for `build_engine`; the tokenizer is the default model's."""
     path = resolve_model(config.model)
-    info = EngineInfo(path, MAX_MODEL_LEN, 49_152, (), block_size=16, bytes_per_block=0)
+    info = EngineInfo(path, MAX_MODEL_LEN, 49_152, (), block_size=16, bytes_per_block=0, lease_s=15.0, pid=os.getpid())
     engine: Any = PacedEngine(TokenLoop.load(path))
     return BuiltEngine(engine, info, None, "cpu")
