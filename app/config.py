@@ -161,6 +161,7 @@ class AppConfig(BaseModel):
         served_model_name: the model's name in the API; else the hub id, or the name of the folder or file.
         mode: `disaggregated` has a prefill pool; `colocated` lets the decode pool do both.
         min_remote_prefill_tokens: prompts with fewer uncached tokens are prefilled by the decode engine itself.
+        parity_check: a decode replica starts only if a prompt that was handed over is continued as without.
         engine: settings of all engines.
         ingress: the deployment that speaks HTTP.
         prefill: the engines that compute prompts; with `mode=colocated` there are none.
@@ -177,6 +178,7 @@ class AppConfig(BaseModel):
     served_model_name: str = Field(default_factory=lambda values: _api_name(values.get("model", "")), min_length=1)
     mode: Literal["disaggregated", "colocated"] = "disaggregated"
     min_remote_prefill_tokens: int = Field(default=256, ge=0)
+    parity_check: bool = True
     engine: EngineSettings = Field(default_factory=EngineSettings)
     ingress: IngressConfig = Field(default_factory=IngressConfig)
     prefill: PoolConfig = Field(default_factory=PoolConfig)
@@ -195,7 +197,7 @@ class AppConfig(BaseModel):
 
     def _check_pools(self) -> None:
         if self.mode == "colocated":
-            idle = {"prefill", "min_remote_prefill_tokens"} & self.model_fields_set
+            idle = {"prefill", "min_remote_prefill_tokens", "parity_check"} & self.model_fields_set
             if idle:
                 raise ConfigError(f"mode=colocated has no prefill pool; leave out {' and '.join(sorted(idle))}")
             return

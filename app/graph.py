@@ -24,7 +24,11 @@ def graph(args: AppConfig) -> Application:
     if args.mode == "disaggregated":
         prefill = _deploy(Prefill, args, "prefill").bind(args.engine_config("prefill"), _resources(args, "prefill"))
     decode = _deploy(Decode, args, "decode").bind(
-        args.engine_config("decode"), _resources(args, "decode"), prefill, args.min_remote_prefill_tokens
+        args.engine_config("decode"),
+        _resources(args, "decode"),
+        prefill,
+        args.min_remote_prefill_tokens,
+        args.parity_check,
     )
     ingress = _deploy(Ingress, args, "ingress")
     limits = args.ingress.max_request_bytes, args.ingress.max_unread_tokens, args.ingress.resume_timeout_s

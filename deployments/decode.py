@@ -10,6 +10,8 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import ray
+
 from deployments.engine.config import EngineConfig
 from deployments.engine_actor import EngineBuilder, EngineInfo, EngineResources, build_engine
 from deployments.engine_client import EventQueue
@@ -17,6 +19,7 @@ from deployments.errors import TransferError, brief, was_cancelled
 from deployments.front import EngineFront
 from deployments.messages import Ended, GenerateRequest, Placed, ReplyAddress
 from deployments.metrics import ReplicaStats
+from deployments.parity import check_parity
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -48,6 +51,7 @@ class Decode:
         resources: of its engine.
         prefill: None: colocated, every prompt is computed here.
         min_tokens: see `RemotePrefill`.
+        parity_check: before it serves, hand a prompt over and compare the tokens.
         build: makes the engine.
     """
 
@@ -57,10 +61,13 @@ class Decode:
         resources: EngineResources,
         prefill: "DeploymentHandle[Any] | None",
         min_tokens: int,
+        parity_check: bool,
         build: EngineBuilder = build_engine,
     ) -> None:
         self._prefill = None if prefill is None else RemotePrefill(prefill, min_tokens)
         self._front = await EngineFront.start(config, resources, build)
+        if parity_check and prefill is not None:
+            await check_parity(self._generate, ray.util.get_node_ip_address(), self._front.engine.info)
 
     async def generate(self, request: GenerateRequest, reply_to: ReplyAddress) -> None:
         """Continue a prompt; returns when its last token is on its way. Cancelling it ends the request on both pools.
@@ -74,11 +81,14 @@ class Decode:
             EngineDeadError: this replica's engine died.
             TransferError: the tokens can no longer be delivered.
         """
+        await self._generate(request, reply_to, self._prefill.min_tokens if self._prefill else None)
+
+    async def _generate(self, request: GenerateRequest, reply_to: ReplyAddress, remote_threshold: int | None) -> None:
         engine, request_id = self._front.engine, request.request_id
         events = engine.open(request_id)
         handoff: asyncio.Task[None] | None = None
         try:
-            await engine.add(request, self._prefill.min_tokens if self._prefill else None, reply_to)
+            await engine.add(request, remote_threshold, reply_to)
             async for event in events:
                 if isinstance(event, Placed):
                     if handoff is not None:

@@ -51,6 +51,10 @@ class LayoutMismatchError(KvRelayError):
     """Two engines disagree on what a KV block is; handing one over would give wrong tokens."""
 
 
+class ParityError(KvRelayError):
+    """A prompt that was handed over is continued with other tokens; the message gives both."""
+
+
 class TransferError(KvRelayError):
     """A hand-off did not complete: the peer died, timed out, or dropped the chunk."""
 

@@ -227,7 +227,7 @@ class Pools:
         prefill_handle: Any = Handle(pools.prefills)
         pools.decodes = [Decode.__new__(Decode) for _ in range(num_decode)]
         for decode in pools.decodes:
-            await decode.__init__(None, resources, prefill_handle, min_tokens)  # type: ignore[misc]
+            await decode.__init__(None, resources, prefill_handle, min_tokens, False)  # type: ignore[misc]
         decode_handle: Any = Handle(pools.decodes)
         pools.tokens = await TokenReceiver.start("127.0.0.1", max_unread_tokens)
         pools.backend = PoolBackend(decode_handle, prefill_handle, pools.tokens, resume_timeout_s)

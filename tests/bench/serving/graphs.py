@@ -25,10 +25,10 @@ def ours(args: AppConfig) -> serve.Application:
     """`app:graph` with `mode=colocated`, but for the engine's builder."""
     resources = EngineResources(args.decode.num_cpus, 0, {})
     decode = serve.deployment(**args.deployment_options("decode"))(Decode).bind(
-        args.engine_config("decode"), resources, None, 0, build_paced
+        args.engine_config("decode"), resources, None, 0, False, build_paced
     )
     ingress = serve.deployment(**args.deployment_options("ingress"))(Ingress)
-    limits = args.ingress.max_request_bytes, args.ingress.max_unread_tokens
+    limits = args.ingress.max_request_bytes, args.ingress.max_unread_tokens, args.ingress.resume_timeout_s
     return ingress.bind(decode, None, args.model, args.served_model_name, *limits)
 
 
