@@ -7,7 +7,6 @@ not pass through here: the engines send them to the ingress.
 
 import asyncio
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -28,19 +27,43 @@ logger = logging.getLogger(__name__)
 
 # Each with a replica that Serve chooses anew; one that has died is not chosen again.
 _MAX_PREFILLS = 3
+_PREFILL_RETRY_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
 class RemotePrefill:
     """The prefill pool as decode sees it.
 
-    Attributes:
+    Args:
         handle: of the prefill deployment.
         min_tokens: prompts with fewer uncached tokens are computed by the decode engine itself.
     """
 
-    handle: "DeploymentHandle[Any]"
-    min_tokens: int
+    def __init__(self, handle: "DeploymentHandle[Any]", min_tokens: int) -> None:
+        self.handle = handle
+        self._min_tokens = min_tokens
+        self._return: asyncio.Task[None] | None = None
+
+    @property
+    def threshold(self) -> int | None:
+        """Prompts with this many uncached tokens are left to it; None: none is, for it does not answer."""
+        return self._min_tokens if self._return is None else None
+
+    def note_silence(self) -> None:
+        """A hand-off has cost its lease: the next ones shall not, until some replica answers again."""
+        if self._return is None:
+            logger.warning("the prefill pool does not answer: prompts are computed here until it does")
+            self._return = asyncio.create_task(self._wait_for_answer())
+
+    async def _wait_for_answer(self) -> None:
+        while True:
+            try:
+                await self.handle.ready.remote()
+                break
+            except Exception as error:
+                logger.warning("the prefill pool cannot serve: %s", brief(error))
+                await asyncio.sleep(_PREFILL_RETRY_S)
+        self._return = None
+        logger.warning("the prefill pool answers again")
 
 
 class Decode:
@@ -81,7 +104,7 @@ class Decode:
             EngineDeadError: this replica's engine died.
             TransferError: the tokens can no longer be delivered.
         """
-        await self._generate(request, reply_to, self._prefill.min_tokens if self._prefill else None)
+        await self._generate(request, reply_to, self._prefill.threshold if self._prefill else None)
 
     async def _generate(self, request: GenerateRequest, reply_to: ReplyAddress, remote_threshold: int | None) -> None:
         engine, request_id = self._front.engine, request.request_id
@@ -91,8 +114,9 @@ class Decode:
             await engine.add(request, remote_threshold, reply_to)
             async for event in events:
                 if isinstance(event, Placed):
-                    if handoff is not None:
+                    if handoff is not None and self._prefill is not None:
                         handoff.cancel()  # its lease ran out, and the engine computes the prompt now
+                        self._prefill.note_silence()
                     elif event.remote:
                         handoff = asyncio.create_task(self._prefill_remotely(request, event, reply_to, events))
                 elif isinstance(event, Ended):

@@ -75,17 +75,22 @@ class EngineClient:
         events = self._queues[request_id] = EventQueue()
         return events
 
-    def close(self, request_id: str) -> None:
-        """Stop listening and end the request on the engine; does not wait.
+    def close(self, request_id: str) -> "ObjectRef[None] | None":
+        """Stop listening and end the request on the engine; does not wait. Idempotent.
 
         Also one that has ended there: chunks of its prompt may still wait to be taken.
+
+        Returns:
+            What is there when the engine holds nothing of the request any more; None: it never did.
         """
-        del self._queues[request_id]
+        self._queues.pop(request_id, None)
         admission = self._admissions.pop(request_id, None)
-        if admission is not None:
-            # The actor's threads may overtake each other; as an argument the admission goes first. If it was refused
-            # there is nothing to abort, and this call fails unheard.
-            self.detached(self.actor.abort.remote, request_id, admission)
+        if admission is None:
+            return None
+        # The actor's threads may overtake each other; as an argument the admission goes first. If it was refused there
+        # is nothing to abort, and this call fails unheard.
+        aborted: ObjectRef[None] = self.detached(self.actor.abort.remote, request_id, admission)
+        return aborted
 
     async def add(self, request: GenerateRequest, remote_threshold: int | None, reply_to: ReplyAddress) -> None:
         """Have the engine decode a request; see `Engine.add`."""

@@ -130,9 +130,16 @@ class ChunkReady:
     first_token: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkArrived:
+    """A chunk is in the decode engine's pool; said by the task that brought it there."""
+
+    request_id: str
+
+
 EngineEvent = TokenOutput | Placed | ChunkReady | Ended
 # What a front hears of its engine. Tokens are not among it: they go to the ingress directly.
-FrontEvent = Placed | ChunkReady | Ended
+FrontEvent = Placed | ChunkReady | ChunkArrived | Ended
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ Called by decode fronts. Owns every reference to a chunk: when this front or its
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from deployments.engine.config import EngineConfig
@@ -12,11 +13,13 @@ from deployments.engine_actor import EngineBuilder, EngineResources, build_engin
 from deployments.engine_client import EventQueue
 from deployments.errors import TransferError
 from deployments.front import EngineFront
-from deployments.messages import ChunkReady, Ended, GenerateRequest, ReplyAddress
+from deployments.messages import ChunkArrived, ChunkReady, Ended, GenerateRequest, ReplyAddress
 from deployments.metrics import ReplicaStats
 
-# An answer may be lost in a long step.
+# An answer may be late, behind a long step.
 _RENEWALS_PER_LEASE = 3
+# An engine that takes longer hangs or is dead.
+_ABORT_TIMEOUT_S = 1.0
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -61,21 +64,29 @@ class Prefill:
         events = engine.open(request_id)
         keeper = asyncio.create_task(self._keep_leases(request_id, target, events))
         sends: list[asyncio.Task[None]] = []
+        num_arrived, num_chunks = 0, None
         try:
             await engine.prefill(request, first_block, reply_to)
             async for event in events:
                 if isinstance(event, ChunkReady):
                     sends.append(asyncio.create_task(self._send(event, target, events)))
                     if event.first_token is not None:
-                        break
+                        num_chunks = len(sends)
+                elif isinstance(event, ChunkArrived):
+                    num_arrived += 1
                 elif isinstance(event, Ended):
                     if event.loss is not None:
                         raise TransferError(f"{request_id}: {event.loss}")
                     return True
-            await asyncio.gather(*sends)
+                if num_arrived == num_chunks:
+                    break
             self._front.handoff.num_requests += 1
         except Exception:
             self._front.handoff.num_failures += 1
+            # The same replica may be asked again at once.
+            if (aborted := engine.close(request_id)) is not None:
+                with suppress(Exception):
+                    await asyncio.wait_for(aborted, _ABORT_TIMEOUT_S)
             raise
         finally:
             keeper.cancel()
@@ -117,15 +128,15 @@ class Prefill:
             taken: ObjectRef[Tensor] = source.actor.take_chunk.remote(chunk.request_id, chunk.index)
             return taken, target.receive_kv.remote(chunk, taken)
 
-        # In a thread: the first contact of two engines can hold up the call.
-        # `taken` keeps the chunk until it has arrived.
-        taken, received = await asyncio.to_thread(source.detached, submit)
         try:
+            # In a thread: the first contact of two engines can hold up the call.
+            # `taken` keeps the chunk until it has arrived.
+            taken, received = await asyncio.to_thread(source.detached, submit)
             await received
         except Exception as error:
-            # Whoever reads the events may wait for a later chunk, which waits for the room that this one takes.
             events.put(error)
-            raise
+            return
         del taken
         self._front.handoff.observe(chunk.num_blocks * source.info.bytes_per_block, time.monotonic() - started_s)
         source.detached(source.actor.release_chunk.remote, chunk.request_id, chunk.index)
+        events.put(ChunkArrived(chunk.request_id))

@@ -59,7 +59,10 @@ class LocalRef:
         self._future = future
 
     def __await__(self) -> Any:
-        return asyncio.shield(asyncio.wrap_future(self._future)).__await__()
+        result = asyncio.wrap_future(self._future)
+        # Whoever is cancelled looks at no failure that comes later.
+        result.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return asyncio.shield(result).__await__()
 
 
 class LocalActor:

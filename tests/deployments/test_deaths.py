@@ -1,15 +1,17 @@
 """Engines that die or hang at every stage of a request: the client sees only time, and the living hold nothing."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 
 import pytest
 import pytest_asyncio
+from torch import Tensor
 
 from deployments.engine.engine import Engine
 from deployments.errors import EngineDeadError
-from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
+from deployments.messages import ChunkReady, GenerateRequest, SamplingParams, TokenOutput
 from tests.deployments.fakes import LocalActor, Pools
 from tests.deployments.test_fronts import NUM_TOKENS, PROMPT, collect, tokens_of
 from tests.engine.driving import greedy
@@ -146,6 +148,52 @@ async def test_a_prefill_engine_that_hangs_costs_the_lease_and_holds_nothing_whe
     assert (await pools.decode._front.engine.stats()).expired_leases == 1
     pools.prefill_actor.goes_on.set()
     await pools.wait_idle()
+
+
+async def test_a_prefill_pool_that_does_not_answer_costs_one_lease_and_is_used_again_when_it_does(
+    start: StartPools,
+) -> None:
+    pools = await start(lease_s=LEASE_S, enable_prefix_caching=False)
+    pools.prefill_actor.hang()
+    expected = reference("llama", PROMPT, NUM_TOKENS)
+    assert tokens_of(await collect(pools, greedy("pays", PROMPT, NUM_TOKENS))) == expected
+    started = time.monotonic()
+    assert tokens_of(await collect(pools, greedy("pays not", PROMPT, NUM_TOKENS))) == expected
+    assert time.monotonic() - started < LEASE_S
+    pools.prefill_actor.goes_on.set()
+    while pools.decode._prefill is not None and pools.decode._prefill.threshold is None:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    assert tokens_of(await collect(pools, greedy("again", PROMPT, NUM_TOKENS))) == expected
+    assert pools.prefill._front.handoff.num_requests == 1
+    await pools.wait_idle()
+
+
+async def test_a_decode_engine_that_hangs_amid_the_last_chunk_does_not_keep_the_blocks_of_prefill(
+    start: StartPools,
+) -> None:
+    pools = await start(lease_s=LEASE_S)
+    real = pools.decode_actor._receive_kv
+
+    async def receive(chunk: ChunkReady, tensor: Tensor) -> None:
+        if chunk.first_token is not None:
+            pools.decode_actor.hang()
+            await pools.decode_actor.goes_on.wait()
+        await real(chunk, tensor)
+
+    pools.decode_actor._receive_kv = receive  # type: ignore[method-assign]
+    receive.__name__ = "_receive_kv"
+    reading = asyncio.create_task(collect(pools, greedy("r", PROMPT, NUM_TOKENS)))
+    await until(pools.prefill_actor, lambda engine: engine.stats().expired_leases == 1)
+    await pools.prefill_actor._command(_holds_nothing)
+    while pools.prefill._front.handoff.num_failures == 0:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    reading.cancel()
+    pools.decode_actor.goes_on.set()
+    await pools.wait_idle()
+
+
+def _holds_nothing(engine: Engine) -> None:
+    assert engine.num_sequences == 0 and engine.stats().num_exported_blocks == 0
 
 
 async def test_a_decode_engine_that_hangs_does_not_keep_the_blocks_of_prefill(start: StartPools) -> None:
