@@ -55,7 +55,7 @@ class EngineClient:
         self._on_death = on_death
         self._queues: dict[str, EventQueue] = {}
         self._admissions: dict[str, ObjectRef[None]] = {}
-        self._death: EngineDeadError | None = None
+        self._death: str | None = None
         self._context = contextvars.copy_context()
         self._pump = asyncio.create_task(self._distribute())
 
@@ -71,7 +71,7 @@ class EngineClient:
     def open(self, request_id: str) -> EventQueue:
         """Start listening for a request's events; before the engine hears of the request."""
         if self._death is not None:
-            raise self._death
+            raise EngineDeadError(self._death)
         events = self._queues[request_id] = EventQueue()
         return events
 
@@ -131,7 +131,7 @@ class EngineClient:
             except Exception as error:
                 self._give_up(str(error))
         if self._death is not None:
-            raise self._death
+            raise EngineDeadError(self._death)
 
     async def _distribute(self) -> None:
         reason = "its event stream ended"
@@ -147,8 +147,8 @@ class EngineClient:
     def _give_up(self, reason: str) -> None:
         if self._death is not None:
             return
-        self._death = EngineDeadError(f"the engine died: {reason}")
+        self._death = f"the engine died: {reason}"
         logger.error("%s", self._death)
         for events in self._queues.values():
-            events.put(self._death)
+            events.put(EngineDeadError(self._death))  # one each: raising an error adds to its traceback
         self._on_death()

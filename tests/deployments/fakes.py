@@ -76,6 +76,9 @@ class LocalActor:
         self.goes_on = asyncio.Event()
         self.goes_on.set()
         self.fail_receives = 0
+        self.holds: Callable[[ChunkReady], bool] = lambda chunk: False
+        self.has_held = asyncio.Event()
+        self.lets_go = asyncio.Event()
         self._queue: asyncio.Queue[list[FrontEvent] | Exception] = asyncio.Queue()
         self.tokens = TokenSender(self._give_up)
         self.loop = EngineLoop(self.engine, self._emit)
@@ -146,6 +149,11 @@ class LocalActor:
         await self._command(lambda engine: engine.release_chunk(request_id, index))
 
     async def _receive_kv(self, chunk: ChunkReady, tensor: Tensor) -> None:
+        if not self.lets_go.is_set() and self.holds(chunk):
+            self.has_held.set()
+            await self.lets_go.wait()
+            if self.death is not None:
+                raise self.death
         if self.fail_receives:
             self.fail_receives -= 1
             raise ConnectionError("the transfer broke")
@@ -171,6 +179,7 @@ class Call:
 
     def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
         self._task = asyncio.ensure_future(coroutine)
+        self._task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def cancel(self) -> None:
         self._task.cancel()

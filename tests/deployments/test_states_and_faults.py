@@ -1,0 +1,177 @@
+"""Every state that a request can be in, and everything that can go wrong in it; docs/handoff.md has the table.
+
+Two prefill and two decode replicas. The request is brought to a state, and held there; then one thing goes wrong, and
+what was held arrives after all, late. In the end the client has the tokens of an undisturbed run, unless it is the one
+that left, and no engine that lives holds anything.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+
+import pytest
+import pytest_asyncio
+
+from deployments.errors import EngineDeadError
+from deployments.messages import TokenOutput
+from deployments.prefill import Prefill
+from tests.deployments.fakes import Pools
+from tests.deployments.test_deaths import is_decoding, until
+from tests.deployments.test_fronts import NUM_TOKENS, PROMPT, collect, tokens_of
+from tests.engine.driving import greedy
+from tests.engine.families import reference
+
+LEASE_S = 0.4
+# Engines that are left without a word free what they hold in this time.
+SOON_S = 1.0
+
+
+class Case:
+    """A request in a state.
+
+    Attributes:
+        pools: two replicas each; the first ones have the request.
+        reading: what the client gets.
+        occupant: another request, which has the only seat; None: there is none.
+    """
+
+    def __init__(self, pools: Pools) -> None:
+        self.pools = pools
+        self.reading: asyncio.Task[list[TokenOutput]]
+        self.occupant: asyncio.Task[list[TokenOutput]] | None = None
+
+    def ask(self, num_tokens: int = NUM_TOKENS) -> None:
+        self.reading = asyncio.create_task(collect(self.pools, greedy("r", PROMPT, num_tokens)))
+
+    async def let_go(self) -> None:
+        """Let what was held arrive, and the occupant leave."""
+        self.pools.decode_actor.lets_go.set()
+        if self.occupant is not None:
+            self.occupant.cancel()
+            with suppress(asyncio.CancelledError):
+                await self.occupant
+
+
+async def queued(case: Case) -> None:
+    """The decode engine has no seat for it."""
+    case.occupant = asyncio.create_task(collect(case.pools, greedy("occupant", PROMPT[:9], 900)))
+    await until(case.pools.decode_actor, is_decoding)
+    case.ask()
+    await until(case.pools.decode_actor, lambda engine: engine.stats().num_waiting == 1)
+
+
+async def reserved(case: Case) -> None:
+    """Blocks are set aside, and none has come."""
+    case.pools.decode_actor.holds = lambda chunk: True
+    case.ask()
+    await case.pools.decode_actor.has_held.wait()
+
+
+async def filling(case: Case) -> None:
+    """Some blocks have come."""
+    case.pools.decode_actor.holds = lambda chunk: chunk.index > 0
+    case.ask()
+    await case.pools.decode_actor.has_held.wait()
+
+
+async def ready(case: Case) -> None:
+    """Everything is computed and copied out; the last chunk is on its way."""
+    case.pools.decode_actor.holds = lambda chunk: chunk.first_token is not None
+    case.ask()
+    await case.pools.decode_actor.has_held.wait()
+
+
+async def decoding(case: Case) -> None:
+    """The decode engine has claimed it and generates."""
+    case.ask()
+    await until(case.pools.decode_actor, is_decoding)
+
+
+async def client_leaves(case: Case) -> None:
+    case.reading.cancel()
+
+
+async def ingress_dies(case: Case) -> None:
+    await case.pools.tokens.stop()
+    case.reading.cancel()
+
+
+async def transfer_breaks(case: Case) -> None:
+    case.pools.decode_actor.fail_receives = 1
+
+
+async def prefill_engine_dies(case: Case) -> None:
+    case.pools.prefill_actor.die()
+
+
+async def prefill_engine_hangs(case: Case) -> None:
+    case.pools.prefill_actor.hang()
+    with pytest.raises(EngineDeadError, match="has not answered"):
+        await case.pools.prefill.check_health()
+
+
+async def prefill_front_hangs(case: Case) -> None:
+    """It renews nothing, so that the leases run out on either side."""
+    await asyncio.sleep(2 * LEASE_S)
+
+
+async def decode_engine_dies(case: Case) -> None:
+    case.pools.decode_actor.die()
+
+
+async def decode_engine_hangs(case: Case) -> None:
+    case.pools.decode_actor.hang()
+    with pytest.raises(EngineDeadError, match="has not answered"):
+        await case.pools.decode.check_health()
+
+
+STATES = [queued, reserved, filling, ready, decoding]
+FAULTS = [
+    client_leaves,
+    ingress_dies,
+    transfer_breaks,
+    prefill_engine_dies,
+    prefill_engine_hangs,
+    prefill_front_hangs,
+    decode_engine_dies,
+    decode_engine_hangs,
+]
+Step = Callable[[Case], Awaitable[None]]
+
+
+@pytest_asyncio.fixture
+async def case(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> AsyncIterator[Case]:
+    options = {"max_num_batched_tokens": 32, "lease_s": LEASE_S, "max_num_seqs": 1}
+    pools = await Pools.start(monkeypatch, num_prefill=2, num_decode=2, **options)  # type: ignore[arg-type]
+    for front in [replica._front for replica in pools.prefills] + [replica._front for replica in pools.decodes]:
+        monkeypatch.setattr(front, "_max_silence_s", LEASE_S)
+    yield Case(pools)
+    for actor in pools.actors:
+        actor.goes_on.set()
+    await pools.stop()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
+async def test_every_fault_in_every_state(
+    case: Case, state: Step, fault: Step, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault is prefill_front_hangs:
+
+        async def renew_nothing(*_: object) -> None: ...
+
+        monkeypatch.setattr(Prefill, "_keep_leases", renew_nothing)
+    await state(case)
+    await fault(case)
+    await case.let_go()
+    if case.reading.cancelling():
+        with pytest.raises(asyncio.CancelledError):
+            await case.reading
+        async with asyncio.timeout(SOON_S):
+            await case.pools.wait_idle()
+    else:
+        assert tokens_of(await case.reading) == reference("llama", PROMPT, NUM_TOKENS)
+    for actor in case.pools.actors:
+        actor.goes_on.set()
+    async with asyncio.timeout(SOON_S + LEASE_S):
+        await case.pools.wait_idle()
