@@ -18,7 +18,9 @@ from tests.engine.driving import greedy
 from tests.engine.families import reference
 
 LEASE_S = 0.5
-SAMPLED = SamplingParams(max_tokens=NUM_TOKENS, temperature=1.0, top_p=0.9, seed=11)
+# So many that a test can look while they are generated.
+MANY_TOKENS = 200
+SAMPLED = SamplingParams(max_tokens=MANY_TOKENS, temperature=1.0, top_p=0.9, seed=11)
 
 StartPools = Callable[..., Awaitable[Pools]]
 
@@ -37,6 +39,7 @@ async def start(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StartPools]:
     for pools in started:
         for actor in pools.actors:
             actor.goes_on.set()
+            actor.lets_go.set()
         await pools.stop()
 
 
@@ -62,15 +65,17 @@ WHERE_DECODE_IS = [is_reserved, is_decoding]
 
 
 @pytest.mark.parametrize("where", WHERE_DECODE_IS)
-@pytest.mark.parametrize("sampling", [SamplingParams(NUM_TOKENS, temperature=0), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("sampling", [SamplingParams(MANY_TOKENS, temperature=0), SAMPLED], ids=["greedy", "sampled"])
 async def test_another_decode_engine_goes_on_token_for_token(
     start: StartPools, where: Callable[[Engine], bool], sampling: SamplingParams
 ) -> None:
     pools = await start(num_decode=2, enable_prefix_caching=False)
     undisturbed = tokens_of(await collect(pools, GenerateRequest("before", PROMPT, sampling)))
+    pools.decode_actor.holds = lambda chunk: where is is_reserved
     reading = asyncio.create_task(collect(pools, GenerateRequest("r", PROMPT, sampling)))
     await until(pools.decode_actor, where)
     pools.decode_actor.die()
+    pools.decode_actor.lets_go.set()
     assert tokens_of(await reading) == undisturbed
     assert pools.tokens.num_streams == 0
     await pools.wait_idle()
@@ -122,9 +127,11 @@ async def test_a_request_that_no_replica_goes_on_with_fails_in_bounded_time(star
 @pytest.mark.parametrize("where", [is_reserved, is_filling])
 async def test_another_prefill_engine_computes_the_prompt(start: StartPools, where: Callable[[Engine], bool]) -> None:
     pools = await start(num_prefill=2)
+    pools.decode_actor.holds = lambda chunk: True
     reading = asyncio.create_task(collect(pools, greedy("r", PROMPT, NUM_TOKENS)))
     await until(pools.decode_actor if where is is_reserved else pools.prefill_actor, where)
     pools.prefill_actor.die()
+    pools.decode_actor.lets_go.set()
     assert tokens_of(await reading) == reference("llama", PROMPT, NUM_TOKENS)
     assert pools.prefills[1]._front.handoff.num_requests == 1
     assert (await pools.decode._front.engine.stats()).prompt_tokens == 0, "the decode engine had nothing to compute"
@@ -141,9 +148,11 @@ async def test_a_transfer_that_breaks_again_and_again_ends_with_a_local_prefill(
 
 async def test_a_prefill_engine_that_hangs_costs_the_lease_and_holds_nothing_when_it_goes_on(start: StartPools) -> None:
     pools = await start(lease_s=LEASE_S)
+    pools.decode_actor.holds = lambda chunk: True
     reading = asyncio.create_task(collect(pools, greedy("r", PROMPT, NUM_TOKENS)))
     await until(pools.decode_actor, is_reserved)
     pools.prefill_actor.hang()
+    pools.decode_actor.lets_go.set()
     assert tokens_of(await reading) == reference("llama", PROMPT, NUM_TOKENS)
     assert (await pools.decode._front.engine.stats()).expired_leases == 1
     pools.prefill_actor.goes_on.set()
@@ -197,13 +206,15 @@ def _holds_nothing(engine: Engine) -> None:
 
 
 async def test_a_decode_engine_that_hangs_does_not_keep_the_blocks_of_prefill(start: StartPools) -> None:
-    pools = await start(lease_s=LEASE_S, num_blocks=64)
+    pools = await start(lease_s=LEASE_S)
+    pools.decode_actor.holds = lambda chunk: True
     reading = asyncio.create_task(collect(pools, greedy("r", PROMPT, NUM_TOKENS)))
     await until(pools.prefill_actor, is_filling)
     pools.decode_actor.hang()
     await until(pools.prefill_actor, lambda engine: engine.num_sequences == 0 and len(engine._outbox) == 0)
     reading.cancel()
     pools.decode_actor.goes_on.set()
+    pools.decode_actor.lets_go.set()
     await pools.wait_idle()
 
 

@@ -16,7 +16,7 @@ from deployments.errors import EngineDeadError
 from deployments.messages import TokenOutput
 from deployments.prefill import Prefill
 from tests.deployments.fakes import Pools
-from tests.deployments.test_deaths import is_decoding, until
+from tests.deployments.test_deaths import MANY_TOKENS, is_decoding, until
 from tests.deployments.test_fronts import NUM_TOKENS, PROMPT, collect, tokens_of
 from tests.engine.driving import greedy
 from tests.engine.families import reference
@@ -33,14 +33,17 @@ class Case:
         pools: two replicas each; the first ones have the request.
         reading: what the client gets.
         occupant: another request, which has the only seat; None: there is none.
+        expected: what the client gets of an undisturbed run.
     """
 
     def __init__(self, pools: Pools) -> None:
         self.pools = pools
         self.reading: asyncio.Task[list[TokenOutput]]
         self.occupant: asyncio.Task[list[TokenOutput]] | None = None
+        self.expected: tuple[int, ...]
 
     def ask(self, num_tokens: int = NUM_TOKENS) -> None:
+        self.expected = reference("llama", PROMPT, num_tokens)
         self.reading = asyncio.create_task(collect(self.pools, greedy("r", PROMPT, num_tokens)))
 
     async def let_go(self) -> None:
@@ -83,7 +86,7 @@ async def ready(case: Case) -> None:
 
 async def decoding(case: Case) -> None:
     """The decode engine has claimed it and generates."""
-    case.ask()
+    case.ask(MANY_TOKENS)
     await until(case.pools.decode_actor, is_decoding)
 
 
@@ -170,7 +173,7 @@ async def test_every_fault_in_every_state(
         async with asyncio.timeout(SOON_S):
             await case.pools.wait_idle()
     else:
-        assert tokens_of(await case.reading) == reference("llama", PROMPT, NUM_TOKENS)
+        assert tokens_of(await case.reading) == case.expected
     for actor in case.pools.actors:
         actor.goes_on.set()
     async with asyncio.timeout(SOON_S + LEASE_S):
