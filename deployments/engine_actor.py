@@ -66,6 +66,7 @@ class EngineInfo:
         eos_token_ids: ids that end a text.
         block_size: tokens per KV block.
         bytes_per_block: KV of one block, all layers.
+        num_blocks: KV blocks in the pool.
     """
 
     path: str
@@ -74,6 +75,7 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     block_size: int
     bytes_per_block: int
+    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +146,7 @@ def assemble_engine(loaded: "LoadedModel", config: EngineConfig) -> BuiltEngine:
         eos_token_ids=loaded.eos_token_ids,
         block_size=limits.block_size,
         bytes_per_block=layout.bytes_per_block,
+        num_blocks=limits.num_blocks,
     )
     logger.info("engine ready: %s, %s, pid %d", loaded.path, limits, os.getpid())
     arena = None
@@ -185,7 +188,9 @@ class EngineActor:
 
     @ray.method(concurrency_group="ctl")
     def stats(self) -> EngineStats:
-        return self._loop.call(lambda engine: engine.stats())
+        stats = self._loop.call(lambda engine: engine.stats())
+        stats.num_receivers = self._tokens.num_channels
+        return stats
 
     @ray.method(concurrency_group="ctl")
     def add(self, request: GenerateRequest, remote_threshold: int | None, reply_to: ReplyAddress) -> None:

@@ -6,21 +6,25 @@ the engines directly, to the `TokenReceiver` of this replica. What HTTP looks li
 
 import asyncio
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayTaskError
+from ray.serve.exceptions import BackPressureError
 from starlette.applications import Starlette
 
+from deployments.admission import Admission, Bounds, Ticket
 from deployments.api.http import build_app
 from deployments.api.text import TextCodec
 from deployments.engine_actor import EngineInfo
-from deployments.errors import EngineDeadError, KvRelayError, TransferError
+from deployments.errors import EngineDeadError, KvRelayError, OverloadedError, TransferError
 from deployments.messages import GenerateRequest, ModelInfo
-from deployments.metrics import ClientMetrics, ReplicaStats, render
+from deployments.metrics import AdmissionMetrics, ClientMetrics, ReplicaStats, render
+from deployments.pool_watch import watch_pools
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 
 if TYPE_CHECKING:
@@ -41,15 +45,27 @@ class PoolBackend:
         decode: handle of the decode deployment.
         prefill: handle of the prefill deployment; None: colocated.
         tokens: where the engines send the tokens of this replica's requests.
+        admission: lets calls in.
     """
 
     def __init__(
-        self, decode: "DeploymentHandle[Any]", prefill: "DeploymentHandle[Any] | None", tokens: TokenReceiver
+        self,
+        decode: "DeploymentHandle[Any]",
+        prefill: "DeploymentHandle[Any] | None",
+        tokens: TokenReceiver,
+        admission: Admission,
     ) -> None:
         self._decode = decode
         self._pools = {"decode": decode} if prefill is None else {"prefill": prefill, "decode": decode}
         self._tokens = tokens
+        self._admission = admission
         self.clients = ClientMetrics()
+        self.clients.registry.register(AdmissionMetrics(admission))
+
+    def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
+        """Let a call in; see `Admission.admit`."""
+        sizes = [len(request.prompt_token_ids) for request in requests]
+        return self._admission.admit(sizes, requests[0].priority, key, time.monotonic())
 
     def generate(self, request: GenerateRequest, on_overflow: Callable[[], None]) -> TokenStream:
         """Tokens of a request; closing the stream ends the request on every pool."""
@@ -81,9 +97,12 @@ class PoolBackend:
         return True, "ok"
 
     async def metrics(self) -> bytes:
-        names = list(self._pools)
+        return render(await self.read_pools(), self.clients)
+
+    async def read_pools(self) -> dict[str, list[ReplicaStats]]:
+        """The numbers of every replica, by the name of its pool."""
         readings = await asyncio.gather(*(self._stats(handle) for handle in self._pools.values()))
-        return render(dict(zip(names, readings, strict=True)), self.clients)
+        return dict(zip(self._pools, readings, strict=True))
 
     async def _stats(self, handle: "DeploymentHandle[Any]") -> list[ReplicaStats]:
         stats: list[ReplicaStats] = await handle.broadcast("stats").results_async(timeout_s=_STATS_TIMEOUT_S)
@@ -101,6 +120,7 @@ class Ingress:
         served_model_name: the model's name in the API.
         max_request_bytes: larger bodies are refused.
         max_unread_tokens: a client that leaves more tokens unread is dropped.
+        bounds: of admission.
     """
 
     async def __init__(  # type: ignore[misc]
@@ -111,18 +131,21 @@ class Ingress:
         served_model_name: str,
         max_request_bytes: int,
         max_unread_tokens: int,
+        bounds: Bounds,
     ) -> None:
         engine: EngineInfo = await decode.engine_info.remote()
         self._info = ModelInfo(
             name=served_model_name,
             path=engine.path,
-            max_model_len=engine.max_model_len,
+            max_model_len=min(engine.max_model_len, engine.num_blocks * engine.block_size),
             vocab_size=engine.vocab_size,
             eos_token_ids=engine.eos_token_ids,
         )
         self._codec = await asyncio.to_thread(_load_codec, engine.path, model)
         tokens = await TokenReceiver.start(ray.util.get_node_ip_address(), max_unread_tokens)
-        self._backend = PoolBackend(decode, prefill, tokens)
+        admission = Admission(bounds)
+        self._backend = PoolBackend(decode, prefill, tokens, admission)
+        self._watch = asyncio.create_task(watch_pools(self._backend.read_pools, admission))
         self._max_request_bytes = max_request_bytes
 
     def __serve_build_asgi_app__(self) -> Starlette:
@@ -162,6 +185,8 @@ def _as_ours(error: Exception) -> Exception:
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, KvRelayError):
         return cause
+    if isinstance(cause, BackPressureError):
+        return OverloadedError(f"overloaded: every replica of a pool is at its limit: {cause}")
     if isinstance(cause, RayActorError):
         return EngineDeadError(f"a replica died while it served the request: {cause}")
     return error

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from deployments.admission import Admission, Bounds
 from deployments.decode import Decode
 from deployments.engine.engine import Engine
 from deployments.engine.runner import EngineLoop
@@ -96,7 +97,7 @@ class LocalActor:
 
     async def _info(self) -> EngineInfo:
         limits = self.engine.limits
-        return EngineInfo("tiny", limits.max_model_len, 512, (), limits.block_size, 1024)
+        return EngineInfo("tiny", limits.max_model_len, 512, (), limits.block_size, 1024, limits.num_blocks)
 
     async def _ping(self) -> None:
         await self._command(lambda engine: None)
@@ -201,7 +202,10 @@ class Pools:
         await pools.prefill.__init__(None, resources)  # type: ignore[misc]  # as Serve does with an async constructor
         await pools.decode.__init__(None, resources, Handle(pools.prefill), min_tokens)  # type: ignore[misc]
         pools.tokens = await TokenReceiver.start("127.0.0.1", max_unread_tokens)
-        pools.backend = PoolBackend(Handle(pools.decode), Handle(pools.prefill), pools.tokens)  # type: ignore[arg-type]
+        decode: Any = Handle(pools.decode)
+        prefill: Any = Handle(pools.prefill)
+        admission = Admission(Bounds(max_ttft_s=30.0, max_queued_tokens=10_000, min_remote_tokens=min_tokens))
+        pools.backend = PoolBackend(decode, prefill, pools.tokens, admission)
         return pools
 
     def generate(self, request: GenerateRequest, on_overflow: Callable[[], None] = lambda: None) -> TokenStream:
