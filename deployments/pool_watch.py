@@ -28,9 +28,9 @@ async def watch_pools(read: Read, admission: Admission, period_s: float = PERIOD
         taken_s = time.monotonic()
         try:
             pools = await read()
-        except Exception:
+        except Exception as error:
             if not is_failing:  # once, and not every second
-                logger.warning("the pools cannot be read; admission goes by what it has let in", exc_info=True)
+                logger.warning("the pools cannot be read, so admission goes by what it let in itself: %r", error)
             is_failing = True
         else:
             is_failing = False
