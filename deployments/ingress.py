@@ -100,10 +100,15 @@ class PoolBackend:
         return render(await self.read_pools(), self.clients)
 
     async def read_pools(self) -> dict[str, list[ReplicaStats]]:
-        """The numbers of every replica, by the name of its pool; when it ends, no question is left open."""
-        questions = [asyncio.ensure_future(self._stats(handle)) for handle in self._pools.values()]
-        await asyncio.wait(questions)
-        return dict(zip(self._pools, [question.result() for question in questions], strict=True))
+        """The numbers of every replica, by the name of its pool."""
+        # A failure waits for the other pool's answer, so that whoever asks again has asked once at a time.
+        readings = await asyncio.gather(*map(self._stats, self._pools.values()), return_exceptions=True)
+        pools: dict[str, list[ReplicaStats]] = {}
+        for name, reading in zip(self._pools, readings, strict=True):
+            if isinstance(reading, BaseException):
+                raise reading
+            pools[name] = reading
+        return pools
 
     async def _stats(self, handle: "DeploymentHandle[Any]") -> list[ReplicaStats]:
         stats: list[ReplicaStats] = await handle.broadcast("stats").results_async(timeout_s=_STATS_TIMEOUT_S)
