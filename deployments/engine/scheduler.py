@@ -2,8 +2,8 @@
 
 Every running sequence that decodes gets its token first; prompts share what is left of the token budget, those of the
 highest priority first, and among them the one with fewest tokens left, so that a short prompt does not wait behind a
-long one. No prompt is overtaken by more tokens than it has itself, whatever the priorities. Knows blocks and sequences,
-nothing of tensors. Called by the engine, once per step.
+long one. No prompt is overtaken by more tokens than it has itself, or 16 times as many of higher priority. Knows blocks
+and sequences, nothing of tensors. Called by the engine, once per step.
 
 Source: Sarathi-Serve (Agrawal et al., OSDI 2024) for chunked prefill beside decodes; shortest remaining time first.
 """
@@ -20,6 +20,8 @@ from deployments.messages import Placed
 
 # Share of the pool that a new sequence must leave free, so that it does not preempt its elders at once.
 _WATERMARK = 0.01
+# Tokens of higher priority that overtake a prompt count one in so many.
+_URGENCY = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +226,8 @@ class Scheduler:
         """A sequence was admitted: older prompts that it goes before remember by how much."""
         for other in itertools.chain(self.waiting, self._running_prompts()):
             if other.arrival_number < sequence.arrival_number and _precedence(sequence) < _precedence(other):
-                other.num_overtaken_tokens += sequence.num_uncomputed_tokens
+                weight = _URGENCY if sequence.priority > other.priority else 1
+                other.num_overtaken_tokens += -(-sequence.num_uncomputed_tokens // weight)
 
     def _place(self, sequence: Sequence) -> Placed:
         remote = _is_remote(sequence, sequence.num_uncomputed_tokens)

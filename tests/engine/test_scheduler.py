@@ -99,20 +99,20 @@ def test_prompts_of_high_priority_go_first_whatever_their_length() -> None:
     assert step(scheduler) == {"high": 4, "normal": 4, "low": 4}
 
 
-def test_a_prompt_of_low_priority_is_overtaken_by_no_more_tokens_than_it_has_either() -> None:
+def test_a_prompt_of_low_priority_does_not_wait_for_ever_either() -> None:
     scheduler = build(budget=8, max_num_seqs=64, num_blocks=256)
     add(scheduler, "low", 24, priority=Priority.LOW)
-    for number in range(10):
+    for number in range(100):
         add(scheduler, f"high-{number}", 8, priority=Priority.HIGH)
         if "low" in step(scheduler):
             break
         for name in [s.request_id for s in scheduler.running if s.is_decoding]:
             scheduler.remove(name)
-    assert 3 <= number <= 4
+    assert 23 <= number <= 25, "overtaken by as many prompts as it has tokens, each of which counts one"
 
 
 def test_the_newest_of_the_lowest_priority_gives_way() -> None:
-    scheduler = build(num_blocks=6)
+    scheduler = build(num_blocks=7)
     add(scheduler, "high", 7, priority=Priority.HIGH)
     step(scheduler)
     low = add(scheduler, "low", 7, priority=Priority.LOW)

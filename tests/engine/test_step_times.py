@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tests.engine.driving import build_engine, greedy, run
+from tests.engine.driving import Transcript, build_engine, greedy, run
 from tests.engine.families import load, random_prompt
 
 
@@ -14,11 +14,12 @@ def test_only_steps_with_prompt_tokens_count_and_no_moment_counts_twice(is_pipel
     assert engine.stats().prefill_s == 0
     engine.add(greedy("r", random_prompt(60, seed=1), 20))
     begun_s = time.monotonic()
+    transcript = Transcript()
     while engine.stats().generated_tokens == 0:
-        engine.step()
+        transcript.note(engine.step())
     computed = engine.stats()
     assert 0 < computed.prefill_s <= time.monotonic() - begun_s
-    run(engine)
+    run(engine, transcript)
     assert engine.stats().prefill_s == computed.prefill_s, "the rest were decodes"
     assert (engine.stats().max_num_seqs, engine.stats().finished) == (8, 1)
 
