@@ -17,10 +17,11 @@ A short prompt waits less than that. Which pool computes a prompt is told from i
 has cached is not known here.
 
 A call is refused if this estimate exceeds its share of `max_ttft_s`, or if more than its share of `max_queued_tokens`
-would be queued; or, once either bound is half used, if its API key would have more waiting than an equal share for each
-key of the last minute. Low priority has half of both bounds and normal 80%: what is left is room for high priority, and
-for errors of the estimate. Where nothing waits everybody is let in, for waiting would help nobody. Before a speed was
-measured only `max_queued_tokens` holds; without readings what this replica let in stands for the queue.
+would be queued; or, once half of either share is used, if its API key would have more waiting than an equal part of it
+for each key of the last minute. The share of low priority is half of both bounds, of normal 80%: what is left is room
+for high priority, and for errors of the estimate. Where nothing waits everybody is let in, for waiting would help
+nobody. Before a speed was measured only `max_queued_tokens` holds; without readings what this replica let in stands
+for the queue.
 """
 
 from collections import Counter, deque
@@ -34,7 +35,7 @@ from deployments.messages import Priority
 from deployments.outlook import MAX_AGE_S, Outlook, PoolReadings
 
 SHARES = {Priority.LOW: 0.5, Priority.NORMAL: 0.8, Priority.HIGH: 1.0}
-# Of either bound; with less in use nobody is in anybody's way.
+# Of what a call may use of either bound; with less in use nobody is in anybody's way.
 _FAIR_ABOVE = 0.5
 # A key counts as active for so long after its last call.
 _KEY_MEMORY_S = 60.0
@@ -205,7 +206,7 @@ class Admission:
             retry_after_s = min(part.ahead.wait_s, part.ttft_s - max_ttft_s)
             message = f"the first token would take about {part.ttft_s:.1f} s, at most {max_ttft_s:.1f} s are allowed"
             self._refuse(part, Reason.TTFT, message, retry_after_s)
-        self._check_fair(part, total, max(total / bound, part.ttft_s / self.bounds.max_ttft_s))
+        self._check_fair(part, total, max(total / max_tokens, part.ttft_s / max_ttft_s))
 
     def _check_fair(self, part: "_Part", total: float, fullness: float) -> None:
         """Once the queue is half full, no key that has something waiting gets more of it than every other could."""

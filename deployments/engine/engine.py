@@ -251,11 +251,12 @@ class Engine:
             launched, self._in_flight = self._in_flight, launched
             begun_s, self._step_begun_s = self._step_begun_s, begun_s
         if launched is not None:
-            collected = launched.collect()
-            self._time(launched.items, begun_s)
-            for item, token in collected:
+            for item, token in launched.collect():
                 events += self._conclude(item, token)
-        return events + self._export_chunks()
+        events += self._export_chunks()
+        if launched is not None:
+            self._time(launched.items, begun_s)
+        return events
 
     def stats(self) -> EngineStats:
         """A snapshot; its histograms are copies."""
