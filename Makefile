@@ -27,7 +27,7 @@ DEV := $(VENV)/.stamp-dev
 SOURCES := app deployments tests load_tests
 
 .PHONY: help serve stop status test check format load-test advise clean \
-	bench-engine bench-gpu bench-gpu-handoff bench-two-gpus bench-handoff bench-serving bench-interference
+	bench-engine bench-gpu bench-gpu-handoff bench-two-gpus bench-handoff bench-serving bench-interference bench-overload
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 24
@@ -77,6 +77,9 @@ bench-serving: $(DEV) ## Measure the serving layer: CPU and latency per token. A
 
 bench-interference: $(DEV) $(LOAD) ## Colocated against disaggregated, two engines each, under mixed load. ARGS= is passed on.
 	@$(LOAD_PY) -m tests.bench.interference.bench_interference $(ARGS)
+
+bench-overload: $(DEV) ## Ask more of the service than it can do, up to three times: goodput, refusals. ARGS= is passed on.
+	@$(PY) -m tests.bench.overload.bench_overload $(ARGS)
 
 load-test: $(LOAD) ## Load a running service: SCENARIO=, URL=. ARGS= is passed on.
 	@$(LOAD_PY) -m load_tests.run $(SCENARIO) --url $(URL) $(ARGS)

@@ -15,6 +15,7 @@ from ray._private.label_utils import validate_label_selector
 from ray.serve.config import AutoscalingConfig
 
 from app.arguments import ConfigError, describe_errors, list_arguments, unflatten
+from deployments.admission import Bounds
 from deployments.engine.config import EngineConfig
 
 Pool = Literal["prefill", "decode"]
@@ -48,6 +49,8 @@ class ReplicaConfig(BaseModel):
         max_replicas: replicas at most.
         autoscaling_config: other fields of Ray Serve's AutoscalingConfig, such as `upscale_delay_s`.
         max_ongoing_requests: requests that one replica takes at once, running and waiting.
+        max_queued_requests: requests that wait for a replica that takes them, at each caller; with more they are
+            refused with 429. Bounds for bursts, since admission has refused before: see `ingress.max_ttft_s`.
         graceful_shutdown_timeout_s: seconds that a replica being removed may take to finish its requests.
         node_labels: Ray labels that a node must have, `KEY=VALUE` each; pins the deployment to a type of node.
     """
@@ -58,7 +61,8 @@ class ReplicaConfig(BaseModel):
     initial_replicas: int | None = Field(default=None, ge=1)
     max_replicas: int = Field(default=1, ge=1)
     autoscaling_config: dict[str, Any] = Field(default_factory=dict)
-    max_ongoing_requests: int = Field(default=256, ge=1)
+    max_ongoing_requests: int = Field(default=1024, ge=1)
+    max_queued_requests: int = Field(default=1024, ge=1)
     graceful_shutdown_timeout_s: float = Field(default=60.0, gt=0)
     node_labels: dict[str, str] = Field(default_factory=dict)
 
@@ -93,6 +97,8 @@ class ReplicaConfig(BaseModel):
             # Only what was set, so that Ray's deprecated fields do not warn by being repeated.
             "autoscaling_config": self._ray_autoscaling_config().model_dump(exclude_unset=True),
             "max_ongoing_requests": self.max_ongoing_requests,
+            "max_queued_requests": self.max_queued_requests,
+            "backpressure_config": {"status_code": 429, "retry_after_s": 1},
             "graceful_shutdown_timeout_s": self.graceful_shutdown_timeout_s,
             "health_check_period_s": HEALTH_CHECK_PERIOD_S,
             "health_check_timeout_s": HEALTH_CHECK_TIMEOUT_S,
@@ -107,13 +113,17 @@ class IngressConfig(ReplicaConfig):
         max_request_bytes: largest body of a request; a larger one is refused.
         max_unread_tokens: tokens kept for a client that does not read; with more its request is ended.
         resume_timeout_s: seconds without a new token after which a request whose decode replica was lost fails.
+        max_ttft_s: a request is refused with 429 if its first token is estimated to take more seconds than its priority
+            may use of this: 100% high, 80% normal, 50% low.
+        max_queued_tokens: the same for prompt tokens that wait, per engine that computes prompts.
     """
 
-    max_ongoing_requests: int = Field(default=1024, ge=1)
     num_cpus: float = Field(default=0.1, ge=0)
     max_request_bytes: int = Field(default=4 * 1024 * 1024, ge=1)
     max_unread_tokens: int = Field(default=8192, ge=1)
     resume_timeout_s: float = Field(default=60.0, gt=0)
+    max_ttft_s: float = Field(default=60.0, gt=0)
+    max_queued_tokens: int = Field(default=1_000_000, ge=1)
 
     def deployment_options(self) -> dict[str, Any]:
         """Return the options of this deployment, as `Deployment.options` takes them."""
@@ -134,6 +144,8 @@ class PoolConfig(ReplicaConfig):
         engine: what differs from the shared `engine.*` in this pool.
     """
 
+    # What waits shall wait in the engines, which know of priorities and lengths, and tell how much it is.
+    max_ongoing_requests: int = Field(default=4096, ge=1)
     num_cpus: float = Field(default=0.8, gt=0)
     num_gpus: float = Field(default=0, ge=0, le=1)
     resources: dict[str, float] = Field(default_factory=dict)
@@ -220,6 +232,11 @@ class AppConfig(BaseModel):
         given = {"num_threads": max(1, math.floor(settings.num_cpus + 0.5))}
         given |= self.engine.model_dump(exclude_unset=True) | settings.engine.model_dump(exclude_unset=True)
         return EngineConfig(model=self.model, **given)
+
+    def admission_bounds(self) -> Bounds:
+        """Return what admission keeps."""
+        min_remote_tokens = None if self.mode == "colocated" else self.min_remote_prefill_tokens
+        return Bounds(self.ingress.max_ttft_s, self.ingress.max_queued_tokens, min_remote_tokens)
 
     def deployment_options(self, deployment: Pool | Literal["ingress"]) -> dict[str, Any]:
         """Return the options of one deployment, as `Deployment.options` takes them."""

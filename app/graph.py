@@ -32,7 +32,7 @@ def graph(args: AppConfig) -> Application:
     )
     ingress = _deploy(Ingress, args, "ingress")
     limits = args.ingress.max_request_bytes, args.ingress.max_unread_tokens, args.ingress.resume_timeout_s
-    return ingress.bind(decode, prefill, args.model, args.served_model_name, *limits)
+    return ingress.bind(decode, prefill, args.model, args.served_model_name, *limits, args.admission_bounds())
 
 
 def _deploy(cls: type, args: AppConfig, name: Pool | Literal["ingress"]) -> Deployment:

@@ -68,6 +68,7 @@ class EngineInfo:
         bytes_per_block: KV of one block, all layers.
         lease_s: see `EngineConfig`.
         pid: of the engine's process, on its own node.
+        num_blocks: KV blocks in the pool.
     """
 
     path: str
@@ -78,6 +79,7 @@ class EngineInfo:
     bytes_per_block: int
     lease_s: float
     pid: int
+    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,7 @@ def assemble_engine(loaded: "LoadedModel", config: EngineConfig) -> BuiltEngine:
         bytes_per_block=layout.bytes_per_block,
         lease_s=config.lease_s,
         pid=os.getpid(),
+        num_blocks=limits.num_blocks,
     )
     logger.info("engine ready: %s, %s, pid %d", loaded.path, limits, os.getpid())
     arena = None
@@ -190,7 +193,9 @@ class EngineActor:
 
     @ray.method(concurrency_group="ctl")
     def stats(self) -> EngineStats:
-        return self._loop.call(lambda engine: engine.stats())
+        stats = self._loop.call(lambda engine: engine.stats())
+        stats.num_receivers = self._tokens.num_channels
+        return stats
 
     @ray.method(concurrency_group="ctl")
     def add(self, request: GenerateRequest, remote_threshold: int | None, reply_to: ReplyAddress) -> None:

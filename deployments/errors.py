@@ -1,6 +1,6 @@
 """Every error that crosses a module border. Only `api/failures.py` turns them into status codes.
 
-Each carries its message alone, so that it survives pickling between actors.
+Each passes all that it was made of to its base, so that it survives pickling between actors.
 """
 
 import asyncio
@@ -60,7 +60,20 @@ class TransferError(KvRelayError):
 
 
 class OverloadedError(KvRelayError):
-    """Admission refused: the queue is full; try again later."""
+    """Not taken, since too much is queued; the same request can succeed later.
+
+    Args:
+        message: gives the numbers.
+        retry_after_s: when it could, if nobody else came in between.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s)
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class SlowReaderError(KvRelayError):

@@ -6,7 +6,8 @@ the engines directly, to the `TokenReceiver` of this replica. What HTTP looks li
 
 import asyncio
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ import ray
 from ray import serve
 from starlette.applications import Starlette
 
+from deployments.admission import Admission, Bounds, Ticket
 from deployments.api.http import build_app
 from deployments.api.text import TextCodec
 from deployments.engine_actor import EngineInfo
 from deployments.messages import GenerateRequest, ModelInfo
-from deployments.metrics import ClientMetrics, ReplicaStats, render
+from deployments.metrics import AdmissionMetrics, ClientMetrics, ReplicaStats, render
+from deployments.pool_watch import watch_pools
 from deployments.resume import ResumingClient, as_ours
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 
@@ -38,6 +41,7 @@ class PoolBackend:
         decode: handle of the decode deployment.
         prefill: handle of the prefill deployment; None: colocated.
         tokens: where the engines send the tokens of this replica's requests.
+        admission: lets calls in.
         resume_timeout_s: see `ResumingClient`.
     """
 
@@ -46,12 +50,20 @@ class PoolBackend:
         decode: "DeploymentHandle[Any]",
         prefill: "DeploymentHandle[Any] | None",
         tokens: TokenReceiver,
+        admission: Admission,
         resume_timeout_s: float,
     ) -> None:
         self._pools = {"decode": decode} if prefill is None else {"prefill": prefill, "decode": decode}
         self._tokens = tokens
+        self._admission = admission
         self.clients = ClientMetrics()
         self._decode = ResumingClient(decode, tokens, resume_timeout_s, self.clients.request_resumed)
+        self.clients.registry.register(AdmissionMetrics(admission))
+
+    def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
+        """Let a call in; see `Admission.admit`."""
+        sizes = [len(request.prompt_token_ids) for request in requests]
+        return self._admission.admit(sizes, requests[0].priority, key, time.monotonic())
 
     def generate(self, request: GenerateRequest, on_overflow: Callable[[], None]) -> TokenStream:
         """Tokens of a request; closing the stream ends the request on every pool."""
@@ -76,9 +88,18 @@ class PoolBackend:
         return True, "ok"
 
     async def metrics(self) -> bytes:
-        names = list(self._pools)
-        readings = await asyncio.gather(*(self._stats(handle) for handle in self._pools.values()))
-        return render(dict(zip(names, readings, strict=True)), self.clients)
+        return render(await self.read_pools(), self.clients)
+
+    async def read_pools(self) -> dict[str, list[ReplicaStats]]:
+        """The numbers of every replica, by the name of its pool."""
+        # A failure waits for the other pool's answer, so that whoever asks again has asked once at a time.
+        readings = await asyncio.gather(*map(self._stats, self._pools.values()), return_exceptions=True)
+        pools: dict[str, list[ReplicaStats]] = {}
+        for name, reading in zip(self._pools, readings, strict=True):
+            if isinstance(reading, BaseException):
+                raise reading
+            pools[name] = reading
+        return pools
 
     async def _stats(self, handle: "DeploymentHandle[Any]") -> list[ReplicaStats]:
         stats: list[ReplicaStats] = await handle.broadcast("stats").results_async(timeout_s=_STATS_TIMEOUT_S)
@@ -97,6 +118,7 @@ class Ingress:
         max_request_bytes: larger bodies are refused.
         max_unread_tokens: a client that leaves more tokens unread is dropped.
         resume_timeout_s: how long a request whose decode replica was lost may wait for another.
+        bounds: of admission.
     """
 
     async def __init__(  # type: ignore[misc]
@@ -108,18 +130,21 @@ class Ingress:
         max_request_bytes: int,
         max_unread_tokens: int,
         resume_timeout_s: float,
+        bounds: Bounds,
     ) -> None:
         engine: EngineInfo = await decode.engine_info.remote()
         self._info = ModelInfo(
             name=served_model_name,
             path=engine.path,
-            max_model_len=engine.max_model_len,
+            max_model_len=min(engine.max_model_len, engine.num_blocks * engine.block_size),
             vocab_size=engine.vocab_size,
             eos_token_ids=engine.eos_token_ids,
         )
         self._codec = await asyncio.to_thread(_load_codec, engine.path, model)
         tokens = await TokenReceiver.start(ray.util.get_node_ip_address(), max_unread_tokens)
-        self._backend = PoolBackend(decode, prefill, tokens, resume_timeout_s)
+        admission = Admission(bounds)
+        self._backend = PoolBackend(decode, prefill, tokens, admission, resume_timeout_s)
+        self._watch = asyncio.create_task(watch_pools(self._backend.read_pools, admission))
         self._max_request_bytes = max_request_bytes
 
     def __serve_build_asgi_app__(self) -> Starlette:

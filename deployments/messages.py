@@ -5,7 +5,7 @@ nothing of Ray, HTTP, torch or text.
 """
 
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 
 import msgspec
 
@@ -15,6 +15,14 @@ class FinishReason(StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+
+
+class Priority(IntEnum):
+    """How urgent a request is: the higher goes first among prompts, and is refused last."""
+
+    LOW = -1
+    NORMAL = 0
+    HIGH = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +55,7 @@ class GenerateRequest:
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
+    priority: Priority = Priority.NORMAL
 
 
 # A Struct, no dataclass, for it crosses the wire with every token; not tracked by the collector, for it has no cycle.
@@ -149,7 +158,7 @@ class ModelInfo:
     Attributes:
         name: the name in the API.
         path: folder with the tokenizer files.
-        max_model_len: longest prompt plus output, in tokens.
+        max_model_len: longest prompt plus output, in tokens, that the model takes and an engine's KV pool holds.
         vocab_size: ids are below this.
         eos_token_ids: ids that end a sequence unless the request says otherwise.
     """

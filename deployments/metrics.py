@@ -3,7 +3,8 @@
 Knows what each number is called; the engines, fronts and the ingress keep the numbers themselves.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -11,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from deployments.admission import Admission
 from deployments.engine.stats import EngineStats, Histogram
 
 _PREFIX = "kvrelay_"
@@ -21,6 +23,7 @@ _GAUGES = {
     "waiting_sequences": ("num_waiting", "Sequences without KV blocks."),
     "reserved_sequences": ("num_reserved", "Sequences whose KV is on its way."),
     "running_sequences": ("num_running", "Sequences in the batch."),
+    "max_sequences": ("max_num_seqs", "Sequences that can be reserved or running at once."),
     "kv_blocks": ("num_blocks", "KV blocks in the pool."),
     "kv_blocks_used": ("num_used_blocks", "KV blocks held by sequences."),
     "exported_blocks": ("num_exported_blocks", "KV blocks copied out for a hand-off and not yet released."),
@@ -32,6 +35,8 @@ _COUNTERS = {
     "preemptions": ("preemptions", "Sequences that lost their blocks and were computed again."),
     "engine_steps": ("steps", "Batches run."),
     "expired_leases": ("expired_leases", "Hand-offs given up, the other engine not being heard of."),
+    "prefill_seconds": ("prefill_s", "Seconds of batches with prompt tokens in them."),
+    "finished_sequences": ("finished", "Sequences that ended after they had blocks."),
 }
 _HISTOGRAMS = {
     "engine_ttft_seconds": ("ttft_s", "Arrival at the engine to first token."),
@@ -119,6 +124,33 @@ class ClientMetrics(Collector):
             yield family
 
 
+class AdmissionMetrics(Collector):
+    """What the admission of this ingress replica sees and does."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission = admission
+
+    def collect(self) -> Iterator[Metric]:
+        refusals = CounterMetricFamily(
+            f"{_PREFIX}refusals", "Calls refused by admission.", labels=("reason", "priority")
+        )
+        for (reason, priority), count in sorted(self._admission.refusals.items()):
+            refusals.add_metric((reason, priority.name.lower()), count)
+        yield refusals
+        now_s = time.monotonic()
+        outlooks = {pool: self._admission.outlook(pool, now_s) for pool in self._admission.pools}
+        for name, text, values in (
+            ("estimated_wait_seconds", "Of a prompt that comes now.", {p: o.wait_s for p, o in outlooks.items()}),
+            ("estimated_queued_tokens", "Prompt tokens before it.", {p: o.queued_tokens for p, o in outlooks.items()}),
+            ("prefill_speed", "Prompt tokens per second of one engine.", {p: o.speed for p, o in outlooks.items()}),
+        ):
+            gauge = GaugeMetricFamily(_PREFIX + name, text, labels=("pool",))
+            for pool, value in values.items():
+                if value is not None:
+                    gauge.add_metric((pool,), value)
+            yield gauge
+
+
 class _PoolCollector(Collector):
     """Turns one reading of all replicas into metric families."""
 
@@ -144,7 +176,7 @@ class _PoolCollector(Collector):
             "handoff_seconds", "Per chunk, from computed to arrived in the other pool.", [h.seconds for h in handoffs]
         )
 
-    def _counter(self, name: str, text: str, values: list[int]) -> CounterMetricFamily:
+    def _counter(self, name: str, text: str, values: Sequence[float]) -> CounterMetricFamily:
         family = CounterMetricFamily(_PREFIX + name, text, labels=_LABELS)
         for (labels, _), value in zip(self._rows, values, strict=True):
             family.add_metric(labels, value)

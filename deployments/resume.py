@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
-from deployments.errors import EngineDeadError, KvRelayError, TransferError, brief, was_cancelled
+from deployments.errors import EngineDeadError, KvRelayError, OverloadedError, TransferError, brief, was_cancelled
 from deployments.messages import GenerateRequest
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 
@@ -61,7 +61,11 @@ class ResumingClient:
         """
         for attempt in itertools.count():
             error = await self._attempt(_remainder(request, stream), stream, is_resumed=attempt > 0)
-            if attempt == _MAX_RESUMES or not isinstance(error, EngineDeadError | TransferError):
+            # A full pool refuses who comes, but not who was there.
+            is_lost = isinstance(error, EngineDeadError | TransferError) or (
+                attempt > 0 and isinstance(error, OverloadedError)
+            )
+            if attempt == _MAX_RESUMES or not is_lost:
                 stream.fail(error)
             if stream.has_ended:
                 return
@@ -111,7 +115,8 @@ def _remainder(request: GenerateRequest, stream: TokenStream) -> GenerateRequest
     if not done and stream.name == request.request_id:
         return request
     sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - len(done))
-    return GenerateRequest(stream.name, request.prompt_token_ids + done, sampling)
+    prompt = request.prompt_token_ids + done
+    return replace(request, request_id=stream.name, prompt_token_ids=prompt, sampling=sampling)
 
 
 def as_ours(error: Exception) -> Exception:
@@ -119,6 +124,8 @@ def as_ours(error: Exception) -> Exception:
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, KvRelayError):
         return cause
+    if isinstance(cause, BackPressureError):
+        return OverloadedError(f"overloaded: every replica of a pool is at its limit: {cause}")
     if isinstance(cause, RayActorError | ReplicaUnavailableError | DeploymentUnavailableError | grpc.RpcError):
         return EngineDeadError(f"a replica was lost while it served the request: {brief(cause)}")
     return error

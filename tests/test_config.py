@@ -11,6 +11,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
 from app.arguments import ConfigError, arguments_of, list_arguments
 from app.config import AppConfig
+from deployments.admission import Bounds
 from deployments.engine.config import EngineConfig
 
 
@@ -157,6 +158,25 @@ def test_serve_takes_the_options_of_every_deployment():
     ingress = serve.deployment()(Nothing).options(**config.deployment_options("ingress"))
     assert ingress.ray_actor_options == {"num_cpus": 0.1, "label_selector": {"pool": "cpu"}}
     assert ingress.max_ongoing_requests == config.ingress.max_ongoing_requests
+
+
+def test_beyond_its_limits_serve_refuses_with_429():
+    deployment = serve.deployment()(Nothing).options(**read().deployment_options("ingress"))
+    assert deployment.max_queued_requests == 1024
+    assert deployment.backpressure_config.status_code == 429
+
+
+def test_bounds_of_admission_are_those_of_the_ingress_and_the_mode():
+    bounds = read("ingress.max_ttft_s=2.5", "ingress.max_queued_tokens=5000", "min_remote_prefill_tokens=64")
+    assert bounds.admission_bounds() == Bounds(max_ttft_s=2.5, max_queued_tokens=5000, min_remote_tokens=64)
+    assert read("mode=colocated").admission_bounds().min_remote_tokens is None
+
+
+@pytest.mark.parametrize(
+    "pair", ["ingress.max_ttft_s=0", "ingress.max_queued_tokens=0", "decode.max_queued_requests=0"]
+)
+def test_a_bound_that_lets_nobody_in_is_refused(pair: str):
+    assert pair in refusal(pair)
 
 
 def test_serve_run_hands_a_builder_the_config_and_its_refusal():

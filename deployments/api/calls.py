@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from deployments.api.openai import ChatBody, CompletionBody, GenerateBody, explain
 from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError, RequestTooLargeError
-from deployments.messages import GenerateRequest, ModelInfo, SamplingParams
+from deployments.messages import GenerateRequest, ModelInfo, Priority, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
@@ -58,8 +58,10 @@ class Call:
 B = TypeVar("B", bound=GenerateBody)
 
 
-def read_completion(data: bytes, call_id: str, codec: TextCodec, info: ModelInfo) -> Call:
-    """Read the body of a completion request and encode its prompts.
+def read_completion(
+    data: bytes, call_id: str, codec: TextCodec, info: ModelInfo, priority: Priority = Priority.NORMAL
+) -> Call:
+    """Read the body of a completion request and encode its prompts; `priority` is that of all of them.
 
     Raises:
         InvalidRequestError: names the field, its value and the bound.
@@ -70,11 +72,13 @@ def read_completion(data: bytes, call_id: str, codec: TextCodec, info: ModelInfo
         token_ids = codec.encode(prompt) if isinstance(prompt, str) else prompt
         num_left = _check_prompt(token_ids, "prompt", info)
         max_tokens = body.max_tokens or min(DEFAULT_COMPLETION_TOKENS, num_left)
-        requests.append(_build_request(f"{call_id}-{index}", token_ids, max_tokens, body, "prompt", info))
+        requests.append(_build_request(f"{call_id}-{index}", token_ids, max_tokens, body, "prompt", info, priority))
     return _build_call(call_id, requests, body, info)
 
 
-def read_chat(data: bytes, call_id: str, codec: TextCodec, info: ModelInfo) -> Call:
+def read_chat(
+    data: bytes, call_id: str, codec: TextCodec, info: ModelInfo, priority: Priority = Priority.NORMAL
+) -> Call:
     """Read the body of a chat request, apply the template and encode the result.
 
     Raises:
@@ -84,7 +88,7 @@ def read_chat(data: bytes, call_id: str, codec: TextCodec, info: ModelInfo) -> C
     token_ids = codec.encode_chat([message.model_dump(exclude_none=True) for message in body.messages])
     num_left = _check_prompt(token_ids, "messages", info)
     max_tokens = body.max_completion_tokens or body.max_tokens or num_left
-    request = _build_request(f"{call_id}-0", token_ids, max_tokens, body, "messages", info)
+    request = _build_request(f"{call_id}-0", token_ids, max_tokens, body, "messages", info, priority)
     return _build_call(call_id, [request], body, info)
 
 
@@ -120,7 +124,13 @@ def _check_prompt(token_ids: Sequence[int], param: str, info: ModelInfo) -> int:
 
 
 def _build_request(
-    request_id: str, token_ids: Sequence[int], max_tokens: int, body: GenerateBody, param: str, info: ModelInfo
+    request_id: str,
+    token_ids: Sequence[int],
+    max_tokens: int,
+    body: GenerateBody,
+    param: str,
+    info: ModelInfo,
+    priority: Priority,
 ) -> GenerateRequest:
     num_total = len(token_ids) + max_tokens
     if num_total > info.max_model_len:
@@ -138,7 +148,7 @@ def _build_request(
         seed=secrets.randbits(63) if body.seed is None else body.seed,
         stop_token_ids=() if body.ignore_eos else info.eos_token_ids,
     )
-    return GenerateRequest(request_id, tuple(token_ids), sampling)
+    return GenerateRequest(request_id, tuple(token_ids), sampling, priority)
 
 
 def _build_call(call_id: str, requests: Sequence[GenerateRequest], body: GenerateBody, info: ModelInfo) -> Call:

@@ -1,6 +1,7 @@
 """What an error looks like to a client: its status code and its body in OpenAI's shape. `http.py` sends it."""
 
 import logging
+import math
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -22,13 +23,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error as a client sees it, in OpenAI's shape."""
+    """An error as a client sees it, in OpenAI's shape; `retry_after_s` is when the same request could succeed."""
 
     status: HTTPStatus
     message: str
     kind: str = "invalid_request_error"
     param: str | None = None
     code: str | None = None
+    retry_after_s: float | None = None
 
     @property
     def outcome(self) -> Outcome:
@@ -37,6 +39,10 @@ class Failure:
         if self.status is HTTPStatus.REQUEST_TIMEOUT:
             return Outcome.STALLED
         return Outcome.FAILED if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR else Outcome.INVALID
+
+    def headers(self) -> dict[str, str]:
+        """`Retry-After` in whole seconds, at least 1, where trying again helps."""
+        return {} if self.retry_after_s is None else {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
 
     def body(self) -> dict[str, dict[str, str | None]]:
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
@@ -58,7 +64,13 @@ def failure_of(error: Exception) -> Failure:
         case InvalidRequestError():
             return Failure(HTTPStatus.BAD_REQUEST, str(error), param=error.param)
         case OverloadedError():
-            return Failure(HTTPStatus.TOO_MANY_REQUESTS, str(error), "rate_limit_error", code="overloaded")
+            return Failure(
+                HTTPStatus.TOO_MANY_REQUESTS,
+                str(error),
+                "rate_limit_error",
+                code="overloaded",
+                retry_after_s=error.retry_after_s,
+            )
         case SlowReaderError():
             return Failure(HTTPStatus.REQUEST_TIMEOUT, str(error), code="client_too_slow")
         case EngineDeadError() | TransferError():

@@ -7,14 +7,15 @@ ingress builds the app with `build_app` and lets Ray Serve, or any ASGI server, 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, closing
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from typing import Protocol
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -25,13 +26,14 @@ from starlette.types import Message, Receive, Scope, Send
 from deployments.api import sse
 from deployments.api.answers import Answer, ChatAnswer, ChoiceResult, CompletionAnswer, Tally, describe_model
 from deployments.api.asgi import RequestIds, until_disconnect
+from deployments.api.caller import read_caller
 from deployments.api.calls import Call, ModelNotFoundError, read_chat, read_completion
 from deployments.api.choices import ChoiceText, TextEvent, TokenOutputs, merge, stream_choice
 from deployments.api.failures import failure_of
 from deployments.api.observer import Observer, Outcome, SilentObserver, Stopwatch
 from deployments.api.text import TextCodec
 from deployments.errors import KvRelayError
-from deployments.messages import GenerateRequest, ModelInfo
+from deployments.messages import GenerateRequest, ModelInfo, Priority
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +46,33 @@ LAST_WORDS_S = 10.0
 _METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
+class Ticket(Protocol):
+    """Of a call that was let in."""
+
+    def first_token(self, index: int) -> None:
+        """The first token of the request at that place in the call was sent."""
+        ...
+
+    def close(self) -> None:
+        """The call has ended, in whatever way."""
+        ...
+
+
 class Backend(Protocol):
     """The pools behind the API."""
+
+    def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
+        """Let a call in, before any of its requests is run. What comes back is closed, whatever happens.
+
+        Args:
+            requests: all of the call; their priority is one.
+            key: tells callers apart.
+
+        Raises:
+            OverloadedError: too much is queued; says when to try again.
+            RequestTooLargeError: trying again would not help.
+        """
+        ...
 
     def generate(self, request: GenerateRequest, on_overflow: Callable[[], None]) -> TokenOutputs:
         """Run a request. Closing what comes back aborts it on every pool; so each is closed, whatever happens.
@@ -76,7 +103,6 @@ def build_app(
     *,
     observer: Observer | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
-    retry_after_s: int = 1,
 ) -> Starlette:
     """Build the application.
 
@@ -86,9 +112,8 @@ def build_app(
         info: the one model that is served.
         observer: told of the calls and their timing.
         max_body_bytes: a longer request body is refused with 413.
-        retry_after_s: what a client is told to wait when the backend is overloaded.
     """
-    service = _Service(backend, codec, info, observer or SilentObserver(), max_body_bytes, retry_after_s)
+    service = _Service(backend, codec, info, observer or SilentObserver(), max_body_bytes)
     pages = _Pages(backend, info)
     return Starlette(
         routes=[
@@ -111,7 +136,6 @@ class _Service:
     info: ModelInfo
     observer: Observer
     max_body_bytes: int
-    retry_after_s: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +144,7 @@ class _Endpoint:
 
     service: _Service
     id_prefix: str
-    read: Callable[[bytes, str, TextCodec, ModelInfo], Call]
+    read: Callable[[bytes, str, TextCodec, ModelInfo, Priority], Call]
     build_answer: Callable[[Call, Tally], Answer]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -189,15 +213,19 @@ class _Exchange:
 
     async def _respond(self, body: bytes) -> Outcome:
         try:
-            await self._generate(await self._read_call(body))
+            caller = read_caller(Headers(scope=self._scope))
+            call = await self._read_call(body, caller.priority)
+            with closing(self._service.backend.admit(call.requests, caller.key)) as ticket:
+                self._stopwatch.on_first = ticket.first_token
+                await self._generate(call)
         except ClientDisconnect:
             return Outcome.ABORTED
         except Exception as error:
             return await self._fail(error)
         return Outcome.OK
 
-    async def _read_call(self, body: bytes) -> Call:
-        arguments = (body, self._call_id, self._service.codec, self._service.info)
+    async def _read_call(self, body: bytes, priority: Priority) -> Call:
+        arguments = (body, self._call_id, self._service.codec, self._service.info, priority)
         if len(body) > _MAX_INLINE_BODY_BYTES:
             return await asyncio.to_thread(self._endpoint.read, *arguments)
         return self._endpoint.read(*arguments)
@@ -255,8 +283,7 @@ class _Exchange:
         if self._has_started:
             await self._send_body(sse.frame(failure.body()))
         else:
-            retry = {"retry-after": str(self._service.retry_after_s)} if failure.outcome is Outcome.OVERLOADED else {}
-            await self._start(failure.status, "application/json", retry)
+            await self._start(failure.status, "application/json", failure.headers())
             await self._send_body(sse.to_json(failure.body()))
         return failure.outcome
 

@@ -4,6 +4,7 @@
 """
 
 import time
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Protocol
 
@@ -58,9 +59,13 @@ class Stopwatch:
 
     Outputs without text yet count when they come. In a first output of several tokens, those after the first have no
     gap and do not count.
+
+    Attributes:
+        on_first: called with the index of a choice whose first output was sent.
     """
 
     def __init__(self, observer: Observer) -> None:
+        self.on_first: Callable[[int], None] = lambda choice: None
         self._observer = observer
         self._arrival_s = time.perf_counter()
         self._last_s: dict[int, float] = {}
@@ -75,6 +80,7 @@ class Stopwatch:
         last_s = self._last_s.get(event.choice)
         if last_s is None:
             self._observer.first_token(now_s - self._arrival_s)
+            self.on_first(event.choice)
         else:
             self._observer.inter_token((now_s - last_s) / event.num_tokens, event.num_tokens)
         self._last_s[event.choice] = now_s

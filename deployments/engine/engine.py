@@ -93,8 +93,9 @@ class Engine:
         self._is_pipelined = is_pipelined
         self._in_flight: LaunchedStep | None = None
         self._vocab_size = loaded.vocab_size
-        self._stats = EngineStats(num_blocks=self.limits.num_blocks)
         self._num_steps_at_canary = 0
+        self._stats = EngineStats(num_blocks=self.limits.num_blocks, max_num_seqs=self.limits.max_num_seqs)
+        self._step_begun_s = self._step_ended_s = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -282,6 +283,7 @@ class Engine:
         Returns:
             What happened, in order; one `TokenOutput` per sequence that drew a token.
         """
+        begun_s = time.monotonic()
         events = self._end_leases()
         schedule = self._scheduler.schedule()
         for placed in schedule.placed:
@@ -299,21 +301,27 @@ class Engine:
                 self._account(item)
         if self._is_pipelined:
             launched, self._in_flight = self._in_flight, launched
+            begun_s, self._step_begun_s = self._step_begun_s, begun_s
         if launched is not None:
             for item, token in launched.collect():
                 events += self._conclude(item, token)
-        return events + self._export()
+        events += self._export()
+        if launched is not None:
+            self._time(launched.items, begun_s)
+        return events
 
     def stats(self) -> EngineStats:
         """A snapshot; its histograms are copies."""
         scheduler, stats = self._scheduler, self._stats
         stats.num_queued_prompt_tokens = scheduler.num_queued_prompt_tokens
+        stats.num_remote_prompt_tokens = scheduler.num_remote_prompt_tokens
         stats.num_waiting = len(scheduler.waiting)
         stats.num_reserved = len(scheduler.reserved)
         stats.num_running = len(scheduler.running)
         stats.num_used_blocks = self._blocks.num_held_blocks
         stats.num_exported_blocks = self._outbox.num_blocks
         stats.preemptions = scheduler.num_preemptions
+        stats.finished = scheduler.num_finished
         return stats.copy()
 
     def check_integrity(self) -> None:
@@ -339,6 +347,13 @@ class Engine:
         sequence.num_computed_tokens += item.num_tokens
         if item.samples and sequence.role is not Role.EXPORT:
             sequence.token_ids.append(PENDING)
+
+    def _time(self, items: list[ScheduledSequence], begun_s: float) -> None:
+        """A step has ended; it ran since it was begun, or since the one before had ended. Prompts are last in it."""
+        now_s = time.monotonic()
+        if items[-1].start < items[-1].sequence.num_prompt_tokens:
+            self._stats.prefill_s += now_s - max(begun_s, self._step_ended_s)
+        self._step_ended_s = now_s
 
     def _conclude(self, item: ScheduledSequence, token: int | None) -> list[EngineEvent]:
         """A run has ended and drawn this token."""

@@ -1,8 +1,9 @@
 """Which tokens run in the next step. Continuous batching, chunked prefill, preemption by recomputation.
 
-Every running sequence that decodes gets its token first; prompts share what is left of the token budget, the one with
-fewest tokens left first, so that a short prompt does not wait behind a long one. No prompt is overtaken by more tokens
-than it has itself. Knows blocks and sequences, nothing of tensors. Called by the engine, once per step.
+Every running sequence that decodes gets its token first; prompts share what is left of the token budget, those of the
+highest priority first, and among them the one with fewest tokens left, so that a short prompt does not wait behind a
+long one. No prompt is overtaken by more tokens than it has itself, or 16 times as many of higher priority. Knows blocks
+and sequences, nothing of tensors. Called by the engine, once per step.
 
 Source: Sarathi-Serve (Agrawal et al., OSDI 2024) for chunked prefill beside decodes; shortest remaining time first.
 """
@@ -19,6 +20,8 @@ from deployments.messages import Placed
 
 # Share of the pool that a new sequence must leave free, so that it does not preempt its elders at once.
 _WATERMARK = 0.01
+# Tokens of higher priority that overtake a prompt count one in so many.
+_URGENCY = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,7 @@ class Scheduler:
         self._by_id: dict[str, Sequence] = {}
         self._arrivals = itertools.count()
         self.num_preemptions = 0
+        self.num_finished = 0
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id
@@ -80,6 +84,11 @@ class Scheduler:
         """Tokens that wait to be computed here, by sequences without blocks and by unfinished prompts."""
         waiting = sum(len(s.token_ids) for s in self.waiting)
         return waiting + sum(s.num_uncomputed_tokens for s in self.running if not s.is_decoding)
+
+    @property
+    def num_remote_prompt_tokens(self) -> int:
+        """Those of them that a prefill engine will compute once there are blocks; what is cached is not known yet."""
+        return sum(len(s.token_ids) for s in self.waiting if _is_remote(s, len(s.token_ids)))
 
     @property
     def has_work(self) -> bool:
@@ -117,6 +126,7 @@ class Scheduler:
         sequence = self._by_id.pop(request_id, None)
         if sequence is None:
             return None
+        self.num_finished += sequence.status is not Status.WAITING
         if sequence.status is Status.WAITING:
             self.waiting.remove(sequence)
         elif sequence.status is Status.RESERVED:
@@ -145,12 +155,19 @@ class Scheduler:
         num_preempted = 0
         for sequence in [s for s in self.running if s.is_decoding and s.has_work]:
             while sequence.status is Status.RUNNING and not self._blocks.append(sequence):
-                # The newest one goes: it is at or behind `sequence`, so nothing scheduled is undone.
-                self._preempt(self.running[-1])
+                self._preempt(self._least_of(self.running[self.running.index(sequence) :]))
                 num_preempted += 1
             if sequence.status is Status.RUNNING:
                 scheduled.append(ScheduledSequence.of(sequence, 1))
         return scheduled, num_preempted
+
+    @staticmethod
+    def _least_of(candidates: list[Sequence]) -> Sequence:
+        """Who gives way: the newest of the lowest priority, at or behind one that needs a block.
+
+        None before it, so that nothing scheduled is undone.
+        """
+        return min(reversed(candidates), key=lambda s: s.priority)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -211,21 +228,27 @@ class Scheduler:
         """A sequence was admitted: older prompts that it goes before remember by how much."""
         for other in itertools.chain(self.waiting, self._running_prompts()):
             if other.arrival_number < sequence.arrival_number and _precedence(sequence) < _precedence(other):
-                other.num_overtaken_tokens += sequence.num_uncomputed_tokens
+                weight = _URGENCY if sequence.priority > other.priority else 1
+                other.num_overtaken_tokens += -(-sequence.num_uncomputed_tokens // weight)
 
     def _place(self, sequence: Sequence) -> Placed:
-        threshold = sequence.remote_threshold
-        remote = threshold is not None and sequence.num_uncomputed_tokens >= threshold
+        remote = _is_remote(sequence, sequence.num_uncomputed_tokens)
         if remote:
             sequence.role = Role.IMPORT
         return Placed(sequence.request_id, remote, sequence.num_cached_tokens)
 
 
-def _precedence(prompt: Sequence) -> tuple[bool, int, int]:
-    """Sort key of prompts: fewest uncomputed tokens first, but none may be overtaken for ever.
+def _is_remote(sequence: Sequence, num_tokens: int) -> bool:
+    """Whether a prefill engine computes the prompt of a sequence with that many uncached tokens."""
+    threshold = sequence.remote_threshold
+    return threshold is not None and sequence.num_preemptions == 0 and num_tokens >= threshold
+
+
+def _precedence(prompt: Sequence) -> tuple[bool, int, int, int]:
+    """Sort key of prompts: by priority, then fewest uncomputed tokens first, but none may be overtaken for ever.
 
     One that gave its blocks away, or was overtaken by as many tokens as it has, comes before all others.
     """
     if prompt.num_preemptions or prompt.num_overtaken_tokens >= len(prompt.token_ids):
-        return False, prompt.arrival_number, 0
-    return True, prompt.num_uncomputed_tokens, prompt.arrival_number
+        return False, prompt.arrival_number, 0, 0
+    return True, -prompt.priority, prompt.num_uncomputed_tokens, prompt.arrival_number

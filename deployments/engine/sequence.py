@@ -35,7 +35,8 @@ class Sequence:
         role: what this engine does for it.
         arrival_s: monotonic time of arrival.
         arrival_number: position in the order of arrival at this engine.
-        num_overtaken_tokens: prompt tokens of later sequences that were admitted before this prompt was done.
+        num_overtaken_tokens: prompt tokens of later sequences that were admitted before this prompt was done; those of
+            higher priority count in part.
         token_ids: the prompt, then the generated tokens, `PENDING` for one that is not known yet.
         num_computed_tokens: leading tokens whose KV is in the blocks, or will be when the step in flight has ended.
         num_cached_tokens: those of them that were found in the prefix cache at the first admission.
@@ -67,6 +68,10 @@ class Sequence:
     @property
     def request_id(self) -> str:
         return self.request.request_id
+
+    @property
+    def priority(self) -> int:
+        return self.request.priority
 
     @property
     def num_prompt_tokens(self) -> int:

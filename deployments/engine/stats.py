@@ -32,9 +32,11 @@ class EngineStats:
 
     Attributes:
         num_queued_prompt_tokens: prompt tokens that wait to be computed.
+        num_remote_prompt_tokens: those of them that a prefill engine will compute, unless they are found cached.
         num_waiting: sequences without blocks.
         num_reserved: sequences whose KV is on its way from a prefill engine.
         num_running: sequences in the batch.
+        max_num_seqs: sequences that have a seat at once, reserved and running.
         num_blocks: size of the KV pool.
         num_used_blocks: blocks held by sequences; cached free blocks do not count.
         num_exported_blocks: blocks copied out for a hand-off and not yet released.
@@ -44,14 +46,19 @@ class EngineStats:
         preemptions: sequences that lost their blocks and were computed again.
         steps: batches run.
         expired_leases: hand-offs that were given up since the other engine was not heard of.
+        prefill_s: seconds of batches with prompt tokens in them.
+        finished: sequences that gave their seat back for good, whatever ended them.
+        num_receivers: ingress replicas that are connected.
         ttft_s: arrival at this engine to first token.
         itl_s: gap between tokens of one sequence.
     """
 
     num_queued_prompt_tokens: int = 0
+    num_remote_prompt_tokens: int = 0
     num_waiting: int = 0
     num_reserved: int = 0
     num_running: int = 0
+    max_num_seqs: int = 0
     num_blocks: int = 0
     num_used_blocks: int = 0
     num_exported_blocks: int = 0
@@ -61,6 +68,9 @@ class EngineStats:
     preemptions: int = 0
     steps: int = 0
     expired_leases: int = 0
+    prefill_s: float = 0.0
+    finished: int = 0
+    num_receivers: int = 0
     ttft_s: Histogram = field(default_factory=Histogram)
     itl_s: Histogram = field(default_factory=Histogram)
 

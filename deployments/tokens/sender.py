@@ -49,6 +49,11 @@ class TokenSender:
         self._thread = threading.Thread(target=self._loop.run_forever, name="token-sender", daemon=True)
         self._thread.start()
 
+    @property
+    def num_channels(self) -> int:
+        """Receivers that are connected, or being connected to."""
+        return len(self._channels)
+
     def register(self, request_id: str, address: ReplyAddress) -> None:
         """Say where a request's tokens go; before its first one is sent. Connects at once."""
         self._loop.call_soon_threadsafe(self._register, request_id, address)

@@ -66,6 +66,21 @@ Step = Sequence[int] | str | FinishReason | Exception | Hang | asyncio.Event
 
 
 @dataclass
+class FakeTicket:
+    """Keeps what it is told."""
+
+    first_tokens: list[int] = field(default_factory=list)
+    is_closed: bool = False
+
+    def first_token(self, index: int) -> None:
+        assert not self.is_closed
+        self.first_tokens.append(index)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@dataclass
 class FakeBackend:
     """Plays a script per request.
 
@@ -76,10 +91,20 @@ class FakeBackend:
     script: Callable[[GenerateRequest], Sequence[Step]]
     num_cached_tokens: int = 0
     healthy: tuple[bool, str] | Exception = (True, "")
+    refusal: Exception | None = None
+    calls: list[tuple[tuple[GenerateRequest, ...], bytes]] = field(default_factory=list)
+    tickets: list[FakeTicket] = field(default_factory=list)
     requests: list[GenerateRequest] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
     num_outputs: Counter[str] = field(default_factory=Counter)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> FakeTicket:
+        self.calls.append((tuple(requests), key))
+        if self.refusal is not None:
+            raise self.refusal
+        self.tickets.append(FakeTicket())
+        return self.tickets[-1]
 
     async def generate(
         self, request: GenerateRequest, on_overflow: Callable[[], None] = lambda: None

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import httpx
 import orjson
@@ -14,7 +14,7 @@ from deployments.api.http import build_app
 from deployments.api.observer import Outcome
 from deployments.messages import GenerateRequest, TokenOutput
 from deployments.tokens.receiver import TokenReceiver, TokenStream
-from tests.api.fakes import INFO, Recorder, build_codec, serving
+from tests.api.fakes import INFO, FakeTicket, Recorder, build_codec, serving
 
 MAX_UNREAD_TOKENS = 500
 
@@ -26,6 +26,9 @@ class Fountain:
         self.tokens = TokenReceiver(MAX_UNREAD_TOKENS)
         self.overflowed: set[str] = set()
         self.num_pushed = 0
+
+    def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> FakeTicket:
+        return FakeTicket()
 
     def generate(self, request: GenerateRequest, on_overflow: Callable[[], None]) -> TokenStream:
         def overflow() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from deployments.admission import Admission, Bounds
 from deployments.decode import Decode
 from deployments.engine.engine import Engine
 from deployments.engine.runner import EngineLoop
@@ -113,7 +114,8 @@ class LocalActor:
 
     async def _info(self) -> EngineInfo:
         limits = self.engine.limits
-        return EngineInfo("tiny", limits.max_model_len, 512, (), limits.block_size, 1024, self.lease_s, os.getpid())
+        shape = limits.block_size, 1024
+        return EngineInfo("tiny", limits.max_model_len, 512, (), *shape, self.lease_s, os.getpid(), limits.num_blocks)
 
     async def _ping(self) -> None:
         await self._command(lambda engine: engine.run_canary())
@@ -242,7 +244,8 @@ class Pools:
             await decode.__init__(None, resources, prefill_handle, min_tokens, False)  # type: ignore[misc]
         decode_handle: Any = Handle(pools.decodes)
         pools.tokens = await TokenReceiver.start("127.0.0.1", max_unread_tokens)
-        pools.backend = PoolBackend(decode_handle, prefill_handle, pools.tokens, resume_timeout_s)
+        admission = Admission(Bounds(max_ttft_s=30.0, max_queued_tokens=10_000, min_remote_tokens=min_tokens))
+        pools.backend = PoolBackend(decode_handle, prefill_handle, pools.tokens, admission, resume_timeout_s)
         return pools
 
     def generate(self, request: GenerateRequest, on_overflow: Callable[[], None] = lambda: None) -> TokenStream:

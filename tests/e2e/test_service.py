@@ -80,6 +80,16 @@ def test_health_and_metrics_cover_both_pools(disaggregated: Service, client: htt
             assert f'kvrelay_{name}{{pool="{pool}"' in text, (name, pool)
     assert "kvrelay_ttft_seconds_count" in text
     assert "kvrelay_itl_seconds_count" in text
+    assert 'kvrelay_estimated_wait_seconds{pool="prefill"}' in text
+
+
+def test_admission_learns_the_speed_of_prompts(service: Service, client: httpx.Client) -> None:
+    body = {"model": MODEL_NAME, "prompt": list(range(4000, 4300)), "max_tokens": 2}
+    assert client.post(f"{service.url}/v1/completions", json=body).status_code == 200
+    deadline = time.monotonic() + 10
+    while "kvrelay_prefill_speed{" not in client.get(f"{service.url}/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_a_request_too_long_is_refused_with_the_numbers(service: Service, client: httpx.Client) -> None:

@@ -8,7 +8,7 @@ from deployments.engine.block_manager import BlockManager
 from deployments.engine.config import EngineLimits
 from deployments.engine.scheduler import Schedule, Scheduler
 from deployments.engine.sequence import Role, Sequence, Status
-from deployments.messages import GenerateRequest, Placed, SamplingParams
+from deployments.messages import GenerateRequest, Placed, Priority, SamplingParams
 
 BLOCK_SIZE = 4
 
@@ -18,8 +18,14 @@ def build(num_blocks: int = 64, max_num_seqs: int = 8, budget: int = 16, *, pref
     return Scheduler(blocks, EngineLimits(1024, BLOCK_SIZE, num_blocks, max_num_seqs, budget))
 
 
-def add(scheduler: Scheduler, request_id: str, num_tokens: int, remote_threshold: int | None = None) -> Sequence:
-    request = GenerateRequest(request_id, tuple(range(num_tokens)), SamplingParams(max_tokens=100))
+def add(
+    scheduler: Scheduler,
+    request_id: str,
+    num_tokens: int,
+    remote_threshold: int | None = None,
+    priority: Priority = Priority.NORMAL,
+) -> Sequence:
+    request = GenerateRequest(request_id, tuple(range(num_tokens)), SamplingParams(max_tokens=100), priority)
     new = Sequence(request, Role.LOCAL, 0.0, remote_threshold=remote_threshold)
     scheduler.add(new)
     return new
@@ -82,6 +88,69 @@ def test_a_prompt_is_overtaken_by_no_more_tokens_than_it_has() -> None:
         for name in [s.request_id for s in scheduler.running if s.is_decoding]:
             scheduler.remove(name)
     assert num_overtaking <= len(long.token_ids) + 8
+
+
+def test_prompts_of_high_priority_go_first_whatever_their_length() -> None:
+    scheduler = build(budget=16)
+    add(scheduler, "low", 4, priority=Priority.LOW)
+    add(scheduler, "normal", 4)
+    add(scheduler, "high", 20, priority=Priority.HIGH)
+    assert step(scheduler) == {"high": 16}
+    assert step(scheduler) == {"high": 4, "normal": 4, "low": 4}
+
+
+def test_a_prompt_of_low_priority_does_not_wait_for_ever_either() -> None:
+    scheduler = build(budget=8, max_num_seqs=64, num_blocks=256)
+    add(scheduler, "low", 24, priority=Priority.LOW)
+    for number in range(100):
+        add(scheduler, f"high-{number}", 8, priority=Priority.HIGH)
+        if "low" in step(scheduler):
+            break
+        for name in [s.request_id for s in scheduler.running if s.is_decoding]:
+            scheduler.remove(name)
+    assert 23 <= number <= 25, "overtaken by as many prompts as it has tokens, each of which counts one"
+
+
+def test_the_newest_of_the_lowest_priority_gives_way() -> None:
+    scheduler = build(num_blocks=7)
+    add(scheduler, "high", 7, priority=Priority.HIGH)
+    step(scheduler)
+    low = add(scheduler, "low", 7, priority=Priority.LOW)
+    step(scheduler)
+    add(scheduler, "normal", 7)
+    assert step(scheduler) == {"high": 1, "low": 1, "normal": 7}
+    assert step(scheduler) == {"high": 1, "normal": 1}
+    assert low.status is Status.WAITING
+    assert scheduler.num_preemptions == 1
+
+
+def test_a_low_priority_never_undoes_what_is_scheduled_before_it() -> None:
+    scheduler = build(num_blocks=4)
+    add(scheduler, "low", 7, priority=Priority.LOW)
+    step(scheduler)
+    add(scheduler, "high", 7, priority=Priority.HIGH)
+    step(scheduler)
+    assert step(scheduler) == {"high": 1}, "the low one was first in turn, found no block and gave way itself"
+
+
+def test_tokens_that_wait_for_a_prefill_engine_are_told_apart() -> None:
+    scheduler = build(max_num_seqs=1)
+    add(scheduler, "runs", 4)
+    step(scheduler)
+    add(scheduler, "short", 7, remote_threshold=8)
+    add(scheduler, "long", 8, remote_threshold=8)
+    assert (scheduler.num_queued_prompt_tokens, scheduler.num_remote_prompt_tokens) == (15, 8)
+
+
+def test_a_sequence_that_gave_its_seat_back_counts_as_finished() -> None:
+    scheduler = build(max_num_seqs=1)
+    add(scheduler, "runs", 4)
+    step(scheduler)
+    add(scheduler, "waits", 4)
+    scheduler.remove("waits")
+    assert scheduler.num_finished == 0
+    scheduler.remove("runs")
+    assert scheduler.num_finished == 1
 
 
 def test_running_decodes_get_their_token_before_any_prompt() -> None:
@@ -225,7 +294,7 @@ def test_removal_frees_the_blocks_in_every_state(status: Status) -> None:
 
 
 # The second is preempted, and resumed with all but its last token in the cache.
-@example(lengths=[19, 2], outputs=20, num_blocks=15, budget=8, arrivals=1)
+@example(lengths=[19, 2], outputs=20, num_blocks=15, budget=8, arrivals=1, priorities=[Priority.NORMAL] * 12)
 @settings(max_examples=60, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
@@ -233,15 +302,16 @@ def test_removal_frees_the_blocks_in_every_state(status: Status) -> None:
     num_blocks=st.integers(15, 40),
     budget=st.integers(8, 30),
     arrivals=st.integers(1, 4),
+    priorities=st.lists(st.sampled_from(Priority), min_size=12, max_size=12),
 )
 def test_everything_finishes_and_no_decode_ever_waits(
-    lengths: list[int], outputs: int, num_blocks: int, budget: int, arrivals: int
+    lengths: list[int], outputs: int, num_blocks: int, budget: int, arrivals: int, priorities: list[Priority]
 ) -> None:
     scheduler = build(num_blocks=num_blocks, budget=budget, prefix_caching=True)
     todo = list(enumerate(lengths))
     for _ in range(5000):
         for i, length in todo[:arrivals]:
-            add(scheduler, f"r{i}", length)
+            add(scheduler, f"r{i}", length, priority=priorities[i])
         del todo[:arrivals]
         decoding = [s for s in scheduler.running if s.is_decoding]
         schedule = scheduler.schedule()

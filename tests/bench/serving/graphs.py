@@ -1,7 +1,7 @@
 """The two applications that are compared: ours, and the ordinary way to stream tokens through Ray Serve."""
 
 import queue
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -9,6 +9,7 @@ from ray import serve
 from starlette.applications import Starlette
 
 from app.config import AppConfig
+from deployments.admission import Admission, Bounds, Ticket
 from deployments.api.http import build_app
 from deployments.api.text import TextCodec
 from deployments.decode import Decode
@@ -29,7 +30,7 @@ def ours(args: AppConfig) -> serve.Application:
     )
     ingress = serve.deployment(**args.deployment_options("ingress"))(Ingress)
     limits = args.ingress.max_request_bytes, args.ingress.max_unread_tokens, args.ingress.resume_timeout_s
-    return ingress.bind(decode, None, args.model, args.served_model_name, *limits)
+    return ingress.bind(decode, None, args.model, args.served_model_name, *limits, args.admission_bounds())
 
 
 class OrdinaryEngineActor:
@@ -102,6 +103,9 @@ class OrdinaryBackend:
 
     def __init__(self, decode: Any) -> None:
         self._decode = decode
+
+    def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
+        return Admission(Bounds(1.0, 2**30, None)).admit([1], requests[0].priority, key, 0.0)  # everybody
 
     async def generate(
         self, request: GenerateRequest, on_overflow: Callable[[], None]

@@ -128,6 +128,16 @@ class PacedEngine:
 def build_paced(config: EngineConfig) -> BuiltEngine:
     """Stands in for `build_engine`; the tokenizer is the default model's."""
     path = resolve_model(config.model)
-    info = EngineInfo(path, MAX_MODEL_LEN, 49_152, (), block_size=16, bytes_per_block=0, lease_s=15.0, pid=os.getpid())
+    info = EngineInfo(
+        path,
+        MAX_MODEL_LEN,
+        49_152,
+        (),
+        block_size=16,
+        bytes_per_block=0,
+        lease_s=15.0,
+        pid=os.getpid(),
+        num_blocks=MAX_MODEL_LEN // 16,
+    )
     engine: Any = PacedEngine(TokenLoop.load(path))
     return BuiltEngine(engine, info, None, "cpu")

@@ -32,8 +32,8 @@ from load_tests.scenario import Scenario, load_scenario
 from load_tests.schedule import build_idle_schedule
 from load_tests.stats import Slo, attainment, class_stats, goodput, goodput_ratio, itl_ratio
 from tests.bench.interference.pinned import engines
+from tests.bench.player import play, run
 from tests.bench.two_gpus.model import config_of, write_model
-from tests.bench.two_gpus.player import play, run
 from tests.engine_pair import random_prompt
 
 HERE = Path(__file__).parent

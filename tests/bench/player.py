@@ -109,9 +109,9 @@ def play(schedule: Sequence[Planned], port: int, model: str, end_s: float, drain
     return asyncio.run(started())
 
 
-def run(scenario: Scenario, port: int, model: str, deployment: str, round_: int) -> Run:
-    """Run a scenario once; runs of one round send the same at the same times."""
-    schedule = build_schedule(scenario, f"{scenario.name}/{round_}/1")
+def run(scenario: Scenario, port: int, model: str, deployment: str, round_: int, load: float = 1.0) -> Run:
+    """Run a scenario once; runs of one round and load send the same at the same times."""
+    schedule = build_schedule(scenario, f"{scenario.name}/{round_}/{load:g}", load)
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     begun, cpu_s = time.monotonic(), _cpu_s()
     samples = play(schedule, port, model, scenario.warmup_s + scenario.duration_s, scenario.drain_s)
@@ -120,7 +120,7 @@ def run(scenario: Scenario, port: int, model: str, deployment: str, round_: int)
         scenario=scenario.name,
         deployment=deployment,
         url=f"http://127.0.0.1:{port}",
-        load=1.0,
+        load=load,
         round=round_,
         started_at=started_at,
         warmup_s=scenario.warmup_s,

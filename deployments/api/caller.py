@@ -1,0 +1,57 @@
+"""Who calls and how urgent it is, from a request's headers.
+
+Owns that an API key goes no further than this file: the rest of the service sees a hash of it. `http.py` is its caller.
+"""
+
+import hashlib
+import reprlib
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+
+from deployments.errors import InvalidRequestError
+from deployments.messages import Priority
+
+PRIORITY_HEADER = "x-priority"
+# What all callers without a key have in common.
+ANONYMOUS = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls.
+
+    Attributes:
+        key: tells callers apart; a hash of the API key, or `ANONYMOUS`.
+        priority: of the call.
+    """
+
+    key: bytes
+    priority: Priority
+
+
+def read_caller(headers: Headers) -> Caller:
+    """Read the priority, and the key from `Authorization: Bearer` or else from `x-api-key`.
+
+    Raises:
+        InvalidRequestError: there is no such priority.
+    """
+    return Caller(_read_key(headers), _read_priority(headers))
+
+
+def _read_key(headers: Headers) -> bytes:
+    scheme, _, token = headers.get("authorization", "").strip().partition(" ")
+    key = token.strip() if scheme.lower() == "bearer" else ""
+    key = key or headers.get("x-api-key", "").strip()
+    return hashlib.sha256(key.encode()).digest() if key else ANONYMOUS
+
+
+def _read_priority(headers: Headers) -> Priority:
+    name = headers.get(PRIORITY_HEADER, Priority.NORMAL.name)
+    try:
+        return Priority[name.strip().upper()]
+    except KeyError:
+        known = ", ".join(priority.name.lower() for priority in reversed(Priority))
+        raise InvalidRequestError(
+            f"the header {PRIORITY_HEADER} is {reprlib.repr(name)}, must be one of {known}", PRIORITY_HEADER
+        ) from None

@@ -1,0 +1,47 @@
+"""What the ingress adds to admission: its numbers, and Serve's own limits as an overload like any other."""
+
+import pytest
+from ray.serve.exceptions import BackPressureError
+
+from deployments.admission import Admission, Bounds
+from deployments.errors import OverloadedError
+from deployments.messages import Priority
+from deployments.metrics import AdmissionMetrics, ClientMetrics, render
+from deployments.resume import as_ours
+from tests.deployments.fakes import Pools
+from tests.engine.driving import greedy
+from tests.engine.families import random_prompt
+
+
+def test_a_limit_of_serve_is_an_overload_with_its_numbers() -> None:
+    error = as_ours(BackPressureError(num_queued_requests=70, max_queued_requests=64))
+    assert isinstance(error, OverloadedError)
+    assert "max_queued_requests=64" in str(error)
+
+
+def test_refusals_are_counted_by_reason_and_priority() -> None:
+    admission, clients = Admission(Bounds(1.0, 100, None)), ClientMetrics()
+    clients.registry.register(AdmissionMetrics(admission))
+    admission.admit([60], Priority.LOW, b"", 0.0)
+    for _ in range(2):
+        with pytest.raises(OverloadedError):
+            admission.admit([60], Priority.LOW, b"", 0.0)
+    text = render({}, clients).decode()
+    assert 'kvrelay_refusals_total{priority="low",reason="queued_tokens"} 2.0' in text
+    assert 'kvrelay_estimated_queued_tokens{pool="decode"} 60.0' in text
+    assert 'kvrelay_prefill_speed{pool="decode"}' not in text, "not measured yet"
+
+
+async def test_a_reading_of_real_engines_gives_the_speed_of_each_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = await Pools.start(monkeypatch, min_tokens=50)
+    for name, length in (("long", 100), ("short", 20)):
+        request = greedy(name, random_prompt(length, seed=length), 2)
+        ticket = pools.backend.admit([request], b"")
+        async for _ in pools.generate(request):
+            pass
+        ticket.close()
+    prefill, decode = (await pools.prefill_actor._stats()), (await pools.decode_actor._stats())
+    assert (prefill.prompt_tokens, decode.prompt_tokens) == (100, 20)
+    assert prefill.prefill_s > 0 and decode.prefill_s > 0
+    assert (decode.finished, decode.num_remote_prompt_tokens) == (2, 0)
+    await pools.stop()

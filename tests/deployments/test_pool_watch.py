@@ -1,0 +1,60 @@
+"""The pools are read one reading at a time, and a failed reading is told once."""
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from deployments.admission import DECODE, Admission, Bounds
+from deployments.engine.stats import EngineStats
+from deployments.metrics import HandoffStats, ReplicaStats
+from deployments.pool_watch import Read, watch_pools
+
+READING = {DECODE: [ReplicaStats("d", EngineStats(prompt_tokens=50, prefill_s=0.5), HandoffStats())]}
+
+
+@asynccontextmanager
+async def watching(read: Read) -> AsyncIterator[Admission]:
+    admission = Admission(Bounds(1.0, 1000, None))
+    task = asyncio.create_task(watch_pools(read, admission, period_s=0.0))
+    try:
+        yield admission
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def test_a_reading_reaches_admission_and_the_next_one_waits_for_it() -> None:
+    num_running, asked = 0, asyncio.Semaphore(0)
+
+    async def read() -> dict[str, list[ReplicaStats]]:
+        nonlocal num_running
+        num_running += 1
+        assert num_running == 1
+        await asyncio.sleep(0)
+        num_running -= 1
+        asked.release()
+        return READING
+
+    async with watching(read) as admission:
+        for _ in range(3):
+            await asked.acquire()
+    assert admission.outlook(DECODE, 0.0).speed == 100
+
+
+async def test_a_failure_is_logged_once_and_the_watch_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    attempts, succeeded = itertools.count(), asyncio.Event()
+
+    async def read() -> dict[str, list[ReplicaStats]]:
+        if next(attempts) < 3:
+            raise ConnectionError("no pool")
+        succeeded.set()
+        return READING
+
+    async with watching(read):
+        await succeeded.wait()
+    assert caplog.text.count("cannot be read") == 1

@@ -1,0 +1,36 @@
+"""How long steps with prompts took: known for a step at a time and for steps that overlap, and for no other steps."""
+
+import time
+
+import pytest
+
+from tests.engine.driving import Transcript, build_engine, greedy, run
+from tests.engine.families import load, random_prompt
+
+
+@pytest.mark.parametrize("is_pipelined", [False, True])
+def test_only_steps_with_prompt_tokens_count_and_no_moment_counts_twice(is_pipelined: bool) -> None:
+    engine = build_engine(load("llama"), is_pipelined=is_pipelined, max_num_batched_tokens=16)
+    assert engine.stats().prefill_s == 0
+    engine.add(greedy("r", random_prompt(60, seed=1), 20))
+    begun_s = time.monotonic()
+    transcript = Transcript()
+    while engine.stats().generated_tokens == 0:
+        transcript.note(engine.step())
+    computed = engine.stats()
+    assert 0 < computed.prefill_s <= time.monotonic() - begun_s
+    run(engine, transcript)
+    assert engine.stats().prefill_s == computed.prefill_s, "the rest were decodes"
+    assert (engine.stats().max_num_seqs, engine.stats().finished) == (8, 1)
+
+
+def test_time_without_work_does_not_count() -> None:
+    engine = build_engine(load("llama"), is_pipelined=True)
+    run_one_prompt_s = []
+    for name in "ab":
+        engine.add(greedy(name, random_prompt(40, seed=2), 1))
+        begun_s, before_s = time.monotonic(), engine.stats().prefill_s
+        run(engine)
+        run_one_prompt_s.append((engine.stats().prefill_s - before_s, time.monotonic() - begun_s))
+        engine._step_ended_s -= 100.0  # as if it had been idle for so long
+    assert all(counted_s <= elapsed_s for counted_s, elapsed_s in run_one_prompt_s)
