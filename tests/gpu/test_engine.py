@@ -122,3 +122,16 @@ def test_a_prompt_alone_takes_the_graph_of_its_length(length: int) -> None:
     engine = build("llama")
     engine.add(greedy("r", prompt(length), 4))
     check_greedy("llama", prompt(length), run(engine).tokens["r"])
+
+
+def test_the_canary_runs_while_nothing_else_does_and_changes_no_token() -> None:
+    engine = build("llama")
+    assert engine.run_canary() and engine.run_canary()
+    engine.add(greedy("r", prompt(700), NUM_TOKENS))
+    transcript = Transcript()
+    transcript.note(engine.step())
+    assert not engine.run_canary(), "a step was in flight"
+    check_greedy("llama", prompt(700), run(engine, transcript).tokens["r"])
+    assert not engine.run_canary(), "steps have run since the last one"
+    assert engine.run_canary()
+    assert engine.num_free_blocks == 64
