@@ -17,7 +17,7 @@ from tests.bench.chaos.verdict import (
 )
 
 TOKENS = [5, 6, 7, 8]
-PROBE = Probe(number=0, prompt=(1, 2), max_tokens=len(TOKENS), temperature=0.0, seed=0)
+PROBE = Probe(number=0, prompt=(1, 2), max_tokens=len(TOKENS), temperature=0.0, top_k=0, seed=0)
 IDLE = {("decode", "a"): {"kv_blocks_used": 0.0, "running_sequences": 0.0}}
 
 
@@ -32,8 +32,8 @@ def done(kind=Kind.ENGINE_KILL, at_s=2.0, recovery_s=10.0, error=None):
     return Done(Fault(at_s, kind, pool, 0.0), at_s, "Decode 1", recovery_s, error)
 
 
-def verdict(records, faults=(), num_planned=0, unstable=(), holdings=IDLE):
-    return decide(records, Reference({0: TOKENS}, unstable), faults, num_planned, holdings, num_engines=1)
+def verdict(records, faults=(), num_planned=0, answers=(TOKENS, TOKENS), holdings=IDLE):
+    return decide(records, Reference({0: answers}), faults, num_planned, holdings, num_engines=1)
 
 
 FAILURES = {
@@ -53,7 +53,7 @@ def test_each_way_to_end_is_an_outcome_of_its_own(outcome, seen):
 CUTS = [
     record(Ending.CONNECTION, TOKENS[:2], 200, "RemoteProtocolError"),
     record(Ending.CONNECTION, [], None, "ReadError"),
-    record(Ending.HTTP_ERROR, [], 502, FOREIGN),
+    record(Ending.HTTP_ERROR, [], 500, FOREIGN),
 ]
 
 
@@ -109,6 +109,13 @@ def test_tokens_of_a_cut_answer_are_compared_too():
     assert [(one.probe, one.at, one.outcome) for one in found.differences] == [(0, 1, Outcome.FAILED)]
 
 
+def test_an_answer_is_right_if_the_probe_was_ever_answered_so_without_faults():
+    other = [5, 6, 9, 9]
+    found = verdict([record(), record(tokens=other), record(tokens=[5, 6, 8, 8])], answers=(TOKENS, other))
+    assert found.unstable == (0,)
+    assert [one.at for one in found.differences] == [2]
+
+
 def test_whatever_an_engine_holds_at_the_end_is_a_leak_by_its_name():
     holdings = {**IDLE, ("prefill", "b"): {"exported_blocks": 3.0, "kv_blocks_used": 0.0}}
     assert find_leaks(holdings) == {"prefill b": {"exported_blocks": 3.0}}
@@ -127,7 +134,7 @@ def test_a_storm_that_everybody_survived_has_no_problem():
         (verdict([record()] * 100 + [FAILURES[Outcome.FAILED]]), "0.99% of requests failed"),
         (verdict([record()] * 1000 + [FAILURES[Outcome.LOST]]), "1 requests lost"),
         (verdict([record(tokens=[5, 6, 7, 9])]), "1 answers with different tokens"),
-        (verdict([record()], unstable=(0,)), "1 probes differ without faults"),
+        (verdict([record()], answers=(TOKENS, [5, 9])), "1 probes differ without faults"),
         (verdict([record()], holdings={("decode", "a"): {"kv_blocks_used": 1.0}}), "1 engines hold"),
         (verdict([record()], holdings={}), "1 engines do not say"),
         (verdict([record()], [done(recovery_s=None, error="not back")], 1), "engine killed, Decode 1: not back"),

@@ -29,6 +29,9 @@ MODEL = "chaos"
 WANTED = {Pool.PREFILL: 2, Pool.DECODE: 2, Pool.INGRESS: 2}
 # Most prompts are handed over and not all of them cached; small pools, for 4 to 6 engines share the memory.
 ARGUMENTS = ["min_remote_prefill_tokens=48", "engine.num_blocks=256", "engine.max_model_len=1024"]
+# What clients ask for who leave within 3 s: too much to be answered by then.
+NUM_LEAVERS = 10
+LEAVERS_TOKENS = (128, 160)
 # In calm, when tokens are learnt; they must not depend on it.
 CALM_CLIENTS = 4
 # Clients have gone, but an engine may still find out.
@@ -62,30 +65,29 @@ async def learn(cluster: Cluster, probes: Sequence[Probe]) -> Reference:
     Raises:
         RuntimeError: a request failed, with nothing done to the service.
     """
-    passes = []
+    answers: dict[int, list[list[int]]] = {probe.number: [] for probe in probes}
     async with Client(cluster.url, cluster.model) as client:
         for stream in (False, True):
-            records = await client.send_all([Call(probe, stream) for probe in probes], CALM_CLIENTS)
-            for record in records:
+            for record in await client.send_all([Call(probe, stream) for probe in probes], CALM_CLIENTS):
+                number = record.call.probe.number
                 if record.ending is not Ending.WHOLE:
-                    raise RuntimeError(f"probe {record.call.probe.number}, in calm: {record.ending}, {record.error}")
-            passes.append({record.call.probe.number: record.token_ids for record in records})
-    first, second = passes
-    return Reference(first, tuple(number for number in first if first[number] != second[number]))
+                    raise RuntimeError(f"probe {number}, in calm: {record.ending}, {record.error}")
+                answers[number].append(record.token_ids)
+    return Reference(answers)
 
 
 async def endure(
-    cluster: Cluster, probes: Sequence[Probe], plan: Sequence[Fault], duration_s: float, rate: float, seed: int
+    cluster: Cluster, load: Deck, leavers: Deck, plan: Sequence[Fault], options: argparse.Namespace
 ) -> Observed:
-    """Keep the load up for `duration_s`, or until the last fault is over, while the storm is carried out."""
+    """Keep the load up, at least until the last fault is over, while the storm is carried out."""
     async with Client(cluster.url, cluster.model) as client:
         ended, begun_s = asyncio.Event(), time.monotonic()
-        storm = Storm(cluster, client, Deck(probes, seed + 1))
-        load = asyncio.create_task(send_steadily(client, Deck(probes, seed), rate, seed, ended))
-        await asyncio.gather(storm.run(plan), asyncio.sleep(duration_s))
+        storm = Storm(cluster, client, leavers)
+        sending = asyncio.create_task(send_steadily(client, load, options.rate, options.seed, ended))
+        await asyncio.gather(storm.run(plan), asyncio.sleep(options.minutes * 60))
         ended.set()
         ended_s = time.monotonic()
-        await load
+        await sending
         holdings = await cluster.settle(SETTLE_S)
         return Observed(begun_s, ended_s, storm.done, client.records, holdings, cluster.num_engines)
 
@@ -95,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, default=10.0, help="of load (default: %(default)s)")
     parser.add_argument("--faults", type=int, default=60, help="in that time (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of requests and faults (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=0.8, help="requests per second (default: %(default)s)")
+    parser.add_argument("--rate", type=float, default=0.6, help="requests per second (default: %(default)s)")
     parser.add_argument("--probes", type=int, default=60, help="distinct requests (default: %(default)s)")
     parser.add_argument("--port", type=int, default=PORT, help="of the service (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=Path(".run/chaos"), help="for the samples")
@@ -105,16 +107,18 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> int:
     """0 if every bound was kept."""
     options = _parser().parse_args()
-    duration_s = options.minutes * 60
-    plan = plan_storm(options.seed, duration_s, options.faults)
-    probes = build_probes(options.seed, options.probes)
+    seed = options.seed
+    plan = plan_storm(seed, options.minutes * 60, options.faults)
+    short = build_probes(seed, options.probes)
+    long = build_probes(seed + 1, NUM_LEAVERS, max_tokens=LEAVERS_TOKENS, first_number=len(short))
+    probes = [*short, *long]
     with serving(RunFolder(Path(".run/chaos")), options.port, MODEL, WANTED, ARGUMENTS) as cluster:
         begun_s = time.monotonic()
         reference = asyncio.run(learn(cluster, probes))
         calm_rate = 2 * len(probes) / (time.monotonic() - begun_s)
         unstable = len(reference.unstable)
         print(f"calm: {calm_rate:.2f} requests/s, {unstable} not answered the same twice; now the storm", flush=True)
-        seen = asyncio.run(endure(cluster, probes, plan, duration_s, options.rate, options.seed))
+        seen = asyncio.run(endure(cluster, Deck(short, seed), Deck(long, seed), plan, options))
     verdict = decide(seen.records, reference, seen.faults, len(plan), seen.holdings, seen.num_engines)
     figures = {
         "lasted_s": seen.ended_s - seen.begun_s,
@@ -126,7 +130,7 @@ def main() -> int:
         **figures,
         faults=[asdict(done) | {"at_s": done.at_s - seen.begun_s} for done in seen.faults],
         probes=[asdict(probe) for probe in probes],
-        expected=dict(reference.tokens),
+        answers=reference.answers,
         requests=[record_row(record, seen.begun_s) for record in seen.records],
     )
     path = write_samples(options.results, "chaos", samples)

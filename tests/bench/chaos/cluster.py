@@ -20,6 +20,7 @@ import httpx
 import psutil
 import ray
 from ray._private import state as ray_state
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 
 from app.local import down, up
 from app.local_process import RunFolder, Server
@@ -201,6 +202,8 @@ def serving(folder: RunFolder, port: int, model: str, wanted: dict[Pool, int], p
     try:
         server = folder.server()
         assert server is not None, "it answered a moment ago"
+        # A Ray that a program starts asks for the user's token; to join one, the program has to turn that on itself.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         ray.init(address=_gcs_address(server), log_to_driver=False, logging_level=logging.ERROR)
         yield Cluster(server, model, dict(wanted), replicas_file)
     finally:

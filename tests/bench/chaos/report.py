@@ -47,10 +47,10 @@ def record_row(record: Record, since_s: float) -> dict[str, Any]:
 
 def print_verdict(verdict: Verdict) -> None:
     """The table of a storm, and what is beyond its bound."""
-    print(f"\n{'fault':>26} {'times':>6} {'recovery p50 s':>15} {'p99 s':>7} {'longest wait s':>15}")
+    print(f"\n{'fault':>26} {'times':>6} {'recovery p50 s':>15} {'p99 s':>7} {'longest wait meanwhile s':>25}")
     for kind, one in verdict.recoveries.items():
         cells = [f"{value:.1f}" if value is not None else "-" for value in (one.p50_s, one.p99_s)]
-        print(f"{kind:>26} {one.num:>6} {cells[0]:>15} {cells[1]:>7} {one.longest_wait_s:>15.1f}")
+        print(f"{kind:>26} {one.num:>6} {cells[0]:>15} {cells[1]:>7} {one.longest_wait_s:>25.1f}")
     print(f"\nrequests: {verdict.num_sent} sent, " + ", ".join(f"{n} {name}" for name, n in verdict.outcomes.items()))
     print(f"failed through no fault of their clients: {verdict.failed_share:.2%}")
     for words, count in verdict.failed.items():

@@ -19,7 +19,7 @@ MAX_FAILED_SHARE = 0.005
 INGRESS_WINDOW_S = 1.0
 
 _TOO_MANY_REQUESTS = 429
-_BAD_GATEWAY = (502, 503, 504)
+_SERVER_ERROR = 500
 # By pool and replica: gauge to value.
 _Holdings = Mapping[tuple[str, str], Mapping[str, float]]
 
@@ -40,12 +40,15 @@ class Reference:
     """What probes are answered without faults.
 
     Attributes:
-        tokens: by number of the probe.
-        unstable: probes whose tokens were not the same twice.
+        answers: tokens of each time that it was asked, by number of the probe.
     """
 
-    tokens: Mapping[int, Sequence[int]]
-    unstable: tuple[int, ...] = ()
+    answers: Mapping[int, Sequence[Sequence[int]]]
+
+    @property
+    def unstable(self) -> tuple[int, ...]:
+        """Probes that were not answered the same each time; either answer is right then."""
+        return tuple(number for number, (first, *others) in self.answers.items() if any(o != first for o in others))
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +92,7 @@ class Verdict:
     Attributes:
         outcomes: how many requests ended how, those of clients who left included.
         failed: failed requests by what their clients saw.
-        unstable: probes with different tokens in two passes without faults.
+        unstable: probes that were not answered the same twice without faults.
         differences: answers during the storm with other tokens than without faults.
         leaks: per engine what it still held at the end.
         num_silent: engines that did not say what they hold.
@@ -163,7 +166,7 @@ def decide(
         outcomes={outcome: sum(own is outcome for _, own in judged) for outcome in Outcome},
         failed=dict(Counter(describe(record) for record, own in judged if own is Outcome.FAILED)),
         unstable=reference.unstable,
-        differences=tuple(find_differences(judged, reference.tokens)),
+        differences=tuple(find_differences(judged, reference)),
         leaks=find_leaks(holdings),
         num_silent=max(0, num_engines - len(holdings)),
         num_planned=num_planned,
@@ -187,7 +190,7 @@ def judge(record: Record, ingress_kills_s: Iterable[float]) -> Outcome:
         return Outcome.LOST
     if record.status == _TOO_MANY_REQUESTS:
         return Outcome.REFUSED
-    is_cut = record.ending is Ending.CONNECTION or (record.status in _BAD_GATEWAY and record.error == FOREIGN)
+    is_cut = record.ending is Ending.CONNECTION or ((record.status or 0) >= _SERVER_ERROR and record.error == FOREIGN)
     if is_cut and any(_died_with_it(record, kill_s) for kill_s in ingress_kills_s):
         return Outcome.INGRESS
     return Outcome.FAILED
@@ -213,15 +216,14 @@ def first_difference(found: Sequence[int], expected: Sequence[int], is_whole: bo
     return min(len(found), len(expected)) if too_long or too_short else None
 
 
-def find_differences(
-    judged: Iterable[tuple[Record, Outcome]], expected: Mapping[int, Sequence[int]]
-) -> Iterator[Difference]:
+def find_differences(judged: Iterable[tuple[Record, Outcome]], reference: Reference) -> Iterator[Difference]:
     """Compare every token that came, also those of answers that were cut."""
     for record, outcome in judged:
-        probe = record.call.probe.number
-        at = first_difference(record.token_ids, expected[probe], outcome is Outcome.FINISHED)
-        if at is not None:
-            yield Difference(probe, at, record.sent_s, outcome)
+        probe, is_whole = record.call.probe.number, outcome is Outcome.FINISHED
+        places = [first_difference(record.token_ids, answer, is_whole) for answer in reference.answers[probe]]
+        known = [at for at in places if at is not None]
+        if len(known) == len(places):
+            yield Difference(probe, max(known), record.sent_s, outcome)
 
 
 def find_leaks(holdings: _Holdings) -> dict[str, dict[str, float]]:
