@@ -27,7 +27,8 @@ DEV := $(VENV)/.stamp-dev
 SOURCES := app deployments tests load_tests
 
 .PHONY: help serve stop status test check format load-test advise clean \
-	bench-engine bench-gpu bench-gpu-handoff bench-two-gpus bench-handoff bench-serving bench-interference bench-overload
+	bench-engine bench-gpu bench-gpu-handoff bench-two-gpus bench-handoff bench-serving bench-interference \
+	bench-overload bench-chaos bench-soak
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 24
@@ -80,6 +81,12 @@ bench-interference: $(DEV) $(LOAD) ## Colocated against disaggregated, two engin
 
 bench-overload: $(DEV) ## Ask more of the service than it can do, up to three times: goodput, refusals. ARGS= is passed on.
 	@$(PY) -m tests.bench.overload.bench_overload $(ARGS)
+
+bench-chaos: $(DEV) ## Kill, stop and scale parts of a loaded service; what its clients see of it. ARGS= is passed on.
+	@$(PY) -m tests.bench.chaos.bench_chaos $(ARGS)
+
+bench-soak: $(DEV) ## Load a service for long: memory, threads, descriptors, blocks. ARGS= is passed on.
+	@$(PY) -m tests.bench.soak.bench_soak $(ARGS)
 
 load-test: $(LOAD) ## Load a running service: SCENARIO=, URL=. ARGS= is passed on.
 	@$(LOAD_PY) -m load_tests.run $(SCENARIO) --url $(URL) $(ARGS)

@@ -1,0 +1,66 @@
+"""Hundreds of requests, clients that leave among them, leave nothing behind: the short form of `make bench-soak`."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+import psutil
+
+from tests.bench.chaos.cluster import live_actors
+from tests.bench.chaos.load import Client, Ending
+from tests.bench.chaos.probes import Deck, Probe, build_probes
+from tests.bench.soak.processes import Usage, take
+from tests.bench.soak.verdict import Idle, by_process, find_leaks
+from tests.e2e.conftest import MODEL_NAME, Service
+from tests.e2e.test_service import wait_idle
+
+# Half of the measured requests are new and handed over, the other half was asked before and is found in caches.
+NUM_PROBES = 100
+PROMPT_TOKENS, MAX_TOKENS = (64, 100), (3, 8)
+NUM_CLIENTS = 8
+LEAVE_SHARE, LEAVE_WITHIN_S = 0.15, 0.5
+WATCHED = ("engine", "prefill front", "decode front", "ingress")
+# What is kept of each request, were it never freed: its tokens as Python objects alone take 5 KiB.
+MAX_GROWTH_PER_REQUEST_BYTES = 64 * 1024
+CLOSING_TIMEOUT_S = 60.0
+
+
+def drive(service: Service, probes: Sequence[Probe], seed: int) -> int:
+    """Ask for every probe once; how many requests that were."""
+
+    async def ask() -> None:
+        deck = Deck(probes, seed, LEAVE_SHARE, LEAVE_WITHIN_S)
+        async with Client(service.url, MODEL_NAME) as client:
+            records = await client.send_all([deck.draw() for _ in probes], NUM_CLIENTS)
+        endings = {record.ending for record in records}
+        assert endings == {Ending.WHOLE, Ending.LEFT}, [record.error for record in records if record.error]
+
+    asyncio.run(ask())
+    wait_idle(service, 30)
+    return len(probes)
+
+
+def count() -> Idle:
+    """What there is; of a service that holds nothing for requests."""
+    return Idle(tuple(take(psutil.Process().children(recursive=True), 0.0)), len(live_actors()), {})
+
+
+def watched(idle: Idle) -> dict[str, Usage]:
+    return {name: usage for name, (usage,) in by_process(idle.usage).items() if usage.role in WATCHED}
+
+
+def test_hundreds_of_requests_leave_nothing_behind(disaggregated: Service) -> None:
+    probes = build_probes(1, 2 * NUM_PROBES, PROMPT_TOKENS, MAX_TOKENS)
+    old, new = probes[:NUM_PROBES], probes[NUM_PROBES:]
+    drive(disaggregated, old, seed=1)  # the first ones make threads, connections and buffers that stay
+    before = count()
+    num_requests = drive(disaggregated, new, seed=2) + drive(disaggregated, old, seed=3)
+    deadline_s = time.monotonic() + CLOSING_TIMEOUT_S  # connections of clients who left close by and by
+    while leaks := list(find_leaks(before, after := count())):
+        assert time.monotonic() < deadline_s, leaks
+        time.sleep(0.5)
+    was, is_now = watched(before), watched(after)
+    assert {usage.role for usage in was.values()} == set(WATCHED)
+    for name, usage in is_now.items():
+        grown = usage.rss_bytes - was[name].rss_bytes
+        assert grown <= num_requests * MAX_GROWTH_PER_REQUEST_BYTES, f"{name}: {grown / num_requests:.0f} bytes/request"
