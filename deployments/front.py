@@ -4,11 +4,13 @@ import asyncio
 import logging
 import os
 import signal
+from contextlib import suppress
 from functools import partial
 
 from ray import serve
 
 from deployments.engine.config import EngineConfig
+from deployments.engine.stats import EngineStats
 from deployments.engine_actor import EngineBuilder, EngineInfo, EngineResources, spawn_engine
 from deployments.engine_client import EngineClient
 from deployments.metrics import HandoffStats, ReplicaStats
@@ -16,6 +18,8 @@ from deployments.metrics import HandoffStats, ReplicaStats
 logger = logging.getLogger(__name__)
 
 _FAREWELL_S = 0.2
+# Longer than a step takes; shorter than whoever asks all replicas at once waits for them.
+_STATS_TIMEOUT_S = 3.0
 
 
 class EngineFront:
@@ -30,6 +34,7 @@ class EngineFront:
         self.engine = engine
         self.handoff = HandoffStats()
         self._max_silence_s = max_silence_s
+        self._last_stats = EngineStats()
 
     @classmethod
     async def start(cls, config: EngineConfig, resources: EngineResources, build: EngineBuilder) -> "EngineFront":
@@ -40,8 +45,11 @@ class EngineFront:
         return cls(EngineClient(actor, info, partial(_leave, process)), config.max_silence_s)
 
     async def stats(self) -> ReplicaStats:
+        """The numbers of this replica; of an engine that does not answer soon, those that it gave last."""
+        with suppress(TimeoutError):
+            self._last_stats = await asyncio.wait_for(self.engine.stats(), _STATS_TIMEOUT_S)
         replica = serve.get_replica_context().replica_id.unique_id
-        return ReplicaStats(replica, await self.engine.stats(), self.handoff.copy())
+        return ReplicaStats(replica, self._last_stats, self.handoff.copy())
 
     async def check_health(self) -> None:
         """See `EngineClient.check_health`; Ray Serve calls it every few seconds."""
