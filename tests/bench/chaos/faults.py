@@ -16,7 +16,7 @@ from tests.bench.chaos.load import Client
 from tests.bench.chaos.probes import Call, Deck
 from tests.bench.chaos.storm import ENGINE_POOLS, Done, Fault, Kind, Pool
 
-# An engine loads in 15 to 30 s beside others on two cores; one that hangs is first missed for half a minute.
+# Pools were whole again 13 to 29 s after a kill and 60 s after a stop of 34 s (two busy cores, 2026-11-27).
 RECOVERY_TIMEOUT_S = 180.0
 # Serve may find out only now that a replica is to go; then it was not yet back.
 _STEADY_S = 3.0

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
@@ -46,9 +47,11 @@ class Usage:
 
 
 def role_of(process: psutil.Process) -> str:
-    """What a process is for; else its name."""
-    title = " ".join(process.cmdline()[:1]) + " " + process.name()
-    return next((role for mark, role in _ROLES if mark in title), process.name())
+    """What a process is for; else the program that it runs."""
+    command, name = process.cmdline(), process.name()
+    title = " ".join([*command[:1], name])
+    scripts = [Path(argument).stem for argument in command if argument.endswith(".py")]
+    return next((role for mark, role in _ROLES if mark in title), scripts[0] if scripts else name)
 
 
 def take(processes: Iterable[psutil.Process], at_s: float) -> list[Usage]:
