@@ -5,6 +5,7 @@ the engines directly, to the `TokenReceiver` of this replica. What HTTP looks li
 """
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -146,6 +147,10 @@ class Ingress:
         self._backend = PoolBackend(decode, prefill, tokens, admission, resume_timeout_s)
         self._watch = asyncio.create_task(watch_pools(self._backend.read_pools, admission))
         self._max_request_bytes = max_request_bytes
+        # What is loaded by now stays. To look through it for garbage takes 0.3 s (450,000 objects, 2 busy cores of a
+        # Zen 4 machine, 2026-11-27), in which no token goes out and nobody is refused.
+        gc.collect()
+        gc.freeze()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return build_app(

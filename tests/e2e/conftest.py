@@ -73,7 +73,9 @@ def services() -> Iterator[dict[str, Service]]:
         for mode in MODES:
             # 64 and not the default: most prompts here are short, and shall take the long way.
             remote: dict[str, Any] = {"min_remote_prefill_tokens": 64} if mode == "disaggregated" else {}
-            args = AppConfig(mode=mode, served_model_name=MODEL_NAME, **remote)
+            # Three engines and the tests share two cores: nothing shall be refused for being slow.
+            patience: dict[str, Any] = {"ingress.max_ttft_s": 600}
+            args = AppConfig(mode=mode, served_model_name=MODEL_NAME, **patience, **remote)
             serve.run(graph(args), name=mode, route_prefix=f"/{mode}")
         yield {mode: Service(mode, f"http://127.0.0.1:{port}/{mode}") for mode in MODES}
     finally:
