@@ -20,9 +20,12 @@ from deployments.engine.config import EngineConfig
 
 Pool = Literal["prefill", "decode"]
 
-# Serve starts a new replica when a check fails three times; a check asks the engine process whether its loop is alive.
+# Serve starts a new replica when a check fails three times, or at once when the replica is gone: one whose engine does
+# not answer the check leaves by itself.
 HEALTH_CHECK_PERIOD_S = 2.0
-HEALTH_CHECK_TIMEOUT_S = 30.0
+HEALTH_CHECK_TIMEOUT_S = 20.0
+# An engine's own bound, `max_silence_s`, has to end before the check does.
+HEALTH_CHECK_SPARE_S = 5.0
 # The asynchronous front of an engine: it passes messages on and never computes.
 FRONT_NUM_CPUS = 0.1
 
@@ -240,8 +243,10 @@ class AppConfig(BaseModel):
 
     def deployment_options(self, deployment: Pool | Literal["ingress"]) -> dict[str, Any]:
         """Return the options of one deployment, as `Deployment.options` takes them."""
-        owner = self.ingress if deployment == "ingress" else self.pool(deployment)
-        return owner.deployment_options()
+        if deployment == "ingress":
+            return self.ingress.deployment_options()
+        check_s = max(HEALTH_CHECK_TIMEOUT_S, self.engine_config(deployment).max_silence_s + HEALTH_CHECK_SPARE_S)
+        return self.pool(deployment).deployment_options() | {"health_check_timeout_s": check_s}
 
     def max_num_cpus(self) -> float:
         """CPUs that Ray reserves when every deployment has all its replicas."""

@@ -160,6 +160,13 @@ def test_serve_takes_the_options_of_every_deployment():
     assert ingress.max_ongoing_requests == config.ingress.max_ongoing_requests
 
 
+def test_a_health_check_outlasts_the_silence_that_it_finds():
+    config = AppConfig.model_validate({"decode.engine.max_silence_s": 120})
+    checks_s = {name: config.deployment_options(name)["health_check_timeout_s"] for name in ("prefill", "decode")}
+    assert checks_s["prefill"] > config.engine_config("prefill").max_silence_s
+    assert checks_s["decode"] > 120
+
+
 def test_beyond_its_limits_serve_refuses_with_429():
     deployment = serve.deployment()(Nothing).options(**read().deployment_options("ingress"))
     assert deployment.max_queued_requests == 1024
