@@ -15,6 +15,7 @@ def memcpy_peer_s(nbytes: int) -> float:
 
     source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device="cuda:0")
     target = torch.empty(nbytes, dtype=torch.uint8, device="cuda:1")
+    target.copy_(source)  # lets either GPU reach the other's memory; without that a copy goes through the host
     torch.cuda.synchronize(0)
     found: list[float] = []
     with torch.cuda.device(0):

@@ -38,14 +38,23 @@ MODEL = "llama-8b"
 VOCAB_SIZE = shapes()[MODEL].vocab_size
 
 
+# About 2 ms; launching a copy takes one at most.
+QUEUEING_CYCLES = 4_000_000
+
+
 class TimedEngine(EngineActor):
-    """Also says how long its copies into the pool took."""
+    """Also says how long its copies into the pool take on the GPU's clock, while it is asked to look."""
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config, build)
         self._copies: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
+        self._looks = False
 
     def _import(self, chunk: ChunkReady, tensor: torch.Tensor, engine: Engine) -> torch.cuda.Event | None:
+        if not self._looks:
+            return super()._import(chunk, tensor, engine)
+        # The GPU is kept busy until the copy is queued; else its clock would count the time that launching takes.
+        torch.cuda._sleep(QUEUEING_CYCLES)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         imported = super()._import(chunk, tensor, engine)
@@ -54,9 +63,14 @@ class TimedEngine(EngineActor):
         return imported
 
     @ray.method(concurrency_group="ctl")
+    def look(self) -> None:
+        """From now on time the copies; hand-offs take longer for it."""
+        self._looks = True
+
+    @ray.method(concurrency_group="ctl")
     def copies(self) -> list[tuple[int, float]]:
-        """Bytes and seconds of each copy since the last call."""
-        found, self._copies = self._copies, []
+        """Bytes and seconds of each copy since `look`, which this ends."""
+        found, self._copies, self._looks = self._copies, [], False
         return [(nbytes, begin.elapsed_time(end) / 1e3) for nbytes, begin, end in found]
 
     @ray.method(concurrency_group="ctl")
@@ -95,7 +109,6 @@ def measure(
     for length in lengths:
         hand_over(source, target, random_prompt(length, length, VOCAB_SIZE), f"warm-{length}")
         found = []
-        ray.get(target.actor.copies.remote())
         before: TransferStats = ray.get(target.actor.transfer_stats.remote())
         for i in range(rounds):
             prompt, other = (random_prompt(length, length + 100_003 * (2 * i + j), VOCAB_SIZE) for j in (1, 2))
@@ -114,13 +127,17 @@ def measure(
                     "equal": handed.token_ids == expected,
                 }
             )
-        copies = ray.get(target.actor.copies.remote())
         after: TransferStats = ray.get(target.actor.transfer_stats.remote())
+        ray.get(target.actor.look.remote())
+        for i in range(rounds):
+            prompt = random_prompt(length, length + 100_003 * (2 * i + 1), VOCAB_SIZE)
+            hand_over(source, target, prompt, f"look-{length}-{i}")
+        copies = ray.get(target.actor.copies.remote())
         received_s = after.receive_s - before.receive_s
         row = {"way": way, "tokens": length, "bytes": handed.num_bytes, "rounds": found, "copies": copies}
         rows.append(row | {"received_s": received_s})
         # Over NCCL a chunk is received first and then copied; the rate is that of both.
-        moved_s = (sum(seconds for _, seconds in copies) + received_s) / (2 * rounds)
+        moved_s = sum(seconds for _, seconds in copies) / rounds + received_s / (2 * rounds)
         median = {name: statistics.median(r[name] for r in found) for name in found[0]}
         print(
             f"{way:>9} {length:>7} {handed.num_bytes / 2**20:>8.0f} {median['prefill_s'] * 1e3:>11.1f}"
