@@ -59,6 +59,12 @@ class ResumingClient:
 
         Cancelling this ends the request on every pool.
         """
+        try:
+            await self._serve(request, stream)
+        except Exception as error:  # else its reader would wait for ever
+            stream.fail(error)
+
+    async def _serve(self, request: GenerateRequest, stream: TokenStream) -> None:
         for attempt in itertools.count():
             error = await self._attempt(_remainder(request, stream), stream, is_resumed=attempt > 0)
             # A full pool refuses who comes, but not who was there.

@@ -62,7 +62,7 @@ class Service:
         return ("Prefill", "Decode") if self.mode == "disaggregated" else ("Decode",)
 
 
-@pytest.fixture(scope="module")  # not longer: other tests start a Ray of their own in this process
+@pytest.fixture(scope="package")  # not longer: other tests start a Ray of their own in this process
 def services() -> Iterator[dict[str, Service]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
