@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
 from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
@@ -19,6 +20,8 @@ from app.local import SERVE_SETTINGS, read_settings
 
 ROOT = Path(__file__).parents[1]
 POOLS = ("prefill", "decode")
+# Knows the settings of Ray itself; those of Serve are in its Python.
+GCS_SERVER = "core/src/ray/gcs/gcs_server"
 
 
 @pytest.fixture(scope="module")
@@ -133,5 +136,5 @@ def test_serve_env_is_what_a_shell_and_make_serve_read_and_ray_knows() -> None:
     by_shell = {key: value for key, value in (line.split("=", 1) for line in printed) if key.startswith("RAY_")}
     by_us = read_settings(SERVE_SETTINGS)
     assert by_shell == by_us
-    source = Path(str(constants.__file__)).read_text()
-    assert [name for name in by_us if f'"{name}"' not in source] == []
+    python, native = Path(str(constants.__file__)).read_bytes(), (Path(ray.__path__[0]) / GCS_SERVER).read_bytes()
+    assert [name for name in by_us if name.encode() not in python + native] == []
