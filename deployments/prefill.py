@@ -16,15 +16,15 @@ from deployments.front import EngineFront
 from deployments.messages import ChunkArrived, ChunkReady, Ended, GenerateRequest, ReplyAddress
 from deployments.metrics import ReplicaStats
 
-# An answer may be late, behind a long step.
-_RENEWALS_PER_LEASE = 3
-# An engine that takes longer hangs or is dead.
-_ABORT_TIMEOUT_S = 1.0
-
 if TYPE_CHECKING:
     from ray import ObjectRef
     from ray.actor import ActorHandle
     from torch import Tensor
+
+# An answer may be late, behind a long step.
+_RENEWALS_PER_LEASE = 3
+# An engine that takes longer hangs or is dead.
+_ABORT_TIMEOUT_S = 1.0
 
 
 class Prefill:

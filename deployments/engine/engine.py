@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.block_manager import BlockManager
+from deployments.engine.checks import check_request
 from deployments.engine.config import EngineConfig, EngineLimits
 from deployments.engine.exporter import Exporter
 from deployments.engine.handoff import Clock, Inbox, Outbox, State
@@ -32,7 +33,7 @@ from deployments.engine.scheduler import ScheduledSequence, Scheduler
 from deployments.engine.sequence import PENDING, Role, Sequence, Status
 from deployments.engine.sizing import choose_limits
 from deployments.engine.stats import EngineStats
-from deployments.errors import InvalidRequestError, RequestTooLargeError
+from deployments.errors import InvalidRequestError
 from deployments.messages import (
     ChunkReady,
     Ended,
@@ -140,7 +141,7 @@ class Engine:
                 blocks are reserved and `Placed.remote` is true. None: this engine computes it.
 
         Raises:
-            RequestTooLargeError, InvalidRequestError: see `check`; or the id is in use.
+            RequestTooLargeError, InvalidRequestError: see `check_request`; or the id is in use.
         """
         self.check(request)
         self._enter(Sequence(request, Role.LOCAL, time.monotonic(), remote_threshold=remote_threshold))
@@ -154,8 +155,8 @@ class Engine:
                 last token is never among them.
 
         Raises:
-            RequestTooLargeError, InvalidRequestError: see `check`; or the id is in use, also by chunks of an earlier
-                hand-off that were neither released nor aborted.
+            RequestTooLargeError, InvalidRequestError: see `check_request`; or the id is in use, also by chunks of an
+                earlier hand-off that were neither released nor aborted.
         """
         self.check(request)
         last_block = (len(request.prompt_token_ids) - 1) // self.limits.block_size
@@ -166,33 +167,8 @@ class Engine:
         self._exporter.add(sequence, first_block)
 
     def check(self, request: GenerateRequest) -> None:
-        """Refuse what can never run here. Safe from any thread.
-
-        Raises:
-            RequestTooLargeError: prompt and output together exceed the model or the pool; gives the numbers.
-            InvalidRequestError: an empty prompt, no token to generate, or a token id outside the vocabulary.
-        """
-        prompt, max_tokens = request.prompt_token_ids, request.sampling.max_tokens
-        if not prompt:
-            raise InvalidRequestError("the prompt is empty; it needs at least 1 token", "prompt")
-        if max_tokens < 1:
-            raise InvalidRequestError(f"max_tokens is {max_tokens}, must be at least 1", "max_tokens")
-        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
-            bad = next(t for t in prompt if not 0 <= t < self._vocab_size)
-            raise InvalidRequestError(
-                f"token id {bad} is not in the vocabulary (0 to {self._vocab_size - 1})", "prompt"
-            )
-        total, limits = len(prompt) + max_tokens, self.limits
-        if total > limits.max_model_len:
-            raise RequestTooLargeError(
-                f"{len(prompt)} prompt tokens + {max_tokens} to generate = {total}, "
-                f"the model takes {limits.max_model_len}"
-            )
-        if self._blocks.blocks_for(total) > limits.num_blocks:
-            raise RequestTooLargeError(
-                f"{len(prompt)} prompt tokens + {max_tokens} to generate need {self._blocks.blocks_for(total)} KV "
-                f"blocks, this engine has {limits.num_blocks} of {limits.block_size} tokens"
-            )
+        """Refuse what can never run here; see `check_request`. Safe from any thread."""
+        check_request(request, self.limits, self._vocab_size)
 
     def import_chunk(self, chunk: ChunkReady, tensor: Tensor) -> list[EngineEvent]:
         """Put a chunk of a reserved sequence into its blocks.

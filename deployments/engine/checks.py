@@ -1,0 +1,33 @@
+"""What an engine refuses at once, since it could never run it."""
+
+from deployments.engine.config import EngineLimits
+from deployments.errors import InvalidRequestError, RequestTooLargeError
+from deployments.messages import GenerateRequest
+
+
+def check_request(request: GenerateRequest, limits: EngineLimits, vocab_size: int) -> None:
+    """Refuse a request that the engine with these limits can never run.
+
+    Raises:
+        RequestTooLargeError: prompt and output together exceed the model or the pool; gives the numbers.
+        InvalidRequestError: an empty prompt, no token to generate, or a token id outside the vocabulary.
+    """
+    prompt, max_tokens = request.prompt_token_ids, request.sampling.max_tokens
+    if not prompt:
+        raise InvalidRequestError("the prompt is empty; it needs at least 1 token", "prompt")
+    if max_tokens < 1:
+        raise InvalidRequestError(f"max_tokens is {max_tokens}, must be at least 1", "max_tokens")
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        bad = next(t for t in prompt if not 0 <= t < vocab_size)
+        raise InvalidRequestError(f"token id {bad} is not in the vocabulary (0 to {vocab_size - 1})", "prompt")
+    total = len(prompt) + max_tokens
+    if total > limits.max_model_len:
+        raise RequestTooLargeError(
+            f"{len(prompt)} prompt tokens + {max_tokens} to generate = {total}, the model takes {limits.max_model_len}"
+        )
+    num_blocks = -(-total // limits.block_size)
+    if num_blocks > limits.num_blocks:
+        raise RequestTooLargeError(
+            f"{len(prompt)} prompt tokens + {max_tokens} to generate need {num_blocks} KV blocks, this engine has "
+            f"{limits.num_blocks} of {limits.block_size} tokens"
+        )
