@@ -1,12 +1,28 @@
 """The layers of a model on a GPU, replaced by faster ones that compute the same. Imported only where there is a GPU."""
 
+import logging
+from functools import partial
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from deployments.engine.fused_layers import FusedKernels, fuse_layers, rotate_in_attention
+from deployments.engine.fused_layers import FusedGatedMLP, FusedKernels, fuse_layers, rotate_in_attention
 from deployments.engine.kernels.cuda import rms_norm, silu_mul
-from deployments.engine.kernels.cuda_matmul import linear
+from deployments.engine.kernels.cuda_matmul import add_linear, linear
 
 KERNELS = FusedKernels(rms_norm, silu_mul, rotate_in_attention)
+_PROBE_ROWS, _TOLERANCE = 4, 2e-2
+logger = logging.getLogger(__name__)
+
+
+class _Owed:
+    """What a projection adds its output to; None: nothing. Not an attribute of the module, which is slow to set."""
+
+    __slots__ = ("residual",)
+
+    def __init__(self) -> None:
+        self.residual: Tensor | None = None
 
 
 class SkinnyLinear(nn.Module):
@@ -17,9 +33,18 @@ class SkinnyLinear(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self._weight = layer.weight.detach()
         self._bias = None if layer.bias is None else layer.bias.detach()
+        self.owed = _Owed()
+
+    @property
+    def can_add(self) -> bool:
+        """Whether it can add its output to a residual."""
+        return self._bias is None
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self._weight, self._bias)
+        residual, self.owed.residual = self.owed.residual, None
+        if residual is None:
+            return linear(x, self._weight, self._bias)
+        return add_linear(residual, x, self._weight)
 
 
 def optimize_layers(model: nn.Module) -> None:
@@ -29,6 +54,8 @@ def optimize_layers(model: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child.weight.is_contiguous():
                 setattr(parent, name, SkinnyLinear(child))
+    for module in model.modules():
+        _fuse_residual(module)
 
 
 def restore_rotary(model: nn.Module) -> None:
@@ -36,3 +63,64 @@ def restore_rotary(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "kvrelay_rotary"):
             del module.kvrelay_rotary, module.forward
+
+
+def _fuse_residual(layer: nn.Module) -> None:
+    """Have the two projections that end a decoder layer's halves add to the residual, if that is all it does."""
+    attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
+    if not isinstance(attention, nn.Module) or not isinstance(mlp, FusedGatedMLP):
+        return
+    if not all(hasattr(layer, name) for name in ("input_layernorm", "post_attention_layernorm")):
+        return
+    projections = getattr(attention, "o_proj", None), mlp.down_proj
+    if all(isinstance(one, SkinnyLinear) and one.can_add for one in projections):
+        fused = partial(_forward, layer, *(one.owed for one in projections))
+        if _agree(layer, fused):
+            layer.forward = fused
+
+
+def _forward(layer: Any, attended: _Owed, multiplied: _Owed, hidden_states: Tensor, **kwargs: object) -> Tensor:
+    """A decoder layer of Llama's kind; writes over its input.
+
+    Args:
+        layer: whose parts are used.
+        attended: of the projection that ends attention.
+        multiplied: of the projection that ends the MLP.
+        hidden_states: (1, T, hidden_size).
+        kwargs: for attention.
+    """
+    normed = layer.input_layernorm(hidden_states)
+    attended.residual = hidden_states
+    hidden_states, _ = layer.self_attn(hidden_states=normed, **kwargs)
+    normed = layer.post_attention_layernorm(hidden_states)
+    multiplied.residual = hidden_states
+    out: Tensor = layer.mlp(normed)
+    return out
+
+
+class _Echo:
+    """Stands in for attention: every head attends to its own query."""
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, **_: object) -> Tensor:
+        return queries.transpose(0, 1).contiguous()
+
+
+@torch.inference_mode()
+def _agree(layer: nn.Module, fused: partial[Tensor]) -> bool:
+    """Whether both give the same, where the residual is small beside what is added to it, as large, and large."""
+    attention: Any = layer.self_attn
+    weight = layer.mlp.down_proj._weight
+    rotary = torch.ones(2, 1, _PROBE_ROWS, getattr(attention, "head_dim", 1)).to(weight)
+    needs: dict[str, Any] = {"position_embeddings": tuple(rotary), "paged_step": _Echo()}
+    needs |= dict.fromkeys(("attention_mask", "position_ids", "cache"))
+    rows = torch.randn(1, _PROBE_ROWS, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+    for scale in (0.01, 1.0, 100.0):
+        try:
+            expected, out = layer(scale * rows, **needs), fused(scale * rows, **needs)
+        except Exception as error:
+            logger.info("%s adds its residuals itself: %s", type(layer).__name__, error)
+            attention.o_proj.owed.residual = layer.mlp.down_proj.owed.residual = None
+            return False
+        if not isinstance(expected, Tensor) or not (out - expected).norm() <= _TOLERANCE * expected.norm():
+            return False
+    return True

@@ -1,12 +1,15 @@
 """The engine with CUDA layers, graphs and pipelining gives the tokens of transformers' own model on the same GPU."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
+from deployments.engine.model import optimize_layers, prepare_model
 from deployments.messages import SamplingParams
 from tests.engine.driving import Transcript, greedy, prefill_all, run
 from tests.gpu.models import CONFIGS, loaded, plain
@@ -45,6 +48,22 @@ def check_greedy(family: str, given: tuple[int, ...], tokens: list[int]) -> None
 @every_family
 def test_the_layers_are_replaced(family: str) -> None:
     assert loaded(family).has_cuda_layers
+    assert all("forward" in vars(layer) for layer in loaded(family).model.model.layers), "projections add to residuals"
+
+
+def test_layers_that_do_more_than_add_to_their_residuals_stay_as_they_are() -> None:
+    model = copy.deepcopy(plain("llama"))
+
+    class Scaled(type(model.model.layers[0])):  # type: ignore[misc]  # whatever transformers calls it
+        def forward(self, hidden_states: Tensor, **kwargs: object) -> Tensor:
+            whole: Tensor = super().forward(hidden_states.clone(), **kwargs)
+            return hidden_states + 0.5 * (whole - hidden_states)
+
+    for layer in model.model.layers:
+        layer.__class__ = Scaled
+    prepare_model(model, "random", torch.device("cuda"))
+    assert optimize_layers(model)
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
 
 
 @every_family

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 from deployments.engine.kernels.cuda import rms_norm, silu_mul  # noqa: E402
 from deployments.engine.kernels.cuda_attention import decode_attention, rotate_and_write  # noqa: E402
-from deployments.engine.kernels.cuda_matmul import linear  # noqa: E402
+from deployments.engine.kernels.cuda_matmul import add_linear, linear  # noqa: E402
 
 BLOCK_SIZE = 256
 
@@ -58,6 +58,18 @@ def test_products(num_rows: int, num_columns: int, depth: int, has_bias: bool, d
     bias = randn(num_columns, dtype=dtype) if has_bias else None
     expected = functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
     check(linear(x, weight, bias), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_columns", "depth"), [(4096, 4096), (1000, 1032), (20000, 512), (1024, 3073)])
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 17, 32, 33, 65, 300])
+def test_products_are_added_in_place(num_rows: int, num_columns: int, depth: int, dtype: torch.dtype) -> None:
+    x, weight = randn(1, num_rows, depth, dtype=dtype), randn(num_columns, depth, dtype=dtype) / depth**0.5
+    residual = randn(1, num_rows, num_columns, dtype=dtype)
+    expected = residual.float() + functional.linear(x.float(), weight.float())
+    out = add_linear(residual, x, weight)
+    assert out is residual
+    check(out, expected)
 
 
 @pytest.mark.parametrize("keep_keys", [False, True])

@@ -22,29 +22,63 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., N).
     """
-    depth = x.shape[-1]
-    num_rows, num_columns = x.numel() // depth, len(weight)
-    if num_rows > (_MAX_ROWS_OF_WIDE if num_columns >= _WIDE else _MAX_ROWS) or depth % 8:
+    if not _is_skinny(x, weight):
         return functional.linear(x, weight, bias)
-    out = torch.empty((*x.shape[:-1], num_columns), dtype=x.dtype, device=x.device)
-    if num_rows == 0:
-        return out
-    if num_rows == 1:
-        _product_of_row(x, weight, bias, out)
-    else:
-        _product_of_rows(x, weight, bias, out, num_rows)
+    out = torch.empty((*x.shape[:-1], len(weight)), dtype=x.dtype, device=x.device)
+    _product(x, weight, bias, out, adds=False)
     return out
 
 
-def _product_of_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def add_linear(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Add the product of x and the weight in place, within the product's own pass over its output.
+
+    Args:
+        residual: (..., N), contiguous.
+        x: (..., K), contiguous.
+        weight: (N, K), contiguous.
+
+    Returns:
+        The residual.
+    """
+    if _is_skinny(x, weight):
+        _product(x, weight, None, residual, adds=True)
+    else:
+        residual.view(-1, len(weight)).addmm_(x.view(-1, x.shape[-1]), weight.t())
+    return residual
+
+
+def _is_skinny(x: Tensor, weight: Tensor) -> bool:
+    num_columns, depth = weight.shape
+    return x.numel() // depth <= (_MAX_ROWS_OF_WIDE if num_columns >= _WIDE else _MAX_ROWS) and depth % 8 == 0
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, adds: bool) -> None:
+    num_rows = x.numel() // x.shape[-1]
+    if num_rows == 1:
+        _product_of_row(x, weight, bias, out, adds)
+    elif num_rows:
+        _product_of_rows(x, weight, bias, out, num_rows, adds)
+
+
+def _product_of_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, adds: bool) -> None:
     num_columns, depth = weight.shape
     block, num_warps = (1024, 4) if depth <= 1024 else (2048, 8)
     _linear_of_row[(triton.cdiv(num_columns, 2),)](
-        x, weight, bias, out, num_columns, depth, HAS_BIAS=bias is not None, COLUMNS=2, BLOCK=block, num_warps=num_warps
+        x,
+        weight,
+        bias,
+        out,
+        num_columns,
+        depth,
+        HAS_BIAS=bias is not None,
+        ADDS=adds,
+        COLUMNS=2,
+        BLOCK=block,
+        num_warps=num_warps,
     )
 
 
-def _product_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, num_rows: int) -> None:
+def _product_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, num_rows: int, adds: bool) -> None:
     num_columns, depth = weight.shape
     rows = max(16, triton.next_power_of_2(num_rows))
     columns, block, num_stages, num_warps = skinny_tile(num_columns, rows)
@@ -57,6 +91,7 @@ def _product_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
         num_columns,
         depth,
         HAS_BIAS=bias is not None,
+        ADDS=adds,
         ROWS=rows,
         COLUMNS=columns,
         BLOCK=block,
@@ -81,7 +116,16 @@ def skinny_tile(num_columns: int, num_rows: int) -> tuple[int, int, int, int]:
 
 @triton.jit
 def _linear_of_row(
-    x, weight, bias, out, num_columns, depth, HAS_BIAS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    weight,
+    bias,
+    out,
+    num_columns,
+    depth,
+    HAS_BIAS: tl.constexpr,
+    ADDS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rows = weight + tl.minimum(columns, num_columns - 1).to(tl.int64)[:, None] * depth
@@ -94,6 +138,8 @@ def _linear_of_row(
     result = tl.sum(total, axis=1)
     if HAS_BIAS:
         result += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
+    if ADDS:
+        result += tl.load(out + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
     tl.store(out + columns, result, mask=columns < num_columns)
 
 
@@ -107,6 +153,7 @@ def _linear_of_rows(
     num_columns,
     depth,
     HAS_BIAS: tl.constexpr,
+    ADDS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -125,4 +172,7 @@ def _linear_of_rows(
     if HAS_BIAS:
         total += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[:, None]
     places = out + rows[None, :].to(tl.int64) * num_columns + columns[:, None]
-    tl.store(places, total, mask=(rows < num_rows)[None, :] & (columns < num_columns)[:, None])
+    inside = (rows < num_rows)[None, :] & (columns < num_columns)[:, None]
+    if ADDS:
+        total += tl.load(places, mask=inside, other=0.0).to(tl.float32)
+    tl.store(places, total, mask=inside)
