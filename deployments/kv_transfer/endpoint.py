@@ -6,10 +6,10 @@ of waits can form, whoever hands what to whom. On one machine there is nothing t
 where it lies. Called by `direct`; knows no Ray object references to chunks.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from enum import Enum
 from functools import partial
-from threading import Lock
+from threading import Lock, Thread
 from time import monotonic
 from typing import Any
 from uuid import uuid4
@@ -21,8 +21,10 @@ from torch import Tensor
 
 from deployments.errors import LayoutMismatchError, TransferError
 from deployments.kv_transfer.base import TransferConfig, TransferStats
-from deployments.kv_transfer.group import Group, build_group, host_store, join_store
+from deployments.kv_transfer.channel import Channel
+from deployments.kv_transfer.group import build_group, host_store, join_store
 from deployments.kv_transfer.layout import KVLayout
+from deployments.kv_transfer.line import Line, LineHost, call
 from deployments.kv_transfer.link import Link, LinkLostError, Peer, Watchdog, call_engine
 from deployments.kv_transfer.local import Arena, Neighbours, Place
 
@@ -50,10 +52,9 @@ class RemoteChunk:
     place: Place | None = None
 
 
-class _Reply(Enum):
-    SENDING = "sending"
-    GONE = "gone"
-    NO_LINK = "no link"
+_Address = tuple[str, int]
+# What the source answers.
+_SENDING, _GONE = "sending", "gone"
 
 
 class Endpoint:
@@ -114,46 +115,55 @@ class Endpoint:
         with self._lock:
             self._held.pop(object_id, None)
 
-    def accept(self, name: str, receiver: ActorHandle[Any], receiver_id: str, address: tuple[str, int]) -> None:
-        """A receiver has opened a link and waits at its store; one that it had before is over."""
+    def accept(self, name: str, receiver: ActorHandle[Any], receiver_id: str, line: _Address, store: _Address) -> None:
+        """A receiver has opened a link and waits for us at its line and store; one that it had before is over."""
         with self._lock:
             previous = self._outbound.get(receiver_id)
             # Inside the lock, so that a link that fails at once is not forgotten before it is noted.
-            link = Link(name, Peer(receiver), partial(self._join, address), self._config, self._forget_outbound)
+            open_channel = partial(self._join, name, receiver_id, line, store)
+            link = Link(name, Peer(receiver), open_channel, self._config, self._forget_outbound)
             self._outbound[receiver_id] = link
         if previous is not None:
             previous.close("the receiver opened a new link")
         self._watchdog.watch(link, self._config.probe_interval_s)
 
-    def push(self, name: str, receiver_id: str, object_id: str) -> _Reply:
-        """A receiver waits for this chunk: hand it to the link's thread. Never blocks."""
-        with self._lock:
-            link = self._outbound.get(receiver_id)
-            held = self._held.get(object_id)
-        if link is None or link.name != name:
-            return _Reply.NO_LINK
-        if held is None:
-            return _Reply.GONE
-        try:
-            link.submit(partial(self._send, held))
-        except TransferError:
-            return _Reply.NO_LINK
-        return _Reply.SENDING
-
-    def hang_up(self, name: str, receiver_id: str) -> None:
-        """The receiver has closed this link."""
-        with self._lock:
-            link = self._outbound.get(receiver_id)
-        if link is not None and link.name == name:
-            link.close("the receiver closed the link")
-
-    def _join(self, address: tuple[str, int]) -> Group:
+    def _join(self, name: str, receiver_id: str, line_at: _Address, store_at: _Address) -> Channel:
         timeout_s = self._config.connect_timeout_s
-        return build_group(self._device, join_store(address, timeout_s), 1, _node_ip(), timeout_s)
-
-    def _send(self, tensor: Tensor, group: Group) -> None:
+        line = call(line_at, name, timeout_s)
         try:
-            group.send(tensor, self._config.transfer_timeout_s)
+            group = build_group(self._device, join_store(store_at, timeout_s), 1, _node_ip(), timeout_s)
+        except BaseException:
+            line.close()
+            raise
+        # A thread of its own, because the link's waits for jobs, and sends.
+        Thread(target=self._answer, args=(name, receiver_id, line), name=f"kv-line-{name}", daemon=True).start()
+        return Channel(group, line)
+
+    def _answer(self, name: str, receiver_id: str, line: Line) -> None:
+        """Have chunks sent as the receiver asks for them, until it closes the link."""
+        with self._lock:
+            link = self._outbound.get(receiver_id)
+        if link is None or link.name != name:
+            return
+        try:
+            while (object_id := line.hear()) is not None:
+                line.say(_SENDING if self._push(link, object_id) else _GONE)
+        except (OSError, TransferError):
+            pass  # the receiver is gone, or does not live up to its own question
+        link.close("the receiver closed the link")
+
+    def _push(self, link: Link, object_id: str) -> bool:
+        """Hand a chunk to the link's thread; False: it is gone. Never blocks."""
+        with self._lock:
+            held = self._held.get(object_id)
+        if held is None:
+            return False
+        link.submit(partial(self._send, held))
+        return True
+
+    def _send(self, tensor: Tensor, channel: Channel) -> None:
+        try:
+            channel.group.send(tensor, self._config.transfer_timeout_s)
         except Exception:
             self._count(num_failed=1)
             raise
@@ -200,7 +210,7 @@ class Endpoint:
 
     def _pull_once(self, chunk: RemoteChunk) -> Tensor:
         link = self._link_to(chunk)
-        tensor = link.submit(partial(self._receive, link.name, chunk)).result()
+        tensor = link.submit(partial(self._receive, chunk)).result()
         assert tensor is not None
         return tensor
 
@@ -210,39 +220,44 @@ class Endpoint:
             link = self._inbound.get(chunk.source_id)
             if link is not None:
                 return link
-            open_group = partial(self._invite, name, chunk)
-            link = Link(name, Peer(chunk.source), open_group, self._config, self._forget_inbound)
+            open_channel = partial(self._invite, name, chunk)
+            link = Link(name, Peer(chunk.source), open_channel, self._config, self._forget_inbound)
             self._inbound[chunk.source_id] = link
         self._watchdog.watch(link, self._config.probe_interval_s)
         return link
 
-    def _invite(self, name: str, chunk: RemoteChunk) -> Group:
-        """Open a store for this link alone, tell the source where it is, and wait for it there."""
-        timeout_s = self._config.connect_timeout_s
-        store, address = host_store(_node_ip(), timeout_s)
+    def _invite(self, name: str, chunk: RemoteChunk) -> Channel:
+        """Open a line and a store for this link alone, tell the source where they are, and wait for it there."""
+        timeout_s, node_ip = self._config.connect_timeout_s, _node_ip()
+        store, store_at = host_store(node_ip, timeout_s)
         receiver = ray.get_runtime_context().current_actor
-        invitation = call_engine(chunk.source, _accept, name, receiver, actor_id(), address)
-        ray.get(invitation, timeout=timeout_s)
-        return build_group(self._device, store, 0, address[0], timeout_s)
+        with LineHost(node_ip, name) as host:
+            invitation = call_engine(chunk.source, _accept, name, receiver, actor_id(), host.address, store_at)
+            ray.get(invitation, timeout=timeout_s)
+            line = host.wait(timeout_s)
+        try:
+            return Channel(build_group(self._device, store, 0, node_ip, timeout_s), line)
+        except BaseException:
+            line.close()
+            raise
 
-    def _receive(self, name: str, chunk: RemoteChunk, group: Group) -> Tensor:
+    def _receive(self, chunk: RemoteChunk, channel: Channel) -> Tensor:
         started = monotonic()
-        request = call_engine(chunk.source, _push, name, actor_id(), chunk.object_id)
+        with suppress(OSError):
+            channel.line.say(chunk.object_id)
         tensor = torch.empty(chunk.shape, dtype=getattr(torch, chunk.layout.dtype), device=chunk.device)
-        reply = ray.get(request, timeout=self._config.connect_timeout_s)
-        if reply is _Reply.NO_LINK:
+        reply = channel.line.hear(self._config.connect_timeout_s)
+        if reply is None:
             raise LinkLostError("the source closed the link")
-        if reply is _Reply.GONE:
+        if reply == _GONE:
             raise TransferError("the source no longer has it")
-        group.recv(tensor, self._config.transfer_timeout_s)
+        channel.group.recv(tensor, self._config.transfer_timeout_s)
         self._count(num_received=1, num_received_bytes=tensor.nbytes, receive_s=monotonic() - started)
         return tensor
 
     def _forget_inbound(self, link: Link) -> None:
         with self._lock:
             _remove(self._inbound, link)
-        # Tells a living source at once what it would else find out from its own timeouts.
-        call_engine(link.peer.actor, _hang_up, link.name, actor_id())
 
     def _count(self, **increments: float) -> None:
         with self._lock:
@@ -251,20 +266,14 @@ class Endpoint:
             )
 
 
-# One for the process, because the functions below are run in it by other engines.
+# One for the process, because the function below is run in it by other engines.
 endpoint = Endpoint()
 
 
-def _accept(_engine: object, name: str, receiver: ActorHandle[Any], receiver_id: str, address: tuple[str, int]) -> None:
-    endpoint.accept(name, receiver, receiver_id, address)
-
-
-def _push(_engine: object, name: str, receiver_id: str, object_id: str) -> _Reply:
-    return endpoint.push(name, receiver_id, object_id)
-
-
-def _hang_up(_engine: object, name: str, receiver_id: str) -> None:
-    endpoint.hang_up(name, receiver_id)
+def _accept(
+    _engine: object, name: str, receiver: ActorHandle[Any], receiver_id: str, line: _Address, store: _Address
+) -> None:
+    endpoint.accept(name, receiver, receiver_id, line, store)
 
 
 def actor_id() -> str:

@@ -1,4 +1,4 @@
-"""One pair of engines, seen from one of them: a thread that forms a group of two, then runs one job at a time over it.
+"""One pair of engines, seen from one of them: a thread that opens a channel, then runs one job at a time over it.
 
 Owns the rule that nothing here waits without a bound: `Watchdog` asks the peers of all links whether they live, without
 waiting for the answers, and ends the links of those that died or hang. Knows Ray's actors; nothing of KV or layouts.
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from deployments.errors import TransferError, brief
 from deployments.kv_transfer.base import TransferConfig
-from deployments.kv_transfer.group import Group
+from deployments.kv_transfer.channel import Channel
 
 logger = logging.getLogger(__name__)
 
 CONTROL_GROUP = "kv_ctl"
-Job = Callable[[Group], Tensor | None]
+Job = Callable[[Channel], Tensor | None]
 
 
 class LinkLostError(TransferError):
@@ -79,7 +79,7 @@ class Link:
     Args:
         name: of the link, unique among all that were ever opened.
         peer: the engine at the other end.
-        open_group: joins the group; runs on the link's thread and may block for `connect_timeout_s`.
+        open_channel: to the other end; runs on the link's thread and may block for `connect_timeout_s`.
         config: the bounds.
         on_close: called once, from any thread, with the link.
     """
@@ -88,20 +88,20 @@ class Link:
         self,
         name: str,
         peer: Peer,
-        open_group: Callable[[], Group],
+        open_channel: Callable[[], Channel],
         config: TransferConfig,
         on_close: "Callable[[Link], None]",
     ) -> None:
         self.name = name
         self.peer = peer
-        self._open_group = open_group
+        self._open_channel = open_channel
         self._config = config
         self._on_close = on_close
         self._changed = Condition(Lock())
         # All below is guarded by _changed. Whoever takes a task out of it finishes its future, and nobody else.
         self._waiting: deque[_Task] = deque()
         self._current: _Task | None = None
-        self._group: Group | None = None
+        self._channel: Channel | None = None
         self._state_since = monotonic()
         self._doubt: str | None = None
         self._closed: str | None = None
@@ -129,7 +129,7 @@ class Link:
         return task.future
 
     def close(self, reason: str, kind: type[TransferError] = TransferError) -> None:
-        """End the group and fail every job. Idempotent, from any thread."""
+        """End the channel and fail every job. Idempotent, from any thread."""
         with self._changed:
             if self._closed is not None:
                 return
@@ -138,10 +138,10 @@ class Link:
             tasks += self._waiting
             self._current = None
             self._waiting.clear()
-            group, self._group = self._group, None
+            channel, self._channel = self._channel, None
             self._changed.notify()
-        if group is not None:
-            group.abort()
+        if channel is not None:
+            channel.abort()
         for task in tasks:
             task.fail(kind, reason)
         self._on_close(self)
@@ -149,7 +149,7 @@ class Link:
     def check(self) -> None:
         """Close the link if its peer is dead, its time is over, or nobody has used it for long. Never waits."""
         with self._changed:
-            is_connecting = self._group is None
+            is_connecting = self._channel is None
             is_busy = is_connecting or self._current is not None
             state_s = monotonic() - self._state_since
         config = self._config
@@ -188,17 +188,17 @@ class Link:
             del task
 
     def _connect(self) -> str | None:
-        """Join the group; why not, if it failed. A late group of a closed link is ended at once."""
+        """Open the channel; why not, if it failed. A late one of a closed link is ended at once."""
         try:
-            group = self._open_group()
+            channel = self._open_channel()
         except Exception as error:
             return f"cannot form a group with the other engine: {brief(error)}"
         with self._changed:
             if self._closed is None:
-                self._group = group
+                self._channel = channel
                 self._state_since = monotonic()
                 return None
-        group.abort()
+        channel.abort()
         return None
 
     def _next(self) -> _Task | None:
@@ -212,11 +212,11 @@ class Link:
             return self._current
 
     def _perform(self, task: _Task) -> None:
-        group = self._group
-        if group is None:
+        channel = self._channel
+        if channel is None:
             return  # closed since: the future was failed there
         try:
-            result = task.job(group)
+            result = task.job(channel)
         except LinkLostError as error:
             self.close(str(error), LinkLostError)
         except TransferError as error:

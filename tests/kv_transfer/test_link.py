@@ -13,7 +13,8 @@ from torch import Tensor
 
 from deployments.errors import TransferError
 from deployments.kv_transfer.base import TransferConfig
-from deployments.kv_transfer.group import Group
+from deployments.kv_transfer.channel import Channel
+from deployments.kv_transfer.line import Line
 from deployments.kv_transfer.link import Link, LinkLostError, Peer, Watchdog
 
 CONFIG = TransferConfig(probe_interval_s=0.01)
@@ -54,19 +55,31 @@ class FakeGroup:
         self.may_finish.set()
 
 
+class NoLine(Line):
+    """To nobody."""
+
+    def __init__(self) -> None:
+        self.is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
 class Rig:
     """A link, and what surrounds it."""
 
-    def __init__(self, config: TransferConfig = CONFIG, open_group: Callable[[], Group] | None = None) -> None:
+    def __init__(self, config: TransferConfig = CONFIG, open_channel: Callable[[], Channel] | None = None) -> None:
         self.peer = FakePeer()
-        self.group = FakeGroup()
+        self.group, self.line = FakeGroup(), NoLine()
         self.closed: list[Link] = []
-        self.link = Link("test", self.peer, open_group or (lambda: self.group), config, self.closed.append)
+        self.link = Link(
+            "test", self.peer, open_channel or (lambda: Channel(self.group, self.line)), config, self.closed.append
+        )
 
     def receive(self) -> "Future[Tensor | None]":
-        def job(group: Group) -> Tensor:
+        def job(channel: Channel) -> Tensor:
             tensor = torch.zeros(4)
-            group.recv(tensor, 10)
+            channel.group.recv(tensor, 10)
             return tensor
 
         return self.link.submit(job)
@@ -102,7 +115,7 @@ def test_a_dead_peer_fails_every_job_and_ends_the_group(rig):
     for future in futures:
         with pytest.raises(TransferError, match="died"):
             future.result(timeout=1)
-    assert rig.group.is_aborted
+    assert rig.group.is_aborted and rig.line.is_closed
     assert rig.closed == [rig.link]
 
 
@@ -130,18 +143,18 @@ def test_a_transfer_that_takes_too_long_ends_the_link():
     rig.check_until_closed()
     with pytest.raises(TransferError, match=r"not done after 0\.1 s"):
         future.result(timeout=1)
-    assert rig.group.is_aborted
+    assert rig.group.is_aborted and rig.line.is_closed
 
 
 def test_a_group_that_does_not_form_in_time_fails_its_jobs_and_is_ended_when_it_comes():
     late = FakeGroup()
     may_form = threading.Event()
 
-    def open_group() -> Group:
+    def open_channel() -> Channel:
         assert may_form.wait(10)
-        return late
+        return Channel(late, NoLine())
 
-    rig = Rig(replace(CONFIG, connect_timeout_s=0.1), open_group)
+    rig = Rig(replace(CONFIG, connect_timeout_s=0.1), open_channel)
     future = rig.receive()
     rig.check_until_closed()
     with pytest.raises(TransferError, match="no connection"):
@@ -151,16 +164,16 @@ def test_a_group_that_does_not_form_in_time_fails_its_jobs_and_is_ended_when_it_
 
 
 def test_an_error_while_forming_the_group_reaches_the_jobs():
-    def open_group() -> Group:
+    def open_channel() -> Channel:
         raise RuntimeError("no route to host")
 
-    rig = Rig(open_group=open_group)
+    rig = Rig(open_channel=open_channel)
     with pytest.raises(TransferError, match="no route to host"):
         rig.receive().result(timeout=5)
 
 
 def test_a_job_refused_by_the_source_fails_alone(rig):
-    def refused(group: Group) -> None:
+    def refused(channel: Channel) -> None:
         raise TransferError("gone")
 
     rig.group.may_finish.set()
@@ -180,7 +193,7 @@ def test_an_unused_link_gives_its_group_back():
     rig.group.may_finish.set()
     rig.receive().result(timeout=5)
     rig.check_until_closed()
-    assert rig.group.is_aborted
+    assert rig.group.is_aborted and rig.line.is_closed
 
 
 def test_threads_end_with_their_links():

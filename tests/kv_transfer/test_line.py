@@ -1,0 +1,102 @@
+"""Messages between two ends, and what ends the wait for them."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from deployments.kv_transfer.line import Line, LineHost, call
+
+HOST = "127.0.0.1"
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Line, Line]]:
+    ends = [Line(end) for end in socket.socketpair()]
+    yield ends[0], ends[1]
+    for end in ends:
+        end.close()
+
+
+def test_messages_arrive_one_by_one_however_the_bytes_do(pair):
+    near, far = pair
+    near.say("first")
+    near.say("second")
+    near._connection.sendall(b"thi")
+    assert [far.hear(5), far.hear(5)] == ["first", "second"]
+    near._connection.sendall(b"rd\n")
+    assert far.hear(5) == "third"
+
+
+def test_silence_is_bounded_and_the_line_goes_on(pair):
+    near, far = pair
+    near._connection.sendall(b"la")
+    with pytest.raises(TimeoutError, match=r"after 0\.01 s"):
+        far.hear(0.01)
+    near.say("te")
+    assert far.hear(5) == "late"
+
+
+@pytest.mark.parametrize("closes", [0, 1])
+def test_closing_either_end_wakes_who_listens(pair, pool, closes):
+    heard = pool.submit(pair[1].hear)
+    pair[closes].close()
+    assert heard.result(5) is None
+    pair[closes].close()
+
+
+def test_saying_to_an_end_that_is_gone_raises(pair):
+    pair[1].close()
+    with pytest.raises(BrokenPipeError):
+        pair[0].say("anyone?")
+
+
+def test_a_flood_without_an_end_is_hung_up_on(pair):
+    pair[0]._connection.sendall(b"x" * 10_000)
+    assert pair[1].hear(5) is None
+
+
+def test_who_does_not_know_the_secret_gets_no_line(pool):
+    with LineHost(HOST, "secret") as host:
+        waiting: Future[Line] = pool.submit(host.wait, 10)
+        wrong, silent = call(host.address, "guess", 5), socket.create_connection(host.address)
+        assert wrong.hear(5) is None, "hung up on"
+        right = call(host.address, "secret", 5)
+        near = waiting.result(10)
+        right.say("hello")
+        assert near.hear(5) == "hello"
+        for end in (wrong, right, near):
+            end.close()
+        silent.close()
+
+
+def test_waiting_for_nobody_is_bounded():
+    with LineHost(HOST, "secret") as host, pytest.raises(TimeoutError):
+        host.wait(0.05)
+    with pytest.raises(ConnectionRefusedError):
+        call(host.address, "secret", 5)
+
+
+def test_many_questions_are_answered_in_order(pair):
+    near, far = pair
+
+    def answer() -> None:
+        while (question := far.hear()) is not None:
+            far.say(f"{question}!")
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    for i in range(1000):
+        near.say(str(i))
+        assert near.hear(5) == f"{i}!"
+    near.close()
+    thread.join(5)
+    assert not thread.is_alive()
