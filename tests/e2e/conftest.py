@@ -46,13 +46,15 @@ class Service:
     Attributes:
         mode: disaggregated or colocated.
         url: without the API's `/v1`.
+        name: of the application; None: its mode.
     """
 
     mode: str
     url: str
+    name: str | None = None
 
     def pool(self, name: str) -> DeploymentHandle[Any]:
-        return serve.get_deployment_handle(name, self.mode)
+        return serve.get_deployment_handle(name, self.name or self.mode)
 
     def stats(self, pool: str) -> list[ReplicaStats]:
         return self.pool(pool).broadcast("stats").results(timeout_s=30)
