@@ -29,7 +29,7 @@ from deployments.engine.cuda_graphs import (
 )
 from deployments.engine.kv_cache import KVCache
 from deployments.engine.model import LoadedModel
-from deployments.engine.sampler import build_sampling_batch, sample
+from deployments.engine.sampler import build_sampling_batch, compile_draws, sample
 from deployments.engine.scheduler import ScheduledSequence
 from deployments.engine.sequence import PENDING
 from deployments.engine.upload import Span, Upload, Writer
@@ -83,6 +83,7 @@ class CudaRunner:
         self._graphs: dict[int, DecodeGraph] = {}
         self._prompt_graphs: dict[int, PromptGraph] = {}
         self._capture()
+        compile_draws(loaded.vocab_size, loaded.model.dtype, loaded.device)
 
     @torch.inference_mode()
     def launch(self, scheduled: list[ScheduledSequence]) -> LaunchedCudaStep:

@@ -12,7 +12,7 @@ from deployments.engine.batch import build_batch, order_for_batch
 from deployments.engine.config import EngineLimits
 from deployments.engine.kv_cache import KVCache
 from deployments.engine.model import LoadedModel
-from deployments.engine.sampler import build_sampling_batch, sample
+from deployments.engine.sampler import build_sampling_batch, compile_draws, sample
 from deployments.engine.scheduler import ScheduledSequence
 from deployments.engine.sequence import PENDING
 
@@ -83,6 +83,7 @@ class ModelRunner:
         self._row_of: dict[str, int] = {}
         if can_decode(cache):
             compile_decode(cache)
+        compile_draws(loaded.vocab_size, loaded.model.dtype, loaded.device)
 
     @torch.inference_mode()
     def launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep:

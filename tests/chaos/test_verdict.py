@@ -17,7 +17,7 @@ from tests.bench.chaos.verdict import (
 )
 
 TOKENS = [5, 6, 7, 8]
-PROBE = Probe(number=0, prompt=(1, 2), max_tokens=len(TOKENS), temperature=0.0, top_k=0, seed=0)
+PROBE = Probe(number=0, prompt=(1, 2), max_tokens=len(TOKENS), temperature=0.0, seed=0)
 IDLE = {("decode", "a"): {"kv_blocks_used": 0.0, "running_sequences": 0.0}}
 
 

@@ -131,7 +131,7 @@ def engine_at_work(server: Server) -> psutil.Process:
 def test_a_decode_engine_that_dies_is_replaced_and_its_streams_go_on_where_they_were(
     client: httpx.Client, local: Service, server: Server
 ) -> None:
-    sampling = {"max_tokens": 150, "ignore_eos": True, "seed": 5, "top_k": 20}
+    sampling = {"max_tokens": 150, "ignore_eos": True, "seed": 5}
     body = {"model": MODEL_NAME, "prompt": "Once upon a time"} | sampling
     (front,) = processes(server, "Decode")
     with client.stream("POST", f"{local.url}/v1/completions", json=body | {"stream": True}) as stream:

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
+from deployments.engine.kernels import cpu_sampling, cuda_sampling  # noqa: E402
 from deployments.engine.kernels.cuda import rms_norm, silu_mul  # noqa: E402
 from deployments.engine.kernels.cuda_attention import decode_attention, rotate_and_write  # noqa: E402
 from deployments.engine.kernels.cuda_matmul import add_linear, linear  # noqa: E402
@@ -124,3 +125,17 @@ def test_decode_attention(lens: list[int], num_heads: int, num_kv_heads: int, he
         )
         weights = (torch.einsum("hd,thd->ht", query.float(), key) * scaling).softmax(-1)
         check(result, torch.einsum("ht,thd->hd", weights, value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_rows", "vocab_size"), [(1, 128_256), (7, 1000), (3, 151_936), (256, 5)])
+def test_scores_of_draws_are_those_of_a_cpu(num_rows: int, vocab_size: int, dtype: torch.dtype) -> None:
+    logits = 3 * randn(num_rows, vocab_size, dtype=dtype)
+    logits[0, 1] = float("-inf")
+    best, temperature = logits.amax(-1), torch.linspace(1e-3, 2, num_rows, dtype=torch.float64)
+    keys = torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=torch.Generator().manual_seed(5))
+    scores = cuda_sampling.gumbel_scores(logits, best, temperature.cuda(), keys.cuda()).cpu()
+    on_cpu = logits.float().cpu(), best.float().cpu(), temperature, keys
+    expected = cpu_sampling.gumbel_scores(*on_cpu)
+    torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-5)
+    assert torch.equal(scores.argmax(-1), expected.argmax(-1))

@@ -10,10 +10,6 @@ MAX_TOKENS = (12, 40)
 # Ids of words and word parts; those below are the special tokens of the default model.
 _TOKEN_IDS = (100, 49_000)
 _SAMPLED_TEMPERATURE = 0.8
-# A draw looks a number up in the cumulative distribution, where float32's noise moves the borders between tokens. After
-# random prompts that is flat, with 49,152 borders: one of 10 sampled probes changed its tokens from call to call. With
-# few tokens to draw from there are few borders.
-_SAMPLED_TOP_K = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +21,6 @@ class Probe:
         prompt: token ids.
         max_tokens: exactly as many come, since the end of a text is ignored.
         temperature: 0 is greedy.
-        top_k: tokens that are drawn from; 0 is all.
         seed: of the draws.
     """
 
@@ -33,7 +28,6 @@ class Probe:
     prompt: tuple[int, ...]
     max_tokens: int
     temperature: float
-    top_k: int
     seed: int
 
     def body(self, model: str, stream: bool) -> dict[str, Any]:
@@ -43,7 +37,6 @@ class Probe:
             "prompt": self.prompt,
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
-            "top_k": self.top_k,
             "seed": self.seed,
             "stream": stream,
             "ignore_eos": True,
@@ -81,7 +74,6 @@ def build_probes(
             prompt=tuple(rng.randrange(*_TOKEN_IDS) for _ in range(rng.randint(*prompt_tokens))),
             max_tokens=rng.randint(*max_tokens),
             temperature=_SAMPLED_TEMPERATURE if number % 2 else 0.0,
-            top_k=_SAMPLED_TOP_K if number % 2 else 0,
             seed=rng.randrange(2**31),
         )
         for number in range(first_number, first_number + num_probes)
