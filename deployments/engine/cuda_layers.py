@@ -31,7 +31,7 @@ class SkinnyLinear(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self._weight = layer.weight.detach()
+        self.weight = layer.weight.detach()
         self._bias = None if layer.bias is None else layer.bias.detach()
         self.owed = _Owed()
 
@@ -43,8 +43,8 @@ class SkinnyLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         residual, self.owed.residual = self.owed.residual, None
         if residual is None:
-            return linear(x, self._weight, self._bias)
-        return add_linear(residual, x, self._weight)
+            return linear(x, self.weight, self._bias)
+        return add_linear(residual, x, self.weight)
 
 
 def optimize_layers(model: nn.Module) -> None:
@@ -72,11 +72,14 @@ def _fuse_residual(layer: nn.Module) -> None:
         return
     if not all(hasattr(layer, name) for name in ("input_layernorm", "post_attention_layernorm")):
         return
-    projections = getattr(attention, "o_proj", None), mlp.down_proj
-    if all(isinstance(one, SkinnyLinear) and one.can_add for one in projections):
-        fused = partial(_forward, layer, *(one.owed for one in projections))
-        if _agree(layer, fused):
+    attended, multiplied = getattr(attention, "o_proj", None), mlp.down_proj
+    if not isinstance(attended, SkinnyLinear) or not isinstance(multiplied, SkinnyLinear):
+        return
+    if attended.can_add and multiplied.can_add:
+        fused = partial(_forward, layer, attended.owed, multiplied.owed)
+        if _agree(layer, fused, multiplied.weight):
             layer.forward = fused
+        attended.owed.residual = multiplied.owed.residual = None  # of a try that was broken off
 
 
 def _forward(layer: Any, attended: _Owed, multiplied: _Owed, hidden_states: Tensor, **kwargs: object) -> Tensor:
@@ -106,11 +109,9 @@ class _Echo:
 
 
 @torch.inference_mode()
-def _agree(layer: nn.Module, fused: partial[Tensor]) -> bool:
+def _agree(layer: nn.Module, fused: "partial[Tensor]", weight: Tensor) -> bool:
     """Whether both give the same, where the residual is small beside what is added to it, as large, and large."""
-    attention: Any = layer.self_attn
-    weight = layer.mlp.down_proj._weight
-    rotary = torch.ones(2, 1, _PROBE_ROWS, getattr(attention, "head_dim", 1)).to(weight)
+    rotary = torch.ones(2, 1, _PROBE_ROWS, getattr(layer.self_attn, "head_dim", 1)).to(weight)
     needs: dict[str, Any] = {"position_embeddings": tuple(rotary), "paged_step": _Echo()}
     needs |= dict.fromkeys(("attention_mask", "position_ids", "cache"))
     rows = torch.randn(1, _PROBE_ROWS, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
@@ -119,7 +120,6 @@ def _agree(layer: nn.Module, fused: partial[Tensor]) -> bool:
             expected, out = layer(scale * rows, **needs), fused(scale * rows, **needs)
         except Exception as error:
             logger.info("%s adds its residuals itself: %s", type(layer).__name__, error)
-            attention.o_proj.owed.residual = layer.mlp.down_proj.owed.residual = None
             return False
         if not isinstance(expected, Tensor) or not (out - expected).norm() <= _TOLERANCE * expected.norm():
             return False

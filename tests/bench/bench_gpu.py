@@ -175,7 +175,7 @@ def weight_bytes(engine: Engine) -> int:
     from deployments.engine.cuda_layers import SkinnyLinear  # only where there is a GPU
 
     model = engine._runner._model  # type: ignore[attr-defined]
-    weights = {m._weight.data_ptr(): m._weight.nbytes for m in model.modules() if isinstance(m, SkinnyLinear)}
+    weights = {m.weight.data_ptr(): m.weight.nbytes for m in model.modules() if isinstance(m, SkinnyLinear)}
     return sum(weights.values())
 
 
