@@ -11,7 +11,7 @@ TIMES_S = [5.0 * i for i in range(240)]
 
 
 def usage(pid=1, role="engine", at_s=0.0, rss=100 * MIB, threads=8, fds=20):
-    return Usage(pid, role, at_s, rss, rss, threads, fds)
+    return Usage(pid, role, at_s, rss, rss, 0, 0, threads, fds)
 
 
 def test_a_line_is_found_exactly():

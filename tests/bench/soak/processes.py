@@ -21,6 +21,7 @@ _ROLES = (
     ("gcs_server", "gcs"),
     ("ray::", "worker"),
 )
+_ARENA = "/memfd:kvrelay"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,8 @@ class Usage:
         at_s: when, by the system's monotonic clock.
         rss_bytes: memory that it has mapped and touched, shared memory included.
         uss_bytes: of that, what nobody shares.
+        arena_bytes: what it has written of the memory from which other engines read its KV; its size is fixed.
+        arena_size: that size; 0: it has none.
         num_threads: its threads.
         num_fds: its open file descriptors.
     """
@@ -42,6 +45,8 @@ class Usage:
     at_s: float
     rss_bytes: int
     uss_bytes: int
+    arena_bytes: int
+    arena_size: int
     num_threads: int
     num_fds: int
 
@@ -61,5 +66,18 @@ def take(processes: Iterable[psutil.Process], at_s: float) -> list[Usage]:
         with suppress(psutil.Error), process.oneshot():
             memory = process.memory_full_info()
             role, num_threads, num_fds = role_of(process), process.num_threads(), process.num_fds()
-            found.append(Usage(process.pid, role, at_s, memory.rss, memory.uss, num_threads, num_fds))
+            arena = _arena(process.pid)
+            found.append(Usage(process.pid, role, at_s, memory.rss, memory.uss, *arena, num_threads, num_fds))
     return found
+
+
+def _arena(pid: int) -> tuple[int, int]:
+    """Bytes written, and the size, of the anonymous files that `kv_transfer.shared_memory` makes."""
+    written = size = 0
+    with suppress(OSError):
+        for file in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                if str(file.readlink()).startswith(_ARENA):
+                    status = file.stat()
+                    written, size = written + status.st_blocks * 512, size + status.st_size
+    return written, size
