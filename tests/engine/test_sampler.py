@@ -214,6 +214,17 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
         assert set(draw_many(logits, 500, **settings_)) == {3, 60}
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", [slice(None), slice(0, 1), slice(5, 6)], ids=["all", "first", "one"])
+def test_a_row_of_a_broken_model_ends_with_some_token_and_leaves_others_alone(broken: float, where: slice) -> None:
+    logits = random_logits(2, 100, seed=9)
+    rows, sound = [params(top_p=0.5, top_k=7), params(top_p=0.5, top_k=7)], logits[1:].clone()
+    logits[0, where] = broken
+    tokens = draw(logits, rows, [2, 2])
+    assert 0 <= tokens[0] < 100
+    assert tokens[1:] == draw(sound, rows[1:], [2])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_drawn_from_as_they_are(dtype: torch.dtype) -> None:
     logits = random_logits(4, 300, seed=8).to(dtype)

@@ -139,3 +139,14 @@ def test_scores_of_draws_are_those_of_a_cpu(num_rows: int, vocab_size: int, dtyp
     expected = cpu_sampling.gumbel_scores(*on_cpu)
     torch.testing.assert_close(scores, expected, rtol=1e-6, atol=1e-5)
     assert torch.equal(scores.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_draw_from_broken_logits_ends(broken: float) -> None:
+    logits = randn(3, 1000)
+    logits[0], logits[1, 7] = broken, broken
+    bounds = torch.tensor([[1.0] * 3, [5.0] * 3, [0.5] * 3, [0.0] * 3], dtype=torch.float64, device="cuda")
+    keys, best = torch.arange(3, device="cuda"), logits.amax(-1)
+    scores = cuda_sampling.gumbel_scores(logits, best, bounds[0], keys)
+    tokens = cuda_sampling.best_within(scores, logits, best, bounds)
+    assert ((tokens >= 0) & (tokens < 1000)).all()

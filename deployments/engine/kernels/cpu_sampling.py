@@ -118,7 +118,8 @@ def _race(scores, weights, top_k, top_p, min_p):
     while True:
         winner = _winner(scores, weights, pivot, min_p)
         mass, count = _sum_above(weights, weights[winner])
-        if count == 0 or ((top_k == 0 or count < top_k) and mass < wanted):
+        is_kept = count == 0 or ((top_k == 0 or count < top_k) and mass < wanted)
+        if is_kept or not weights[winner] > pivot:  # the latter where logits are no numbers, or infinite
             return winner
         pivot = weights[winner]
 

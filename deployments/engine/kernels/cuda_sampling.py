@@ -64,12 +64,14 @@ def _best_within(scores, logits, best, bounds, out, num_rows, size, BLOCK: tl.co
     is_open = tl.full((), 1, tl.int32)
     while is_open != 0:
         winner = _winner(scores, logits, pivot, least, size, BLOCK)
+        last_pivot = pivot
         pivot = tl.load(logits + winner).to(tl.float32)
         is_open = tl.full((), 0, tl.int32)
         if (top_k > 0) | (top_p < 1):
             mass, count = _sum_above(logits, peak, temperature, pivot, size, BLOCK)
             is_kept = (count == 0) | (((top_k == 0) | (count < top_k)) & (mass < wanted))
-            is_open = tl.where(is_kept, 0, 1)
+            # Where logits are no numbers, or infinite, the pivot may not rise.
+            is_open = tl.where(is_kept | (pivot <= last_pivot) | (pivot != pivot), 0, 1)
     tl.store(out + row, winner.to(tl.int64))
 
 
