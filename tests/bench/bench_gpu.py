@@ -2,7 +2,8 @@
 
 Run: `make bench-gpu` on a machine with a GPU. The engine is driven as `EngineLoop` drives it, scheduler, sampler and
 events included. Prints a table beside vLLM 0.24's figures on an H100 80GB (same shapes, dummy weights, greedy) and, as
-its last line, one JSON object with the raw numbers.
+its last line, one JSON object with the raw numbers. `ARGS=--profile` says instead where the GPU's time goes in the run
+that measures throughput.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
 from deployments.engine.model import LoadedModel, optimize_layers, prepare_model
 from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
+from tests.bench.gpu_profile import gpu_seconds
 
 PROMPT_TOKENS = 256
 MEASURED_STEPS = 100
@@ -146,10 +148,15 @@ def lengths() -> np.ndarray:
     return np.random.default_rng(1).integers(100, 1025, (256, 2))
 
 
-def throughput(driver: Driver) -> float:
-    """Output tokens per second of requests with uniform lengths, given at once."""
+def add_lengths(driver: Driver) -> None:
+    """Give the engine the requests of `throughput`."""
     for prompt_tokens, output_tokens in lengths().tolist():
         driver.add(prompt_tokens, output_tokens)
+
+
+def throughput(driver: Driver) -> float:
+    """Output tokens per second of requests with uniform lengths, given at once."""
+    add_lengths(driver)
     begun = time.perf_counter()
     return driver.drain() / (time.perf_counter() - begun)
 
@@ -192,10 +199,40 @@ def throughput_bound(engine: Engine, bandwidth: float, prompt_tokens_per_s: floa
     Prompts are counted at the rate at which this engine computes them.
     """
     prompts, outputs = lengths().T
+    return float(outputs.sum() / (sum(decode_bytes(engine)) / bandwidth + prompts.sum() / prompt_tokens_per_s))
+
+
+def decode_bytes(engine: Engine) -> tuple[float, float]:
+    """What the decode steps of `throughput` must read: of weights, of KV."""
+    prompts, outputs = lengths().T
     # The first token is the prompt's; step n of a sequence reads its prompt and n tokens more.
     contexts = (prompts * (outputs - 1) + outputs * (outputs - 1) / 2).sum()
-    read = (outputs.max() - 1) * weight_bytes(engine) + contexts * engine.kv_shape.bytes_per_token
-    return float(outputs.sum() / (read / bandwidth + prompts.sum() / prompt_tokens_per_s))
+    return float((outputs.max() - 1) * weight_bytes(engine)), float(contexts * engine.kv_shape.bytes_per_token)
+
+
+def profile_throughput(name: str, config: PretrainedConfig, bandwidth: float) -> dict[str, dict[str, float]]:
+    """Seconds of the GPU by kind of kernel, printed: steps with prompts, those with decodes alone, and their floor."""
+    engine = build(config, max_num_seqs=256)
+    driver = Driver(engine, config.vocab_size)
+    rate = repeated(partial(throughput, driver), 1)[0]
+    add_lengths(driver)
+
+    def start_all() -> None:
+        started = 0
+        while started < len(lengths()):
+            started += sum(output.index == 0 for output in driver.step())
+
+    found = {"steps with prompts": gpu_seconds(start_all), "steps of decodes": gpu_seconds(driver.drain)}
+    print(f"{name}: {rate:.0f} output tokens/s without the profiler")
+    for phase, seconds in found.items():
+        total = sum(seconds.values())
+        print(f"{phase}: {total:.2f} s")
+        for kind, part in seconds.items():
+            print(f"  {kind:34}{part:8.3f} s{part / total:7.1%}")
+    weights, kv = decode_bytes(engine)
+    found["floor"] = {"products": weights / bandwidth, "attention of decodes": kv / bandwidth}
+    print(f"floor of all decodes: weights {weights / bandwidth:.2f} s, KV {kv / bandwidth:.2f} s")
+    return found
 
 
 def repeated(measure: Callable[[], float], repeats: int) -> list[float]:
@@ -208,6 +245,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench-gpu ARGS=...")
     parser.add_argument("--only", choices=sorted(VLLM))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="where the GPU's time goes in the run of 256 requests")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench-gpu needs a GPU", file=sys.stderr)
@@ -224,7 +262,10 @@ def main() -> int:
     for name, config in shapes().items():
         if options.only not in (None, name):
             continue
-        result["models"][name] = measure_model(name, config, bandwidth, options.repeats)
+        if options.profile:
+            result["models"][name] = profile_throughput(name, config, bandwidth)
+        else:
+            result["models"][name] = measure_model(name, config, bandwidth, options.repeats)
         gc.collect()  # an engine's graphs and pool, before the next one sizes its own
         torch.cuda.empty_cache()
     print(json.dumps(result))
