@@ -39,7 +39,7 @@ class TransferStats:
         num_received: chunks pulled from other engines.
         num_received_bytes: their size.
         num_read_in_place: of these, chunks that were read in another engine's memory on the same machine.
-        receive_s: time spent pulling the others, from the request to the last byte, waits for other chunks left out.
+        receive_s: time in which one of the others at least was pulled, from the question for it to its last byte.
         num_sent: chunks sent to other engines.
         num_failed: chunks whose transfer failed, on either end.
         num_links: pairs that are open now; a pair that sends in both directions counts twice.

@@ -1,9 +1,9 @@
 """What one process has of the hand-off: the chunks it produced, and its links to other engines in both directions.
 
 The receiver drives. It opens a link, asks the source for one chunk, and receives it; the source's thread for that link
-sends what it was asked for. A sender thus only ever waits for a receiver that is receiving this very chunk, so no cycle
-of waits can form, whoever hands what to whom. On one machine there is nothing to send: the receiver reads the chunk
-where it lies. Called by `direct`; knows no Ray object references to chunks.
+sends what it was asked for, in the order of the questions. A sender thus only ever waits for a receiver that receives
+this very chunk next, so no cycle of waits can form, whoever hands what to whom. On one machine there is nothing to
+send: the receiver reads the chunk where it lies. Called by `direct`; knows no Ray object references to chunks.
 """
 
 from contextlib import suppress
@@ -25,7 +25,7 @@ from deployments.kv_transfer.channel import Channel
 from deployments.kv_transfer.group import build_group, host_store, join_store
 from deployments.kv_transfer.layout import KVLayout
 from deployments.kv_transfer.line import Line, LineHost, call
-from deployments.kv_transfer.link import Link, LinkLostError, Peer, Watchdog, call_engine
+from deployments.kv_transfer.link import Link, LinkLostError, Peer, Steps, Watchdog, call_engine
 from deployments.kv_transfer.local import Arena, Neighbours, Place
 
 
@@ -71,6 +71,7 @@ class Endpoint:
         self._held: dict[str, Tensor] = {}
         self._inbound: dict[str, Link] = {}
         self._outbound: dict[str, Link] = {}
+        self._received_at = 0.0
         self._stats = TransferStats()
 
     @property
@@ -161,13 +162,16 @@ class Endpoint:
         link.submit(partial(self._send, held))
         return True
 
-    def _send(self, tensor: Tensor, channel: Channel) -> None:
+    def _send(self, tensor: Tensor, channel: Channel) -> Steps:
         try:
-            channel.group.send(tensor, self._config.transfer_timeout_s)
+            wait = channel.group.start_send(tensor)
+            yield
+            wait(self._config.transfer_timeout_s)
         except Exception:
             self._count(num_failed=1)
             raise
         self._count(num_sent=1)
+        return None
 
     def _forget_outbound(self, link: Link) -> None:
         with self._lock:
@@ -241,19 +245,29 @@ class Endpoint:
             line.close()
             raise
 
-    def _receive(self, chunk: RemoteChunk, channel: Channel) -> Tensor:
+    def _receive(self, chunk: RemoteChunk, channel: Channel) -> Steps:
         started = monotonic()
         with suppress(OSError):
             channel.line.say(chunk.object_id)
         tensor = torch.empty(chunk.shape, dtype=getattr(torch, chunk.layout.dtype), device=chunk.device)
+        yield
         reply = channel.line.hear(self._config.connect_timeout_s)
         if reply is None:
             raise LinkLostError("the source closed the link")
         if reply == _GONE:
             raise TransferError("the source no longer has it")
-        channel.group.recv(tensor, self._config.transfer_timeout_s)
-        self._count(num_received=1, num_received_bytes=tensor.nbytes, receive_s=monotonic() - started)
+        wait = channel.group.start_recv(tensor)
+        yield
+        wait(self._config.transfer_timeout_s)
+        self._count_received(tensor.nbytes, started)
         return tensor
+
+    def _count_received(self, nbytes: int, started: float) -> None:
+        """Time in which several chunks were under way counts once."""
+        ended = monotonic()
+        with self._lock:
+            since, self._received_at = max(started, self._received_at), ended
+        self._count(num_received=1, num_received_bytes=nbytes, receive_s=ended - since)
 
     def _forget_inbound(self, link: Link) -> None:
         with self._lock:

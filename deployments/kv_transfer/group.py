@@ -1,7 +1,9 @@
 """Two processes that can move tensors to each other: gloo on CPUs, NCCL on GPUs. Knows nothing of Ray or of KV."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from threading import Event
 from time import monotonic, sleep
 from typing import Any, Protocol
@@ -18,19 +20,30 @@ _NCCL_POLL_S = 50e-6
 _ProcessGroupGloo: Any = dist.ProcessGroupGloo
 
 
-class Group(Protocol):
-    """One of the two ends. `send` and `recv` come from one thread; both tensors are contiguous and of equal size."""
+# Takes a bound in seconds; returns when the message is over, on a GPU too. RuntimeError if the other end fails or the
+# group is aborted, TimeoutError at the latest.
+Wait = Callable[[float], None]
 
-    def send(self, tensor: Tensor, timeout_s: float) -> None:
-        """Return when the tensor may be freed; RuntimeError if the other end fails, TimeoutError at the latest."""
+
+class Group(Protocol):
+    """One of the two ends. Messages are begun and waited for by one thread, in one order on both ends.
+
+    Attributes:
+        depth: messages that may be under way at once.
+    """
+
+    depth: int
+
+    def start_send(self, tensor: Tensor) -> Wait:
+        """Begin to send a contiguous tensor; it may be freed or written to after the wait."""
         ...
 
-    def recv(self, tensor: Tensor, timeout_s: float) -> None:
-        """Fill the tensor; RuntimeError or TimeoutError as in `send`. Complete on return, on a GPU too."""
+    def start_recv(self, tensor: Tensor) -> Wait:
+        """Begin to fill a contiguous tensor of the size that is sent; it is complete after the wait."""
         ...
 
     def abort(self) -> None:
-        """End the group from any thread: `send` and `recv` in progress raise within milliseconds."""
+        """End the group from any thread: waits in progress raise within milliseconds."""
         ...
 
 
@@ -75,6 +88,8 @@ class GlooGroup:
     the payload: both wait for a small message behind it, and drop the payload's work if that does not come.
     """
 
+    depth = 1  # a second payload would come between the first and the message behind it
+
     def __init__(self, store: Store, rank: int, host: str, timeout_s: float) -> None:
         options = _ProcessGroupGloo._Options()
         # Without a device gloo takes whatever this machine's own name resolves to, which may be the loopback.
@@ -84,20 +99,28 @@ class GlooGroup:
         self._group = _ProcessGroupGloo(store, rank, 2, options)
         self._peer = 1 - rank
 
-    def send(self, tensor: Tensor, timeout_s: float) -> None:
-        timeout = timedelta(seconds=timeout_s)
+    def start_send(self, tensor: Tensor) -> Wait:
         payload = self._group.send([tensor], self._peer, _PAYLOAD)
         sent = self._group.send([_mark()], self._peer, _SENT)
-        self._group.recv([_mark()], self._peer, _RECEIVED).wait(timeout)
-        sent.wait(timeout)
-        payload.wait(timeout)
 
-    def recv(self, tensor: Tensor, timeout_s: float) -> None:
-        timeout = timedelta(seconds=timeout_s)
+        def wait(timeout_s: float) -> None:
+            timeout = timedelta(seconds=timeout_s)
+            self._group.recv([_mark()], self._peer, _RECEIVED).wait(timeout)
+            sent.wait(timeout)
+            payload.wait(timeout)
+
+        return wait
+
+    def start_recv(self, tensor: Tensor) -> Wait:
         payload = self._group.recv([tensor], self._peer, _PAYLOAD)
-        self._group.recv([_mark()], self._peer, _SENT).wait(timeout)
-        payload.wait(timeout)
-        self._group.send([_mark()], self._peer, _RECEIVED).wait(timeout)
+
+        def wait(timeout_s: float) -> None:
+            timeout = timedelta(seconds=timeout_s)
+            self._group.recv([_mark()], self._peer, _SENT).wait(timeout)
+            payload.wait(timeout)
+            self._group.send([_mark()], self._peer, _RECEIVED).wait(timeout)
+
+        return wait
 
     def abort(self) -> None:
         # ProcessGroupGloo.abort() wakes nobody. But a wait that runs out of time closes the pair's socket, which
@@ -118,6 +141,8 @@ class NcclGroup:
     CPU do not reach this; `pytest -m gpu tests/kv_transfer` does (seen on one H100, two processes, NCCL over loopback).
     """
 
+    depth = 4  # so that the link is not idle while the ends wake up and speak about the next message
+
     def __init__(self, store: Store, rank: int) -> None:
         from cupy.cuda import nccl
 
@@ -129,24 +154,23 @@ class NcclGroup:
         self._stream = torch.cuda.Stream()
         self._aborted = Event()
 
-    def send(self, tensor: Tensor, timeout_s: float) -> None:
+    def start_send(self, tensor: Tensor) -> Wait:
         self._comm.send(tensor.data_ptr(), tensor.nbytes, self._byte, self._peer, self._stream.cuda_stream)
-        self._wait(timeout_s)
+        return partial(self._wait, self._stream.record_event())
 
-    def recv(self, tensor: Tensor, timeout_s: float) -> None:
+    def start_recv(self, tensor: Tensor) -> Wait:
         # The allocator may have handed out memory that the current stream still reads.
         self._stream.wait_stream(torch.cuda.current_stream())
         self._comm.recv(tensor.data_ptr(), tensor.nbytes, self._byte, self._peer, self._stream.cuda_stream)
-        self._wait(timeout_s)
+        return partial(self._wait, self._stream.record_event())
 
     def abort(self) -> None:
         if not self._aborted.is_set():
             self._aborted.set()
             self._comm.abort()
 
-    def _wait(self, timeout_s: float) -> None:
+    def _wait(self, done: torch.cuda.Event, timeout_s: float) -> None:
         """Poll instead of synchronizing: a dead peer would keep the stream busy forever."""
-        done = self._stream.record_event()
         deadline = monotonic() + timeout_s
         while not done.query():
             if monotonic() > deadline:

@@ -1,4 +1,4 @@
-"""One pair of engines, seen from one of them: a thread that opens a channel, then runs one job at a time over it.
+"""One pair of engines, seen from one of them: a thread that opens a channel, then runs jobs over it, in turn.
 
 Owns the rule that nothing here waits without a bound: `Watchdog` asks the peers of all links whether they live, without
 waiting for the answers, and ends the links of those that died or hang. Knows Ray's actors; nothing of KV or layouts.
@@ -6,7 +6,7 @@ waiting for the answers, and ends the links of those that died or hang. Knows Ra
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Condition, Lock, Thread
@@ -25,7 +25,10 @@ from deployments.kv_transfer.channel import Channel
 logger = logging.getLogger(__name__)
 
 CONTROL_GROUP = "kv_ctl"
-Job = Callable[[Channel], Tensor | None]
+# A job pauses where others may go on before it waits: as many as the group can have under way are at work, and each of
+# its steps runs after the same step of the jobs before it.
+Steps = Generator[None, None, Tensor | None]
+Job = Callable[[Channel], Steps]
 
 
 class LinkLostError(TransferError):
@@ -63,10 +66,12 @@ class Peer:
         return 0.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Task:
     job: Job
     future: "Future[Tensor | None]"
+    steps: Steps | None = None
+    num_done: int = 0
 
     def fail(self, kind: type[TransferError], reason: str) -> None:
         # A new exception for each: one that was raised elsewhere has a traceback, and that pins tensors.
@@ -100,7 +105,7 @@ class Link:
         self._changed = Condition(Lock())
         # All below is guarded by _changed. Whoever takes a task out of it finishes its future, and nobody else.
         self._waiting: deque[_Task] = deque()
-        self._current: _Task | None = None
+        self._current: deque[_Task] = deque()
         self._channel: Channel | None = None
         self._state_since = monotonic()
         self._doubt: str | None = None
@@ -112,7 +117,7 @@ class Link:
         return self._closed is not None
 
     def submit(self, job: Job) -> "Future[Tensor | None]":
-        """Run a job behind those that wait. One that raises `TransferError` fails alone, else the link closes.
+        """Run a job behind those that came before. One that raises `TransferError` fails alone, else the link closes.
 
         Raises:
             LinkLostError: the link is closed.
@@ -134,9 +139,8 @@ class Link:
             if self._closed is not None:
                 return
             self._closed = reason
-            tasks = [self._current] if self._current is not None else []
-            tasks += self._waiting
-            self._current = None
+            tasks = [*self._current, *self._waiting]
+            self._current.clear()
             self._waiting.clear()
             channel, self._channel = self._channel, None
             self._changed.notify()
@@ -150,7 +154,7 @@ class Link:
         """Close the link if its peer is dead, its time is over, or nobody has used it for long. Never waits."""
         with self._changed:
             is_connecting = self._channel is None
-            is_busy = is_connecting or self._current is not None
+            is_busy = is_connecting or bool(self._current)
             state_s = monotonic() - self._state_since
         config = self._config
         try:
@@ -182,8 +186,8 @@ class Link:
         reason = self._connect()
         if reason is not None:
             self.close(reason)
-        while (task := self._next()) is not None:
-            self._perform(task)
+        while (task := self._turn()) is not None:
+            self._advance(task)
             # Else this name would keep the last chunk until the next one comes.
             del task
 
@@ -201,22 +205,27 @@ class Link:
         channel.abort()
         return None
 
-    def _next(self) -> _Task | None:
-        """Wait for a job; None once the link is closed."""
+    def _turn(self) -> _Task | None:
+        """Wait for a job with something to do: the first of those that are least far; None once the link is closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed is not None or self._waiting)
-            if self._closed is not None:
+            self._changed.wait_for(lambda: self._closed is not None or self._waiting or self._current)
+            if self._closed is not None or self._channel is None:
                 return None
-            self._current = self._waiting.popleft()
-            self._state_since = monotonic()
-            return self._current
+            if self._waiting and len(self._current) < self._channel.group.depth:
+                if not self._current:
+                    self._state_since = monotonic()
+                task = self._waiting.popleft()
+                task.steps = task.job(self._channel)
+                self._current.append(task)
+            return min(self._current, key=lambda task: task.num_done)
 
-    def _perform(self, task: _Task) -> None:
-        channel = self._channel
-        if channel is None:
-            return  # closed since: the future was failed there
+    def _advance(self, task: _Task) -> None:
+        assert task.steps is not None
         try:
-            result = task.job(channel)
+            next(task.steps)
+        except StopIteration as end:
+            if self._finish(task):
+                task.future.set_result(end.value)
         except LinkLostError as error:
             self.close(str(error), LinkLostError)
         except TransferError as error:
@@ -225,15 +234,14 @@ class Link:
         except Exception as error:
             self.close(f"transfer failed: {brief(error)}")
         else:
-            if self._finish(task):
-                task.future.set_result(result)
+            task.num_done += 1
 
     def _finish(self, task: _Task) -> bool:
         """Take the job out; False if `close` was first and has failed it."""
         with self._changed:
-            is_ours = self._current is task
+            is_ours = task in self._current
             if is_ours:
-                self._current = None
+                self._current.remove(task)
                 self._state_since = monotonic()
             return is_ours
 

@@ -27,13 +27,21 @@ def ends() -> tuple[Group, Group]:
         return build_group("cpu", store, 0, HOST, 5), other.result()
 
 
+def send(group: Group, tensor: torch.Tensor, timeout_s: float) -> None:
+    group.start_send(tensor)(timeout_s)
+
+
+def recv(group: Group, tensor: torch.Tensor, timeout_s: float) -> None:
+    group.start_recv(tensor)(timeout_s)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bytes_arrive_unchanged(ends, dtype):
     sent = torch.randn(3, 2, 1000).to(dtype)
     received = torch.empty_like(sent)
-    sender = Thread(target=ends[1].send, args=(sent, 5))
+    sender = Thread(target=send, args=(ends[1], sent, 5))
     sender.start()
-    ends[0].recv(received, 5)
+    recv(ends[0], received, 5)
     sender.join()
     assert torch.equal(received, sent)
 
@@ -41,7 +49,7 @@ def test_bytes_arrive_unchanged(ends, dtype):
 @pytest.mark.parametrize("aborting", [0, 1])
 def test_abort_wakes_a_pending_receive_on_either_end(ends, aborting):
     with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(ends[0].recv, torch.empty(1_000_000), 30)
+        pending = pool.submit(recv, ends[0], torch.empty(1_000_000), 30)
         sleep(0.1)
         assert not pending.done()
         ends[aborting].abort()
@@ -53,7 +61,7 @@ def test_abort_wakes_a_pending_receive_on_either_end(ends, aborting):
 
 def test_abort_wakes_a_send_that_nobody_receives(ends):
     with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(ends[0].send, torch.empty(50_000_000), 30)
+        pending = pool.submit(send, ends[0], torch.empty(50_000_000), 30)
         sleep(0.1)
         assert not pending.done()
         ends[0].abort()
@@ -64,7 +72,7 @@ def test_abort_wakes_a_send_that_nobody_receives(ends):
 def test_a_receive_is_bounded_by_its_timeout(ends):
     started = monotonic()
     with pytest.raises(RuntimeError, match="Timed out"):
-        ends[0].recv(torch.empty(10), 0.2)
+        recv(ends[0], torch.empty(10), 0.2)
     assert monotonic() - started < 2
 
 
@@ -78,7 +86,7 @@ def other_end(address: tuple[str, int], direction: str, ready: Event) -> None:
     group = build_group("cpu", join_store(address, 20), 1, HOST, 20)
     tensor = torch.ones(LARGE)
     ready.set()
-    (group.send if direction == "recv" else group.recv)(tensor, 60)
+    (send if direction == "recv" else recv)(group, tensor, 60)
 
 
 @pytest.mark.parametrize("stop_signal", [signal.SIGKILL, signal.SIGSTOP])
@@ -96,7 +104,7 @@ def test_a_peer_lost_amid_the_bytes_pins_nothing(direction, stop_signal):
         memory = weakref.ref(tensors[0])
         assert ready.wait(20)
         with ThreadPoolExecutor(1) as pool:
-            pending = pool.submit(lambda: getattr(group, direction)(tensors.pop(), 60))
+            pending = pool.submit(lambda: (send if direction == "send" else recv)(group, tensors.pop(), 60))
             sleep(0.1)
             assert not pending.done()
             os.kill(other.pid, stop_signal)

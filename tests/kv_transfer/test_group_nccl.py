@@ -29,19 +29,23 @@ def join(rank: int, addresses: Any) -> Group:
 
 def send_all(addresses: Any, then_stay_s: float) -> None:
     group = join(1, addresses)
-    for size in SIZES:
-        group.send(torch.arange(size, device="cuda", dtype=torch.float32), 20)
+    waits = [group.start_send(torch.arange(size, device="cuda", dtype=torch.float32)) for size in SIZES]
+    for wait in waits:
+        wait(20)
     time.sleep(then_stay_s)
 
 
 def receive_all(addresses: Any, results: Any) -> None:
     group = join(0, addresses)
+    begun = []
     for size in SIZES:
         received = torch.empty(size, device="cuda")
-        group.recv(received, 20)
+        begun.append((size, received, group.start_recv(received)))
+    for size, received, wait in begun:
+        wait(20)
         results.put(torch.equal(received.cpu(), torch.arange(size, dtype=torch.float32)))
     with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(group.recv, torch.empty(10_000_000, device="cuda"), 60)
+        pending = pool.submit(group.start_recv(torch.empty(10_000_000, device="cuda")), 60)
         time.sleep(1)
         group.abort()
         results.put(isinstance(pending.exception(timeout=5), RuntimeError))

@@ -14,8 +14,9 @@ from torch import Tensor
 from deployments.errors import TransferError
 from deployments.kv_transfer.base import TransferConfig
 from deployments.kv_transfer.channel import Channel
+from deployments.kv_transfer.group import Wait
 from deployments.kv_transfer.line import Line
-from deployments.kv_transfer.link import Link, LinkLostError, Peer, Watchdog
+from deployments.kv_transfer.link import Link, LinkLostError, Peer, Steps, Watchdog
 
 CONFIG = TransferConfig(probe_interval_s=0.01)
 
@@ -34,17 +35,21 @@ class FakePeer(Peer):
 
 
 class FakeGroup:
-    """`recv` blocks until the test lets it go or the group is aborted."""
+    """What is received waits until the test lets it go or the group is aborted."""
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 1) -> None:
+        self.depth = depth
         self.is_receiving = threading.Event()
         self.may_finish = threading.Event()
         self.is_aborted = False
 
-    def send(self, tensor: Tensor, timeout_s: float) -> None:
+    def start_send(self, tensor: Tensor) -> Wait:
         raise AssertionError("not used here")
 
-    def recv(self, tensor: Tensor, timeout_s: float) -> None:
+    def start_recv(self, tensor: Tensor) -> Wait:
+        return self._wait
+
+    def _wait(self, timeout_s: float) -> None:
         self.is_receiving.set()
         assert self.may_finish.wait(10)
         if self.is_aborted:
@@ -68,19 +73,38 @@ class NoLine(Line):
 class Rig:
     """A link, and what surrounds it."""
 
-    def __init__(self, config: TransferConfig = CONFIG, open_channel: Callable[[], Channel] | None = None) -> None:
+    def __init__(
+        self, config: TransferConfig = CONFIG, open_channel: Callable[[], Channel] | None = None, depth: int = 1
+    ) -> None:
         self.peer = FakePeer()
-        self.group, self.line = FakeGroup(), NoLine()
+        self.group, self.line = FakeGroup(depth), NoLine()
         self.closed: list[Link] = []
         self.link = Link(
             "test", self.peer, open_channel or (lambda: Channel(self.group, self.line)), config, self.closed.append
         )
 
     def receive(self) -> "Future[Tensor | None]":
-        def job(channel: Channel) -> Tensor:
+        def job(channel: Channel) -> Steps:
             tensor = torch.zeros(4)
-            channel.group.recv(tensor, 10)
+            wait = channel.group.start_recv(tensor)
+            yield
+            wait(10)
             return tensor
+
+        return self.link.submit(job)
+
+    def note(self, notes: list[tuple[str, int]], number: int) -> "Future[Tensor | None]":
+        """A job of three steps, which writes down when each is taken; the last one waits for the group."""
+
+        def job(channel: Channel) -> Steps:
+            notes.append(("ask", number))
+            yield
+            notes.append(("start", number))
+            wait = channel.group.start_recv(torch.zeros(4))
+            yield
+            wait(10)
+            notes.append(("end", number))
+            return None
 
         return self.link.submit(job)
 
@@ -99,12 +123,40 @@ def rig() -> Iterator[Rig]:
     rig.link.close("end of the test")
 
 
-def test_jobs_run_one_at_a_time_and_in_order(rig):
-    order: list[int] = []
+def test_without_depth_jobs_run_one_at_a_time_and_in_order(rig):
+    notes: list[tuple[str, int]] = []
     rig.group.may_finish.set()
-    for future in [rig.link.submit(lambda _, i=i: order.append(i)) for i in range(50)]:
+    for future in [rig.note(notes, i) for i in range(50)]:
         future.result(timeout=5)
-    assert order == list(range(50))
+    assert notes == [(step, i) for i in range(50) for step in ("ask", "start", "end")]
+
+
+def test_as_many_jobs_as_the_group_takes_are_under_way_and_each_step_keeps_their_order():
+    rig = Rig(depth=3)
+    notes: list[tuple[str, int]] = []
+    futures = [rig.receive(), *(rig.note(notes, i) for i in range(20))]
+    assert rig.group.is_receiving.wait(5)
+    rig.group.may_finish.set()
+    for future in futures:
+        future.result(timeout=5)
+    under_way = most = 0
+    for step, _ in notes:
+        under_way += {"ask": 1, "start": 0, "end": -1}[step]
+        most = max(most, under_way)
+    assert most == 3
+    for step in ("ask", "start", "end"):
+        assert [i for name, i in notes if name == step] == list(range(20))
+    rig.link.close("end of the test")
+
+
+def test_a_lost_link_fails_all_jobs_that_are_under_way():
+    rig = Rig(depth=3)
+    futures = [rig.receive() for _ in range(5)]
+    assert rig.group.is_receiving.wait(5)
+    rig.link.close("over")
+    for future in futures:
+        with pytest.raises(TransferError, match="over"):
+            future.result(timeout=1)
 
 
 def test_a_dead_peer_fails_every_job_and_ends_the_group(rig):
@@ -173,7 +225,8 @@ def test_an_error_while_forming_the_group_reaches_the_jobs():
 
 
 def test_a_job_refused_by_the_source_fails_alone(rig):
-    def refused(channel: Channel) -> None:
+    def refused(channel: Channel) -> Steps:
+        yield
         raise TransferError("gone")
 
     rig.group.may_finish.set()
