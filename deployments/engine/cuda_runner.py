@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deployments.engine.attention.cuda import CudaStep, Prompts
+from deployments.engine.attention import flash3
+from deployments.engine.attention.cuda import LONG_CHUNK, CudaStep, Prompts
 from deployments.engine.batch import order_for_batch
 from deployments.engine.config import EngineLimits
 from deployments.engine.cuda_graphs import (
@@ -82,6 +83,7 @@ class CudaRunner:
         self._turn = 0
         self._graphs: dict[int, DecodeGraph] = {}
         self._prompt_graphs: dict[int, PromptGraph] = {}
+        flash3.find(cache.blocks.dtype, cache.shape.head_dim)  # says which attention it is, before the first prompt
         self._capture()
         compile_draws(loaded.vocab_size, loaded.model.dtype, loaded.device)
 
@@ -215,10 +217,10 @@ class CudaRunner:
         return tables
 
     def _write_prompts(self, writer: Writer, items: Items[ScheduledSequence], start: int) -> list["_PendingPrompts"]:
-        """Neighbours in the batch with or without context attend together; `start`: of the first one."""
+        """Bring neighbours in the batch that attend together into groups; `start`: of the first one."""
         groups: list[list[ScheduledSequence]] = []
         for item in items:
-            if groups and (groups[-1][0].start == 0) == (item.start == 0):
+            if groups and _attend_together(groups[-1][-1], item):
                 groups[-1].append(item)
             else:
                 groups.append([item])
@@ -293,12 +295,19 @@ class CudaRunner:
         nothing = recorded.inputs[:0]
 
         def run() -> Tensor:
-            prompt = Prompts(0, length, length, length, whole)
+            prompt = Prompts(0, length, length, length, whole, is_recorded=True)
             step = CudaStep(self.cache, slots, nothing.view(0, 0), nothing, (prompt,))
             return self._forward(ids, positions, recorded.inputs[-1:].long(), step)
 
         recorded.logits = record(recorded.graph, run, pool)
         return recorded.graph.pool()
+
+
+def _attend_together(one: ScheduledSequence, other: ScheduledSequence) -> bool:
+    """Whole prompts do, and chunks with context, but for long ones."""
+    if one.start == 0 or other.start == 0:
+        return one.start == other.start == 0
+    return max(one.num_tokens, other.num_tokens) < LONG_CHUNK
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,89 @@
+"""FlashAttention 3 for prompts: Hopper and bfloat16 only, and only where its package is installed (fa3-fwd, a wheel).
+
+The wheel is built without paged KV: keys and values lie behind each other.
+"""
+
+import logging
+from functools import cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+logger = logging.getLogger(__name__)
+
+_HOPPER = 9
+_TOLERANCE = 2e-2
+
+
+class Flash3(Protocol):
+    """Causal attention of several sequences; with fewer queries than keys these are the last ones."""
+
+    def __call__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        starts: Tensor,
+        key_starts: Tensor,
+        max_queries: int,
+        max_keys: int,
+        *,
+        seqused_k: Tensor | None = None,
+        softmax_scale: float,
+        causal: bool,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            queries: (T, num_heads, head_dim) of all P sequences, behind each other.
+            keys: (K, num_kv_heads, head_dim), likewise.
+            values: as the keys.
+            starts: (P + 1,) int32 where each sequence's queries begin.
+            key_starts: (P + 1,) int32 where its keys begin.
+            max_queries: of one sequence.
+            max_keys: of one sequence.
+            seqused_k: (P,) int32 keys of each sequence that count; None: all.
+            softmax_scale: factor on the scores.
+            causal: always true here.
+
+        Returns:
+            (T, num_heads, head_dim).
+        """
+        ...
+
+
+@cache
+def find(dtype: torch.dtype, head_dim: int) -> Flash3 | None:
+    """The kernel for this kind of KV, tried once on the current GPU; None where there is none that works."""
+    if torch.cuda.get_device_capability()[0] != _HOPPER or dtype is not torch.bfloat16:
+        return None
+    try:
+        from fa3_fwd_interface import flash_attn_varlen_func as attend
+    except ImportError as error:
+        logger.info("prompts are attended by FlashAttention 2; pip install 'kvrelay[gpu]' brings 3 (%s)", error)
+        return None
+    try:
+        difference = _try(attend, dtype, head_dim)
+    except Exception as error:  # a wheel that does not fit this torch or driver fails in its own ways
+        logger.warning("FlashAttention 3 is installed and does not run, prompts are attended by 2: %s", error)
+        return None
+    if not difference < _TOLERANCE:
+        logger.warning("FlashAttention 3 is off by %.1e and not used", difference)
+        return None
+    logger.info("prompts are attended by FlashAttention 3")
+    return attend  # type: ignore[no-any-return]  # the package has no types
+
+
+@torch.inference_mode()
+def _try(attend: Flash3, dtype: torch.dtype, head_dim: int) -> float:
+    """Relative difference to torch's own attention: 70 queries behind 130 other keys, in a buffer of 300."""
+    queries, keys, values = (torch.randn(n, 2, head_dim, device="cuda", dtype=dtype) for n in (70, 300, 300))
+    starts, key_starts, lens = (torch.tensor(n, device="cuda", dtype=torch.int32) for n in ((0, 70), (0, 300), (200,)))
+    scale = head_dim**-0.5
+    out = attend(queries, keys, values, starts, key_starts, 70, 200, seqused_k=lens, softmax_scale=scale, causal=True)
+    mask = torch.ones(70, 200, device="cuda", dtype=torch.bool).tril(130)
+    query, key, value = (part.float().transpose(0, 1) for part in (queries, keys[:200], values[:200]))
+    expected = scaled_dot_product_attention(query, key, value, mask, scale=scale).transpose(0, 1)
+    return float((out.float() - expected).norm() / expected.norm())
