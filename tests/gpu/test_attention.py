@@ -119,11 +119,13 @@ def pad(tables: list[list[int]]) -> Tensor:
         ([], [WHOLE]),
         ([], [[(0, 2000)]]),
         ([], [[LONG]]),
+        ([], [SHORT]),
+        ([], [[(256, 100), (256, 100), (700, 9)]]),
         ([], [[(1280, LONG_CHUNK)], [LONG], SHORT]),
         (DECODES, [WHOLE]),
         (DECODES, [WHOLE, SHORT, [LONG], [(0, 700)]]),
     ],
-    ids=["whole", "one whole", "long chunk", "chunks", "decodes and whole", "all"],
+    ids=["whole", "one whole", "long chunk", "short chunks", "even chunks", "chunks", "decodes and whole", "all"],
 )
 def test_each_sequence_attends_its_own_past(
     kernel: None, decodes: list[tuple[int, int]], groups: list[list[tuple[int, int]]], num_heads: int, head_dim: int

@@ -70,15 +70,15 @@ class FakeEngine:
 
     @ray.method(concurrency_group="ctl")
     def hold_back(self, direction: str, seconds: float) -> None:
-        """From now on wait before each `send` or `recv`, as if this process were slow."""
-        original: Any = getattr(GlooGroup, direction)
+        """From now on wait before each chunk that begins to be sent (`send`) or received (`recv`), as if slow."""
+        original: Any = getattr(GlooGroup, f"start_{direction}")
 
-        def slow(group: GlooGroup, tensor: Tensor, timeout_s: float) -> None:
+        def slow(group: GlooGroup, tensor: Tensor) -> Any:
             self._is_moving.set()
             self._may_go.wait(seconds)
-            original(group, tensor, timeout_s)
+            return original(group, tensor)
 
-        setattr(GlooGroup, direction, slow)
+        setattr(GlooGroup, f"start_{direction}", slow)
 
     @ray.method(concurrency_group="ctl")
     def let_go(self) -> None:
@@ -86,5 +86,5 @@ class FakeEngine:
 
     @ray.method(concurrency_group="ctl")
     def wait_until_moving(self) -> bool:
-        """Wait until a transfer has reached `send` or `recv` here, after `hold_back`."""
+        """Wait until a chunk is about to be sent or received here, after `hold_back`."""
         return self._is_moving.wait(20)

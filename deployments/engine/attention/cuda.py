@@ -1,9 +1,9 @@
-"""Attention on a GPU, over the paged pool: decodes by our kernel, prompts by others.
+"""Attention on a GPU, over the paged pool: decodes by our kernel, prompts by FlashAttention.
 
-Whole prompts attend their own keys and values, which are at hand: FlashAttention 3, where it is installed, else torch's
-variable-length attention (FlashAttention 2). cuDNN is as fast as 3, but plans for every new length (70 ms, and memory
-for good), so that it attends prompts of recorded lengths alone. Prompts with computed context read all from the pool;
-long ones have it copied out of there for FlashAttention 3, which knows no blocks.
+Whole prompts attend their own keys and values, which are at hand: by FlashAttention 3, where it is installed, else by
+torch's variable-length attention (2). Without 3 recorded lengths are cuDNN's, which is nearly as fast, but plans anew
+for each length it meets (70 ms, and memory for good). Prompts with computed context read all from the pool; long chunks
+have it copied out of there for FlashAttention 3, which knows no blocks.
 """
 
 from dataclasses import dataclass
@@ -113,14 +113,14 @@ class CudaStep:
 
 
 def _attend_whole(prompts: Prompts, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+    where = prompts.starts, prompts.starts, prompts.max_queries, prompts.max_queries
+    if (attend := flash3.find(queries.dtype, queries.shape[-1])) is not None:
+        return attend(queries, keys, values, *where, scaling)
     if prompts.is_recorded:
         query, key, value = (part.unsqueeze(0).transpose(1, 2) for part in (queries, keys, values))
         with sdpa_kernel(_RECORDED, set_priority=True):
             out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2).squeeze(0)
-    where = prompts.starts, prompts.starts, prompts.max_queries, prompts.max_queries
-    if (flash3_attn := flash3.find(queries.dtype, queries.shape[-1])) is not None:
-        return flash3_attn(queries, keys, values, *where, softmax_scale=scaling, causal=True)
     return varlen_attn(  # type: ignore[return-value]  # a pair only if asked for
         queries, keys, values.contiguous(), *where, scale=scaling, window_size=_CAUSAL, enable_gqa=True
     )
@@ -129,13 +129,12 @@ def _attend_whole(prompts: Prompts, queries: Tensor, keys: Tensor, values: Tenso
 def _attend_context(prompts: Prompts, queries: Tensor, cache: KVCache, layer: int, scaling: float) -> Tensor:
     assert prompts.tables is not None and prompts.capacities is not None
     where = prompts.starts, prompts.capacities, prompts.max_queries, prompts.max_keys
-    if len(prompts.tables) == 1 and prompts.num_tokens >= LONG_CHUNK:
-        flash3_attn = flash3.find(queries.dtype, queries.shape[-1])
-        if flash3_attn is not None:
+    is_alone = len(prompts.tables) == 1
+    if is_alone and prompts.num_tokens >= LONG_CHUNK:
+        attend = flash3.find(queries.dtype, queries.shape[-1])
+        if attend is not None:
             keys, values = (part.flatten(0, 1) for part in cache.gather(layer, prompts.tables[0]))
-            return flash3_attn(
-                queries, keys, values, *where, seqused_k=prompts.lens, softmax_scale=scaling, causal=True
-            )
+            return attend(queries, keys, values, *where, scaling, prompts.lens)
     key_pool, value_pool = cache.blocks[layer]
     return varlen_attn(  # type: ignore[return-value]
         queries,
@@ -147,4 +146,7 @@ def _attend_context(prompts: Prompts, queries: Tensor, cache: KVCache, layer: in
         enable_gqa=True,
         seqused_k=prompts.lens,
         block_table=prompts.tables,
+        # Splits of the keys are put together in the wrong places if there are several sequences (torch 2.13; mended in
+        # https://github.com/Dao-AILab/flash-attention/pull/2550).
+        num_splits=None if is_alone else 1,
     )
