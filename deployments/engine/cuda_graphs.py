@@ -47,6 +47,7 @@ class PromptGraph:
 
     Attributes:
         inputs: (3 * length + 1,) int32: token ids, positions, slots, and which token's logits are wanted.
+        starts: (2,) int32: where the prompt begins and ends; the graph reads it there.
         graph: to replay, once `record` has filled it.
         logits: (1, vocab_size), of the last replay.
     """
@@ -55,6 +56,7 @@ class PromptGraph:
         self.length = length
         self.inputs = torch.zeros(3 * length + 1, dtype=torch.int32, device=device)
         self.inputs[2 * length : 3 * length] = -1
+        self.starts = torch.tensor([0, length], dtype=torch.int32, device=device)
         self.graph = torch.cuda.CUDAGraph()
         self.logits: Tensor | None = None
 

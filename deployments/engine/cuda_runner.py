@@ -291,11 +291,10 @@ class CudaRunner:
     def _capture_prompt(self, length: int, pool: MemoryPool | None) -> MemoryPool:
         recorded = self._prompt_graphs[length] = PromptGraph(length, self._device)
         ids, positions, slots = recorded.inputs[:-1].view(3, length)
-        whole = torch.tensor([0, length], dtype=torch.int32, device=self._device)
         nothing = recorded.inputs[:0]
 
         def run() -> Tensor:
-            prompt = Prompts(0, length, length, length, whole, is_recorded=True)
+            prompt = Prompts(0, length, length, length, recorded.starts, is_recorded=True)
             step = CudaStep(self.cache, slots, nothing.view(0, 0), nothing, (prompt,))
             return self._forward(ids, positions, recorded.inputs[-1:].long(), step)
 

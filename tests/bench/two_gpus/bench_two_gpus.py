@@ -45,6 +45,8 @@ PROBES = (1, 100, 255, 256, 257, 1000, 3000, 8000, 12000)
 PROBE_TOKENS = 32
 # Long enough that its hand-off is under way when an engine is killed, half-way through the prompt.
 KILLED_TOKENS = 12000
+# Prompts of that length of which nobody is killed.
+COMPANY = (10, 11, 12, 13)
 RESTART_TIMEOUT_S = 180.0
 
 
@@ -181,6 +183,20 @@ def kill_amid_transfer(service: Service, vocab_size: int, expected: dict[int, li
     return found
 
 
+def tokens_in_company(service: Service, vocab_size: int) -> list[list[int]]:
+    """Greedy tokens of long prompts while both engines have streams of others in the same steps."""
+    with ThreadPoolExecutor(4) as pool:
+        streams = [pool.submit(service.tokens, random_prompt(100, 200 + i, vocab_size), 2000) for i in range(4)]
+        time.sleep(1.0)
+        found = [service.tokens(killed_prompt(number, vocab_size)) for number in COMPANY]
+        assert not any(stream.done() for stream in streams), "the streams ended before the prompts"
+    return found
+
+
+def _first_difference(one: list[int], other: list[int]) -> int | None:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), None)
+
+
 def _is_healthy() -> bool:
     server = FOLDER.server()
     return server is not None and server.is_healthy()
@@ -260,9 +276,13 @@ def main() -> int:
             idle[turn.name] = measure_idle(scenario, service)
             print(f"{turn.name}: up after {result['started_s'][turn.name]:.0f} s, idle {idle[turn.name]}", flush=True)
             if "killed" in result:
-                same = service.tokens(killed_prompt(0, vocab_size)) == result["killed"]["tokens"]
-                result["killed"][f"tokens as {turn.name}"] = same
-                print(f"tokens of the request whose prefill engine was killed: {'equal' if same else 'DIFFERENT'}")
+                expected_tokens = service.tokens(killed_prompt(0, vocab_size))
+                same = _first_difference(expected_tokens, result["killed"]["tokens"])
+                company = map(_first_difference, tokens_in_company(service, vocab_size), result["undisturbed"])
+                result["killed"][f"as {turn.name}"] = same is None
+                result[f"in company, {turn.name}"] = list(company)
+                print(f"request whose prefill engine was killed, first token that differs from {turn.name}: {same}")
+                print(f"other prompts of its length, in company and not: {result[f'in company, {turn.name}']}")
             runs.append(run(scenario, PORT, service.model, turn.name, options.round))
             slo = choose_slo(scenario.slo, list(idle.values()))
             print_row(runs[-1], slo)
@@ -271,6 +291,7 @@ def main() -> int:
                 result["handoff"][turn.name] = handoff_figures()
             if options.kill and number == 0:
                 expected = dict(zip(PROBES, tokens[turn.name], strict=True))
+                result["undisturbed"] = [service.tokens(killed_prompt(number, vocab_size)) for number in COMPANY]
                 result["killed"] = kill_amid_transfer(service, vocab_size, expected)
                 print(json.dumps(result["killed"], indent=1), flush=True)
     names = list(tokens)
