@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
 import ray
+from ray._private.worker import global_worker
 from ray.actor import ActorHandle
 from ray.experimental import (
     CommunicatorMetadata,
@@ -85,6 +86,10 @@ def register() -> None:
     # Raised if it is registered; Ray itself may have been first, on behalf of the engine's creator.
     with suppress(ValueError):
         register_tensor_transport(TRANSPORT_NAME, ["cpu", "cuda"], KvTransport, Tensor)
+    # Ray makes its manager of transfers when one is first asked for, without a lock: two threads that are first at once
+    # get one each, and a chunk that is put into the one is awaited in the other for a minute (Ray 2.60, 1 of 27 first
+    # hand-offs of four engines at once). This is before there are threads.
+    assert global_worker.rdt_manager is not None
 
 
 def exports_kv(method: Callable[P, Tensor]) -> Callable[P, Tensor]:
