@@ -70,6 +70,7 @@ def configure(
         config: bounds of the waits; None: the defaults.
         arena: where its chunks are, as far as there is room, for engines of the same machine to read; None: nowhere.
     """
+    _make_manager()
     endpoint.configure(layout, device, config or TransferConfig(), arena)
 
 
@@ -86,9 +87,15 @@ def register() -> None:
     # Raised if it is registered; Ray itself may have been first, on behalf of the engine's creator.
     with suppress(ValueError):
         register_tensor_transport(TRANSPORT_NAME, ["cpu", "cuda"], KvTransport, Tensor)
-    # Ray makes its manager of transfers when one is first asked for, without a lock: two threads that are first at once
-    # get one each, and a chunk that is put into the one is awaited in the other for a minute (Ray 2.60, 1 of 27 first
-    # hand-offs of four engines at once). This is before there are threads.
+    _make_manager()
+
+
+def _make_manager() -> None:
+    """Have Ray make its manager of transfers, before there are threads.
+
+    Else it does so when one is first asked for, without a lock: two threads that are first at once get one each, and a
+    chunk that is put into the one is awaited in the other for a minute (Ray 2.60, `Worker.rdt_manager`).
+    """
     assert global_worker.rdt_manager is not None
 
 

@@ -26,6 +26,8 @@ class FakeEngine:
         torch.set_num_threads(1)
         self._arena = Arena(arena_bytes, "cpu")
         configure(layout, config=config, arena=self._arena)
+        # By its module, since Ray pickles this class with what it names.
+        self._had_manager = ray._private.worker.global_worker._rdt_manager is not None
         self._layout = layout
         self._exported: list[weakref.ref[Tensor]] = []
         self._may_go = threading.Event()
@@ -50,6 +52,11 @@ class FakeEngine:
         halves = chunk.view(2, -1)
         assert (halves[0] == halves[0, 0]).all() and (halves[1] == halves[1, 0]).all()
         return float(halves[0, 0]), float(halves[1, 0]), chunk.shape[2]
+
+    @ray.method(concurrency_group="ctl")
+    def had_manager(self) -> bool:
+        """Whether Ray's manager of transfers was there once this engine was configured."""
+        return self._had_manager
 
     @ray.method(concurrency_group="ctl")
     def stats(self) -> TransferStats:

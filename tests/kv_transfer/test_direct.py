@@ -97,6 +97,10 @@ def test_many_concurrent_chunks_arrive_whole_in_crossing_directions(engines):
     assert sum(len(t) for t in ray.get([e.threads.remote() for e in engines])) == 24 + 12 + 4
 
 
+def test_rays_manager_of_transfers_is_made_before_two_threads_can_make_one_each(engines):
+    assert ray.get([engine.had_manager.remote() for engine in engines]) == [True] * 4
+
+
 def test_an_engine_hands_over_to_itself(engines):
     assert_arrived([hand_off(engines[0], engines[0], 4, 7.0)], [(4, 7.0)])
 
