@@ -140,3 +140,12 @@ def test_serve_env_is_what_a_shell_and_make_serve_read_and_ray_knows() -> None:
     python, native = Path(str(constants.__file__)).read_bytes(), (Path(ray.__path__[0]) / GCS_SERVER).read_bytes()
     unknown = [name for name in by_us if name.encode() not in python + native]
     assert unknown == ["MALLOC_ARENA_MAX"], "glibc reads that one"
+
+
+def test_every_shell_of_a_node_sends_the_token_that_is_mounted(cluster, tmp_path):
+    assert any(target.endswith("/.ray/auth_token") for target in cluster["file_mounts"])
+    (setup,) = [command for command in cluster["setup_commands"] if "RAY_AUTH_MODE" in command]
+    (tmp_path / ".bashrc").touch()
+    script = f"{setup}; {setup}; source ~/.bashrc; echo $RAY_AUTH_MODE; cat ~/.bashrc"
+    shell = subprocess.run(["bash", "-c", script], env={"HOME": str(tmp_path)}, capture_output=True, text=True)
+    assert shell.stdout.splitlines() == ["token", "export RAY_AUTH_MODE=token"], shell.stderr
