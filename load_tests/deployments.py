@@ -8,7 +8,6 @@ import contextlib
 import os
 import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 _POLL_S = 0.5
+# The one before may still be going.
+_FREE_TIMEOUT_S = 30.0
 
 
 class DeploymentError(Exception):
@@ -86,8 +87,10 @@ def running(name: str, deployment: Deployment, url: str, timeout_s: float, log: 
     """Bring a deployment up, and down again whatever happens.
 
     Raises:
-        DeploymentError: a command failed, or the service did not answer in time; the log holds what they said.
+        DeploymentError: a command failed, the service did not answer in time, or another one answers in its place; the
+            log holds what they said.
     """
+    _wait_until_free(name, url)
     try:
         _shell(f"{name}: start", deployment.start, deployment, log)
         _wait_until_ready(name, url, timeout_s, log)
@@ -113,13 +116,27 @@ def _shell(what: str, command: str, deployment: Deployment, log: Path) -> None:
         raise DeploymentError(f"{what}: ended with status {status}: {command}\n(its output: {log})")
 
 
+def _health(url: str) -> str | None:
+    """What is wrong with the service; None: it is ready."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=10):
+            return None
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def _wait_until_free(name: str, url: str) -> None:
+    """Else what is measured would be whatever answers there already."""
+    deadline = time.monotonic() + _FREE_TIMEOUT_S
+    while _health(url) is None:
+        if time.monotonic() > deadline:
+            raise DeploymentError(f"{name}: a service answers at {url} before this one was started: stop it first")
+        time.sleep(_POLL_S)
+
+
 def _wait_until_ready(name: str, url: str, timeout_s: float, log: Path) -> None:
     deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=10):
-                return
-        except (OSError, ValueError) as error:
-            if time.monotonic() > deadline:
-                raise DeploymentError(f"{name}: {url}/health: {error} after {timeout_s:g} s (log: {log})") from None
+    while (problem := _health(url)) is not None:
+        if time.monotonic() > deadline:
+            raise DeploymentError(f"{name}: {url}/health: {problem} after {timeout_s:g} s (log: {log})")
         time.sleep(_POLL_S)

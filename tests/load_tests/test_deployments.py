@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from load_tests import deployments
 from load_tests.deployments import Deployment, DeploymentError, load_deployments, running
 
 TARGETS = Path(__file__).parents[2] / "load_tests" / "targets"
@@ -13,9 +14,9 @@ TARGETS = Path(__file__).parents[2] / "load_tests" / "targets"
 
 @pytest.mark.parametrize("path", sorted(TARGETS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_shipped_file_compares_one_colocated_deployment_with_every_ratio(path):
-    deployments = load_deployments(path).deployments.values()
-    (colocated,) = [one for one in deployments if one.is_colocated]
-    split = sorted((one.num_prefill, one.num_decode) for one in deployments if not one.is_colocated)
+    found = load_deployments(path).deployments.values()
+    (colocated,) = [one for one in found if one.is_colocated]
+    split = sorted((one.num_prefill, one.num_decode) for one in found if not one.is_colocated)
     total = colocated.num_decode
     assert split == [(number, total - number) for number in range(1, total)]
 
@@ -79,3 +80,16 @@ def test_one_that_never_answers_is_an_error_with_its_log(tmp_path):
         running("web", deployment, "http://127.0.0.1:1", 0, tmp_path / "log"),
     ):
         pass
+
+
+def test_another_service_in_its_place_is_an_error_and_nothing_is_started(tmp_path, unused_tcp_port, monkeypatch):
+    monkeypatch.setattr(deployments, "_FREE_TIMEOUT_S", 0.2)
+    url = f"http://127.0.0.1:{unused_tcp_port}"
+    second = Deployment(num_prefill=0, num_decode=3, start=f"touch {tmp_path}/started", stop="true")
+    with (
+        running("web", web_server(tmp_path, unused_tcp_port), url, 30, tmp_path / "log"),
+        pytest.raises(DeploymentError, match=r"second: a service answers at .* before this one was started"),
+        running("second", second, url, 30, tmp_path / "log"),
+    ):
+        pass
+    assert not (tmp_path / "started").exists()

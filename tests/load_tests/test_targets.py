@@ -15,9 +15,10 @@ TARGETS = load_deployments(Path(__file__).parents[2] / "load_tests" / "targets" 
 
 @pytest.mark.parametrize("name", TARGETS.deployments)
 def test_a_start_deploys_arguments_that_mean_what_its_numbers_say(name, tmp_path):
-    serve = tmp_path / "serve"
-    serve.write_text('#!/bin/sh\ntest "$1" = shutdown || cp "$2" deployed.yaml\n')
-    serve.chmod(0o755)
+    tools = {"serve": 'test "$1" = shutdown || cp "$2" deployed.yaml', "ray": "echo no resource in the cluster"}
+    for tool, does in tools.items():
+        (tmp_path / tool).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / tool).chmod(0o755)
     target = TARGETS.deployments[name]
     numbers = {"NUM_PREFILL": str(target.num_prefill), "NUM_DECODE": str(target.num_decode)}
     environment = os.environ | numbers | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL": "Qwen/Qwen3-8B"}
@@ -32,4 +33,4 @@ def test_a_start_deploys_arguments_that_mean_what_its_numbers_say(name, tmp_path
     assert config.decode.num_gpus == 1
     if not target.is_colocated:
         assert (config.prefill.min_replicas, config.prefill.max_replicas) == (target.num_prefill, target.num_prefill)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["deployed.yaml", "serve"], "it leaves nothing behind"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deployed.yaml", "ray", "serve"], "it leaves nothing"
