@@ -83,7 +83,9 @@ class CudaRunner:
         self._turn = 0
         self._graphs: dict[int, DecodeGraph] = {}
         self._prompt_graphs: dict[int, PromptGraph] = {}
-        flash3.find(cache.blocks.dtype, cache.shape.head_dim)  # says which attention it is, before the first prompt
+        flash3.can_attend(
+            cache.blocks.dtype, cache.shape.head_dim
+        )  # says which attention it is, before the first prompt
         self._capture()
         compile_draws(loaded.vocab_size, loaded.model.dtype, loaded.device)
 

@@ -25,8 +25,8 @@ LONG = (2816, LONG_CHUNK + 100)
 @pytest.fixture(params=["flash3", "flash2"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "flash2":
-        monkeypatch.setattr(flash3, "find", lambda dtype, head_dim: None)
-    elif flash3.find(torch.bfloat16, 128) is None:
+        monkeypatch.setattr(flash3, "can_attend", lambda dtype, head_dim: False)
+    elif not flash3.can_attend(torch.bfloat16, 128):
         pytest.skip("FlashAttention 3 is not installed, or this is not a Hopper GPU")
 
 

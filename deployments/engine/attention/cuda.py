@@ -114,8 +114,8 @@ class CudaStep:
 
 def _attend_whole(prompts: Prompts, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
     where = prompts.starts, prompts.starts, prompts.max_queries, prompts.max_queries
-    if (attend := flash3.find(queries.dtype, queries.shape[-1])) is not None:
-        return attend(queries, keys, values, *where, scaling)
+    if flash3.can_attend(queries.dtype, queries.shape[-1]):
+        return flash3.attend(queries, keys, values, *where, scaling)
     if prompts.is_recorded:
         query, key, value = (part.unsqueeze(0).transpose(1, 2) for part in (queries, keys, values))
         with sdpa_kernel(_RECORDED, set_priority=True):
@@ -130,11 +130,9 @@ def _attend_context(prompts: Prompts, queries: Tensor, cache: KVCache, layer: in
     assert prompts.tables is not None and prompts.capacities is not None
     where = prompts.starts, prompts.capacities, prompts.max_queries, prompts.max_keys
     is_alone = len(prompts.tables) == 1
-    if is_alone and prompts.num_tokens >= LONG_CHUNK:
-        attend = flash3.find(queries.dtype, queries.shape[-1])
-        if attend is not None:
-            keys, values = (part.flatten(0, 1) for part in cache.gather(layer, prompts.tables[0]))
-            return attend(queries, keys, values, *where, scaling, prompts.lens)
+    if is_alone and prompts.num_tokens >= LONG_CHUNK and flash3.can_attend(queries.dtype, queries.shape[-1]):
+        keys, values = (part.flatten(0, 1) for part in cache.gather(layer, prompts.tables[0]))
+        return flash3.attend(queries, keys, values, *where, scaling, prompts.lens)
     key_pool, value_pool = cache.blocks[layer]
     return varlen_attn(  # type: ignore[return-value]
         queries,

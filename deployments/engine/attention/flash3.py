@@ -5,7 +5,6 @@ The wheel is built without paged KV: keys and values lie behind each other.
 
 import logging
 from functools import cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,99 +16,74 @@ _HOPPER = 9
 _TOLERANCE = 2e-2
 
 
-class Flash3(Protocol):
-    """Causal attention of several sequences; with fewer queries than keys these are the last ones."""
-
-    def __call__(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        starts: Tensor,
-        key_starts: Tensor,
-        max_queries: int,
-        max_keys: int,
-        scaling: float,
-        lens: Tensor | None = None,
-    ) -> Tensor:
-        """Attend.
-
-        Args:
-            queries: (T, num_heads, head_dim) of all P sequences, behind each other.
-            keys: (K, num_kv_heads, head_dim), likewise.
-            values: as the keys.
-            starts: (P + 1,) int32 where each sequence's queries begin.
-            key_starts: (P + 1,) int32 where its keys begin.
-            max_queries: of one sequence.
-            max_keys: of one sequence.
-            scaling: factor on the scores.
-            lens: (P,) int32 keys of each sequence that count; None: all.
-
-        Returns:
-            (T, num_heads, head_dim).
-        """
-        ...
-
-
 @cache
-def find(dtype: torch.dtype, head_dim: int) -> Flash3 | None:
-    """The kernel for this kind of KV, tried once on the current GPU; None where there is none that works."""
+def can_attend(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether there is a kernel for this kind of KV; tried once, on the current GPU."""
     if torch.cuda.get_device_capability()[0] != _HOPPER or dtype is not torch.bfloat16:
-        return None
+        return False
     try:
-        attend = _load()
+        import fa3_fwd_interface  # noqa: F401  # registers the operator
     except ImportError as error:
         logger.info("prompts are attended by FlashAttention 2; pip install 'kvrelay[gpu]' brings 3 (%s)", error)
-        return None
+        return False
     try:
-        difference = _try(attend, dtype, head_dim)
+        difference = _try(dtype, head_dim)
     except Exception as error:  # a wheel that does not fit this torch or driver fails in its own ways
         logger.warning("FlashAttention 3 is installed and does not run, prompts are attended by 2: %s", error)
-        return None
+        return False
     if not difference < _TOLERANCE:
         logger.warning("FlashAttention 3 is off by %.1e and not used", difference)
-        return None
+        return False
     logger.info("prompts are attended by FlashAttention 3")
-    return attend
+    return True
 
 
-def _load() -> Flash3:
-    import fa3_fwd_interface  # noqa: F401  # registers the operator
+def attend(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    key_starts: Tensor,
+    max_queries: int,
+    max_keys: int,
+    scaling: float,
+    lens: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of several sequences, if `can_attend`; with fewer queries than keys these are the last ones.
 
-    # Called itself: the package's function around it takes the host 95 us instead of 33 (beside an H100), per layer.
-    forward = torch.ops.fa3_fwd.fwd.default
+    Args:
+        queries: (T, num_heads, head_dim) of all P sequences, behind each other.
+        keys: (K, num_kv_heads, head_dim), likewise.
+        values: as the keys.
+        starts: (P + 1,) int32 where each sequence's queries begin.
+        key_starts: (P + 1,) int32 where its keys begin.
+        max_queries: of one sequence.
+        max_keys: of one sequence.
+        scaling: factor on the scores.
+        lens: (P,) int32 keys of each sequence that count; None: all.
 
-    def attend(
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        starts: Tensor,
-        key_starts: Tensor,
-        max_queries: int,
-        max_keys: int,
-        scaling: float,
-        lens: Tensor | None = None,
-    ) -> Tensor:
-        out: Tensor = forward(
-            queries,
-            keys,
-            values,
-            cu_seqlens_q=starts,
-            cu_seqlens_k=key_starts,
-            seqused_k=lens,
-            max_seqlen_q=max_queries,
-            max_seqlen_k=max_keys,
-            softmax_scale=scaling,
-            is_causal=True,
-            num_splits=1,
-        )[0]
-        return out
-
-    return attend
+    Returns:
+        (T, num_heads, head_dim).
+    """
+    # The operator itself: the package's function around it takes the host 95 us per layer instead of 33 (with an H100).
+    out: Tensor = torch.ops.fa3_fwd.fwd.default(
+        queries,
+        keys,
+        values,
+        cu_seqlens_q=starts,
+        cu_seqlens_k=key_starts,
+        seqused_k=lens,
+        max_seqlen_q=max_queries,
+        max_seqlen_k=max_keys,
+        softmax_scale=scaling,
+        is_causal=True,
+        num_splits=1,
+    )[0]
+    return out
 
 
 @torch.inference_mode()
-def _try(attend: Flash3, dtype: torch.dtype, head_dim: int) -> float:
+def _try(dtype: torch.dtype, head_dim: int) -> float:
     """Relative difference to torch's own attention: 70 queries behind 130 other keys, in a buffer of 300."""
     queries, keys, values = (torch.randn(n, 2, head_dim, device="cuda", dtype=dtype) for n in (70, 300, 300))
     starts, key_starts, lens = (torch.tensor(n, device="cuda", dtype=torch.int32) for n in ((0, 70), (0, 300), (200,)))

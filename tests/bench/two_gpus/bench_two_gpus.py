@@ -279,7 +279,8 @@ def main() -> int:
                 expected_tokens = service.tokens(killed_prompt(0, vocab_size))
                 same = _first_difference(expected_tokens, result["killed"]["tokens"])
                 company = map(_first_difference, tokens_in_company(service, vocab_size), result["undisturbed"])
-                result["killed"][f"as {turn.name}"] = same is None
+                # No failure: what an answer is generated beside changes its rounding, and so do these.
+                result[f"killed, {turn.name}"] = same
                 result[f"in company, {turn.name}"] = list(company)
                 print(f"request whose prefill engine was killed, first token that differs from {turn.name}: {same}")
                 print(f"other prompts of its length, in company and not: {result[f'in company, {turn.name}']}")
