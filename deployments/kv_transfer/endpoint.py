@@ -264,8 +264,8 @@ class Endpoint:
 
     def _count_received(self, nbytes: int, started: float) -> None:
         """Time in which several chunks were under way counts once."""
-        ended = monotonic()
         with self._lock:
+            ended = monotonic()
             since, self._received_at = max(started, self._received_at), ended
         self._count(num_received=1, num_received_bytes=nbytes, receive_s=ended - since)
 

@@ -29,8 +29,9 @@ def join(rank: int, addresses: Any) -> Group:
 
 def send_all(addresses: Any, then_stay_s: float) -> None:
     group = join(1, addresses)
-    waits = [group.start_send(torch.arange(size, device="cuda", dtype=torch.float32)) for size in SIZES]
-    for wait in waits:
+    tensors = [torch.arange(size, device="cuda", dtype=torch.float32) for size in SIZES]
+    torch.cuda.synchronize()
+    for wait in [group.start_send(tensor) for tensor in tensors]:
         wait(20)
     time.sleep(then_stay_s)
 
