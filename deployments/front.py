@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import signal
-from contextlib import suppress
+import time
 from functools import partial
 
 from ray import serve
@@ -34,7 +34,7 @@ class EngineFront:
         self.engine = engine
         self.handoff = HandoffStats()
         self._max_silence_s = max_silence_s
-        self._last_stats = EngineStats()
+        self._last_stats, self._last_stats_s = EngineStats(), time.monotonic()
 
     @classmethod
     async def start(cls, config: EngineConfig, resources: EngineResources, build: EngineBuilder) -> "EngineFront":
@@ -46,10 +46,14 @@ class EngineFront:
 
     async def stats(self) -> ReplicaStats:
         """The numbers of this replica; of an engine that does not answer soon, those that it gave last."""
-        with suppress(TimeoutError):
+        asked_s, age_s = time.monotonic(), 0.0
+        try:
             self._last_stats = await asyncio.wait_for(self.engine.stats(), _STATS_TIMEOUT_S)
+            self._last_stats_s = asked_s
+        except TimeoutError:
+            age_s = asked_s - self._last_stats_s
         replica = serve.get_replica_context().replica_id.unique_id
-        return ReplicaStats(replica, self._last_stats, self.handoff.copy())
+        return ReplicaStats(replica, self._last_stats, self.handoff.copy(), age_s)
 
     async def check_health(self) -> None:
         """See `EngineClient.check_health`; Ray Serve calls it every few seconds."""

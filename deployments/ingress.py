@@ -7,7 +7,6 @@ the engines directly, to the `TokenReceiver` of this replica. What HTTP looks li
 import asyncio
 import gc
 import logging
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +63,7 @@ class PoolBackend:
     def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
         """Let a call in; see `Admission.admit`."""
         sizes = [len(request.prompt_token_ids) for request in requests]
-        return self._admission.admit(sizes, requests[0].priority, key, time.monotonic())
+        return self._admission.admit(sizes, requests[0].priority, key)
 
     def generate(self, request: GenerateRequest, on_overflow: Callable[[], None]) -> TokenStream:
         """Tokens of a request; closing the stream ends the request on every pool."""

@@ -3,7 +3,6 @@
 Knows what each number is called; the engines, fronts and the ingress keep the numbers themselves.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -35,6 +34,7 @@ _COUNTERS = {
     "preemptions": ("preemptions", "Sequences that lost their blocks and were computed again."),
     "engine_steps": ("steps", "Batches run."),
     "expired_leases": ("expired_leases", "Hand-offs given up, the other engine not being heard of."),
+    "prefill_steps": ("prefill_steps", "Batches with prompt tokens in them."),
     "prefill_seconds": ("prefill_s", "Seconds of batches with prompt tokens in them."),
     "finished_sequences": ("finished", "Sequences that ended after they had blocks."),
 }
@@ -73,11 +73,19 @@ class HandoffStats:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaStats:
-    """Everything one prefill or decode replica tells of itself."""
+    """Everything one prefill or decode replica tells of itself.
+
+    Attributes:
+        replica: its name.
+        engine: of its engine.
+        handoff: of its front.
+        age_s: since the engine said so; above 0 if it did not answer soon enough this time.
+    """
 
     replica: str
     engine: EngineStats
     handoff: HandoffStats
+    age_s: float = 0.0
 
 
 class ClientMetrics(Collector):
@@ -137,12 +145,16 @@ class AdmissionMetrics(Collector):
         for (reason, priority), count in sorted(self._admission.refusals.items()):
             refusals.add_metric((reason, priority.name.lower()), count)
         yield refusals
-        now_s = time.monotonic()
-        outlooks = {pool: self._admission.outlook(pool, now_s) for pool in self._admission.pools}
+        outlooks = {pool: self._admission.outlook(pool) for pool in self._admission.pools}
         for name, text, values in (
-            ("estimated_wait_seconds", "Of a prompt that comes now.", {p: o.wait_s for p, o in outlooks.items()}),
+            ("estimated_wait_seconds", "Of a prompt that comes now.", {p: o.wait.best for p, o in outlooks.items()}),
+            ("least_wait_seconds", "Its optimistic end.", {p: o.wait.low for p, o in outlooks.items()}),
             ("estimated_queued_tokens", "Prompt tokens before it.", {p: o.queued_tokens for p, o in outlooks.items()}),
-            ("prefill_speed", "Prompt tokens per second of one engine.", {p: o.speed for p, o in outlooks.items()}),
+            (
+                "prefill_speed",
+                "Prompt tokens per second of one engine in full steps.",
+                {p: o.speed for p, o in outlooks.items()},
+            ),
         ):
             gauge = GaugeMetricFamily(_PREFIX + name, text, labels=("pool",))
             for pool, value in values.items():

@@ -15,17 +15,20 @@ PERIOD_S = 1.0
 Read = Callable[[], Awaitable[dict[str, list[ReplicaStats]]]]
 
 
-async def watch_pools(read: Read, admission: Admission, period_s: float = PERIOD_S) -> None:
+async def watch_pools(
+    read: Read, admission: Admission, period_s: float = PERIOD_S, clock: Callable[[], float] = time.monotonic
+) -> None:
     """Read the pools until cancelled, one reading at a time; one that fails leaves the last one to age.
 
     Args:
         read: of every pool its replicas.
         admission: is told of each reading.
         period_s: pause between two readings.
+        clock: that of `admission`.
     """
     is_failing = False
     while True:
-        taken_s = time.monotonic()
+        taken_s = clock()
         try:
             pools = await read()
         except Exception as error:
@@ -34,5 +37,8 @@ async def watch_pools(read: Read, admission: Admission, period_s: float = PERIOD
             is_failing = True
         else:
             is_failing = False
-            admission.update({name: {r.replica: r.engine for r in pool} for name, pool in pools.items()}, taken_s)
+            # Of different ages; what is known of all is as old as the oldest.
+            age_s = max((replica.age_s for pool in pools.values() for replica in pool), default=0.0)
+            engines = {name: {r.replica: r.engine for r in pool} for name, pool in pools.items()}
+            admission.update(engines, taken_s - age_s)
         await asyncio.sleep(period_s)

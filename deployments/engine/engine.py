@@ -95,7 +95,11 @@ class Engine:
         self._in_flight: LaunchedStep | None = None
         self._vocab_size = loaded.vocab_size
         self._num_steps_at_canary = 0
-        self._stats = EngineStats(num_blocks=self.limits.num_blocks, max_num_seqs=self.limits.max_num_seqs)
+        self._stats = EngineStats(
+            num_blocks=self.limits.num_blocks,
+            max_num_seqs=self.limits.max_num_seqs,
+            max_num_batched_tokens=self.limits.max_num_batched_tokens,
+        )
         self._step_begun_s = self._step_ended_s = 0.0
 
     @property
@@ -318,8 +322,6 @@ class Engine:
     def _account(self, item: ScheduledSequence) -> None:
         """A run was started: its tokens count as computed, and the one it draws as there."""
         sequence = item.sequence
-        num_prompt = min(item.start + item.num_tokens, sequence.num_prompt_tokens)
-        self._stats.prompt_tokens += max(0, num_prompt - item.start)
         sequence.num_computed_tokens += item.num_tokens
         if item.samples and sequence.role is not Role.EXPORT:
             sequence.token_ids.append(PENDING)
@@ -327,7 +329,10 @@ class Engine:
     def _time(self, items: list[ScheduledSequence], begun_s: float) -> None:
         """A step has ended; it ran since it was begun, or since the one before had ended. Prompts are last in it."""
         now_s = time.monotonic()
-        if items[-1].start < items[-1].sequence.num_prompt_tokens:
+        if items[-1].num_prompt_tokens:
+            # All three at once: whoever learns what a step costs must not see the tokens of one without its time.
+            self._stats.prompt_tokens += sum(item.num_prompt_tokens for item in items)
+            self._stats.prefill_steps += 1
             self._stats.prefill_s += now_s - max(begun_s, self._step_ended_s)
         self._step_ended_s = now_s
 

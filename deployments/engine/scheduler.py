@@ -45,6 +45,11 @@ class ScheduledSequence:
         """A run of a sequence as it is now."""
         return cls(sequence, sequence.num_computed_tokens, num_tokens, num_tokens == sequence.num_uncomputed_tokens)
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Those of its tokens that are of the prompt."""
+        return max(0, min(self.num_tokens, self.sequence.num_prompt_tokens - self.start))
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:

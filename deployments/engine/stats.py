@@ -37,16 +37,18 @@ class EngineStats:
         num_reserved: sequences whose KV is on its way from a prefill engine.
         num_running: sequences in the batch.
         max_num_seqs: sequences that have a seat at once, reserved and running.
+        max_num_batched_tokens: tokens of a full step.
         num_blocks: size of the KV pool.
         num_used_blocks: blocks held by sequences; cached free blocks do not count.
         num_exported_blocks: blocks copied out for a hand-off and not yet released.
-        prompt_tokens: prompt tokens computed here.
+        prompt_tokens: prompt tokens computed here, in batches that have ended.
         prefix_hit_tokens: prompt tokens found in the prefix cache.
         generated_tokens: tokens drawn here.
         preemptions: sequences that lost their blocks and were computed again.
         steps: batches run.
         expired_leases: hand-offs that were given up since the other engine was not heard of.
-        prefill_s: seconds of batches with prompt tokens in them.
+        prefill_steps: batches with prompt tokens in them that have ended.
+        prefill_s: seconds that these took.
         finished: sequences that gave their seat back for good, whatever ended them.
         num_receivers: ingress replicas that are connected.
         ttft_s: arrival at this engine to first token.
@@ -59,6 +61,7 @@ class EngineStats:
     num_reserved: int = 0
     num_running: int = 0
     max_num_seqs: int = 0
+    max_num_batched_tokens: int = 0
     num_blocks: int = 0
     num_used_blocks: int = 0
     num_exported_blocks: int = 0
@@ -68,6 +71,7 @@ class EngineStats:
     preemptions: int = 0
     steps: int = 0
     expired_leases: int = 0
+    prefill_steps: int = 0
     prefill_s: float = 0.0
     finished: int = 0
     num_receivers: int = 0

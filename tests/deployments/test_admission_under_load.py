@@ -49,8 +49,13 @@ class Service:
     def __post_init__(self) -> None:
         blocks = BlockManager(LIMITS.num_blocks, LIMITS.block_size, enable_prefix_caching=False)
         self.scheduler = Scheduler(blocks, LIMITS)
-        self.admission = Admission(Bounds(self.max_ttft_s, 1_000_000, None))
-        self.stats = EngineStats(num_blocks=LIMITS.num_blocks, max_num_seqs=LIMITS.max_num_seqs, num_receivers=1)
+        self.admission = Admission(Bounds(self.max_ttft_s, 1_000_000, None), lambda: self.now_s)
+        self.stats = EngineStats(
+            num_blocks=LIMITS.num_blocks,
+            max_num_seqs=LIMITS.max_num_seqs,
+            max_num_batched_tokens=LIMITS.max_num_batched_tokens,
+            num_receivers=1,
+        )
         self.running: dict[str, tuple[Served, Ticket]] = {}
         self.last_reading_s = -1.0
 
@@ -68,7 +73,7 @@ class Service:
 
     def _arrive(self, one: Served, size: int) -> None:
         try:
-            ticket = self.admission.admit([size], one.priority, one.key, self.now_s)
+            ticket = self.admission.admit([size], one.priority, one.key)
         except OverloadedError:
             self.refused.append(one)
             return
@@ -80,11 +85,12 @@ class Service:
 
     def _step(self) -> None:
         schedule = self.scheduler.schedule()
-        num_prompt = sum(item.num_tokens for item in schedule.scheduled if not item.sequence.is_decoding)
+        num_prompt = sum(item.num_prompt_tokens for item in schedule.scheduled)
         num_decodes = sum(item.sequence.is_decoding for item in schedule.scheduled)
         step_s = STEP_S + num_prompt * PROMPT_TOKEN_S + num_decodes * DECODE_S
         self.now_s += step_s
         self.stats.prompt_tokens += num_prompt
+        self.stats.prefill_steps += num_prompt > 0
         self.stats.prefill_s += step_s if num_prompt else 0.0
         self._conclude(schedule)
         self._read()

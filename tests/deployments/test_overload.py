@@ -20,12 +20,12 @@ def test_a_limit_of_serve_is_an_overload_with_its_numbers() -> None:
 
 
 def test_refusals_are_counted_by_reason_and_priority() -> None:
-    admission, clients = Admission(Bounds(1.0, 100, None)), ClientMetrics()
+    admission, clients = Admission(Bounds(1.0, 100, None), lambda: 0.0), ClientMetrics()
     clients.registry.register(AdmissionMetrics(admission))
-    admission.admit([60], Priority.LOW, b"", 0.0)
+    admission.admit([60], Priority.LOW, b"")
     for _ in range(2):
         with pytest.raises(OverloadedError):
-            admission.admit([60], Priority.LOW, b"", 0.0)
+            admission.admit([60], Priority.LOW, b"")
     text = render({}, clients).decode()
     assert 'kvrelay_refusals_total{priority="low",reason="queued_tokens"} 2.0' in text
     assert 'kvrelay_estimated_queued_tokens{pool="decode"} 60.0' in text
@@ -43,5 +43,6 @@ async def test_a_reading_of_real_engines_gives_the_speed_of_each_pool(monkeypatc
     prefill, decode = (await pools.prefill_actor._stats()), (await pools.decode_actor._stats())
     assert (prefill.prompt_tokens, decode.prompt_tokens) == (100, 20)
     assert prefill.prefill_s > 0 and decode.prefill_s > 0
+    assert (prefill.prefill_steps, decode.prefill_steps) == (1, 1)
     assert (decode.finished, decode.num_remote_prompt_tokens) == (2, 0)
     await pools.stop()

@@ -13,13 +13,14 @@ from deployments.engine.stats import EngineStats
 from deployments.metrics import HandoffStats, ReplicaStats
 from deployments.pool_watch import Read, watch_pools
 
-READING = {DECODE: [ReplicaStats("d", EngineStats(prompt_tokens=50, prefill_s=0.5), HandoffStats())]}
+READING = {DECODE: [ReplicaStats("d", EngineStats(num_queued_prompt_tokens=50), HandoffStats())]}
+NOW_S = 1000.0
 
 
 @asynccontextmanager
 async def watching(read: Read) -> AsyncIterator[Admission]:
-    admission = Admission(Bounds(1.0, 1000, None))
-    task = asyncio.create_task(watch_pools(read, admission, period_s=0.0))
+    admission = Admission(Bounds(1.0, 1000, None), lambda: NOW_S)
+    task = asyncio.create_task(watch_pools(read, admission, period_s=0.0, clock=lambda: NOW_S))
     try:
         yield admission
     finally:
@@ -43,7 +44,20 @@ async def test_a_reading_reaches_admission_and_the_next_one_waits_for_it() -> No
     async with watching(read) as admission:
         for _ in range(3):
             await asked.acquire()
-    assert admission.outlook(DECODE, 0.0).speed == 100
+    assert admission.outlook(DECODE).queued_tokens == 50
+
+
+async def test_a_reading_is_as_old_as_the_oldest_number_in_it() -> None:
+    asked = asyncio.Semaphore(0)
+
+    async def read() -> dict[str, list[ReplicaStats]]:
+        asked.release()
+        return {DECODE: READING[DECODE] + [ReplicaStats("e", EngineStats(), HandoffStats(), age_s=4.0)]}
+
+    async with watching(read) as admission:
+        for _ in range(2):
+            await asked.acquire()
+    assert admission._decode.as_of_s == NOW_S - 4.0
 
 
 async def test_a_failure_is_logged_once_and_the_watch_goes_on(caplog: pytest.LogCaptureFixture) -> None:

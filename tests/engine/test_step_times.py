@@ -19,6 +19,7 @@ def test_only_steps_with_prompt_tokens_count_and_no_moment_counts_twice(is_pipel
         transcript.note(engine.step())
     computed = engine.stats()
     assert 0 < computed.prefill_s <= time.monotonic() - begun_s
+    assert (computed.prefill_steps, computed.prompt_tokens) == (4, 60)
     run(engine, transcript)
     assert engine.stats().prefill_s == computed.prefill_s, "the rest were decodes"
     assert (engine.stats().max_num_seqs, engine.stats().finished) == (8, 1)
