@@ -9,6 +9,9 @@ from enum import IntEnum, StrEnum
 
 import msgspec
 
+# Between a request's id and the number of its attempt.
+_RESUMED = "~"
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended; the values are OpenAI's."""
@@ -57,6 +60,16 @@ class GenerateRequest:
     sampling: SamplingParams
     priority: Priority = Priority.NORMAL
 
+    @property
+    def origin(self) -> str:
+        """The id under which it was asked at first, before it was resumed."""
+        return self.request_id.partition(_RESUMED)[0]
+
+
+def resumed_id(request_id: str, attempt: int) -> str:
+    """The id of what is left of a request that was lost; tells it from what may still come of the lost one."""
+    return f"{request_id}{_RESUMED}{attempt}"
+
 
 # A Struct, no dataclass, for it crosses the wire with every token; not tracked by the collector, for it has no cycle.
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -67,7 +80,8 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
         index: place of `token_ids[0]` among the generated tokens, from 0.
         token_ids: consecutive new tokens; never empty.
         finish_reason: set on the last output of a request.
-        num_cached_tokens: prompt tokens whose KV was found in the prefix cache.
+        num_cached_tokens: leading prompt tokens whose KV was found in a prefix cache and that nobody has computed for
+            this request, as far as the engine knows that says so. The least that is said in its course is true.
     """
 
     request_id: str
@@ -130,6 +144,7 @@ class ChunkReady:
         start_block: first block, counted from the start of the sequence.
         num_blocks: consecutive blocks in the chunk.
         first_token: the first generated token; set on the last chunk and on no other.
+        num_cached_tokens: leading tokens of the prompt that the prefill engine did not compute for this request.
     """
 
     request_id: str
@@ -137,6 +152,7 @@ class ChunkReady:
     start_block: int
     num_blocks: int
     first_token: int | None = None
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
 from deployments.errors import EngineDeadError, KvRelayError, OverloadedError, TransferError, brief, was_cancelled
-from deployments.messages import GenerateRequest
+from deployments.messages import GenerateRequest, resumed_id
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class ResumingClient:
                 return
             logger.warning("%s: lost behind %d tokens: %s", request.request_id, len(stream.token_ids), brief(error))
             self._on_resume()
-            self._tokens.rename(stream, f"{request.request_id}~{attempt + 1}")
+            self._tokens.rename(stream, resumed_id(request.request_id, attempt + 1))
             await asyncio.sleep(_FIRST_DELAY_S * 2**attempt)
 
     async def _attempt(self, request: GenerateRequest, stream: TokenStream, *, is_resumed: bool) -> Exception:

@@ -128,9 +128,9 @@ class Tally:
 
     def add(self, event: TextEvent) -> None:
         self._num_generated_tokens += event.num_tokens
-        # A property of the prompt: the outputs of a request repeat it or leave it out, they do not add to it.
-        known = self._num_cached_tokens.get(event.choice, 0)
-        self._num_cached_tokens[event.choice] = max(known, event.num_cached_tokens)
+        # What one engine found another may have had to compute, after a death: the least is true.
+        known = self._num_cached_tokens.get(event.choice, event.num_cached_tokens)
+        self._num_cached_tokens[event.choice] = min(known, event.num_cached_tokens)
 
     def usage(self) -> Usage:
         return {

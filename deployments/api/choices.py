@@ -43,7 +43,7 @@ class TextEvent(msgspec.Struct, frozen=True, gc=False):
         text: new text; empty while a character or a stop string is incomplete.
         token_ids: generated for it, at least 1; those after a stop string do not count.
         finish_reason: set on the last event of a choice.
-        num_cached_tokens: prompt tokens found in the prefix cache.
+        num_cached_tokens: see `TokenOutput`.
     """
 
     choice: int

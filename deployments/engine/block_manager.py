@@ -44,6 +44,7 @@ class BlockManager:
         self._ref_counts = [0] * num_blocks
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
+        self._origin_of: dict[int, str | None] = {}  # for which request it was computed; None: long before
 
     @property
     def num_free_blocks(self) -> int:
@@ -87,6 +88,18 @@ class BlockManager:
         sequence.num_published_blocks = len(shared)
         return True
 
+    def num_found_tokens(self, sequence: Sequence) -> int:
+        """Leading tokens that `admit` found in the cache and that were not computed for this very request before.
+
+        They were if it is resumed, or if an earlier attempt to hand it over has failed.
+        """
+        origin, num_blocks = sequence.request.origin, 0
+        for block in sequence.block_table[: sequence.num_published_blocks]:
+            if self._origin_of[block] == origin:
+                break
+            num_blocks += 1
+        return num_blocks * self.block_size
+
     def append(self, sequence: Sequence) -> bool:
         """Make room for the newest token; False if a block is needed and none is free."""
         if self.blocks_for(len(sequence.token_ids)) <= len(sequence.block_table):
@@ -108,6 +121,8 @@ class BlockManager:
             if hashes[i] not in self._block_of and block not in self._hash_of:
                 self._block_of[hashes[i]] = block
                 self._hash_of[block] = hashes[i]
+                is_new = (i + 1) * self.block_size > sequence.num_cached_tokens
+                self._origin_of[block] = sequence.request.origin if is_new else None
         sequence.num_published_blocks = num_full
 
     def free(self, sequence: Sequence) -> None:
@@ -142,6 +157,7 @@ class BlockManager:
         assert not any(b in self._hash_of for b in self._blank), "a blank block has a hash"
         assert all(b in self._hash_of for b in self._cached), "a cached block has no hash"
         assert {b: h for h, b in self._block_of.items()} == self._hash_of, "hash tables disagree"
+        assert self._origin_of.keys() == self._hash_of.keys(), "a block is of no request, or of one without a hash"
 
     def _fits(self, sequence: Sequence, shared: list[int], num_spare_blocks: int) -> bool:
         num_new = self.blocks_for(len(sequence.token_ids)) - len(shared)
@@ -177,6 +193,6 @@ class BlockManager:
             block = self._blank.popleft()
         else:
             block, _ = self._cached.popitem(last=False)
-            del self._block_of[self._hash_of.pop(block)]
+            del self._block_of[self._hash_of.pop(block)], self._origin_of[block]
         self._ref_counts[block] = 1
         return block

@@ -191,6 +191,7 @@ class Engine:
         if arrived is None:
             return []
         sequence = self._scheduler.reserved[chunk.request_id]
+        sequence.num_cached_tokens = min(sequence.num_cached_tokens, chunk.num_cached_tokens)
         self._copies.import_([sequence.block_table[i] for i in arrived], tensor)
         if self._inbox.fill(chunk) is not State.READY:
             return []
@@ -213,6 +214,7 @@ class Engine:
         sequence = self._scheduler.reserved[request_id]
         usable = min(num_arrived, (sequence.num_prompt_tokens - 1) // self.limits.block_size)
         sequence.num_computed_tokens = usable * self.limits.block_size
+        sequence.num_cached_tokens = min(sequence.num_cached_tokens, sequence.num_computed_tokens)
         self._scheduler.activate(sequence)
         return True
 
@@ -395,7 +397,7 @@ class Engine:
             logger.warning("%s: no KV came within the lease; computing the rest of the prompt here", request_id)
             self._stats.expired_leases += 1
             self.prefill_locally(request_id)
-            events.append(Placed(request_id, False, self._scheduler[request_id].num_cached_tokens))
+            events.append(Placed(request_id, False, self._scheduler[request_id].num_computed_tokens))
         for request_id in self._outbox.expired():
             self._stats.expired_leases += 1
             self.abort(request_id)

@@ -1,6 +1,7 @@
 """Copies computed prompts out of the pool for other engines, chunk by chunk, as far as the outbox has room."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -66,7 +67,8 @@ class Exporter:
         is_last = self._is_computed(sequence) and start + size == len(sequence.block_table)
         if is_last:
             del self._sequences[request_id]
-        return self._outbox.put(request_id, size, tensor, ready, is_last=is_last)
+        chunk = self._outbox.put(request_id, size, tensor, ready, is_last=is_last)
+        return replace(chunk, num_cached_tokens=sequence.num_cached_tokens)
 
     def _next_size(self, sequence: Sequence) -> int:
         """Blocks of the next chunk: computed and not copied out; the last ones count when the first token is known."""

@@ -214,12 +214,13 @@ class Scheduler:
             self.waiting.remove(sequence)
             self._count_overtaken(sequence)
             if sequence.num_preemptions == 0:
-                sequence.num_cached_tokens = sequence.num_computed_tokens
+                sequence.num_cached_tokens = self._blocks.num_found_tokens(sequence)
                 placed.append(self._place(sequence))
             if sequence.role is Role.IMPORT:
                 sequence.status = Status.RESERVED
                 self.reserved[sequence.request_id] = sequence
                 continue
+            sequence.num_cached_tokens = min(sequence.num_cached_tokens, sequence.num_computed_tokens)
             sequence.status = Status.RUNNING
             self.running.append(sequence)
         return placed
@@ -240,7 +241,8 @@ class Scheduler:
         remote = _is_remote(sequence, sequence.num_uncomputed_tokens)
         if remote:
             sequence.role = Role.IMPORT
-        return Placed(sequence.request_id, remote, sequence.num_cached_tokens)
+            sequence.num_cached_tokens = sequence.num_prompt_tokens
+        return Placed(sequence.request_id, remote, sequence.num_computed_tokens)
 
 
 def _is_remote(sequence: Sequence, num_tokens: int) -> bool:

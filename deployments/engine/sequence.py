@@ -39,7 +39,8 @@ class Sequence:
             higher priority count in part.
         token_ids: the prompt, then the generated tokens, `PENDING` for one that is not known yet.
         num_computed_tokens: leading tokens whose KV is in the blocks, or will be when the step in flight has ended.
-        num_cached_tokens: those of them that were found in the prefix cache at the first admission.
+        num_cached_tokens: leading tokens of the prompt that no engine has computed for this request, as far as is known
+            here; while a prefill engine has it that is all of them, until its first chunk says where it began.
         block_table: physical block of each logical block.
         block_hashes: chained hash of each full block of `token_ids`, filled on demand.
         num_published_blocks: leading blocks that were offered to the prefix cache.

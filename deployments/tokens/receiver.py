@@ -243,8 +243,9 @@ class _Connection(asyncio.Protocol):
 
 
 def _moved(output: TokenOutput, num_tokens: int) -> TokenOutput:
-    """An output of a resumed request as the first one would have sent it; what was cached then has been said."""
-    return TokenOutput(output.request_id, output.index + num_tokens, output.token_ids, output.finish_reason)
+    """An output of a resumed request as the first one would have sent it."""
+    index = output.index + num_tokens
+    return TokenOutput(output.request_id, index, output.token_ids, output.finish_reason, output.num_cached_tokens)
 
 
 def _without_first(output: TokenOutput, num_tokens: int) -> TokenOutput:
@@ -257,5 +258,5 @@ def _without_first(output: TokenOutput, num_tokens: int) -> TokenOutput:
 def _join(outputs: list[TokenOutput]) -> TokenOutput:
     first, last = outputs[0], outputs[-1]
     token_ids = tuple(token_id for output in outputs for token_id in output.token_ids)
-    num_cached_tokens = max(output.num_cached_tokens for output in outputs)
+    num_cached_tokens = min(output.num_cached_tokens for output in outputs)
     return TokenOutput(first.request_id, first.index, token_ids, last.finish_reason, num_cached_tokens)

@@ -61,6 +61,18 @@ async def test_a_completion_has_openais_shape():
     }
 
 
+async def test_of_the_tokens_that_are_said_to_be_cached_the_least_count():
+    engine_was_lost = asyncio.Event()
+    backend = playing("a", engine_was_lost, "b", LENGTH)
+    backend.num_cached_tokens = 2
+    call = asyncio.create_task(post(backend, COMPLETIONS))
+    while not backend.num_outputs.total():  # noqa: ASYNC110  # it tells nobody of an output
+        await asyncio.sleep(0)
+    backend.num_cached_tokens = 1
+    engine_was_lost.set()
+    assert (await call).json()["usage"]["prompt_tokens_details"] == {"cached_tokens": 1}
+
+
 async def test_a_chat_completion_has_openais_shape():
     answer = await post(playing("Hi", LENGTH), CHAT)
     body = answer.json()

@@ -1,0 +1,82 @@
+"""What each engine says was cached of a prompt: leading tokens that none has computed for this request."""
+
+from deployments.engine.engine import Engine
+from deployments.messages import ChunkReady, Placed, resumed_id
+from tests.engine.driving import BLOCK_SIZE, Transcript, build_engine, generate, greedy, prefill_all, run
+from tests.engine.families import load, random_prompt
+
+PROMPT = random_prompt(57, seed=57)
+ALL = 56  # but for the last token, which is always computed
+
+
+def build(**overrides: object) -> Engine:
+    return build_engine(load("llama"), max_num_batched_tokens=16, **overrides)
+
+
+def say(engine: Engine, request_id: str) -> int:
+    """What a request that the engine computes alone is told, with its last token."""
+    engine.add(greedy(request_id, PROMPT, 2))
+    return run(engine).cached[request_id]
+
+
+def hand_over(prefill: Engine, decode: Engine, request_id: str = "r", num_chunks: int | None = None) -> int | None:
+    """Hand a prompt over, or only its first chunks; what the decode engine says with its first token."""
+    decode.add(greedy(request_id, PROMPT, 3), remote_threshold=0)
+    (placed,) = decode.step()
+    assert isinstance(placed, Placed) and placed.remote
+    transcript = Transcript()
+    for chunk, tensor in prefill_all(prefill, greedy(request_id, PROMPT, 3), placed.num_cached_tokens // BLOCK_SIZE)[
+        :num_chunks
+    ]:
+        transcript.note(decode.import_chunk(chunk, tensor))
+    if num_chunks is not None:
+        decode.prefill_locally(request_id)
+    run(decode, transcript)
+    return transcript.cached[request_id]
+
+
+def test_an_engine_alone_tells_what_it_found() -> None:
+    engine = build()
+    assert say(engine, "new") == 0
+    assert say(engine, "again") == ALL
+
+
+def test_after_a_hand_off_it_is_what_the_prefill_engine_found_whatever_decode_has() -> None:
+    prefill, decode = build(), build()
+    generate(decode, [greedy("earlier", PROMPT[:30], 1)])
+    assert hand_over(prefill, decode, "decode has a part") == 0, "prefill computed it all"
+    assert hand_over(prefill, build(), "prefill has it all") == ALL
+    generate(shorter := build(), [greedy("earlier", PROMPT[:20], 1)])
+    generate(longer := build(), [greedy("earlier", PROMPT[:30], 1)])
+    assert hand_over(shorter, longer, "both have a part") == 16, "prefill began behind the part that it has"
+
+
+def test_what_arrived_of_a_broken_hand_off_and_was_found_by_prefill_is_cached_and_the_rest_is_not() -> None:
+    prefill = build()
+    generate(prefill, [greedy("earlier", PROMPT[:30], 1)])
+    assert hand_over(prefill, build(), num_chunks=2) == 24, "found by one engine, computed by none"
+    assert hand_over(build(), build(), num_chunks=2) == 0, "computed by one and not by the other"
+    assert hand_over(prefill, build(), "r", num_chunks=0) == 0
+
+
+def test_what_was_computed_for_the_same_request_before_is_not_cached_for_it() -> None:
+    engine = build()
+    generate(engine, [greedy("earlier", PROMPT[:30], 1)])
+    assert say(engine, "r") == 24
+    assert say(engine, resumed_id("r", 1)) == 24
+    assert say(engine, "another") == ALL
+
+
+def test_a_preempted_prompt_is_cached_as_far_as_it_need_not_be_computed_again() -> None:
+    engine = build(num_blocks=16)
+    generate(engine, [greedy("earlier", PROMPT[:30], 1)])
+    for name, seed in (("old", 1), ("r", 57)):
+        engine.add(greedy(name, random_prompt(57, seed=seed), 40))
+    said: list[int] = []
+    while engine.has_work:
+        said += [
+            e.num_cached_tokens for e in engine.step() if not isinstance(e, Placed | ChunkReady) and e.request_id == "r"
+        ]  # type: ignore[union-attr]
+        engine.check_integrity()
+    assert engine.stats().preemptions > 0
+    assert said[0] == 24 and min(said) == said[-1] <= 24
