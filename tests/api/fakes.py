@@ -144,7 +144,7 @@ class FakeBackend:
         async with self.changed:
             self.changed.notify_all()
 
-    async def until(self, is_reached: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    async def until(self, is_reached: Callable[[], bool], timeout_s: float = 30.0) -> None:
         async with asyncio.timeout(timeout_s), self.changed:
             await self.changed.wait_for(is_reached)
 

@@ -36,7 +36,7 @@ async def test_leaving_ends_every_request_of_the_call(steps: list[Step], stream:
     backend, recorder = playing(*steps), Recorder()
     async with serving(build_app(backend, build_codec(), INFO, observer=recorder)) as url:
         await open_and_leave(url, {"prompt": prompts, "stream": stream}, backend, len(prompts))
-        await backend.until(lambda: not backend.running, timeout_s=2)
+        await backend.until(lambda: not backend.running)
     assert len(backend.requests) == len(prompts)
     assert recorder.outcomes == [Outcome.ABORTED]
 
@@ -48,7 +48,7 @@ async def test_leaving_does_not_touch_another_call():
         staying = asyncio.create_task(client.post("/v1/completions", json={"model": INFO.name, "prompt": "b"}))
         await backend.until(lambda: len(backend.running) == 1)
         await open_and_leave(url, {"prompt": "a"}, backend, num_running=2)
-        await backend.until(lambda: len(backend.running) == 1, timeout_s=2)
+        await backend.until(lambda: len(backend.running) == 1)
         release.set()
         assert (await staying).json()["choices"][0]["text"] == "fine"
 
@@ -62,7 +62,7 @@ async def test_leaving_while_the_body_is_sent_reaches_no_backend():
         await writer.drain()
         await recorder.has_started.wait()
         writer.close()
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(30):
             await recorder.has_finished.wait()
     assert recorder.outcomes == [Outcome.ABORTED]
     assert not backend.requests

@@ -90,7 +90,7 @@ async def test_closing_a_stream_ends_the_request():
         stream = await client.completions.create(model=INFO.name, prompt="x", stream=True)
         await anext(stream)
         await stream.close()
-        await backend.until(lambda: not backend.running, timeout_s=2)
+        await backend.until(lambda: not backend.running)
 
 
 async def test_errors_are_the_clients_own_classes():

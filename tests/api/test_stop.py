@@ -69,9 +69,9 @@ def test_examples(stops: list[str], pieces: list[str], emitted: list[str]):
 def test_a_stop_that_almost_matches_everywhere_takes_linear_time():
     def seconds(num_characters: int) -> float:
         checker = StopChecker(["a" * 1000 + "b"])
-        start_s = time.perf_counter()
+        start_s = time.thread_time()
         for _ in range(num_characters // 10):
             checker.push("a" * 10)
-        return time.perf_counter() - start_s
+        return time.thread_time() - start_s
 
     assert min(seconds(80_000) for _ in range(3)) < 30 * min(seconds(10_000) for _ in range(3))

@@ -22,7 +22,8 @@ from tests.engine_pair import DrivenEngine, hand_over, random_prompt
 NUM_TOKENS = 24
 # One block and many, a last block that is full and one that is not.
 LENGTHS = (1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 6 * BLOCK_SIZE - 7, 12 * BLOCK_SIZE)
-SOON_S = 15.0
+# By itself a transfer ends after 30 s, and a call not at all.
+SOON_S = 25.0
 
 
 @pytest.fixture(scope="module", autouse=True)

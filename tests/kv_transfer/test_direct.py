@@ -18,10 +18,11 @@ from deployments.messages import ChunkReady
 from tests.kv_transfer.engines import LAYOUT, FakeEngine
 
 CONFIG = TransferConfig(
-    connect_timeout_s=4, transfer_timeout_s=4, probe_interval_s=0.1, idle_probe_interval_s=0.3, doubt_after_s=1
+    connect_timeout_s=4, transfer_timeout_s=8, probe_interval_s=0.1, idle_probe_interval_s=0.3, doubt_after_s=1
 )
-# Two busy cores: what takes 0.3 s alone may take this.
-SOON_S = 4.0
+# What never happens takes longer than this; how soon the rest happens is for benchmarks.
+PATIENCE_S = 60.0
+TIMED_OUT = "not done after"
 BIG = 4000  # blocks: 250 MiB
 
 Engine = Any
@@ -62,15 +63,17 @@ def hand_off(source: Engine, destination: Engine, num_blocks: int, value: float)
     return ack
 
 
-def assert_arrived(acks: "list[ray.ObjectRef[Any]]", expected: list[tuple[int, float]], timeout: float = 30) -> None:
+def assert_arrived(
+    acks: "list[ray.ObjectRef[Any]]", expected: list[tuple[int, float]], timeout: float = PATIENCE_S
+) -> None:
     received = ray.get(acks, timeout=timeout)
     assert received == [(value, value + 0.5, num_blocks) for num_blocks, value in expected]
 
 
-def wait_for(condition: Callable[[], bool], within_s: float) -> None:
-    deadline = time.monotonic() + within_s
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
     while not condition():
-        assert time.monotonic() < deadline, f"not true after {within_s} s"
+        assert time.monotonic() < deadline, f"not true after {PATIENCE_S} s"
         time.sleep(0.05)
 
 
@@ -92,7 +95,7 @@ def test_many_concurrent_chunks_arrive_whole_in_crossing_directions(engines):
     assert sum(s.num_received for s in stats) == sum(s.num_sent for s in stats) == 200
     assert sum(s.num_received_bytes for s in stats) == sum(job[2] for job in jobs) * LAYOUT.bytes_per_block
     assert [s.num_failed for s in stats] == [0] * 4
-    wait_for(lambda: sum(ray.get([e.num_exported_alive.remote() for e in engines])) == 0, SOON_S)
+    wait_for(lambda: sum(ray.get([e.num_exported_alive.remote() for e in engines])) == 0)
     # Both ends of 12 ordered pairs, each with one thread, the lines at 12 sources, and a watchdog per engine.
     assert sum(len(t) for t in ray.get([e.threads.remote() for e in engines])) == 24 + 12 + 4
 
@@ -110,7 +113,7 @@ def test_a_dropped_reference_frees_the_chunk_at_its_source(engines):
     ray.wait([ref], fetch_local=False)
     assert ray.get(engines[0].stats.remote()).num_held == 1
     del ref
-    wait_for(lambda: ray.get(engines[0].num_exported_alive.remote()) == 0, SOON_S)
+    wait_for(lambda: ray.get(engines[0].num_exported_alive.remote()) == 0)
     assert ray.get(engines[0].stats.remote()).num_held == 0
 
 
@@ -124,7 +127,7 @@ def test_another_layout_is_refused_before_anything_is_sent(engines, start_engine
     source = start_engine(head_dim=32)
     for _ in range(2):
         with pytest.raises(LayoutMismatchError, match="head_dim: ours 64, theirs 32"):
-            ray.get(hand_off(source, engines[0], 4, 1.0), timeout=20)
+            ray.get(hand_off(source, engines[0], 4, 1.0), timeout=PATIENCE_S)
     stats = ray.get(source.stats.remote())
     assert (stats.num_sent, stats.num_links) == (0, 0)
     assert_arrived([hand_off(engines[1], engines[0], 1, 1.0)], [(1, 1.0)])
@@ -133,7 +136,10 @@ def test_another_layout_is_refused_before_anything_is_sent(engines, start_engine
 def test_a_tensor_that_is_no_chunk_is_refused_at_its_source(engines):
     source, destination = engines[:2]
     with pytest.raises(ValueError, match="a chunk of KV has shape"):
-        ray.get(destination.receive_kv.remote(ChunkReady("r", 0, 0, 1), source.take_wrong_chunk.remote()), timeout=20)
+        ray.get(
+            destination.receive_kv.remote(ChunkReady("r", 0, 0, 1), source.take_wrong_chunk.remote()),
+            timeout=PATIENCE_S,
+        )
     assert_arrived([hand_off(source, destination, 1, 1.0)], [(1, 1.0)])
 
 
@@ -146,12 +152,11 @@ def test_a_killed_source_fails_the_transfer_fast_and_others_go_on(engines, start
     assert ray.get(source.wait_until_moving.remote())
     time.sleep(0.08)
     ray.kill(source)
-    killed = time.monotonic()
-    with pytest.raises(TransferError):
-        ray.get(ack, timeout=20)
-    assert time.monotonic() - killed < SOON_S
+    with pytest.raises(TransferError) as failure:
+        ray.get(ack, timeout=PATIENCE_S)
+    assert TIMED_OUT not in str(failure.value), "the death was noticed"
     assert_arrived([hand_off(other, destination, 1, 3.0)], [(1, 3.0)])
-    wait_for(lambda: links_and_threads(destination) == before, SOON_S)
+    wait_for(lambda: links_and_threads(destination) == before)
 
 
 @pytest.mark.parametrize("receives_after_s", [0.05, 20.0], ids=["amid the bytes", "before the bytes"])
@@ -164,14 +169,12 @@ def test_a_killed_receiver_frees_the_chunk_and_the_source_serves_others(engines,
     assert ray.get(source.num_exported_alive.remote()) == 1
     time.sleep(0.08)
     ray.kill(destination)
-    killed = time.monotonic()
     with pytest.raises(ray.exceptions.ActorDiedError):
-        ray.get(ack, timeout=20)
+        ray.get(ack, timeout=PATIENCE_S)
     del ack
-    wait_for(lambda: ray.get(source.num_exported_alive.remote()) == 0, SOON_S)
-    assert time.monotonic() - killed < SOON_S
+    wait_for(lambda: ray.get(source.num_exported_alive.remote()) == 0)
     assert_arrived([hand_off(source, other, 1, 3.0)], [(1, 3.0)])
-    wait_for(lambda: links_and_threads(source) == before, SOON_S)
+    wait_for(lambda: links_and_threads(source) == before)
 
 
 def test_a_stopped_source_is_bounded_and_holds_up_nobody(engines, start_engine):
@@ -182,19 +185,17 @@ def test_a_stopped_source_is_bounded_and_holds_up_nobody(engines, start_engine):
     ray.wait(refs, num_returns=12, fetch_local=False)
     pid = ray.get(stopped.pid.remote())
     os.kill(pid, signal.SIGSTOP)
-    began = time.monotonic()
     try:
         hung = [destination.receive_kv.remote(ChunkReady("request", 0, 0, 16), ref) for ref in refs]
         assert_arrived([hand_off(other, destination, 16, 3.0) for _ in range(3)], [(16, 3.0)] * 3)
-        assert time.monotonic() - began < CONFIG.doubt_after_s + 2
+        assert ray.wait(hung, num_returns=len(hung), timeout=0)[1], "nobody had to wait until the last of them failed"
         for ack in hung:
             with pytest.raises(TransferError):
-                ray.get(ack, timeout=20)
-        assert time.monotonic() - began < CONFIG.transfer_timeout_s + 2
+                ray.get(ack, timeout=PATIENCE_S)
     finally:
         os.kill(pid, signal.SIGCONT)
     # The first may still meet the end of the broken link.
-    ray.wait([hand_off(stopped, destination, 1, 4.0)], timeout=20)
+    ray.wait([hand_off(stopped, destination, 1, 4.0)], timeout=PATIENCE_S)
     retried = [destination.receive_kv.remote(ChunkReady("request", 0, 0, 16), ref) for ref in refs]
     assert_arrived(retried, [(16, 2.0)] * 12)
 
@@ -205,15 +206,15 @@ def test_a_pair_is_formed_again_after_a_failure_and_after_a_rest(start_engine):
     assert_arrived([hand_off(source, destination, 4, 1.0)], [(4, 1.0)])
     # Unused: the receiver closes, and tells the source.
     for engine in (source, destination):
-        wait_for(partial(has_no_links, engine), SOON_S)
+        wait_for(partial(has_no_links, engine))
     assert_arrived([hand_off(source, destination, 4, 2.0)], [(4, 2.0)])
-    ray.get(source.hold_back.remote("send", 8.0))
+    ray.get(source.hold_back.remote("send", 2 * CONFIG.transfer_timeout_s))
     with pytest.raises(TransferError):
-        ray.get(hand_off(source, destination, 4, 3.0), timeout=20)
+        ray.get(hand_off(source, destination, 4, 3.0), timeout=PATIENCE_S)
     ray.get(source.let_go.remote())
     assert_arrived([hand_off(source, destination, 4, 4.0)], [(4, 4.0)])
     for engine in (source, destination):
-        wait_for(partial(has_no_links, engine), 10)
+        wait_for(partial(has_no_links, engine))
     assert ray.get([engine.num_exported_alive.remote() for engine in (source, destination)]) == [0, 0]
 
 
@@ -225,7 +226,7 @@ def test_on_one_machine_chunks_are_read_where_they_are_and_freed(start_engine):
     assert (stats.num_received, stats.num_read_in_place, stats.num_neighbours) == (50, 50, 1)
     assert stats.num_received_bytes == 50 * 4 * LAYOUT.bytes_per_block
     assert ray.get([engine.stats.remote() for engine in (source, destination)])[0].num_links == 0
-    wait_for(lambda: ray.get(source.num_exported_alive.remote()) == 0, SOON_S)
+    wait_for(lambda: ray.get(source.num_exported_alive.remote()) == 0)
 
 
 def test_a_chunk_for_which_shared_memory_has_no_room_is_sent(start_engine):
@@ -246,7 +247,7 @@ def test_a_stopped_source_can_be_read_and_a_dead_one_is_forgotten(start_engine, 
     os.kill(pid, signal.SIGSTOP)
     assert_arrived([destination.receive_kv.remote(ChunkReady("request", 0, 0, 4), ref)], [(4, 2.0)])
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: ray.get(destination.stats.remote()).num_neighbours == 0, SOON_S)
+    wait_for(lambda: ray.get(destination.stats.remote()).num_neighbours == 0)
     with pytest.raises(TransferError):
-        ray.get(destination.receive_kv.remote(ChunkReady("request", 0, 0, 4), ref), timeout=20)
+        ray.get(destination.receive_kv.remote(ChunkReady("request", 0, 0, 4), ref), timeout=PATIENCE_S)
     assert_arrived([hand_off(engines[0], destination, 1, 3.0)], [(1, 3.0)])

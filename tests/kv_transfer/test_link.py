@@ -19,6 +19,8 @@ from deployments.kv_transfer.line import Line
 from deployments.kv_transfer.link import Link, LinkLostError, Peer, Steps, Watchdog
 
 CONFIG = TransferConfig(probe_interval_s=0.01)
+# What never happens takes longer than this.
+PATIENCE_S = 30.0
 
 
 class FakePeer(Peer):
@@ -51,7 +53,7 @@ class FakeGroup:
 
     def _wait(self, timeout_s: float) -> None:
         self.is_receiving.set()
-        assert self.may_finish.wait(10)
+        assert self.may_finish.wait(2 * PATIENCE_S)
         if self.is_aborted:
             raise RuntimeError("aborted")
 
@@ -109,7 +111,7 @@ class Rig:
         return self.link.submit(job)
 
     def check_until_closed(self) -> None:
-        deadline = monotonic() + 5
+        deadline = monotonic() + PATIENCE_S
         while not self.link.is_closed:
             assert monotonic() < deadline
             self.link.check()
@@ -127,7 +129,7 @@ def test_without_depth_jobs_run_one_at_a_time_and_in_order(rig):
     notes: list[tuple[str, int]] = []
     rig.group.may_finish.set()
     for future in [rig.note(notes, i) for i in range(50)]:
-        future.result(timeout=5)
+        future.result(timeout=PATIENCE_S)
     assert notes == [(step, i) for i in range(50) for step in ("ask", "start", "end")]
 
 
@@ -135,10 +137,10 @@ def test_as_many_jobs_as_the_group_takes_are_under_way_and_each_step_keeps_their
     rig = Rig(depth=3)
     notes: list[tuple[str, int]] = []
     futures = [rig.receive(), *(rig.note(notes, i) for i in range(20))]
-    assert rig.group.is_receiving.wait(5)
+    assert rig.group.is_receiving.wait(PATIENCE_S)
     rig.group.may_finish.set()
     for future in futures:
-        future.result(timeout=5)
+        future.result(timeout=PATIENCE_S)
     under_way = most = 0
     for step, _ in notes:
         under_way += {"ask": 1, "start": 0, "end": -1}[step]
@@ -152,41 +154,41 @@ def test_as_many_jobs_as_the_group_takes_are_under_way_and_each_step_keeps_their
 def test_a_lost_link_fails_all_jobs_that_are_under_way():
     rig = Rig(depth=3)
     futures = [rig.receive() for _ in range(5)]
-    assert rig.group.is_receiving.wait(5)
+    assert rig.group.is_receiving.wait(PATIENCE_S)
     rig.link.close("over")
     for future in futures:
         with pytest.raises(TransferError, match="over"):
-            future.result(timeout=1)
+            future.result(timeout=PATIENCE_S)
 
 
 def test_a_dead_peer_fails_every_job_and_ends_the_group(rig):
     futures = [rig.receive() for _ in range(3)]
-    assert rig.group.is_receiving.wait(5)
+    assert rig.group.is_receiving.wait(PATIENCE_S)
     rig.peer.is_dead = True
     rig.link.check()
     for future in futures:
         with pytest.raises(TransferError, match="died"):
-            future.result(timeout=1)
+            future.result(timeout=PATIENCE_S)
     assert rig.group.is_aborted and rig.line.is_closed
     assert rig.closed == [rig.link]
 
 
 def test_a_silent_peer_keeps_the_transfer_in_progress_and_fails_those_behind_it(rig):
     first = rig.receive()
-    assert rig.group.is_receiving.wait(5)
+    assert rig.group.is_receiving.wait(PATIENCE_S)
     second = rig.receive()
     rig.peer.has_been_silent_s = 3.0
     rig.link.check()
     with pytest.raises(TransferError, match="not answered"):
-        second.result(timeout=1)
+        second.result(timeout=PATIENCE_S)
     with pytest.raises(TransferError, match="not answered"):
         rig.receive()
     rig.peer.has_been_silent_s = 0.0
     rig.link.check()
     third = rig.receive()
     rig.group.may_finish.set()
-    assert first.result(timeout=5) is not None
-    assert third.result(timeout=5) is not None
+    assert first.result(timeout=PATIENCE_S) is not None
+    assert third.result(timeout=PATIENCE_S) is not None
 
 
 def test_a_transfer_that_takes_too_long_ends_the_link():
@@ -194,7 +196,7 @@ def test_a_transfer_that_takes_too_long_ends_the_link():
     future = rig.receive()
     rig.check_until_closed()
     with pytest.raises(TransferError, match=r"not done after 0\.1 s"):
-        future.result(timeout=1)
+        future.result(timeout=PATIENCE_S)
     assert rig.group.is_aborted and rig.line.is_closed
 
 
@@ -203,16 +205,16 @@ def test_a_group_that_does_not_form_in_time_fails_its_jobs_and_is_ended_when_it_
     may_form = threading.Event()
 
     def open_channel() -> Channel:
-        assert may_form.wait(10)
+        assert may_form.wait(PATIENCE_S)
         return Channel(late, NoLine())
 
     rig = Rig(replace(CONFIG, connect_timeout_s=0.1), open_channel)
     future = rig.receive()
     rig.check_until_closed()
     with pytest.raises(TransferError, match="no connection"):
-        future.result(timeout=1)
+        future.result(timeout=PATIENCE_S)
     may_form.set()
-    assert late.may_finish.wait(5) and late.is_aborted
+    assert late.may_finish.wait(PATIENCE_S) and late.is_aborted
 
 
 def test_an_error_while_forming_the_group_reaches_the_jobs():
@@ -221,7 +223,7 @@ def test_an_error_while_forming_the_group_reaches_the_jobs():
 
     rig = Rig(open_channel=open_channel)
     with pytest.raises(TransferError, match="no route to host"):
-        rig.receive().result(timeout=5)
+        rig.receive().result(timeout=PATIENCE_S)
 
 
 def test_a_job_refused_by_the_source_fails_alone(rig):
@@ -231,8 +233,8 @@ def test_a_job_refused_by_the_source_fails_alone(rig):
 
     rig.group.may_finish.set()
     with pytest.raises(TransferError, match="gone"):
-        rig.link.submit(refused).result(timeout=5)
-    assert rig.receive().result(timeout=5) is not None
+        rig.link.submit(refused).result(timeout=PATIENCE_S)
+    assert rig.receive().result(timeout=PATIENCE_S) is not None
 
 
 def test_a_job_after_the_end_is_told_to_take_a_new_link(rig):
@@ -244,7 +246,7 @@ def test_a_job_after_the_end_is_told_to_take_a_new_link(rig):
 def test_an_unused_link_gives_its_group_back():
     rig = Rig(replace(CONFIG, idle_timeout_s=0.1))
     rig.group.may_finish.set()
-    rig.receive().result(timeout=5)
+    rig.receive().result(timeout=PATIENCE_S)
     rig.check_until_closed()
     assert rig.group.is_aborted and rig.line.is_closed
 
@@ -258,5 +260,5 @@ def test_threads_end_with_their_links():
         rig.link.close("end of the test")
     for thread in threading.enumerate():
         if thread.name in {"kv-watchdog", "kv-link-test"}:
-            thread.join(5)
+            thread.join(PATIENCE_S)
             assert not thread.is_alive()

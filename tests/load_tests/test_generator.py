@@ -177,8 +177,8 @@ def test_aiperf_sends_a_schedule_and_brings_back_every_request(server, tmp_path)
     ]
     long = observed.samples[-1]
     assert (long.request_class, long.output_tokens, len(long.gaps_s)) == ("long", 10, 9)
-    assert long.sent_s == pytest.approx(1.0, abs=0.5)
-    assert all(0.01 < gap < 1.0 for gap in long.gaps_s)
+    assert long.sent_s is not None and long.sent_s > 0.9
+    assert all(gap > 0.01 for gap in long.gaps_s)
     first, second = observed.samples[:2]
     assert first.end_s is not None and second.sent_s is not None and second.sent_s >= first.end_s
     assert observed.server["fake_blocks avg"] == 7
