@@ -10,8 +10,9 @@ call. Pure: no Ray, no HTTP. The time to first token of a prompt that comes now 
   them has changed since (`own_share.py`).
 - `cost`: seconds that one engine takes for so many prompt tokens in full steps, learned from its steps
   (`step_cost.py`); tokens found in its cache count, as they do in the queue.
-- `beyond`: sequences without a seat in a decode engine, by `max_num_seqs` or by KV blocks; `held`: the mean time that
-  a seat is held. Both queues are passed at once, so the slower one decides.
+- `beyond`: sequences without a seat in a decode engine, by `max_num_seqs` or by KV blocks; its own count twice where
+  others wait, as above; `held`: the mean time that a seat is held. Both queues are passed at once, so the slower one
+  decides.
 
 A short prompt waits less than that. Which pool computes a prompt is told from its length, since what a decode engine
 has cached is not known here.
@@ -183,7 +184,7 @@ class Admission:
             # Serve may hold back what no engine has seen; what this replica has open it knows for sure.
             known = self._own_sequences.whole(self._decode.num_sequences, 0.0, self._num_ingresses)
             num_open = max(known, num_open)
-        seat_wait = self._decode.seat_wait(num_open + num_sequences)
+        seat_wait = self._decode.seat_wait(num_open, num_sequences)
         return Outlook(queued, readings.num_engines, readings.cost, readings.tokens_per_step, seat_wait)
 
     @property
@@ -212,8 +213,8 @@ class Admission:
         max_ttft_s, ttft = part.share * self.bounds.max_ttft_s, part.ttft
         if part.ahead.is_queue and ttft.low > max_ttft_s:
             message = (
-                f"the first token would take about {ttft.best:.1f} s, {ttft.low:.1f} s if all goes well; at most "
-                f"{max_ttft_s:.1f} s are allowed"
+                f"the first token may take {ttft.best:.1f} s, {ttft.low:.1f} s by the optimistic end of the estimate; "
+                f"at most {max_ttft_s:.1f} s are allowed"
             )
             self._refuse(part, Reason.TTFT, message, part.relief_s(ttft.low - max_ttft_s))
         self._check_fair(part, total, max(total / max_tokens, ttft.low / max_ttft_s))

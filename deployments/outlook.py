@@ -16,6 +16,7 @@ from deployments.step_cost import NOTHING, UNKNOWN, Estimate, StepCost
 # slow enough that one long prompt is not taken for one.
 _COST_HALF_LIFE_S = 10.0
 _HELD_HALF_LIFE = 32.0
+_HELD_SPREAD = 2.0
 # Older readings say nothing of the queues; costs are still those last seen.
 MAX_AGE_S = 10.0
 
@@ -41,12 +42,16 @@ class HoldingTime:
 
     @property
     def value(self) -> Estimate | None:
-        """Per sequence; None: none has finished yet. The ends are one deviation of a Poisson count away."""
+        """Per sequence; None: none has finished yet.
+
+        The ends are as if some more or fewer had finished by chance. Not as many as of a Poisson count: where seats are
+        scarce, sequences leave them at a steady rate.
+        """
         if not self._finished or not self._seat_s:
             return None
-        n, deviation = self._finished, math.sqrt(self._finished)
-        high = self._seat_s / (n - deviation) if n > deviation else math.inf
-        return Estimate(self._seat_s / (n + deviation + 1), self._seat_s / n, high)
+        n, seat_s = self._finished, self._seat_s
+        high = seat_s / (n - _HELD_SPREAD) if n > _HELD_SPREAD else math.inf
+        return Estimate(seat_s / (n + _HELD_SPREAD), seat_s / n, high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +195,16 @@ class PoolReadings:
         full_s = self.cost.seconds(1.0, self.tokens_per_step).best
         return (now_s - self.as_of_s) * self.num_engines * self.tokens_per_step / full_s if full_s else 0.0
 
-    def seat_wait(self, num_sequences: float) -> Estimate:
-        """Until the last of that many sequences has a seat; nothing while nothing is known of seats."""
+    def seat_wait(self, num_open: float, num_new: int) -> Estimate:
+        """Until the last of so many new sequences has a seat; nothing while nothing is known of seats.
+
+        Args:
+            num_open: sequences that have a seat or wait for one before.
+            num_new: they count twice where others wait, for as many may overtake them.
+        """
         num_seats = sum(map(_num_seats, self._engines.values()))
-        beyond = num_sequences - num_seats
+        num_waiting = max(0.0, num_open - num_seats)
+        beyond = num_open + num_new + min(num_new, num_waiting) - num_seats
         if beyond <= 0 or num_seats == 0:
             return NOTHING
         held = self._held.value

@@ -3,7 +3,7 @@
 import heapq
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -18,7 +18,6 @@ from deployments.messages import GenerateRequest, Priority, SamplingParams
 
 MAX_TTFT_S = 6.0
 STEP_S, PROMPT_TOKEN_S, DECODE_S = 0.02, 1 / 500, 0.003
-OUTPUT_TOKENS = 16
 WARMUP_S, END_S = 40.0, 340.0
 LIMITS = EngineLimits(max_model_len=4096, block_size=16, num_blocks=2000, max_num_seqs=32, max_num_batched_tokens=128)
 
@@ -39,25 +38,30 @@ class Service:
 
     Args:
         max_ttft_s: of admission.
+        num_seats: sequences that run at once.
+        output_tokens: of every request.
     """
 
     max_ttft_s: float
+    num_seats: int = LIMITS.max_num_seqs
+    output_tokens: int = 16
     now_s: float = 0.0
     served: list[Served] = field(default_factory=list)
     refused: list[Served] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         blocks = BlockManager(LIMITS.num_blocks, LIMITS.block_size, enable_prefix_caching=False)
-        self.scheduler = Scheduler(blocks, LIMITS)
+        self.scheduler = Scheduler(blocks, replace(LIMITS, max_num_seqs=self.num_seats))
         self.admission = Admission(Bounds(self.max_ttft_s, 1_000_000, None), lambda: self.now_s)
         self.stats = EngineStats(
             num_blocks=LIMITS.num_blocks,
-            max_num_seqs=LIMITS.max_num_seqs,
+            max_num_seqs=self.num_seats,
             max_num_batched_tokens=LIMITS.max_num_batched_tokens,
             num_receivers=1,
         )
         self.running: dict[str, tuple[Served, Ticket]] = {}
         self.last_reading_s = -1.0
+        self.gives_up_every: int | None = None
 
     def run(self, arrivals: Iterator[tuple[float, int, Priority, bytes]]) -> None:
         for at_s, size, priority, key in arrivals:
@@ -80,8 +84,15 @@ class Service:
         self.served.append(one)
         request_id = str(len(self.served))
         self.running[request_id] = one, ticket
-        request = GenerateRequest(request_id, (0,) * size, SamplingParams(max_tokens=OUTPUT_TOKENS), one.priority)
+        request = GenerateRequest(request_id, (0,) * size, SamplingParams(max_tokens=self.output_tokens), one.priority)
         self.scheduler.add(Sequence(request, Role.LOCAL, self.now_s))
+        if self.gives_up_every and len(self.served) % self.gives_up_every == 0:
+            self._give_up(str(len(self.served) - 2))
+
+    def _give_up(self, request_id: str) -> None:
+        if request_id in self.scheduler and self.scheduler[request_id].num_generated_tokens == 0:
+            self.scheduler.remove(request_id)
+            self.running[request_id][1].close()
 
     def _step(self) -> None:
         schedule = self.scheduler.schedule()
@@ -106,7 +117,7 @@ class Service:
                 one.ttft_s = self.now_s - one.arrival_s
                 ticket.first_token(0)
             sequence.token_ids.append(0)
-            if sequence.num_generated_tokens == OUTPUT_TOKENS:
+            if sequence.num_generated_tokens == self.output_tokens:
                 self.scheduler.remove(sequence.request_id)
                 ticket.close()
 
@@ -123,11 +134,11 @@ class Service:
 
 
 def poisson(
-    per_s: float, seed: str, priority: Priority = Priority.NORMAL, key: bytes = b""
+    per_s: float, seed: str, priority: Priority = Priority.NORMAL, key: bytes = b"", sizes: tuple[int, int] = (100, 500)
 ) -> Iterator[tuple[float, int, Priority, bytes]]:
     rng, now_s = random.Random(seed), 0.0
     while (now_s := now_s + rng.expovariate(per_s)) < END_S:
-        yield now_s, rng.randint(100, 500), priority, key
+        yield now_s, rng.randint(*sizes), priority, key
 
 
 def serve(*streams: Iterator[tuple[float, int, Priority, bytes]], max_ttft_s: float = MAX_TTFT_S) -> Service:
@@ -145,6 +156,25 @@ def test_goodput_at_three_times_the_capacity_is_that_of_the_best_load(seed: str)
     goodput = {factor: serve(poisson(factor * CAPACITY_PER_S, seed)).goodput_per_s() for factor in (0.5, 1, 1.5, 2, 3)}
     assert goodput[3] >= 0.9 * max(goodput.values()), goodput
     assert goodput[3] >= 1.0, goodput
+
+
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_so_is_it_where_seats_are_scarce_and_not_time_for_prompts(seed: str) -> None:
+    goodput = {}
+    for factor in (0.8, 1, 3):
+        service = Service(MAX_TTFT_S, num_seats=4, output_tokens=150)
+        service.run(poisson(factor * 4 / (150 * (STEP_S + 4 * DECODE_S)), seed, sizes=(10, 60)))
+        goodput[factor] = service.goodput_per_s()
+    assert goodput[3] >= 0.9 * max(goodput.values()), goodput
+    assert goodput[3] >= 0.65, goodput
+
+
+def test_clients_that_give_up_at_once_neither_fill_the_queue_nor_open_the_door() -> None:
+    calm, torn = serve(poisson(3 * CAPACITY_PER_S, "1")), Service(MAX_TTFT_S)
+    torn.gives_up_every = 3
+    torn.run(poisson(3 * CAPACITY_PER_S, "1"))
+    late = [one for one in torn.served if one.ttft_s is not None and one.ttft_s > MAX_TTFT_S]
+    assert torn.goodput_per_s() >= 0.9 * calm.goodput_per_s() and len(late) <= 0.05 * len(torn.served)
 
 
 def test_without_admission_it_collapses() -> None:
