@@ -31,7 +31,7 @@ SOURCES := app deployments tests load_tests
 
 .PHONY: help serve stop status test check format load-test advise clean \
 	bench-engine bench-gpu bench-gpu-handoff bench-two-gpus bench-handoff bench-serving bench-interference \
-	bench-overload bench-chaos bench-soak
+	bench-overload bench-leaving bench-chaos bench-soak
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 24
@@ -84,6 +84,9 @@ bench-interference: $(DEV) $(LOAD) ## Colocated against disaggregated, two engin
 
 bench-overload: $(DEV) ## Ask more of the service than it can do, up to three times: goodput, refusals. ARGS= is passed on.
 	@$(PY) -m tests.bench.overload.bench_overload $(ARGS)
+
+bench-leaving: $(DEV) ## How soon both pools are free of a client that has left. ARGS= is passed on.
+	@$(PY) -m tests.bench.bench_leaving $(ARGS)
 
 bench-chaos: $(DEV) ## Kill, stop and scale parts of a loaded service; what its clients see of it. ARGS= is passed on.
 	@$(PY) -m tests.bench.chaos.bench_chaos $(ARGS)

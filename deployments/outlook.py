@@ -124,6 +124,7 @@ class PoolReadings:
         self._counts_hits = counts_hits
         self._engines: dict[str, EngineStats] = {}
         self.as_of_s = -math.inf
+        self.tokens_per_step = 1  # of a full one, as was seen last: it is asked for while a pool has no engine, too
         self.cost = StepCost(_COST_HALF_LIFE_S)
         self._held = HoldingTime()
 
@@ -144,6 +145,8 @@ class PoolReadings:
             self._held.add(_seated(now) * elapsed_s, now.finished - before.finished)
         self._engines = dict(engines)
         self.as_of_s = as_of_s
+        if full := max((engine.max_num_batched_tokens for engine in engines.values()), default=0):
+            self.tokens_per_step = full
 
     def _learn_history(self, now: EngineStats) -> None:
         """Of an engine that is new here. Its first steps are slow, and tell something once they are a small part."""
@@ -161,11 +164,6 @@ class PoolReadings:
     def num_engines(self) -> int:
         """At least 1: a pool has an engine, whether it was seen or not."""
         return max(1, len(self._engines))
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Prompt tokens of a full step; at least 1."""
-        return max([1, *(engine.max_num_batched_tokens for engine in self._engines.values())])
 
     @property
     def num_ingresses(self) -> int:

@@ -312,6 +312,15 @@ def test_what_an_engine_did_before_it_was_seen_counts_if_its_start_is_a_small_pa
         assert (pools.outlook().speed is not None) == is_measured
 
 
+def test_while_a_pool_has_no_engine_its_costs_are_those_last_seen() -> None:
+    pools = Pools(BOUNDS, prefill={"p": replace(IDLE, max_num_batched_tokens=512)})
+    pools.read()
+    before = pools.outlook().first_token(5000)
+    pools.prefill = {}
+    pools.read()
+    assert pools.outlook().first_token(5000) == before
+
+
 def test_a_replaced_engine_goes_on_from_what_is_known_of_the_one_before() -> None:
     pools = build()
     pools.prefill = {"new": worked(IDLE, 2.0, tokens_per_s=1.0)}  # cold

@@ -4,10 +4,12 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from types import SimpleNamespace
 
 import pytest
 import pytest_asyncio
 
+from deployments import front
 from deployments.errors import EngineDeadError, RequestTooLargeError
 from deployments.messages import FinishReason, GenerateRequest, SamplingParams, TokenOutput
 from tests.deployments.fakes import Pools
@@ -104,3 +106,19 @@ async def test_a_request_that_can_never_fit_is_refused_with_the_numbers(pools: P
     with pytest.raises(RequestTooLargeError, match=r"150 prompt tokens \+ 5000 to generate"):
         await collect(pools, greedy("r", PROMPT, 5000))
     await pools.wait_idle()
+
+
+async def test_numbers_of_an_engine_that_does_not_answer_are_those_of_before_and_say_how_old_they_are(
+    pools: Pools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="p"))
+    monkeypatch.setattr(front.serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(front, "_STATS_TIMEOUT_S", 0.05)
+    while (known := await pools.prefill.stats()).age_s > 0:
+        pass  # the machine is busy
+    assert known.engine.num_blocks == 128
+    pools.prefill_actor.hang()
+    old = await pools.prefill.stats()
+    older = await pools.prefill.stats()
+    assert 0 < old.age_s < older.age_s
+    assert older.engine == known.engine
