@@ -112,7 +112,7 @@ async def test_numbers_of_an_engine_that_does_not_answer_are_those_of_before_and
     pools: Pools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="p"))
-    monkeypatch.setattr(front.serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr("ray.serve.get_replica_context", lambda: context)
     monkeypatch.setattr(front, "_STATS_TIMEOUT_S", 0.05)
     while (known := await pools.prefill.stats()).age_s > 0:
         pass  # the machine is busy

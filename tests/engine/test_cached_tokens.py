@@ -1,7 +1,7 @@
 """What each engine says was cached of a prompt: leading tokens that none has computed for this request."""
 
 from deployments.engine.engine import Engine
-from deployments.messages import ChunkReady, Placed, resumed_id
+from deployments.messages import Placed, TokenOutput, resumed_id
 from tests.engine.driving import BLOCK_SIZE, Transcript, build_engine, generate, greedy, prefill_all, run
 from tests.engine.families import load, random_prompt
 
@@ -9,8 +9,8 @@ PROMPT = random_prompt(57, seed=57)
 ALL = 56  # but for the last token, which is always computed
 
 
-def build(**overrides: object) -> Engine:
-    return build_engine(load("llama"), max_num_batched_tokens=16, **overrides)
+def build(num_blocks: int = 128) -> Engine:
+    return build_engine(load("llama"), max_num_batched_tokens=16, num_blocks=num_blocks)
 
 
 def say(engine: Engine, request_id: str) -> int:
@@ -74,9 +74,8 @@ def test_a_preempted_prompt_is_cached_as_far_as_it_need_not_be_computed_again() 
         engine.add(greedy(name, random_prompt(57, seed=seed), 40))
     said: list[int] = []
     while engine.has_work:
-        said += [
-            e.num_cached_tokens for e in engine.step() if not isinstance(e, Placed | ChunkReady) and e.request_id == "r"
-        ]  # type: ignore[union-attr]
+        outputs = [event for event in engine.step() if isinstance(event, TokenOutput)]
+        said += [output.num_cached_tokens for output in outputs if output.request_id == "r"]
         engine.check_integrity()
     assert engine.stats().preemptions > 0
     assert said[0] == 24 and min(said) == said[-1] <= 24
