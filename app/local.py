@@ -129,6 +129,9 @@ def _serve_environment(temp_dir: str) -> dict[str, str]:
         # With HAProxy an ingress replica waits half a minute for load balancers to notice that it goes; here are none.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     }
+    # Nothing of it is for other machines. Ray takes the loopback address, and listens there alone, on systems where it knows
+    # no clusters; this has it do so on Linux. `_node_ip_address` would not: it turns 127.0.0.1 into the machine's address.
+    settings |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "NCCL_SOCKET_IFNAME": "lo"}
     return settings | {
         "PYTHONUNBUFFERED": "1",
         # A local try-out reports nothing to anybody.

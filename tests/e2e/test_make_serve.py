@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,17 @@ def test_the_processes_are_those_that_the_settings_name(server: Server) -> None:
     maps = Path(f"/proc/{processes(server, 'Ingress')[0].pid}/maps").read_text()
     assert "uvloop" in maps
     assert "httptools" in maps
+
+
+def test_every_socket_of_it_listens_on_loopback_alone(server: Server) -> None:
+    listening = [
+        (process.name(), connection.laddr)
+        for process in server.processes()
+        for connection in process.net_connections("inet")
+        if connection.status in (psutil.CONN_LISTEN, psutil.CONN_NONE) and connection.laddr  # TCP, and UDP
+    ]
+    assert len(listening) > 10
+    assert [(name, address) for name, address in listening if not ip_address(address.ip).is_loopback] == []
 
 
 def test_tokens_equal_transformers_through_both_ingress_replicas(
