@@ -383,13 +383,3 @@ async def test_the_logs_name_a_request_as_the_answer_does(tmp_path: Path, caplog
                 await recorder.has_finished.wait()  # and in the same turn of the loop it is logged
             recorder.has_finished.clear()
             assert any(answer.json()["id"] in line and name in line for line in caplog.messages)
-
-
-async def test_two_calls_of_one_request_id_are_told_apart(tmp_path: Path) -> None:
-    backend = playing("a", FinishReason.LENGTH)
-    async with proxied(api(backend), tmp_path) as proxy, httpx.AsyncClient() as client:
-        body = {"model": INFO.name, "prompt": "abc"}
-        for _ in range(2):
-            await client.post(f"{proxy.url}/v1/completions", json=body, headers={"x-request-id": "mine"})
-    first, second = backend.requests
-    assert first.request_id != second.request_id
