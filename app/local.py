@@ -29,6 +29,8 @@ from app.local_server import HOST, RUNS, STAGE_MARK
 SERVE_SETTINGS = Path(__file__).with_name("serve.env")
 # What deployments/engine/model.py logs; its one step that takes a minute.
 _CONVERSION = re.compile(r"converting \S+ to \S+ \(once\)")
+# What a shell has of its own.
+_SHELL_VARIABLES = {"PATH", "PWD", "OLDPWD", "SHLVL", "_"}
 _POLL_S = 0.3
 _NUM_ERROR_LINES = 30
 
@@ -107,9 +109,12 @@ def _spawn(
 
 
 def read_settings(path: Path) -> dict[str, str]:
-    """Read `NAME=VALUE` lines and `#` comments, as a shell does."""
-    lines = (line.strip() for line in path.read_text().splitlines())
-    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    """Have a shell read a file of settings; the programs of this Python's environment come first in its PATH."""
+    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    command = ["sh", "-c", 'set -a; . "$1"; exec env -0', "sh", str(path.absolute())]
+    printed = subprocess.run(command, env={"PATH": search}, capture_output=True, text=True, check=True).stdout
+    variables = dict(line.split("=", 1) for line in printed.split("\0") if line)
+    return {name: value for name, value in variables.items() if name not in _SHELL_VARIABLES}
 
 
 def _serve_environment(temp_dir: str) -> dict[str, str]:

@@ -9,6 +9,7 @@ import gc
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from deployments.api.text import TextCodec
 from deployments.engine_actor import EngineInfo
 from deployments.messages import GenerateRequest, ModelInfo
 from deployments.metrics import AdmissionMetrics, ClientMetrics, ReplicaStats, render
+from deployments.pool_health import PoolHealth
 from deployments.pool_watch import watch_pools
 from deployments.resume import ResumingClient, as_ours
 from deployments.tokens.receiver import TokenReceiver, TokenStream
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_HEALTH_TIMEOUT_S = 5.0
 _STATS_TIMEOUT_S = 10.0
 
 
@@ -55,6 +56,7 @@ class PoolBackend:
         resume_timeout_s: float,
     ) -> None:
         self._pools = {"decode": decode} if prefill is None else {"prefill": prefill, "decode": decode}
+        self.pool_health = PoolHealth({name: partial(_be_ready, handle) for name, handle in self._pools.items()})
         self._tokens = tokens
         self._admission = admission
         self.clients = ClientMetrics()
@@ -78,15 +80,8 @@ class PoolBackend:
         return stream
 
     async def health(self) -> tuple[bool, str]:
-        """Whether every pool can serve, and if not, which one cannot."""
-        for name, handle in self._pools.items():
-            try:
-                await asyncio.wait_for(handle.ready.remote(), _HEALTH_TIMEOUT_S)
-            except TimeoutError:
-                return False, f"the {name} pool did not answer in {_HEALTH_TIMEOUT_S:.0f} s"
-            except Exception as error:
-                return False, f"the {name} pool cannot serve: {as_ours(error)}"
-        return True, "ok"
+        """Whether every pool can serve, and if not, which one cannot; see `PoolHealth`."""
+        return self.pool_health.state()
 
     async def metrics(self) -> bytes:
         return render(await self.read_pools(), self.clients)
@@ -105,6 +100,13 @@ class PoolBackend:
     async def _stats(self, handle: "DeploymentHandle[Any]") -> list[ReplicaStats]:
         stats: list[ReplicaStats] = await handle.broadcast("stats").results_async(timeout_s=_STATS_TIMEOUT_S)
         return stats
+
+
+async def _be_ready(handle: "DeploymentHandle[Any]") -> None:
+    try:
+        await handle.ready.remote()
+    except Exception as error:
+        raise as_ours(error) from error
 
 
 @serve.ingress()
@@ -146,6 +148,7 @@ class Ingress:
         admission = Admission(bounds)
         self._backend = PoolBackend(decode, prefill, tokens, admission, resume_timeout_s)
         self._watch = asyncio.create_task(watch_pools(self._backend.read_pools, admission))
+        self._health_watch = asyncio.create_task(self._backend.pool_health.watch())
         self._max_request_bytes = max_request_bytes
         # What is loaded by now stays. To look through it for garbage takes 0.3 s (450,000 objects, 2 busy cores of a
         # Zen 4 machine, 2026-11-27), in which no token goes out and nobody is refused.
@@ -159,6 +162,7 @@ class Ingress:
             self._info,
             observer=self._backend.clients,
             max_body_bytes=self._max_request_bytes,
+            server_sends_ids=True,
         )
 
 
