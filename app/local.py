@@ -23,6 +23,7 @@ import psutil
 
 from app.arguments import ConfigError, list_arguments
 from app.config import AppConfig
+from app.haproxy import LOOPBACK_VARIABLE
 from app.local_process import RunFolder, Server
 from app.local_server import HOST, RUNS, STAGE_MARK
 
@@ -134,9 +135,14 @@ def _serve_environment(temp_dir: str) -> dict[str, str]:
         # With HAProxy an ingress replica waits half a minute for load balancers to notice that it goes; here are none.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     }
-    # Nothing of it is for other machines. Ray takes the loopback address, and listens there alone, on systems where it knows
-    # no clusters; this has it do so on Linux. `_node_ip_address` would not: it turns 127.0.0.1 into the machine's address.
-    settings |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "NCCL_SOCKET_IFNAME": "lo"}
+    settings |= {
+        # Nothing of it is for other machines. On Windows and macOS Ray takes no other address than 127.0.0.1, and
+        # listens there alone; this has it do the same on Linux. `ray.init(_node_ip_address="127.0.0.1")` would not:
+        # Ray 2.60 turns it into the machine's address. app/loopback.py does the rest.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "NCCL_SOCKET_IFNAME": "lo",
+        LOOPBACK_VARIABLE: "1",
+    }
     return settings | {
         "PYTHONUNBUFFERED": "1",
         # A local try-out reports nothing to anybody.

@@ -1,7 +1,7 @@
 """Keeps the servers that Ray Serve starts in its replicas to this machine; for a Ray of one machine.
 
-Runs in every worker process of such a Ray before anything else, so it imports nothing that is slow. `local_server.py` is
-its caller.
+Runs in every worker process of such a Ray before anything else, so it imports nothing that is slow. Named by
+`local_server.py`.
 """
 
 from typing import Any

@@ -28,7 +28,16 @@ from ray.serve._private.http_util import RequestIdMiddleware
 from ray.serve.config import HTTPOptions
 from starlette.types import ASGIApp
 
-from app.haproxy import _REQUEST_ID, RULES, Rule, TemplateError, change, prepare
+from app.haproxy import (
+    _REQUEST_ID,
+    LOOPBACK_RULES,
+    LOOPBACK_VARIABLE,
+    RULES,
+    Rule,
+    TemplateError,
+    change,
+    prepare,
+)
 from app.local import SERVE_SETTINGS, read_settings
 from deployments.api.asgi import REQUEST_ID
 from deployments.api.http import build_app
@@ -106,8 +115,20 @@ def test_a_configuration_is_changed_once(config: Path) -> None:
     assert change(changed, config.parent) == changed
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.pattern[:40])
-def test_a_template_of_ray_that_a_rule_does_not_fit_is_refused(config: Path, rule: Rule) -> None:
+def test_for_one_machine_alone_the_pages_of_haproxy_itself_listen_on_loopback(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LOOPBACK_VARIABLE, "1")
+    check(PROGRAM, config)
+    addresses = re.findall(r"^\s*bind (\S+):\d+", config.read_text(), re.MULTILINE)
+    assert addresses == ["127.0.0.1"] * 3
+
+
+@pytest.mark.parametrize("rule", RULES + LOOPBACK_RULES, ids=lambda rule: rule.pattern[:40])
+def test_a_template_of_ray_that_a_rule_does_not_fit_is_refused(
+    config: Path, rule: Rule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LOOPBACK_VARIABLE, "1")
     without = re.sub(rf"^[ \t]*{rule.pattern}[ \t]*\n", "", config.read_text(), flags=re.MULTILINE)
     config.write_text(without)
     with pytest.raises(TemplateError, match=re.escape(repr(rule.pattern))):
