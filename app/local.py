@@ -23,12 +23,15 @@ import psutil
 
 from app.arguments import ConfigError, list_arguments
 from app.config import AppConfig
+from app.haproxy import LOOPBACK_VARIABLE
 from app.local_process import RunFolder, Server
 from app.local_server import HOST, RUNS, STAGE_MARK
 
 SERVE_SETTINGS = Path(__file__).with_name("serve.env")
 # What deployments/engine/model.py logs; its one step that takes a minute.
 _CONVERSION = re.compile(r"converting \S+ to \S+ \(once\)")
+# What a shell has of its own.
+_SHELL_VARIABLES = {"PATH", "PWD", "OLDPWD", "SHLVL", "_"}
 _POLL_S = 0.3
 _NUM_ERROR_LINES = 30
 
@@ -107,9 +110,12 @@ def _spawn(
 
 
 def read_settings(path: Path) -> dict[str, str]:
-    """Read `NAME=VALUE` lines and `#` comments, as a shell does."""
-    lines = (line.strip() for line in path.read_text().splitlines())
-    return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
+    """Have a shell read a file of settings; the programs of this Python's environment come first in its PATH."""
+    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    command = ["sh", "-c", 'set -a; . "$1"; exec env -0', "sh", str(path.absolute())]
+    printed = subprocess.run(command, env={"PATH": search}, capture_output=True, text=True, check=True).stdout
+    variables = dict(line.split("=", 1) for line in printed.split("\0") if line)
+    return {name: value for name, value in variables.items() if name not in _SHELL_VARIABLES}
 
 
 def _serve_environment(temp_dir: str) -> dict[str, str]:
@@ -128,6 +134,14 @@ def _serve_environment(temp_dir: str) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         # With HAProxy an ingress replica waits half a minute for load balancers to notice that it goes; here are none.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    }
+    settings |= {
+        # Nothing of it is for other machines. On Windows and macOS Ray takes no other address than 127.0.0.1, and
+        # listens there alone; this has it do the same on Linux. `ray.init(_node_ip_address="127.0.0.1")` would not:
+        # Ray 2.60 turns it into the machine's address. app/loopback.py does the rest.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "NCCL_SOCKET_IFNAME": "lo",
+        LOOPBACK_VARIABLE: "1",
     }
     return settings | {
         "PYTHONUNBUFFERED": "1",

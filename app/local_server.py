@@ -51,6 +51,7 @@ def start(application: Application, port: int, num_cpus: int, temp_dir: Path) ->
         logging_config=ray.LoggingConfig(encoding="TEXT", log_level="INFO"),
         # Its own folder, so that `ray status` and `serve run` of others do not take this cluster for theirs.
         _temp_dir=str(temp_dir),
+        runtime_env={"worker_process_setup_hook": "app.loopback.bind_replicas_to_loopback"},
     )
     say("starting the replicas")
     serve.start(http_options={"host": HOST, "port": port})

@@ -135,8 +135,8 @@ class Decode:
         return await self._front.stats()
 
     async def ready(self) -> None:
-        """Return once the engine can serve."""
-        await self._front.check_health()
+        """Return once the engine can serve; see `EngineFront.ready`."""
+        await self._front.ready()
 
     async def check_health(self) -> None:
         await self._front.check_health()

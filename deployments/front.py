@@ -55,6 +55,16 @@ class EngineFront:
         replica = serve.get_replica_context().replica_id.unique_id
         return ReplicaStats(replica, self._last_stats, self.handoff.copy(), age_s)
 
+    async def ready(self) -> None:
+        """Return once the engine's loop has turned; costs no step of the model.
+
+        That the model runs, too, is what `check_health` finds out; a replica whose model does not is ended by it.
+
+        Raises:
+            TimeoutError or a Ray error: it does not answer.
+        """
+        await asyncio.wait_for(self.engine.stats(), self._max_silence_s)
+
     async def check_health(self) -> None:
         """See `EngineClient.check_health`; Ray Serve calls it every few seconds."""
         await self.engine.check_health(self._max_silence_s)

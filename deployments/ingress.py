@@ -8,6 +8,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from deployments.api.text import TextCodec
 from deployments.engine_actor import EngineInfo
 from deployments.messages import GenerateRequest, ModelInfo
 from deployments.metrics import AdmissionMetrics, ClientMetrics, ReplicaStats, render
+from deployments.pool_health import PoolHealth
 from deployments.pool_watch import watch_pools
 from deployments.resume import ResumingClient, as_ours
 from deployments.tokens.receiver import TokenReceiver, TokenStream
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_HEALTH_TIMEOUT_S = 5.0
 _STATS_TIMEOUT_S = 10.0
 
 
@@ -54,6 +55,7 @@ class PoolBackend:
         resume_timeout_s: float,
     ) -> None:
         self._pools = {"decode": decode} if prefill is None else {"prefill": prefill, "decode": decode}
+        self.pool_health = PoolHealth({name: partial(_be_ready, handle) for name, handle in self._pools.items()})
         self._tokens = tokens
         self._admission = admission
         self.clients = ClientMetrics()
@@ -77,15 +79,8 @@ class PoolBackend:
         return stream
 
     async def health(self) -> tuple[bool, str]:
-        """Whether every pool can serve, and if not, which one cannot."""
-        for name, handle in self._pools.items():
-            try:
-                await asyncio.wait_for(handle.ready.remote(), _HEALTH_TIMEOUT_S)
-            except TimeoutError:
-                return False, f"the {name} pool did not answer in {_HEALTH_TIMEOUT_S:.0f} s"
-            except Exception as error:
-                return False, f"the {name} pool cannot serve: {as_ours(error)}"
-        return True, "ok"
+        """Whether every pool can serve, and if not, which one cannot; see `PoolHealth`."""
+        return self.pool_health.state()
 
     async def metrics(self) -> bytes:
         return render(await self.read_pools(), self.clients)
@@ -104,6 +99,13 @@ class PoolBackend:
     async def _stats(self, handle: "DeploymentHandle[Any]") -> list[ReplicaStats]:
         stats: list[ReplicaStats] = await handle.broadcast("stats").results_async(timeout_s=_STATS_TIMEOUT_S)
         return stats
+
+
+async def _be_ready(handle: "DeploymentHandle[Any]") -> None:
+    try:
+        await handle.ready.remote()
+    except Exception as error:
+        raise as_ours(error) from error
 
 
 @serve.ingress()
@@ -145,6 +147,7 @@ class Ingress:
         admission = Admission(bounds)
         self._backend = PoolBackend(decode, prefill, tokens, admission, resume_timeout_s)
         self._watch = asyncio.create_task(watch_pools(self._backend.read_pools, admission))
+        self._health_watch = asyncio.create_task(self._backend.pool_health.watch())
         self._max_request_bytes = max_request_bytes
         # What is loaded by now stays. To look through it for garbage takes 0.3 s (450,000 objects, 2 busy cores of a
         # Zen 4 machine, 2026-11-27), in which no token goes out and nobody is refused.
@@ -158,6 +161,7 @@ class Ingress:
             self._info,
             observer=self._backend.clients,
             max_body_bytes=self._max_request_bytes,
+            server_sends_ids=True,
         )
 
 

@@ -2,6 +2,7 @@
 
 import math
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from app.config import AppConfig
 from app.local import SERVE_SETTINGS, read_settings
 
 ROOT = Path(__file__).parents[1]
+PROGRAMS = Path(sys.executable).parent
 POOLS = ("prefill", "decode")
 # Knows the settings of Ray itself; those of Serve are in its Python.
 GCS_SERVER = "core/src/ray/gcs/gcs_server"
@@ -127,19 +129,27 @@ def test_nodes_install_the_torch_of_the_makefile(cluster):
 def test_every_node_starts_ray_with_the_settings_of_serve_env(cluster: dict[str, Any]) -> None:
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         (start,) = (command for command in cluster[key] if "ray start" in command)
-        assert start.index("set -a; . ~/kvrelay/app/serve.env; set +a;") < start.index("ray start")
+        assert "PATH=~/env/bin:$PATH; set -a; . ~/kvrelay/app/serve.env; set +a; ~/env/bin/ray start" in start
 
 
 def test_serve_env_is_what_a_shell_and_make_serve_read_and_ray_knows() -> None:
-    command = ["env", "-i", "sh", "-c", "set -a; . app/serve.env; set +a; env"]
-    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    command = ["bash", "-c", "PATH=$1:$PATH; set -a; . app/serve.env; set +a; env", "bash", str(PROGRAMS)]
+    printed = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True, check=True).stdout.splitlines()
     of_others = "RAY_", "MALLOC_"
     by_shell = {key: value for key, value in (line.split("=", 1) for line in printed) if key.startswith(of_others)}
     by_us = read_settings(SERVE_SETTINGS)
     assert by_shell == by_us
+    assert by_us["RAY_SERVE_HAPROXY_BINARY_PATH"] == str(PROGRAMS / "kvrelay-haproxy")
     python, native = Path(str(constants.__file__)).read_bytes(), (Path(ray.__path__[0]) / GCS_SERVER).read_bytes()
     unknown = [name for name in by_us if name.encode() not in python + native]
     assert unknown == ["MALLOC_ARENA_MAX"], "glibc reads that one"
+
+
+def test_without_the_programs_in_path_the_settings_name_no_haproxy_that_ray_could_take() -> None:
+    command = ["sh", "-c", '. app/serve.env; printf %s "$RAY_SERVE_HAPROXY_BINARY_PATH"']
+    printed = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True, check=True).stdout
+    assert printed == "kvrelay-haproxy, which is not in PATH"
+    assert not Path(printed).exists()
 
 
 def test_every_shell_of_a_node_sends_the_token_that_is_mounted(cluster, tmp_path):

@@ -4,35 +4,55 @@ Knows nothing of what is served; `http.py` uses both.
 """
 
 import asyncio
+import re
 import uuid
 from collections.abc import Coroutine
 from typing import TypeVar
 
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 T = TypeVar("T")
 
 
-class RequestIds:
-    """Middleware that gives every request an id: `scope["state"]["request_id"]`, and `X-Request-Id` of the response."""
+REQUEST_ID_HEADER = "x-request-id"
+# What a caller may name its request: it goes into logs and headers.
+REQUEST_ID = re.compile(r"[A-Za-z0-9._~:@=+/-]{1,128}")
 
-    def __init__(self, app: ASGIApp) -> None:
+
+class RequestIds:
+    """Middleware that gives every request two ids, in `scope["state"]`.
+
+    `call_id` is ours and unique. `request_id` is the `X-Request-Id` that the request came with, where `REQUEST_ID`
+    allows it, or else the same; the response bears it.
+
+    Args:
+        app: what is wrapped.
+        is_sent_by_server: the server in front puts an id into the request's headers where there is none, and into the
+            response's, as Ray Serve does.
+    """
+
+    def __init__(self, app: ASGIApp, is_sent_by_server: bool = False) -> None:
         self._app = app
+        self._is_sent_by_server = is_sent_by_server
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request_id = uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        named = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        call_id = uuid.uuid4().hex
+        request_id = named if REQUEST_ID.fullmatch(named) else call_id
+        scope.setdefault("state", {}).update(
+            call_id=call_id, request_id=request_id, sends_id=not self._is_sent_by_server
+        )
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        await self._app(scope, receive, send if self._is_sent_by_server else send_with_id)
 
 
 async def until_disconnect(

@@ -25,7 +25,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from deployments.api import sse
 from deployments.api.answers import Answer, ChatAnswer, ChoiceResult, CompletionAnswer, Tally, describe_model
-from deployments.api.asgi import RequestIds, until_disconnect
+from deployments.api.asgi import REQUEST_ID_HEADER, RequestIds, until_disconnect
 from deployments.api.caller import read_caller
 from deployments.api.calls import Call, ModelNotFoundError, read_chat, read_completion
 from deployments.api.choices import ChoiceText, TextEvent, TokenOutputs, merge, stream_choice
@@ -41,6 +41,8 @@ MAX_BODY_BYTES = 32 * 2**20
 # Reading 4 KiB of JSON and encoding it takes about 2 ms (SmolLM2's tokenizer, one core of a shared CPU); a longer body
 # goes to a thread, so that it does not stop the streams of others.
 _MAX_INLINE_BODY_BYTES = 4096
+# Of a request; what takes longer is refused with 408. 32 MiB in it are 4.5 Mbit/s.
+BODY_TIMEOUT_S = 60.0
 # What a client that has not read for long may take to come back and hear why its request was ended.
 LAST_WORDS_S = 10.0
 _METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -103,6 +105,8 @@ def build_app(
     *,
     observer: Observer | None = None,
     max_body_bytes: int = MAX_BODY_BYTES,
+    body_timeout_s: float = BODY_TIMEOUT_S,
+    server_sends_ids: bool = False,
 ) -> Starlette:
     """Build the application.
 
@@ -112,8 +116,10 @@ def build_app(
         info: the one model that is served.
         observer: told of the calls and their timing.
         max_body_bytes: a longer request body is refused with 413.
+        body_timeout_s: a request body that takes longer to arrive is refused with 408.
+        server_sends_ids: see `RequestIds`.
     """
-    service = _Service(backend, codec, info, observer or SilentObserver(), max_body_bytes)
+    service = _Service(backend, codec, info, observer or SilentObserver(), max_body_bytes, body_timeout_s)
     pages = _Pages(backend, info)
     return Starlette(
         routes=[
@@ -124,7 +130,7 @@ def build_app(
             Route("/health", pages.health),
             Route("/metrics", pages.metrics),
         ],
-        middleware=[Middleware(RequestIds)],
+        middleware=[Middleware(RequestIds, is_sent_by_server=server_sends_ids)],
         exception_handlers={HTTPException: _refuse, KvRelayError: _refuse, Exception: _refuse},
     )
 
@@ -136,6 +142,7 @@ class _Service:
     info: ModelInfo
     observer: Observer
     max_body_bytes: int
+    body_timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +167,9 @@ class _Exchange:
         self._scope = scope
         self._receive = receive
         self._send_message = send
-        self._call_id = f"{endpoint.id_prefix}-{scope['state']['request_id']}"
+        # Not the caller's own id: two calls may bear the same one, and the engines tell requests apart by this.
+        self._call_id = f"{endpoint.id_prefix}-{scope['state']['call_id']}"
+        self._request_id: str = scope["state"]["request_id"]
         self._stopwatch = Stopwatch(self._service.observer)
         self._has_started = False
         self._given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -176,13 +185,24 @@ class _Exchange:
         finally:
             self._service.observer.request_finished(outcome)
             elapsed_s = self._stopwatch.elapsed_s()
-            logger.info("%s: %s after %.3f s, user %r", self._call_id, outcome, elapsed_s, self._user)
+            logger.info(
+                "%s: %s after %.3f s, user %r, X-Request-Id %s",
+                self._call_id,
+                outcome,
+                elapsed_s,
+                self._user,
+                self._request_id,
+            )
 
     async def _serve(self) -> Outcome:
         try:
-            body = await self._read_body()
+            async with asyncio.timeout(self._service.body_timeout_s):
+                body = await self._read_body()
         except ClientDisconnect:
             return Outcome.ABORTED
+        except TimeoutError:
+            late = f"the body was not complete after {self._service.body_timeout_s:g} s"
+            return await self._fail(HTTPException(HTTPStatus.REQUEST_TIMEOUT, late))
         except Exception as error:
             return await self._fail(error)
         outcome = await until_disconnect(self._receive, self._respond(body), self._given_up)
@@ -279,7 +299,7 @@ class _Exchange:
 
     async def _fail(self, error: Exception) -> Outcome:
         failure = failure_of(error)
-        failure.log(self._call_id, error)
+        failure.log(f"{self._call_id}, X-Request-Id {self._request_id},", error)
         if self._has_started:
             await self._send_body(sse.frame(failure.body()))
         else:
@@ -338,8 +358,9 @@ def _refuse(request: Request, error: Exception) -> Response:
     response = _json(failure.body(), failure.status)
     if isinstance(error, HTTPException):
         response.headers.update(error.headers or {})
-    # A 500 is sent from outside the middleware that adds the id to all other responses.
-    response.headers["x-request-id"] = request_id
+    if request.scope["state"]["sends_id"]:
+        # A 500 is sent from outside the middleware that adds the id to all other responses.
+        response.headers[REQUEST_ID_HEADER] = request_id
     return response
 
 

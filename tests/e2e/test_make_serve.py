@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,17 @@ def test_the_processes_are_those_that_the_settings_name(server: Server) -> None:
     assert "httptools" in maps
 
 
+def test_every_socket_of_it_listens_on_loopback_alone(server: Server) -> None:
+    listening = [
+        (process.name(), connection.laddr)
+        for process in server.processes()
+        for connection in process.net_connections("inet")
+        if connection.status in (psutil.CONN_LISTEN, psutil.CONN_NONE) and connection.laddr  # TCP, and UDP
+    ]
+    assert len(listening) > 10
+    assert [(name, address) for name, address in listening if not ip_address(address.ip).is_loopback] == []
+
+
 def test_tokens_equal_transformers_through_both_ingress_replicas(
     client: httpx.Client,
     local: Service,
@@ -127,6 +139,73 @@ def test_a_client_that_leaves_ends_the_work_for_it(
     while held(client, local) > 0:
         assert time.monotonic() < deadline
     assert total(client, local, "generated_tokens_total") - before < 1000, "half of what was asked for"
+
+
+def until_free(client: httpx.Client, local: Service) -> None:
+    """What nobody ended would be held for minutes yet."""
+    deadline = time.monotonic() + 15
+    while held(client, local) > 0:
+        assert time.monotonic() < deadline
+
+
+def until_held(client: httpx.Client, local: Service) -> None:
+    deadline = time.monotonic() + 60
+    while held(client, local) == 0:
+        assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("num_prompt_tokens", "num_clients"), [(8, 1), (8, 16), (8000, 1)])
+def test_clients_that_leave_before_an_answer_free_both_pools(
+    client: httpx.Client, local: Service, num_prompt_tokens: int, num_clients: int, stream: bool
+) -> None:
+    """Headers and body in two sends."""
+    assert held(client, local) == 0
+    fields = {
+        "max_tokens": 150 if num_prompt_tokens > 1000 else 2000,
+        "ignore_eos": True,
+        "stream": stream,
+        "model": MODEL_NAME,
+    }
+    sockets = []
+    for index in range(num_clients):
+        prompt = [1000 + index, *range(2000, 2000 + num_prompt_tokens - 1)]
+        data = json.dumps(fields | {"prompt": prompt}).encode()
+        one = socket.create_connection(("127.0.0.1", int(local.url.rpartition(":")[2])))
+        one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        one.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(data))
+        time.sleep(0.005)
+        one.sendall(data)
+        sockets.append(one)
+    until_held(client, local)
+    for one in sockets:
+        one.close()
+    until_free(client, local)
+
+
+def test_openais_client_that_has_no_patience_frees_both_pools(client: httpx.Client, local: Service) -> None:
+    options: Any = {"model": MODEL_NAME, "prompt": "Once upon a time", "extra_body": {"ignore_eos": True}}
+    with openai.OpenAI(base_url=f"{local.url}/v1", api_key="none", max_retries=0, timeout=0.5) as impatient:
+        for _ in range(3):
+            with pytest.raises(openai.APITimeoutError):
+                impatient.completions.create(**options, max_tokens=2000)
+            until_free(client, local)
+
+
+def test_health_runs_no_model_and_every_answer_has_one_request_id(client: httpx.Client, local: Service) -> None:
+    def num_steps() -> float:
+        text = client.get(f"{local.url}/metrics").text
+        return sum(float(value) for value in re.findall(r"^kvrelay_engine_steps_total{.*} (.*)$", text, re.MULTILINE))
+
+    num_before = num_steps()
+    for _ in range(50):
+        assert client.get(f"{local.url}/health").json() == {"status": "ok"}
+    assert num_steps() == num_before
+    for path in ("/health", "/v1/models", "/nowhere"):
+        for headers in ({}, {"x-request-id": "mine"}):
+            answer = client.get(local.url + path, headers=headers)
+            (request_id,) = answer.headers.get_list("x-request-id")
+            assert (request_id == "mine") is bool(headers)
 
 
 def engine_at_work(server: Server) -> psutil.Process:
