@@ -21,10 +21,10 @@ from deployments.errors import InvalidRequestError, RequestTooLargeError
 from deployments.messages import GenerateRequest, ModelInfo, Priority, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
-# The longest tokens of the common vocabularies (Llama 3's, Qwen's) are 128 spaces: a longer chat fits no context. The
-# smallest bound leaves room for the words of a template.
+# The longest tokens of common vocabularies (Llama 3's, Qwen's) are runs of up to 128 spaces: a longer text fits no
+# context and is not worth encoding. The smallest bound leaves room for the words of a chat template.
 MAX_CHARACTERS_PER_TOKEN = 128
-MIN_CHAT_CHARACTERS = 2**16
+MIN_CHARACTERS = 2**16
 _TOO_LARGE_NUMBER = re.compile(r"-?\d[\d.eE+-]*")
 
 
@@ -75,6 +75,8 @@ def read_completion(
     body = _parse(data, CompletionBody, info)
     requests = []
     for index, prompt in enumerate(body.prompt):
+        if isinstance(prompt, str):
+            _check_length(len(prompt), "prompt", info)
         token_ids = codec.encode(prompt) if isinstance(prompt, str) else prompt
         num_left = _check_prompt(token_ids, "prompt", info)
         max_tokens = body.max_tokens or min(DEFAULT_COMPLETION_TOKENS, num_left)
@@ -92,11 +94,12 @@ def read_chat(
         TemplateLimitError: with `codec.brief`: the template takes longer than an event loop may wait.
     """
     body = _parse(data, ChatBody, info)
+    _check_length(sum(message.num_characters for message in body.messages), "messages", info)
     token_ids = codec.encode_chat(
         [message.for_template() for message in body.messages],
         add_generation_prompt=body.opens_turn,
         continue_final_message=body.continue_final_message,
-        max_characters=max(MIN_CHAT_CHARACTERS, info.max_model_len * MAX_CHARACTERS_PER_TOKEN),
+        max_characters=_max_characters(info),
     )
     num_left = _check_prompt(token_ids, "messages", info)
     max_tokens = body.max_completion_tokens or body.max_tokens or num_left
@@ -127,6 +130,20 @@ def _explain_json(data: bytes, error: orjson.JSONDecodeError) -> str:
     if number := _TOO_LARGE_NUMBER.match(error.doc, error.pos):
         return f"the body holds a number that is out of range: {reprlib.repr(number[0])} at {error.pos}"
     return f"the body is not valid JSON: {error}"
+
+
+def _max_characters(info: ModelInfo) -> int:
+    return max(MIN_CHARACTERS, info.max_model_len * MAX_CHARACTERS_PER_TOKEN)
+
+
+def _check_length(num_characters: int, param: str, info: ModelInfo) -> None:
+    """Refuse a text before seconds are spent on encoding it."""
+    if num_characters > _max_characters(info):
+        raise RequestTooLargeError(
+            f"{param} of {num_characters} characters are too long: the model's context of {info.max_model_len} tokens "
+            f"holds {_max_characters(info)} at most",
+            param,
+        )
 
 
 def _check_prompt(token_ids: Sequence[int], param: str, info: ModelInfo) -> int:

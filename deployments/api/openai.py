@@ -228,6 +228,12 @@ class Message(_Strict):
             raise PydanticCustomError("refusal", message, {"field": "refusal"})
         return self
 
+    @property
+    def num_characters(self) -> int:
+        """Of its text."""
+        content = self.content or self.refusal or ""
+        return len(content) if isinstance(content, str) else sum(len(str(part["text"])) for part in content)
+
     def for_template(self) -> dict[str, object]:
         """What the chat template is given."""
         fields = self.model_dump(include={"role", "name", "tool_call_id"}, exclude_none=True)

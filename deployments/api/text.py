@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import copy
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,6 +30,8 @@ from deployments.errors import InvalidRequestError, UnsupportedModelError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 # ByteFallback judges a run of byte tokens as a whole, so a run is held until it ends; but no longer than this, or text
 # in a script that the vocabulary lacks would arrive in one piece at its end.
@@ -143,6 +146,8 @@ def _compile_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | NoCh
     try:
         return ChatTemplate(choose_template(tokenizer.chat_template), tokenizer.special_tokens_map)
     except NoChatTemplateError as error:
+        if tokenizer.chat_template:
+            logger.warning("%s", error)
         return error
 
 

@@ -297,6 +297,23 @@ def test_what_does_not_fit_the_context_is_refused_with_the_numbers():
 
 
 @pytest.mark.parametrize(
+    ("read", "fields", "param"),
+    [
+        (completion, {"prompt": ["a", "x" * 70_000]}, "prompt"),
+        (chat, {"messages": [USER, {"role": "user", "content": "x" * 65_535}]}, "messages"),
+        (chat, {"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 70_000}]}]}, "messages"),
+    ],
+)
+def test_a_text_that_fits_no_context_is_refused_before_it_is_encoded(
+    read: Any, fields: dict[str, object], param: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(TextCodec, "encode_chat", lambda *_, **__: pytest.fail("encoded"))
+    with pytest.raises(RequestTooLargeError, match=r"characters are too long.*64 tokens holds 65536") as caught:
+        read(**fields)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
     ("read", "field"), [(completion, "max_tokens"), (chat, "max_tokens"), (chat, "max_completion_tokens")]
 )
 def test_a_limit_that_is_too_large_is_blamed_and_not_the_prompt(read: Any, field: str):

@@ -37,7 +37,7 @@ def build(source: str) -> ChatTemplate:
     return ChatTemplate(source, TOKENS)
 
 
-def by_transformers(source: str, messages: list[dict[str, Any]], **choices: bool) -> str | None:
+def by_transformers(source: str, messages: list[dict[str, Any]], **choices: Any) -> str | None:
     """What transformers renders; None where the template raises."""
     tokenizer = build_tokenizer(source)
     tokenizer.bos_token, tokenizer.eos_token = TOKENS["bos_token"], TOKENS["eos_token"]
@@ -53,11 +53,12 @@ def by_transformers(source: str, messages: list[dict[str, Any]], **choices: bool
 @pytest.mark.parametrize("name", templates.OF_TEXT)
 def test_a_conversation_reads_as_transformers_renders_it(name: str, conversation: str):
     source, messages = templates.OF_TEXT[name], CONVERSATIONS[conversation]
-    for choices in (
+    endings: list[dict[str, Any]] = [
         {"add_generation_prompt": True},
         {"add_generation_prompt": False},
         {"add_generation_prompt": False, "continue_final_message": True},
-    ):
+    ]
+    for choices in endings:
         expected = by_transformers(source, messages, **choices)
         if expected is None:
             with pytest.raises(InvalidRequestError, match=r"^the model's chat template refused these messages: "):
