@@ -66,11 +66,11 @@ def read_legacy_template(folder: str) -> object:
     if not file.is_file():
         return None
     try:
-        templates = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+        templates: object = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+        if isinstance(templates, list):
+            templates = {entry["name"]: entry["template"] for entry in templates}
     except (ValueError, KeyError, TypeError) as error:
         raise UnsupportedModelError(f"{file} holds no chat template: {type(error).__name__}: {error}") from None
-    if isinstance(templates, list):
-        return {entry["name"]: entry["template"] for entry in templates}
     return templates
 
 
@@ -103,11 +103,12 @@ class ChatTemplate:
             tree = environment.parse(source)
             self._knows_developer = any(node.value == "developer" for node in tree.find_all(nodes.Const))
             self._template = environment.build(tree)
-        except TemplateError as error:
+        except (TemplateError, SyntaxError, RecursionError) as error:
             raise _unusable(f"this model's chat template cannot be compiled: {error}") from None
         self._special_tokens = dict(special_tokens)
         self._reads = {"user": _Reads(text=True, parts=False)}
-        self._reads = {role: self._try_role(role) for role in ("user", *_TRIALS)}
+        for role in ("user", *_TRIALS):  # the user's first: the others' trials hold messages of a user
+            self._reads[role] = self._try_role(role)
 
     def render(
         self,
@@ -180,7 +181,7 @@ class ChatTemplate:
         others = [self._shape({"role": other, "content": "x"}) for other in (*before, *after)]
         messages = [*others[: len(before)], {"role": role, "content": content}, *others[len(before) :]]
         try:
-            text = self._render(messages, True, LIMITS)
+            text = self._render(messages, True, _TRIAL_LIMITS)
         except InvalidRequestError:
             return False
         # A list that was written as Python or JSON shows more than its texts.
@@ -194,6 +195,7 @@ _TRIALS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "assistant": (("user",), ("user",)),
     "tool": (("user", "assistant"), ()),
 }
+_TRIAL_LIMITS = Limits(cpu_s=0.1, max_size=2**20)
 _PROBES = ("kvrelay-first-text", "kvrelay-second-text")
 _STRUCTURE = "kvrelay-structure"
 

@@ -95,6 +95,13 @@ def test_a_template_that_knows_both_is_given_what_the_caller_sent():
     assert "\n\nfirst<" in both.render([{"role": "user", "content": "first"}])
 
 
+def test_a_role_is_tried_beside_messages_in_the_form_that_the_template_knows():
+    # Read as text, the user's message has no part of the type `text`, and all is refused.
+    strict = "{% if messages[-1].content[0].type != 'text' %}{{ raise_exception('parts, please') }}{% endif %}"
+    template = build(strict + templates.VISION)
+    assert "first" in template.render([{"role": "system", "content": "first"}, USER])
+
+
 def test_each_role_is_given_the_form_that_the_template_knows_for_it():
     text = build(templates.LLAMA_3_VISION).render([{"role": "system", "content": PARTS}, USER])
     assert "\n\nfirstsecond<|eot_id|>" in text
@@ -215,7 +222,7 @@ def test_the_template_in_a_processors_file_is_read(tmp_path: Path, stored: objec
     assert read_legacy_template(str(tmp_path)) == expected
 
 
-@pytest.mark.parametrize("stored", ["{", "[]", "{}", '"text"'])
+@pytest.mark.parametrize("stored", ["{", "[]", "{}", '"text"', '{"chat_template": [{"name": "default"}]}'])
 def test_a_processors_file_without_a_template_is_refused_by_name(tmp_path: Path, stored: str):
     (tmp_path / "chat_template.json").write_text(stored)
     with pytest.raises(UnsupportedModelError, match=r"chat_template\.json holds no chat template"):
