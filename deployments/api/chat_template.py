@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,8 +108,10 @@ class ChatTemplate:
             raise _unusable(f"this model's chat template cannot be compiled: {error}") from None
         self._special_tokens = dict(special_tokens)
         self._reads = {"user": _Reads(text=True, parts=False)}
-        for role in ("user", *_TRIALS):  # the user's first: the others' trials hold messages of a user
-            self._reads[role] = self._try_role(role)
+        # A template that takes long with a few words is given text; what it is asked for will be refused anyway.
+        with suppress(TemplateLimitError):
+            for role in ("user", *_TRIALS):  # the user's first: the others' trials hold messages of a user
+                self._reads[role] = self._try_role(role)
 
     def render(
         self,
@@ -182,6 +185,8 @@ class ChatTemplate:
         messages = [*others[: len(before)], {"role": role, "content": content}, *others[len(before) :]]
         try:
             text = self._render(messages, True, _TRIAL_LIMITS)
+        except TemplateLimitError:
+            raise
         except InvalidRequestError:
             return False
         # A list that was written as Python or JSON shows more than its texts.
@@ -195,7 +200,7 @@ _TRIALS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "assistant": (("user",), ("user",)),
     "tool": (("user", "assistant"), ()),
 }
-_TRIAL_LIMITS = Limits(cpu_s=0.1, max_size=2**20)
+_TRIAL_LIMITS = Limits(cpu_s=1.0, max_size=2**20)
 _PROBES = ("kvrelay-first-text", "kvrelay-second-text")
 _STRUCTURE = "kvrelay-structure"
 

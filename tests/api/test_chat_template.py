@@ -165,12 +165,18 @@ FAULTS = {
 def test_whatever_a_template_raises_is_told_as_a_refusal_of_the_messages(source: str):
     source = "{% if messages[0].content == 'hi' %}" + source + "{% endif %}"
     with pytest.raises(InvalidRequestError) as caught:
-        build(source).render([USER], limits=Limits(cpu_s=0.1, max_size=2**20))
+        build(source).render([USER], limits=Limits(cpu_s=1, max_size=2**20))
     assert str(caught.value).startswith("the model's chat template refused these messages: ")
     assert FAULTS[source.removeprefix("{% if messages[0].content == 'hi' %}").removesuffix("{% endif %}")] in str(
         caught.value
     )
     assert caught.value.param == "messages"
+
+
+def test_a_template_that_never_ends_is_tried_once_and_refuses():
+    template = build("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    with pytest.raises(TemplateLimitError):
+        template.render([USER], limits=Limits(cpu_s=0.1, max_size=100))
 
 
 def test_a_refusal_does_not_repeat_a_long_message_whole():
