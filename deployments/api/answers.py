@@ -132,11 +132,13 @@ class Tally:
         known = self._num_cached_tokens.get(event.choice, event.num_cached_tokens)
         self._num_cached_tokens[event.choice] = min(known, event.num_cached_tokens)
 
-    def usage(self) -> Usage:
+    def usage(self, num_untold: int = 0) -> Usage:
+        """All that was added, less `num_untold` generated tokens that are to come in a later chunk."""
+        num_generated = self._num_generated_tokens - num_untold
         return {
             "prompt_tokens": self._num_prompt_tokens,
-            "completion_tokens": self._num_generated_tokens,
-            "total_tokens": self._num_prompt_tokens + self._num_generated_tokens,
+            "completion_tokens": num_generated,
+            "total_tokens": self._num_prompt_tokens + num_generated,
             "prompt_tokens_details": {"cached_tokens": sum(self._num_cached_tokens.values())},
         }
 
@@ -187,7 +189,7 @@ class CompletionAnswer:
             choice.pop("prompt_token_ids", None)
         self._open.add(event.choice)
         chunk = self._build([choice])
-        if self._call.include_usage:
+        if self._call.include_usage or self._call.continuous_usage:
             chunk["usage"] = self._tally.usage() if self._call.continuous_usage else None
         return [chunk]
 
@@ -228,7 +230,7 @@ class ChatAnswer:
     def chunks(self, event: TextEvent) -> list[ChatChunk]:
         chunks: list[ChatChunk] = []
         if not self._is_open:
-            chunks.append(self._chunk(event.choice, {"role": "assistant", "content": ""}, None))
+            chunks.append(self._chunk(event.choice, {"role": "assistant", "content": ""}, None, event.num_tokens))
             if self._call.return_token_ids:
                 chunks[0]["prompt_token_ids"] = self._call.requests[event.choice].prompt_token_ids
             self._is_open = True
@@ -266,10 +268,10 @@ class ChatAnswer:
             response["choices"][0]["token_ids"] = choice.token_ids
         return response
 
-    def _chunk(self, index: int, delta: Delta, finish_reason: FinishReason | None) -> ChatChunk:
+    def _chunk(self, index: int, delta: Delta, finish_reason: FinishReason | None, num_untold: int = 0) -> ChatChunk:
         chunk = self._build([{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}])
-        if self._call.include_usage:
-            chunk["usage"] = self._tally.usage() if self._call.continuous_usage else None
+        if self._call.include_usage or self._call.continuous_usage:
+            chunk["usage"] = self._tally.usage(num_untold) if self._call.continuous_usage else None
         return chunk
 
     def _build(self, choices: list[ChatChunkChoice]) -> ChatChunk:

@@ -4,6 +4,7 @@ Owns what OpenAI's fields mean to the engines. Knows nothing of HTTP; `http.py` 
 in a thread where the body is long.
 """
 
+import re
 import reprlib
 import secrets
 import time
@@ -20,6 +21,11 @@ from deployments.errors import InvalidRequestError, RequestTooLargeError
 from deployments.messages import GenerateRequest, ModelInfo, Priority, SamplingParams
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+# The longest tokens of common vocabularies (Llama 3's, Qwen's) are runs of up to 128 spaces: a longer text fits no
+# context and is not worth encoding. The smallest bound leaves room for the words of a chat template.
+MAX_CHARACTERS_PER_TOKEN = 128
+MIN_CHARACTERS = 2**16
+_TOO_LARGE_NUMBER = re.compile(r"-?\d[\d.eE+-]*")
 
 
 class ModelNotFoundError(InvalidRequestError):
@@ -69,10 +75,12 @@ def read_completion(
     body = _parse(data, CompletionBody, info)
     requests = []
     for index, prompt in enumerate(body.prompt):
+        if isinstance(prompt, str):
+            _check_length(len(prompt), "prompt", info)
         token_ids = codec.encode(prompt) if isinstance(prompt, str) else prompt
         num_left = _check_prompt(token_ids, "prompt", info)
         max_tokens = body.max_tokens or min(DEFAULT_COMPLETION_TOKENS, num_left)
-        requests.append(_build_request(f"{call_id}-{index}", token_ids, max_tokens, body, "prompt", info, priority))
+        requests.append(_build_request(f"{call_id}-{index}", token_ids, max_tokens, body, "max_tokens", info, priority))
     return _build_call(call_id, requests, body, info)
 
 
@@ -83,12 +91,20 @@ def read_chat(
 
     Raises:
         InvalidRequestError: names the field, its value and the bound.
+        TemplateLimitError: with `codec.brief`: the template takes longer than an event loop may wait.
     """
     body = _parse(data, ChatBody, info)
-    token_ids = codec.encode_chat([message.model_dump(exclude_none=True) for message in body.messages])
+    _check_length(sum(message.num_characters for message in body.messages), "messages", info)
+    token_ids = codec.encode_chat(
+        [message.for_template() for message in body.messages],
+        add_generation_prompt=body.opens_turn,
+        continue_final_message=body.continue_final_message,
+        max_characters=_max_characters(info),
+    )
     num_left = _check_prompt(token_ids, "messages", info)
     max_tokens = body.max_completion_tokens or body.max_tokens or num_left
-    request = _build_request(f"{call_id}-0", token_ids, max_tokens, body, "messages", info, priority)
+    limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+    request = _build_request(f"{call_id}-0", token_ids, max_tokens, body, limit, info, priority)
     return _build_call(call_id, [request], body, info)
 
 
@@ -96,7 +112,7 @@ def _parse(data: bytes, kind: type[B], info: ModelInfo) -> B:
     try:
         fields = orjson.loads(data)
     except orjson.JSONDecodeError as error:
-        raise InvalidRequestError(f"the body is not valid JSON: {error}") from None
+        raise InvalidRequestError(_explain_json(data, error)) from None
     try:
         body = kind.model_validate(fields)
     except ValidationError as error:
@@ -104,6 +120,30 @@ def _parse(data: bytes, kind: type[B], info: ModelInfo) -> B:
     if body.model != info.name:
         raise ModelNotFoundError(f"the model {reprlib.repr(body.model)} does not exist; {info.name!r} does", "model")
     return body
+
+
+def _explain_json(data: bytes, error: orjson.JSONDecodeError) -> str:
+    try:
+        data.decode()
+    except UnicodeDecodeError as fault:
+        return f"the body is not UTF-8 text: byte 0x{data[fault.start]:02x} at {fault.start}"
+    if number := _TOO_LARGE_NUMBER.match(error.doc, error.pos):
+        return f"the body holds a number that is out of range: {reprlib.repr(number[0])} at {error.pos}"
+    return f"the body is not valid JSON: {error}"
+
+
+def _max_characters(info: ModelInfo) -> int:
+    return max(MIN_CHARACTERS, info.max_model_len * MAX_CHARACTERS_PER_TOKEN)
+
+
+def _check_length(num_characters: int, param: str, info: ModelInfo) -> None:
+    """Refuse a text before seconds are spent on encoding it."""
+    if num_characters > _max_characters(info):
+        raise RequestTooLargeError(
+            f"{param} of {num_characters} characters are too long: the model's context of {info.max_model_len} tokens "
+            f"holds {_max_characters(info)} at most",
+            param,
+        )
 
 
 def _check_prompt(token_ids: Sequence[int], param: str, info: ModelInfo) -> int:
@@ -128,7 +168,7 @@ def _build_request(
     token_ids: Sequence[int],
     max_tokens: int,
     body: GenerateBody,
-    param: str,
+    limit: str,
     info: ModelInfo,
     priority: Priority,
 ) -> GenerateRequest:
@@ -136,14 +176,16 @@ def _build_request(
     if num_total > info.max_model_len:
         raise RequestTooLargeError(
             f"{len(token_ids)} prompt tokens and {max_tokens} to generate are {num_total}; the model's context is "
-            f"{info.max_model_len} tokens",
-            param,
+            f"{info.max_model_len} tokens, which leaves {info.max_model_len - len(token_ids)} for {limit}",
+            limit,
         )
+    # No mass is enough for no token: like the peers that take 0, keep the most likely one.
+    top_k, top_p = (max(body.top_k, 0), body.top_p) if body.top_p > 0 else (1, 1.0)
     sampling = SamplingParams(
         max_tokens=max_tokens,
         temperature=body.temperature,
-        top_k=max(body.top_k, 0),
-        top_p=body.top_p,
+        top_k=top_k,
+        top_p=top_p,
         min_p=body.min_p,
         seed=secrets.randbits(63) if body.seed is None else body.seed,
         stop_token_ids=() if body.ignore_eos else info.eos_token_ids,

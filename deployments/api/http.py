@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -26,8 +26,10 @@ from starlette.types import Message, Receive, Scope, Send
 from deployments.api import sse
 from deployments.api.answers import Answer, ChatAnswer, ChoiceResult, CompletionAnswer, Tally, describe_model
 from deployments.api.asgi import REQUEST_ID_HEADER, RequestIds, until_disconnect
+from deployments.api.body import read_body
 from deployments.api.caller import read_caller
 from deployments.api.calls import Call, ModelNotFoundError, read_chat, read_completion
+from deployments.api.chat_template import TemplateLimitError
 from deployments.api.choices import ChoiceText, TextEvent, TokenOutputs, merge, stream_choice
 from deployments.api.failures import failure_of
 from deployments.api.observer import Observer, Outcome, SilentObserver, Stopwatch
@@ -197,7 +199,7 @@ class _Exchange:
     async def _serve(self) -> Outcome:
         try:
             async with asyncio.timeout(self._service.body_timeout_s):
-                body = await self._read_body()
+                body = await read_body(Request(self._scope, self._receive), self._service.max_body_bytes)
         except ClientDisconnect:
             return Outcome.ABORTED
         except TimeoutError:
@@ -218,19 +220,6 @@ class _Exchange:
         if not self._given_up.done():
             self._given_up.set_result(None)
 
-    async def _read_body(self) -> bytes:
-        limit = self._service.max_body_bytes
-        too_long = HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body must be at most {limit} bytes")
-        request = Request(self._scope, self._receive)
-        if int(request.headers.get("content-length", 0)) > limit:
-            raise too_long
-        body = bytearray()
-        async for part in request.stream():
-            body += part
-            if len(body) > limit:
-                raise too_long
-        return bytes(body)
-
     async def _respond(self, body: bytes) -> Outcome:
         try:
             caller = read_caller(Headers(scope=self._scope))
@@ -245,10 +234,12 @@ class _Exchange:
         return Outcome.OK
 
     async def _read_call(self, body: bytes, priority: Priority) -> Call:
-        arguments = (body, self._call_id, self._service.codec, self._service.info, priority)
-        if len(body) > _MAX_INLINE_BODY_BYTES:
-            return await asyncio.to_thread(self._endpoint.read, *arguments)
-        return self._endpoint.read(*arguments)
+        read, codec, info = self._endpoint.read, self._service.codec, self._service.info
+        if len(body) <= _MAX_INLINE_BODY_BYTES:
+            # What a chat template makes of a short body is not known before.
+            with suppress(TemplateLimitError):
+                return read(body, self._call_id, codec.brief, info, priority)
+        return await asyncio.to_thread(read, body, self._call_id, codec, info, priority)
 
     async def _generate(self, call: Call) -> None:
         self._user = call.user

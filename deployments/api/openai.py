@@ -25,10 +25,13 @@ from pydantic_core import PydanticCustomError
 from deployments.errors import InvalidRequestError
 
 MAX_PROMPTS = 1024
-MAX_STOPS = 4
+# OpenAI allows 4, some peers any number; each costs a step per character of output.
+MAX_STOPS = 32
 MAX_STOP_CHARACTERS = 1024
 
 Prompt = str | tuple[int, ...]
+Part = dict[str, object]
+Content = str | tuple[Part, ...]
 _NoOps = Mapping[str, tuple[object, ...]]
 
 # Fields not supported yet, with the values that ask for nothing; null is always one of them.
@@ -64,7 +67,6 @@ _CHAT_NO_OPS: _NoOps = {
     "web_search_options": (),
 }
 _MESSAGE_NO_OPS: _NoOps = {
-    "refusal": (),
     "annotations": ([],),
     "audio": (),
     "function_call": (),
@@ -134,33 +136,38 @@ def _as_prompts(value: object) -> tuple[Prompt, ...]:
     return tuple(prompts)
 
 
-def _as_text(value: object) -> object:
-    """Join text parts, as the chat templates that know parts do: with nothing between them."""
-    if not isinstance(value, list):
+def _as_content(value: object) -> Content:
+    """A text, or parts that hold text."""
+    if isinstance(value, str):
         return value
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            named = reprlib.repr(kind) if isinstance(kind, str) else "without a type"
-            raise PydanticCustomError("content", f"content part {named} is not supported, only 'text' is")
-        if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
-            raise PydanticCustomError("content", "a text part must hold 'type' and a string 'text', and nothing else")
-    return "".join(part["text"] for part in value)
+    if isinstance(value, list):
+        return tuple(_as_text_part(part) for part in value)
+    raise PydanticCustomError("content", "must be a list of parts or a valid string")
+
+
+# Kinds of parts that hold text, and where. The last two are those of OpenAI's newer API, and mean the same.
+_TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
+
+
+def _as_text_part(part: object) -> Part:
+    """A part as `type` and `text`; what else it holds (`cache_control`, a language) is for the template to read."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part, dict) or not isinstance(kind, str) or kind not in _TEXT_PARTS:
+        named = reprlib.repr(kind) if isinstance(kind, str) else "without a type"
+        raise PydanticCustomError("content", f"content part {named} is not supported, only 'text' is")
+    text = part.get(_TEXT_PARTS[kind])
+    if not isinstance(text, str):
+        raise PydanticCustomError("content", f"a part of type '{kind}' must hold a string '{_TEXT_PARTS[kind]}'")
+    return part | {"type": "text", "text": text}
 
 
 class StreamOptions(_Strict):
-    """`continuous_usage_stats` is an extension that load tools use to count tokens."""
+    """`include_usage` is about the end of a stream; `continuous_usage_stats`, an extension, about each chunk."""
 
     no_ops = {"include_obfuscation": (False,)}
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
-
-    @model_validator(mode="after")
-    def _check_usage(self) -> Self:
-        if self.continuous_usage_stats and not self.include_usage:
-            raise PydanticCustomError("stream_options", "continuous_usage_stats needs include_usage")
-        return self
 
 
 class GenerateBody(_Strict):
@@ -171,7 +178,7 @@ class GenerateBody(_Strict):
 
     model: str
     temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, ge=0, le=1)
     top_k: int = Field(default=0, ge=-1)
     min_p: float = Field(default=0.0, ge=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
@@ -199,23 +206,64 @@ class CompletionBody(GenerateBody):
 
 
 class Message(_Strict):
-    """One turn; the model's template decides what it does with the role, the name and the tool_call_id."""
+    """One turn; the model's template decides what it does with the role, the name and the tool_call_id.
+
+    Only an assistant's may be without content, which then is empty, or what it said in refusing.
+    """
 
     no_ops = _MESSAGE_NO_OPS
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, BeforeValidator(_as_text)]
+    content: Annotated[Content | None, PlainValidator(_as_content)] = None
+    refusal: str | None = None
     name: str | None = None
     tool_call_id: str | None = None
 
+    @model_validator(mode="after")
+    def _check_content(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise PydanticCustomError("missing", "is required", {"field": "content"})
+        if self.refusal and (self.content or self.role != "assistant"):
+            message = "only allowed in place of an assistant's content"
+            raise PydanticCustomError("refusal", message, {"field": "refusal"})
+        return self
+
+    @property
+    def num_characters(self) -> int:
+        """Of its text."""
+        content = self.content or self.refusal or ""
+        return len(content) if isinstance(content, str) else sum(len(str(part["text"])) for part in content)
+
+    def for_template(self) -> dict[str, object]:
+        """What the chat template is given."""
+        fields = self.model_dump(include={"role", "name", "tool_call_id"}, exclude_none=True)
+        return fields | {"content": self.content or self.refusal or ""}
+
 
 class ChatBody(GenerateBody):
-    """`POST /v1/chat/completions`: one choice. `max_tokens` is the older name of `max_completion_tokens`."""
+    """`POST /v1/chat/completions`: one choice. `max_tokens` is the older name of `max_completion_tokens`.
+
+    `add_generation_prompt` and `continue_final_message` are extensions, named as in vLLM.
+    """
 
     no_ops = _CHAT_NO_OPS
 
     messages: Annotated[list[Message], Field(min_length=1), FailFast()]
     max_completion_tokens: int | None = Field(default=None, ge=1)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+
+    @property
+    def opens_turn(self) -> bool:
+        """Does the assistant begin a turn of its own?"""
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+
+    @model_validator(mode="after")
+    def _check_ending(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            message = "cannot go with add_generation_prompt: the last message goes on, or a new one begins"
+            raise PydanticCustomError("continue_final_message", message, {"field": "continue_final_message"})
+        return self
 
     @model_validator(mode="after")
     def _check_max_tokens(self) -> Self:
@@ -238,5 +286,7 @@ def explain(error: ValidationError) -> InvalidRequestError:
             return InvalidRequestError(f"{param} is required", param)
         case "unsupported":
             return InvalidRequestError(f"{param} is not supported yet", param)
+        case "model_type":
+            fault["msg"] = "must be a JSON object"  # pydantic's own words name a class of ours
     value = "" if field is not None else f", got {reprlib.repr(fault['input'])}"
     return InvalidRequestError(f"{param or 'the body'}: {fault['msg']}{value}", param or None)

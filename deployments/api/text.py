@@ -7,16 +7,31 @@ Knows transformers and tokenizers, and imports neither before a tokenizer is loa
 from __future__ import annotations
 
 import codecs
+import copy
 import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
 
+from deployments.api.chat_template import (
+    BRIEF_LIMITS,
+    LIMITS,
+    ChatTemplate,
+    Message,
+    NoChatTemplateError,
+    choose_template,
+    read_legacy_template,
+)
 from deployments.errors import InvalidRequestError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 # ByteFallback judges a run of byte tokens as a whole, so a run is held until it ends; but no longer than this, or text
 # in a script that the vocabulary lacks would arrive in one piece at its end.
@@ -60,36 +75,56 @@ class TextCodec:
         self._vocabulary = _Vocabulary(self._backend)
         self._token_bytes = _TokenBytes(self._vocabulary)
         self._is_byte_level = _is_byte_level(self._backend)
+        self._chat_template = _compile_template(tokenizer)
+        self._template_limits = LIMITS
 
     @classmethod
     def load(cls, path: str) -> TextCodec:
         """Load the tokenizer in the folder `path`; takes seconds."""
         from transformers import AutoTokenizer
 
-        return cls(AutoTokenizer.from_pretrained(path))
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if not tokenizer.chat_template:
+            tokenizer.chat_template = read_legacy_template(path)
+        return cls(tokenizer)
+
+    @cached_property
+    def brief(self) -> TextCodec:
+        """The same codec, whose `encode_chat` raises `TemplateLimitError` rather than take long."""
+        brief = copy.copy(self)
+        brief._template_limits = BRIEF_LIMITS
+        return brief
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with the special tokens that the tokenizer adds by itself."""
         return self._encode(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        max_characters: int = 2**24,
+    ) -> list[int]:
         """Token ids of a conversation, up to where the assistant speaks.
+
+        Args:
+            messages: as `ChatTemplate.render` takes them, with its two choices of an end.
+            max_characters: a template that writes more is refused.
 
         Raises:
             InvalidRequestError: the model has no chat template, or its template refuses these messages.
         """
-        from jinja2 import TemplateError
-
-        if not self._tokenizer.chat_template:
-            raise InvalidRequestError("this model has no chat template; use /v1/completions", "messages")
-        try:
-            text: Any = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-            )
-        except (TemplateError, TypeError) as error:
-            raise InvalidRequestError(
-                f"the model's chat template refuses these messages: {error}", "messages"
-            ) from error
+        if isinstance(self._chat_template, NoChatTemplateError):
+            raise InvalidRequestError(str(self._chat_template), "messages")
+        limits = self._template_limits
+        text = self._chat_template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            limits=replace(limits, max_size=min(limits.max_size, max_characters)),
+        )
         # The template has written the special tokens already.
         return self._encode(text, add_special_tokens=False)
 
@@ -104,6 +139,16 @@ class TextCodec:
         if self._is_byte_level:
             return _ByteLevelDetokenizer(self._token_bytes)
         return _WindowDetokenizer(self._backend, self._vocabulary)
+
+
+def _compile_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | NoChatTemplateError:
+    """The model's template, or why it has none: the model still completes."""
+    try:
+        return ChatTemplate(choose_template(tokenizer.chat_template), tokenizer.special_tokens_map)
+    except NoChatTemplateError as error:
+        if tokenizer.chat_template:
+            logger.warning("%s", error)
+        return error
 
 
 class _Vocabulary:

@@ -6,8 +6,9 @@ import orjson
 import pytest
 
 from deployments.api.calls import Call, ModelNotFoundError, read_chat, read_completion
+from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError, RequestTooLargeError
-from tests.api.fakes import END_ID, INFO, build_codec
+from tests.api.fakes import END_ID, INFO, build_codec, build_tokenizer
 
 CODEC = build_codec()
 USER = {"role": "user", "content": "hi"}
@@ -83,6 +84,54 @@ def test_prompts_come_in_four_forms(prompt: object, expected: list[tuple[int, ..
 def test_text_parts_are_joined():
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     assert bytes(chat(messages=[{"role": "user", "content": parts}]).requests[0].prompt_token_ids) == b"u:hi;a:"
+
+
+def prompt_of(call: Call) -> bytes:
+    return bytes(call.requests[0].prompt_token_ids)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}},
+        {"type": "refusal", "refusal": "hi"},
+        {"type": "input_text", "text": "hi"},
+        {"type": "output_text", "text": "hi", "annotations": []},
+    ],
+)
+def test_a_part_is_its_text_whatever_else_it_holds(part: dict[str, object]):
+    assert prompt_of(chat(messages=[{"role": "user", "content": [part]}])) == b"u:hi;a:"
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [({}, b""), ({"content": None}, b""), ({"content": None, "refusal": "no"}, b"no"), ({"content": []}, b"")],
+)
+def test_an_assistants_turn_may_be_empty_or_a_refusal(fields: dict[str, object], text: bytes):
+    messages = [USER, {"role": "assistant"} | fields, USER]
+    assert prompt_of(chat(messages=messages)) == b"u:hi;a:" + text + b";u:hi;a:"
+
+
+def test_the_developer_speaks_as_the_system_to_a_template_that_knows_no_developer():
+    assert prompt_of(chat(messages=[{"role": "developer", "content": "x"}])) == b"s:x;a:"
+
+
+def test_the_caller_says_whether_the_last_message_goes_on():
+    messages = [USER, {"role": "assistant", "content": "Well"}]
+    assert prompt_of(chat(messages=messages)) == b"u:hi;a:Well;a:"
+    assert prompt_of(chat(messages=messages, add_generation_prompt=False)) == b"u:hi;a:Well;"
+    for fields in ({}, {"add_generation_prompt": False}):
+        assert prompt_of(chat(messages=messages, continue_final_message=True, **fields)) == b"u:hi;a:Well"
+
+
+def test_a_top_p_of_zero_keeps_the_most_likely_token():
+    sampling = completion(top_p=0, top_k=40).requests[0].sampling
+    assert (sampling.top_k, sampling.top_p) == (1, 1)
+
+
+def test_more_stops_than_openais_four_are_taken():
+    stops = [f"stop {number}" for number in range(32)]
+    assert completion(stop=stops).stops == tuple(stops)
 
 
 def test_either_name_limits_a_chat():
@@ -165,7 +214,7 @@ def test_an_unsupported_field_is_refused_by_name(read: Any, field: str, value: o
         (completion, {"temperature": 2.5}, "temperature", "less than or equal to 2, got 2.5"),
         (completion, {"temperature": "hot"}, "temperature", "valid number, got 'hot'"),
         (completion, {"temperature": True}, "temperature", "got True"),
-        (completion, {"top_p": 0}, "top_p", "greater than 0, got 0"),
+        (completion, {"top_p": -0.1}, "top_p", "greater than or equal to 0, got -0.1"),
         (completion, {"top_k": -2}, "top_k", "greater than or equal to -1, got -2"),
         (completion, {"min_p": 1.5}, "min_p", "less than or equal to 1, got 1.5"),
         (completion, {"max_tokens": 0}, "max_tokens", "greater than or equal to 1, got 0"),
@@ -174,15 +223,10 @@ def test_an_unsupported_field_is_refused_by_name(read: Any, field: str, value: o
         (completion, {"stream": "yes"}, "stream", "valid boolean, got 'yes'"),
         (completion, {"stop": ""}, "stop", "1 to 1024 characters, got ''"),
         (completion, {"stop": ["a", ""]}, "stop", "1 to 1024 characters"),
-        (completion, {"stop": list("abcde")}, "stop", "at most 4"),
+        (completion, {"stop": ["x"] * 33}, "stop", "at most 32"),
         (completion, {"stop": [1]}, "stop", "list of strings"),
         (completion, {"stream_options": {"include_usage": True}}, "stream_options", "only allowed with stream"),
-        (
-            completion,
-            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
-            "stream_options",
-            "needs include_usage",
-        ),
+        (completion, {"stream": True, "stream_options": 3}, "stream_options", "must be a JSON object, got 3"),
         (completion, {"prompt": ""}, "prompt", "must not be empty"),
         (completion, {"prompt": []}, "prompt", "must not be empty"),
         (completion, {"prompt": ["a", ""]}, "prompt", "must not be empty"),
@@ -198,7 +242,23 @@ def test_an_unsupported_field_is_refused_by_name(read: Any, field: str, value: o
         (chat, {"messages": []}, "messages", "at least 1 item"),
         (chat, {"messages": "hi"}, "messages", "valid list, got 'hi'"),
         (chat, {"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "got 'robot'"),
-        (chat, {"messages": [{"role": "user"}]}, "messages.0.content", "is required"),
+        (chat, {"messages": [{"role": "user"}]}, "messages.0.content", "messages.0.content is required"),
+        (chat, {"messages": [{"role": "tool", "content": None}]}, "messages.0.content", "is required"),
+        (chat, {"messages": [3]}, "messages.0", "must be a JSON object, got 3"),
+        (chat, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content", "string 'text'"),
+        (chat, {"messages": [USER | {"refusal": "no"}]}, "messages.0.refusal", "in place of an assistant's content"),
+        (
+            chat,
+            {"messages": [{"role": "assistant", "content": "yes", "refusal": "no"}]},
+            "messages.0.refusal",
+            "in place of an assistant's content",
+        ),
+        (
+            chat,
+            {"add_generation_prompt": True, "continue_final_message": True},
+            "continue_final_message",
+            "cannot go with add_generation_prompt",
+        ),
         (chat, {"messages": [USER, {"role": "user", "content": 3}]}, "messages.1.content", "valid string, got 3"),
         (
             chat,
@@ -227,13 +287,46 @@ def test_a_huge_faulty_value_is_not_repeated_whole():
 
 
 def test_what_does_not_fit_the_context_is_refused_with_the_numbers():
-    with pytest.raises(RequestTooLargeError, match=r"60 prompt tokens and 5 to generate are 65.*64 tokens"):
+    with pytest.raises(RequestTooLargeError, match=r"60 prompt tokens and 5 to generate are 65.*64 tokens.*leaves 4"):
         completion(prompt="x" * 60, max_tokens=5)
     with pytest.raises(RequestTooLargeError, match=r"has 64 tokens.*64 tokens"):
         completion(prompt="x" * 64)
     with pytest.raises(RequestTooLargeError) as caught:
         chat(messages=[{"role": "user", "content": "x" * 70}])
     assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize(
+    ("read", "fields", "param"),
+    [
+        (completion, {"prompt": ["a", "x" * 70_000]}, "prompt"),
+        (chat, {"messages": [USER, {"role": "user", "content": "x" * 65_535}]}, "messages"),
+        (chat, {"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 70_000}]}]}, "messages"),
+    ],
+)
+def test_a_text_that_fits_no_context_is_refused_before_it_is_encoded(
+    read: Any, fields: dict[str, object], param: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(TextCodec, "encode_chat", lambda *_, **__: pytest.fail("encoded"))
+    with pytest.raises(RequestTooLargeError, match=r"characters are too long.*64 tokens holds 65536") as caught:
+        read(**fields)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("read", "field"), [(completion, "max_tokens"), (chat, "max_tokens"), (chat, "max_completion_tokens")]
+)
+def test_a_limit_that_is_too_large_is_blamed_and_not_the_prompt(read: Any, field: str):
+    with pytest.raises(RequestTooLargeError, match=f"for {field}") as caught:
+        read(**{field: 1000})
+    assert caught.value.param == field
+
+
+def test_a_template_that_writes_too_much_for_the_context_is_ended_before_it_is_encoded():
+    codec = TextCodec(build_tokenizer("{{ messages[0].content * 20000 }}"))
+    body = orjson.dumps({"model": INFO.name, "messages": [{"role": "user", "content": "long"}]})
+    with pytest.raises(InvalidRequestError, match="more than 65536 characters"):
+        read_chat(body, "chatcmpl-1", codec, INFO)
 
 
 def test_another_model_is_not_found():
@@ -244,4 +337,21 @@ def test_another_model_is_not_found():
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"a": NaN}', b'"\\ud800"', b"[1]", b"null", b"[" * 5000])
 def test_a_body_that_is_no_json_object_is_refused(body: bytes):
     with pytest.raises(InvalidRequestError, match="the body"):
+        read_completion(body, "cmpl-1", CODEC, INFO)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"[]", r"^the body: must be a JSON object, got \[\]$"),
+        (b"\x1f\x8b\x08\x00", "^the body is not UTF-8 text: byte 0x8b at 1$"),
+        (
+            b'{"temperature": ' + b"1" * 400 + b"}",
+            r"^the body holds a number that is out of range: '1+\.\.\.1+' at 16$",
+        ),
+        ('{"é": -1e999}'.encode(), r"^the body holds a number that is out of range: '-1e999' at 6$"),
+    ],
+)
+def test_a_body_that_is_refused_whole_says_what_is_wrong_with_it(body: bytes, message: str):
+    with pytest.raises(InvalidRequestError, match=message):
         read_completion(body, "cmpl-1", CODEC, INFO)

@@ -1,0 +1,64 @@
+"""Reads a request's body: its headers say whether it can be what the API takes. `http.py` is its caller.
+
+Owns what a body may claim to be and how long it may get. Knows nothing of what stands in it.
+"""
+
+from http import HTTPStatus
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+_JSON = "application/json"
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """Read the whole body.
+
+    Raises:
+        HTTPException: 400, 413 or 415, with the header or the bound that was broken.
+        ClientDisconnect: the client left before its end.
+    """
+    _check_type(request.headers)
+    too_long = HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body must be at most {max_bytes} bytes")
+    if _length(request.headers) > max_bytes:
+        raise too_long
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > max_bytes:
+            raise too_long
+    return bytes(body)
+
+
+def _length(headers: Headers) -> float:
+    """What the body claims to be; 0 where it does not say."""
+    length = headers.get("content-length", "0")
+    if not (length.isascii() and length.isdigit()):
+        message = f"the header content-length is {_shown(length)}, must be a number of bytes"
+        raise HTTPException(HTTPStatus.BAD_REQUEST, message)
+    return float(length)  # `int` refuses thousands of digits
+
+
+def _check_type(headers: Headers) -> None:
+    """Refuse what is not JSON as it stands. A body that says nothing of its type is taken for JSON.
+
+    Forms and plain text are what a page of another origin can make a browser send without asking the server first. A
+    compressed body is not unpacked: a few bytes could become gigabytes.
+    """
+    content_type = headers.get("content-type", _JSON)
+    essence = content_type.partition(";")[0].strip().lower()
+    if essence != _JSON and not (essence.startswith("application/") and essence.endswith("+json")):
+        _refuse("content-type", content_type, _JSON)
+    encoding = headers.get("content-encoding", "identity")
+    if encoding.strip().lower() not in ("identity", ""):
+        _refuse("content-encoding", encoding, "no encoding")
+
+
+def _shown(value: str) -> str:
+    return repr(value if len(value) <= 100 else f"{value[:100]}...")
+
+
+def _refuse(header: str, value: str, accepted: str) -> None:
+    message = f"the header {header} is {_shown(value)}, must be {accepted}"
+    raise HTTPException(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, message)
