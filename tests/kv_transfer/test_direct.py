@@ -147,6 +147,7 @@ def test_a_tensor_that_is_no_chunk_is_refused_at_its_source(engines):
 @pytest.mark.parametrize("sends_after_s", [0.05, 20.0], ids=["amid the bytes", "before the bytes"])
 def test_a_killed_source_fails_the_transfer_fast_and_others_go_on(engines, start_engine, sends_after_s):
     source, (other, destination) = start_engine(), engines[:2]
+    assert_arrived([hand_off(other, destination, 1, 1.0)], [(1, 1.0)])  # their link is there before and behind
     before = links_and_threads(destination)
     ray.get(source.hold_back.remote("send", sends_after_s))
     ack = hand_off(source, destination, BIG, 2.0)
@@ -163,6 +164,7 @@ def test_a_killed_source_fails_the_transfer_fast_and_others_go_on(engines, start
 @pytest.mark.parametrize("receives_after_s", [0.05, 20.0], ids=["amid the bytes", "before the bytes"])
 def test_a_killed_receiver_frees_the_chunk_and_the_source_serves_others(engines, start_engine, receives_after_s):
     (source, other), destination = engines[:2], start_engine()
+    assert_arrived([hand_off(source, other, 1, 0.0)], [(1, 0.0)])
     before = links_and_threads(source)
     ray.get(destination.hold_back.remote("recv", receives_after_s))
     ack = hand_off(source, destination, BIG, 1.0)
