@@ -188,9 +188,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "-f" in arguments:
             prepare(Path(arguments[arguments.index("-f") + 1]))
         binary = _find_binary()
-        os.execv(binary, [binary, *arguments])
     except (TemplateError, ImportError, OSError) as error:
         sys.exit(f"kvrelay-haproxy: {error}")
+    try:
+        os.execv(binary, [binary, *arguments])
+    except OSError as error:
+        sys.exit(f"kvrelay-haproxy: {binary}: {error}")
 
 
 if __name__ == "__main__":
