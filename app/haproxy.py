@@ -40,7 +40,6 @@ _ERRORS = (
         "invalid_request_error",
         "bad_request",
     ),
-    (408, "Request Timeout", "the request was not completed in time", "invalid_request_error", "request_timeout"),
     (500, "Internal Server Error", "internal error", "server_error", "internal_error"),
     (502, "Bad Gateway", "the answer of the service broke off", "server_error", "bad_gateway"),
     (503, "Service Unavailable", "no replica of the service takes requests now", "server_error", "service_unavailable"),
@@ -58,7 +57,7 @@ class Rule:
     """One change of the configuration.
 
     Attributes:
-        reason: what it is good for.
+        reason: what the lines are that it changes, as the end of a sentence; what an operator reads if they are gone.
         pattern: regular expression of whole lines, without their indentation; it has to match somewhere.
         lines: what stands there instead, in the same indentation; `{0}` is what was matched, `{1}` the first group of
             the pattern.
@@ -202,9 +201,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if "-f" in arguments:
             prepare(Path(arguments[arguments.index("-f") + 1]))
         binary = _find_binary()
-        os.execv(binary, [binary, *arguments])
-    except (TemplateError, OSError) as error:
+    except (TemplateError, ImportError, OSError) as error:
         sys.exit(f"kvrelay-haproxy: {error}")
+    try:
+        os.execv(binary, [binary, *arguments])
+    except OSError as error:
+        sys.exit(f"kvrelay-haproxy: {binary}: {error}")
 
 
 if __name__ == "__main__":
