@@ -63,10 +63,11 @@ class _Matcher:
 
     def __init__(self, stop: str, sees_hidden: bool) -> None:
         self._stop = stop
+        self._length = len(stop)
         self._fallback = _borders(stop)
         self._num_matched = 0
         # Whether each of the last characters is shown; all are, where hidden ones are not looked at.
-        self._shown: deque[bool] | None = deque(maxlen=len(stop)) if sees_hidden else None
+        self._shown: deque[bool] | None = deque(maxlen=self._length) if sees_hidden else None
 
     @property
     def sees_hidden(self) -> bool:
@@ -81,13 +82,14 @@ class _Matcher:
 
     def advance(self, character: str, *, is_shown: bool = True) -> bool:
         """Take one more character; True when it completes the stop string, which ends the matching."""
-        while self._num_matched and self._stop[self._num_matched] != character:
-            self._num_matched = self._fallback[self._num_matched - 1]
-        if self._stop[self._num_matched] == character:
-            self._num_matched += 1
+        stop, num_matched = self._stop, self._num_matched
+        while num_matched and stop[num_matched] != character:
+            num_matched = self._fallback[num_matched - 1]
+        num_matched += stop[num_matched] == character
+        self._num_matched = num_matched
         if self._shown is not None:
             self._shown.append(is_shown)
-        return self._num_matched == len(self._stop)
+        return num_matched == self._length
 
 
 def _borders(text: str) -> list[int]:

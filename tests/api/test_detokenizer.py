@@ -58,7 +58,7 @@ def byte_values(codec: TextCodec, token_ids: list[int], *, skip_special_tokens: 
     shown = [t for t in tokens if t is not None and not (skip_special_tokens and t in {*SPECIALS, "<end>"})]
     if is_byte_level(codec):
         return [bytes(BYTE_OF_LETTER[letter] for letter in token) for token in shown]
-    falls_back = "ByteFallback" in codec._tokenizer.backend_tokenizer.to_str()
+    falls_back = "ByteFallback" in str(codec._backend.decoder)
     return [bytes([BYTE_TOKENS.index(t)]) if falls_back and t in BYTE_TOKENS else None for t in shown]
 
 
