@@ -63,7 +63,7 @@ class EngineInfo:
         path: folder or hub id of the model, tokenizer included.
         max_model_len: tokens of prompt plus output.
         vocab_size: ids are below this.
-        eos_token_ids: ids that end a text.
+        eos_token_ids: ids that end a text, as far as the model's configuration says.
         block_size: tokens per KV block.
         bytes_per_block: KV of one block, all layers.
         lease_s: see `EngineConfig`.

@@ -135,14 +135,8 @@ class Ingress:
         bounds: Bounds,
     ) -> None:
         engine: EngineInfo = await decode.engine_info.remote()
-        self._info = ModelInfo(
-            name=served_model_name,
-            path=engine.path,
-            max_model_len=min(engine.max_model_len, engine.num_blocks * engine.block_size),
-            vocab_size=engine.vocab_size,
-            eos_token_ids=engine.eos_token_ids,
-        )
         self._codec = await asyncio.to_thread(_load_codec, engine.path, model)
+        self._info = describe_served(engine, self._codec, served_model_name)
         tokens = await TokenReceiver.start(ray.util.get_node_ip_address(), max_unread_tokens)
         admission = Admission(bounds)
         self._backend = PoolBackend(decode, prefill, tokens, admission, resume_timeout_s)
@@ -163,6 +157,17 @@ class Ingress:
             max_body_bytes=self._max_request_bytes,
             server_sends_ids=True,
         )
+
+
+def describe_served(engine: EngineInfo, codec: TextCodec, name: str) -> ModelInfo:
+    """What the API must know of the model: what its engines say of it, and its tokenizer."""
+    return ModelInfo(
+        name=name,
+        path=engine.path,
+        max_model_len=min(engine.max_model_len, engine.num_blocks * engine.block_size),
+        vocab_size=engine.vocab_size,
+        eos_token_ids=tuple(sorted({*engine.eos_token_ids, *codec.end_token_ids})),
+    )
 
 
 def _load_codec(path: str, model: str) -> TextCodec:

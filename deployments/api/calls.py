@@ -15,6 +15,7 @@ from typing import TypeVar
 import orjson
 from pydantic import ValidationError
 
+from deployments.api.choices import TextRules
 from deployments.api.openai import ChatBody, CompletionBody, GenerateBody, explain
 from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError, RequestTooLargeError
@@ -41,7 +42,7 @@ class Call:
         created: Unix time in seconds.
         model: the name to answer with.
         requests: one per choice.
-        stops: stop strings of every choice.
+        text: how the tokens of every choice become text.
         stream: answer with server-sent events.
         include_usage: streaming: send the usage at the end.
         continuous_usage: streaming: send the usage so far with every chunk.
@@ -53,7 +54,7 @@ class Call:
     created: int
     model: str
     requests: tuple[GenerateRequest, ...]
-    stops: tuple[str, ...]
+    text: TextRules
     stream: bool
     include_usage: bool
     continuous_usage: bool
@@ -188,18 +189,35 @@ def _build_request(
         top_p=top_p,
         min_p=body.min_p,
         seed=secrets.randbits(63) if body.seed is None else body.seed,
-        stop_token_ids=() if body.ignore_eos else info.eos_token_ids,
+        stop_token_ids=_stop_token_ids(body, info),
     )
     return GenerateRequest(request_id, tuple(token_ids), sampling, priority)
 
 
-def _build_call(call_id: str, requests: Sequence[GenerateRequest], body: GenerateBody, info: ModelInfo) -> Call:
+def _stop_token_ids(body: GenerateBody, info: ModelInfo) -> tuple[int, ...]:
+    """Ids that end each choice: the model's own unless they are ignored, and those asked for, which never are."""
+    for token_id in body.stop_token_ids:
+        if not 0 <= token_id < info.vocab_size:
+            message = f"stop_token_ids must be 0 to {info.vocab_size - 1}, got {token_id}"
+            raise InvalidRequestError(message, "stop_token_ids")
+    own = () if body.ignore_eos else info.eos_token_ids
+    return tuple(dict.fromkeys(own + body.stop_token_ids))
+
+
+def _build_call(
+    call_id: str, requests: Sequence[GenerateRequest], body: CompletionBody | ChatBody, info: ModelInfo
+) -> Call:
     return Call(
         call_id=call_id,
         created=int(time.time()),
         model=info.name,
         requests=tuple(requests),
-        stops=body.stop,
+        text=TextRules(
+            continues_prompt=isinstance(body, CompletionBody) or body.continue_final_message,
+            stops=body.stop,
+            include_stop=body.include_stop_str_in_output,
+            skip_special_tokens=body.skip_special_tokens,
+        ),
         stream=body.stream,
         include_usage=body.stream_options.include_usage,
         continuous_usage=body.stream_options.continuous_usage_stats,

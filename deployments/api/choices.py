@@ -7,12 +7,13 @@ Owns when a choice ends and that its request is then closed at the backend. Know
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import msgspec
 
 from deployments.api.stop import StopChecker
-from deployments.api.text import Detokenizer
+from deployments.api.text import TextCodec
 from deployments.errors import EngineDeadError
 from deployments.messages import FinishReason, GenerateRequest, TokenOutput
 
@@ -57,19 +58,45 @@ class TextEvent(msgspec.Struct, frozen=True, gc=False):
         return len(self.token_ids)
 
 
+@dataclass(frozen=True, slots=True)
+class TextRules:
+    """How the tokens of a call's choices become text.
+
+    Attributes:
+        continues_prompt: the text is read behind that of the prompt, as a completion is; else it stands alone, as a
+            message does.
+        stops: strings that end a choice, and are not part of its text.
+        include_stop: what ended a choice, string or token, is part of its text.
+        skip_special_tokens: special tokens are not shown. A stop string that names one finds it all the same.
+    """
+
+    continues_prompt: bool
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+
+
 class ChoiceText:
     """The text of one choice, as far as its tokens have come.
 
     Args:
         choice: index of the choice in the call.
-        detokenizer: a fresh one.
-        stops: stop strings; they end the choice and are not part of its text.
+        codec: of the model.
+        prompt_token_ids: what the tokens follow.
+        rules: of the call.
     """
 
-    def __init__(self, choice: int, detokenizer: Detokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, choice: int, codec: TextCodec, prompt_token_ids: Sequence[int], rules: TextRules) -> None:
         self._choice = choice
-        self._detokenizer = detokenizer
-        self._checker = StopChecker(stops) if stops else None
+        self._include_stop = rules.include_stop
+        self._detokenizer = codec.detokenizers.build(
+            prompt_token_ids if rules.continues_prompt else (), skip_special_tokens=rules.skip_special_tokens
+        )
+        # Special tokens that are not shown and yet looked for.
+        self._hidden = codec.detokenizers.special_texts(rules.stops) if rules.skip_special_tokens else {}
+        self._checker = (
+            StopChecker(rules.stops, self._hidden.values(), include_stop=rules.include_stop) if rules.stops else None
+        )
         self._num_tokens = 0
 
     def push(self, output: TokenOutput) -> TextEvent:
@@ -77,7 +104,8 @@ class ChoiceText:
         assert output.index == self._num_tokens, (output, self._num_tokens)
         self._num_tokens += len(output.token_ids)
         # The id that ended the sequence is a signal, not text, even where it is no special token.
-        visible = output.token_ids[:-1] if output.finish_reason is FinishReason.STOP else output.token_ids
+        is_cut = output.finish_reason is FinishReason.STOP and not self._include_stop
+        visible = output.token_ids[:-1] if is_cut else output.token_ids
         if self._checker is not None:
             return self._push_checked(output, visible, self._checker)
         text = self._detokenizer.push(visible)
@@ -88,9 +116,12 @@ class ChoiceText:
     def _push_checked(self, output: TokenOutput, visible: Sequence[int], checker: StopChecker) -> TextEvent:
         """Token by token, because the tokens after a stop string do not count."""
         text = ""
-        for num_tokens, token_id in enumerate(visible, start=1):
-            piece, is_hit = checker.push(self._detokenizer.push((token_id,)))
+        for num_tokens, token_id in enumerate(output.token_ids, start=1):
+            piece, is_hit = checker.push(self._detokenizer.push((token_id,)) if num_tokens <= len(visible) else "")
             text += piece
+            if not is_hit and token_id in self._hidden:
+                piece, is_hit = self._push_hidden(self._hidden[token_id], checker)
+                text += piece
             if is_hit:
                 return self._event(output, text, output.token_ids[:num_tokens], FinishReason.STOP)
         finish_reason = output.finish_reason
@@ -99,6 +130,14 @@ class ChoiceText:
             text += piece if is_hit else piece + checker.flush()
             finish_reason = FinishReason.STOP if is_hit else finish_reason
         return self._event(output, text, output.token_ids, finish_reason)
+
+    def _push_hidden(self, special: str, checker: StopChecker) -> tuple[str, bool]:
+        """Take a special token that a stop string names; what stands before it must be known by then."""
+        before, is_hit = checker.push(self._detokenizer.flush())
+        if is_hit:
+            return before, True
+        text, is_hit = checker.push_hidden(special)
+        return before + text, is_hit
 
     def _event(
         self, output: TokenOutput, text: str, token_ids: tuple[int, ...], finish_reason: FinishReason | None

@@ -247,7 +247,7 @@ class _Exchange:
         answer = self._endpoint.build_answer(call, tally)
         generate, codec = partial(self._service.backend.generate, on_overflow=self._stall), self._service.codec
         choices = [
-            stream_choice(generate, request, ChoiceText(index, codec.detokenizer(), call.stops))
+            stream_choice(generate, request, ChoiceText(index, codec, request.prompt_token_ids, call.text))
             for index, request in enumerate(call.requests)
         ]
         async with aclosing(merge(choices)) as events:

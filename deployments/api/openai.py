@@ -28,6 +28,8 @@ MAX_PROMPTS = 1024
 # OpenAI allows 4, some peers any number; each costs a step per character of output.
 MAX_STOPS = 32
 MAX_STOP_CHARACTERS = 1024
+# Each is compared with every token.
+MAX_STOP_TOKEN_IDS = 128
 
 Prompt = str | tuple[int, ...]
 Part = dict[str, object]
@@ -116,6 +118,15 @@ def _is_id_list(value: object) -> bool:
     return isinstance(value, list) and all(type(token_id) is int for token_id in value)
 
 
+def _as_stop_token_ids(value: object) -> object:
+    if not _is_id_list(value):
+        raise PydanticCustomError("stop_token_ids", "must be a list of token ids")
+    token_ids = tuple(cast(list[int], value))
+    if len(token_ids) > MAX_STOP_TOKEN_IDS:
+        raise PydanticCustomError("stop_token_ids", f"must be at most {MAX_STOP_TOKEN_IDS} token ids")
+    return token_ids
+
+
 def _as_prompts(value: object) -> tuple[Prompt, ...]:
     if isinstance(value, str):
         prompts: list[Prompt] = [value]
@@ -173,7 +184,8 @@ class StreamOptions(_Strict):
 class GenerateBody(_Strict):
     """What both endpoints take.
 
-    `top_k` (0 and -1 are off), `min_p`, `ignore_eos` and `return_token_ids` are extensions, named as in vLLM.
+    `top_k` (0 and -1 are off), `min_p`, `stop_token_ids`, `ignore_eos`, `include_stop_str_in_output`,
+    `skip_special_tokens` and `return_token_ids` are extensions, named as in vLLM and with its meaning.
     """
 
     model: str
@@ -183,6 +195,9 @@ class GenerateBody(_Strict):
     min_p: float = Field(default=0.0, ge=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: Annotated[tuple[str, ...], BeforeValidator(_as_stops)] = ()
+    stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_as_stop_token_ids)] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
     max_tokens: int | None = Field(default=None, ge=1)
     ignore_eos: bool = False
     return_token_ids: bool = False

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from deployments.engine.attention.base import IMPLEMENTATION, register
 from deployments.engine.config import EngineConfig
+from deployments.engine.end_tokens import end_token_ids, read_end_token_ids
 from deployments.engine.fused_layers import CPU_KERNELS, fuse_layers
 from deployments.engine.kv_cache import KVShape
 from deployments.engine.merged_linear import merge_linears
@@ -48,7 +49,7 @@ class LoadedModel:
         kv_shape: KV of one token.
         max_model_len: what it was trained for, in tokens.
         vocab_size: rows of the output layer.
-        eos_token_ids: ids that end a text.
+        eos_token_ids: ids that end a text, as far as the model's configuration says.
         has_cuda_layers: its layers are replaced by those of `cuda_layers`, which only `CudaRunner` can run.
     """
 
@@ -112,7 +113,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     except ValueError as error:
         raise UnsupportedModelError(f"model {config.model!r}: {error}") from error
     loaded = prepare_model(model, path, device)
-    return replace(loaded, has_cuda_layers=optimize_layers(model))
+    end_ids = read_end_token_ids(path, loaded.vocab_size)
+    return replace(loaded, eos_token_ids=end_ids, has_cuda_layers=optimize_layers(model))
 
 
 def optimize_layers(model: PreTrainedModel) -> bool:
@@ -154,8 +156,9 @@ def prepare_model(model: PreTrainedModel, path: str, device: torch.device) -> Lo
     model.set_attn_implementation(IMPLEMENTATION)
     model.eval().requires_grad_(False)
     text_config = model.config
-    generation = getattr(model, "generation_config", None)
-    eos = getattr(generation, "eos_token_id", None) or getattr(text_config, "eos_token_id", None)
+    named = {
+        name: getattr(getattr(model, name, None), "eos_token_id", None) for name in ("config", "generation_config")
+    }
     return LoadedModel(
         model=model,
         path=path,
@@ -164,7 +167,7 @@ def prepare_model(model: PreTrainedModel, path: str, device: torch.device) -> Lo
         kv_shape=probe_kv_shape(model, device),
         max_model_len=_max_model_len(text_config),
         vocab_size=text_config.vocab_size,
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
+        eos_token_ids=end_token_ids(named, text_config.vocab_size),
     )
 
 

@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 
 def build_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer without merges: ids 0 to 255 are bytes, 256 is the special `<end>`."""
-    vocab = {_letter_of(byte): byte for byte in range(256)}
+    vocab = {letter_of(byte): byte for byte in range(256)}
     assert vocab.keys() == set(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -43,7 +43,7 @@ def build_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToke
     return wrapped
 
 
-def _letter_of(byte: int) -> str:
+def letter_of(byte: int) -> str:
     """The printable character that stands for a byte in a byte-level vocabulary, asked of the tokenizers library."""
     pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     if byte < 0x80:

@@ -6,6 +6,7 @@ import orjson
 import pytest
 
 from deployments.api.calls import Call, ModelNotFoundError, read_chat, read_completion
+from deployments.api.choices import TextRules
 from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError, RequestTooLargeError
 from tests.api.fakes import END_ID, INFO, build_codec, build_tokenizer
@@ -37,7 +38,7 @@ def test_a_completion_has_openais_defaults():
         0,
     )
     assert sampling.stop_token_ids == (END_ID,)
-    assert (call.stream, call.include_usage, call.stops) == (False, False, ())
+    assert (call.stream, call.include_usage, call.text) == (False, False, TextRules(continues_prompt=True))
 
 
 def test_every_sampling_field_reaches_the_engine():
@@ -45,7 +46,33 @@ def test_every_sampling_field_reaches_the_engine():
     sampling = call.requests[0].sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 40, 0.1)
     assert (sampling.seed, sampling.max_tokens, sampling.stop_token_ids) == (-7, 3, ())
-    assert call.stops == ("x",)
+    assert call.text.stops == ("x",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"stop_token_ids": [5, 0]}, (END_ID, 5, 0)),
+        ({"stop_token_ids": [5, END_ID, 5]}, (END_ID, 5)),
+        ({"stop_token_ids": [5], "ignore_eos": True}, (5,)),
+        ({"stop_token_ids": [END_ID], "ignore_eos": True}, (END_ID,)),
+        ({"stop_token_ids": []}, (END_ID,)),
+        ({"stop_token_ids": None}, (END_ID,)),
+    ],
+)
+@pytest.mark.parametrize("read", [completion, chat])
+def test_stop_ids_that_were_asked_for_stop_besides_the_models_own(
+    read: Any, fields: dict[str, object], expected: tuple[int, ...]
+):
+    assert read(**fields).requests[0].sampling.stop_token_ids == expected
+
+
+def test_how_tokens_become_text_is_part_of_the_call():
+    fields = {"stop": ["x", "y"], "include_stop_str_in_output": True, "skip_special_tokens": False}
+    for read, continues_prompt in ((completion, True), (chat, False)):
+        assert read(**fields).text == TextRules(
+            continues_prompt, ("x", "y"), include_stop=True, skip_special_tokens=False
+        )
 
 
 def test_top_k_minus_one_is_off():
@@ -121,7 +148,9 @@ def test_the_caller_says_whether_the_last_message_goes_on():
     assert prompt_of(chat(messages=messages)) == b"u:hi;a:Well;a:"
     assert prompt_of(chat(messages=messages, add_generation_prompt=False)) == b"u:hi;a:Well;"
     for fields in ({}, {"add_generation_prompt": False}):
-        assert prompt_of(chat(messages=messages, continue_final_message=True, **fields)) == b"u:hi;a:Well"
+        call = chat(messages=messages, continue_final_message=True, **fields)
+        assert prompt_of(call) == b"u:hi;a:Well"
+        assert call.text.continues_prompt, "what comes is read behind the message that it continues"
 
 
 def test_a_top_p_of_zero_keeps_the_most_likely_token():
@@ -131,7 +160,7 @@ def test_a_top_p_of_zero_keeps_the_most_likely_token():
 
 def test_more_stops_than_openais_four_are_taken():
     stops = [f"stop {number}" for number in range(32)]
-    assert completion(stop=stops).stops == tuple(stops)
+    assert completion(stop=stops).text.stops == tuple(stops)
 
 
 def test_either_name_limits_a_chat():
@@ -225,6 +254,13 @@ def test_an_unsupported_field_is_refused_by_name(read: Any, field: str, value: o
         (completion, {"stop": ["a", ""]}, "stop", "1 to 1024 characters"),
         (completion, {"stop": ["x"] * 33}, "stop", "at most 32"),
         (completion, {"stop": [1]}, "stop", "list of strings"),
+        (completion, {"stop_token_ids": 5}, "stop_token_ids", "must be a list of token ids, got 5"),
+        (completion, {"stop_token_ids": [True]}, "stop_token_ids", "must be a list of token ids"),
+        (completion, {"stop_token_ids": ["5"]}, "stop_token_ids", "must be a list of token ids"),
+        (completion, {"stop_token_ids": [5, 257]}, "stop_token_ids", "must be 0 to 256, got 257"),
+        (completion, {"stop_token_ids": [-1]}, "stop_token_ids", "must be 0 to 256, got -1"),
+        (completion, {"stop_token_ids": [5] * 129}, "stop_token_ids", "at most 128 token ids"),
+        (chat, {"skip_special_tokens": "no"}, "skip_special_tokens", "valid boolean, got 'no'"),
         (completion, {"stream_options": {"include_usage": True}}, "stream_options", "only allowed with stream"),
         (completion, {"stream": True, "stream_options": 3}, "stream_options", "must be a JSON object, got 3"),
         (completion, {"prompt": ""}, "prompt", "must not be empty"),

@@ -6,19 +6,21 @@ from contextlib import aclosing
 
 import pytest
 
-from deployments.api.choices import ChoiceText, TextEvent, merge, stream_choice
+from deployments.api.choices import ChoiceText, TextEvent, TextRules, merge, stream_choice
 from deployments.errors import EngineDeadError, TransferError
 from deployments.messages import FinishReason, GenerateRequest, SamplingParams
 from tests.api.fakes import END_ID, PLAIN_END_ID, FakeBackend, Hang, Step, build_codec, playing
 
 CODEC = build_codec()
+REQUEST = GenerateRequest("r", (1,), SamplingParams(max_tokens=9))
 
 
-async def events_of(backend: FakeBackend, stops: Sequence[str] = ()) -> list[TextEvent]:
-    request = GenerateRequest("r", (1,), SamplingParams(max_tokens=9))
-    return [
-        event async for event in stream_choice(backend.generate, request, ChoiceText(0, CODEC.detokenizer(), stops))
-    ]
+def text_of(rules: TextRules, prompt: Sequence[int] = (1,)) -> ChoiceText:
+    return ChoiceText(0, CODEC, prompt, rules)
+
+
+async def events_of(backend: FakeBackend, rules: TextRules, prompt: Sequence[int] = (1,)) -> list[TextEvent]:
+    return [event async for event in stream_choice(backend.generate, REQUEST, text_of(rules, prompt))]
 
 
 def summary(events: list[TextEvent]) -> tuple[str, int, FinishReason | None]:
@@ -42,13 +44,79 @@ def summary(events: list[TextEvent]) -> tuple[str, int, FinishReason | None]:
     ],
 )
 async def test_a_choice_ends_where_it_should(steps: list[Step], stops: Sequence[str], expected: tuple[str, int, str]):
-    assert summary(await events_of(playing(*steps), stops)) == expected
+    rules = TextRules(continues_prompt=True, stops=tuple(stops))
+    assert summary(await events_of(playing(*steps), rules)) == expected
+
+
+END = "<end>"
+
+
+@pytest.mark.parametrize(
+    ("steps", "stops", "expected"),
+    [
+        (["ab", [END_ID], "c", FinishReason.LENGTH], (END,), ("ab", 3, "stop")),
+        (["ab", [ord("c"), END_ID, ord("d")], FinishReason.LENGTH], (END,), ("abc", 4, "stop")),
+        (["ab", [END_ID], "c", FinishReason.LENGTH], (f"b{END}",), ("a", 3, "stop")),
+        (["ab", [END_ID], "cd", FinishReason.LENGTH], (f"b{END}c",), ("a", 4, "stop")),
+        (["ab", [END_ID], "d", FinishReason.LENGTH], (f"b{END}c",), ("abd", 4, "length")),
+        (["ab", [END_ID], FinishReason.STOP], (f"b{END}",), ("a", 3, "stop")),
+        (["ab", [END_ID], "cd", FinishReason.LENGTH], ("bc",), ("a", 4, "stop")),
+        (["a", [END_ID], "bcd", FinishReason.LENGTH], ("bc", f"{END}d"), ("a", 4, "stop")),
+        (["a", END, "b", FinishReason.LENGTH], (END,), ("a", 6, "stop")),
+        (["a", "é".encode()[:1], [END_ID], "b", FinishReason.LENGTH], (END,), ("a\ufffd", 3, "stop")),
+        (["a", "é".encode()[:1], [END_ID], "b", FinishReason.LENGTH], (f"a{END}",), ("a\ufffdb", 4, "length")),
+    ],
+)
+async def test_a_stop_string_finds_special_tokens_that_are_not_shown(
+    steps: list[Step], stops: tuple[str, ...], expected: tuple[str, int, str]
+):
+    assert summary(await events_of(playing(*steps), TextRules(continues_prompt=True, stops=stops))) == expected
+
+
+@pytest.mark.parametrize(
+    ("steps", "stops", "expected"),
+    [
+        (["abcdef", FinishReason.LENGTH], ("cd",), "abcd"),
+        (["ab", [PLAIN_END_ID], FinishReason.STOP], (), "ab!"),
+        (["ab", [PLAIN_END_ID], FinishReason.STOP], ("x",), "ab!"),
+        (["ab", [END_ID], FinishReason.STOP], (), "ab"),
+        (["ab", [END_ID], "c", FinishReason.LENGTH], (f"b{END}",), "ab"),
+    ],
+)
+async def test_what_ended_a_choice_is_part_of_its_text_where_that_is_asked_for(
+    steps: list[Step], stops: tuple[str, ...], expected: str
+):
+    rules = TextRules(continues_prompt=True, stops=stops, include_stop=True)
+    assert summary(await events_of(playing(*steps), rules))[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("steps", "stops", "expected"),
+    [
+        (["ab", [END_ID], "c", FinishReason.LENGTH], (), ("ab<end>c", 4, "length")),
+        (["ab", [END_ID], FinishReason.STOP], (), ("ab", 3, "stop")),
+        (["ab", [END_ID], "c", FinishReason.LENGTH], (END,), ("ab", 3, "stop")),
+        (["ab", [END_ID], "c", FinishReason.LENGTH], ("<e",), ("ab", 3, "stop")),
+    ],
+)
+async def test_special_tokens_are_text_where_they_are_shown(
+    steps: list[Step], stops: tuple[str, ...], expected: tuple[str, int, str]
+):
+    rules = TextRules(continues_prompt=True, stops=stops, skip_special_tokens=False)
+    assert summary(await events_of(playing(*steps), rules)) == expected
+
+
+@pytest.mark.parametrize(("continues_prompt", "expected"), [(True, "éa"), (False, "\ufffda")])
+async def test_only_a_continuation_is_read_behind_its_prompt(continues_prompt: bool, expected: str):
+    first, last = "é".encode()
+    backend = playing([last], "a", FinishReason.LENGTH)
+    events = await events_of(backend, TextRules(continues_prompt=continues_prompt), prompt=(ord("x"), first))
+    assert summary(events)[0] == expected
 
 
 async def test_a_stop_string_ends_the_request_at_the_backend_before_the_last_event_goes_out():
     backend = playing("a", "STOP", Hang())
-    request = GenerateRequest("r", (1,), SamplingParams(max_tokens=9))
-    stream = stream_choice(backend.generate, request, ChoiceText(0, CODEC.detokenizer(), ("STOP",)))
+    stream = stream_choice(backend.generate, REQUEST, text_of(TextRules(continues_prompt=True, stops=("STOP",))))
     async with aclosing(stream):
         await anext(stream)
         assert backend.running == {"r"}
@@ -59,11 +127,11 @@ async def test_a_stop_string_ends_the_request_at_the_backend_before_the_last_eve
 
 async def test_a_stream_that_ends_without_a_reason_is_an_error():
     with pytest.raises(EngineDeadError, match="without a finish reason"):
-        await events_of(playing("a"))
+        await events_of(playing("a"), TextRules(continues_prompt=True))
 
 
 async def test_a_lost_token_is_a_broken_invariant():
-    text = ChoiceText(0, CODEC.detokenizer(), ())
+    text = text_of(TextRules(continues_prompt=True))
     outputs = [output async for output in playing("a", "b").generate(GenerateRequest("r", (), SamplingParams(1)))]
     text.push(outputs[0])
     with pytest.raises(AssertionError):

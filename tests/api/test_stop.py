@@ -52,6 +52,49 @@ def test_no_more_is_held_back_than_could_begin_a_stop(stops: list[str], pieces: 
         assert emitted == text.removesuffix(held)
 
 
+# Shown text in small letters; "X" is a special token, which is not shown.
+mixed_pieces = st.lists(st.one_of(st.text("ab", max_size=3), st.just("X")), max_size=12)
+mixed_stops = st.lists(st.text("abX", min_size=1, max_size=4), min_size=1, max_size=4)
+
+
+def run_mixed(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
+    checker, emitted = StopChecker(stops, ["X"]), ""
+    for piece in pieces:
+        text, is_hit = checker.push_hidden(piece) if piece == "X" else checker.push(piece)
+        emitted += text
+        if is_hit:
+            return emitted, True
+    return emitted + checker.flush(), False
+
+
+@given(stops=mixed_stops, pieces=mixed_pieces)
+def test_a_stop_that_names_a_special_token_sees_it_and_the_others_do_not(stops: list[str], pieces: list[str]):
+    text = "".join(pieces)
+    for end in range(1, len(text) + 1):
+        seen, shown = text[:end], text[:end].replace("X", "")
+        hits = [stop for stop in stops if (seen if "X" in stop else shown).endswith(stop)]
+        # Text that is not shown completes no stop string that looks only at what is.
+        hits = [stop for stop in hits if "X" in stop or text[end - 1] != "X"]
+        if hits:
+            longest = max(len(stop.replace("X", "")) for stop in hits)
+            assert run_mixed(stops, pieces) == (shown[: len(shown) - longest], True)
+            return
+    assert run_mixed(stops, pieces) == (text.replace("X", ""), False)
+
+
+@given(stops=stop_strings, pieces=text_pieces)
+def test_a_stop_string_can_be_part_of_the_text(stops: list[str], pieces: list[str]):
+    checker, emitted, is_hit = StopChecker(stops, include_stop=True), "", False
+    for piece in pieces:
+        text, is_hit = checker.push(piece)
+        emitted += text
+        if is_hit:
+            break
+    whole = "".join(pieces)
+    end = min((whole.find(stop) + len(stop) for stop in stops if stop in whole), default=len(whole))
+    assert (emitted if is_hit else emitted + checker.flush()) == whole[:end]
+
+
 @pytest.mark.parametrize(
     ("stops", "pieces", "emitted"),
     [

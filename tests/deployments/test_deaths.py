@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deployments.engine.engine import Engine
 from deployments.errors import EngineDeadError
-from deployments.messages import ChunkReady, GenerateRequest, SamplingParams, TokenOutput
+from deployments.messages import ChunkReady, FinishReason, GenerateRequest, SamplingParams, TokenOutput
 from tests.deployments.fakes import LocalActor, Pools
 from tests.deployments.test_fronts import NUM_TOKENS, PROMPT, collect, tokens_of
 from tests.engine.driving import greedy
@@ -92,6 +92,26 @@ async def test_a_request_outlives_several_deaths(start: StartPools, num_deaths: 
     assert tokens_of(outputs) == reference("llama", PROMPT, NUM_TOKENS)
     resumed = pools.backend.clients.registry.get_sample_value("kvrelay_requests_resumed_total")
     assert resumed == num_deaths
+    await pools.wait_idle()
+
+
+@pytest.mark.parametrize("num_deaths", [0, 1])
+@pytest.mark.parametrize("min_tokens", [16, 10_000], ids=["disaggregated", "colocated"])
+@pytest.mark.parametrize("place", [0, 3])
+async def test_a_stop_token_ends_a_request_wherever_it_is_drawn(
+    start: StartPools, min_tokens: int, num_deaths: int, place: int
+) -> None:
+    tokens = reference("llama", PROMPT, NUM_TOKENS)
+    expected = tokens[: tokens.index(tokens[place]) + 1]
+    pools = await start(min_tokens=min_tokens, num_decode=2)
+    sampling = SamplingParams(max_tokens=MANY_TOKENS, temperature=0, stop_token_ids=(tokens[place], 0))
+    async with aclosing(pools.generate(GenerateRequest("r", PROMPT, sampling))) as stream:
+        outputs = [await anext(stream)]
+        for actor in pools.actors[1 : 1 + num_deaths]:
+            actor.die()
+        outputs += [output async for output in stream]
+    assert tokens_of(outputs) == expected
+    assert outputs[-1].finish_reason is FinishReason.STOP
     await pools.wait_idle()
 
 

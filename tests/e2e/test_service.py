@@ -46,6 +46,28 @@ def test_openai_client_completes_and_stops(service: Service) -> None:
         assert [m.id for m in client.models.list()] == [MODEL_NAME]
 
 
+@pytest.mark.parametrize(
+    "stop",
+    [{"stop": ["<|im_end|>"]}, {"stop": [".<|im_end|>"]}, {"stop_token_ids": [2]}],
+    ids=["special", "both", "id"],
+)
+def test_what_is_asked_to_stop_does_so_though_the_models_own_end_is_ignored(
+    service: Service, client: httpx.Client, stop: dict[str, object]
+) -> None:
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    body = {"model": MODEL_NAME, "messages": question, "max_tokens": 24, "temperature": 0}
+
+    def ask(**fields: object) -> tuple[str, str]:
+        response = client.post(f"{service.url}/v1/chat/completions", json=body | fields)
+        choice = response.raise_for_status().json()["choices"][0]
+        return choice["message"]["content"], choice["finish_reason"]
+
+    text, finish_reason = ask()
+    assert (text[-1], finish_reason) == (".", "stop"), "the model ends its turn"
+    expected = text[:-1] if stop.get("stop") == [".<|im_end|>"] else text
+    assert ask(ignore_eos=True, **stop) == (expected, "stop")
+
+
 def test_a_sampled_answer_depends_on_its_seed_alone(services: dict[str, Service], client: httpx.Client) -> None:
     def sample(service: Service, seed: int) -> str:
         prompt = "Once upon a time there was a little robot who lived in a lighthouse by the sea. " * 6

@@ -1,6 +1,7 @@
 """Models are found, converted once, checked and loaded as asked for."""
 
 import copy
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -167,14 +168,21 @@ def test_the_fingerprint_tells_models_apart_and_not_loads(local_model: str) -> N
     assert prepare_model(other, "", CPU).fingerprint != same
 
 
-def test_the_end_of_text_ids_come_from_the_generation_config_first() -> None:
+def test_the_end_tokens_are_those_of_both_configurations() -> None:
     chat = copy.deepcopy(build_model("llama"))
     assert prepare_model(chat, "", CPU).eos_token_ids == ()
     chat.config.eos_token_id = 7
     assert prepare_model(chat, "", CPU).eos_token_ids == (7,)
     assert chat.generation_config is not None
     chat.generation_config.eos_token_id = [3, 4]
-    assert prepare_model(chat, "", CPU).eos_token_ids == (3, 4)
+    assert prepare_model(chat, "", CPU).eos_token_ids == (3, 4, 7)
+
+
+def test_a_loaded_model_ends_where_any_of_its_files_says(local_model: str) -> None:
+    for name, value in (("config.json", [7, 0]), ("generation_config.json", 3)):
+        file = Path(local_model) / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": value}))
+    assert load_model(EngineConfig(model=local_model)).eos_token_ids == (0, 3, 7)
 
 
 def test_the_package_of_the_bundled_model_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

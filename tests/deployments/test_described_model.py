@@ -1,0 +1,44 @@
+"""What the ingress tells the API of the model, put together from its engines and its tokenizer."""
+
+from dataclasses import replace
+
+import pytest
+
+from deployments.api.text import TextCodec
+from deployments.engine_actor import EngineInfo
+from deployments.ingress import describe_served
+from tests.api.fakes import END_ID, build_tokenizer
+
+ENGINE = EngineInfo(
+    path="some/model",
+    max_model_len=4096,
+    vocab_size=257,
+    eos_token_ids=(),
+    block_size=16,
+    bytes_per_block=1,
+    lease_s=1.0,
+    pid=1,
+    num_blocks=100,
+)
+
+
+@pytest.mark.parametrize(
+    ("configured", "tokenizers_own", "expected"),
+    [
+        ((7,), "<end>", (7, END_ID)),
+        ((7, END_ID), "<end>", (7, END_ID)),
+        ((0,), None, (0,)),
+        ((), "<end>", (END_ID,)),
+    ],
+)
+def test_a_text_ends_where_the_engines_or_the_tokenizer_say(
+    configured: tuple[int, ...], tokenizers_own: str | None, expected: tuple[int, ...]
+) -> None:
+    tokenizer = build_tokenizer()
+    tokenizer.eos_token = tokenizers_own
+    engine = replace(ENGINE, eos_token_ids=configured)
+    assert describe_served(engine, TextCodec(tokenizer), "m").eos_token_ids == expected
+
+
+def test_the_context_is_no_longer_than_the_pool_holds() -> None:
+    assert describe_served(ENGINE, TextCodec(build_tokenizer()), "m").max_model_len == 1600
