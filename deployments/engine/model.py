@@ -24,7 +24,9 @@ from deployments.engine.fused_layers import CPU_KERNELS, fuse_layers
 from deployments.engine.kv_cache import KVShape
 from deployments.engine.merged_linear import merge_linears
 from deployments.engine.packed_linear import pack_linears
+from deployments.engine.positions import FIXED, PositionRule
 from deployments.engine.probe import is_plain, probe_kv_shape
+from deployments.engine.rope import separate_lengths
 from deployments.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
@@ -32,8 +34,6 @@ logger = logging.getLogger(__name__)
 BUNDLED_MODEL = "smollm2-135m-instruct"
 _FULL_ATTENTION = frozenset({"full_attention", "sliding_attention"})
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# These rotary embeddings change with the longest sequence of a batch, so one request would change another's tokens.
-_LENGTH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ class LoadedModel:
         fingerprint: tells models apart whose KV must not be mixed; the same in every process that loads the same one.
         device: where it is.
         kv_shape: KV of one token.
-        max_model_len: what it was trained for, in tokens.
+        max_model_len: what it was made for, in tokens.
+        positions: what its rotary embedding needs to know of a sequence.
         vocab_size: rows of the output layer.
         eos_token_ids: ids that end a text.
         has_cuda_layers: its layers are replaced by those of `cuda_layers`, which only `CudaRunner` can run.
@@ -60,6 +61,7 @@ class LoadedModel:
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    positions: PositionRule = FIXED
     has_cuda_layers: bool = False
 
 
@@ -154,6 +156,7 @@ def prepare_model(model: PreTrainedModel, path: str, device: torch.device) -> Lo
     model.set_attn_implementation(IMPLEMENTATION)
     model.eval().requires_grad_(False)
     text_config = model.config
+    positions, longest = separate_lengths(model)
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None) or getattr(text_config, "eos_token_id", None)
     return LoadedModel(
@@ -162,7 +165,8 @@ def prepare_model(model: PreTrainedModel, path: str, device: torch.device) -> Lo
         fingerprint=_fingerprint(model),
         device=device,
         kv_shape=probe_kv_shape(model, device),
-        max_model_len=_max_model_len(text_config),
+        max_model_len=longest,
+        positions=positions,
         vocab_size=text_config.vocab_size,
         eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),),
     )
@@ -194,17 +198,6 @@ def _choose_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
-
-
-def _max_model_len(config: PretrainedConfig) -> int:
-    max_len = int(config.max_position_embeddings)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE:
-        original = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", None
-        )
-        max_len = min(max_len, int(original or max_len))
-    return max_len
 
 
 def _fingerprint(model: PreTrainedModel) -> str:
