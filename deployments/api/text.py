@@ -66,7 +66,7 @@ class TextCodec:
         """Load the tokenizer in the folder `path`; takes seconds."""
         from transformers import AutoTokenizer
 
-        return cls(AutoTokenizer.from_pretrained(path))
+        return cls(AutoTokenizer.from_pretrained(path, trust_remote_code=False))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with the special tokens that the tokenizer adds by itself."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from deployments.engine.positions import FIXED, PositionRule, ScaledPositions, SwitchedPositions
+from deployments.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +26,15 @@ _LENGTH_DEPENDENT = frozenset({"dynamic", "longrope"})
 
 
 def max_model_len(config: PretrainedConfig) -> int:
-    """Tokens of the longest sequence that a model was made for, its rotary embedding stretched as far as it says."""
-    longest = int(config.max_position_embeddings)
+    """Tokens of the longest sequence that a model was made for, its rotary embedding stretched as far as it says.
+
+    Raises:
+        UnsupportedModelError: its configuration does not say.
+    """
+    if (longest := getattr(config, "max_position_embeddings", None)) is None:
+        raise UnsupportedModelError(f"{config.model_type} does not say how long a text may be: max_position_embeddings")
     stretched = [_stretched_len(rope, longest) for rope in _rope_parameters(config)]
-    return max([longest, *stretched]) if stretched else longest
+    return int(max([longest, *stretched]))
 
 
 def separate_lengths(model: PreTrainedModel) -> tuple[PositionRule, int]:

@@ -9,7 +9,8 @@ import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from deployments.engine.config import EngineConfig
-from deployments.engine.model import check_config, load_model, prepare_model
+from deployments.engine.model import load_model, prepare_model
+from deployments.engine.model_config import check_config
 from deployments.engine.sizing import choose_limits
 from deployments.errors import InvalidRequestError, RequestTooLargeError, UnsupportedModelError
 from deployments.messages import GenerateRequest, SamplingParams
