@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from fcntl import LOCK_EX, flock
 from hashlib import blake2b
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ def _write_dense(file: Path, named: Path, folder: Path) -> None:
     source = _Source(file, named)
     config = source.config()
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
             config=config,
@@ -99,6 +100,7 @@ def _write_dense(file: Path, named: Path, folder: Path) -> None:
         raise
     except Exception as error:
         raise source.refusal(brief(error)) from error
+    model, found = loaded
     check_complete(str(named), model, found)
     source.check_used(model)
     # transformers dequantizes on loading but goes on calling the model quantized, and then will not save it.
@@ -175,17 +177,24 @@ class _Source:
         Raises:
             UnsupportedModelError: names them.
         """
-        processor = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)(config=model.config.to_dict())
-        placed = get_gguf_hf_weights_map(model, processor)
-        # Experts are parameters themselves, and named without "weight".
-        known = _ROPE_TENSORS | placed.keys() | {f"{name}.weight" for name in placed}
-        lost = sorted(self._tensors.keys() - known)
+        make: Any = TENSOR_PROCESSORS.get(self._architecture, TensorProcessor)
+        processor = make(config=model.config.to_dict())
+        # Its parts by themselves only if need be: that takes seconds.
+        whole = SimpleNamespace(config=model.config, state_dict=model.state_dict, named_children=tuple)
+        lost = self._lost(get_gguf_hf_weights_map(whole, processor))
+        if lost:
+            lost = self._lost(get_gguf_hf_weights_map(model, processor))
         if lost and lost != ["output.weight"]:  # which some architectures are given by hand
             raise self.refusal(f"tensors that transformers does not read: {', '.join(lost[:5])} ({len(lost)} in all)")
         turned = {2 * len(module.inv_freq) for module in model.modules() if hasattr(module, "inv_freq")}
         wanted = self._of_architecture("rope.dimension_count")
         if wanted is not None and turned and turned != {wanted}:
             raise self.refusal(f"{wanted} dimensions of each head are to be rotated, transformers rotates {turned}")
+
+    def _lost(self, placed: dict[str, str]) -> list[str]:
+        """Tensors of the file that are not among those that have a place."""
+        # Experts are parameters themselves, and named without "weight".
+        return sorted(self._tensors.keys() - _ROPE_TENSORS - placed.keys() - {f"{name}.weight" for name in placed})
 
     def _rope(self, config: PretrainedConfig) -> dict[str, Any]:
         """Parameters of a rotary embedding that is scaled, or turns a part of each head."""

@@ -89,6 +89,7 @@ def load_model(config: EngineConfig) -> LoadedModel:
     register()
     path = resolve_model(config.model)
     device = _choose_device(config.device)
+    torch.empty(0, device=device)  # raises here, if there is none: no fault of the model
     hf_config = read_config(path)
     check_config(hf_config)
     dtype: torch.dtype | str = _DTYPES.get(config.dtype, torch.float32 if device.type == "cpu" else "auto")

@@ -102,8 +102,8 @@ def check_config(config: PretrainedConfig) -> None:
 
 def repair(values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> dict[str, Any]:
     """Give values the types that the class asks for, where they mean the same: 2.0 for 2, 1 for 1.0, "2" for 2."""
-    repaired = _copied(values)
-    for field in fields(config_class):  # type: ignore[arg-type]  # made a dataclass by a decorator
+    repaired: dict[str, Any] = _copied(values)
+    for field in fields(config_class):
         if field.name in repaired:
             repaired[field.name] = as_one_of(repaired[field.name], _kinds(field.type))
     for name in _ROPE_FLOATS:

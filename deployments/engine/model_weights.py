@@ -36,7 +36,7 @@ def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrai
             the like that its configuration does not: names them.
     """
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,
             trust_remote_code=False,
@@ -45,10 +45,11 @@ def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrai
             output_loading_info=True,
             **options,
         )
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
         raise _explained(path, config, error) from error
+    model, found = loaded
     check_complete(path, model, found)
     return cast(PreTrainedModel, model)
 

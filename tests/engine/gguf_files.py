@@ -90,9 +90,10 @@ def write_gguf(
     writer.add_key_length(head_dim)
     writer.add_rope_dimension_count(int(head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0)))
     _add_tokenizer(writer, config.vocab_size)
+    add: dict[type, Any] = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in (metadata or {}).items():
         name = f"{architecture}{key}" if key.startswith(".") else key
-        {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)](name, value)
+        add[type(value)](name, value)
     tensors = _tensors(model, architecture, head_dim)
     for name, weight in (tensors | (extra or {})).items():
         if name not in leave_out:

@@ -70,7 +70,8 @@ def test_a_single_weight_that_is_missing_is_named(folder: Path, name: str) -> No
 
 
 def test_an_output_layer_that_is_the_embedding_may_be_missing(tmp_path: Path) -> None:
-    config = LlamaConfig(**copy.deepcopy(SIZES | {"tie_word_embeddings": True}))
+    sizes: dict[str, Any] = copy.deepcopy(SIZES | {"tie_word_embeddings": True})
+    config = LlamaConfig(**sizes)
     model: PreTrainedModel = randomize(AutoModelForCausalLM.from_config(config))
     model.save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")

@@ -1,7 +1,6 @@
 """GGUF files of all kinds become the models that they were written from, or are refused by the name of the fault."""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ PROMPT = random_prompt(60, seed=3)
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KVRELAY_CACHE", str(tmp_path / "cache"))
     (tmp_path / "files").mkdir()
     return tmp_path / "files"

@@ -256,5 +256,5 @@ def test_the_full_length_is_served(family: str) -> None:
     ],
 )
 def test_the_length_is_what_the_embedding_stretches_to(rope: dict[str, Any], longest: int) -> None:
-    sizes = SIZES | {"max_position_embeddings": 1024}
+    sizes: dict[str, Any] = SIZES | {"max_position_embeddings": 1024}
     assert max_model_len(transformers.LlamaConfig(**sizes, rope_parameters=rope)) == longest
