@@ -26,9 +26,12 @@ from app.config import AppConfig
 from app.haproxy import LOOPBACK_VARIABLE
 from app.local_process import RunFolder, Server
 from app.local_server import HOST, RUNS, STAGE_MARK
+from deployments.engine.model_files import check_model
+from deployments.errors import UnsupportedModelError
 
 SERVE_SETTINGS = Path(__file__).with_name("serve.env")
-# What deployments/engine/model.py logs; its one step that takes a minute.
+APP = "app:graph"
+# What deployments/engine/gguf_conversion.py logs; its one step that takes a minute.
 _CONVERSION = re.compile(r"converting \S+ to \S+ \(once\)")
 # What a shell has of its own.
 _SHELL_VARIABLES = {"PATH", "PWD", "OLDPWD", "SHLVL", "_"}
@@ -58,9 +61,12 @@ def up(folder: RunFolder, app: str, port: int, num_cpus: int | None, timeout_s: 
 
     Raises:
         ConfigError: an argument is wrong; nothing was started.
+        UnsupportedModelError: there is no such model, or it is not whole; nothing was started.
         LocalError: it runs already, the port is taken, or it did not start.
     """
     config = parse_arguments(pairs)
+    if app == APP:  # what another one does with the name, only it knows
+        check_model(config.model)
     num_cpus = num_cpus or max(os.cpu_count() or 1, math.ceil(config.max_num_cpus()))
     started = time.monotonic()
     with folder.locked():
@@ -241,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--port", type=int, default=8000, help="of the API on 127.0.0.1 (default: %(default)s)")
     start.add_argument("--num-cpus", type=int, help="CPUs that Ray may hand out (default: what the arguments need)")
     start.add_argument("--timeout", type=float, default=1800, help="seconds to wait (default: %(default)s)")
-    start.add_argument("--app", default="app:graph", help="import path of the graph (default: %(default)s)")
+    start.add_argument("--app", default=APP, help="import path of the graph (default: %(default)s)")
     start.add_argument("arguments", nargs="*", metavar="key=value", help="see python -m app.local --help")
     commands.add_parser("down", help="stop the server")
     commands.add_parser("status", help="say whether it runs")
@@ -261,7 +267,7 @@ def main() -> int:
             down(folder)
         else:
             status(folder)
-    except (ConfigError, LocalError) as error:
+    except (ConfigError, LocalError, UnsupportedModelError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

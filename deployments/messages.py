@@ -53,12 +53,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One prompt to continue, as token ids."""
+    """One prompt to continue, as token ids.
+
+    Attributes:
+        num_resumed_tokens: the last so many of the prompt were generated, before the request was lost and resumed.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     priority: Priority = Priority.NORMAL
+    num_resumed_tokens: int = 0
 
     @property
     def origin(self) -> str:

@@ -122,7 +122,9 @@ def _remainder(request: GenerateRequest, stream: TokenStream) -> GenerateRequest
         return request
     sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - len(done))
     prompt = request.prompt_token_ids + done
-    return replace(request, request_id=stream.name, prompt_token_ids=prompt, sampling=sampling)
+    return replace(
+        request, request_id=stream.name, prompt_token_ids=prompt, sampling=sampling, num_resumed_tokens=len(done)
+    )
 
 
 def as_ours(error: Exception) -> Exception:

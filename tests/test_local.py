@@ -143,6 +143,31 @@ def test_a_wrong_argument_is_refused_before_anything_starts(folder, port, pair, 
     assert not folder.log.exists()
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [("/no/such/folder", "model '/no/such/folder': no such folder"), ("a b/c d", "nor a hub id (OWNER/NAME)")],
+)
+def test_a_model_that_is_not_there_is_refused_in_one_line_before_anything_starts(folder, port, model, message):
+    refused = run(folder, "up", "--port", str(port), f"model={model}")
+    assert refused.returncode == 1
+    assert message in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert not folder.log.exists()
+
+
+def test_make_serve_hands_on_a_model_whose_path_has_spaces_and_quotes(tmp_path):
+    echo = tmp_path / "python"
+    echo.write_text("#!/bin/bash\nprintf '%s\\n' \"$@\"\n")
+    echo.chmod(0o755)
+    model = """/a b/it's a "model", small"""
+    installed = [f"--assume-old={path}" for path in (".venv/.stamp-runtime", ".venv/bin/python")]
+    made = subprocess.run(
+        ["make", *installed, "serve", f"PY={echo}", f"MODEL={model}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert made.stdout.splitlines() == ["-m", "app.local", "up", "--port", "8000", f"model={model}"]
+
+
 def test_a_process_that_ignores_the_order_to_stop_is_ended_by_force():
     stubborn = (
         "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True); signal.pause()"

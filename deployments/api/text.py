@@ -60,7 +60,7 @@ class TextCodec:
         """Load the tokenizer in the folder `path`; takes seconds."""
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not tokenizer.chat_template:
             tokenizer.chat_template = read_legacy_template(path)
         return cls(tokenizer)

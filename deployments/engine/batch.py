@@ -35,7 +35,7 @@ class Batch:
 
     Attributes:
         input_ids: (T,) int64; `PENDING` for tokens that the step before draws.
-        positions: (T,) int64, within each sequence.
+        positions: (T,) int64, within each sequence, plus the sequence's `position_offset`.
         slot_mapping: (T,) int64, where each token's KV goes in the flattened pool.
         logits_indices: (S,) int64, flat positions whose logits are wanted, in the order of the sequences.
         decode_block_tables: (D, B) int64, padded with zeros.
@@ -83,7 +83,7 @@ def build_batch(scheduled: list[ScheduledSequence], block_size: int, device: tor
             block_ids = torch.from_numpy(table).to(device)
             chunks.append(PromptChunk(len(input_ids), item.num_tokens, start, block_ids))
         input_ids += sequence.token_ids[start:end]
-        positions.append(position)
+        positions.append(position + sequence.position_offset)
         slots.append(table[position // block_size] * block_size + position % block_size)
         if item.samples:
             logits_indices.append(len(input_ids) - 1)

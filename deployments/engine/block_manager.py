@@ -20,13 +20,18 @@ def hash_block(parent: bytes, token_ids: Iterable[int]) -> bytes:
     """Identify a full block by its tokens and everything before it.
 
     Args:
-        parent: hash of the previous block; empty for the first one.
+        parent: hash of the previous block; `root_of` for the first one.
         token_ids: the tokens of this block.
 
     Returns:
         16 bytes, the same in every process, so that other engines and routers can compare them.
     """
     return blake2b(array("I", token_ids).tobytes(), key=parent, digest_size=_HASH_BYTES).digest()
+
+
+def root_of(position_offset: int) -> bytes:
+    """What the first block of a sequence follows; KV of other positions has another root, and none is the usual one."""
+    return position_offset.to_bytes(8, "big") if position_offset else b""
 
 
 class BlockManager:
@@ -180,7 +185,8 @@ class BlockManager:
         hashes, size = sequence.block_hashes, self.block_size
         while len(hashes) < num_blocks:
             start = len(hashes) * size
-            hashes.append(hash_block(hashes[-1] if hashes else b"", sequence.token_ids[start : start + size]))
+            parent = hashes[-1] if hashes else root_of(sequence.position_offset)
+            hashes.append(hash_block(parent, sequence.token_ids[start : start + size]))
         return hashes
 
     def _hold(self, block: int) -> None:

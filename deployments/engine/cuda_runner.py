@@ -135,7 +135,7 @@ class CudaRunner:
         starts = np.fromiter((item.start for item in decodes), np.int32, count)
         token_ids[:count] = [item.sequence.token_ids[item.start] for item in decodes]
         sources[:count] = self._sources(decodes)
-        positions[:count] = starts
+        positions[:count] = starts + np.fromiter((item.sequence.position_offset for item in decodes), np.int32, count)
         lens[:count] = starts + 1
         for row, item in zip(tables, decodes, strict=False):
             blocks = item.sequence.block_table
@@ -164,9 +164,10 @@ class CudaRunner:
         flat = upload.values[: 3 * graph.length + 1]
         token_ids, positions, slots = flat[:-1].reshape(3, graph.length)
         token_ids[:count] = item.sequence.token_ids[:count]
-        positions[:] = np.arange(graph.length)
+        position = np.arange(graph.length)
+        positions[:] = position + item.sequence.position_offset
         table = np.asarray(item.sequence.block_table, dtype=np.int32)
-        slots[:count] = table[positions[:count] // size] * size + positions[:count] % size
+        slots[:count] = table[position[:count] // size] * size + position[:count] % size
         token_ids[count:], slots[count:] = 0, -1
         flat[-1] = count - 1
         upload.to(graph.inputs, len(flat))
@@ -187,7 +188,7 @@ class CudaRunner:
             end, span = item.start + item.num_tokens, slice(at, at + item.num_tokens)
             token_ids.array[span] = item.sequence.token_ids[item.start : end]
             position = np.arange(item.start, end, dtype=np.int32)
-            positions.array[span] = position
+            positions.array[span] = position + item.sequence.position_offset
             table = np.asarray(item.sequence.block_table, dtype=np.int32)
             slots.array[span] = table[position // size] * size + position % size
             at += item.num_tokens

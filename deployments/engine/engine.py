@@ -83,7 +83,7 @@ class Engine:
         self._blocks = BlockManager(
             self.limits.num_blocks, self.limits.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
-        self._scheduler = Scheduler(self._blocks, self.limits)
+        self._scheduler = Scheduler(self._blocks, self.limits, loaded.positions)
         bytes_per_block = self.limits.block_size * loaded.kv_shape.bytes_per_token
         step_blocks = max(1, self.limits.max_num_batched_tokens // self.limits.block_size)
         self._max_chunk_blocks = max(1, min(step_blocks, _MAX_CHUNK_BYTES // bytes_per_block))

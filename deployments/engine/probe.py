@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deployments.engine.kv_cache import KVShape
+from deployments.engine.rope import ScaledRotary, max_model_len
 from deployments.errors import UnsupportedModelError
 
 # Logits that should be equal may differ by rounding where experts see other groups of tokens; what is looked for moves
@@ -76,10 +77,15 @@ def probe_kv_shape(model: PreTrainedModel, device: torch.device) -> KVShape:
 
 @torch.inference_mode()
 def is_plain(model: PreTrainedModel) -> bool:
-    """Whether every layer attends without window and softcap and leaves the rotary embedding to attention."""
+    """Whether every layer attends without window and softcap and leaves the rotary embedding to attention.
+
+    And whether the embedding waits for nothing, since a CUDA graph cannot.
+    """
+    if any(isinstance(module, ScaledRotary) for module in model.modules()):
+        return False
     probe = _Probe()
     _last_logits(model, [0, 1], torch.arange(2, device=model.device).unsqueeze(0), probe)
-    longest = model.config.max_position_embeddings
+    longest = max_model_len(model.config)
     no_window = all(window is None or window >= longest for window in probe.windows.values())
     return no_window and not any(probe.softcaps.values()) and all(probe.leaves_rotary.values())
 
@@ -123,7 +129,7 @@ def _check_windows(model: PreTrainedModel, probe: _Probe) -> None:
     """Some layers are told of their window by a mask alone, and masks are what paged attention does without."""
     config = model.config
     window = getattr(config, "sliding_window", None)
-    if window is None or window >= config.max_position_embeddings:
+    if window is None or window >= max_model_len(config):
         return
     layer_types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     blind = [i for i, kind in enumerate(layer_types) if kind == "sliding_attention" and probe.windows[i] is None]

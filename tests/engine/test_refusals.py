@@ -9,7 +9,8 @@ import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from deployments.engine.config import EngineConfig
-from deployments.engine.model import check_config, load_model, prepare_model
+from deployments.engine.model import load_model, prepare_model
+from deployments.engine.model_config import check_config
 from deployments.engine.sizing import choose_limits
 from deployments.errors import InvalidRequestError, RequestTooLargeError, UnsupportedModelError
 from deployments.messages import GenerateRequest, SamplingParams
@@ -95,12 +96,6 @@ def test_a_token_that_reaches_its_neighbour_outside_of_attention_is_noticed() ->
     model.model.layers[0].mlp.register_forward_hook(shift)
     with pytest.raises(UnsupportedModelError, match="mixes neighbouring tokens outside of its attention layers"):
         prepare_model(model, "", CPU)
-
-
-def test_length_dependent_rope_is_served_up_to_the_length_it_does_not_depend_on() -> None:
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10_000.0, "original_max_position_embeddings": 64}
-    model = build("LlamaConfig", **_SMALL, max_position_embeddings=256, rope_parameters=rope)
-    assert prepare_model(model, "", CPU).max_model_len == 64
 
 
 def test_a_model_that_does_not_exist_is_named() -> None:

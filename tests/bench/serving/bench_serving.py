@@ -26,7 +26,8 @@ from typing import Any
 import ray
 import uvloop
 
-from deployments.engine.model import BUNDLED_MODEL, resolve_model
+from deployments.engine.model import resolve_model
+from deployments.engine.model_files import BUNDLED_MODEL
 from tests.bench.serving.analysis import (
     added_gaps,
     largest_gap_between,
