@@ -12,15 +12,16 @@ from numba import njit, prange
 from torch import Tensor
 
 from deployments.engine.kernels.cpu import PARALLEL
-from deployments.engine.kernels.cpu_tiles import LANES, matmul_tile
+from deployments.engine.kernels.cpu_tiles import LANES, NUM_REGISTERS, matmul_tile
 
-# Vectors of a panel and rows of a tile: with AVX-512 8 x 3 of 32 registers hold sums, else 4 x 3 of 16.
+# Vectors of a panel and rows of a tile: sums in 24 of 32 registers, 12 of 16; 3 more hold weights.
 _VECTORS = 3
-_ROWS = 8 if LANES == 16 else 4
+_ROWS = 8 if NUM_REGISTERS == 32 else 4
 _PANEL = _VECTORS * LANES
 _PANEL_BYTES = 4 * _PANEL
-# Rows of weights at once: 8 rows of x, 24 KiB, stay in the first-level cache, 144 KiB of the panel in the second.
-_DEPTH = 768
+# Rows of weights at once. Few products per tile and byte, as with 16 registers, want the weights in the first-level
+# cache: 18 KiB. Else 8 rows of x, 24 KiB, stay there, and 144 KiB of the panel in the second.
+_DEPTH = 768 if NUM_REGISTERS == 32 else 192
 # Rows that go through all panels together: x and a panel have to share the second-level cache.
 _ROWS_AT_ONCE = 128
 
@@ -69,22 +70,32 @@ def _multiply(x, x_stride, num_rows, panel, depth, bias, out, out_stride):
     for begin in range(0, depth, _DEPTH):
         count = min(_DEPTH, depth - begin)
         weight = panel + begin * _PANEL_BYTES
+        following = weight + count * _PANEL_BYTES  # weights that are read next, of this panel or of the one behind it
         row = 0
         while row < num_rows:
-            part, sums, left = x + row * x_stride + 4 * begin, out + row * out_stride, num_rows - row
-            start, start_stride = (bias, 0) if begin == 0 else (sums, out_stride)
-            if left >= _ROWS:
-                matmul_tile(part, x_stride, weight, count, start, start_stride, sums, out_stride, _ROWS, _VECTORS)
-                row += _ROWS
-            elif left >= 4:
-                matmul_tile(part, x_stride, weight, count, start, start_stride, sums, out_stride, 4, _VECTORS)
-                row += 4
-            elif left >= 2:
-                matmul_tile(part, x_stride, weight, count, start, start_stride, sums, out_stride, 2, _VECTORS)
-                row += 2
+            left = num_rows - row
+            rows = _ROWS if left >= _ROWS else 4 if left >= 4 else 2 if left >= 2 else 1
+            share = rows * _PANEL_BYTES // num_rows  # all tiles together prefetch the following weights once
+            ahead = following + row * _PANEL_BYTES // num_rows * count
+            part, to = x + row * x_stride + 4 * begin, out + row * out_stride
+            start, start_stride = (bias, 0) if begin == 0 else (to, out_stride)
+            if rows == _ROWS:
+                matmul_tile(
+                    part, x_stride, weight, count, ahead, share, start, start_stride, to, out_stride, _ROWS, _VECTORS
+                )
+            elif rows == 4:
+                matmul_tile(
+                    part, x_stride, weight, count, ahead, share, start, start_stride, to, out_stride, 4, _VECTORS
+                )
+            elif rows == 2:
+                matmul_tile(
+                    part, x_stride, weight, count, ahead, share, start, start_stride, to, out_stride, 2, _VECTORS
+                )
             else:
-                matmul_tile(part, x_stride, weight, count, start, start_stride, sums, out_stride, 1, _VECTORS)
-                row += 1
+                matmul_tile(
+                    part, x_stride, weight, count, ahead, share, start, start_stride, to, out_stride, 1, _VECTORS
+                )
+            row += rows
 
 
 @njit(parallel=PARALLEL, cache=PARALLEL, nogil=True)
