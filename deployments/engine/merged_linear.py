@@ -73,7 +73,8 @@ def merge_linears(model: nn.Module) -> int:
         How many groups were merged.
     """
     num_merged = 0
-    for parent in list(model.modules()):
+    # Not all modules: a list that held the layers themselves would keep every weight beside its copy until the end.
+    for parent in [module for module in model.modules() if next(module.children(), None) is not None]:
         for names in _GROUPS:
             linears = [getattr(parent, name, None) for name in names]
             if _can_merge(linears):

@@ -31,7 +31,8 @@ def pack_linears(model: nn.Module) -> int:
         How many were replaced. Tied weights stay with their other owner (an embedding), at the price of one more copy.
     """
     num_packed = 0
-    for parent in list(model.modules()):
+    # Not all modules: a list that held the layers themselves would keep every weight beside its copy until the end.
+    for parent in [module for module in model.modules() if next(module.children(), None) is not None]:
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child.weight.dtype is torch.float32:
                 setattr(parent, name, PackedLinear(child))

@@ -6,6 +6,9 @@ are compared. Every round has new random prompts: nobody profits from a prefix c
 all generate the same number of tokens.
 
 The reference models are copies of their own, unmodified, with transformers' own attention.
+
+`--avx2` takes AVX-512 away from all of them, by the libraries' own settings (`instruction_set.py`); what is in force is
+printed first. Caches, memory and clock stay those of the machine at hand.
 """
 
 import argparse
@@ -34,6 +37,7 @@ from deployments.engine.engine import Engine
 from deployments.engine.model import LoadedModel, load_model
 from deployments.engine.process import configure_process
 from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
+from tests.bench.instruction_set import AVX2_ONLY, in_force
 
 PROMPT_TOKENS, OUTPUT_TOKENS, LONG_PROMPT_TOKENS = 128, 64, 2048
 BATCH_SIZES = (16, 1)
@@ -216,8 +220,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="at least 1")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="run the scenarios whose name contains this")
+    parser.add_argument("--avx2", action="store_true", help="as on a CPU without AVX-512")
     arguments = parser.parse_args()
+    if arguments.avx2 and not AVX2_ONLY.items() <= os.environ.items():  # they are read when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **AVX2_ONLY})
     configure_process(arguments.threads)  # theirs profit as well
+    instructions, load_before = in_force(), os.getloadavg()
+    print(f"instructions: {instructions}; load average before: {load_before}", flush=True)
     loaded = load_model(EngineConfig(device="cpu"))
     scenarios = build_scenarios(loaded)
     chosen = [scenario for scenario in scenarios if arguments.only in scenario.name]
@@ -230,7 +239,9 @@ def main() -> None:
         "benchmark": "engine",
         "commit": commit(),
         "cpu": cpu_model(),
+        "instructions": instructions,
         "cores": os.cpu_count(),
+        "load_average": [load_before, os.getloadavg()],
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

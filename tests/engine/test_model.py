@@ -4,16 +4,20 @@ import copy
 import json
 import os
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer
 
-from deployments.engine import gguf_conversion, model_files
+from deployments.engine import gguf_conversion, model_files, packed_linear
+from deployments.engine import model as model_module
 from deployments.engine.config import EngineConfig
+from deployments.engine.kernels.cpu_matmul import PackedWeight
 from deployments.engine.merged_linear import LinearPart, MergedLinear, merge_linears
 from deployments.engine.model import LoadedModel, load_model, prepare_model, resolve_model
 from deployments.engine.model_files import BUNDLED_MODEL
@@ -210,6 +214,21 @@ def test_packing_replaces_every_linear_layer_and_keeps_the_embedding() -> None:
     assert pack_linears(packed) == num_linears > 0
     assert not any(type(m) is torch.nn.Linear for m in packed.modules())
     assert isinstance(packed.get_input_embeddings(), torch.nn.Embedding)
+
+
+def test_weights_are_let_go_layer_by_layer_so_that_they_are_not_held_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Sequential(*(torch.nn.Sequential(torch.nn.Linear(4, 4)) for _ in range(10)))
+    weights = [weakref.ref(parameter) for name, parameter in model.named_parameters() if name.endswith("weight")]
+    held = []
+
+    def pack(weight: Tensor, bias: Tensor | None) -> PackedWeight:
+        held.append(sum(ref() is not None for ref in weights))
+        return PackedWeight(weight, bias)
+
+    monkeypatch.setattr(packed_linear, "PackedWeight", pack)
+    pack_linears(model)
+    # The layer at hand, the one before it, and those to come; last a layer that only compiles.
+    assert all(count <= 2 + to_come for count, to_come in zip(held, [*range(9, -1, -1), 0], strict=True)), held
 
 
 # --- merged linear layers
