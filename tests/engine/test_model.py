@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from deployments.engine import gguf_conversion, model_files, packed_linear
-from deployments.engine import model as model_module
 from deployments.engine.config import EngineConfig
 from deployments.engine.kernels.cpu_matmul import PackedWeight
 from deployments.engine.merged_linear import LinearPart, MergedLinear, merge_linears
