@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+from deployments.engine.kernels.cpu import start_threads
+
 # Names and numbers of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _NEVER = 1 << 30
@@ -21,6 +23,7 @@ def configure_process(num_threads: int) -> None:
     Args:
         num_threads: CPU threads of this process; the node has other engines.
     """
+    start_threads()  # first: else the first kernel that runs gives torch, and every kernel after it, all of the cores
     torch.set_num_threads(num_threads)
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)

@@ -1,5 +1,6 @@
 """Settings of a whole process are tried in one of their own."""
 
+import os
 import subprocess
 import sys
 
@@ -50,3 +51,21 @@ def count_faults(mode: str) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_an_engines_process_does_not_fault_its_activations_in_anew_in_every_step() -> None:
     assert count_faults("configured") < 0.2 * count_faults("plain")
+
+
+KERNEL = """
+import numba, torch
+from deployments.engine.kernels.cpu import silu_mul, use_torch_threads
+from deployments.engine.process import configure_process
+configure_process(num_threads=1)
+assert torch.get_num_threads() == 1  # what torch computes first in a thread sets OpenMP's number
+silu_mul(torch.zeros(4, 8))
+use_torch_threads()
+print(torch.get_num_threads(), numba.get_num_threads())
+"""
+
+
+def test_torch_and_the_kernels_keep_the_number_of_threads_after_a_kernel_ran() -> None:
+    settings = {**os.environ, "NUMBA_NUM_THREADS": "2"}  # as on two cores
+    command = [sys.executable, "-c", KERNEL]
+    assert subprocess.run(command, env=settings, capture_output=True, text=True, check=True).stdout == "1 1\n"

@@ -28,6 +28,12 @@ if PARALLEL:
     numba.config.THREADING_LAYER = "omp"  # type: ignore[attr-defined]
 
 
+def start_threads() -> None:
+    """Start the threads of kernels. OpenMP's number for this thread, which is torch's, becomes theirs: set it after."""
+    if PARALLEL:
+        numba.set_num_threads(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+
+
 def use_torch_threads() -> None:
     """Let kernels called from this thread run on as many threads as torch does."""
     numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
