@@ -24,7 +24,7 @@ from deployments.engine.fused_layers import CPU_KERNELS, fuse_layers
 from deployments.engine.kv_cache import KVShape
 from deployments.engine.merged_linear import merge_linears
 from deployments.engine.packed_linear import pack_linears
-from deployments.engine.probe import is_plain, probe_kv_shape
+from deployments.engine.probe import probe_kv_shape
 from deployments.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
@@ -134,11 +134,13 @@ def _optimize_for_cuda(model: PreTrainedModel) -> bool:
     if model.dtype not in (torch.bfloat16, torch.float16):
         return False
     from deployments.engine import cuda_layers  # Triton is there only where a GPU is
+    from deployments.engine.attention.cuda import unknown_to_cuda
 
     cuda_layers.optimize_layers(model)
-    if is_plain(model):
+    unknown = unknown_to_cuda(probe_kv_shape(model, model.device))
+    if unknown is None:
         return True
-    logger.info("windows, softcaps or another rotary embedding: attention runs without kernels of our own")
+    logger.info("attention runs without kernels of our own: it does not know %s", unknown)
     cuda_layers.restore_rotary(model)
     return False
 

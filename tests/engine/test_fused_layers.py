@@ -62,10 +62,17 @@ def test_norms_of_single_heads_are_fused_too() -> None:
     assert count(fuse("qwen3")[0], FusedRMSNorm) == 2 * 4 + 1
 
 
-def test_layers_of_another_kind_stay_as_they_are() -> None:
-    """Gemma's norms add one to the weight and its MLPs have another activation; Phi-3's projections come merged."""
-    gemma, phi3 = fuse("gemma2")[0], fuse("phi3")[0]
-    assert count(gemma, FusedRMSNorm) == count(gemma, FusedGatedMLP) == count(phi3, FusedGatedMLP) == 0
+def test_norms_that_add_one_to_the_weight_are_fused_too() -> None:
+    model, num_fused = fuse("gemma2")
+    assert (count(model, FusedRMSNorm), num_fused) == (3 * 4 + 1, 3 * 4 + 1 + 3)
+
+
+def test_mlps_whose_projections_come_merged_are_fused_too() -> None:
+    assert count(fuse("phi3")[0], FusedGatedMLP) == 2
+
+
+def test_an_mlp_with_another_activation_stays_as_it_is() -> None:
+    assert count(fuse("gemma2")[0], FusedGatedMLP) == 0
 
 
 def test_a_norm_that_computes_something_else_stays_as_it_is() -> None:

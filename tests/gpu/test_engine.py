@@ -48,7 +48,9 @@ def check_greedy(family: str, given: tuple[int, ...], tokens: list[int]) -> None
 @every_family
 def test_the_layers_are_replaced(family: str) -> None:
     assert loaded(family).has_cuda_layers
-    assert all("forward" in vars(layer) for layer in loaded(family).model.model.layers), "projections add to residuals"
+    layers = loaded(family).model.model.layers
+    assert all("forward" in vars(layer) for layer in layers), "projections or norms add to residuals"
+    assert all("forward" in vars(layer.self_attn) for layer in layers), "attention rotates"
 
 
 def test_layers_that_do_more_than_add_to_their_residuals_stay_as_they_are() -> None:

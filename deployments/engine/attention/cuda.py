@@ -1,9 +1,10 @@
-"""Attention on a GPU, over the paged pool: decodes by our kernel, prompts by FlashAttention.
+"""Attention on a GPU, over the paged pool: decodes by our kernel, prompts by FlashAttention or by a kernel of ours.
 
 Whole prompts attend their own keys and values, which are at hand: by FlashAttention 3, where it is installed, else by
 torch's variable-length attention (2). Without 3 recorded lengths are cuDNN's, which is nearly as fast, but plans anew
 for each length it meets (70 ms, and memory for good). Prompts with computed context read all from the pool; long chunks
-have it copied out of there for FlashAttention 3, which knows no blocks.
+have it copied out of there for FlashAttention 3, which knows no blocks. What none of these has (windows that hide
+something, sinks and softcaps in part) is done by our own kernel.
 """
 
 from dataclasses import dataclass
@@ -15,14 +16,27 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from deployments.engine.attention import flash3
-from deployments.engine.kernels.cuda_attention import decode_attention, rotate_and_write
-from deployments.engine.kv_cache import KVCache
+from deployments.engine.attention.base import Rotation, Scores
+from deployments.engine.kernels.cuda_attention import decode_attention
+from deployments.engine.kernels.cuda_prefill import prefill_attention
+from deployments.engine.kernels.cuda_rotary import rotate_and_write
+from deployments.engine.kv_cache import KVCache, KVShape
 
 _CAUSAL = (-1, 0)
 _RECORDED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
+_MAX_HEAD_DIM = 256
 # Queries that are worth copying their context for; a chunk of so many attends alone. With 30,720 tokens of context
 # attention over blocks takes 0.2 ms per 100 queries and layer (Llama-3.1-8B, H100); the copy moves 0.25 GB.
 LONG_CHUNK = 512
+
+
+def unknown_to_cuda(shape: KVShape) -> str | None:
+    """What of a model this attention does not know; None: nothing."""
+    if shape.head_dim > _MAX_HEAD_DIM or shape.head_dim % 8:
+        return f"heads of {shape.head_dim} dimensions (multiples of 8 up to {_MAX_HEAD_DIM} have kernels)"
+    if shape.dtype not in (torch.bfloat16, torch.float16):
+        return f"KV in {shape.dtype}"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,65 +95,76 @@ class CudaStep:
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        rotary: tuple[Tensor, Tensor] | None,
+        scores: Scores,
+        rotation: Rotation | None,
     ) -> Tensor:
-        assert rotary is not None and softcap is None, "a model that this attention does not fit was let through"
         key_pool, value_pool = self._cache.blocks[layer]
         new = queries.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1)
-        cos, sin = rotary[0][0], rotary[1][0]
         pools = key_pool.view(-1, *key_pool.shape[2:]), value_pool.view(-1, *value_pool.shape[2:])
         rotated, new_keys = rotate_and_write(
-            *new, cos, sin, *pools, self._slots, keep_keys=any(prompts.tables is None for prompts in self._prompts)
+            *new, rotation, *pools, self._slots, keep_keys=any(prompts.tables is None for prompts in self._prompts)
         )
         num_decodes = len(self._lens)
         if not self._prompts:
-            return decode_attention(rotated, key_pool, value_pool, self._tables, self._lens, scaling)
+            return decode_attention(rotated, key_pool, value_pool, self._tables, self._lens, scores)
         parts = []
         if num_decodes:
             decodes = rotated[:num_decodes]
-            parts.append(decode_attention(decodes, key_pool, value_pool, self._tables, self._lens, scaling))
+            parts.append(decode_attention(decodes, key_pool, value_pool, self._tables, self._lens, scores))
         for prompts in self._prompts:
             span = slice(prompts.start, prompts.start + prompts.num_tokens)
+            seen = scores
+            if scores.window is not None and prompts.max_keys <= scores.window:
+                seen = scores._replace(window=None)
             if prompts.tables is None:
                 assert new_keys is not None
-                parts.append(_attend_whole(prompts, rotated[span], new_keys[span], new[2][span], scaling))
+                parts.append(_attend_whole(prompts, rotated[span], new_keys[span], new[2][span], seen))
             else:
-                parts.append(_attend_context(prompts, rotated[span], self._cache, layer, scaling))
+                parts.append(_attend_context(prompts, rotated[span], self._cache, layer, seen))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _attend_whole(prompts: Prompts, queries: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+def _attend_whole(prompts: Prompts, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
     where = prompts.starts, prompts.starts, prompts.max_queries, prompts.max_queries
-    if flash3.can_attend(queries.dtype, queries.shape[-1]):
-        return flash3.attend(queries, keys, values, *where, scaling)
+    if flash3.can_attend(queries.dtype, queries.shape[-1], scores):
+        return flash3.attend(queries, keys, values, *where, scores)
+    if not _is_plain(scores):
+        return prefill_attention(queries, keys, values, prompts.starts, prompts.max_queries, scores)
     if prompts.is_recorded:
         query, key, value = (part.unsqueeze(0).transpose(1, 2) for part in (queries, keys, values))
         with sdpa_kernel(_RECORDED, set_priority=True):
-            out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+            out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scores.scaling, enable_gqa=True)
         return out.transpose(1, 2).squeeze(0)
     return varlen_attn(  # type: ignore[return-value]  # a pair only if asked for
-        queries, keys, values.contiguous(), *where, scale=scaling, window_size=_CAUSAL, enable_gqa=True
+        queries,
+        keys.contiguous(),
+        values.contiguous(),
+        *where,
+        scale=scores.scaling,
+        window_size=_CAUSAL,
+        enable_gqa=True,
     )
 
 
-def _attend_context(prompts: Prompts, queries: Tensor, cache: KVCache, layer: int, scaling: float) -> Tensor:
+def _attend_context(prompts: Prompts, queries: Tensor, cache: KVCache, layer: int, scores: Scores) -> Tensor:
     assert prompts.tables is not None and prompts.capacities is not None
     where = prompts.starts, prompts.capacities, prompts.max_queries, prompts.max_keys
     is_alone = len(prompts.tables) == 1
-    if is_alone and prompts.num_tokens >= LONG_CHUNK and flash3.can_attend(queries.dtype, queries.shape[-1]):
+    is_long = is_alone and prompts.num_tokens >= LONG_CHUNK
+    if is_long and flash3.can_attend(queries.dtype, queries.shape[-1], scores):
         keys, values = (part.flatten(0, 1) for part in cache.gather(layer, prompts.tables[0]))
-        return flash3.attend(queries, keys, values, *where, scaling, prompts.lens)
+        return flash3.attend(queries, keys, values, *where, scores, prompts.lens)
     key_pool, value_pool = cache.blocks[layer]
+    if not _is_plain(scores):
+        pools = key_pool, value_pool
+        on_gpu = prompts.starts, prompts.max_queries, scores
+        return prefill_attention(queries, *pools, *on_gpu, lens=prompts.lens, tables=prompts.tables)
     return varlen_attn(  # type: ignore[return-value]
         queries,
         key_pool,
         value_pool,
         *where,
-        scale=scaling,
+        scale=scores.scaling,
         window_size=_CAUSAL,
         enable_gqa=True,
         seqused_k=prompts.lens,
@@ -148,3 +173,7 @@ def _attend_context(prompts: Prompts, queries: Tensor, cache: KVCache, layer: in
         # https://github.com/Dao-AILab/flash-attention/pull/2550).
         num_splits=None if is_alone else 1,
     )
+
+
+def _is_plain(scores: Scores) -> bool:
+    return scores.window is None and scores.softcap is None and scores.sinks is None
