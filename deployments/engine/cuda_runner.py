@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deployments.engine.attention import flash3
 from deployments.engine.attention.cuda import LONG_CHUNK, CudaStep, Prompts
 from deployments.engine.batch import order_for_batch
 from deployments.engine.config import EngineLimits
@@ -83,9 +82,6 @@ class CudaRunner:
         self._turn = 0
         self._graphs: dict[int, DecodeGraph] = {}
         self._prompt_graphs: dict[int, PromptGraph] = {}
-        flash3.can_attend(
-            cache.blocks.dtype, cache.shape.head_dim
-        )  # says which attention it is, before the first prompt
         self._capture()
         compile_draws(loaded.vocab_size, loaded.model.dtype, loaded.device)
 

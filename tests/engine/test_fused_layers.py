@@ -43,6 +43,13 @@ def test_rotate_reads_heads_out_of_a_merged_projection(num_tokens: int) -> None:
     torch.testing.assert_close(rotate(x, cos, sin).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_rotate_takes_heads_that_lie_one_behind_the_other() -> None:
+    x = torch.randn(1, 4, 9, 16)
+    cos, sin = torch.randn(2, 1, 9, 16)
+    as_rows = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(rotate(x, cos, sin), rotate(as_rows, cos, sin))
+
+
 def fuse(family: str) -> tuple[nn.Module, int]:
     model = copy.deepcopy(build_model(family))
     merge_linears(model)
