@@ -236,7 +236,8 @@ class CudaRunner:
                 capacities.array[:] = np.arange(len(group) + 1) * width
                 context = lens, capacities, self._write_tables(writer, group)
             shape = start, int(counts.sum()), int(counts.max()), int(ends.max())
-            written.append(_PendingPrompts(*shape, len(group), starts, context))
+            sequences = tuple((item.start, item.num_tokens) for item in group)
+            written.append(_PendingPrompts(*shape, sequences, starts, context))
             start += int(counts.sum())
         return written
 
@@ -291,8 +292,11 @@ class CudaRunner:
         ids, positions, slots = recorded.inputs[:-1].view(3, length)
         nothing = recorded.inputs[:0]
 
+        # One for the run that warms up and for the recording: replays read what it holds.
+        prompt = Prompts(0, length, length, length, recorded.starts, ((0, length),), is_recorded=True)
+        recorded.holds = prompt
+
         def run() -> Tensor:
-            prompt = Prompts(0, length, length, length, recorded.starts, is_recorded=True)
             step = CudaStep(self.cache, slots, nothing.view(0, 0), nothing, (prompt,))
             return self._forward(ids, positions, recorded.inputs[-1:].long(), step)
 
@@ -315,13 +319,14 @@ class _PendingPrompts:
     num_tokens: int
     max_queries: int
     max_keys: int
-    count: int
+    sequences: tuple[tuple[int, int], ...]
     starts: Span
     context: tuple[Span, Span, Span] | None
 
     def on(self, inputs: Tensor) -> Prompts:
         shape = self.start, self.num_tokens, self.max_queries, self.max_keys
         if self.context is None:
-            return Prompts(*shape, self.starts.on(inputs))
+            return Prompts(*shape, self.starts.on(inputs), self.sequences)
         lens, capacities, tables = (span.on(inputs) for span in self.context)
-        return Prompts(*shape, self.starts.on(inputs), lens, capacities, tables.view(self.count, -1))
+        on_gpu = lens, capacities, tables.view(len(self.sequences), -1)
+        return Prompts(*shape, self.starts.on(inputs), self.sequences, *on_gpu)

@@ -38,10 +38,6 @@ def test_a_kernel_that_computes_the_same_is_used_and_tried_once(monkeypatch):
     assert tried == [(128, None), (64, None), (128, 5.0)]
 
 
-def test_windows_are_not_in_the_package():
-    assert not flash3.can_attend(torch.bfloat16, 128, Scores(1.0, window=100))
-
-
 @pytest.mark.parametrize(("capability", "dtype"), [((8, 0), torch.bfloat16), ((9, 0), torch.float16)])
 def test_other_gpus_and_types_are_not_tried(monkeypatch, capability, dtype):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)

@@ -26,7 +26,7 @@ LONG = (2816, LONG_CHUNK + 100)
 @pytest.fixture(params=["flash3", "flash2"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "flash2":
-        monkeypatch.setattr(flash3, "can_attend", lambda dtype, head_dim, scores: False)
+        monkeypatch.setattr(flash3, "can_attend", lambda *_: False)
     elif not flash3.can_attend(torch.bfloat16, 128, Scores(1.0)):
         pytest.skip("FlashAttention 3 is not installed, or this is not a Hopper GPU")
 
@@ -92,10 +92,10 @@ class Step:
         shape = start, sum(counts), max(counts), max(totals)
         starts = as_int32([0, *torch.tensor(counts).cumsum(0).tolist()])
         if not sequences[0][0]:
-            return Prompts(*shape, starts)
+            return Prompts(*shape, starts, tuple(sequences))
         table = pad(tables)
         capacities = as_int32([i * table.shape[1] * BLOCK_SIZE for i in range(len(tables) + 1)])
-        return Prompts(*shape, starts, as_int32(totals), capacities, table)
+        return Prompts(*shape, starts, tuple(sequences), as_int32(totals), capacities, table)
 
     def attend(self) -> Tensor:
         queries, keys, values = (torch.cat(parts).transpose(0, 1) for parts in zip(*self.new, strict=True))

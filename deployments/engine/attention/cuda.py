@@ -3,11 +3,11 @@
 Whole prompts attend their own keys and values, which are at hand: by FlashAttention 3, where it is installed, else by
 torch's variable-length attention (2). Without 3 recorded lengths are cuDNN's, which is nearly as fast, but plans anew
 for each length it meets (70 ms, and memory for good). Prompts with computed context read all from the pool; long chunks
-have it copied out of there for FlashAttention 3, which knows no blocks. What none of these has (windows that hide
-something, sinks and softcaps in part) is done by our own kernel.
+have it copied out of there for FlashAttention 3, which knows no blocks. What none of these has (short windows, sinks
+and softcaps in part) is done by our own kernel.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from deployments.engine.attention import flash3
 from deployments.engine.attention.base import Rotation, Scores
+from deployments.engine.attention.windows import Pieces, WindowPlan, first_key, plan_window
 from deployments.engine.kernels.cuda_attention import decode_attention
 from deployments.engine.kernels.cuda_prefill import prefill_attention
 from deployments.engine.kernels.cuda_rotary import rotate_and_write
@@ -28,6 +29,8 @@ _MAX_HEAD_DIM = 256
 # Queries that are worth copying their context for; a chunk of so many attends alone. With 30,720 tokens of context
 # attention over blocks takes 0.2 ms per 100 queries and layer (Llama-3.1-8B, H100); the copy moves 0.25 GB.
 LONG_CHUNK = 512
+# Windows that are worth being put together from two causal attentions; shorter ones fill no tiles.
+_LONG_WINDOW = 512
 
 
 def unknown_to_cuda(shape: KVShape) -> str | None:
@@ -49,6 +52,7 @@ class Prompts:
         max_queries: tokens of the longest chunk.
         max_keys: tokens of the longest sequence, context included.
         starts: (P + 1,) int32 where each chunk begins, from 0.
+        sequences: (computed before, new) tokens of each.
         lens: (P,) int32 tokens of each sequence, context and chunk; None: whole prompts, without context.
         capacities: (P + 1,) int32 where each sequence's blocks would begin if they lay behind each other; None as well.
         tables: (P, max_blocks) int32 block ids; None as well.
@@ -60,10 +64,19 @@ class Prompts:
     max_queries: int
     max_keys: int
     starts: Tensor
+    sequences: tuple[tuple[int, int], ...]
     lens: Tensor | None = None
     capacities: Tensor | None = None
     tables: Tensor | None = None
     is_recorded: bool = False
+    _plans: dict[int, WindowPlan] = field(default_factory=dict)
+
+    def plan(self, window: int) -> WindowPlan:
+        """Made once for all layers; what is recorded reads it in every replay."""
+        plan = self._plans.get(window)
+        if plan is None:
+            plan = self._plans[window] = plan_window(self.sequences, window, self.starts.device)
+        return plan
 
 
 class CudaStep:
@@ -125,9 +138,11 @@ class CudaStep:
 
 
 def _attend_whole(prompts: Prompts, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
-    where = prompts.starts, prompts.starts, prompts.max_queries, prompts.max_queries
-    if flash3.can_attend(queries.dtype, queries.shape[-1], scores):
-        return flash3.attend(queries, keys, values, *where, scores)
+    starts, longest = prompts.starts, prompts.max_queries
+    if _fits_flash3(queries, scores):
+        if scores.window is not None:
+            return flash3.attend_within(queries, keys, values, prompts.plan(scores.window), scores)
+        return flash3.attend(queries, keys, values, Pieces(starts, starts, longest, longest), scores)
     if not _is_plain(scores):
         return prefill_attention(queries, keys, values, prompts.starts, prompts.max_queries, scores)
     if prompts.is_recorded:
@@ -139,7 +154,10 @@ def _attend_whole(prompts: Prompts, queries: Tensor, keys: Tensor, values: Tenso
         queries,
         keys.contiguous(),
         values.contiguous(),
-        *where,
+        starts,
+        starts,
+        longest,
+        longest,
         scale=scores.scaling,
         window_size=_CAUSAL,
         enable_gqa=True,
@@ -148,12 +166,9 @@ def _attend_whole(prompts: Prompts, queries: Tensor, keys: Tensor, values: Tenso
 
 def _attend_context(prompts: Prompts, queries: Tensor, cache: KVCache, layer: int, scores: Scores) -> Tensor:
     assert prompts.tables is not None and prompts.capacities is not None
-    where = prompts.starts, prompts.capacities, prompts.max_queries, prompts.max_keys
     is_alone = len(prompts.tables) == 1
-    is_long = is_alone and prompts.num_tokens >= LONG_CHUNK
-    if is_long and flash3.can_attend(queries.dtype, queries.shape[-1], scores):
-        keys, values = (part.flatten(0, 1) for part in cache.gather(layer, prompts.tables[0]))
-        return flash3.attend(queries, keys, values, *where, scores, prompts.lens)
+    if is_alone and prompts.num_tokens >= LONG_CHUNK and _fits_flash3(queries, scores):
+        return _attend_copied_context(prompts, queries, cache, layer, scores)
     key_pool, value_pool = cache.blocks[layer]
     if not _is_plain(scores):
         pools = key_pool, value_pool
@@ -163,7 +178,10 @@ def _attend_context(prompts: Prompts, queries: Tensor, cache: KVCache, layer: in
         queries,
         key_pool,
         value_pool,
-        *where,
+        prompts.starts,
+        prompts.capacities,
+        prompts.max_queries,
+        prompts.max_keys,
         scale=scores.scaling,
         window_size=_CAUSAL,
         enable_gqa=True,
@@ -173,6 +191,25 @@ def _attend_context(prompts: Prompts, queries: Tensor, cache: KVCache, layer: in
         # https://github.com/Dao-AILab/flash-attention/pull/2550).
         num_splits=None if is_alone else 1,
     )
+
+
+def _attend_copied_context(prompts: Prompts, queries: Tensor, cache: KVCache, layer: int, scores: Scores) -> Tensor:
+    """A chunk alone; only the blocks that it sees are copied."""
+    assert prompts.tables is not None and prompts.capacities is not None
+    table, where = prompts.tables[0], (prompts.starts, prompts.capacities, prompts.max_queries, prompts.max_keys)
+    if scores.window is None:
+        keys, values = (part.flatten(0, 1) for part in cache.gather(layer, table))
+        return flash3.attend(queries, keys, values, Pieces(*where), scores, prompts.lens)
+    first = first_key(prompts.sequences[0][0], scores.window)
+    block, skipped = divmod(first, cache.block_size)
+    keys, values = (part.flatten(0, 1)[skipped:] for part in cache.gather(layer, table[block:]))
+    return flash3.attend_within(queries, keys, values, prompts.plan(scores.window), scores)
+
+
+def _fits_flash3(queries: Tensor, scores: Scores) -> bool:
+    if scores.window is not None and scores.window < _LONG_WINDOW:
+        return False
+    return flash3.can_attend(queries.dtype, queries.shape[-1], scores)
 
 
 def _is_plain(scores: Scores) -> bool:

@@ -1,16 +1,17 @@
 """FlashAttention 3 for prompts: Hopper and bfloat16 only, and only where its package is installed (fa3-fwd, a wheel).
 
-The wheel is built without paged KV and without windows: keys and values lie behind each other, and all before a query
-are seen.
+The wheel is built without paged KV and without windows: keys and values lie behind each other, and windows are put
+together from causal attention.
 """
 
 import logging
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from deployments.engine.attention.base import Scores
+from deployments.engine.attention.windows import Pieces, WindowPlan, attend_window
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +20,8 @@ _TOLERANCE = 2e-2
 
 
 def can_attend(dtype: torch.dtype, head_dim: int, scores: Scores) -> bool:
-    """Whether there is a kernel for this kind of KV and scores; tried once, on the current GPU."""
-    return scores.window is None and _can_attend(dtype, head_dim, scores.softcap is not None)
+    """Whether there is a kernel for this kind of KV and scores, windows apart; tried once, on the current GPU."""
+    return _can_attend(dtype, head_dim, scores.softcap is not None)
 
 
 @cache
@@ -48,10 +49,7 @@ def attend(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    starts: Tensor,
-    key_starts: Tensor,
-    max_queries: int,
-    max_keys: int,
+    pieces: Pieces,
     scores: Scores,
     lens: Tensor | None = None,
 ) -> Tensor:
@@ -61,35 +59,49 @@ def attend(
         queries: (T, num_heads, head_dim) of all P sequences, behind each other.
         keys: (K, num_kv_heads, head_dim), likewise.
         values: as the keys.
-        starts: (P + 1,) int32 where each sequence's queries begin.
-        key_starts: (P + 1,) int32 where its keys begin.
-        max_queries: of one sequence.
-        max_keys: of one sequence.
+        pieces: which of them are whose; P of them.
         scores: what becomes of them; no window.
         lens: (P,) int32 keys of each sequence that count; None: all.
 
     Returns:
         (T, num_heads, head_dim).
     """
+    return _with_sinks(*_run(queries, keys, values, pieces, scores, lens), scores)
+
+
+def attend_within(queries: Tensor, keys: Tensor, values: Tensor, plan: WindowPlan, scores: Scores) -> Tensor:
+    """Attention with a window, if `can_attend` without; see `attend_window`."""
+    from deployments.engine.kernels.cuda_merge import merge_rows  # Triton is there only where a GPU is
+
+    run = partial(_run, scores=scores)
+    return _with_sinks(*attend_window(queries, keys, values, plan, run, merge_rows), scores)
+
+
+def _run(
+    queries: Tensor, keys: Tensor, values: Tensor, pieces: Pieces, scores: Scores, lens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp, (num_heads, T) float32."""
     # The operator itself: the package's function around it takes the host 95 us per layer instead of 33 (with an H100).
-    out: Tensor
-    lse: Tensor  # (num_heads, T) float32
     out, lse, *_ = torch.ops.fa3_fwd.fwd.default(
         queries,
         keys,
         values,
-        cu_seqlens_q=starts,
-        cu_seqlens_k=key_starts,
+        cu_seqlens_q=pieces.starts,
+        cu_seqlens_k=pieces.key_starts,
         seqused_k=lens,
-        max_seqlen_q=max_queries,
-        max_seqlen_k=max_keys,
+        max_seqlen_q=pieces.max_queries,
+        max_seqlen_k=pieces.max_keys,
         softmax_scale=scores.scaling,
         is_causal=True,
         softcap=scores.softcap or 0.0,
         num_splits=1,
     )
+    return out, lse
+
+
+def _with_sinks(out: Tensor, lse: Tensor, scores: Scores) -> Tensor:
     if scores.sinks is not None:
-        from deployments.engine.kernels.cuda_sinks import scale_rows  # Triton is there only where a GPU is
+        from deployments.engine.kernels.cuda_merge import scale_rows
 
         scale_rows(out, lse, scores.sinks)
     return out
@@ -102,7 +114,7 @@ def _try(dtype: torch.dtype, head_dim: int, softcap: float | None) -> float:
     starts, key_starts, lens = (torch.tensor(n, device="cuda", dtype=torch.int32) for n in ((0, 70), (0, 300), (200,)))
     sinks = torch.randn(2, device="cuda")
     scores = Scores(head_dim**-0.5, None, softcap, sinks)
-    out = attend(queries, keys, values, starts, key_starts, 70, 200, scores, lens)
+    out = attend(queries, keys, values, Pieces(starts, key_starts, 70, 200), scores, lens)
     logits = torch.einsum("qhd,khd->hqk", queries.float(), keys[:200].float()) * scores.scaling
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
