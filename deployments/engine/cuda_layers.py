@@ -82,7 +82,7 @@ def keep_rotary_where_it_is_wanted(model: PreTrainedModel) -> None:
         del module.forward
     theirs = _Recorder.of(model)
     for module, forward in deferred.items():
-        layer = module.layer_idx
+        layer = int(module.layer_idx)  # type: ignore[arg-type]  # nn.Module types its attributes loosely
         if all(_is_near(a, b) for a, b in zip(ours.seen[layer], theirs.seen[layer], strict=True)):
             module.forward = forward
         else:
@@ -172,7 +172,7 @@ def _fuse_norms(layer: nn.Module) -> bool:
             continue
         fused = partial(_forward_between_norms, layer, before, attended, between, multiplied)
         if _agree(layer, fused, attended.weight.to(_dtype_of(layer))):
-            layer.forward = fused  # type: ignore[method-assign]
+            layer.forward = fused
             return True
     return False
 

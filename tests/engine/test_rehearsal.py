@@ -1,6 +1,5 @@
 """Before requests are let in the largest steps run: which these are, that they run, and what they leave to the pool."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -55,7 +54,7 @@ def test_an_engine_gives_the_same_tokens_after_them() -> None:
 
 
 @pytest.fixture
-def free(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """What is free of a GPU beside the largest steps, in bytes."""
     found = {"bytes": 0}
     monkeypatch.setattr(sizing, "free_beside_largest_steps", lambda loaded, limits: found["bytes"])

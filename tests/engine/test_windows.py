@@ -49,7 +49,7 @@ def check(sequences: list[tuple[int, int]], window: int) -> None:
         queries.append(query[context:])
         keys.append(rest[0][first:])
         values.append(rest[1][first:])
-        out, lse = masked(queries[-1], *rest, window)
+        out, lse = masked(queries[-1], rest[0], rest[1], window)
         expected.append(out)
         normalisers.append(lse)
     spare = torch.full((5, NUM_HEADS, HEAD_DIM), torch.nan, dtype=torch.float64)  # a block's end

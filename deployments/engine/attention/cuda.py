@@ -171,9 +171,8 @@ def _attend_context(prompts: Prompts, queries: Tensor, cache: KVCache, layer: in
         return _attend_copied_context(prompts, queries, cache, layer, scores)
     key_pool, value_pool = cache.blocks[layer]
     if not _is_plain(scores):
-        pools = key_pool, value_pool
-        on_gpu = prompts.starts, prompts.max_queries, scores
-        return prefill_attention(queries, *pools, *on_gpu, lens=prompts.lens, tables=prompts.tables)
+        asked = prompts.starts, prompts.max_queries, scores
+        return prefill_attention(queries, key_pool, value_pool, *asked, lens=prompts.lens, tables=prompts.tables)
     return varlen_attn(  # type: ignore[return-value]
         queries,
         key_pool,
