@@ -95,8 +95,10 @@ def _normalised(value, weight, at, inside, eps, size, dtype: tl.constexpr):
     scaled = value * tl.rsqrt(tl.sum(value * value, axis=0) / size + eps)
     factor = tl.load(weight + at, mask=inside, other=0.0)
     if weight.dtype.element_ty == tl.float32:
-        return (scaled * factor).to(dtype)
-    return scaled.to(dtype) * factor
+        normed = (scaled * factor).to(dtype)
+    else:
+        normed = scaled.to(dtype) * factor
+    return normed
 
 
 @triton.jit
