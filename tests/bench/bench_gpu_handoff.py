@@ -29,7 +29,8 @@ from deployments.kv_transfer import direct
 from deployments.kv_transfer.base import TransferStats
 from deployments.messages import ChunkReady
 from tests.bench.bare_copies import memcpy_peer_s, nccl_send_s
-from tests.bench.bench_gpu import SHAPES, load_random
+from tests.bench.bench_gpu import load_random
+from tests.bench.gpu_shapes import SHAPES
 from tests.engine_pair import DrivenEngine, hand_over, random_prompt
 
 LENGTHS = (512, 2048, 8000, 32000)
