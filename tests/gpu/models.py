@@ -9,6 +9,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
+    HunYuanDenseV1Config,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -39,8 +41,15 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "gemma2": Gemma2Config(
         **SHAPE, head_dim=256, sliding_window=300, query_pre_attn_scalar=64, attn_logit_softcapping=20.0
     ),
+    "gemma3": Gemma3TextConfig(  # norms of queries and keys, and another base of the rotary embedding beside windows
+        **SHAPE, head_dim=128, sliding_window=300, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+    ),
     "phi3": Phi3Config(**SHAPE, rope_parameters=PARTIAL_ROPE, sliding_window=None, pad_token_id=0),
 }
+
+
+# Normalises queries and keys that are rotated, so that attention cannot rotate them.
+ODD: dict[str, PretrainedConfig] = {"hunyuan": HunYuanDenseV1Config(**SHAPE, head_dim=64)}
 
 
 @cache

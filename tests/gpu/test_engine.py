@@ -53,6 +53,17 @@ def test_the_layers_are_replaced(family: str) -> None:
     assert all("forward" in vars(layer.self_attn) for layer in layers), "attention rotates"
 
 
+def test_attention_that_does_something_with_what_it_rotated_rotates_itself() -> None:
+    layers = loaded("hunyuan").model.model.layers
+    assert loaded("hunyuan").has_cuda_layers
+    assert not any("forward" in vars(layer.self_attn) for layer in layers)
+    engine = build("hunyuan")
+    for length in (5, 700):
+        engine.add(greedy(f"r{length}", prompt(length), NUM_TOKENS))
+    for name, tokens in run(engine).tokens.items():
+        check_greedy("hunyuan", prompt(int(name[1:])), tokens)
+
+
 def test_layers_that_do_more_than_add_to_their_residuals_stay_as_they_are() -> None:
     model = copy.deepcopy(plain("llama"))
 

@@ -44,6 +44,13 @@ def test_rms_norm_of_heads_within_rows_that_lie_apart() -> None:
     assert torch.equal(rms_norm(heads, weight, 1e-6), rms_norm(heads.contiguous(), weight, 1e-6))
 
 
+def test_rms_norm_keeps_the_heads_of_a_token_beside_each_other() -> None:
+    heads, weight = randn(1, 7, 3, 128).transpose(1, 2), randn(128)
+    out = rms_norm(heads, weight, 1e-6)
+    assert out.stride() == heads.stride()
+    assert torch.equal(out, rms_norm(heads.contiguous(), weight, 1e-6))
+
+
 @pytest.mark.parametrize("shape", [(1, 3584), (300, 128), (3, 1000)])
 def test_rms_norm_with_a_weight_in_float32_rounds_once(shape: tuple[int, ...]) -> None:
     x, weight = randn(*shape), randn(shape[-1], dtype=torch.float32)
