@@ -96,11 +96,7 @@ def _normalised(value, weight, at, inside, eps, size, dtype: tl.constexpr):
     """A row of float32, normalised, scaled and rounded."""
     scaled = value * tl.rsqrt(tl.sum(value * value, axis=0) / size + eps)
     factor = tl.load(weight + at, mask=inside, other=0.0)
-    if weight.dtype.element_ty == tl.float32:
-        normed = (scaled * factor).to(dtype)
-    else:
-        normed = scaled.to(dtype) * factor
-    return normed
+    return (scaled * factor).to(dtype) if weight.dtype.element_ty == tl.float32 else scaled.to(dtype) * factor
 
 
 @triton.jit
