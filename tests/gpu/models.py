@@ -39,10 +39,19 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**SHAPE),  # biases of queries, keys and values
     "mistral": MistralConfig(**SHAPE, sliding_window=300),
     "gemma2": Gemma2Config(
-        **SHAPE, head_dim=256, sliding_window=300, query_pre_attn_scalar=64, attn_logit_softcapping=20.0
+        **SHAPE,
+        head_dim=256,
+        sliding_window=300,
+        query_pre_attn_scalar=64,
+        attn_logit_softcapping=20.0,
+        tie_word_embeddings=False,  # with its scale of the embedding each token would repeat itself
     ),
     "gemma3": Gemma3TextConfig(  # norms of queries and keys, and another base of the rotary embedding beside windows
-        **SHAPE, head_dim=128, sliding_window=300, layer_types=["sliding_attention"] * 2 + ["full_attention"]
+        **SHAPE,
+        head_dim=128,
+        sliding_window=300,
+        layer_types=["sliding_attention"] * 2 + ["full_attention"],
+        tie_word_embeddings=False,
     ),
     "phi3": Phi3Config(**SHAPE, rope_parameters=PARTIAL_ROPE, sliding_window=None, pad_token_id=0),
 }

@@ -26,7 +26,7 @@ class Tile(NamedTuple):
 
 def decode_tile(head_dim: int) -> Tile:
     """The best of those tried on an H100 (docs/log.md)."""
-    return Tile(64, 4, 3) if head_dim <= 128 else Tile(32, 4, 3)
+    return Tile(32, 2, 4) if head_dim <= 128 else Tile(32, 4, 3)
 
 
 def decode_attention(
