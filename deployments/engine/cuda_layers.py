@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deployments.engine.attention.base import Rotation, Scores
+from deployments.engine.attention.base import AttentionStep, Rotation, Scores
 from deployments.engine.fused_layers import (
     FusedGatedMLP,
     FusedKernels,
@@ -68,9 +68,11 @@ def optimize_layers(model: PreTrainedModel) -> None:
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child.weight.is_contiguous():
                 setattr(parent, name, SkinnyLinear(child))
+    last = max(getattr(module, "layer_idx", None) or 0 for module in model.modules())
     for module in model.modules():
-        if not _fuse_norms(module):
-            _fuse_residual(module)
+        is_last = getattr(getattr(module, "self_attn", None), "layer_idx", None) == last
+        if not _fuse_norms(module, is_last):
+            _fuse_residual(module, is_last)
     keep_rotary_where_it_is_wanted(model)
 
 
@@ -90,11 +92,31 @@ def keep_rotary_where_it_is_wanted(model: PreTrainedModel) -> None:
             del module.kvrelay_rotary
 
 
+@torch.inference_mode()
+def can_drop_rows(model: PreTrainedModel) -> bool:
+    """Whether the last layer goes on with the rows that are wanted alone, and the model gives their logits then."""
+    positions = torch.arange(_PROBE_ROWS, device=model.device).unsqueeze(0)
+    rows = positions[0, 1::2]
+
+    def logits(step: _Recorder, keep: Tensor | int) -> Tensor:
+        given = {"input_ids": positions, "position_ids": positions, "use_cache": False}
+        out: Tensor = model(**given, logits_to_keep=keep, paged_step=step).logits
+        return out
+
+    try:
+        dropped, expected = logits(_Recorder(rows), 0), logits(_Recorder(), rows)
+    except RuntimeError as error:
+        logger.info("%s computes all rows in its last layer: %s", type(model).__name__, error)
+        return False
+    return dropped.shape == expected.shape and _is_near(dropped, expected)
+
+
 class _Recorder:
     """Stands in for attention: keeps queries and keys of each layer, rotated, and lets no token see another."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: Tensor | None = None) -> None:
         self.seen: dict[int, tuple[Tensor, Tensor]] = {}
+        self.rows = rows
 
     @classmethod
     @torch.inference_mode()
@@ -123,7 +145,7 @@ def restore_rotary(model: nn.Module) -> None:
             del module.kvrelay_rotary, module.forward
 
 
-def _fuse_residual(layer: nn.Module) -> None:
+def _fuse_residual(layer: nn.Module, is_last: bool) -> None:
     """Have the two projections that end a decoder layer's halves add to the residual, if that is all it does."""
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     if not isinstance(attention, nn.Module) or not isinstance(mlp, FusedGatedMLP):
@@ -134,17 +156,20 @@ def _fuse_residual(layer: nn.Module) -> None:
     if not isinstance(attended, SkinnyLinear) or not isinstance(multiplied, SkinnyLinear):
         return
     if attended.can_add and multiplied.can_add:
-        fused = partial(_forward, layer, attended.owed, multiplied.owed)
+        fused = partial(_forward, layer, is_last, attended.owed, multiplied.owed)
         if _agree(layer, fused, multiplied.weight):
             layer.forward = fused
         attended.owed.residual = multiplied.owed.residual = None  # of a try that was broken off
 
 
-def _forward(layer: Any, attended: _Owed, multiplied: _Owed, hidden_states: Tensor, **kwargs: object) -> Tensor:
+def _forward(
+    layer: Any, is_last: bool, attended: _Owed, multiplied: _Owed, hidden_states: Tensor, **kwargs: Any
+) -> Tensor:
     """A decoder layer of Llama's kind; writes over its input.
 
     Args:
         layer: whose parts are used.
+        is_last: from its attention on only rows that are wanted are computed.
         attended: of the projection that ends attention.
         multiplied: of the projection that ends the MLP.
         hidden_states: (1, T, hidden_size).
@@ -153,13 +178,15 @@ def _forward(layer: Any, attended: _Owed, multiplied: _Owed, hidden_states: Tens
     normed = layer.input_layernorm(hidden_states)
     attended.residual = hidden_states
     hidden_states, _ = layer.self_attn(hidden_states=normed, **kwargs)
+    if is_last:
+        hidden_states = _wanted(hidden_states, kwargs["paged_step"])
     normed = layer.post_attention_layernorm(hidden_states)
     multiplied.residual = hidden_states
     out: Tensor = layer.mlp(normed)
     return out
 
 
-def _fuse_norms(layer: nn.Module) -> bool:
+def _fuse_norms(layer: nn.Module, is_last: bool) -> bool:
     """Add what a layer's blocks give to the residual between the norms around it, if that is what the layer does."""
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
     if not isinstance(attention, nn.Module) or not isinstance(mlp, nn.Module):
@@ -170,7 +197,7 @@ def _fuse_norms(layer: nn.Module) -> bool:
             continue
         if not all(norm is None or isinstance(norm, FusedRMSNorm) for norm in (before, between)):
             continue
-        fused = partial(_forward_between_norms, layer, before, attended, between, multiplied)
+        fused = partial(_forward_between_norms, layer, is_last, before, attended, between, multiplied)
         if _agree(layer, fused, attended.weight.to(_dtype_of(layer))):
             layer.forward = fused
             return True
@@ -183,17 +210,19 @@ def _dtype_of(layer: nn.Module) -> torch.dtype:
 
 def _forward_between_norms(
     layer: Any,
+    is_last: bool,
     before: FusedRMSNorm | None,
     attended: FusedRMSNorm,
     between: FusedRMSNorm | None,
     multiplied: FusedRMSNorm,
     hidden_states: Tensor,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> Tensor:
     """A decoder layer of Gemma's kind; writes over its input.
 
     Args:
         layer: whose parts are used.
+        is_last: as of `_forward`.
         before: norm of attention's input.
         attended: norm of its output.
         between: norm of the MLP's input.
@@ -203,6 +232,8 @@ def _forward_between_norms(
     """
     normed = hidden_states if before is None else before(hidden_states)
     out, _ = layer.self_attn(hidden_states=normed, **kwargs)
+    if is_last:
+        hidden_states, out = (_wanted(part, kwargs["paged_step"]) for part in (hidden_states, out))
     if between is None:
         add_norm(hidden_states, out, attended.weight, attended.eps)
         out = layer.mlp(hidden_states)
@@ -212,8 +243,14 @@ def _forward_between_norms(
     return hidden_states
 
 
+def _wanted(hidden_states: Tensor, step: AttentionStep) -> Tensor:
+    return hidden_states if step.rows is None else hidden_states.index_select(1, step.rows)
+
+
 class _Echo:
     """Stands in for attention: every head attends to its own query."""
+
+    rows = None
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *_: object) -> Tensor:
         return queries.transpose(0, 1).contiguous()

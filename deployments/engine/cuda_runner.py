@@ -27,6 +27,7 @@ from deployments.engine.cuda_graphs import (
     padded_batch,
     record,
 )
+from deployments.engine.cuda_layers import can_drop_rows
 from deployments.engine.kv_cache import KVCache
 from deployments.engine.model import LoadedModel
 from deployments.engine.sampler import build_sampling_batch, compile_draws, sample
@@ -64,6 +65,7 @@ class CudaRunner:
     def __init__(self, loaded: LoadedModel, cache: KVCache, limits: EngineLimits) -> None:
         self._model: PreTrainedModel = loaded.model
         self._device = loaded.device
+        self._drops_rows = can_drop_rows(loaded.model)
         self.cache = cache
         self._limits = limits
         self._max_blocks = -(-limits.max_model_len // cache.block_size)
@@ -204,8 +206,9 @@ class CudaRunner:
             tables.on(inputs).view(len(decodes), -1) if decodes else tables.on(inputs).view(0, 0),
             lens.on(inputs),
             tuple(prompt.on(inputs) for prompt in prompts),
+            last.on(inputs).long(),
         )
-        return self._forward(ids, positions.on(inputs), last.on(inputs).long(), step)
+        return self._forward(ids, positions.on(inputs), step)
 
     def _write_tables(self, writer: Writer, items: Items[ScheduledSequence]) -> Span:
         width = max((len(item.sequence.block_table) for item in items), default=0)
@@ -245,12 +248,16 @@ class CudaRunner:
         """Put in the tokens that the step before drew."""
         return torch.where(sources >= 0, self._drawn[sources.clamp(min=0)].to(ids.dtype), ids)
 
-    def _forward(self, ids: Tensor, positions: Tensor, last: Tensor | int, step: CudaStep) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, step: CudaStep) -> Tensor:
+        """Logits of the step's rows."""
+        keep: Tensor | int = 0
+        if step.rows is not None and not self._drops_rows:
+            keep, step.rows = step.rows, None
         logits: Tensor = self._model(
             input_ids=ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             use_cache=False,
-            logits_to_keep=last,
+            logits_to_keep=keep,
             paged_step=step,
         ).logits[0]
         return logits
@@ -278,7 +285,7 @@ class CudaRunner:
 
         def run() -> Tensor:
             step = CudaStep(self.cache, slots, tables, lens)
-            logits = self._forward(self._resolve(ids, sources), positions, 0, step)
+            logits = self._forward(self._resolve(ids, sources), positions, step)
             self._drawn[:size] = logits.argmax(dim=-1)
             return logits
 
@@ -297,8 +304,9 @@ class CudaRunner:
         recorded.holds = prompt
 
         def run() -> Tensor:
-            step = CudaStep(self.cache, slots, nothing.view(0, 0), nothing, (prompt,))
-            return self._forward(ids, positions, recorded.inputs[-1:].long(), step)
+            last = recorded.inputs[-1:].long()
+            step = CudaStep(self.cache, slots, nothing.view(0, 0), nothing, (prompt,), last)
+            return self._forward(ids, positions, step)
 
         recorded.logits = record(recorded.graph, run, pool)
         return recorded.graph.pool()

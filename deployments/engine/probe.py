@@ -22,6 +22,8 @@ _TOLERANCE = 0.02
 class _Probe:
     """Stands in for attention: notes what each layer hands over, and lets no token see another."""
 
+    rows = None
+
     def __init__(self) -> None:
         self.calls: list[int] = []
         self.layers: dict[int, tuple[int, int, int]] = {}

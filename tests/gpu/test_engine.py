@@ -18,6 +18,8 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
+from deployments.engine.cuda_layers import can_drop_rows  # noqa: E402  # Triton is there only where a GPU is
+
 NUM_TOKENS = 24
 LENGTHS = (1, 2, 40, 255, 256, 257, 700, 1500)
 # Two tokens whose logits are nearer than this are a tie: in bfloat16 logits of this size are multiples of 1/16, and
@@ -167,3 +169,8 @@ def test_the_canary_runs_while_nothing_else_does_and_changes_no_token() -> None:
     assert not engine.run_canary(), "steps have run since the last one"
     assert engine.run_canary()
     assert engine.num_free_blocks == 64
+
+
+@every_family
+def test_the_last_layer_goes_on_with_rows_that_are_wanted(family: str) -> None:
+    assert can_drop_rows(loaded(family).model)

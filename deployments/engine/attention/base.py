@@ -81,7 +81,14 @@ class Rotary:
 
 
 class AttentionStep(Protocol):
-    """Attention for one step: writes the new KV, then attends."""
+    """Attention for one step: writes the new KV, then attends.
+
+    Attributes:
+        rows: (S,) int64 tokens whose logits are wanted, where the last layer is to go on with these alone; None: all.
+    """
+
+    @property
+    def rows(self) -> Tensor | None: ...
 
     def attend(
         self,

@@ -88,6 +88,7 @@ class CudaStep:
         decode_tables: (D, max_blocks) int32 block ids; the D decodes come first in the flat batch.
         decode_lens: (D,) int32 tokens of each decoding sequence, the new one included.
         prompts: the chunks behind the decodes.
+        rows: see `AttentionStep`.
     """
 
     def __init__(
@@ -97,10 +98,12 @@ class CudaStep:
         decode_tables: Tensor,
         decode_lens: Tensor,
         prompts: tuple[Prompts, ...] = (),
+        rows: Tensor | None = None,
     ) -> None:
         self._cache, self._slots = cache, slots
         self._tables, self._lens = decode_tables, decode_lens
         self._prompts = prompts
+        self.rows = rows
 
     def attend(
         self,

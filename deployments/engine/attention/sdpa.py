@@ -46,6 +46,8 @@ class _DecodePlan:
 class SdpaStep:
     """One step's attention; plans are made once and shared by all layers with the same window."""
 
+    rows = None
+
     def __init__(self, cache: KVCache, batch: Batch) -> None:
         use_torch_threads()
         self._cache = cache
