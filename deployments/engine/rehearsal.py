@@ -90,6 +90,10 @@ def rehearse(runner: Runner, limits: EngineLimits) -> None:
             for number, (start, count) in enumerate(step)
         ]
         runner.launch(items).collect()
+    # The first chunk of a prompt draws nothing.
+    prompt = _sequence(0, 0, limits.max_model_len, token_ids, table)
+    chunk = min(limits.max_num_batched_tokens, limits.max_model_len - 1)
+    runner.launch([ScheduledSequence.of(prompt, chunk)]).collect()
 
 
 def worst_steps(limits: EngineLimits) -> list[list[tuple[int, int]]]:

@@ -20,8 +20,8 @@ _CPU_MEMORY_SHARE = 0.25
 _CPU_TOKENS_PER_THREAD = 128
 # The paged attention of torch reads blocks of a multiple of this.
 _GPU_BLOCK_SIZE = 256
-# What stays free on a GPU besides what was measured: for others' small allocations, and memory in pieces.
-_MARGIN_BYTES = 512 << 20
+# What stays free on a GPU besides what was measured: for communicators of NCCL, others' contexts, memory in pieces.
+_MARGIN_BYTES = 1 << 30
 # Of the pool beside which steps are tried; its blocks are used again and again.
 _TRIAL_BLOCKS = 2
 

@@ -79,10 +79,10 @@ def test_the_pool_takes_what_is_left_beside_steps_and_hand_offs(free: dict[str, 
 
 
 def test_limits_that_leave_nothing_for_kv_are_refused_with_the_numbers(free: dict[str, int]) -> None:
-    free["bytes"] = 300 << 20
+    free["bytes"] = 1 << 30
     loaded = replace(load("llama"), device=torch.device("cuda"))
     with pytest.raises(
-        ValueError, match=r"0\.29 GiB .* are free .* max_num_batched_tokens \(512\), max_num_seqs \(4\)"
+        ValueError, match=r"1\.00 GiB .* are free .* max_num_batched_tokens \(512\), max_num_seqs \(4\)"
     ):
         choose_limits(loaded, ON_GPU)
 

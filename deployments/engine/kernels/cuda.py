@@ -26,7 +26,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if x.dim() == 4 and x.stride(1) < x.stride(2):
         return rms_norm(x.transpose(1, 2), weight, eps).transpose(1, 2)
     num_rows, size = x.shape[-2:]
-    groups = x.reshape(-1, num_rows, size)
+    groups = x.reshape(x.numel() // max(1, num_rows * size), num_rows, size)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(size)
     _rms_norm[(len(groups) * num_rows,)](

@@ -26,6 +26,8 @@ class Tile(NamedTuple):
 
 def decode_tile(head_dim: int) -> Tile:
     """The best of those tried on an H100 (docs/log.md)."""
+    if head_dim <= 64:
+        return Tile(64, 2, 4)
     return Tile(32, 2, 4) if head_dim <= 128 else Tile(32, 4, 3)
 
 

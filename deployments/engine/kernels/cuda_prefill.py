@@ -15,7 +15,7 @@ from deployments.engine.kernels.cuda_attention import LOG2_E, Tile, squash
 
 def prefill_tile(head_dim: int) -> tuple[int, Tile]:
     """Rows of a program, and how it walks along the keys: the best of those tried on an H100 (docs/log.md)."""
-    return (128, Tile(64, 8, 3)) if head_dim <= 128 else (64, Tile(64, 4, 2))
+    return (64, Tile(64, 4, 3)) if head_dim <= 128 else (128, Tile(64, 8, 2))
 
 
 def prefill_attention(
@@ -152,18 +152,17 @@ def _prefill_attention(
     else:
         keys += start.to(tl.int64) * key_stride + kv_head * HEAD_DIM
         values += start.to(tl.int64) * value_stride + kv_head * HEAD_DIM
-    if HAS_WINDOW:
-        peak, total, result = _attend_tiles(
-            query, keys, values, tables, peak, total, result, begin, whole_from, end, position, scaling, softcap,
-            window, key_stride, value_stride, HEAD_DIM, DIMS, BLOCK_SIZE, TILE, IS_PAGED, HAS_WINDOW, HAS_SOFTCAP, True,
-        )  # fmt: skip
+    num_whole, num_before = (whole_to - whole_from) // TILE, tl.cdiv(whole_from - begin, TILE)
+    num_cut = num_before + tl.cdiv(end - whole_to, TILE)
     peak, total, result = _attend_tiles(
-        query, keys, values, tables, peak, total, result, whole_from, whole_to, end, position, scaling, softcap, window,
-        key_stride, value_stride, HEAD_DIM, DIMS, BLOCK_SIZE, TILE, IS_PAGED, HAS_WINDOW, HAS_SOFTCAP, False,
+        query, keys, values, tables, peak, total, result, num_whole, num_whole, whole_from, whole_from, end, position,
+        scaling, softcap, window, key_stride, value_stride,
+        HEAD_DIM, DIMS, BLOCK_SIZE, TILE, IS_PAGED, HAS_WINDOW, HAS_SOFTCAP, False,
     )  # fmt: skip
     peak, total, result = _attend_tiles(
-        query, keys, values, tables, peak, total, result, whole_to, end, end, position, scaling, softcap, window,
-        key_stride, value_stride, HEAD_DIM, DIMS, BLOCK_SIZE, TILE, IS_PAGED, HAS_WINDOW, HAS_SOFTCAP, True,
+        query, keys, values, tables, peak, total, result, num_cut, num_before, begin, whole_to, end, position,
+        scaling, softcap, window, key_stride, value_stride,
+        HEAD_DIM, DIMS, BLOCK_SIZE, TILE, IS_PAGED, HAS_WINDOW, HAS_SOFTCAP, True,
     )  # fmt: skip
     if HAS_SINKS:
         sink = tl.load(sinks + kv_head * GROUP + row % GROUP).to(tl.float32) * 1.4426950408889634
@@ -184,8 +183,10 @@ def _attend_tiles(
     peak,
     total,
     result,
-    begin,
-    stop,
+    count,
+    num_before,
+    before,
+    behind,
     end,
     position,
     scaling,
@@ -202,9 +203,12 @@ def _attend_tiles(
     HAS_SOFTCAP: tl.constexpr,
     IS_CUT: tl.constexpr,
 ):
-    """Tiles from `begin` to `stop`; cut ones hide what a row does not see, the others are seen whole by every row."""
+    """So many tiles, some from `before` on, the others from `behind` on; if none is cut every row sees them whole."""
     dims, tokens = tl.arange(0, DIMS), tl.arange(0, TILE)
-    for first in range(begin, stop, TILE):
+    for number in range(0, count):
+        first = before + number * TILE
+        if IS_CUT:
+            first = tl.where(number < num_before, first, behind + (number - num_before) * TILE)
         if IS_PAGED:
             block = tl.load(tables + first // BLOCK_SIZE).to(tl.int64)
             slots = block * BLOCK_SIZE + first % BLOCK_SIZE + tokens
