@@ -46,8 +46,6 @@ logger = logging.getLogger(__name__)
 
 # A chunk that is imported waits for the step in progress; a step longer than this means that the engine hangs.
 _IMPORT_TIMEOUT_S = 60.0
-# A chunk outlives its release by as long as Ray takes to notice that nobody refers to it any more.
-_SPARE_CHUNKS = 4
 
 
 def _log_failure(command: "Future[object]") -> None:
@@ -157,7 +155,7 @@ def assemble_engine(loaded: "LoadedModel", config: EngineConfig) -> BuiltEngine:
     logger.info("engine ready: %s, %s, pid %d", loaded.path, limits, os.getpid())
     arena = None
     if config.share_kv:
-        arena = Arena(engine.max_export_bytes + _SPARE_CHUNKS * engine.max_chunk_bytes, loaded.device.type)
+        arena = Arena(engine.export_room_bytes, loaded.device.type)
         engine.export_into(arena.allocate)
     return BuiltEngine(engine, info, layout, loaded.device.type, arena)
 

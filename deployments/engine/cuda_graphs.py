@@ -50,6 +50,7 @@ class PromptGraph:
         starts: (2,) int32: where the prompt begins and ends; the graph reads it there.
         graph: to replay, once `record` has filled it.
         logits: (1, vocab_size), of the last replay.
+        holds: what else the graph reads.
     """
 
     def __init__(self, length: int, device: torch.device) -> None:
@@ -59,6 +60,7 @@ class PromptGraph:
         self.starts = torch.tensor([0, length], dtype=torch.int32, device=device)
         self.graph = torch.cuda.CUDAGraph()
         self.logits: Tensor | None = None
+        self.holds: object = None
 
 
 def record(graph: torch.cuda.CUDAGraph, run: Callable[[], Tensor], pool: MemoryPool | None) -> Tensor:

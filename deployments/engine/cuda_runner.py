@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deployments.engine.attention import flash3
 from deployments.engine.attention.cuda import LONG_CHUNK, CudaStep, Prompts
 from deployments.engine.batch import order_for_batch
 from deployments.engine.config import EngineLimits
@@ -28,6 +27,7 @@ from deployments.engine.cuda_graphs import (
     padded_batch,
     record,
 )
+from deployments.engine.cuda_layers import can_drop_rows
 from deployments.engine.kv_cache import KVCache
 from deployments.engine.model import LoadedModel
 from deployments.engine.sampler import build_sampling_batch, compile_draws, sample
@@ -65,6 +65,7 @@ class CudaRunner:
     def __init__(self, loaded: LoadedModel, cache: KVCache, limits: EngineLimits) -> None:
         self._model: PreTrainedModel = loaded.model
         self._device = loaded.device
+        self._drops_rows = can_drop_rows(loaded.model)
         self.cache = cache
         self._limits = limits
         self._max_blocks = -(-limits.max_model_len // cache.block_size)
@@ -83,9 +84,6 @@ class CudaRunner:
         self._turn = 0
         self._graphs: dict[int, DecodeGraph] = {}
         self._prompt_graphs: dict[int, PromptGraph] = {}
-        flash3.can_attend(
-            cache.blocks.dtype, cache.shape.head_dim
-        )  # says which attention it is, before the first prompt
         self._capture()
         compile_draws(loaded.vocab_size, loaded.model.dtype, loaded.device)
 
@@ -209,8 +207,9 @@ class CudaRunner:
             tables.on(inputs).view(len(decodes), -1) if decodes else tables.on(inputs).view(0, 0),
             lens.on(inputs),
             tuple(prompt.on(inputs) for prompt in prompts),
+            last.on(inputs).long(),
         )
-        return self._forward(ids, positions.on(inputs), last.on(inputs).long(), step)
+        return self._forward(ids, positions.on(inputs), step)
 
     def _write_tables(self, writer: Writer, items: Items[ScheduledSequence]) -> Span:
         width = max((len(item.sequence.block_table) for item in items), default=0)
@@ -241,7 +240,8 @@ class CudaRunner:
                 capacities.array[:] = np.arange(len(group) + 1) * width
                 context = lens, capacities, self._write_tables(writer, group)
             shape = start, int(counts.sum()), int(counts.max()), int(ends.max())
-            written.append(_PendingPrompts(*shape, len(group), starts, context))
+            sequences = tuple((item.start, item.num_tokens) for item in group)
+            written.append(_PendingPrompts(*shape, sequences, starts, context))
             start += int(counts.sum())
         return written
 
@@ -249,12 +249,16 @@ class CudaRunner:
         """Put in the tokens that the step before drew."""
         return torch.where(sources >= 0, self._drawn[sources.clamp(min=0)].to(ids.dtype), ids)
 
-    def _forward(self, ids: Tensor, positions: Tensor, last: Tensor | int, step: CudaStep) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, step: CudaStep) -> Tensor:
+        """Logits of the step's rows."""
+        keep: Tensor | int = 0
+        if step.rows is not None and not self._drops_rows:
+            keep, step.rows = step.rows, None
         logits: Tensor = self._model(
             input_ids=ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             use_cache=False,
-            logits_to_keep=last,
+            logits_to_keep=keep,
             paged_step=step,
         ).logits[0]
         return logits
@@ -282,7 +286,7 @@ class CudaRunner:
 
         def run() -> Tensor:
             step = CudaStep(self.cache, slots, tables, lens)
-            logits = self._forward(self._resolve(ids, sources), positions, 0, step)
+            logits = self._forward(self._resolve(ids, sources), positions, step)
             self._drawn[:size] = logits.argmax(dim=-1)
             return logits
 
@@ -296,10 +300,14 @@ class CudaRunner:
         ids, positions, slots = recorded.inputs[:-1].view(3, length)
         nothing = recorded.inputs[:0]
 
+        # One for the run that warms up and for the recording: replays read what it holds.
+        prompt = Prompts(0, length, length, length, recorded.starts, ((0, length),), is_recorded=True)
+        recorded.holds = prompt
+
         def run() -> Tensor:
-            prompt = Prompts(0, length, length, length, recorded.starts, is_recorded=True)
-            step = CudaStep(self.cache, slots, nothing.view(0, 0), nothing, (prompt,))
-            return self._forward(ids, positions, recorded.inputs[-1:].long(), step)
+            last = recorded.inputs[-1:].long()
+            step = CudaStep(self.cache, slots, nothing.view(0, 0), nothing, (prompt,), last)
+            return self._forward(ids, positions, step)
 
         recorded.logits = record(recorded.graph, run, pool)
         return recorded.graph.pool()
@@ -320,13 +328,14 @@ class _PendingPrompts:
     num_tokens: int
     max_queries: int
     max_keys: int
-    count: int
+    sequences: tuple[tuple[int, int], ...]
     starts: Span
     context: tuple[Span, Span, Span] | None
 
     def on(self, inputs: Tensor) -> Prompts:
         shape = self.start, self.num_tokens, self.max_queries, self.max_keys
         if self.context is None:
-            return Prompts(*shape, self.starts.on(inputs))
+            return Prompts(*shape, self.starts.on(inputs), self.sequences)
         lens, capacities, tables = (span.on(inputs) for span in self.context)
-        return Prompts(*shape, self.starts.on(inputs), lens, capacities, tables.view(self.count, -1))
+        on_gpu = lens, capacities, tables.view(len(self.sequences), -1)
+        return Prompts(*shape, self.starts.on(inputs), self.sequences, *on_gpu)

@@ -25,13 +25,13 @@ from deployments.engine.checks import check_request
 from deployments.engine.config import EngineConfig, EngineLimits
 from deployments.engine.exporter import Exporter
 from deployments.engine.handoff import Clock, Inbox, Outbox, State
-from deployments.engine.kv_cache import KVCache
 from deployments.engine.kv_copies import Allocate, KVCopies
 from deployments.engine.model import LoadedModel
-from deployments.engine.model_runner import LaunchedStep, build_runner
+from deployments.engine.model_runner import LaunchedStep
+from deployments.engine.rehearsal import build_rehearsed
 from deployments.engine.scheduler import ScheduledSequence, Scheduler
 from deployments.engine.sequence import PENDING, Role, Sequence, Status
-from deployments.engine.sizing import choose_limits
+from deployments.engine.sizing import choose_limits, export_room
 from deployments.engine.stats import EngineStats
 from deployments.errors import InvalidRequestError
 from deployments.messages import (
@@ -47,10 +47,6 @@ from deployments.messages import (
 
 logger = logging.getLogger(__name__)
 
-# Chunks of this many steps may wait for their receivers while the next ones are computed. Steps of a GPU are long.
-_EXPORT_STEPS = {"cpu": 4, "cuda": 2}
-# Of one chunk: small enough that chunks of one step overlap on their way, large enough that each fills a link.
-_MAX_CHUNK_BYTES = 256 << 20
 # Never enters the scheduler, so no request's id can meet it.
 _CANARY = GenerateRequest("canary", (0,), SamplingParams(max_tokens=1, temperature=0))
 
@@ -77,19 +73,18 @@ class Engine:
             is_pipelined = loaded.device.type == "cuda"
         self.limits: EngineLimits = choose_limits(loaded, config)
         self.kv_shape = loaded.kv_shape
-        cache = KVCache(loaded.kv_shape, self.limits.num_blocks, self.limits.block_size, loaded.device)
-        self._runner = build_runner(loaded, cache, self.limits)
-        self._copies = KVCopies(cache)
+        self._runner = build_rehearsed(loaded, self.limits)
+        self._copies = KVCopies(self._runner.cache)
         self._blocks = BlockManager(
             self.limits.num_blocks, self.limits.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
         self._scheduler = Scheduler(self._blocks, self.limits, loaded.positions)
         bytes_per_block = self.limits.block_size * loaded.kv_shape.bytes_per_token
-        step_blocks = max(1, self.limits.max_num_batched_tokens // self.limits.block_size)
-        self._max_chunk_blocks = max(1, min(step_blocks, _MAX_CHUNK_BYTES // bytes_per_block))
+        self._export_room = export_room(self.limits, bytes_per_block, loaded.device)
         self._inbox = Inbox(config.lease_s, clock)
-        self._outbox = Outbox(_EXPORT_STEPS[loaded.device.type] * step_blocks, config.lease_s, clock)
-        self._exporter = Exporter(self._outbox, self._copies, self.limits.block_size, self._max_chunk_blocks)
+        self._outbox = Outbox(self._export_room.max_blocks, config.lease_s, clock)
+        chunk_blocks = self._export_room.max_chunk_blocks
+        self._exporter = Exporter(self._outbox, self._copies, self.limits.block_size, chunk_blocks)
         self._bytes_per_block = bytes_per_block
         self._is_pipelined = is_pipelined
         self._in_flight: LaunchedStep | None = None
@@ -128,9 +123,9 @@ class Engine:
         return self._outbox.max_blocks * self._bytes_per_block
 
     @property
-    def max_chunk_bytes(self) -> int:
-        """Of one chunk."""
-        return self._max_chunk_blocks * self._bytes_per_block
+    def export_room_bytes(self) -> int:
+        """Of these, and of some that were released and are still referred to."""
+        return self._export_room.num_blocks * self._bytes_per_block
 
     def export_into(self, allocate: Allocate) -> None:
         """Have chunks copied into memory from `allocate`, as far as it has room; before the first step."""

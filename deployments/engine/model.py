@@ -23,8 +23,8 @@ from deployments.engine.model_files import BUNDLED_MODEL, bundled_file, check_fi
 from deployments.engine.model_weights import load_weights
 from deployments.engine.packed_linear import pack_linears
 from deployments.engine.positions import FIXED, PositionRule
-from deployments.engine.probe import is_plain, probe_kv_shape
-from deployments.engine.rope import separate_lengths
+from deployments.engine.probe import probe_kv_shape
+from deployments.engine.rope import separate_lengths, waits_for_device
 
 logger = logging.getLogger(__name__)
 
@@ -119,11 +119,15 @@ def _optimize_for_cuda(model: PreTrainedModel) -> bool:
     if model.dtype not in (torch.bfloat16, torch.float16):
         return False
     from deployments.engine import cuda_layers  # Triton is there only where a GPU is
+    from deployments.engine.attention.cuda import unknown_to_cuda
 
     cuda_layers.optimize_layers(model)
-    if is_plain(model):
+    unknown = unknown_to_cuda(probe_kv_shape(model, model.device))
+    if unknown is None and waits_for_device(model):
+        unknown = "rotary embeddings that wait for the device, which a CUDA graph cannot"
+    if unknown is None:
         return True
-    logger.info("windows, softcaps or another rotary embedding: attention runs without kernels of our own")
+    logger.info("attention runs without kernels of our own: it does not know %s", unknown)
     cuda_layers.restore_rotary(model)
     return False
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from deployments.engine.attention.base import Rotation, Scores
 from deployments.engine.kv_cache import KVShape
-from deployments.engine.rope import ScaledRotary, max_model_len
+from deployments.engine.rope import max_model_len
 from deployments.errors import UnsupportedModelError
 
 # Logits that should be equal may differ by rounding where experts see other groups of tokens; what is looked for moves
@@ -22,12 +23,12 @@ _TOLERANCE = 0.02
 class _Probe:
     """Stands in for attention: notes what each layer hands over, and lets no token see another."""
 
+    rows = None
+
     def __init__(self) -> None:
         self.calls: list[int] = []
         self.layers: dict[int, tuple[int, int, int]] = {}
         self.windows: dict[int, int | None] = {}
-        self.softcaps: dict[int, float | None] = {}
-        self.leaves_rotary: dict[int, bool] = {}
         self.dtype = torch.float32
 
     def attend(
@@ -36,17 +37,12 @@ class _Probe:
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        rotary: tuple[Tensor, Tensor] | None,
+        scores: Scores,
+        rotation: Rotation | None,
     ) -> Tensor:
         self.calls.append(layer)
         self.layers[layer] = (keys.shape[0], keys.shape[2], values.shape[2])
-        self.windows[layer] = sliding_window
-        self.softcaps[layer] = softcap
-        self.leaves_rotary[layer] = rotary is not None
+        self.windows[layer] = scores.window
         self.dtype = keys.dtype
         return queries.new_zeros(queries.shape[1], queries.shape[0], values.shape[2])
 
@@ -73,21 +69,6 @@ def probe_kv_shape(model: PreTrainedModel, device: torch.device) -> KVShape:
     if not _agree(logits, _last_logits(model, [second, second], positions, _Probe())):
         raise UnsupportedModelError(f"{name} mixes neighbouring tokens outside of its attention layers")
     return shape
-
-
-@torch.inference_mode()
-def is_plain(model: PreTrainedModel) -> bool:
-    """Whether every layer attends without window and softcap and leaves the rotary embedding to attention.
-
-    And whether the embedding waits for nothing, since a CUDA graph cannot.
-    """
-    if any(isinstance(module, ScaledRotary) for module in model.modules()):
-        return False
-    probe = _Probe()
-    _last_logits(model, [0, 1], torch.arange(2, device=model.device).unsqueeze(0), probe)
-    longest = max_model_len(model.config)
-    no_window = all(window is None or window >= longest for window in probe.windows.values())
-    return no_window and not any(probe.softcaps.values()) and all(probe.leaves_rotary.values())
 
 
 def _last_logits(model: PreTrainedModel, token_ids: list[int], positions: Tensor | None, probe: _Probe) -> Tensor:

@@ -68,6 +68,11 @@ def separate_lengths(model: PreTrainedModel) -> tuple[PositionRule, int]:
     return rule, longest
 
 
+def waits_for_device(model: PreTrainedModel) -> bool:
+    """Whether its rotary embedding, once separated, waits for the device in each step."""
+    return any(isinstance(module, ScaledRotary) for module in model.modules())
+
+
 class SwitchedRotary(nn.Module):
     """LongRoPE, token by token.
 

@@ -1,11 +1,18 @@
-"""How large the KV pool is, decided once at start-up from what is free; afterwards memory cannot run out."""
+"""How large the KV pool is, decided once at start-up; afterwards memory cannot run out.
 
+On a GPU the largest steps are run before (`rehearsal.py`), with the layers, graphs and draws of this very model, beside
+a pool of a few blocks. The pool takes what is free beside all that, less what hand-offs need and a margin.
+"""
+
+import logging
 import os
+from dataclasses import dataclass, replace
 
 import torch
 
 from deployments.engine.config import EngineConfig, EngineLimits
 from deployments.engine.model import LoadedModel
+from deployments.engine.rehearsal import free_beside_largest_steps, name_limits
 
 _CPU_POOL_BYTES = 1 << 30
 _CPU_MEMORY_SHARE = 0.25
@@ -13,8 +20,47 @@ _CPU_MEMORY_SHARE = 0.25
 _CPU_TOKENS_PER_THREAD = 128
 # The paged attention of torch reads blocks of a multiple of this.
 _GPU_BLOCK_SIZE = 256
-# What stays free on a GPU for activations, besides what is measured.
-_GPU_MEMORY_SHARE = 0.9
+# What stays free on a GPU besides what was measured: for communicators of NCCL, others' contexts, memory in pieces.
+_MARGIN_BYTES = 1 << 30
+# Of the pool beside which steps are tried; its blocks are used again and again.
+_TRIAL_BLOCKS = 2
+
+_GIB = 1 << 30
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRoom:
+    """What hand-offs need beside the pool, in blocks.
+
+    Attributes:
+        max_chunk_blocks: of one chunk.
+        max_blocks: of all that may wait for their receivers; one chunk more is let in.
+    """
+
+    max_chunk_blocks: int
+    max_blocks: int
+
+    @property
+    def num_blocks(self) -> int:
+        """With those that are on their way into the pool, or dropped and not yet noticed to be."""
+        return self.max_blocks + _SPARE_CHUNKS * self.max_chunk_blocks
+
+
+# Chunks of this many steps may wait for their receivers while the next ones are computed. Steps of a GPU are long.
+_EXPORT_STEPS = {"cpu": 4, "cuda": 2}
+# Of one chunk: small enough that chunks of one step overlap on their way, large enough that each fills a link.
+_MAX_CHUNK_BYTES = 256 << 20
+# A chunk outlives its release by as long as Ray takes to notice that nobody refers to it any more.
+_SPARE_CHUNKS = 4
+
+
+def export_room(limits: EngineLimits, bytes_per_block: int, device: torch.device) -> ExportRoom:
+    """For as many chunks as may be under way at once."""
+    step_blocks = max(1, limits.max_num_batched_tokens // limits.block_size)
+    max_chunk_blocks = max(1, min(step_blocks, _MAX_CHUNK_BYTES // bytes_per_block))
+    return ExportRoom(max_chunk_blocks, _EXPORT_STEPS[device.type] * step_blocks)
 
 
 def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
@@ -39,15 +85,33 @@ def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
     if loaded.has_cuda_layers and block_size % _GPU_BLOCK_SIZE:
         raise ValueError(f"block_size is {block_size}, must be a multiple of {_GPU_BLOCK_SIZE} on a GPU")
     bytes_per_block = block_size * loaded.kv_shape.bytes_per_token
-    num_blocks = config.num_blocks or (config.kv_cache_bytes or _default_pool_bytes(loaded.device)) // bytes_per_block
-    if num_blocks < 1:
-        raise ValueError(f"kv_cache_bytes is {config.kv_cache_bytes}, one block alone takes {bytes_per_block}")
-    return EngineLimits(max_model_len, block_size, num_blocks, config.max_num_seqs, max_num_batched_tokens)
+    limits = EngineLimits(max_model_len, block_size, _TRIAL_BLOCKS, config.max_num_seqs, max_num_batched_tokens)
+    if config.num_blocks:
+        return replace(limits, num_blocks=config.num_blocks)
+    if config.kv_cache_bytes:
+        num_blocks = config.kv_cache_bytes // bytes_per_block
+        if num_blocks < 1:
+            raise ValueError(f"kv_cache_bytes is {config.kv_cache_bytes}, one block alone takes {bytes_per_block}")
+    else:
+        room = _cpu_pool_bytes() if on_cpu else _gpu_pool_bytes(loaded, limits, bytes_per_block)
+        num_blocks = room // bytes_per_block
+    return replace(limits, num_blocks=max(1, num_blocks))
 
 
-def _default_pool_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * _GPU_MEMORY_SHARE)
+def _cpu_pool_bytes() -> int:
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min(_CPU_POOL_BYTES, int(free * _CPU_MEMORY_SHARE))
+
+
+def _gpu_pool_bytes(loaded: LoadedModel, limits: EngineLimits, bytes_per_block: int) -> int:
+    free = free_beside_largest_steps(loaded, limits)
+    exports = export_room(limits, bytes_per_block, loaded.device).num_blocks * bytes_per_block
+    room = free + limits.num_blocks * bytes_per_block - exports - _MARGIN_BYTES
+    found = (
+        f"{free / _GIB:.2f} GiB of the GPU's memory are free beside the model and its largest steps; hand-offs take"
+        f" {exports / _GIB:.2f} of them, {_MARGIN_BYTES / _GIB:.2f} stay free"
+    )
+    if room < bytes_per_block:
+        raise ValueError(f"{found}, and nothing is left for KV: lower {name_limits(limits)}")
+    logger.info("%s, the KV pool gets %.2f", found, room / _GIB)
+    return room

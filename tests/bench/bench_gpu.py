@@ -1,9 +1,9 @@
 """The whole engine loop on one GPU, with random weights: time per output token, prefill, throughput, against a floor.
 
 Run: `make bench-gpu` on a machine with a GPU. The engine is driven as `EngineLoop` drives it, scheduler, sampler and
-events included. Prints a table beside vLLM 0.24's figures on an H100 80GB (same shapes, dummy weights, greedy) and, as
-its last line, one JSON object with the raw numbers. `ARGS=--profile` says instead where the GPU's time goes in the run
-that measures throughput.
+events included. Prints a table beside vLLM's figures (same shapes, dummy weights, greedy) and, as its last line, one
+JSON object with the raw numbers. A row that fails says why, and the others are measured. `ARGS=--profile` says
+instead where the GPU's time goes in the run that measures throughput.
 """
 
 import argparse
@@ -20,51 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
 from deployments.engine.model import LoadedModel, optimize_layers, prepare_model
 from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
 from tests.bench.gpu_profile import gpu_seconds
+from tests.bench.gpu_shapes import SHAPES, VLLM_VERSION, Shape
 
 PROMPT_TOKENS = 256
 MEASURED_STEPS = 100
-VLLM: dict[str, Any] = {
-    "llama-8b": {
-        "tpot": {1: 6.51, 8: 6.69, 32: 7.34, 128: 9.75, 256: 13.67},
-        "prefill": {(1, 512): 17.4, (1, 2048): 53.1, (1, 8192): 210.0, (16, 1024): 380.0},
-        "throughput": 8301.0,
-    },
-    "qwen3-0.6b": {"tpot": {1: 2.46, 8: 3.04, 32: 3.48, 128: 4.81, 256: 9.49}, "prefill": {}, "throughput": None},
-}
-
-
-def shapes() -> dict[str, PretrainedConfig]:
-    """Configurations of the models that are measured; weights are random."""
-    llama = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=32768,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        tie_word_embeddings=False,
-    )
-    qwen = Qwen3Config(
-        vocab_size=151936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=16384,
-        tie_word_embeddings=True,
-    )
-    return {"llama-8b": llama, "qwen3-0.6b": qwen}
 
 
 def load_random(config: PretrainedConfig) -> LoadedModel:
@@ -87,7 +53,8 @@ def fill_random(model: PreTrainedModel) -> None:
 
 def build(config: PretrainedConfig, max_num_seqs: int) -> Engine:
     """An engine with random weights."""
-    settings = EngineConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=16384, max_model_len=12288)
+    longest = min(12288, int(config.max_position_embeddings))
+    settings = EngineConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=16384, max_model_len=longest)
     return Engine(load_random(config), settings)
 
 
@@ -99,12 +66,20 @@ class Driver:
         self._rng = np.random.default_rng(0)
         self._vocab_size = vocab_size
         self._count = 0
+        self._begun_at = 1
 
     def add(self, prompt_tokens: int, output_tokens: int) -> None:
         prompt = tuple(self._rng.integers(0, self._vocab_size, prompt_tokens).tolist())
         self._count += 1
         sampling = SamplingParams(max_tokens=output_tokens, temperature=0.0)
         self.engine.add(GenerateRequest(f"r{self._count}", prompt, sampling))
+
+    def abort_all(self) -> None:
+        """Give up on what runs, after a step that failed."""
+        for number in range(self._begun_at, self._count + 1):
+            self.engine.abort(f"r{number}")
+        self._begun_at = self._count + 1
+        self.engine._in_flight = None
 
     def step(self) -> list[TokenOutput]:
         return [event for event in self.engine.step() if isinstance(event, TokenOutput)]
@@ -243,7 +218,12 @@ def repeated(measure: Callable[[], float], repeats: int) -> list[float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench-gpu ARGS=...")
-    parser.add_argument("--only", choices=sorted(VLLM))
+    parser.add_argument(
+        "--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="which models; all by default"
+    )
+    parser.add_argument(
+        "--rows", nargs="+", help="only rows of these labels, as printed: token-1, prefill-1x512, tokens/s"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="where the GPU's time goes in the run of 256 requests")
     options = parser.parse_args()
@@ -259,50 +239,86 @@ def main() -> int:
         "models": {},
     }
     print(f"{result['device']}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
-    for name, config in shapes().items():
-        if options.only not in (None, name):
-            continue
+    for name in options.shapes:
         if options.profile:
-            result["models"][name] = profile_throughput(name, config, bandwidth)
+            found = profile_throughput(name, SHAPES[name].config(), bandwidth)
         else:
-            result["models"][name] = measure_model(name, config, bandwidth, options.repeats)
+            found = measure_model(name, SHAPES[name], bandwidth, options)
+        result["models"][name] = found
         gc.collect()  # an engine's graphs and pool, before the next one sizes its own
         torch.cuda.empty_cache()
     print(json.dumps(result))
     return 0
 
 
-def measure_model(name: str, config: PretrainedConfig, bandwidth: float, repeats: int) -> dict[str, Any]:
+def measure_model(name: str, shape: Shape, bandwidth: float, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one model, printed as they come."""
     begun = time.perf_counter()
-    engine = build(config, max_num_seqs=256)
-    driver = Driver(engine, config.vocab_size)
+    config = shape.config()
+    try:
+        engine = build(config, max_num_seqs=256)
+    except (RuntimeError, ValueError) as error:
+        print(f"\n{name}: does not start: {_reason(error)}", flush=True)
+        return {"failed": _reason(error)}
     print(f"\n{name}: ready in {time.perf_counter() - begun:.1f} s, {engine.limits}", flush=True)
-    found: dict[str, Any] = {"tpot": {}, "prefill": {}}
-    print(f"{'':24}{'vLLM 0.24':>12}{'engine':>12}{'ratio':>8}{'floor':>10}")
-    for batch_size, peer in VLLM[name]["tpot"].items():
-        times = repeated(partial(time_per_output_token, driver, batch_size), repeats)
-        found["tpot"][batch_size] = times
-        least = floor(engine, batch_size, bandwidth) * 1e3
-        _print_row(f"token, batch {batch_size}", peer, statistics.median(times) * 1e3, least)
-    for (count, prompt_tokens), peer in VLLM[name]["prefill"].items():
-        times = repeated(partial(prefill, driver, count, prompt_tokens), repeats)
-        found["prefill"][f"{count}x{prompt_tokens}"] = times
-        _print_row(f"prefill {count} x {prompt_tokens}", peer, statistics.median(times) * 1e3, None)
-    rates = repeated(partial(throughput, driver), repeats)
-    found["throughput"] = rates
-    median = statistics.median(rates)
-    print(f"{'output tokens/s':24}{VLLM[name]['throughput'] or '':>12}{median:12.0f}")
-    if evenly := found["prefill"].get("16x1024"):
-        bound = throughput_bound(engine, bandwidth, 16 * 1024 / statistics.median(evenly))
-        found["throughput_bound"] = bound
-        print(f"{'of a bound of':24}{'':12}{bound:12.0f}{median / bound:8.0%}")
+    driver = Driver(engine, config.vocab_size)
+    found: dict[str, Any] = {"tpot": {}, "prefill": {}, "failed": {}}
+    measure = partial(_measure_row, found["failed"], options)
+    print(f"{'':24}{'vLLM ' + VLLM_VERSION:>12}{'engine':>12}{'ratio':>8}{'floor':>10}")
+    for batch_size, peer in shape.tpot_ms.items():
+        times = measure(f"token-{batch_size}", driver, partial(time_per_output_token, driver, batch_size))
+        if times:
+            found["tpot"][batch_size] = times
+            least = floor(engine, batch_size, bandwidth) * 1e3
+            _print_row(f"token, batch {batch_size}", peer, statistics.median(times) * 1e3, least)
+    for (count, tokens), peer in shape.prefill_ms.items():
+        times = measure(f"prefill-{count}x{tokens}", driver, partial(prefill, driver, count, tokens))
+        if times:
+            found["prefill"][f"{count}x{tokens}"] = times
+            _print_row(f"prefill {count} x {tokens}", peer, statistics.median(times) * 1e3, None)
+    rates = measure("tokens/s", driver, partial(throughput, driver))
+    if rates:
+        found["throughput"] = rates
+        median, peer = statistics.median(rates), shape.throughput
+        ratio = "" if peer is None else f"{median / peer:8.2f}"
+        print(f"{'output tokens/s':24}{peer or '':>12}{median:12.0f}{ratio}")
+        if evenly := found["prefill"].get("16x1024"):
+            bound = throughput_bound(engine, bandwidth, 16 * 1024 / statistics.median(evenly))
+            found["throughput_bound"] = bound
+            print(f"{'of a bound of':24}{'':12}{bound:12.0f}{median / bound:8.0%}", flush=True)
     return found
 
 
-def _print_row(label: str, peer_ms: float, ours_ms: float, least_ms: float | None) -> None:
+def _measure_row(
+    failed: dict[str, str], options: argparse.Namespace, label: str, driver: Driver, run: Callable[[], float]
+) -> list[float]:
+    """Several runs of one row; none where it was not asked for, or failed, which is noted and printed."""
+    if options.rows and label not in options.rows:
+        return []
+    try:
+        return repeated(run, options.repeats)
+    except RuntimeError as error:
+        failed[label] = _reason(error)
+        print(f"{label:24}{failed[label]}", flush=True)
+    driver.abort_all()
+    return []
+
+
+def _reason(error: Exception) -> str:
+    """One line; being out of memory is called that."""
+    first = str(error).splitlines()[0] if str(error) else ""
+    name = "out of memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
+    return f"{name}: {first}"
+
+
+def _print_row(label: str, peer_ms: float | None, ours_ms: float, least_ms: float | None) -> None:
+    beside = (
+        f"{'':12}{ours_ms:12.2f}{'':8}"
+        if peer_ms is None
+        else f"{peer_ms:12.2f}{ours_ms:12.2f}{peer_ms / ours_ms:8.2f}"
+    )
     end = "" if least_ms is None else f"{least_ms:10.2f}"
-    print(f"{label:24}{peer_ms:12.2f}{ours_ms:12.2f}{peer_ms / ours_ms:8.2f}{end}", flush=True)
+    print(f"{label:24}{beside}{end}", flush=True)
 
 
 if __name__ == "__main__":

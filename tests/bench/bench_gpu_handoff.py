@@ -29,13 +29,14 @@ from deployments.kv_transfer import direct
 from deployments.kv_transfer.base import TransferStats
 from deployments.messages import ChunkReady
 from tests.bench.bare_copies import memcpy_peer_s, nccl_send_s
-from tests.bench.bench_gpu import load_random, shapes
+from tests.bench.bench_gpu import load_random
+from tests.bench.gpu_shapes import SHAPES
 from tests.engine_pair import DrivenEngine, hand_over, random_prompt
 
 LENGTHS = (512, 2048, 8000, 32000)
 NUM_TOKENS = 16
 MODEL = "llama-8b"
-VOCAB_SIZE = shapes()[MODEL].vocab_size
+VOCAB_SIZE = SHAPES[MODEL].config().vocab_size
 
 
 # About 2 ms; launching a copy takes one at most.
@@ -80,7 +81,7 @@ class TimedEngine(EngineActor):
 
 def build(config: EngineConfig) -> BuiltEngine:
     """An engine with random weights, the same in every process."""
-    return assemble_engine(load_random(shapes()[MODEL]), config)
+    return assemble_engine(load_random(SHAPES[MODEL].config()), config)
 
 
 def start(rank: int, share_kv: bool, max_num_batched_tokens: int, num_gpus: float) -> DrivenEngine:
@@ -152,7 +153,7 @@ def measure(
 
 def measure_bare(lengths: list[int]) -> dict[str, dict[int, float]]:
     """Seconds of `ncclSend` and `cudaMemcpyPeer` for the KV of so many tokens, printed as GiB/s."""
-    config = shapes()[MODEL]
+    config = SHAPES[MODEL].config()
     head_dim = config.hidden_size // config.num_attention_heads
     bytes_per_block = 256 * 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim
     sizes = [-(-length // 256) * bytes_per_block for length in lengths]

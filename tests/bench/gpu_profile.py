@@ -10,10 +10,10 @@ IDLE = "no kernel"
 # The first kind of which a part is in a kernel's name: of cuBLAS, cuDNN, FlashAttention, torch or our own.
 KINDS = {
     "attention of decodes": ("_decode_attention", "_merge_splits"),
-    "attention of prompts": ("flash", "fmha", "sdpa"),
+    "attention of prompts": ("flash", "fmha", "sdpa", "_prefill_attention", "_merge_rows", "_scale_rows"),
     "products": ("gemm", "nvjet", "cutlass", "_linear_of_row", "splitk", "gemv"),
-    "norms": ("_rms_norm",),
-    "SwiGLU": ("_silu_mul",),
+    "norms": ("_rms_norm", "_add_norm"),
+    "activations": ("_gated_mul",),
     "rotary embedding, writing of KV": ("_rotate_and_write",),
     "drawing of tokens": ("reduce_kernel", "_gumbel", "_best_within", "argmax"),
     "copies": ("memcpy", "memset"),

@@ -61,6 +61,17 @@ _CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
             "query_pre_attn_scalar": 16,
         },
     ),
+    "gemma3": (
+        "Gemma3TextConfig",  # rotates by another base where it has no window
+        SIZES
+        | {"num_hidden_layers": 3, "sliding_window": WINDOW, "query_pre_attn_scalar": 16}
+        | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+    "gpt_oss": (
+        "GptOssConfig",
+        SIZES | _EXPERTS | {"num_local_experts": 4, "sliding_window": WINDOW, "pad_token_id": 0},
+    ),
+    "glm4": ("Glm4Config", SIZES),
     "mixtral": ("MixtralConfig", SIZES | _EXPERTS | {"num_local_experts": 4, "sliding_window": None}),
     "qwen3_moe": (
         "Qwen3MoeConfig",
@@ -79,8 +90,8 @@ def build_config(family: str) -> PretrainedConfig:
 @cache
 def build_model(family: str) -> PreTrainedModel:
     """A model with transformers' own attention; shared, so copy it before changing it."""
-    # Softcaps are dropped by torch's fused attention: the reference must be the explicit one.
-    attention = "eager" if family == "gemma2" else "sdpa"
+    # Softcaps and sinks are dropped by torch's fused attention: the reference must be the explicit one.
+    attention = "eager" if family in ("gemma2", "gpt_oss") else "sdpa"
     model: PreTrainedModel = AutoModelForCausalLM.from_config(build_config(family), attn_implementation=attention)
     return randomize(model)
 

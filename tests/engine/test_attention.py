@@ -1,5 +1,6 @@
 """The step's attention against dense attention in float64: splits, merging, windows, softcaps, any block table."""
 
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.attention import sdpa
+from deployments.engine.attention.base import Scores
 from deployments.engine.attention.paged_decode import PagedDecode
 from deployments.engine.attention.sdpa import _plan_decodes
 from deployments.engine.batch import Batch, PromptChunk
@@ -42,7 +44,13 @@ class Pool:
 
 
 def dense(
-    queries: Tensor, keys: Tensor, values: Tensor, context_len: int, window: int | None, softcap: float | None
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    context_len: int,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """(heads, Q, head_dim) over (kv_heads, K, head_dim): (Q, heads, head_dim), all in float64."""
     group = NUM_HEADS // NUM_KV_HEADS
@@ -52,11 +60,20 @@ def dense(
         scores = torch.tanh(scores / softcap) * softcap
     distance = torch.arange(context_len, context_len + queries.shape[1])[:, None] - torch.arange(keys.shape[1])
     hidden = (distance < 0) | (distance >= (window or 1 << 30))
-    return (scores.masked_fill(hidden, float("-inf")).softmax(-1) @ values).transpose(0, 1)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.double()[:, None, None].expand(-1, scores.shape[1], 1)), -1)
+    return (scores.softmax(-1)[..., : keys.shape[1]] @ values).transpose(0, 1)
 
 
 def check(
-    decode_lens: list[int], chunks: list[tuple[int, int]], window: int | None, softcap: float | None, seed: int
+    decode_lens: list[int],
+    chunks: list[tuple[int, int]],
+    window: int | None,
+    softcap: float | None,
+    seed: int,
+    *,
+    has_sinks: bool = False,
 ) -> None:
     """Attend one step and compare every token.
 
@@ -67,6 +84,7 @@ def check(
     pool = Pool(seed)
     runs = [(length - 1, 1) for length in decode_lens] + chunks
     total = sum(count for _, count in runs)
+    sinks = pool.randn(NUM_HEADS) if has_sinks else None
     queries = pool.randn(NUM_HEADS, total, HEAD_DIM)
     keys, values = pool.randn(NUM_KV_HEADS, total, HEAD_DIM), pool.randn(NUM_KV_HEADS, total, HEAD_DIM)
     slots, tables, expected, prompt_chunks, start = [], [], [], [], 0
@@ -76,7 +94,7 @@ def check(
         pool.cache.write(0, pool.slots(table, 0, context), past[0].transpose(0, 1), past[1].transpose(0, 1))
         span = slice(start, start + count)
         all_keys, all_values = torch.cat([past[0], keys[:, span]], 1), torch.cat([past[1], values[:, span]], 1)
-        expected.append(dense(queries[:, span], all_keys, all_values, context, window, softcap))
+        expected.append(dense(queries[:, span], all_keys, all_values, context, window, softcap, sinks))
         slots.append(pool.slots(table, context, context + count))
         tables.append(table)
         if len(tables) > len(decode_lens):
@@ -85,9 +103,8 @@ def check(
     batch = build_batch(torch.cat(slots), decode_lens, tables, prompt_chunks)
     for kernel in (True, False):  # without it as well, as for other dtypes
         with patch.object(sdpa, "can_decode", lambda _, kernel=kernel: kernel):
-            actual = sdpa.SdpaStep(pool.cache, batch).attend(
-                0, queries, keys, values, scaling=SCALING, sliding_window=window, softcap=softcap, rotary=None
-            )
+            scores = Scores(SCALING, window, softcap, sinks)
+            actual = sdpa.SdpaStep(pool.cache, batch).attend(0, queries, keys, values, scores, None)
         torch.testing.assert_close(actual.double(), torch.cat(expected), rtol=1e-4, atol=1e-5)
 
 
@@ -137,6 +154,34 @@ def test_random_steps_match_dense_attention(seed: int) -> None:
     chunks = [(int(rng.integers(0, 60)), int(rng.integers(2, 40))) for _ in range(rng.integers(0, 3))]
     window, softcap = rng.choice([0, 5, 50]), rng.choice([0.0, 3.0])
     check(lens, chunks, int(window) or None, float(softcap) or None, seed)
+
+
+@every_window
+@every_softcap
+def test_sinks_take_their_share_of_every_softmax(window: int | None, softcap: float | None) -> None:
+    check([40, 3, 200, 1], [(0, 17), (29, 4), (100, 40)], window, softcap, seed=6, has_sinks=True)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("window", [None, 60])
+def test_no_more_is_computed_at_once_than_is_bounded(window: int | None, is_fused: bool) -> None:
+    sizes: list[int] = []
+
+    def attend(queries: Tensor, keys: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        sizes.append(queries.shape[:3].numel() * keys.shape[2])
+        return whole(queries, keys, *args, **kwargs)
+
+    whole = sdpa._attend
+    bound = 8 * NUM_HEADS * 400
+    with (
+        patch.object(sdpa, "_attend", attend),
+        patch.object(sdpa, "_MAX_BYTES", 8 * bound),
+        patch.object(sdpa, "_MAX_PART", 16),
+        patch.object(sdpa, "_is_fused", lambda *_: is_fused),
+    ):
+        check([200] * 5, [(90, 300), (0, 100)], window, None if is_fused else 3.0, seed=7)
+    if window is not None or not is_fused:
+        assert max(sizes) <= bound
 
 
 def test_one_long_decode_is_split_and_the_short_ones_are_not_padded_to_it() -> None:

@@ -43,6 +43,13 @@ def test_rotate_reads_heads_out_of_a_merged_projection(num_tokens: int) -> None:
     torch.testing.assert_close(rotate(x, cos, sin).double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_rotate_takes_heads_that_lie_one_behind_the_other() -> None:
+    x = torch.randn(1, 4, 9, 16)
+    cos, sin = torch.randn(2, 1, 9, 16)
+    as_rows = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(rotate(x, cos, sin), rotate(as_rows, cos, sin))
+
+
 def fuse(family: str) -> tuple[nn.Module, int]:
     model = copy.deepcopy(build_model(family))
     merge_linears(model)
@@ -62,10 +69,17 @@ def test_norms_of_single_heads_are_fused_too() -> None:
     assert count(fuse("qwen3")[0], FusedRMSNorm) == 2 * 4 + 1
 
 
-def test_layers_of_another_kind_stay_as_they_are() -> None:
-    """Gemma's norms add one to the weight and its MLPs have another activation; Phi-3's projections come merged."""
-    gemma, phi3 = fuse("gemma2")[0], fuse("phi3")[0]
-    assert count(gemma, FusedRMSNorm) == count(gemma, FusedGatedMLP) == count(phi3, FusedGatedMLP) == 0
+def test_norms_that_add_one_to_the_weight_are_fused_too() -> None:
+    model, num_fused = fuse("gemma2")
+    assert (count(model, FusedRMSNorm), num_fused) == (3 * 4 + 1, 3 * 4 + 1 + 3)
+
+
+def test_mlps_whose_projections_come_merged_are_fused_too() -> None:
+    assert count(fuse("phi3")[0], FusedGatedMLP) == 2
+
+
+def test_an_mlp_with_another_activation_stays_as_it_is() -> None:
+    assert count(fuse("gemma2")[0], FusedGatedMLP) == 0
 
 
 def test_a_norm_that_computes_something_else_stays_as_it_is() -> None:

@@ -57,8 +57,6 @@ def test_a_configuration_gives_the_reason_away(name: str, settings: dict[str, An
 @pytest.mark.parametrize(
     ("name", "settings", "named"),
     [
-        # Attention sinks: a learned logit that takes part in the softmax.
-        ("GptOssConfig", _SMALL | {"head_dim": 16, "num_local_experts": 4}, "GptOssAttention needs s_aux"),
         # Differential attention attends twice in a layer, but has one place for its KV.
         ("DiffLlamaConfig", _SMALL, r"attention ran in layers \[0, 0, 1, 1\]"),
         # ALiBi: positions are in a bias on the scores, outside of the attention interface.

@@ -6,7 +6,19 @@ from functools import cache
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    HunYuanDenseV1Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from deployments.engine.model import LoadedModel, optimize_layers, prepare_model
 
@@ -20,17 +32,42 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 4096,
 }
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE),
     "qwen3": Qwen3Config(**SHAPE, head_dim=128, tie_word_embeddings=True),
+    "qwen2": Qwen2Config(**SHAPE),  # biases of queries, keys and values
+    "mistral": MistralConfig(**SHAPE, sliding_window=300),
+    "gemma2": Gemma2Config(
+        **SHAPE,
+        head_dim=256,
+        sliding_window=300,
+        query_pre_attn_scalar=64,
+        attn_logit_softcapping=20.0,
+        tie_word_embeddings=False,  # with its scale of the embedding each token would repeat itself
+    ),
+    "gemma3": Gemma3TextConfig(  # norms of queries and keys, and another base of the rotary embedding beside windows
+        **SHAPE,
+        head_dim=128,
+        sliding_window=300,
+        layer_types=["sliding_attention"] * 2 + ["full_attention"],
+        tie_word_embeddings=False,
+    ),
+    "phi3": Phi3Config(**SHAPE, rope_parameters=PARTIAL_ROPE, sliding_window=None, pad_token_id=0),
 }
+
+
+# Normalises queries and keys that are rotated, so that attention cannot rotate them.
+ODD: dict[str, PretrainedConfig] = {"hunyuan": HunYuanDenseV1Config(**SHAPE, head_dim=64)}
 
 
 @cache
 def plain(family: str) -> PreTrainedModel:
     """As transformers runs it, in bfloat16."""
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(
+        CONFIGS[family], dtype=torch.float32, attn_implementation="eager" if family == "gemma2" else "sdpa"
+    )
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.06)

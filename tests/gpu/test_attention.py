@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
 from deployments.engine.attention import flash3  # noqa: E402
+from deployments.engine.attention.base import Scores  # noqa: E402
 from deployments.engine.attention.cuda import LONG_CHUNK, CudaStep, Prompts  # noqa: E402
 from deployments.engine.kv_cache import KVCache, KVShape  # noqa: E402
 
@@ -25,8 +26,8 @@ LONG = (2816, LONG_CHUNK + 100)
 @pytest.fixture(params=["flash3", "flash2"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "flash2":
-        monkeypatch.setattr(flash3, "can_attend", lambda dtype, head_dim: False)
-    elif not flash3.can_attend(torch.bfloat16, 128):
+        monkeypatch.setattr(flash3, "can_attend", lambda *_: False)
+    elif not flash3.can_attend(torch.bfloat16, 128, Scores(1.0)):
         pytest.skip("FlashAttention 3 is not installed, or this is not a Hopper GPU")
 
 
@@ -36,14 +37,25 @@ class Step:
     Args:
         decodes: (computed, new) tokens of the sequences that decode.
         groups: the same of prompts that attend together.
-        num_heads: of the queries; a quarter of it of keys.
-        head_dim: of all.
+        heads: of the queries and of the keys, and their dimensions.
+        window: of the layer.
+        softcap: of the layer.
+        has_sinks: whether the layer has them.
     """
 
     def __init__(
-        self, decodes: list[tuple[int, int]], groups: list[list[tuple[int, int]]], num_heads: int, head_dim: int
+        self,
+        decodes: list[tuple[int, int]],
+        groups: list[list[tuple[int, int]]],
+        heads: tuple[int, int, int],
+        window: int | None = None,
+        softcap: float | None = None,
+        has_sinks: bool = False,
     ) -> None:
-        self.num_kv_heads, self.head_dim, self.scaling = num_heads // 4, head_dim, head_dim**-0.5
+        num_heads, self.num_kv_heads, self.head_dim = heads
+        head_dim = self.head_dim
+        sinks = randn(num_heads) if has_sinks else None
+        self.scores = Scores(head_dim**-0.5, window, softcap, sinks)
         shape = KVShape(1, self.num_kv_heads, head_dim, torch.bfloat16)
         self.cache = KVCache(shape, NUM_BLOCKS, BLOCK_SIZE, torch.device("cuda"))
         self.free = torch.randperm(NUM_BLOCKS).tolist()
@@ -70,11 +82,7 @@ class Step:
             pool.view(-1, *pool.shape[2:])[slots[:computed]] = part[:computed]
         self.slots += slots[computed:]
         self.new.append((queries, keys[computed:], values[computed:]))
-        key, value = (part.float().repeat_interleave(4, 1) for part in (keys, values))
-        mask = torch.ones(new, total, device="cuda", dtype=torch.bool).tril(computed)
-        scores = torch.einsum("qhd,khd->hqk", queries.float(), key) * self.scaling
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-        self.expected.append(torch.einsum("hqk,khd->qhd", weights, value))
+        self.expected.append(expected_attention(queries, keys, values, self.scores))
         return table
 
     def group(self, start: int, sequences: list[tuple[int, int]]) -> Prompts:
@@ -84,19 +92,34 @@ class Step:
         shape = start, sum(counts), max(counts), max(totals)
         starts = as_int32([0, *torch.tensor(counts).cumsum(0).tolist()])
         if not sequences[0][0]:
-            return Prompts(*shape, starts)
+            return Prompts(*shape, starts, tuple(sequences))
         table = pad(tables)
         capacities = as_int32([i * table.shape[1] * BLOCK_SIZE for i in range(len(tables) + 1)])
-        return Prompts(*shape, starts, as_int32(totals), capacities, table)
+        return Prompts(*shape, starts, tuple(sequences), as_int32(totals), capacities, table)
 
     def attend(self) -> Tensor:
         queries, keys, values = (torch.cat(parts).transpose(0, 1) for parts in zip(*self.new, strict=True))
-        cos = torch.ones(1, queries.shape[1], self.head_dim, device="cuda", dtype=torch.bfloat16)
-        rotary = cos, torch.zeros_like(cos)
         with torch.inference_mode():
-            return self.step.attend(
-                0, queries, keys, values, scaling=self.scaling, sliding_window=None, softcap=None, rotary=rotary
-            )
+            return self.step.attend(0, queries, keys, values, self.scores, None)
+
+
+def expected_attention(queries: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
+    """Plain torch in float32: of queries (Q, H, head_dim), the last of so many keys (K, H_kv, head_dim)."""
+    num_queries, num_heads, num_keys = len(queries), queries.shape[1], len(keys)
+    key, value = (part.float().repeat_interleave(num_heads // keys.shape[1], 1) for part in (keys, values))
+    logits = torch.einsum("qhd,khd->hqk", queries.float(), key) * scores.scaling
+    if scores.softcap is not None:
+        logits = scores.softcap * torch.tanh(logits / scores.softcap)
+    positions = torch.arange(num_keys, device="cuda")
+    distance = positions[num_keys - num_queries :, None] - positions
+    hidden = (distance < 0) | (distance >= (scores.window or num_keys))
+    logits = logits.masked_fill(hidden, float("-inf"))
+    if scores.sinks is not None:
+        sinks = scores.sinks.float()[:, None, None].expand(-1, num_queries, 1)
+        weights = torch.cat((logits, sinks), -1).softmax(-1)[..., :-1]
+    else:
+        weights = logits.softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, value)
 
 
 def randn(*shape: int) -> Tensor:
@@ -112,25 +135,60 @@ def pad(tables: list[list[int]]) -> Tensor:
     return as_int32([block for table in tables for block in table + [0] * (width - len(table))]).view(-1, width)
 
 
-@pytest.mark.parametrize(("num_heads", "head_dim"), [(32, 128), (8, 64)])
-@pytest.mark.parametrize(
-    ("decodes", "groups"),
-    [
-        ([], [WHOLE]),
-        ([], [[(0, 2000)]]),
-        ([], [[LONG]]),
-        ([], [SHORT]),
-        ([], [[(256, 100), (256, 100), (700, 9)]]),
-        ([], [[(1280, LONG_CHUNK)], [LONG], SHORT]),
-        (DECODES, [WHOLE]),
-        (DECODES, [WHOLE, SHORT, [LONG], [(0, 700)]]),
-    ],
-    ids=["whole", "one whole", "long chunk", "short chunks", "even chunks", "chunks", "decodes and whole", "all"],
-)
+MIXTURES = {
+    "whole": ([], [WHOLE]),
+    "one whole": ([], [[(0, 2000)]]),
+    "long chunk": ([], [[LONG]]),
+    "short chunks": ([], [SHORT]),
+    "even chunks": ([], [[(256, 100), (256, 100), (700, 9)]]),
+    "chunks": ([], [[(1280, LONG_CHUNK)], [LONG], SHORT]),
+    "decodes and whole": (DECODES, [WHOLE]),
+    "all": (DECODES, [WHOLE, SHORT, [LONG], [(0, 700)]]),
+}
+Sequences = list[tuple[int, int]]
+
+
+@pytest.mark.parametrize("heads", [(32, 8, 128), (8, 2, 64)], ids=str)
+@pytest.mark.parametrize(("decodes", "groups"), MIXTURES.values(), ids=MIXTURES)
 def test_each_sequence_attends_its_own_past(
-    kernel: None, decodes: list[tuple[int, int]], groups: list[list[tuple[int, int]]], num_heads: int, head_dim: int
+    kernel: None, decodes: Sequences, groups: list[Sequences], heads: tuple[int, int, int]
 ) -> None:
-    step = Step(decodes, groups, num_heads, head_dim)
+    check(Step(decodes, groups, heads))
+
+
+@pytest.mark.parametrize(
+    "heads", [(8, 8, 64), (6, 2, 80), (4, 2, 96), (16, 1, 128), (4, 1, 192), (16, 8, 256)], ids=str
+)
+@pytest.mark.parametrize("mixture", ["one whole", "all"])
+def test_heads_of_other_sizes(kernel: None, mixture: str, heads: tuple[int, int, int]) -> None:
+    check(Step(*MIXTURES[mixture], heads))
+
+
+@pytest.mark.parametrize("heads", [(8, 2, 64), (4, 4, 128), (6, 2, 80), (4, 2, 256)], ids=str)
+@pytest.mark.parametrize(
+    ("window", "softcap", "has_sinks"),
+    [
+        (1, None, False),
+        (100, None, False),
+        (1000, None, True),
+        (2500, 2.0, True),
+        (None, 2.0, False),
+        (None, None, True),
+    ],
+)
+@pytest.mark.parametrize("mixture", ["one whole", "long chunk", "even chunks", "all"])
+def test_windows_softcaps_and_sinks(
+    kernel: None,
+    mixture: str,
+    window: int | None,
+    softcap: float | None,
+    has_sinks: bool,
+    heads: tuple[int, int, int],
+) -> None:
+    check(Step(*MIXTURES[mixture], heads, window, softcap, has_sinks))
+
+
+def check(step: Step) -> None:
     at, out = 0, step.attend().float()
     for expected in step.expected:
         actual = out[at : at + len(expected)]

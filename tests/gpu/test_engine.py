@@ -18,6 +18,8 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
+from deployments.engine.cuda_layers import can_drop_rows  # noqa: E402  # Triton is there only where a GPU is
+
 NUM_TOKENS = 24
 LENGTHS = (1, 2, 40, 255, 256, 257, 700, 1500)
 # Two tokens whose logits are nearer than this are a tie: in bfloat16 logits of this size are multiples of 1/16, and
@@ -48,7 +50,20 @@ def check_greedy(family: str, given: tuple[int, ...], tokens: list[int]) -> None
 @every_family
 def test_the_layers_are_replaced(family: str) -> None:
     assert loaded(family).has_cuda_layers
-    assert all("forward" in vars(layer) for layer in loaded(family).model.model.layers), "projections add to residuals"
+    layers = loaded(family).model.model.layers
+    assert all("forward" in vars(layer) for layer in layers), "projections or norms add to residuals"
+    assert all("forward" in vars(layer.self_attn) for layer in layers), "attention rotates"
+
+
+def test_attention_that_does_something_with_what_it_rotated_rotates_itself() -> None:
+    layers = loaded("hunyuan").model.model.layers
+    assert loaded("hunyuan").has_cuda_layers
+    assert not any("forward" in vars(layer.self_attn) for layer in layers)
+    engine = build("hunyuan")
+    for length in (5, 700):
+        engine.add(greedy(f"r{length}", prompt(length), NUM_TOKENS))
+    for name, tokens in run(engine).tokens.items():
+        check_greedy("hunyuan", prompt(int(name[1:])), tokens)
 
 
 def test_layers_that_do_more_than_add_to_their_residuals_stay_as_they_are() -> None:
@@ -154,3 +169,8 @@ def test_the_canary_runs_while_nothing_else_does_and_changes_no_token() -> None:
     assert not engine.run_canary(), "steps have run since the last one"
     assert engine.run_canary()
     assert engine.num_free_blocks == 64
+
+
+@every_family
+def test_the_last_layer_goes_on_with_rows_that_are_wanted(family: str) -> None:
+    assert can_drop_rows(loaded(family).model)

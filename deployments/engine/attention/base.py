@@ -5,7 +5,7 @@ keys and values of the whole flat batch. The step's own object (`AttentionStep`)
 `forward`.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -29,26 +29,66 @@ _IGNORED = frozenset(
 )
 
 
+class Rotation(NamedTuple):
+    """How queries and keys still have to be rotated.
+
+    Attributes:
+        cos: (1, T, at least num_dims // 2); of a pair of dimensions in its column.
+        sin: as cos.
+        num_dims: leading dimensions of a head that are rotated, the first half of them paired with the second; the
+            others stay as they are.
+
+    Source: RoFormer (Su et al., 2021), in the layout of GPT-NeoX.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    num_dims: int
+
+
+class Scores(NamedTuple):
+    """What a layer makes of the products of queries and keys, and whom a token sees.
+
+    Attributes:
+        scaling: factor on the scores.
+        window: a token sees itself and this many less one before it; None: all.
+        softcap: scores are squashed to ±softcap; None: they are not.
+        sinks: (num_heads,) a score of each head that takes part in the softmax and has no value; None: there is none.
+    """
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
 class Rotary:
     """The rotary embedding that an attention layer leaves to attention, where one kernel does it with the rest.
 
     Attributes:
-        owed: cos and sin, (1, T, head_dim) each, of queries and keys that were not rotated; None: they were.
+        owed: by queries and keys that were not rotated; None: they were.
     """
 
     __slots__ = ("owed",)
 
     def __init__(self) -> None:
-        self.owed: tuple[Tensor, Tensor] | None = None
+        self.owed: Rotation | None = None
 
-    def take(self) -> tuple[Tensor, Tensor] | None:
+    def take(self) -> Rotation | None:
         """What is owed, once."""
         owed, self.owed = self.owed, None
         return owed
 
 
 class AttentionStep(Protocol):
-    """Attention for one step: writes the new KV, then attends."""
+    """Attention for one step: writes the new KV, then attends.
+
+    Attributes:
+        rows: (S,) int64 tokens whose logits are wanted, where the last layer is to go on with these alone; None: all.
+    """
+
+    @property
+    def rows(self) -> Tensor | None: ...
 
     def attend(
         self,
@@ -56,11 +96,8 @@ class AttentionStep(Protocol):
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        rotary: tuple[Tensor, Tensor] | None,
+        scores: Scores,
+        rotation: Rotation | None,
     ) -> Tensor:
         """Attend in one layer.
 
@@ -69,10 +106,8 @@ class AttentionStep(Protocol):
             queries: (num_heads, T, head_dim).
             keys: (num_kv_heads, T, head_dim) of the step's tokens.
             values: as the keys.
-            scaling: factor on the scores.
-            sliding_window: a token sees itself and this many less one before it; None: all.
-            softcap: scores are squashed to ±softcap; None: they are not.
-            rotary: cos and sin, (1, T, head_dim) each, where queries and keys still have to be rotated.
+            scores: what becomes of them.
+            rotation: of queries and keys, where it is still to be done.
 
         Returns:
             (T, num_heads, head_dim).
@@ -91,10 +126,13 @@ def paged_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What transformers' attention layers call; shapes (1, heads, T, head_dim) in, (1, T, heads, head_dim) out.
+
+    `s_aux` is transformers' word for attention sinks.
 
     Raises:
         UnsupportedModelError: the layer asks for something that this attention does not know.
@@ -115,10 +153,8 @@ def paged_attention(
         query[0],
         key[0],
         value[0],
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        rotary=None if rotary is None else rotary.take(),
+        Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux),
+        None if rotary is None else rotary.take(),
     )
     return output.unsqueeze(0), None
 

@@ -1,4 +1,4 @@
-"""Paged attention on a CPU: gather blocks, then torch's fused attention, many sequences in one call.
+"""Paged attention anywhere: gather blocks, then torch's fused attention on a CPU, many sequences in one call.
 
 Decodes in float32 have a kernel of their own (`paged_decode.py`) and gather nothing. Others, of different lengths,
 are cut into splits of one length, attended together, and merged by their log-sum-exp, so that one long sequence
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deployments.engine.attention.base import Rotation, Scores
 from deployments.engine.attention.paged_decode import PagedDecode, can_decode
 from deployments.engine.batch import Batch, PromptChunk
 from deployments.engine.kernels.cpu import use_torch_threads
@@ -21,6 +22,9 @@ from deployments.engine.kv_cache import KVCache
 
 # A split has a fixed price beside its tokens: about that of 32 tokens (2 Zen 3 cores, 3 KV heads of 64, 2026-11).
 _SPLIT_OVERHEAD_TOKENS = 32
+# Of scores, masks and copied keys and values that are there at once, and the queries that share a mask.
+_MAX_BYTES = 256 << 20
+_MAX_PART = 256
 _flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
@@ -42,6 +46,8 @@ class _DecodePlan:
 class SdpaStep:
     """One step's attention; plans are made once and shared by all layers with the same window."""
 
+    rows = None
+
     def __init__(self, cache: KVCache, batch: Batch) -> None:
         use_torch_threads()
         self._cache = cache
@@ -55,85 +61,106 @@ class SdpaStep:
         queries: Tensor,
         keys: Tensor,
         values: Tensor,
-        *,
-        scaling: float,
-        sliding_window: int | None,
-        softcap: float | None,
-        rotary: tuple[Tensor, Tensor] | None,
+        scores: Scores,
+        rotation: Rotation | None,
     ) -> Tensor:
-        assert rotary is None, "this attention takes queries and keys that are rotated"
+        assert rotation is None, "this attention takes queries and keys that are rotated"
         batch = self._batch
         self._cache.write(layer, batch.slot_mapping, keys.transpose(0, 1), values.transpose(0, 1))
         outputs = []
         if batch.num_decodes:
-            decode_queries = queries[:, : batch.num_decodes]
-            outputs.append(self._decode(layer, decode_queries, scaling, sliding_window, softcap))
+            outputs.append(self._decode(layer, queries[:, : batch.num_decodes], scores))
         for chunk in batch.chunks:
             span = slice(chunk.query_start, chunk.query_start + chunk.num_queries)
-            new = (queries[:, span], keys[:, span], values[:, span])
-            outputs.append(self._prefill(layer, chunk, *new, scaling, sliding_window, softcap))
+            outputs.append(self._prefill(layer, chunk, queries[:, span], keys[:, span], values[:, span], scores))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _decode(self, layer: int, queries: Tensor, scaling: float, window: int | None, softcap: float | None) -> Tensor:
-        if softcap is None and can_decode(self._cache):
-            paged = self._paged_decodes.get(window)
+    def _decode(self, layer: int, queries: Tensor, scores: Scores) -> Tensor:
+        if scores.softcap is None and scores.sinks is None and can_decode(self._cache):
+            paged = self._paged_decodes.get(scores.window)
             if paged is None:
-                paged = self._paged_decodes[window] = PagedDecode(self._batch, self._cache, window)
-            return paged.attend(layer, queries.transpose(0, 1), scaling)
-        plan = self._decode_plans.get(window)
+                paged = self._paged_decodes[scores.window] = PagedDecode(self._batch, self._cache, scores.window)
+            return paged.attend(layer, queries.transpose(0, 1), scores.scaling)
+        plan = self._decode_plans.get(scores.window)
         if plan is None:
-            plan = _plan_decodes(self._batch, self._cache.block_size, window, self._cache.blocks)
-            self._decode_plans[window] = plan
+            plan = _plan_decodes(self._batch, self._cache.block_size, scores.window, self._cache.blocks)
+            self._decode_plans[scores.window] = plan
         num_heads, num_decodes, head_dim = queries.shape
         num_kv_heads = self._cache.shape.num_kv_heads
         grouped = queries.transpose(0, 1).reshape(num_decodes, num_kv_heads, num_heads // num_kv_heads, head_dim)
         if plan.owner is not None:
             grouped = grouped.index_select(0, plan.owner)
-        num_splits = len(grouped)
-        keys, values = (
-            gathered.view(num_splits, -1, num_kv_heads, head_dim).transpose(1, 2)
-            for gathered in self._cache.gather(layer, plan.block_ids)
-        )
-        out, lse = _attend(grouped, keys, values, scaling, mask=plan.mask, softcap=softcap)
+        out, lse = self._attend_splits(layer, plan, grouped, scores)
         if plan.owner is not None:
-            out = _merge_splits(out, lse, plan.owner, num_decodes)
-        return out.reshape(num_decodes, num_heads, head_dim)
+            out, lse = _merge_splits(out, lse, plan.owner, num_decodes)
+        out = out.reshape(num_decodes, num_heads, head_dim)
+        return out if scores.sinks is None else _sink(out, lse.reshape(num_decodes, num_heads), scores.sinks)
+
+    def _attend_splits(self, layer: int, plan: _DecodePlan, grouped: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+        """All splits: (N, num_kv_heads, group, head_dim) and their log-sum-exp; no more at once than is bounded."""
+        num_splits, num_kv_heads, group, head_dim = grouped.shape
+        width = len(plan.block_ids) // num_splits
+        num_tokens = width * self._cache.block_size
+        # Keys and values, and both once more in float32, and the scores.
+        bytes_per_split = 4 * num_tokens * num_kv_heads * (4 * head_dim + 2 * group)
+        at_once = max(1, _MAX_BYTES // bytes_per_split)
+        parts = []
+        for first in range(0, num_splits, at_once):
+            part = slice(first, first + at_once)
+            keys, values = (
+                gathered.view(-1, num_tokens, num_kv_heads, head_dim).transpose(1, 2)
+                for gathered in self._cache.gather(layer, plan.block_ids[first * width : part.stop * width])
+            )
+            mask = None if plan.mask is None else plan.mask[part]
+            parts.append(_attend(grouped[part], keys, values, scores, mask=mask))
+        if len(parts) == 1:
+            return parts[0]
+        out, lse = (torch.cat(part) for part in zip(*parts, strict=True))
+        return out, lse
 
     def _prefill(
-        self,
-        layer: int,
-        chunk: PromptChunk,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
+        self, layer: int, chunk: PromptChunk, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores
     ) -> Tensor:
         end = chunk.context_len + chunk.num_queries
-        if window is not None and end > window:
-            out = self._prefill_windowed(layer, chunk, queries, scaling, window, softcap)
+        if (scores.window is not None and end > scores.window) or not _is_fused(queries, scores):
+            out, lse = self._prefill_by_parts(layer, chunk, queries, scores)
         else:
             grouped = _group(queries, len(keys))
-            out, lse = _attend(grouped, _spread(keys), _spread(values), scaling, is_causal=True, softcap=softcap)
+            out, lse = _attend(grouped, _spread(keys), _spread(values), scores, is_causal=True)
             if chunk.context_len:
                 past = self._context(layer, chunk, 0, chunk.context_len)
-                past_out, past_lse = _attend(grouped, *past, scaling, softcap=softcap)
+                past_out, past_lse = _attend(grouped, *past, scores)
                 weight = torch.sigmoid(past_lse - lse).unsqueeze(-1).to(out.dtype)
-                out = torch.lerp(out, past_out, weight)
-        return out.flatten(0, 1).transpose(0, 1)
+                out, lse = torch.lerp(out, past_out, weight), torch.logaddexp(lse, past_lse)
+        out = out.flatten(0, 1).transpose(0, 1)
+        return out if scores.sinks is None else _sink(out, lse.flatten(0, 1).transpose(0, 1), scores.sinks)
 
-    def _prefill_windowed(
-        self, layer: int, chunk: PromptChunk, queries: Tensor, scaling: float, window: int, softcap: float | None
-    ) -> Tensor:
-        end = chunk.context_len + chunk.num_queries
-        start = max(0, chunk.context_len - window + 1) // self._cache.block_size * self._cache.block_size
+    def _prefill_by_parts(
+        self, layer: int, chunk: PromptChunk, queries: Tensor, scores: Scores
+    ) -> tuple[Tensor, Tensor]:
+        """With masks, and some queries at a time, so that neither masks nor scores grow with the prompt's square."""
+        end, window = chunk.context_len + chunk.num_queries, scores.window
+        start = 0
+        if window is not None:
+            start = max(0, chunk.context_len - window + 1) // self._cache.block_size * self._cache.block_size
         keys, values = self._context(layer, chunk, start, end)
-        distance = torch.arange(chunk.context_len, end).unsqueeze(1) - torch.arange(start, end)
-        mask = torch.zeros(distance.shape, dtype=queries.dtype)
-        mask.masked_fill_((distance < 0) | (distance >= window), float("-inf"))
         grouped = _group(queries, self._cache.shape.num_kv_heads)
-        return _attend(grouped, keys, values, scaling, mask=mask.to(queries.device), softcap=softcap)[0]
+        longest = end - start if window is None else min(end - start, window + _MAX_PART)
+        part_len = max(1, min(_MAX_PART, _MAX_BYTES // (8 * len(queries) * longest)))
+        parts = []
+        for first in range(chunk.context_len, end, part_len):
+            last = min(end, first + part_len)
+            since = start if window is None else max(start, first - window + 1)
+            positions = torch.arange(since, last, device=queries.device)
+            distance = torch.arange(first, last, device=queries.device).unsqueeze(1) - positions
+            hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            mask = torch.zeros(distance.shape, dtype=queries.dtype, device=queries.device)
+            mask.masked_fill_(hidden, float("-inf"))
+            seen = slice(since - start, last - start)
+            part = grouped[:, :, first - chunk.context_len : last - chunk.context_len]
+            parts.append(_attend(part, keys[:, :, seen], values[:, :, seen], scores, mask=mask))
+        out, lse = (torch.cat(part, dim=2) for part in zip(*parts, strict=True))
+        return out, lse
 
     def _context(self, layer: int, chunk: PromptChunk, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Tokens [start, end) from the pool, start on a block's border: keys and values as `_spread` gives them."""
@@ -153,53 +180,61 @@ def _spread(keys: Tensor) -> Tensor:
     return keys.unsqueeze(1)
 
 
+def _is_fused(queries: Tensor, scores: Scores) -> bool:
+    """Whether torch has a kernel that gives the normaliser and needs no memory for scores."""
+    return queries.device.type == "cpu" and scores.softcap is None
+
+
 def _attend(
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
-    scaling: float,
+    scores: Scores,
     *,
     mask: Tensor | None = None,
     is_causal: bool = False,
-    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention that also returns its normaliser, so that parts can be merged.
+    """Attention without window and sinks that also returns its normaliser, so that parts can be merged.
 
     Args:
         queries: (N, H, Q, head_dim).
         keys: (N, H or 1, K, head_dim).
         values: as the keys.
+        scores: scaling and softcap.
         mask: additive, broadcastable to (N, H, Q, K).
-        is_causal: query i sees keys up to i; K equals Q.
+        is_causal: query i sees keys up to i; K equals Q. Only where `_is_fused`.
 
     Returns:
         Output (N, H, Q, head_dim) and log-sum-exp of the scores, (N, H, Q) float32.
     """
-    if queries.device.type == "cpu" and softcap is None:
+    if _is_fused(queries, scores):
         keys, values = (part.expand(-1, queries.shape[1], -1, -1) for part in (keys, values))
-        out, lse = _flash_on_cpu(queries, keys, values, 0.0, is_causal, attn_mask=mask, scale=scaling)
+        out, lse = _flash_on_cpu(queries, keys, values, 0.0, is_causal, attn_mask=mask, scale=scores.scaling)
         return out, lse
-    scores = (queries.float() @ keys.float().transpose(-1, -2)) * scaling
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if is_causal:
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(hidden, float("-inf"))
+    assert not is_causal, "a mask says what is seen"
+    logits = (queries.float() @ keys.float().transpose(-1, -2)) * scores.scaling
+    if scores.softcap is not None:
+        logits = torch.tanh(logits / scores.softcap) * scores.softcap
     if mask is not None:
-        scores = scores + mask
-    lse = torch.logsumexp(scores, dim=-1)
-    return ((scores - lse.unsqueeze(-1)).exp() @ values.float()).to(queries.dtype), lse
+        logits = logits + mask
+    lse = torch.logsumexp(logits, dim=-1)
+    return ((logits - lse.unsqueeze(-1)).exp() @ values.float()).to(queries.dtype), lse
 
 
-def _merge_splits(out: Tensor, lse: Tensor, owner: Tensor, num_decodes: int) -> Tensor:
-    """Combine the splits of each decode: (N, H, Q, head_dim), (N, H, Q) to (num_decodes, H, Q, head_dim)."""
+def _sink(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Let the sinks take their share of the softmax: (T, H, head_dim), with the normaliser (T, H) before."""
+    return out * torch.sigmoid(lse - sinks.float()).unsqueeze(-1).to(out.dtype)
+
+
+def _merge_splits(out: Tensor, lse: Tensor, owner: Tensor, num_decodes: int) -> tuple[Tensor, Tensor]:
+    """Combine the splits of each decode: (N, H, Q, head_dim), (N, H, Q) to the same of num_decodes."""
     peak = lse.new_full((num_decodes, *lse.shape[1:]), float("-inf"))
     peak.scatter_reduce_(0, owner[:, None, None].expand_as(lse), lse, "amax")
     weight = torch.exp(lse - peak.index_select(0, owner))
     total = torch.zeros_like(peak).index_add_(0, owner, weight)
     merged = torch.zeros((num_decodes, *out.shape[1:]), dtype=torch.float32, device=out.device)
     merged.index_add_(0, owner, out.float() * weight.unsqueeze(-1))
-    return (merged / total.unsqueeze(-1)).to(out.dtype)
+    return (merged / total.unsqueeze(-1)).to(out.dtype), peak + total.log()
 
 
 def _split_blocks(num_blocks: np.ndarray, block_size: int) -> int:

@@ -79,7 +79,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, the halves of a head being the pairs' parts.
 
     Args:
-        x: (1, H, T, head_dim) float32, as a view of rows (T, H * head_dim) that may lie further apart.
+        x: (1, H, T, head_dim) float32; fastest as a view of rows (T, H * head_dim) that may lie further apart.
         cos: (1, T, head_dim) float32, contiguous.
         sin: as cos.
 
@@ -89,6 +89,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Source: RoFormer (Su et al., 2021); the layout is GPT-NeoX's.
     """
     _, num_heads, num_tokens, head_dim = x.shape
+    if x.stride(1) != head_dim or x.stride(3) != 1:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
     out = torch.empty((num_tokens, num_heads, head_dim))
     stride = x.stride(2)
     # Compiled code vectorizes over arrays that it knows to be contiguous: all of the memory that x spans is one.

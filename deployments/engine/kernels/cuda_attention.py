@@ -1,92 +1,48 @@
-"""Attention of decodes over a paged pool on a GPU, and what comes before it, in Triton; bfloat16 and float16."""
+"""Attention of decodes over a paged pool on a GPU, in Triton; bfloat16 and float16."""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from deployments.engine.attention.base import Scores
+
 _MAX_SPLITS = 32
 # A decode attention of fewer programs than this leaves multiprocessors idle (H100: 132).
 _ENOUGH_PROGRAMS = 264
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 
 
-def rotate_and_write(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    key_pool: Tensor,
-    value_pool: Tensor,
-    slots: Tensor,
-    *,
-    keep_keys: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Rotary position embedding of queries and keys; keys and values go into the paged pool.
+class Tile(NamedTuple):
+    """How a program walks along the keys."""
 
-    Args:
-        queries: (T, H, head_dim), heads contiguous, tokens at equal distances.
-        keys: (T, H_kv, head_dim), as the queries.
-        values: as the keys.
-        cos: (T, head_dim), contiguous; both halves are equal.
-        sin: as cos.
-        key_pool: (num_slots, H_kv, head_dim), contiguous; of one layer.
-        value_pool: as the key pool.
-        slots: (T,) int32 or int64; tokens with a negative slot are padding and are not written.
-        keep_keys: give the rotated keys back as well.
+    num_tokens: int
+    num_warps: int
+    num_stages: int
 
-    Returns:
-        The rotated queries, (T, H, head_dim), contiguous, and the rotated keys, (T, H_kv, head_dim), or None.
 
-    Source: RoFormer (Su et al., 2021); the layout is GPT-NeoX's.
-    """
-    num_tokens, num_heads, head_dim = queries.shape
-    num_kv_heads = keys.shape[1]
-    out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
-    new_keys = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device) if keep_keys else None
-    heads = min(8, triton.next_power_of_2(max(num_heads, num_kv_heads)))
-    parts = triton.cdiv(num_heads, heads), triton.cdiv(num_kv_heads, heads)
-    _rotate_and_write[(num_tokens, parts[0] + 2 * parts[1])](
-        queries,
-        keys,
-        values,
-        cos,
-        sin,
-        key_pool,
-        value_pool,
-        slots,
-        out,
-        new_keys,
-        queries.stride(0),
-        keys.stride(0),
-        values.stride(0),
-        num_heads,
-        num_kv_heads,
-        parts[0],
-        parts[1],
-        HEADS=heads,
-        HEAD_DIM=head_dim,
-        HALF=triton.next_power_of_2(head_dim // 2),
-        KEEP_KEYS=keep_keys,
-        num_warps=4 if heads * head_dim >= 512 else 1,
-    )
-    return out, new_keys
+def decode_tile(head_dim: int) -> Tile:
+    """The best of those tried on an H100 (docs/log.md)."""
+    if head_dim <= 64:
+        return Tile(64, 2, 4)
+    return Tile(32, 2, 4) if head_dim <= 128 else Tile(32, 4, 3)
 
 
 def decode_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lens: Tensor, scaling: float
+    queries: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lens: Tensor, scores: Scores
 ) -> Tensor:
     """Attention of one query per sequence over a paged pool.
 
     Args:
-        queries: (D, H, head_dim), contiguous; head_dim a power of two.
+        queries: (D, H, head_dim), contiguous.
         keys: (num_blocks, block_size, H_kv, head_dim), contiguous; block_size a multiple of 64.
         values: as the keys.
-        tables: (D, max_blocks) int32 block ids.
+        tables: (D, max_blocks) int32 block ids; only those within the window are read.
         lens: (D,) int32 tokens, the new one included; sequences of length 0 are padding and give zeros.
-        scaling: of the scores.
+        scores: what becomes of them.
 
     Returns:
         (D, H, head_dim).
@@ -96,35 +52,58 @@ def decode_attention(
     num_seqs, num_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[2]
     group = num_heads // num_kv_heads
-    num_splits = choose_splits(num_seqs * num_kv_heads, tables.shape[1] * keys.shape[1])
+    tile = decode_tile(head_dim)
+    max_tokens = tables.shape[1] * keys.shape[1]
+    window = scores.window if scores.window is not None and scores.window < max_tokens else None
+    if window is not None:
+        max_tokens = min(max_tokens, window + tile.num_tokens)
+    num_splits = choose_splits(num_seqs * num_kv_heads, max_tokens)
     out = torch.empty_like(queries)
     parts = torch.empty((num_seqs, num_heads, num_splits, head_dim), dtype=torch.float32, device=queries.device)
     stats = torch.empty((num_seqs, num_heads, num_splits, 2), dtype=torch.float32, device=queries.device)
+    dims = triton.next_power_of_2(head_dim)
     _decode_attention[(num_seqs, num_kv_heads, num_splits)](
         queries,
         keys,
         values,
         tables,
         lens,
+        scores.sinks,
         out,
         parts,
         stats,
-        scaling * _LOG2_E,
+        scores.scaling * LOG2_E,
+        (scores.softcap or 0.0) * LOG2_E,
+        window or 0,
         tables.stride(0),
         num_kv_heads,
         num_splits,
         GROUP=group,
         ROWS=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
+        DIMS=dims,
         BLOCK_SIZE=keys.shape[1],
-        TILE=64,
+        TILE=tile.num_tokens,
         WHOLE=num_splits == 1,
-        num_warps=4,
-        num_stages=3,
+        HAS_WINDOW=window is not None,
+        HAS_SOFTCAP=scores.softcap is not None,
+        HAS_SINKS=scores.sinks is not None,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )
     if num_splits > 1:
         _merge_splits[(num_seqs * num_heads,)](
-            parts, stats, out, num_splits, HEAD_DIM=head_dim, SPLITS=triton.next_power_of_2(num_splits), num_warps=2
+            parts,
+            stats,
+            scores.sinks,
+            out,
+            num_heads,
+            num_splits,
+            HEAD_DIM=head_dim,
+            DIMS=dims,
+            SPLITS=triton.next_power_of_2(num_splits),
+            HAS_SINKS=scores.sinks is not None,
+            num_warps=2,
         )
     return out
 
@@ -136,65 +115,11 @@ def choose_splits(num_programs: int, max_tokens: int) -> int:
 
 
 @triton.jit
-def _rotate_and_write(
-    queries,
-    keys,
-    values,
-    cos,
-    sin,
-    key_pool,
-    value_pool,
-    slots,
-    out,
-    new_keys,
-    query_stride,
-    key_stride,
-    value_stride,
-    num_heads,
-    num_kv_heads,
-    query_parts,
-    kv_parts,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    HALF: tl.constexpr,
-    KEEP_KEYS: tl.constexpr,
-):
-    """One token and some heads: of the queries, then of the keys, then of the values."""
-    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    j = tl.arange(0, HALF)[None, :]
-    low = j < HEAD_DIM // 2
-    slot = tl.load(slots + token).to(tl.int64)
-    if part < query_parts:
-        heads = (part * HEADS + tl.arange(0, HEADS))[:, None]
-        source = queries + token * query_stride + heads * HEAD_DIM
-        target = out + (token * num_heads + heads) * HEAD_DIM
-        inside = (heads < num_heads) & low
-    elif part < query_parts + kv_parts:
-        heads = ((part - query_parts) * HEADS + tl.arange(0, HEADS))[:, None]
-        source = keys + token * key_stride + heads * HEAD_DIM
-        target = key_pool + (slot * num_kv_heads + heads) * HEAD_DIM
-        inside = (heads < num_kv_heads) & low
-    else:
-        heads = ((part - query_parts - kv_parts) * HEADS + tl.arange(0, HEADS))[:, None]
-        source = values + token * value_stride + heads * HEAD_DIM
-        target = value_pool + (slot * num_kv_heads + heads) * HEAD_DIM
-        inside = (heads < num_kv_heads) & low
-    a = tl.load(source + j, mask=inside, other=0.0)
-    b = tl.load(source + HEAD_DIM // 2 + j, mask=inside, other=0.0)
-    if part < query_parts + kv_parts:
-        c = tl.load(cos + token * HEAD_DIM + j, mask=low, other=0.0).to(tl.float32)
-        s = tl.load(sin + token * HEAD_DIM + j, mask=low, other=0.0).to(tl.float32)
-        first, second = a.to(tl.float32), b.to(tl.float32)
-        a = (first * c - second * s).to(a.dtype)
-        b = (second * c + first * s).to(b.dtype)
-    if KEEP_KEYS:  # noqa: SIM102  # Triton decides this one when it compiles, the next one on the GPU
-        if (part >= query_parts) & (part < query_parts + kv_parts):
-            kept = new_keys + (token * num_kv_heads + heads) * HEAD_DIM
-            tl.store(kept + j, a, mask=inside)
-            tl.store(kept + HEAD_DIM // 2 + j, b, mask=inside)
-    inside &= (part < query_parts) | (slot >= 0)
-    tl.store(target + j, a, mask=inside)
-    tl.store(target + HEAD_DIM // 2 + j, b, mask=inside)
+def squash(scores, softcap):
+    """Softcap times the hyperbolic tangent of scores / softcap; both in powers of two."""
+    # tanh(x) = 1 - 2 / (exp(2 x) + 1), right at both ends; 2.885... = 2 / ln 2.
+    power = tl.exp2(scores / softcap * 2.8853900817779268)
+    return softcap * (1 - 2 / (power + 1))
 
 
 @triton.jit
@@ -204,49 +129,75 @@ def _decode_attention(
     values,
     tables,
     lens,
+    sinks,
     out,
     parts,
     stats,
     scaling,
+    softcap,
+    window,
     table_stride,
     num_kv_heads,
     num_splits,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     WHOLE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ):
     """One sequence, one KV head with its group of queries, one split. Scores are in powers of two."""
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lens + sequence)
-    per_split = tl.cdiv(tl.cdiv(length, TILE), num_splits) * TILE
-    start = split * per_split
-    end = tl.minimum(length, start + per_split)
-    g, dims, tokens = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM), tl.arange(0, TILE)
+    begin = 0
+    if HAS_WINDOW:
+        begin = tl.maximum(length - window, 0)
+    first_tile = begin // TILE
+    per_split = tl.cdiv(tl.cdiv(length, TILE) - first_tile, num_splits)
+    start = (first_tile + split * per_split) * TILE
+    end = tl.minimum(length, start + per_split * TILE)
+    g, dims, tokens = tl.arange(0, ROWS), tl.arange(0, DIMS), tl.arange(0, TILE)
+    kept = (g < GROUP)[:, None]
+    if HEAD_DIM != DIMS:
+        kept &= (dims < HEAD_DIM)[None, :]
     head = (sequence.to(tl.int64) * num_kv_heads + kv_head) * GROUP + g
-    query = tl.load(queries + head[:, None] * HEAD_DIM + dims[None, :], mask=(g < GROUP)[:, None], other=0.0)
+    query = tl.load(queries + head[:, None] * HEAD_DIM + dims[None, :], mask=kept, other=0.0)
     peak = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
-    result = tl.zeros((ROWS, HEAD_DIM), tl.float32)
+    result = tl.zeros((ROWS, DIMS), tl.float32)
     for first in range(start, end, TILE):
         block = tl.load(tables + sequence * table_stride + first // BLOCK_SIZE).to(tl.int64)
         slots = block * BLOCK_SIZE + first % BLOCK_SIZE + tokens
         at = (slots[:, None] * num_kv_heads + kv_head) * HEAD_DIM + dims[None, :]
         inside = first + tokens < end
-        key = tl.load(keys + at, mask=inside[:, None], other=0.0)
+        if HAS_WINDOW:
+            inside &= first + tokens >= begin
+        loaded = inside[:, None]
+        if HEAD_DIM != DIMS:
+            loaded &= (dims < HEAD_DIM)[None, :]
+        key = tl.load(keys + at, mask=loaded, other=0.0)
         scores = tl.dot(query, tl.trans(key)) * scaling
+        if HAS_SOFTCAP:
+            scores = squash(scores, softcap)
         scores = tl.where(inside[None, :], scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, axis=1))
         weights = tl.exp2(scores - higher[:, None])
         shrink = tl.exp2(peak - higher)
         total = total * shrink + tl.sum(weights, axis=1)
-        value = tl.load(values + at, mask=inside[:, None], other=0.0)
+        value = tl.load(values + at, mask=loaded, other=0.0)
         result = tl.dot(weights.to(value.dtype), value, result * shrink[:, None])
         peak = higher
-    kept = (g < GROUP)[:, None]
     if WHOLE:
+        if HAS_SINKS:
+            sink = tl.load(sinks + kv_head * GROUP + g, mask=g < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
+            higher = tl.maximum(peak, sink)
+            shrink = tl.exp2(peak - higher)
+            total = total * shrink + tl.exp2(sink - higher)
+            result = result * shrink[:, None]
         normalised = result / tl.where(total > 0, total, 1.0)[:, None]
         tl.store(out + head[:, None] * HEAD_DIM + dims[None, :], normalised.to(out.dtype.element_ty), mask=kept)
     else:
@@ -257,17 +208,34 @@ def _decode_attention(
 
 
 @triton.jit
-def _merge_splits(parts, stats, out, num_splits, HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr):
+def _merge_splits(
+    parts,
+    stats,
+    sinks,
+    out,
+    num_heads,
+    num_splits,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
     """One head of one sequence."""
     head = tl.program_id(0).to(tl.int64)
-    split, dims = tl.arange(0, SPLITS), tl.arange(0, HEAD_DIM)
+    split, dims = tl.arange(0, SPLITS), tl.arange(0, DIMS)
     inside = split < num_splits
     place = head * num_splits + split
     peaks = tl.load(stats + place * 2, mask=inside, other=float("-inf"))
     totals = tl.load(stats + place * 2 + 1, mask=inside, other=0.0)
     peak = tl.maximum(tl.max(peaks, axis=0), -1e30)  # of padding every peak is -inf, and -inf less itself no number
+    share = 0.0
+    if HAS_SINKS:
+        sink = tl.load(sinks + head % num_heads).to(tl.float32) * 1.4426950408889634
+        peak = tl.maximum(peak, sink)
+        share = tl.exp2(sink - peak)
     weights = tl.exp2(peaks - peak)
-    total = tl.sum(weights * totals, axis=0)
-    part = tl.load(parts + place[:, None] * HEAD_DIM + dims[None, :], mask=inside[:, None], other=0.0)
-    merged = tl.sum(tl.where(totals[:, None] > 0, part * weights[:, None], 0.0), axis=0)
-    tl.store(out + head * HEAD_DIM + dims, (merged / tl.where(total > 0, total, 1.0)).to(out.dtype.element_ty))
+    total = tl.sum(weights * totals, axis=0) + share
+    loaded = inside[:, None] & (totals > 0)[:, None] & (dims < HEAD_DIM)[None, :]
+    part = tl.load(parts + place[:, None] * HEAD_DIM + dims[None, :], mask=loaded, other=0.0)
+    merged = tl.sum(part * weights[:, None], axis=0) / tl.where(total > 0, total, 1.0)
+    tl.store(out + head * HEAD_DIM + dims, merged.to(out.dtype.element_ty), mask=dims < HEAD_DIM)

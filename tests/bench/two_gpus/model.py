@@ -12,13 +12,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-from tests.bench.bench_gpu import fill_random, shapes
+from tests.bench.bench_gpu import fill_random
+from tests.bench.gpu_shapes import SHAPES
 
 
 def config_of(shape: str) -> PretrainedConfig:
-    """One of `bench_gpu.shapes`, or `tiny`, with which the benchmark itself can be tried on a CPU."""
+    """One of `gpu_shapes`, or `tiny`, with which the benchmark itself can be tried on a CPU."""
     if shape != "tiny":
-        return shapes()[shape]
+        return SHAPES[shape].config()
     return LlamaConfig(
         vocab_size=50_000,
         hidden_size=64,

@@ -1,0 +1,248 @@
+"""Attention of prompts on a GPU, in Triton, for what other kernels lack: windows, softcaps, sinks, over blocks or not.
+
+All heads that share keys are attended together, so that few queries fill a tile as well. bfloat16 and float16.
+"""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deployments.engine.attention.base import Scores
+from deployments.engine.kernels.cuda_attention import LOG2_E, Tile, squash
+
+
+def prefill_tile(head_dim: int) -> tuple[int, Tile]:
+    """Rows of a program, and how it walks along the keys: the best of those tried on an H100 (docs/log.md)."""
+    return (64, Tile(64, 4, 3)) if head_dim <= 128 else (128, Tile(64, 8, 2))
+
+
+def prefill_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    max_queries: int,
+    scores: Scores,
+    *,
+    lens: Tensor | None = None,
+    tables: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of the last tokens of several sequences.
+
+    Args:
+        queries: (T, H, head_dim), contiguous, of all P sequences, behind each other.
+        keys: (T, H_kv, head_dim), heads contiguous; with tables (num_blocks, block_size, H_kv, head_dim), contiguous,
+            block_size a multiple of 64.
+        values: as the keys.
+        starts: (P + 1,) int32 where each sequence's queries begin.
+        max_queries: of one sequence.
+        scores: what becomes of them.
+        lens: (P,) int32 tokens of each sequence, its queries the last of them; None: they are all.
+        tables: (P, max_blocks) int32 block ids, with lens; only those within windows are read.
+
+    Returns:
+        (T, H, head_dim).
+
+    Source: FlashAttention-2 (Dao, 2023).
+    """
+    num_heads, head_dim = queries.shape[1:]
+    num_kv_heads = keys.shape[-2]
+    group = num_heads // num_kv_heads
+    rows, tile = prefill_tile(head_dim)
+    rows = min(rows, max(16, triton.next_power_of_2(max_queries * group)))
+    out = torch.empty_like(queries)
+    is_paged = tables is not None
+    grid = triton.cdiv(max_queries * group, rows), num_kv_heads, len(starts) - 1
+    _prefill_attention[grid](
+        queries,
+        keys,
+        values,
+        starts,
+        lens,
+        tables,
+        scores.sinks,
+        out,
+        scores.scaling * LOG2_E,
+        (scores.softcap or 0.0) * LOG2_E,
+        scores.window or 0,
+        0 if tables is None else tables.stride(0),
+        keys.stride(-3),
+        values.stride(-3),
+        num_kv_heads,
+        GROUP=group,
+        ROWS=rows,
+        HEAD_DIM=head_dim,
+        DIMS=triton.next_power_of_2(head_dim),
+        BLOCK_SIZE=keys.shape[1] if is_paged else 0,
+        TILE=tile.num_tokens,
+        IS_PAGED=is_paged,
+        HAS_WINDOW=scores.window is not None,
+        HAS_SOFTCAP=scores.softcap is not None,
+        HAS_SINKS=scores.sinks is not None,
+        num_warps=tile.num_warps if rows >= 64 else 4,
+        num_stages=tile.num_stages,
+    )
+    return out
+
+
+@triton.jit
+def _prefill_attention(
+    queries,
+    keys,
+    values,
+    starts,
+    lens,
+    tables,
+    sinks,
+    out,
+    scaling,
+    softcap,
+    window,
+    table_stride,
+    key_stride,
+    value_stride,
+    num_kv_heads,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    IS_PAGED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """One sequence, one KV head, and rows of (query, head of its group). Scores are in powers of two."""
+    kv_head, sequence = tl.program_id(1), tl.program_id(2)
+    start = tl.load(starts + sequence)
+    num_queries = tl.load(starts + sequence + 1) - start
+    length = num_queries
+    if IS_PAGED:
+        length = tl.load(lens + sequence)
+    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # those with most to do begin
+    if first_row >= num_queries * GROUP:
+        return
+    row, dims = first_row + tl.arange(0, ROWS), tl.arange(0, DIMS)
+    position = length - num_queries + row // GROUP
+    earliest = length - num_queries + first_row // GROUP
+    latest = tl.minimum(length - num_queries + (first_row + ROWS - 1) // GROUP, length - 1)
+    place = (start + row // GROUP).to(tl.int64) * (num_kv_heads * GROUP) + kv_head * GROUP + row % GROUP
+    kept = (row < num_queries * GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
+    query = tl.load(queries + place[:, None] * HEAD_DIM + dims[None, :], mask=kept, other=0.0)
+    peak = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    result = tl.zeros((ROWS, DIMS), tl.float32)
+    # Tiles that the window cuts, those that every row sees whole, and those that the diagonal cuts.
+    begin = 0
+    whole_from = 0
+    if HAS_WINDOW:
+        begin = tl.maximum(earliest - window + 1, 0) // TILE * TILE
+        whole_from = tl.maximum(tl.cdiv(tl.maximum(latest - window + 1, 0), TILE) * TILE, begin)
+    whole_to = (earliest + 1) // TILE * TILE
+    end = latest + 1
+    whole_from = tl.minimum(whole_from, end)
+    whole_to = tl.maximum(whole_to, whole_from)
+    if IS_PAGED:
+        tables += sequence * table_stride
+        keys += kv_head * HEAD_DIM
+        values += kv_head * HEAD_DIM
+    else:
+        keys += start.to(tl.int64) * key_stride + kv_head * HEAD_DIM
+        values += start.to(tl.int64) * value_stride + kv_head * HEAD_DIM
+    num_whole, num_before = (whole_to - whole_from) // TILE, tl.cdiv(whole_from - begin, TILE)
+    num_cut = num_before + tl.cdiv(end - whole_to, TILE)
+    peak, total, result = _attend_tiles(
+        query, keys, values, tables, peak, total, result, num_whole, num_whole, whole_from, whole_from, end, position,
+        scaling, softcap, window, key_stride, value_stride,
+        HEAD_DIM, DIMS, BLOCK_SIZE, TILE, IS_PAGED, HAS_WINDOW, HAS_SOFTCAP, False,
+    )  # fmt: skip
+    peak, total, result = _attend_tiles(
+        query, keys, values, tables, peak, total, result, num_cut, num_before, begin, whole_to, end, position,
+        scaling, softcap, window, key_stride, value_stride,
+        HEAD_DIM, DIMS, BLOCK_SIZE, TILE, IS_PAGED, HAS_WINDOW, HAS_SOFTCAP, True,
+    )  # fmt: skip
+    if HAS_SINKS:
+        sink = tl.load(sinks + kv_head * GROUP + row % GROUP).to(tl.float32) * 1.4426950408889634
+        higher = tl.maximum(peak, sink)
+        shrink = tl.exp2(peak - higher)
+        total = total * shrink + tl.exp2(sink - higher)
+        result = result * shrink[:, None]
+    normalised = result / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out + place[:, None] * HEAD_DIM + dims[None, :], normalised.to(out.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _attend_tiles(
+    query,
+    keys,
+    values,
+    tables,
+    peak,
+    total,
+    result,
+    count,
+    num_before,
+    before,
+    behind,
+    end,
+    position,
+    scaling,
+    softcap,
+    window,
+    key_stride,
+    value_stride,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    IS_PAGED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    IS_CUT: tl.constexpr,
+):
+    """So many tiles, some from `before` on, the others from `behind` on; if none is cut every row sees them whole."""
+    dims, tokens = tl.arange(0, DIMS), tl.arange(0, TILE)
+    for number in range(0, count):
+        first = before + number * TILE
+        if IS_CUT:
+            first = tl.where(number < num_before, first, behind + (number - num_before) * TILE)
+        if IS_PAGED:
+            block = tl.load(tables + first // BLOCK_SIZE).to(tl.int64)
+            slots = block * BLOCK_SIZE + first % BLOCK_SIZE + tokens
+        else:
+            slots = (first + tokens).to(tl.int64)
+        of_key = keys + slots[None, :] * key_stride + dims[:, None]
+        of_value = values + slots[:, None] * value_stride + dims[None, :]
+        inside = first + tokens < end
+        if IS_CUT:
+            key = tl.load(of_key, mask=inside[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
+        elif HEAD_DIM == DIMS:
+            key = tl.load(of_key)
+        else:
+            key = tl.load(of_key, mask=(dims < HEAD_DIM)[:, None], other=0.0)
+        scores = tl.dot(query, key) * scaling
+        if HAS_SOFTCAP:
+            scores = squash(scores, softcap)
+        if IS_CUT:
+            seen = position[:, None] >= (first + tokens)[None, :]
+            if HAS_WINDOW:
+                seen &= position[:, None] - window < (first + tokens)[None, :]
+            scores = tl.where(seen, scores, float("-inf"))
+        higher = tl.maximum(peak, tl.max(scores, axis=1))
+        # A row that has seen nothing yet has no peak, and -inf less itself is no number.
+        base = tl.where(higher == float("-inf"), 0.0, higher) if IS_CUT else higher
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(peak - base)
+        total = total * shrink + tl.sum(weights, axis=1)
+        if IS_CUT:
+            value = tl.load(of_value, mask=inside[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+        elif HEAD_DIM == DIMS:
+            value = tl.load(of_value)
+        else:
+            value = tl.load(of_value, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+        result = tl.dot(weights.to(value.dtype), value, result * shrink[:, None])
+        peak = higher
+    return peak, total, result

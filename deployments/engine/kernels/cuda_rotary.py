@@ -1,0 +1,156 @@
+"""What comes before attention on a GPU, in Triton: the rotary embedding, and the writing of KV into the paged pool."""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deployments.engine.attention.base import Rotation
+
+
+def rotate_and_write(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rotation: Rotation | None,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    slots: Tensor,
+    *,
+    keep_keys: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Rotary position embedding of queries and keys; keys and values go into the paged pool.
+
+    Args:
+        queries: (T, H, head_dim); fastest where heads are contiguous and tokens at equal distances.
+        keys: (T, H_kv, head_dim), as the queries.
+        values: as the keys.
+        rotation: of queries and keys; None: they stay as they are.
+        key_pool: (num_slots, H_kv, head_dim), contiguous; of one layer.
+        value_pool: as the key pool.
+        slots: (T,) int32 or int64; tokens with a negative slot are padding and are not written.
+        keep_keys: give the rotated keys back as well.
+
+    Returns:
+        The rotated queries, (T, H, head_dim), contiguous, and the rotated keys, (T, H_kv, head_dim), or None.
+    """
+    queries, keys, values = (_with_contiguous_heads(part) for part in (queries, keys, values))
+    num_tokens, num_heads, head_dim = queries.shape
+    num_kv_heads = keys.shape[1]
+    heads = min(8, triton.next_power_of_2(max(num_heads, num_kv_heads)))
+    parts = triton.cdiv(num_heads, heads), triton.cdiv(num_kv_heads, heads)
+    if rotation is None:
+        parts = 0, parts[1]
+        out, new_keys, cos, sin, num_dims = queries.contiguous(), None, None, None, 0
+    else:
+        out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
+        new_keys = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device) if keep_keys else None
+        cos, sin, num_dims = rotation.cos[0].contiguous(), rotation.sin[0].contiguous(), rotation.num_dims
+    _rotate_and_write[(num_tokens, parts[0] + 2 * parts[1])](
+        queries,
+        keys,
+        values,
+        cos,
+        sin,
+        key_pool,
+        value_pool,
+        slots,
+        out,
+        new_keys,
+        queries.stride(0),
+        keys.stride(0),
+        values.stride(0),
+        0 if cos is None else cos.stride(0),
+        num_heads,
+        num_kv_heads,
+        parts[0],
+        parts[1],
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        ROTATED=num_dims,
+        HALF=triton.next_power_of_2(max(1, num_dims // 2)),
+        REST=triton.next_power_of_2(max(1, head_dim - num_dims)),
+        KEEP_KEYS=new_keys is not None,
+        num_warps=4 if heads * head_dim >= 512 else 1,
+    )
+    return out, keys if rotation is None else new_keys
+
+
+def _with_contiguous_heads(part: Tensor) -> Tensor:
+    return part if part.stride()[1:] == (part.shape[2], 1) else part.contiguous()
+
+
+@triton.jit
+def _rotate_and_write(
+    queries,
+    keys,
+    values,
+    cos,
+    sin,
+    key_pool,
+    value_pool,
+    slots,
+    out,
+    new_keys,
+    query_stride,
+    key_stride,
+    value_stride,
+    cos_stride,
+    num_heads,
+    num_kv_heads,
+    query_parts,
+    kv_parts,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTATED: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    KEEP_KEYS: tl.constexpr,
+):
+    """One token and some heads: of the queries, then of the keys, then of the values."""
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slots + token).to(tl.int64)
+    if part < query_parts:
+        heads = (part * HEADS + tl.arange(0, HEADS))[:, None]
+        source = queries + token * query_stride + heads * HEAD_DIM
+        target = out + (token * num_heads + heads) * HEAD_DIM
+        inside = heads < num_heads
+    elif part < query_parts + kv_parts:
+        heads = ((part - query_parts) * HEADS + tl.arange(0, HEADS))[:, None]
+        source = keys + token * key_stride + heads * HEAD_DIM
+        target = key_pool + (slot * num_kv_heads + heads) * HEAD_DIM
+        inside = heads < num_kv_heads
+    else:
+        heads = ((part - query_parts - kv_parts) * HEADS + tl.arange(0, HEADS))[:, None]
+        source = values + token * value_stride + heads * HEAD_DIM
+        target = value_pool + (slot * num_kv_heads + heads) * HEAD_DIM
+        inside = heads < num_kv_heads
+    is_key = (part >= query_parts) & (part < query_parts + kv_parts)
+    written = inside & ((part < query_parts) | (slot >= 0))
+    if ROTATED > 0:
+        j = tl.arange(0, HALF)[None, :]
+        low = j < ROTATED // 2
+        a = tl.load(source + j, mask=inside & low, other=0.0)
+        b = tl.load(source + ROTATED // 2 + j, mask=inside & low, other=0.0)
+        if part < query_parts + kv_parts:
+            c = tl.load(cos + token * cos_stride + j, mask=low, other=0.0).to(tl.float32)
+            s = tl.load(sin + token * cos_stride + j, mask=low, other=0.0).to(tl.float32)
+            first, second = a.to(tl.float32), b.to(tl.float32)
+            a = (first * c - second * s).to(a.dtype)
+            b = (second * c + first * s).to(b.dtype)
+        if KEEP_KEYS:  # noqa: SIM102  # Triton decides this one when it compiles, the next one on the GPU
+            if is_key:
+                kept = new_keys + (token * num_kv_heads + heads) * HEAD_DIM
+                tl.store(kept + j, a, mask=inside & low)
+                tl.store(kept + ROTATED // 2 + j, b, mask=inside & low)
+        tl.store(target + j, a, mask=written & low)
+        tl.store(target + ROTATED // 2 + j, b, mask=written & low)
+    if ROTATED < HEAD_DIM:
+        j = ROTATED + tl.arange(0, REST)[None, :]
+        rest = tl.load(source + j, mask=inside & (j < HEAD_DIM), other=0.0)
+        if KEEP_KEYS:  # noqa: SIM102
+            if is_key:
+                kept = new_keys + (token * num_kv_heads + heads) * HEAD_DIM
+                tl.store(kept + j, rest, mask=inside & (j < HEAD_DIM))
+        tl.store(target + j, rest, mask=written & (j < HEAD_DIM))
