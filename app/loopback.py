@@ -4,6 +4,7 @@ Runs in every worker process of such a Ray before anything else, so it imports n
 `local_server.py`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from ray._common import tls_utils
@@ -16,7 +17,7 @@ def bind_replicas_to_loopback() -> None:
 
     Whoever reaches one of them can run code in the replica, and no setting of Serve's keeps it from other machines.
     """
-    add_port = tls_utils.add_port_to_grpc_server
+    add_port: Callable[[Any, str], Any] = tls_utils.add_port_to_grpc_server
 
     def add_local_port(server: Any, address: str) -> Any:
         return add_port(server, address.replace(_EVERYWHERE, "127.0.0.1:"))
