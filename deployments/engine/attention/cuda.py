@@ -29,8 +29,8 @@ _MAX_HEAD_DIM = 256
 # Queries that are worth copying their context for; a chunk of so many attends alone. With 30,720 tokens of context
 # attention over blocks takes 0.2 ms per 100 queries and layer (Llama-3.1-8B, H100); the copy moves 0.25 GB.
 LONG_CHUNK = 512
-# Windows that are worth being put together from two causal attentions: 8,192 tokens of Mistral-7B with a window of 4,096
-# take 0.72 ms per layer then and 0.91 in our own kernel, with one of 512 0.39 and 0.28 (H100, 2026-11-27).
+# Windows that are worth being put together from two causal attentions: 8,192 tokens of Mistral-7B with a window of
+# 4,096 take 0.72 ms per layer then and 0.91 in our own kernel, with one of 512 0.39 and 0.28 (H100, 2026-11-27).
 _LONG_WINDOW = 1024
 
 

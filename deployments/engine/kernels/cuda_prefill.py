@@ -205,7 +205,7 @@ def _attend_tiles(
 ):
     """So many tiles, some from `before` on, the others from `behind` on; if none is cut every row sees them whole."""
     dims, tokens = tl.arange(0, DIMS), tl.arange(0, TILE)
-    for number in range(0, count):
+    for number in range(count):
         first = before + number * TILE
         if IS_CUT:
             first = tl.where(number < num_before, first, behind + (number - num_before) * TILE)
