@@ -232,7 +232,10 @@ class AppConfig(BaseModel):
     def engine_config(self, pool: Pool) -> EngineConfig:
         """Return the settings of one pool's engines: defaults, then `engine.*`, then `<pool>.engine.*`."""
         settings = self.pool(pool)
-        given = {"num_threads": max(1, math.floor(settings.num_cpus + 0.5))}
+        given: dict[str, Any] = {
+            "num_threads": max(1, math.floor(settings.num_cpus + 0.5)),
+            "hands_over": pool == "prefill",
+        }
         given |= self.engine.model_dump(exclude_unset=True) | settings.engine.model_dump(exclude_unset=True)
         return EngineConfig(model=self.model, **given)
 

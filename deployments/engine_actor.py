@@ -154,7 +154,7 @@ def assemble_engine(loaded: "LoadedModel", config: EngineConfig) -> BuiltEngine:
     )
     logger.info("engine ready: %s, %s, pid %d", loaded.path, limits, os.getpid())
     arena = None
-    if config.share_kv:
+    if config.share_kv and config.hands_over:
         arena = Arena(engine.export_room_bytes, loaded.device.type)
         engine.export_into(arena.allocate)
     return BuiltEngine(engine, info, layout, loaded.device.type, arena)

@@ -113,7 +113,9 @@ def test_pools_that_could_not_hand_over_kv_are_refused():
 
 def test_a_pools_engine_settings_win_over_the_shared_ones_and_these_over_the_defaults():
     config = read("engine.max_num_seqs=8", "engine.max_model_len=100", "decode.engine.max_num_seqs=9")
-    assert config.engine_config("decode") == EngineConfig(max_num_seqs=9, max_model_len=100, num_threads=1)
+    assert config.engine_config("decode") == EngineConfig(
+        max_num_seqs=9, max_model_len=100, num_threads=1, hands_over=False
+    )
     assert config.engine_config("prefill") == EngineConfig(max_num_seqs=8, max_model_len=100, num_threads=1)
 
 

@@ -21,6 +21,8 @@ class EngineConfig(BaseModel):
         max_num_batched_tokens: token budget of one step; longer prompts run in chunks. On a CPU 128 per thread,
             so that a step of a small model stays under a second; 8192 on a GPU.
         enable_prefix_caching: reuse the KV of finished prompts that share a prefix.
+        hands_over: it computes prompts for other engines, and memory is set aside for what waits for them. False for
+            the engines of a decode pool, unless said otherwise.
         share_kv: engines of the same machine may read the KV that this one hands over in its memory; else, and on other
             machines, it is sent: over TCP (gloo) from CPUs, over NCCL from GPUs.
         lease_s: a hand-off whose other engine has not been heard of for so long is given up: its blocks are freed, or
@@ -42,6 +44,7 @@ class EngineConfig(BaseModel):
     max_num_seqs: int = Field(default=64, ge=1)
     max_num_batched_tokens: int | None = Field(default=None, ge=1)
     enable_prefix_caching: bool = True
+    hands_over: bool = True
     share_kv: bool = True
     lease_s: float = Field(default=15.0, gt=0)
     max_silence_s: float = Field(default=15.0, gt=0)

@@ -80,13 +80,14 @@ class Engine:
         )
         self._scheduler = Scheduler(self._blocks, self.limits, loaded.positions)
         bytes_per_block = self.limits.block_size * loaded.kv_shape.bytes_per_token
-        self._export_room = export_room(self.limits, bytes_per_block, loaded.device)
+        self._export_room = export_room(self.limits, bytes_per_block, loaded.device, config.hands_over)
         self._inbox = Inbox(config.lease_s, clock)
         self._outbox = Outbox(self._export_room.max_blocks, config.lease_s, clock)
         chunk_blocks = self._export_room.max_chunk_blocks
         self._exporter = Exporter(self._outbox, self._copies, self.limits.block_size, chunk_blocks)
         self._bytes_per_block = bytes_per_block
         self._is_pipelined = is_pipelined
+        self._hands_over = config.hands_over
         self._in_flight: LaunchedStep | None = None
         self._vocab_size = loaded.vocab_size
         self._num_steps_at_canary = 0
@@ -155,8 +156,10 @@ class Engine:
 
         Raises:
             RequestTooLargeError, InvalidRequestError: see `check_request`; or the id is in use, also by chunks of an
-                earlier hand-off that were neither released nor aborted.
+                earlier hand-off that were neither released nor aborted; or this engine hands nothing over.
         """
+        if not self._hands_over:
+            raise InvalidRequestError("this engine hands no prompts over: hands_over is false", "hands_over")
         self.check(request)
         last_block = (len(request.prompt_token_ids) - 1) // self.limits.block_size
         if not 0 <= first_block <= last_block:

@@ -56,11 +56,11 @@ _MAX_CHUNK_BYTES = 256 << 20
 _SPARE_CHUNKS = 4
 
 
-def export_room(limits: EngineLimits, bytes_per_block: int, device: torch.device) -> ExportRoom:
-    """For as many chunks as may be under way at once."""
+def export_room(limits: EngineLimits, bytes_per_block: int, device: torch.device, hands_over: bool) -> ExportRoom:
+    """For as many chunks as may be under way at once; without handing over, from others to here."""
     step_blocks = max(1, limits.max_num_batched_tokens // limits.block_size)
     max_chunk_blocks = max(1, min(step_blocks, _MAX_CHUNK_BYTES // bytes_per_block))
-    return ExportRoom(max_chunk_blocks, _EXPORT_STEPS[device.type] * step_blocks)
+    return ExportRoom(max_chunk_blocks, _EXPORT_STEPS[device.type] * step_blocks if hands_over else 0)
 
 
 def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
@@ -93,7 +93,7 @@ def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
         if num_blocks < 1:
             raise ValueError(f"kv_cache_bytes is {config.kv_cache_bytes}, one block alone takes {bytes_per_block}")
     else:
-        room = _cpu_pool_bytes() if on_cpu else _gpu_pool_bytes(loaded, limits, bytes_per_block)
+        room = _cpu_pool_bytes() if on_cpu else _gpu_pool_bytes(loaded, limits, bytes_per_block, config)
         num_blocks = room // bytes_per_block
     return replace(limits, num_blocks=max(1, num_blocks))
 
@@ -103,9 +103,9 @@ def _cpu_pool_bytes() -> int:
     return min(_CPU_POOL_BYTES, int(free * _CPU_MEMORY_SHARE))
 
 
-def _gpu_pool_bytes(loaded: LoadedModel, limits: EngineLimits, bytes_per_block: int) -> int:
+def _gpu_pool_bytes(loaded: LoadedModel, limits: EngineLimits, bytes_per_block: int, config: EngineConfig) -> int:
     free = free_beside_largest_steps(loaded, limits)
-    exports = export_room(limits, bytes_per_block, loaded.device).num_blocks * bytes_per_block
+    exports = export_room(limits, bytes_per_block, loaded.device, config.hands_over).num_blocks * bytes_per_block
     room = free + limits.num_blocks * bytes_per_block - exports - _MARGIN_BYTES
     found = (
         f"{free / _GIB:.2f} GiB of the GPU's memory are free beside the model and its largest steps; hand-offs take"

@@ -54,7 +54,9 @@ def fill_random(model: PreTrainedModel) -> None:
 def build(config: PretrainedConfig, max_num_seqs: int) -> Engine:
     """An engine with random weights."""
     longest = min(12288, int(config.max_position_embeddings))
-    settings = EngineConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=16384, max_model_len=longest)
+    settings = EngineConfig(
+        max_num_seqs=max_num_seqs, max_num_batched_tokens=16384, max_model_len=longest, hands_over=False
+    )
     return Engine(load_random(config), settings)
 
 

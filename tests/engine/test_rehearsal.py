@@ -13,6 +13,7 @@ from deployments.engine.kv_cache import KVCache
 from deployments.engine.model_runner import build_runner
 from deployments.engine.rehearsal import build_rehearsed, rehearse, worst_steps
 from deployments.engine.sizing import choose_limits
+from deployments.errors import InvalidRequestError
 from tests.engine.driving import build_engine, generate, greedy
 from tests.engine.families import CPU, load, random_prompt, reference
 
@@ -70,12 +71,21 @@ def test_the_pool_takes_what_is_left_beside_steps_and_hand_offs(free: dict[str, 
     loaded = replace(load("llama"), device=torch.device("cuda"))
     free["bytes"] = 2 << 30
     limits = choose_limits(loaded, ON_GPU)
-    room = sizing.export_room(limits, BYTES_PER_BLOCK, loaded.device)
+    room = sizing.export_room(limits, BYTES_PER_BLOCK, loaded.device, ON_GPU.hands_over)
     assert room.num_blocks == 2 * 2 + 4 * 2, "two steps of two blocks, and four chunks of a step"
     pool = limits.num_blocks * BYTES_PER_BLOCK
     trial = sizing._TRIAL_BLOCKS * BYTES_PER_BLOCK
     left = free["bytes"] + trial - pool - room.num_blocks * BYTES_PER_BLOCK
     assert sizing._MARGIN_BYTES <= left < sizing._MARGIN_BYTES + BYTES_PER_BLOCK
+
+
+def test_an_engine_that_hands_nothing_over_keeps_that_room_for_its_pool(free: dict[str, int]) -> None:
+    free["bytes"] = 2 << 30
+    loaded = replace(load("llama"), device=torch.device("cuda"))
+    alone = choose_limits(loaded, ON_GPU.model_copy(update={"hands_over": False}))
+    assert alone.num_blocks == choose_limits(loaded, ON_GPU).num_blocks + 2 * 2
+    with pytest.raises(InvalidRequestError, match="hands_over is false"):
+        build_engine(load("llama"), hands_over=False).prefill(greedy("r", random_prompt(9), 1), 0)
 
 
 def test_limits_that_leave_nothing_for_kv_are_refused_with_the_numbers(free: dict[str, int]) -> None:

@@ -66,7 +66,7 @@ def plain(family: str) -> PreTrainedModel:
     """As transformers runs it, in bfloat16."""
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(
-        CONFIGS[family], dtype=torch.float32, attn_implementation="eager" if family == "gemma2" else "sdpa"
+        (CONFIGS | ODD)[family], dtype=torch.float32, attn_implementation="eager" if family == "gemma2" else "sdpa"
     )
     for parameter in model.parameters():
         if parameter.dim() > 1:
