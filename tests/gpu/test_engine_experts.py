@@ -1,7 +1,8 @@
 """The engine's tokens of mixtures of experts beside those of transformers' own model in float32, on the same GPU.
 
 Where two experts are as likely as each other to be the last one chosen, a rounding decides, and a token's logits move
-by more than roundings do. So nearly all tokens must be the likeliest, not every single one.
+by more than roundings do: of these models transformers' own in bfloat16 misses the likeliest token of float32 by more
+than a tie in 1% (GLM-4-MoE) to 13% (Mixtral, 2 of 8) of all places. So the engine is compared with how often that does.
 """
 
 import copy
@@ -25,8 +26,8 @@ from deployments.engine.cuda_expert_layers import FusedExperts, FusedRouter  # n
 
 NUM_TOKENS = 24
 LENGTHS = (1, 2, 40, 255, 256, 257, 700, 1500)
-# What a token may be behind the likeliest, as in test_engine, and the share of tokens that may be further behind.
-TIE, MISSED = 0.13, 0.04
+# What a token may be behind the likeliest, as in test_engine.
+TIE = 0.13
 
 every_family = pytest.mark.parametrize("family", sorted(EXPERTS))
 
@@ -47,20 +48,21 @@ def prompt(length: int) -> tuple[int, ...]:
 
 
 @torch.inference_mode()
-def behind(family: str, given: tuple[int, ...], tokens: list[int]) -> Tensor:
-    """How far each token is behind the likeliest after those before it."""
-    ids = torch.tensor([[*given, *tokens]], device="cuda")
-    logits = exact(family)(ids, use_cache=False).logits[0, len(given) - 1 : -1]
-    distances: Tensor = logits.amax(-1) - logits.gather(-1, torch.tensor(tokens, device="cuda").unsqueeze(-1)).squeeze(
-        -1
-    )
-    return distances
-
-
 def check(family: str, found: dict[str, list[int]]) -> None:
-    distances = torch.cat([behind(family, prompt(int(name[1:])), tokens) for name, tokens in found.items()])
-    missed = (distances > TIE).float().mean()
-    assert missed <= MISSED, f"{missed:.1%} of {len(distances)} tokens are not the likeliest: {distances.sort().values}"
+    """Tokens miss the likeliest about as seldom as those of transformers' model in bfloat16, after the same tokens."""
+    ours: list[Tensor] = []
+    theirs: list[Tensor] = []
+    for name, tokens in found.items():
+        given = prompt(int(name[1:]))
+        ids = torch.tensor([[*given, *tokens]], device="cuda")
+        expected, rounded = (
+            model(ids, use_cache=False).logits[0, len(given) - 1 : -1].float()
+            for model in (exact(family), plain(family))
+        )
+        for distances, choice in ((ours, ids[0, len(given) :]), (theirs, rounded.argmax(-1))):
+            distances.append(expected.amax(-1) - expected.gather(-1, choice.unsqueeze(-1)).squeeze(-1))
+    missed, allowed = ((torch.cat(distances) > TIE).float().mean().item() for distances in (ours, theirs))
+    assert missed <= 2 * allowed + 0.02, f"{missed:.1%} of tokens are not the likeliest, of transformers' {allowed:.1%}"
 
 
 @every_family
