@@ -1,7 +1,15 @@
-"""One thread of torch for all tests: the models are tiny, and threads that wait for each other only slow them."""
+"""One thread of torch for all tests: the models are tiny, and threads that wait for each other only slow them.
+
+Where there is no GPU Triton's kernels run in its interpreter; it must know before anything imports it.
+"""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deployments.engine.attention.base import AttentionStep, Rotation, Scores
+from deployments.engine.attention.base import AttentionStep, HeadNorms, Rotation, Scores
+from deployments.engine.cuda_expert_layers import FusedExperts, FusedRouter, fuse_experts
 from deployments.engine.fused_layers import (
     FusedGatedMLP,
     FusedKernels,
@@ -19,6 +20,7 @@ from deployments.engine.fused_layers import (
 )
 from deployments.engine.kernels.cuda import add_norm, gelu_mul, rms_norm, silu_mul
 from deployments.engine.kernels.cuda_matmul import add_linear, linear
+from deployments.engine.owed import Owed
 
 KERNELS = FusedKernels(rms_norm, (silu_mul, gelu_mul), rotate_in_attention)
 # Names of the norms of a decoder layer: of the inputs of its two blocks, which some models lack, and of the outputs.
@@ -30,15 +32,6 @@ _PROBE_ROWS, _TOLERANCE = 4, 2e-2
 logger = logging.getLogger(__name__)
 
 
-class _Owed:
-    """What a projection adds its output to; None: nothing. Not an attribute of the module, which is slow to set."""
-
-    __slots__ = ("residual",)
-
-    def __init__(self) -> None:
-        self.residual: Tensor | None = None
-
-
 class SkinnyLinear(nn.Module):
     """Takes the place of an `nn.Linear` for inference, with kernels of our own for few rows; shares its weight."""
 
@@ -47,23 +40,19 @@ class SkinnyLinear(nn.Module):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.weight = layer.weight.detach()
         self._bias = None if layer.bias is None else layer.bias.detach()
-        self.owed = _Owed()
-
-    @property
-    def can_add(self) -> bool:
-        """Whether it can add its output to a residual."""
-        return self._bias is None
+        self.owed = Owed()
 
     def forward(self, x: Tensor) -> Tensor:
-        residual, self.owed.residual = self.owed.residual, None
+        residual = self.owed.take()
         if residual is None:
             return linear(x, self.weight, self._bias)
-        return add_linear(residual, x, self.weight)
+        return add_linear(residual, x, self.weight, self._bias)
 
 
 def optimize_layers(model: PreTrainedModel) -> None:
     """Replace layers in place; after `merge_linears`. Attention layers leave the rotary embedding to attention."""
     fuse_layers(model, KERNELS)
+    fuse_experts(model)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child.weight.is_contiguous():
@@ -74,6 +63,7 @@ def optimize_layers(model: PreTrainedModel) -> None:
         if not _fuse_norms(module, is_last):
             _fuse_residual(module, is_last)
     keep_rotary_where_it_is_wanted(model)
+    leave_norms_to_attention(model)
 
 
 def keep_rotary_where_it_is_wanted(model: PreTrainedModel) -> None:
@@ -111,6 +101,50 @@ def can_drop_rows(model: PreTrainedModel) -> bool:
     return dropped.shape == expected.shape and _is_near(dropped, expected)
 
 
+class _LeftNorm(nn.Module):
+    """Stands where a norm of heads was that attention applies."""
+
+    def __init__(self, norm: FusedRMSNorm) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+def leave_norms_to_attention(model: PreTrainedModel) -> None:
+    """Have those attention layers leave the norms of queries and keys to attention that rotate right after them."""
+    expected = _Recorder.of(model)
+    layers = [module for module in model.modules() if _leave_norms(module)]
+    if not layers:
+        return
+    found = _Recorder.of(model)
+    for layer in layers:
+        index = int(layer.layer_idx)  # type: ignore[arg-type]  # nn.Module types its attributes loosely
+        if not all(_is_near(a, b) for a, b in zip(found.seen[index], expected.seen[index], strict=True)):
+            logger.info("layer %d: %s normalises queries and keys itself", index, type(layer).__name__)
+            _take_norms_back(layer)
+
+
+def _leave_norms(layer: Any) -> bool:
+    rotary = getattr(layer, "kvrelay_rotary", None)
+    norms = getattr(layer, "q_norm", None), getattr(layer, "k_norm", None)
+    if rotary is None or not all(isinstance(norm, FusedRMSNorm) for norm in norms):
+        return False
+    query, key = norms
+    if query.eps != key.eps or query.weight.dtype != key.weight.dtype or query.weight.shape != key.weight.shape:  # type: ignore[union-attr]
+        return False
+    rotary.norms = HeadNorms(query.weight, key.weight, query.eps)  # type: ignore[union-attr]
+    layer.q_norm, layer.k_norm = _LeftNorm(query), _LeftNorm(key)  # type: ignore[arg-type]
+    return True
+
+
+def _take_norms_back(layer: Any) -> None:
+    if isinstance(getattr(layer, "q_norm", None), _LeftNorm):
+        layer.kvrelay_rotary.norms = None
+        layer.q_norm, layer.k_norm = layer.q_norm.norm, layer.k_norm.norm
+
+
 class _Recorder:
     """Stands in for attention: keeps queries and keys of each layer, rotated, and lets no token see another."""
 
@@ -130,7 +164,16 @@ class _Recorder:
         self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores, rotation: Rotation | None
     ) -> Tensor:
         given = queries.unsqueeze(0), keys.unsqueeze(0)
+        if rotation is not None and rotation.norms is not None:
+            weights, eps = rotation.norms[:2], rotation.norms.eps
+            if rotation.num_dims != queries.shape[-1]:
+                self.seen[layer] = torch.zeros_like(queries), torch.zeros_like(keys)  # like nothing that is expected
+                return self._nothing(queries, values)
+            given = tuple(rms_norm(x, weight, eps) for x, weight in zip(given, weights, strict=True))  # type: ignore[assignment]
         self.seen[layer] = given if rotation is None else tuple(rotate_plainly(x, rotation) for x in given)  # type: ignore[assignment]  # a pair
+        return self._nothing(queries, values)
+
+    def _nothing(self, queries: Tensor, values: Tensor) -> Tensor:
         return queries.new_zeros(queries.shape[1], queries.shape[0], values.shape[2])
 
 
@@ -142,28 +185,36 @@ def restore_rotary(model: nn.Module) -> None:
     """Let attention layers rotate queries and keys themselves again."""
     for module in model.modules():
         if hasattr(module, "kvrelay_rotary"):
+            _take_norms_back(module)
             del module.kvrelay_rotary, module.forward
 
 
 def _fuse_residual(layer: nn.Module, is_last: bool) -> None:
     """Have the two projections that end a decoder layer's halves add to the residual, if that is all it does."""
     attention, mlp = getattr(layer, "self_attn", None), getattr(layer, "mlp", None)
-    if not isinstance(attention, nn.Module) or not isinstance(mlp, FusedGatedMLP):
+    if not isinstance(attention, nn.Module) or not isinstance(mlp, nn.Module):
         return
     if not all(hasattr(layer, name) for name in ("input_layernorm", "post_attention_layernorm")):
         return
-    attended, multiplied = getattr(attention, "o_proj", None), mlp.down_proj
-    if not isinstance(attended, SkinnyLinear) or not isinstance(multiplied, SkinnyLinear):
-        return
-    if attended.can_add and multiplied.can_add:
-        fused = partial(_forward, layer, is_last, attended.owed, multiplied.owed)
-        if _agree(layer, fused, multiplied.weight):
+    attended, multiplied = getattr(attention, "o_proj", None), _last_of(mlp)
+    if isinstance(attended, SkinnyLinear) and multiplied is not None:
+        fused = partial(_forward, layer, is_last, attended.owed, multiplied)
+        if _agree(layer, fused, attended.weight):
             layer.forward = fused
-        attended.owed.residual = multiplied.owed.residual = None  # of a try that was broken off
+        attended.owed.residual = multiplied.residual = None  # of a try that was broken off
+
+
+def _last_of(mlp: nn.Module) -> Owed | None:
+    """What adds to the residual at the end of an MLP. Experts do, whatever the block adds to their output."""
+    experts = getattr(mlp, "experts", None)
+    if isinstance(experts, FusedExperts):
+        return experts.owed
+    last = mlp.down_proj if isinstance(mlp, FusedGatedMLP) else None
+    return last.owed if isinstance(last, SkinnyLinear) else None
 
 
 def _forward(
-    layer: Any, is_last: bool, attended: _Owed, multiplied: _Owed, hidden_states: Tensor, **kwargs: Any
+    layer: Any, is_last: bool, attended: Owed, multiplied: Owed, hidden_states: Tensor, **kwargs: Any
 ) -> Tensor:
     """A decoder layer of Llama's kind; writes over its input.
 
@@ -171,7 +222,7 @@ def _forward(
         layer: whose parts are used.
         is_last: from its attention on only rows that are wanted are computed.
         attended: of the projection that ends attention.
-        multiplied: of the projection that ends the MLP.
+        multiplied: of what ends the MLP.
         hidden_states: (1, T, hidden_size).
         kwargs: for attention.
     """
@@ -182,8 +233,9 @@ def _forward(
         hidden_states = _wanted(hidden_states, kwargs["paged_step"])
     normed = layer.post_attention_layernorm(hidden_states)
     multiplied.residual = hidden_states
-    out: Tensor = layer.mlp(normed)
-    return out
+    out = layer.mlp(normed)
+    whole: Tensor = out[0] if isinstance(out, tuple) else out  # gpt-oss gives its routing, too
+    return whole
 
 
 def _fuse_norms(layer: nn.Module, is_last: bool) -> bool:
@@ -265,7 +317,9 @@ def _agree(layer: Any, fused: "partial[Tensor]", weight: Tensor) -> bool:
     rows = torch.randn(1, _PROBE_ROWS, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
     for scale in (0.01, 1.0, 100.0):
         try:
-            expected, out = layer(scale * rows, **needs), fused(scale * rows, **needs)  # each writes over its own input
+            with FusedRouter.pinned(layer):
+                # Each writes over its own input.
+                expected, out = layer(scale * rows, **needs), fused(scale * rows, **needs)
         except Exception as error:
             logger.info("%s adds its residuals itself: %s", type(layer).__name__, error)
             return False

@@ -151,7 +151,7 @@ def rotate_in_attention(module: nn.Module, original: Apply, num_rotated: NumRota
         num_dims = num_rotated(cos.shape[-1], queries.shape[-1])
         if num_dims is None:
             return original(queries, keys, cos, sin)
-        rotary.owed = Rotation(cos, sin, num_dims)
+        rotary.owed = Rotation(cos, sin, num_dims, rotary.norms)
         return queries, keys
 
     return apply

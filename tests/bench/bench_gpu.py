@@ -154,19 +154,26 @@ def copy_bandwidth() -> float:
     return float(2 * source.nbytes / statistics.median(times))
 
 
-def weight_bytes(engine: Engine) -> int:
-    """What a decode step reads of the model, whatever its batch."""
-    from deployments.engine.cuda_layers import SkinnyLinear  # only where there is a GPU
+def weight_bytes(engine: Engine, batch_size: int) -> float:
+    """What a decode step reads of the model; of its experts those that are chosen if all are as likely."""
+    from deployments.engine.cuda_expert_layers import FusedExperts  # only where there is a GPU
+    from deployments.engine.cuda_layers import SkinnyLinear
 
     model = engine._runner._model  # type: ignore[attr-defined]
     weights = {m.weight.data_ptr(): m.weight.nbytes for m in model.modules() if isinstance(m, SkinnyLinear)}
-    return sum(weights.values())
+    experts = sum(m.num_bytes for m in model.modules() if isinstance(m, FusedExperts))
+    if not experts:
+        return float(sum(weights.values()))
+    config = model.config
+    num_experts = next(m.num_experts for m in model.modules() if isinstance(m, FusedExperts))
+    chosen = 1 - (1 - config.num_experts_per_tok / num_experts) ** batch_size
+    return float(sum(weights.values()) + chosen * experts)
 
 
 def floor(engine: Engine, batch_size: int, bandwidth: float) -> float:
     """Seconds that reading the weights and the KV once takes."""
     context = PROMPT_TOKENS + MEASURED_STEPS / 2
-    num_bytes = weight_bytes(engine) + batch_size * context * engine.kv_shape.bytes_per_token
+    num_bytes = weight_bytes(engine, batch_size) + batch_size * context * engine.kv_shape.bytes_per_token
     return float(num_bytes) / bandwidth
 
 
@@ -184,7 +191,10 @@ def decode_bytes(engine: Engine) -> tuple[float, float]:
     prompts, outputs = lengths().T
     # The first token is the prompt's; step n of a sequence reads its prompt and n tokens more.
     contexts = (prompts * (outputs - 1) + outputs * (outputs - 1) / 2).sum()
-    return float((outputs.max() - 1) * weight_bytes(engine)), float(contexts * engine.kv_shape.bytes_per_token)
+    running = (outputs[:, None] > np.arange(1, outputs.max())).sum(0)
+    return sum(weight_bytes(engine, count) for count in running.tolist()), float(
+        contexts * engine.kv_shape.bytes_per_token
+    )
 
 
 def profile_throughput(name: str, config: PretrainedConfig, bandwidth: float) -> dict[str, dict[str, float]]:

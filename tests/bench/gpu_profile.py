@@ -12,6 +12,8 @@ KINDS = {
     "attention of decodes": ("_decode_attention", "_merge_splits"),
     "attention of prompts": ("flash", "fmha", "sdpa", "_prefill_attention", "_merge_rows", "_scale_rows"),
     "products": ("gemm", "nvjet", "cutlass", "_linear_of_row", "splitk", "gemv"),
+    "experts": ("_grouped", "_of_few", "_combine"),
+    "routing": ("_route", "_plan", "_count", "_logits"),
     "norms": ("_rms_norm", "_add_norm"),
     "activations": ("_gated_mul",),
     "rotary embedding, writing of KV": ("_rotate_and_write",),

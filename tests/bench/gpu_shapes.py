@@ -3,7 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from transformers import Gemma2Config, LlamaConfig, MistralConfig, PretrainedConfig, Qwen3Config
+from transformers import (
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 VLLM_VERSION = "0.33"
 
@@ -86,6 +94,42 @@ def gemma_2_9b() -> PretrainedConfig:
     )
 
 
+def qwen3_30b_a3b() -> PretrainedConfig:
+    """Qwen3-30B-A3B: 128 experts, of which each token takes 8; 61 GB."""
+    return Qwen3MoeConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=6144,
+        moe_intermediate_size=768,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,  # type: ignore[call-arg]  # known to the model alone
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        max_position_embeddings=40960,
+        tie_word_embeddings=False,
+    )
+
+
+def gpt_oss_20b() -> PretrainedConfig:
+    """gpt-oss-20b in bfloat16: sinks, every other layer sees 128 tokens, 32 experts with biases; 42 GB."""
+    return GptOssConfig(
+        vocab_size=201088,
+        hidden_size=2880,
+        intermediate_size=2880,
+        num_hidden_layers=24,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=64,
+        num_local_experts=32,
+        num_experts_per_tok=4,
+        sliding_window=128,
+        max_position_embeddings=131072,
+    )
+
+
 # vLLM's figures are of one H100 80GB, 2026-11-27, dummy weights, greedy; compare those of one visit (README).
 SHAPES = {
     "llama-8b": Shape(
@@ -110,6 +154,18 @@ SHAPES = {
         gemma_2_9b,
         {1: 8.58, 8: 8.91, 32: 10.11, 128: 15.23, 256: 23.03},
         {(1, 512): None, (1, 2048): None, (1, 8000): None, (16, 1024): None},
+        None,
+    ),
+    "qwen3-30b-a3b": Shape(
+        qwen3_30b_a3b,
+        {1: 4.80, 8: 10.46, 32: 20.72, 128: 26.41},
+        {(1, 512): None, (1, 2048): None, (1, 8192): None, (16, 1024): None},
+        None,
+    ),
+    "gpt-oss-20b": Shape(
+        gpt_oss_20b,
+        {1: None, 8: None, 32: None, 128: None},
+        {(1, 512): None, (1, 2048): None, (1, 8192): None, (16, 1024): None},
         None,
     ),
 }

@@ -77,6 +77,24 @@ _CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
         "Qwen3MoeConfig",
         SIZES | _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 48, "norm_topk_prob": True},
     ),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",  # a shared expert behind a gate of its own
+        _WITHOUT_HEAD_DIM
+        | _EXPERTS
+        | {"num_experts": 4, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 96},
+    ),
+    "glm4_moe": (
+        "Glm4MoeConfig",  # chooses by sigmoids within groups; its first layer has no experts
+        _SIZES
+        | _EXPERTS
+        | {
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 48,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
 }
 FAMILIES = tuple(_CONFIGS)
 

@@ -10,14 +10,19 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    Glm4MoeConfig,
+    GptOssConfig,
     HunYuanDenseV1Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from deployments.engine.model import LoadedModel, optimize_layers, prepare_model
@@ -55,7 +60,15 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "phi3": Phi3Config(**SHAPE, rope_parameters=PARTIAL_ROPE, sliding_window=None, pad_token_id=0),
 }
-
+# Mixtures of experts: a rounding may send a token elsewhere, so their tokens are compared in another way.
+INNER = SHAPE | {"moe_intermediate_size": 256, "num_experts_per_tok": 4, "head_dim": 128}
+EXPERTS: dict[str, PretrainedConfig] = {
+    "mixtral": MixtralConfig(**SHAPE, num_local_experts=8, num_experts_per_tok=2),
+    "qwen3_moe": Qwen3MoeConfig(**INNER, num_experts=32, norm_topk_prob=True),
+    "qwen2_moe": Qwen2MoeConfig(**INNER, num_experts=20, shared_expert_intermediate_size=512),
+    "glm4_moe": Glm4MoeConfig(**INNER, n_routed_experts=16, n_group=4, topk_group=2, first_k_dense_replace=1),
+    "gpt_oss": GptOssConfig(**SHAPE, head_dim=64, num_local_experts=8, sliding_window=128, pad_token_id=0),
+}
 
 # Normalises queries and keys that are rotated, so that attention cannot rotate them.
 ODD: dict[str, PretrainedConfig] = {"hunyuan": HunYuanDenseV1Config(**SHAPE, head_dim=64)}
@@ -66,7 +79,9 @@ def plain(family: str) -> PreTrainedModel:
     """As transformers runs it, in bfloat16."""
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(
-        (CONFIGS | ODD)[family], dtype=torch.float32, attn_implementation="eager" if family == "gemma2" else "sdpa"
+        (CONFIGS | ODD | EXPERTS)[family],
+        dtype=torch.float32,
+        attn_implementation="eager" if family in ("gemma2", "gpt_oss") else "sdpa",
     )
     for parameter in model.parameters():
         if parameter.dim() > 1:

@@ -100,12 +100,17 @@ def test_products(num_rows: int, num_columns: int, depth: int, has_bias: bool, d
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("num_columns", "depth"), [(4096, 4096), (1000, 1032), (20000, 512), (1024, 3073)])
+@pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("num_rows", [0, 1, 2, 17, 32, 33, 65, 300])
-def test_products_are_added_in_place(num_rows: int, num_columns: int, depth: int, dtype: torch.dtype) -> None:
+def test_products_are_added_in_place(
+    num_rows: int, num_columns: int, depth: int, dtype: torch.dtype, has_bias: bool
+) -> None:
     x, weight = randn(1, num_rows, depth, dtype=dtype), randn(num_columns, depth, dtype=dtype) / depth**0.5
     residual = randn(1, num_rows, num_columns, dtype=dtype)
-    expected = residual.float() + functional.linear(x.float(), weight.float())
-    out = add_linear(residual, x, weight)
+    bias = randn(num_columns, dtype=dtype) if has_bias else None
+    product = functional.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    expected = residual.float() + product
+    out = add_linear(residual, x, weight, bias)
     assert out is residual
     check(out, expected)
 

@@ -29,6 +29,20 @@ _IGNORED = frozenset(
 )
 
 
+class HeadNorms(NamedTuple):
+    """RMSNorms of single heads of queries and keys.
+
+    Attributes:
+        query: (head_dim,) weight of the queries' norm; see `rms_norm` of the kernels.
+        key: of the keys' norm.
+        eps: of both.
+    """
+
+    query: Tensor
+    key: Tensor
+    eps: float
+
+
 class Rotation(NamedTuple):
     """How queries and keys still have to be rotated.
 
@@ -37,6 +51,7 @@ class Rotation(NamedTuple):
         sin: as cos.
         num_dims: leading dimensions of a head that are rotated, the first half of them paired with the second; the
             others stay as they are.
+        norms: that still have to be applied before; only where whole heads are rotated.
 
     Source: RoFormer (Su et al., 2021), in the layout of GPT-NeoX.
     """
@@ -44,6 +59,7 @@ class Rotation(NamedTuple):
     cos: Tensor
     sin: Tensor
     num_dims: int
+    norms: HeadNorms | None = None
 
 
 class Scores(NamedTuple):
@@ -67,12 +83,14 @@ class Rotary:
 
     Attributes:
         owed: by queries and keys that were not rotated; None: they were.
+        norms: that the layer leaves to attention as well.
     """
 
-    __slots__ = ("owed",)
+    __slots__ = ("norms", "owed")
 
     def __init__(self) -> None:
         self.owed: Rotation | None = None
+        self.norms: HeadNorms | None = None
 
     def take(self) -> Rotation | None:
         """What is owed, once."""

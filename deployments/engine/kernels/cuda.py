@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Divide by the root mean square over the last dimension and scale, as transformers' models do.
@@ -30,7 +32,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     block = triton.next_power_of_2(size)
     _rms_norm[(len(groups) * num_rows,)](
-        groups, weight, out, num_rows, *groups.stride()[:2], eps, size, BLOCK=block, num_warps=_num_warps(block)
+        groups,
+        weight,
+        out,
+        num_rows,
+        *groups.stride()[:2],
+        eps,
+        size,
+        BLOCK=block,
+        num_warps=_num_warps(block),
+        **OVERLAPPING,
     )
     return out
 
@@ -55,7 +66,17 @@ def add_norm(
     out = None if next_weight is None else torch.empty_like(x)
     block = triton.next_power_of_2(size)
     _add_norm[(x.numel() // size,)](
-        residual, x, weight, next_weight, out, eps, next_eps, size, BLOCK=block, num_warps=_num_warps(block)
+        residual,
+        x,
+        weight,
+        next_weight,
+        out,
+        eps,
+        next_eps,
+        size,
+        BLOCK=block,
+        num_warps=_num_warps(block),
+        **OVERLAPPING,
     )
     return out
 
@@ -83,7 +104,9 @@ def _gated(gate_up: Tensor, is_gelu: bool) -> Tensor:
     size = gate_up.shape[-1] // 2
     out = torch.empty((*gate_up.shape[:-1], size), dtype=gate_up.dtype, device=gate_up.device)
     num_rows, block = out.numel() // size, min(1024, triton.next_power_of_2(size))
-    _gated_mul[(num_rows, triton.cdiv(size, block))](gate_up, out, size, IS_GELU=is_gelu, BLOCK=block, num_warps=4)
+    _gated_mul[(num_rows, triton.cdiv(size, block))](
+        gate_up, out, size, IS_GELU=is_gelu, BLOCK=block, num_warps=4, **OVERLAPPING
+    )
     return out
 
 
@@ -100,7 +123,10 @@ def _normalised(value, weight, at, inside, eps, size, dtype: tl.constexpr):
 
 
 @triton.jit
-def _rms_norm(x, weight, out, num_rows, group_stride, row_stride, eps, size, BLOCK: tl.constexpr):
+def _rms_norm(
+    x, weight, out, num_rows, group_stride, row_stride, eps, size, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr
+):
+    wait_for_earlier(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     x += row // num_rows * group_stride + row % num_rows * row_stride
     at = tl.arange(0, BLOCK)
@@ -111,7 +137,8 @@ def _rms_norm(x, weight, out, num_rows, group_stride, row_stride, eps, size, BLO
 
 
 @triton.jit
-def _add_norm(residual, x, weight, next_weight, out, eps, next_eps, size, BLOCK: tl.constexpr):
+def _add_norm(residual, x, weight, next_weight, out, eps, next_eps, size, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
+    wait_for_earlier(OVERLAPS)
     row = tl.program_id(0).to(tl.int64) * size
     at = tl.arange(0, BLOCK)
     inside = at < size
@@ -126,7 +153,8 @@ def _add_norm(residual, x, weight, next_weight, out, eps, next_eps, size, BLOCK:
 
 
 @triton.jit
-def _gated_mul(gate_up, out, size, IS_GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_mul(gate_up, out, size, IS_GELU: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr):
+    wait_for_earlier(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size

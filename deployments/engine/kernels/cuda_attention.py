@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deployments.engine.attention.base import Scores
+from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
 
 _MAX_SPLITS = 32
 # A decode attention of fewer programs than this leaves multiprocessors idle (H100: 132).
@@ -90,6 +91,7 @@ def decode_attention(
         HAS_SINKS=scores.sinks is not None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **OVERLAPPING,
     )
     if num_splits > 1:
         _merge_splits[(num_seqs * num_heads,)](
@@ -104,6 +106,7 @@ def decode_attention(
             SPLITS=triton.next_power_of_2(num_splits),
             HAS_SINKS=scores.sinks is not None,
             num_warps=2,
+            **OVERLAPPING,
         )
     return out
 
@@ -149,8 +152,10 @@ def _decode_attention(
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One sequence, one KV head with its group of queries, one split. Scores are in powers of two."""
+    wait_for_earlier(OVERLAPS)
     sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(lens + sequence)
     begin = 0
@@ -219,8 +224,10 @@ def _merge_splits(
     DIMS: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One head of one sequence."""
+    wait_for_earlier(OVERLAPS)
     head = tl.program_id(0).to(tl.int64)
     split, dims = tl.arange(0, SPLITS), tl.arange(0, DIMS)
     inside = split < num_splits

@@ -7,6 +7,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
+
 # Products of more rows are torch's: cuBLAS is then bound by arithmetic and better at it, with many columns later.
 _MAX_ROWS, _MAX_ROWS_OF_WIDE, _WIDE = 32, 64, 16384
 
@@ -29,20 +31,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def add_linear(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Add the product of x and the weight in place, within the product's own pass over its output.
 
     Args:
         residual: (..., N), contiguous.
         x: (..., K), contiguous.
         weight: (N, K), contiguous.
+        bias: (N,), added as well.
 
     Returns:
         The residual.
     """
     if _is_skinny(x, weight):
-        _product(x, weight, None, residual, adds=True)
+        _product(x, weight, bias, residual, adds=True)
     else:
+        if bias is not None:
+            residual += bias
         residual.view(-1, len(weight)).addmm_(x.view(-1, x.shape[-1]), weight.t())
     return residual
 
@@ -75,6 +80,7 @@ def _product_of_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor,
         COLUMNS=2,
         BLOCK=block,
         num_warps=num_warps,
+        **OVERLAPPING,
     )
 
 
@@ -97,6 +103,7 @@ def _product_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
         BLOCK=block,
         num_stages=num_stages,
         num_warps=num_warps,
+        **OVERLAPPING,
     )
 
 
@@ -126,7 +133,9 @@ def _linear_of_row(
     ADDS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_earlier(OVERLAPS)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rows = weight + tl.minimum(columns, num_columns - 1).to(tl.int64)[:, None] * depth
     total = tl.zeros((COLUMNS, BLOCK), tl.float32)
@@ -157,7 +166,9 @@ def _linear_of_rows(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    wait_for_earlier(OVERLAPS)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rows = tl.arange(0, ROWS)
     of_weight = weight + tl.minimum(columns, num_columns - 1).to(tl.int64)[:, None] * depth

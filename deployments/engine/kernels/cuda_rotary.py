@@ -1,4 +1,4 @@
-"""What comes before attention on a GPU, in Triton: the rotary embedding, and the writing of KV into the paged pool."""
+"""What comes before attention on a GPU, in Triton: norms of heads, the rotary embedding, writing KV into the pool."""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import torch
@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from deployments.engine.attention.base import Rotation
+from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
 
 
 def rotate_and_write(
@@ -26,7 +27,7 @@ def rotate_and_write(
         queries: (T, H, head_dim); fastest where heads are contiguous and tokens at equal distances.
         keys: (T, H_kv, head_dim), as the queries.
         values: as the keys.
-        rotation: of queries and keys; None: they stay as they are.
+        rotation: of queries and keys, and their norms; None: they stay as they are.
         key_pool: (num_slots, H_kv, head_dim), contiguous; of one layer.
         value_pool: as the key pool.
         slots: (T,) int32 or int64; tokens with a negative slot are padding and are not written.
@@ -47,6 +48,8 @@ def rotate_and_write(
         out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
         new_keys = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device) if keep_keys else None
         cos, sin, num_dims = rotation.cos[0].contiguous(), rotation.sin[0].contiguous(), rotation.num_dims
+    norms = None if rotation is None else rotation.norms
+    assert norms is None or num_dims == head_dim, "norms are of whole heads"
     _rotate_and_write[(num_tokens, parts[0] + 2 * parts[1])](
         queries,
         keys,
@@ -58,6 +61,9 @@ def rotate_and_write(
         slots,
         out,
         new_keys,
+        None if norms is None else norms.query,
+        None if norms is None else norms.key,
+        0.0 if norms is None else norms.eps,
         queries.stride(0),
         keys.stride(0),
         values.stride(0),
@@ -73,12 +79,22 @@ def rotate_and_write(
         REST=triton.next_power_of_2(max(1, head_dim - num_dims)),
         KEEP_KEYS=new_keys is not None,
         num_warps=4 if heads * head_dim >= 512 else 1,
+        **OVERLAPPING,
     )
     return out, keys if rotation is None else new_keys
 
 
 def _with_contiguous_heads(part: Tensor) -> Tensor:
     return part if part.stride()[1:] == (part.shape[2], 1) else part.contiguous()
+
+
+@triton.jit
+def _scaled(value, weight, inside, dtype: tl.constexpr):
+    """What has been normalised, scaled and rounded; as `rms_norm` does it."""
+    factor = tl.load(weight, mask=inside, other=0.0)
+    if weight.dtype.element_ty == tl.float32:
+        return (value * factor).to(dtype).to(tl.float32)
+    return (value.to(dtype) * factor).to(tl.float32)
 
 
 @triton.jit
@@ -93,6 +109,9 @@ def _rotate_and_write(
     slots,
     out,
     new_keys,
+    query_norm,
+    key_norm,
+    eps,
     query_stride,
     key_stride,
     value_stride,
@@ -107,8 +126,10 @@ def _rotate_and_write(
     HALF: tl.constexpr,
     REST: tl.constexpr,
     KEEP_KEYS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One token and some heads: of the queries, then of the keys, then of the values."""
+    wait_for_earlier(OVERLAPS)
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slots + token).to(tl.int64)
     if part < query_parts:
@@ -137,6 +158,12 @@ def _rotate_and_write(
             c = tl.load(cos + token * cos_stride + j, mask=low, other=0.0).to(tl.float32)
             s = tl.load(sin + token * cos_stride + j, mask=low, other=0.0).to(tl.float32)
             first, second = a.to(tl.float32), b.to(tl.float32)
+            if query_norm is not None:
+                squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+                scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+                weight = query_norm if part < query_parts else key_norm
+                first = _scaled(first * scale, weight + j, low, a.dtype)
+                second = _scaled(second * scale, weight + ROTATED // 2 + j, low, a.dtype)
             a = (first * c - second * s).to(a.dtype)
             b = (second * c + first * s).to(b.dtype)
         if KEEP_KEYS:  # noqa: SIM102  # Triton decides this one when it compiles, the next one on the GPU

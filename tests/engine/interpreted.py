@@ -1,0 +1,22 @@
+"""Triton's kernels where there is no GPU: its interpreter runs them, program by program (see `tests/conftest.py`)."""
+
+from typing import Any
+
+import pytest
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytest.importorskip("triton")
+
+from triton.runtime import interpreter  # noqa: E402
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_index_too(tensor: type, scope: Any) -> None:
+    """Triton 3.6 turns arrays of one number into an int, which numpy 2.4 refuses to do."""
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_index_too
