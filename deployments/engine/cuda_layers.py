@@ -52,7 +52,7 @@ class SkinnyLinear(nn.Module):
 def optimize_layers(model: PreTrainedModel) -> None:
     """Replace layers in place; after `merge_linears`. Attention layers leave the rotary embedding to attention."""
     fuse_layers(model, KERNELS)
-    fuse_experts(model)
+    has_experts = bool(fuse_experts(model))
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child.weight.is_contiguous():
@@ -63,7 +63,8 @@ def optimize_layers(model: PreTrainedModel) -> None:
         if not _fuse_norms(module, is_last):
             _fuse_residual(module, is_last)
     keep_rotary_where_it_is_wanted(model)
-    leave_norms_to_attention(model)
+    if has_experts:  # where it was written for; dense models have not been measured with it
+        leave_norms_to_attention(model)
 
 
 def keep_rotary_where_it_is_wanted(model: PreTrainedModel) -> None:

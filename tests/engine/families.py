@@ -85,7 +85,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "glm4_moe": (
         "Glm4MoeConfig",  # chooses by sigmoids within groups; its first layer has no experts
-        _SIZES
+        SIZES
         | _EXPERTS
         | {
             "n_routed_experts": 4,
