@@ -347,6 +347,24 @@ async def test_a_body_that_does_not_end_in_time_is_refused_by_the_api(tmp_path: 
     assert error["message"] == "the body was not complete after 0.2 s"
 
 
+@pytest.mark.parametrize("path", ["/app/nowhere", "/app/v1/models", "/app/v1/completions"])
+async def test_a_body_that_goes_on_behind_its_answer_keeps_no_connection(tmp_path: Path, path: str) -> None:
+    """A byte at a time would keep it for as long as the client likes."""
+    method = "POST" if path.endswith("completions") else "GET"
+    head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-length: 3000000\r\n\r\n".encode()
+    async with proxied(api(playing(), body_timeout_s=0.2), tmp_path) as proxy:
+        reader, writer = await proxy.connect(head)
+        answer = asyncio.create_task(reader.read())
+        async with asyncio.timeout(SOON_S):
+            with contextlib.suppress(ConnectionError):
+                while not answer.done():
+                    writer.write(b" ")
+                    await writer.drain()
+                    await asyncio.wait([answer], timeout=0.1)
+                await answer
+        writer.close()
+
+
 async def test_without_a_replica_the_answer_is_503_in_openais_form(tmp_path: Path) -> None:
     async with proxied(api(playing()), tmp_path) as proxy:
         await proxy.ask("disable server http-default/replica")

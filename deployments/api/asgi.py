@@ -1,6 +1,6 @@
-"""Two things that Starlette does not do for us, on bare ASGI: an id per request, and work that ends with its client.
+"""What Starlette does not do for us, on bare ASGI: ids of requests, and work and connections that end when they should.
 
-Knows nothing of what is served; `http.py` uses both.
+Knows nothing of what is served; `http.py` uses it.
 """
 
 import asyncio
@@ -53,6 +53,36 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, send if self._is_sent_by_server else send_with_id)
+
+
+class ClosesUnread:
+    """Middleware that closes a connection whose request was answered before all of its body had come.
+
+    Else whoever sends the rest a byte at a time keeps it open for as long as he likes.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        is_unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
+        async def read() -> Message:
+            nonlocal is_unread
+            message = await receive()
+            is_unread = is_unread and message["type"] == "http.request" and message.get("more_body", False)
+            return message
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start" and is_unread:
+                MutableHeaders(scope=message)["connection"] = "close"
+            await send(message)
+
+        await self._app(scope, read, answer)
 
 
 async def until_disconnect(

@@ -180,8 +180,10 @@ def _build_request(
             f"{info.max_model_len} tokens, which leaves {info.max_model_len - len(token_ids)} for {limit}",
             limit,
         )
-    # No mass is enough for no token: like the peers that take 0, keep the most likely one.
-    top_k, top_p = (max(body.top_k, 0), body.top_p) if body.top_p > 0 else (1, 1.0)
+    # More than there are tokens bounds nothing, and might be more than an engine's number holds.
+    top_k, top_p = body.top_k if 0 < body.top_k < info.vocab_size else 0, body.top_p
+    if top_p == 0:  # no mass is enough for no token: like the peers that take 0, keep the most likely one
+        top_k, top_p = 1, 1.0
     sampling = SamplingParams(
         max_tokens=max_tokens,
         temperature=body.temperature,

@@ -25,7 +25,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from deployments.api import sse
 from deployments.api.answers import Answer, ChatAnswer, ChoiceResult, CompletionAnswer, Tally, describe_model
-from deployments.api.asgi import REQUEST_ID_HEADER, RequestIds, until_disconnect
+from deployments.api.asgi import REQUEST_ID_HEADER, ClosesUnread, RequestIds, until_disconnect
 from deployments.api.body import read_body
 from deployments.api.caller import read_caller
 from deployments.api.calls import Call, ModelNotFoundError, read_chat, read_completion
@@ -132,7 +132,7 @@ def build_app(
             Route("/health", pages.health),
             Route("/metrics", pages.metrics),
         ],
-        middleware=[Middleware(RequestIds, is_sent_by_server=server_sends_ids)],
+        middleware=[Middleware(RequestIds, is_sent_by_server=server_sends_ids), Middleware(ClosesUnread)],
         exception_handlers={HTTPException: _refuse, KvRelayError: _refuse, Exception: _refuse},
     )
 

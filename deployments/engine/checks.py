@@ -1,8 +1,10 @@
 """What an engine refuses at once, since it could never run it."""
 
+import math
+
 from deployments.engine.config import EngineLimits
 from deployments.errors import InvalidRequestError, RequestTooLargeError
-from deployments.messages import GenerateRequest
+from deployments.messages import GenerateRequest, SamplingParams
 
 
 def check_request(request: GenerateRequest, limits: EngineLimits, vocab_size: int) -> None:
@@ -10,8 +12,10 @@ def check_request(request: GenerateRequest, limits: EngineLimits, vocab_size: in
 
     Raises:
         RequestTooLargeError: prompt and output together exceed the model or the pool; gives the numbers.
-        InvalidRequestError: an empty prompt, no token to generate, or a token id outside the vocabulary.
+        InvalidRequestError: an empty prompt, no token to generate, a token id outside the vocabulary, or a parameter
+            of sampling out of bounds.
     """
+    _check_sampling(request.sampling, vocab_size)
     prompt, max_tokens = request.prompt_token_ids, request.sampling.max_tokens
     if not prompt:
         raise InvalidRequestError("the prompt is empty; it needs at least 1 token", "prompt")
@@ -31,3 +35,18 @@ def check_request(request: GenerateRequest, limits: EngineLimits, vocab_size: in
             f"{len(prompt)} prompt tokens + {max_tokens} to generate need {num_blocks} KV blocks, this engine has "
             f"{limits.num_blocks} of {limits.block_size} tokens"
         )
+
+
+def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
+    """Whatever passes can be drawn by any kernel: a number that it cannot hold would end the engine's loop."""
+    bounds = {
+        "temperature": (0, math.inf),
+        "top_k": (0, vocab_size),
+        "top_p": (0, 1),
+        "min_p": (0, 1),
+        "seed": (-(2**63), 2**64 - 1),
+    }
+    for name, (least, most) in bounds.items():
+        value = getattr(sampling, name)
+        if not (least <= value <= most and value < math.inf):
+            raise InvalidRequestError(f"{name} is {value}, must be from {least} to {most}", name)

@@ -158,6 +158,12 @@ def test_a_top_p_of_zero_keeps_the_most_likely_token():
     assert (sampling.top_k, sampling.top_p) == (1, 1)
 
 
+@pytest.mark.parametrize("top_k", [INFO.vocab_size, 2**31, 2**53 + 1, 2**63 - 1, 2**64 - 1])
+def test_a_top_k_of_the_whole_vocabulary_and_more_bounds_nothing(top_k: int):
+    assert completion(top_k=top_k).requests[0].sampling.top_k == 0
+    assert completion(top_k=INFO.vocab_size - 1).requests[0].sampling.top_k == INFO.vocab_size - 1
+
+
 def test_more_stops_than_openais_four_are_taken():
     stops = [f"stop {number}" for number in range(32)]
     assert completion(stop=stops).text.stops == tuple(stops)

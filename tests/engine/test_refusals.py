@@ -8,7 +8,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from deployments.engine.config import EngineConfig
+from deployments.engine.checks import check_request
+from deployments.engine.config import EngineConfig, EngineLimits
 from deployments.engine.model import load_model, prepare_model
 from deployments.engine.model_config import check_config
 from deployments.engine.sizing import choose_limits
@@ -141,6 +142,27 @@ def test_a_wrong_request_is_refused_and_leaves_nothing(
             queue()
         assert caught.value.param == param
     assert engine.num_sequences == 0
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"top_k": 2**64 - 1},
+        {"top_k": -1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"seed": 2**64},
+    ],
+    ids=str,
+)
+def test_a_draw_that_no_kernel_could_make_is_refused_at_the_door(sampling: dict[str, Any]) -> None:
+    (name,) = sampling
+    request = GenerateRequest("r", (1, 2), SamplingParams(max_tokens=1, **sampling))
+    with pytest.raises(InvalidRequestError, match=f"{name} is .*, must be from") as refused:
+        check_request(request, EngineLimits(64, 16, 8, 4, 64), vocab_size=128)
+    assert refused.value.param == name
 
 
 def test_an_id_in_use_is_refused_until_its_last_chunk_is_released() -> None:
