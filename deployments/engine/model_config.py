@@ -5,7 +5,9 @@ quotes. Knows transformers' configuration classes and no weights. Called while a
 """
 
 import logging
-from collections.abc import Callable, Mapping
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
@@ -15,6 +17,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from deployments.engine.model_files import local_path, read_json
 from deployments.errors import UnsupportedModelError, brief
@@ -27,10 +30,38 @@ _ROPE_FIELDS = ("rope_parameters", "rope_scaling")
 _ROPE_FLOATS = ("rope_theta", "partial_rotary_factor")
 _ROPE_INTS = frozenset({"original_max_position_embeddings"})
 _ROPE_WORDS = frozenset({"rope_type", "type"})
+_ROPE_POSITIVE = frozenset({"rope_theta", "rope_local_base_freq", "factor"}) | _ROPE_INTS
+# As transformers calls them; a class's `attribute_map` has its own names for some.
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "head_dim",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
 
 
 def read_config(path: str) -> PretrainedConfig:
     """The configuration of a checkpoint.
+
+    Args:
+        path: folder or hub id.
+
+    Raises:
+        UnsupportedModelError: see `read_values`.
+    """
+    values = read_values(path)
+    try:
+        return build_config(values)
+    except Exception as error:
+        raise blamed(path, values, build_config, error) from error
+
+
+def read_values(path: str) -> dict[str, Any]:
+    """What `config.json` says, repaired and checked.
 
     Args:
         path: folder or hub id.
@@ -48,11 +79,15 @@ def read_config(path: str) -> PretrainedConfig:
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise UnsupportedModelError(f"model {path!r}: {_unknown(values)}")
-    repaired = repair(values, CONFIG_MAPPING[model_type])
+    config_class = CONFIG_MAPPING[model_type]
     try:
-        return build_config(repaired)
-    except Exception as error:
-        raise blamed(path, repaired, build_config, error) from error
+        repaired = repair(values, config_class)
+        fault = next(_faults(repaired, config_class), None)
+    except RecursionError:
+        raise UnsupportedModelError(f"model {path!r}: config.json is nested too deeply") from None
+    if fault is not None:
+        raise UnsupportedModelError(f"model {path!r}: config.json: {fault}")
+    return repaired
 
 
 def build_config(values: Mapping[str, Any]) -> PretrainedConfig:
@@ -129,7 +164,7 @@ def as_one_of(value: Any, kinds: frozenset[type]) -> Any:
             value = float(value)
         except ValueError:
             return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > sys.float_info.max:
         return value
     if int in kinds and float(value).is_integer():
         return int(value)
@@ -148,6 +183,44 @@ def _repair_rope(rope: dict[str, Any]) -> dict[str, Any]:
         elif value is not None:  # as if it were not there: the usual embedding
             repaired[name] = value
     return repaired
+
+
+def _faults(values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> Iterator[str]:
+    """What transformers would take, to go wrong later or never say so."""
+    own_names = config_class.attribute_map
+    positive = _ROPE_POSITIVE | {name for size in _SIZES for name in (size, own_names.get(size, size))}
+    for path, name, value in _numbers(values):
+        # Only a limit, one of a pair, may be infinite.
+        if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and name)):
+            yield f"{path} is {_shown(value)}: not a finite number"
+        elif name in positive and value <= 0:
+            yield f"{path} is {_shown(value)}: must be greater than 0"
+    for name in ("dtype", "torch_dtype"):
+        dtype = values.get(name)
+        if dtype is not None and not (isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)):
+            yield f"{name} is {_shown(dtype)}: not a type of number that torch knows"
+    quantization = values.get("quantization_config")
+    if quantization is not None and not _knows_quantization(quantization):
+        yield f"quantization_config is {_shown(quantization)}: a quantization unknown to transformers"
+
+
+def _numbers(value: Any, path: str = "", name: str = "") -> Iterator[tuple[str, str, float]]:
+    """All numbers in there, each with its path and its name; those of a list have no name."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _numbers(entry, f"{path}.{key}" if path else key, key)
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from _numbers(entry, f"{path}[{index}]")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, name, value
+
+
+def _knows_quantization(quantization: Any) -> bool:
+    try:
+        return bool(AutoHfQuantizer.supports_quant_method(quantization))
+    except (ValueError, TypeError, AttributeError):  # names no method, or is no object
+        return False
 
 
 def _kinds(annotation: object) -> frozenset[type]:

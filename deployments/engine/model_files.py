@@ -10,7 +10,8 @@ import queue
 import re
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ BUNDLED_MODEL = "smollm2-135m-instruct"
 _HUB_TIMEOUT_S = 15.0
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.gguf")
+# By the format. Source: the description in the safetensors repository.
+_MAX_HEADER = 100_000_000
 _LFS_POINTER = b"version https://git-lfs"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -67,14 +70,15 @@ def check_model(model: str) -> None:
     Raises:
         UnsupportedModelError: one line that names the model, the file and the fault.
     """
-    if model == BUNDLED_MODEL:
-        bundled_file()
-    elif (path := local_path(model)) is None:
-        _check_hub(model)
-    else:
-        check_files(model)
-        if path.is_dir() and not any((path / name).exists() for name in _TOKENIZERS):
-            raise _refusal(model, f"no tokenizer in this folder (none of {', '.join(_TOKENIZERS)})")
+    with _refusing_unreadable(model):
+        if model == BUNDLED_MODEL:
+            bundled_file()
+        elif (path := local_path(model)) is None:
+            _check_hub(model)
+        else:
+            check_files(model)
+            if path.is_dir() and not any((path / name).exists() for name in _TOKENIZERS):
+                raise _refusal(model, f"no tokenizer in this folder (none of {', '.join(_TOKENIZERS)})")
 
 
 def check_files(model: str) -> None:
@@ -85,16 +89,17 @@ def check_files(model: str) -> None:
     """
     path = local_path(model)
     assert path is not None, f"{model} is not local"
-    if model.endswith(".gguf"):
-        for shard in gguf_shards(path):
-            _check_gguf(model, shard)
-    elif not path.exists():
-        raise _refusal(model, "no such folder")
-    elif not path.is_dir():
-        raise _refusal(model, "neither a folder nor a .gguf file")
-    else:
-        read_json(model, path / "config.json")
-        _check_weights(model, path)
+    with _refusing_unreadable(model):
+        if model.endswith(".gguf"):
+            for shard in gguf_shards(path):
+                _check_gguf(model, shard)
+        elif not path.exists():
+            raise _refusal(model, "no such folder")
+        elif not path.is_dir():
+            raise _refusal(model, "neither a folder nor a .gguf file")
+        else:
+            read_json(model, path / "config.json")
+            _check_weights(model, path)
 
 
 def read_json(model: str, file: Path) -> dict[str, Any]:
@@ -112,8 +117,12 @@ def read_json(model: str, file: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise _refusal(model, f"{file.name}: {error.strerror}") from None
-    except ValueError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise _refusal(model, f"{file.name} is not JSON: {error}") from None
+    except ValueError:  # Python's advice is for programmers
+        raise _refusal(model, f"{file.name}: a number is too long") from None
+    except RecursionError:
+        raise _refusal(model, f"{file.name} is nested too deeply") from None
     if not isinstance(content, dict):
         raise _refusal(model, f"{file.name} holds no object")
     return content
@@ -121,6 +130,16 @@ def read_json(model: str, file: Path) -> dict[str, Any]:
 
 def _refusal(model: str, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"model {model!r}: {reason}")
+
+
+@contextmanager
+def _refusing_unreadable(model: str) -> Iterator[None]:
+    """Turn what the system says of a file into a refusal."""
+    try:
+        yield
+    except OSError as error:
+        name = Path(os.fsdecode(error.filename)).name if error.filename else "a file"  # none: reading broke off
+        raise _refusal(model, f"{name}: {error.strerror or error}") from None
 
 
 def _check_weights(model: str, folder: Path) -> None:
@@ -135,7 +154,10 @@ def _check_weights(model: str, folder: Path) -> None:
 
 
 def _check_shards(model: str, index: Path) -> None:
-    shards = read_json(model, index).get("weight_map")
+    content = read_json(model, index)
+    if not isinstance(content.get("metadata"), dict):
+        raise _refusal(model, f"{index.name} has no metadata, without which transformers does not read it")
+    shards = content.get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise _refusal(model, f"{index.name} has no weight_map")
     names = sorted(set(shards.values()))
@@ -167,11 +189,13 @@ def _check_safetensors(model: str, file: Path, size: int) -> None:
         length = int.from_bytes(content.read(8), "little")
         if length > size - 8:
             raise _refusal(model, f"{file.name} is truncated ({size} bytes, its header alone has {length})")
+        if length > _MAX_HEADER:
+            raise _refusal(model, f"{file.name} has a header of {length} bytes; the format allows {_MAX_HEADER}")
         try:
             header = json.loads(content.read(length))
             ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
             expected = 8 + length + max(ends, default=0)
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise _refusal(model, f"{file.name} has no readable header") from None
     if size != expected:
         fault = "truncated" if size < expected else "too long"

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from deployments.engine.model_config import blamed, build_empty
+from deployments.engine.model_config import blamed, build_empty, read_values
 from deployments.errors import UnsupportedModelError, brief
 
 logger = logging.getLogger(__name__)
@@ -90,10 +90,10 @@ def _belongs_to(model: nn.Module, name: str) -> bool:
 
 
 def _explained(path: str, config: PretrainedConfig, error: Exception) -> UnsupportedModelError:
-    values = config.to_dict()
     try:
-        build_empty(values)
+        build_empty(config.to_dict())
     except Exception as fault:  # not the weights: the configuration makes no model
+        values = read_values(path)  # by the names that the file has, not those that the class gave them
         return blamed(path, values, build_empty, fault)
     return UnsupportedModelError(f"model {path!r}: {brief(error)}")
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.model import LoadedModel, load_model
+from deployments.engine.model_config import read_config
 from deployments.errors import UnsupportedModelError
 from tests.engine.driving import build_engine, generate, greedy
 from tests.engine.families import SIZES, build_model, continue_greedily, random_prompt, randomize
@@ -145,15 +147,48 @@ def test_old_names_of_rope_parameters_mean_what_the_new_ones_do(folder: Path) ->
         ({"rope_parameters": {"rope_type": "linear"}}, "config.json: rope_parameters is {'rope_type': 'linear'"),
         ({"rope_parameters": "linear"}, "config.json: rope_parameters is 'linear': "),
         ({"dtype": "floaty"}, "config.json: dtype is 'floaty': "),
+        ({"dtype": 5}, "config.json: dtype is 5: "),
+        ({"dtype": "manual_seed"}, "config.json: dtype is 'manual_seed': "),
+        ({"rms_norm_eps": math.nan}, "config.json: rms_norm_eps is nan: not a finite number"),
+        ({"rms_norm_eps": "Infinity"}, "config.json: rms_norm_eps is inf: not a finite number"),
+        ({"rms_norm_eps": 10**400}, "config.json: rms_norm_eps is 1000"),
+        ({"max_position_embeddings": 0}, "config.json: max_position_embeddings is 0: must be greater than 0"),
+        ({"max_position_embeddings": "-5"}, "config.json: max_position_embeddings is -5: must be greater than 0"),
+        ({"num_hidden_layers": -1}, "config.json: num_hidden_layers is -1: must be greater than 0"),
+        ({"rope_theta": 0, "rope_parameters": None}, "config.json: rope_theta is 0.0: must be greater than 0"),
+        ({"rope_theta": None, "rope_parameters": None}, "config.json: rope_theta is None: "),
+        ({"rope_theta": math.nan, "rope_parameters": None}, "config.json: rope_theta is nan: not a finite number"),
+        ({"rope_parameters": {"rope_theta": 0}}, "config.json: rope_parameters.rope_theta is 0.0: must be"),
+        ({"rope_parameters": {"short": [1, math.nan]}}, "config.json: rope_parameters.short[1] is nan: not a"),
+        ({"nested": json.loads('{"a":' * 900 + "1" + "}" * 900)}, "config.json is nested too deeply"),
+        ({"quantization_config": {"quant_method": "nope"}}, "config.json: quantization_config is {'quant_method': 'no"),
+        ({"quantization_config": {}}, "config.json: quantization_config is {}: "),
+        ({"quantization_config": 5}, "config.json: quantization_config is 5: "),
         ({"model_type": None}, "config.json: model_type is missing"),
         ({"model_type": 7}, "config.json: model_type is 7, unknown to transformers"),
         ({"model_type": "newer"}, "config.json: model_type is 'newer', unknown to transformers"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:60],
 )
 def test_a_field_that_makes_no_model_is_named(folder: Path, changes: dict[str, Any], message: str) -> None:
     change_config(folder, **changes)
     assert refusal(folder).startswith(message)
+
+
+def test_a_size_is_known_by_the_name_that_its_class_gives_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2", "n_positions": 0}')
+    with pytest.raises(UnsupportedModelError, match="n_positions is 0: must be greater than 0"):
+        read_config(str(tmp_path))
+
+
+def test_a_known_quantization_is_left_to_transformers(folder: Path) -> None:
+    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "unknown to transformers" not in refusal(folder)
+
+
+def test_a_limit_may_be_infinite(folder: Path) -> None:
+    change_config(folder, time_step_limit=[0.0, math.inf])
+    assert tokens_of(folder) == continue_greedily(build_model("llama"), PROMPT, 6)
 
 
 def test_a_model_that_brings_its_own_code_is_refused_without_asking(

@@ -1,6 +1,7 @@
 """What is wrong with a model's files is said early, in one line, by the name of the file."""
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -39,7 +40,7 @@ def refusal(model: object) -> str:
 
 def shard(folder: Path, *names: str) -> None:
     (folder / "model.safetensors").unlink()
-    index = {"weight_map": {f"w{number}": name for number, name in enumerate(names)}}
+    index = {"metadata": {}, "weight_map": {f"w{number}": name for number, name in enumerate(names)}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -83,7 +84,14 @@ def test_a_file_that_is_no_model_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "config.json is not JSON"), ("{", "config.json is not JSON"), ("[]", "config.json holds no object")],
+    [
+        ("", "config.json is not JSON"),
+        ("{", "config.json is not JSON"),
+        ("[]", "config.json holds no object"),
+        ("[" * 200_000, "config.json is nested too deeply"),
+        ('{"vocab_size": ' + "1" * 5000 + "}", "config.json: a number is too long"),
+    ],
+    ids=lambda text: text[:30],
 )
 def test_a_configuration_that_cannot_be_read_is_refused(folder: Path, content: str, message: str) -> None:
     (folder / "config.json").write_text(content)
@@ -122,6 +130,38 @@ def test_weights_that_are_not_whole_are_refused(folder: Path, content: bytes, me
     assert message.replace("model.", "one.") in refusal(folder)
 
 
+def test_a_header_that_is_nested_without_end_is_refused(folder: Path) -> None:
+    header = b"[" * 200_000
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert "model.safetensors has no readable header" in refusal(folder)
+
+
+def test_no_more_of_a_header_is_read_than_the_format_allows(folder: Path) -> None:
+    length = 5 * 10**9
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(length.to_bytes(8, "little"))
+        file.truncate(8 + length)  # takes no place
+    assert f"model.safetensors has a header of {length} bytes; the format allows 100000000" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_folder_where_a_file_should_be_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    assert refusal(folder) == f"model '{folder}': {name}: Is a directory"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_may_not_be_read_is_named(folder: Path, name: str) -> None:
+    (folder / name).chmod(0)
+    assert refusal(folder) == f"model '{folder}': {name}: Permission denied"
+
+
+def test_a_path_that_the_system_does_not_take_is_named() -> None:
+    assert refusal("/" + "a" * 300).endswith("a: File name too long")
+
+
 def test_a_truncated_pickle_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with zipfile.ZipFile(folder / "pytorch_model.bin", "w") as archive:
@@ -137,8 +177,10 @@ def test_missing_shards_are_named(folder: Path) -> None:
     (folder / "0.safetensors").write_bytes(safetensors())
     message = "names files that are missing: 1.safetensors, 2.safetensors, 3.safetensors and 1 more"
     assert message in refusal(folder)
-    (folder / "model.safetensors.index.json").write_text("{}")
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}}')
     assert "model.safetensors.index.json has no weight_map" in refusal(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"w": "0.safetensors"}}')
+    assert "model.safetensors.index.json has no metadata" in refusal(folder)
 
 
 def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
