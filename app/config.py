@@ -16,6 +16,7 @@ from ray.serve.config import AutoscalingConfig
 
 from app.arguments import ConfigError, describe_errors, list_arguments, unflatten
 from deployments.admission import Bounds
+from deployments.api.body import MAX_BODY_BYTES
 from deployments.engine.config import EngineConfig
 
 Pool = Literal["prefill", "decode"]
@@ -122,7 +123,7 @@ class IngressConfig(ReplicaConfig):
     """
 
     num_cpus: float = Field(default=0.1, ge=0)
-    max_request_bytes: int = Field(default=4 * 1024 * 1024, ge=1)
+    max_request_bytes: int = Field(default=MAX_BODY_BYTES, ge=1)
     max_unread_tokens: int = Field(default=8192, ge=1)
     resume_timeout_s: float = Field(default=60.0, gt=0)
     max_ttft_s: float = Field(default=60.0, gt=0)

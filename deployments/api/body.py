@@ -9,6 +9,8 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
+# Unless the operator says otherwise.
+MAX_BODY_BYTES = 4 * 2**20
 _JSON = "application/json"
 
 
@@ -46,7 +48,7 @@ def _check_type(headers: Headers) -> None:
     Forms and plain text are what a page of another origin can make a browser send without asking the server first. A
     compressed body is not unpacked: a few bytes could become gigabytes.
     """
-    content_type = headers.get("content-type", _JSON)
+    content_type = headers.get("content-type", "").strip() or _JSON
     essence = content_type.partition(";")[0].strip().lower()
     if essence != _JSON and not (essence.startswith("application/") and essence.endswith("+json")):
         _refuse("content-type", content_type, _JSON)

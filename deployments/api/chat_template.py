@@ -16,9 +16,9 @@ from pathlib import Path
 from jinja2 import nodes
 from jinja2.exceptions import TemplateError
 
-from deployments.api.template_meter import LimitError, Limits
+from deployments.api.template_meter import LimitError, Limits, SizeLimitError
 from deployments.api.template_sandbox import BoundedEnvironment, render
-from deployments.errors import InvalidRequestError, UnsupportedModelError
+from deployments.errors import InvalidRequestError, RequestTooLargeError, UnsupportedModelError
 
 # A message's content is a text, or parts in order: mappings with the type `text`, their `text`, and what else there is.
 Message = Mapping[str, object]
@@ -33,6 +33,10 @@ _MAX_REASON_CHARACTERS = 1000
 
 class TemplateLimitError(InvalidRequestError):
     """The template went over a limit with these messages; the message names the limit."""
+
+
+class TemplateSizeError(TemplateLimitError, RequestTooLargeError):
+    """That limit is the size: what the template writes is longer than what was asked for."""
 
 
 class NoChatTemplateError(InvalidRequestError):
@@ -149,6 +153,8 @@ class ChatTemplate:
         }
         try:
             return render(self._template, variables, limits)
+        except SizeLimitError as error:
+            raise TemplateSizeError(_refusal(str(error)), "messages") from None
         except LimitError as error:
             raise TemplateLimitError(_refusal(str(error)), "messages") from None
         except TemplateError as error:  # the template's own words, where it raised

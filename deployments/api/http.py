@@ -6,6 +6,7 @@ ingress builds the app with `build_app` and lets Ray Serve, or any ASGI server, 
 
 import asyncio
 import logging
+import reprlib
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, closing, suppress
@@ -26,7 +27,7 @@ from starlette.types import Message, Receive, Scope, Send
 from deployments.api import sse
 from deployments.api.answers import Answer, ChatAnswer, ChoiceResult, CompletionAnswer, Tally, describe_model
 from deployments.api.asgi import REQUEST_ID_HEADER, ClosesUnread, RequestIds, until_disconnect
-from deployments.api.body import read_body
+from deployments.api.body import MAX_BODY_BYTES, read_body
 from deployments.api.caller import read_caller
 from deployments.api.calls import Call, ModelNotFoundError, read_chat, read_completion
 from deployments.api.chat_template import TemplateLimitError
@@ -39,11 +40,10 @@ from deployments.messages import GenerateRequest, ModelInfo, Priority
 
 logger = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 32 * 2**20
 # Reading 4 KiB of JSON and encoding it takes about 2 ms (SmolLM2's tokenizer, one core of a shared CPU); a longer body
 # goes to a thread, so that it does not stop the streams of others.
 _MAX_INLINE_BODY_BYTES = 4096
-# Of a request; what takes longer is refused with 408. 32 MiB in it are 4.5 Mbit/s.
+# Of a request; what takes longer is refused with 408. 4 MiB in it are 0.6 Mbit/s.
 BODY_TIMEOUT_S = 60.0
 # What a client that has not read for long may take to come back and hear why its request was ended.
 LAST_WORDS_S = 10.0
@@ -328,7 +328,8 @@ class _Pages:
     async def model(self, request: Request) -> Response:
         model_id = request.path_params["model_id"]
         if model_id != self._info.name:
-            raise ModelNotFoundError(f"the model {model_id!r} does not exist; {self._info.name!r} does", "model")
+            shown = reprlib.repr(model_id)
+            raise ModelNotFoundError(f"the model {shown} does not exist; {self._info.name!r} does", "model")
         return _json(self._model)
 
     async def health(self, _: Request) -> Response:

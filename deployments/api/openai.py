@@ -288,6 +288,19 @@ class ChatBody(GenerateBody):
         return self
 
 
+class _JsonRepr(reprlib.Repr):
+    """Shows a value in short, and what JSON calls otherwise than Python by JSON's name."""
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return "null"
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return "true" if value else "false"
+
+
+_JSON_REPR = _JsonRepr()
+
+
 def explain(error: ValidationError) -> InvalidRequestError:
     """Say what is wrong with the first faulty field, by its path (`messages.0.content`)."""
     fault = error.errors(include_url=False)[0]
@@ -303,5 +316,8 @@ def explain(error: ValidationError) -> InvalidRequestError:
             return InvalidRequestError(f"{param} is not supported yet", param)
         case "model_type":
             fault["msg"] = "must be a JSON object"  # pydantic's own words name a class of ours
-    value = "" if field is not None else f", got {reprlib.repr(fault['input'])}"
+        case "int_type" if isinstance(fault["input"], float) and abs(fault["input"]) >= 2**63:
+            # JSON's integers of more than 64 bits arrive so.
+            fault["msg"] = "is too large, must be an integer of at most 64 bits"
+    value = "" if field is not None else f", got {_JSON_REPR.repr(fault['input'])}"
     return InvalidRequestError(f"{param or 'the body'}: {fault['msg']}{value}", param or None)

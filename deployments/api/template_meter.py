@@ -5,9 +5,10 @@ Owns the limits. `template_sandbox.py` makes templates report here: it sets `MET
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import ItemsView, Iterator, KeysView, Mapping, ValuesView
 from contextvars import ContextVar
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 # Of all texts and lists that one rendering makes, whether they are kept or not: 256 MiB where they are ASCII.
@@ -22,6 +23,10 @@ WIDE_BRACE_FORMAT = re.compile(r"\{[^{}]*:[^{}]*(?:\d{5}|\{)")
 
 class LimitError(Exception):
     """A rendering was ended because it went over one of its limits; the message names the limit."""
+
+
+class SizeLimitError(LimitError):
+    """A text or list would have been longer than `Limits.max_size`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,29 +62,45 @@ class Meter:
         """A text or list of that size is about to be made."""
         self._total_size += size
         if size > self._limits.max_size:
-            raise LimitError(f"it makes a text of more than {self._limits.max_size} characters")
+            raise SizeLimitError(f"it makes a text of more than {self._limits.max_size} characters")
         if self._total_size > _MAX_TOTAL_SIZE:
             raise LimitError(f"it makes more than {_MAX_TOTAL_SIZE} characters in all")
 
-    def charge_text_of(self, value: object) -> None:
-        """`value` is about to be written as text."""
+    def charge_text_of(self, value: object, separator: int = 1, indent: int = 0) -> None:
+        """`value` is about to be written as text.
+
+        Args:
+            value: a text, or lists and mappings of texts; what else there is counts as one character.
+            separator: characters between two elements.
+            indent: characters before each element, times the depth that it stands in.
+        """
         if isinstance(value, str):
             self.charge(len(value))
-        elif isinstance(value, (list, tuple, dict)):
-            self.charge(self._text_size(value))
+        elif isinstance(value, _CONTAINERS):
+            self.charge(self._text_size(value, separator, indent))
 
-    def _text_size(self, value: object) -> int:
-        # Without recursion: a list may hold itself many times over.
-        size, pending = 0, [value]
-        while pending and size <= self._limits.max_size:
-            item = pending.pop()
-            size += len(item) if isinstance(item, str) else 2
-            if isinstance(item, Mapping):
-                pending += [*item.keys(), *item.values()]
-            elif isinstance(item, (list, tuple)):
-                pending += item
+    def _text_size(self, value: object, separator: int, indent: int) -> int:
+        # Without recursion, and keeping no more than where it stands: a list may hold itself many times over.
+        size = 0
+        stack: list[Iterator[object]] = [iter((value,))]
+        while stack:
+            for item in stack[-1]:
+                self.tick()
+                if size > self._limits.max_size:
+                    return size
+                if isinstance(item, _CONTAINERS):
+                    num_elements = len(item) * (2 if isinstance(item, Mapping) else 1)
+                    size += 2 + num_elements * (separator + indent * len(stack))
+                    stack.append(chain.from_iterable(item.items()) if isinstance(item, Mapping) else iter(item))
+                    break
+                size += len(item) if isinstance(item, str) else 1
+            else:
+                stack.pop()
         return size
 
+
+# What Python writes with all that it holds.
+_CONTAINERS = (list, tuple, Mapping, KeysView, ValuesView, ItemsView)
 
 METER: ContextVar[Meter] = ContextVar("meter")
 
@@ -125,12 +146,11 @@ def size_of_filter(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
             check_format(WIDE_PERCENT_FORMAT, value)
         case "join", list():
             return sum(len(item) for item in value if isinstance(item, str)) + longest * len(value)
-        case "tojson", _ if width > _MAX_INDENT:
-            raise LimitError(f"it indents JSON by more than {_MAX_INDENT}")
+        case "slice", _:
+            return width
+        case "batch", _ if len(others) + len(kwargs) > 1:  # what fills the last row
+            return width
     return 0
-
-
-_MAX_INDENT = 64
 
 
 def check_format(pattern: re.Pattern[str], text: str) -> None:

@@ -14,7 +14,7 @@ import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from jinja2 import Template, nodes, pass_context
 from jinja2.exceptions import SecurityError, TemplateError
@@ -105,6 +105,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             name = getattr(bound, "__name__", "")
             if name == "join" and len(args) == 1:
                 args = (list(args[0]),)
+            if name in ("format", "format_map"):
+                for value in (*args, *kwargs.values()):
+                    meter.charge_text_of(value)
             meter.charge(size_of_method(name, text, args))
         return super().call(__context, __obj, *args, **kwargs)
 
@@ -158,9 +161,10 @@ class _Instrument(NodeTransformer):
 
 
 _PACED, _CONCATENATED = "_paced", "_concatenated"
+T = TypeVar("T")
 
 
-def _paced(items: Iterable[object]) -> Iterator[object]:
+def _paced(items: Iterable[T]) -> Iterator[T]:
     meter = METER.get()
     for item in items:
         meter.tick()
@@ -190,7 +194,7 @@ def _before_output(_: Context, value: object) -> object:
 def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that reports itself and what it makes. `wraps` keeps the mark that says what Jinja passes first."""
     num_passed = 1 if hasattr(function, "jinja_pass_arg") else 0
-    writes_text = name in ("string", "tojson", "pprint", "join", "format")
+    writes_text = name in _WRITING_FILTERS
 
     @functools.wraps(function)
     def metered(*args: Any, **kwargs: Any) -> Any:
@@ -202,12 +206,25 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             for value in (*args[num_passed:], *kwargs.values()):
                 meter.charge_text_of(value)
         meter.charge(size_of_filter(name, args[num_passed:], kwargs))
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        # It makes its elements when it is read, which filters (`list`, `length`) do without a report.
+        return _paced(result) if isinstance(result, Iterator) else result
 
     return metered
 
 
+# Those that write what they are applied to as text, whatever it is. `tojson` reports by itself.
+# fmt: off
+_WRITING_FILTERS = frozenset((
+    "capitalize", "center", "e", "escape", "forceescape", "format", "indent", "join", "lower", "pprint", "replace",
+    "safe", "string", "striptags", "title", "trim", "truncate", "upper", "urlencode", "urlize", "wordcount",
+    "wordwrap", "xmlattr",
+))
+# fmt: on
+
+
 def _raise_exception(message: object) -> None:
+    METER.get().charge_text_of(message)
     raise TemplateError(str(message))
 
 
@@ -222,8 +239,12 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
+    width = len(indent) if isinstance(indent, str) else max(indent or 0, 0)
+    METER.get().charge_text_of(value, separator=max(map(len, separators or ",")), indent=width)
     # Jinja's own escapes what HTML must not hold.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    # Indenting is slow: Python does it, element by element.
+    return encoder.encode(value) if indent is None else "".join(_paced(encoder.iterencode(value)))
 
 
 class _TemplateDict:
@@ -250,6 +271,11 @@ class _TemplateNamespace(Namespace):
     def __setitem__(self, name: str, value: Any) -> None:
         _check_public(name)
         super().__setitem__(name, value)
+
+    def __repr__(self) -> str:
+        METER.get().tick()
+        METER.get().charge_text_of(self._Namespace__attrs)
+        return super().__repr__()
 
 
 def _check_public(name: object) -> None:

@@ -23,14 +23,14 @@ async def post(content: bytes, headers: dict[str, str], path: str = COMPLETIONS)
 
 @pytest.mark.parametrize(
     "content_type",
-    ["application/json", "Application/JSON; charset=utf-8", "application/vnd.api+json", None],
+    ["application/json", "Application/JSON; charset=utf-8", "application/vnd.api+json", "", " ", None],
 )
 async def test_json_is_taken_and_so_is_a_body_that_does_not_say_what_it_is(content_type: str | None):
-    assert (await post(BODY, {"content-type": content_type} if content_type else {}))[0] == 200
+    assert (await post(BODY, {} if content_type is None else {"content-type": content_type}))[0] == 200
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
-@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
 async def test_another_content_type_is_refused_by_name(path: str, content_type: str):
     status, body = await post(BODIES[path], {"content-type": content_type}, path)
     assert status == 415

@@ -248,12 +248,19 @@ def test_an_unsupported_field_is_refused_by_name(read: Any, field: str, value: o
         (completion, {"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "unknown field"),
         (completion, {"temperature": 2.5}, "temperature", "less than or equal to 2, got 2.5"),
         (completion, {"temperature": "hot"}, "temperature", "valid number, got 'hot'"),
-        (completion, {"temperature": True}, "temperature", "got True"),
+        (completion, {"temperature": True}, "temperature", "got true"),
         (completion, {"top_p": -0.1}, "top_p", "greater than or equal to 0, got -0.1"),
         (completion, {"top_k": -2}, "top_k", "greater than or equal to -1, got -2"),
         (completion, {"min_p": 1.5}, "min_p", "less than or equal to 1, got 1.5"),
         (completion, {"max_tokens": 0}, "max_tokens", "greater than or equal to 1, got 0"),
         (completion, {"max_tokens": "9"}, "max_tokens", "valid integer, got '9'"),
+        (
+            completion,
+            {"max_tokens": 2.0**64},
+            "max_tokens",
+            "too large, must be an integer of at most 64 bits, got 1.8",
+        ),
+        (completion, {"stop": [1, None]}, "stop", "got [1, null]"),
         (completion, {"seed": 2**63}, "seed", "got 9223372036854775808"),
         (completion, {"stream": "yes"}, "stream", "valid boolean, got 'yes'"),
         (completion, {"stop": ""}, "stop", "1 to 1024 characters, got ''"),
@@ -367,7 +374,7 @@ def test_a_limit_that_is_too_large_is_blamed_and_not_the_prompt(read: Any, field
 def test_a_template_that_writes_too_much_for_the_context_is_ended_before_it_is_encoded():
     codec = TextCodec(build_tokenizer("{{ messages[0].content * 20000 }}"))
     body = orjson.dumps({"model": INFO.name, "messages": [{"role": "user", "content": "long"}]})
-    with pytest.raises(InvalidRequestError, match="more than 65536 characters"):
+    with pytest.raises(RequestTooLargeError, match="more than 65536 characters"):
         read_chat(body, "chatcmpl-1", codec, INFO)
 
 
@@ -386,6 +393,8 @@ def test_a_body_that_is_no_json_object_is_refused(body: bytes):
     ("body", "message"),
     [
         (b"[]", r"^the body: must be a JSON object, got \[\]$"),
+        (b"null", r"^the body: must be a JSON object, got null$"),
+        (b"false", r"^the body: must be a JSON object, got false$"),
         (b"\x1f\x8b\x08\x00", "^the body is not UTF-8 text: byte 0x8b at 1$"),
         (
             b'{"temperature": ' + b"1" * 400 + b"}",

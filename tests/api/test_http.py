@@ -271,6 +271,13 @@ async def test_models_are_listed_and_found_by_a_name_with_a_slash():
     assert (found["id"], found["object"], found["max_model_len"]) == (INFO.name, "model", 64)
 
 
+async def test_a_long_name_of_a_model_that_is_not_served_is_not_repeated_whole():
+    async with client_of(build_app(playing(), build_codec(), INFO)) as client:
+        answer = await client.get("/v1/models/" + "a" * 12_000)
+    assert answer.status_code == 404
+    assert len(answer.content) < 300
+
+
 async def test_health_is_the_backends():
     backend = playing()
     async with client_of(build_app(backend, build_codec(), INFO)) as client:

@@ -22,6 +22,7 @@ ENDLESS = {
     "a filtered loop": "{% for i in range(99999) if i < 0 %}{% endfor %}" * 99,
     "a loop in a macro": f"{{% macro m() %}}{NESTED}{{% endmacro %}}{{{{ m() }}}}",
     "a recursive loop": "{% for i in [0] recursive %}{{ loop([0] * 9) if loop.depth < 40 }}{% endfor %}",
+    "many slices that are only counted": "{{ 'a' | slice(99999) | map('upper') | list | length }}" * 99,
     "calls of a macro": ("{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}"),
 }
 
@@ -32,7 +33,14 @@ def test_a_template_that_runs_long_is_ended(source: str):
         run(source, BRIEF)
 
 
+def test_a_list_that_holds_itself_many_times_over_is_not_measured_for_longer_than_a_template_may_run():
+    source = "{% set n = namespace(x=[]) %}{% for i in range(30) %}{% set n.x = n.x + [n.x] %}{% endfor %}{{ n.x }}"
+    with pytest.raises(LimitError, match=r"ran for more than 0\.1 s"):
+        run(source, Limits(cpu_s=0.1, max_size=2**28))
+
+
 REPEATED = "{{% set n = namespace(x={}) %}}{{% for i in range(9999) %}}{{% set n.x = {} %}}{{% endfor %}}"
+NESTED_TUPLE = "{% set n = namespace(x='') %}{% for i in range(40) %}{% set n.x = (n.x, n.x) %}{% endfor %}"
 LARGE = {
     "times": "{{ 'x' * 100000000000 }}",
     "times from the left": "{{ 100000000000 * 'x' }}",
@@ -58,6 +66,17 @@ LARGE = {
     "the filter join": "{{ (['y'] * 9999) | join('x' * 9999) }}",
     "indent": "{{ ('\n' * 9999) | indent(100000000) }}",
     "tojson": "{{ [[[[]]]] | tojson(indent=1000000000) }}",
+    "tojson with a text to indent by": "{{ ([0] * 999) | tojson(indent='x' * 1000) | length }}",
+    "tojson with a text between": "{{ ([0] * 999) | tojson(separators=('x' * 1000, ':')) | length }}",
+    "slices": "{{ 'a' | slice(99999999) | list | length }}",
+    "a row that is filled": "{{ 'a' | batch(99999999, 'x') | list | length }}",
+    "a row that is filled by name": "{{ 'a' | batch(linecount=99999999, fill_with='x') | list | length }}",
+    "a tuple nested": NESTED_TUPLE + "{{ n.x }}",
+    "a tuple nested, in capitals": NESTED_TUPLE + "{{ n.x | upper }}",
+    "a tuple nested, in braces": NESTED_TUPLE + "{{ '{}'.format(n.x) }}",
+    "a tuple nested, raised": NESTED_TUPLE + "{{ raise_exception(n.x) }}",
+    "a tuple nested, in a namespace": NESTED_TUPLE + "{{ n }}",
+    "a tuple nested, in a view": NESTED_TUPLE + "{{ {'k': n.x}.values() }}",
     "a list written out": "{{ ['x' * 9999] * 9999 }}",
     "a list written out by a filter": "{{ (['x' * 9999] * 9999) | string }}",
     "a list written out as JSON": "{{ (['x' * 9999] * 9999) | tojson }}",
@@ -100,6 +119,11 @@ WORKS = {
     "{{ 2 ** 10 }} {{ 3 * 'ab' }} {{ [1] * 2 + [2] }} {{ '%s=%05.1f' % ('a', 2) }}": "1024 ababab [1, 1, 2] a=002.0",
     "{{ '{}-{b}'.format(1, b=2) }}{{ 'a-b'.split('-') | join('+') }}{{ 'x' | center(3) }}|": "1-2a+b x |",
     "{{ x | tojson }}{{ {'é': '<'} | tojson }}": '["a", "b"]{"é": "<"}',
+    "{{ x | tojson(indent=2) }}{{ x | tojson(indent='-') }}": '[\n  "a",\n  "b"\n][\n-"a",\n-"b"\n]',
+    "{{ x | slice(2) | list }}{{ x | batch(3, '') | list }}{{ x | batch(10**9) | first }}": (
+        "[['a'], ['b']][['a', 'b', '']]['a', 'b']"
+    ),
+    "{{ namespace(a=1) }}": "<Namespace {'a': 1}>",
     "{{ dict(a=1) }}{{ dict.fromkeys('ab', 0) }}": "{'a': 1}{'a': 0, 'b': 0}",
     "{% generation %}{% set x = 1 %}said{% endgeneration %}{{ x }}": "said['a', 'b']",
     "{{ strftime_now('%Y') | length }}": "4",
