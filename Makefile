@@ -24,6 +24,8 @@ PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
 
 # On a machine with an NVIDIA GPU what engines there need as well: cupy, FlashAttention 3.
 EXTRA := $(if $(shell command -v nvidia-smi),[gpu])
+# And on one without, for tests of their kernels: Triton, for its interpreter.
+DEV_EXTRA := $(if $(shell command -v nvidia-smi),[dev],[dev,interpreter])
 
 RUNTIME := $(VENV)/.stamp-runtime
 DEV := $(VENV)/.stamp-dev
@@ -119,7 +121,7 @@ $(RUNTIME): pyproject.toml | $(PY)
 	@touch $@
 
 $(DEV): pyproject.toml $(RUNTIME)
-	@echo "installing the tools for tests and checks"; $(PIP_INSTALL) -e '.[dev]'
+	@echo "installing the tools for tests and checks"; $(PIP_INSTALL) -e '.$(DEV_EXTRA)'
 	@touch $@
 
 $(LOAD): load_tests/requirements.txt
