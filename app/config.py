@@ -15,9 +15,9 @@ from ray._private.label_utils import validate_label_selector
 from ray.serve.config import AutoscalingConfig
 
 from app.arguments import ConfigError, describe_errors, list_arguments, unflatten
-from deployments.admission import Bounds
 from deployments.api.body import MAX_BODY_BYTES
 from deployments.engine.config import EngineConfig
+from deployments.load.admission import Bounds
 
 Pool = Literal["prefill", "decode"]
 

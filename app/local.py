@@ -26,12 +26,12 @@ from app.config import AppConfig
 from app.haproxy import LOOPBACK_VARIABLE
 from app.local_process import RunFolder, Server
 from app.local_server import HOST, RUNS, STAGE_MARK
-from deployments.engine.model_files import check_model
+from deployments.engine.model.files import check_model
 from deployments.errors import UnsupportedModelError
 
 SERVE_SETTINGS = Path(__file__).with_name("serve.env")
 APP = "app:graph"
-# What deployments/engine/gguf_conversion.py logs; its one step that takes a minute.
+# What deployments/engine/model/gguf.py logs; its one step that takes a minute.
 _CONVERSION = re.compile(r"converting \S+ to \S+ \(once\)")
 # What a shell has of its own.
 _SHELL_VARIABLES = {"PATH", "PWD", "OLDPWD", "SHLVL", "_"}

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deployments.engine.engine import Engine
-    from deployments.engine.model import LoadedModel
+    from deployments.engine.model.load import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ EngineBuilder: TypeAlias = Callable[[EngineConfig], BuiltEngine]
 def build_engine(config: EngineConfig) -> BuiltEngine:
     """Load the model and set up this process for it."""
     # Imported here and not above: fronts name this function, and must not load transformers for it.
-    from deployments.engine.model import load_model
+    from deployments.engine.model.load import load_model
     from deployments.engine.process import configure_process
 
     configure_process(config.num_threads or 1)  # never all of the node's cores: it has other engines
@@ -169,7 +169,7 @@ class EngineActor:
     """
 
     def __init__(self, config: EngineConfig, build: EngineBuilder = build_engine) -> None:
-        from deployments.engine.runner import EngineLoop
+        from deployments.engine.loop import EngineLoop
 
         built = build(config)
         self._engine = built.engine

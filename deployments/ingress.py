@@ -16,15 +16,15 @@ import ray
 from ray import serve
 from starlette.applications import Starlette
 
-from deployments.admission import Admission, Bounds, Ticket
 from deployments.api.http import build_app
 from deployments.api.text import TextCodec
+from deployments.decode_client import ResumingClient, as_ours
 from deployments.engine_actor import EngineInfo
+from deployments.load.admission import Admission, Bounds, Ticket
+from deployments.load.pool_health import PoolHealth
+from deployments.load.pool_watch import watch_pools
 from deployments.messages import GenerateRequest, ModelInfo
 from deployments.metrics import AdmissionMetrics, ClientMetrics, ReplicaStats, render
-from deployments.pool_health import PoolHealth
-from deployments.pool_watch import watch_pools
-from deployments.resume import ResumingClient, as_ours
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def describe_served(engine: EngineInfo, codec: TextCodec, name: str) -> ModelInf
 def _load_codec(path: str, model: str) -> TextCodec:
     if Path(path).is_absolute() and not Path(path).exists():
         # The engine's node converted the model into its own cache; this node has to do the same.
-        from deployments.engine.model import resolve_model
+        from deployments.engine.model.load import resolve_model
 
         path = resolve_model(model)
     return TextCodec.load(path)

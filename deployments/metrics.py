@@ -11,8 +11,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from deployments.admission import Admission
 from deployments.engine.stats import EngineStats, Histogram
+from deployments.load.admission import Admission
 
 _PREFIX = "kvrelay_"
 _LABELS = ("pool", "replica")

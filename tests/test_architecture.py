@@ -21,8 +21,27 @@ FORBIDDEN = {
     "deployments.engine": ["ray", "starlette", "uvicorn", "fastapi", "httpx", "tokenizers"],
     "deployments.api": ["ray", "torch", "deployments.engine", "deployments.kv_transfer", "deployments.tokens"],
     "deployments.tokens": ["ray", "torch", "transformers", "starlette", "deployments.engine", "deployments.api"],
+    "deployments.engine.scheduling": ["torch", "numpy", "transformers"],
     "load_tests": ["app", "deployments", "ray", "torch"],
 }
+# Rooms and files of the engine; each may import those before it alone.
+ENGINE_ROOMS = (
+    "config",
+    "stats",
+    "kernels",
+    "kv",
+    "scheduling",
+    "batch",
+    "attention",
+    "layers",
+    "model",
+    "sampling",
+    "execution",
+    "handoff",
+    "process",
+    "engine",
+    "loop",
+)
 # Of the project's own modules, these alone may be imported from under each prefix.
 OWN_ALLOWED = {
     "deployments.engine": ["deployments.engine", "deployments.messages", "deployments.errors"],
@@ -57,6 +76,14 @@ def is_under(module: str, prefix: str) -> bool:
     return module == prefix or module.startswith(f"{prefix}.")
 
 
+def _room(module: str) -> int:
+    """Place of a module of the engine among its rooms; -1: it is in none."""
+    room = (
+        module.removeprefix("deployments.engine.").partition(".")[0] if is_under(module, "deployments.engine") else ""
+    )
+    return ENGINE_ROOMS.index(room) if room in ENGINE_ROOMS else -1
+
+
 def violations(module: str, source: str) -> list[str]:
     """What a module imports and may not."""
     imported = set(imports_of(module, source))
@@ -71,8 +98,9 @@ def violations(module: str, source: str) -> list[str]:
         if is_under(module, prefix):
             own = {name for name in imported if is_under(name, "deployments") and name != "deployments"}
             found += [name for name in own if not any(is_under(name, good) for good in allowed)]
+    found += [name for name in imported if _room(name) > _room(module) >= 0]
     if is_under(module, "deployments.engine") and "transformers.AutoTokenizer" in imported:
-        found += ["transformers.AutoTokenizer"] if module != "deployments.engine.gguf_conversion" else []
+        found += ["transformers.AutoTokenizer"] if module != "deployments.engine.model.gguf" else []
     return sorted(found)
 
 
@@ -81,13 +109,22 @@ def test_a_module_imports_only_what_its_place_allows(module):
     assert violations(module, MODULES[module].read_text()) == []
 
 
+def test_every_room_of_the_engine_has_its_place():
+    rooms = {
+        module.split(".")[2] for module in MODULES if module.count(".") >= 2 and is_under(module, "deployments.engine")
+    }
+    assert rooms == set(ENGINE_ROOMS)
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("deployments.engine.scheduler", "import ray"),
-        ("deployments.engine.scheduler", "from ..decode import Decode"),
+        ("deployments.engine.scheduling.scheduler", "import ray"),
+        ("deployments.engine.scheduling.scheduler", "from ...decode import Decode"),
+        ("deployments.engine.scheduling.scheduler", "import torch"),
         ("deployments.engine.attention.sdpa", "from deployments import metrics"),
-        ("deployments.engine.batch", "from transformers import AutoTokenizer"),
+        ("deployments.engine.kernels.cpu", "from deployments.engine.attention.base import IMPLEMENTATION"),
+        ("deployments.engine.batch.build", "from transformers import AutoTokenizer"),
         ("deployments.api.text", "def f():\n    import torch.nn"),
         ("deployments.decode", "from app.config import AppConfig"),
         ("load_tests.run", "from deployments import messages"),

@@ -11,8 +11,8 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
 from app.arguments import ConfigError, arguments_of, list_arguments
 from app.config import AppConfig
-from deployments.admission import Bounds
 from deployments.engine.config import EngineConfig
+from deployments.load.admission import Bounds
 
 
 def read(*pairs: str) -> AppConfig:

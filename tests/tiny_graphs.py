@@ -13,7 +13,7 @@ class Healthy:
     """Answers every path with the model's name."""
 
     def __init__(self, model: str) -> None:
-        logging.getLogger("deployments.engine.model").info("converting %s to %s (once)", "a.gguf", "a")
+        logging.getLogger("deployments.engine.model.load").info("converting %s to %s (once)", "a.gguf", "a")
         self.model = model
 
     async def __call__(self, request: Request) -> JSONResponse:

@@ -8,7 +8,7 @@ A request's life here:
 5. Each further step yields one `TokenOutput` per sequence, until a stop token, the length, or `abort`.
 6. Whatever ended it, its blocks are free; those of a shared prefix stay findable.
 
-A hand-off has a lease on either side (`handoff.py`). When it runs out a decode engine computes the rest of the prompt
+A hand-off has a lease on either side (`handoff/`). When it runs out a decode engine computes the rest of the prompt
 itself, and a prefill engine drops the request and says `Ended`.
 
 Not thread-safe, but for `check`, `take_chunk` and `release_chunk`; `EngineLoop` runs it.
@@ -20,18 +20,18 @@ import time
 import torch
 from torch import Tensor
 
-from deployments.engine.block_manager import BlockManager
-from deployments.engine.checks import check_request
 from deployments.engine.config import EngineConfig, EngineLimits
-from deployments.engine.exporter import Exporter
-from deployments.engine.handoff import Clock, Inbox, Outbox, State
-from deployments.engine.kv_copies import Allocate, KVCopies
-from deployments.engine.model import LoadedModel
-from deployments.engine.model_runner import LaunchedStep
-from deployments.engine.rehearsal import build_rehearsed
-from deployments.engine.scheduler import ScheduledSequence, Scheduler
-from deployments.engine.sequence import PENDING, Role, Sequence, Status
-from deployments.engine.sizing import choose_limits, export_room
+from deployments.engine.execution.portable import LaunchedStep
+from deployments.engine.execution.rehearsal import build_rehearsed
+from deployments.engine.execution.sizing import choose_limits, export_room
+from deployments.engine.handoff.exporter import Exporter
+from deployments.engine.handoff.states import Clock, Inbox, Outbox, State
+from deployments.engine.kv.copies import Allocate, KVCopies
+from deployments.engine.model.load import LoadedModel
+from deployments.engine.scheduling.block_manager import BlockManager
+from deployments.engine.scheduling.checks import check_request
+from deployments.engine.scheduling.scheduler import ScheduledSequence, Scheduler
+from deployments.engine.scheduling.sequence import PENDING, Role, Sequence, Status
 from deployments.engine.stats import EngineStats
 from deployments.errors import InvalidRequestError
 from deployments.messages import (

@@ -34,7 +34,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
-from deployments.engine.model import LoadedModel, load_model
+from deployments.engine.model.load import LoadedModel, load_model
 from deployments.engine.process import configure_process
 from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
 from tests.bench.instruction_set import AVX2_ONLY, in_force

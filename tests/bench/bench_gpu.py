@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
-from deployments.engine.model import LoadedModel, optimize_layers, prepare_model
+from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
 from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
 from tests.bench.gpu_profile import gpu_seconds
 from tests.bench.gpu_shapes import SHAPES, VLLM_VERSION, Shape
@@ -156,8 +156,8 @@ def copy_bandwidth() -> float:
 
 def weight_bytes(engine: Engine, batch_size: int) -> float:
     """What a decode step reads of the model; of its experts those that are chosen if all are as likely."""
-    from deployments.engine.cuda_expert_layers import FusedExperts  # only where there is a GPU
-    from deployments.engine.cuda_layers import SkinnyLinear
+    from deployments.engine.layers.cuda import SkinnyLinear
+    from deployments.engine.layers.cuda_experts import FusedExperts  # only where there is a GPU
 
     model = engine._runner._model  # type: ignore[attr-defined]
     weights = {m.weight.data_ptr(): m.weight.nbytes for m in model.modules() if isinstance(m, SkinnyLinear)}

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from deployments.admission import Admission, Bounds
 from deployments.decode import Decode
 from deployments.engine.engine import Engine
-from deployments.engine.runner import EngineLoop
+from deployments.engine.loop import EngineLoop
 from deployments.engine_actor import EngineInfo, EngineResources
 from deployments.engine_client import EngineClient
 from deployments.front import EngineFront
 from deployments.ingress import PoolBackend
+from deployments.load.admission import Admission, Bounds
 from deployments.messages import ChunkReady, Ended, EngineEvent, FrontEvent, GenerateRequest, ReplyAddress, TokenOutput
 from deployments.prefill import Prefill
 from deployments.tokens.receiver import TokenReceiver, TokenStream

@@ -3,11 +3,11 @@
 import pytest
 from ray.serve.exceptions import BackPressureError
 
-from deployments.admission import Admission, Bounds
+from deployments.decode_client import as_ours
 from deployments.errors import OverloadedError
+from deployments.load.admission import Admission, Bounds
 from deployments.messages import Priority
 from deployments.metrics import AdmissionMetrics, ClientMetrics, render
-from deployments.resume import as_ours
 from tests.deployments.fakes import Pools
 from tests.engine.driving import greedy
 from tests.engine.families import random_prompt

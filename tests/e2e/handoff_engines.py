@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deployments.engine.config import EngineConfig
-from deployments.engine.model import LoadedModel, optimize_layers, prepare_model
+from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
 from deployments.engine_actor import BuiltEngine, EngineActor, assemble_engine
 from deployments.kv_transfer import direct
 from deployments.kv_transfer.base import TransferStats

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
-from deployments.engine.handoff import Clock
-from deployments.engine.model import LoadedModel
+from deployments.engine.handoff.states import Clock
+from deployments.engine.model.load import LoadedModel
 from deployments.messages import ChunkReady, EngineEvent, GenerateRequest, SamplingParams, TokenOutput
 
 BLOCK_SIZE = 8

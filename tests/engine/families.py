@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from deployments.engine.model import LoadedModel, optimize_layers, prepare_model
+from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 512

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deployments.engine.engine import Engine
-from deployments.engine.handoff import Clock
-from deployments.engine.model import LoadedModel, prepare_model
-from deployments.engine.sequence import PENDING, Sequence
+from deployments.engine.handoff.states import Clock
+from deployments.engine.model.load import LoadedModel, prepare_model
+from deployments.engine.scheduling.sequence import PENDING, Sequence
 from deployments.messages import ChunkReady, Ended, EngineEvent, GenerateRequest, Placed, SamplingParams, TokenOutput
 from tests.engine.driving import FakeClock, Transcript, build_engine, generate, greedy, prefill_all, run
 from tests.engine.families import CPU, randomize

@@ -25,7 +25,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from deployments.engine.model import LoadedModel, optimize_layers, prepare_model
+from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
 
 VOCAB_SIZE = 3000
 SHAPE: dict[str, Any] = {

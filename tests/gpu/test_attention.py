@@ -10,9 +10,9 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
 from deployments.engine.attention import flash3  # noqa: E402
-from deployments.engine.attention.base import Scores  # noqa: E402
 from deployments.engine.attention.cuda import LONG_CHUNK, CudaStep, Prompts  # noqa: E402
-from deployments.engine.kv_cache import KVCache, KVShape  # noqa: E402
+from deployments.engine.kernels.arguments import Scores  # noqa: E402
+from deployments.engine.kv.cache import KVCache, KVShape  # noqa: E402
 
 BLOCK_SIZE, NUM_BLOCKS = 256, 48
 TOLERANCE = 5e-3

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
-from deployments.engine.model import optimize_layers, prepare_model
+from deployments.engine.model.load import optimize_layers, prepare_model
 from deployments.messages import SamplingParams
 from tests.engine.driving import Transcript, greedy, prefill_all, run
 from tests.gpu.models import CONFIGS, loaded, plain
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
-from deployments.engine.cuda_layers import can_drop_rows  # noqa: E402  # Triton is there only where a GPU is
+from deployments.engine.layers.cuda import can_drop_rows  # noqa: E402  # Triton is there only where a GPU is
 
 NUM_TOKENS = 24
 LENGTHS = (1, 2, 40, 255, 256, 257, 700, 1500)

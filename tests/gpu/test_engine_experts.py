@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
-from deployments.engine.cuda_expert_layers import FusedExperts, FusedRouter  # noqa: E402
+from deployments.engine.layers.cuda_experts import FusedExperts, FusedRouter  # noqa: E402
 
 NUM_TOKENS = 24
 LENGTHS = (1, 2, 40, 255, 256, 257, 700, 1500)

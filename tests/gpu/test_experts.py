@@ -10,9 +10,9 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
-from deployments.engine.cuda_expert_layers import FusedExperts  # noqa: E402
 from deployments.engine.kernels.cuda_experts import Gate  # noqa: E402
 from deployments.engine.kernels.cuda_routing import Routing, route, router_logits  # noqa: E402
+from deployments.engine.layers.cuda_experts import FusedExperts  # noqa: E402
 
 # Experts, of which chosen, sizes of tokens and within: Qwen3-30B-A3B; Mixtral, narrower; 60 as Qwen2-MoE has, of sizes
 # that no tile divides; gpt-oss-20b.

@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
-from deployments.engine.attention.base import Rotation, Scores  # noqa: E402
 from deployments.engine.kernels import cpu_sampling, cuda_sampling  # noqa: E402
+from deployments.engine.kernels.arguments import Rotation, Scores  # noqa: E402
 from deployments.engine.kernels.cuda import add_norm, gelu_mul, rms_norm, silu_mul  # noqa: E402
 from deployments.engine.kernels.cuda_attention import decode_attention  # noqa: E402
 from deployments.engine.kernels.cuda_matmul import add_linear, linear  # noqa: E402

@@ -9,7 +9,7 @@ import torch
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
-from deployments.engine.model import LoadedModel, prepare_model
+from deployments.engine.model.load import LoadedModel, prepare_model
 from deployments.messages import GenerateRequest, SamplingParams
 from tests.engine.driving import run
 from tests.gpu.models import CONFIGS, loaded, plain

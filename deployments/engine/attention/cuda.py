@@ -16,12 +16,12 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from deployments.engine.attention import flash3
-from deployments.engine.attention.base import Rotation, Scores
 from deployments.engine.attention.windows import Pieces, WindowPlan, first_key, plan_window
+from deployments.engine.kernels.arguments import Rotation, Scores
 from deployments.engine.kernels.cuda_attention import decode_attention
 from deployments.engine.kernels.cuda_prefill import prefill_attention
 from deployments.engine.kernels.cuda_rotary import rotate_and_write
-from deployments.engine.kv_cache import KVCache, KVShape
+from deployments.engine.kv.cache import KVCache, KVShape
 
 _CAUSAL = (-1, 0)
 _RECORDED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]

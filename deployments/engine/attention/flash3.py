@@ -10,8 +10,8 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from deployments.engine.attention.base import Scores
 from deployments.engine.attention.windows import Pieces, WindowPlan, attend_window
+from deployments.engine.kernels.arguments import Scores
 
 logger = logging.getLogger(__name__)
 

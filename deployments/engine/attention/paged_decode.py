@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deployments.engine.batch import Batch
+from deployments.engine.batch.build import Batch
 from deployments.engine.kernels.cpu_attention import decode_attention
-from deployments.engine.kv_cache import KVCache
+from deployments.engine.kv.cache import KVCache
 
 _SPLIT_TOKENS = 256
 _FLOAT = np.float32

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deployments.engine.attention.base import Rotation, Scores
 from deployments.engine.attention.paged_decode import PagedDecode, can_decode
-from deployments.engine.batch import Batch, PromptChunk
+from deployments.engine.batch.build import Batch, PromptChunk
+from deployments.engine.kernels.arguments import Rotation, Scores
 from deployments.engine.kernels.cpu import use_torch_threads
-from deployments.engine.kv_cache import KVCache
+from deployments.engine.kv.cache import KVCache
 
 # A split has a fixed price beside its tokens: about that of 32 tokens (2 Zen 3 cores, 3 KV heads of 64, 2026-11).
 _SPLIT_OVERHEAD_TOKENS = 32

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deployments.engine.attention.base import Scores
+from deployments.engine.kernels.arguments import Scores
 from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
 
 _MAX_SPLITS = 32

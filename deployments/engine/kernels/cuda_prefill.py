@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deployments.engine.attention.base import Scores
+from deployments.engine.kernels.arguments import Scores
 from deployments.engine.kernels.cuda_attention import LOG2_E, Tile, squash
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deployments.engine.attention.base import Rotation
+from deployments.engine.kernels.arguments import Rotation
 from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
 
 

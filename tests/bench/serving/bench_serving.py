@@ -26,8 +26,8 @@ from typing import Any
 import ray
 import uvloop
 
-from deployments.engine.model import resolve_model
-from deployments.engine.model_files import BUNDLED_MODEL
+from deployments.engine.model.files import BUNDLED_MODEL
+from deployments.engine.model.load import resolve_model
 from tests.bench.serving.analysis import (
     added_gaps,
     largest_gap_between,

@@ -9,14 +9,14 @@ from ray import serve
 from starlette.applications import Starlette
 
 from app.config import AppConfig
-from deployments.admission import Admission, Bounds, Ticket
 from deployments.api.http import build_app
 from deployments.api.text import TextCodec
 from deployments.decode import Decode
 from deployments.engine.config import EngineConfig
-from deployments.engine.runner import EngineLoop
+from deployments.engine.loop import EngineLoop
 from deployments.engine_actor import EngineResources
 from deployments.ingress import Ingress
+from deployments.load.admission import Admission, Bounds, Ticket
 from deployments.messages import EngineEvent, GenerateRequest, ModelInfo, TokenOutput
 from deployments.metrics import ClientMetrics
 from tests.bench.serving.paced import build_paced

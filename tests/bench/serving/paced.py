@@ -14,7 +14,7 @@ from typing import Any, cast
 from transformers import AutoTokenizer
 
 from deployments.engine.config import EngineConfig
-from deployments.engine.model import resolve_model
+from deployments.engine.model.load import resolve_model
 from deployments.engine.stats import EngineStats
 from deployments.engine_actor import BuiltEngine, EngineInfo
 from deployments.messages import EngineEvent, FinishReason, GenerateRequest, Placed, TokenOutput

@@ -1,0 +1,1 @@
+"""The plain arrays of one step, and their way to a device."""

@@ -1,0 +1,136 @@
+"""The largest steps that an engine's limits allow, run for real before it takes requests: memory cannot run out later.
+
+Called when an engine starts on a GPU: to measure what steps take beside the KV pool, and to try them once more beside
+the pool of the size that was found. What the steps read and write is the pool's, whatever lies in it.
+"""
+
+import gc
+import time
+
+import torch
+
+from deployments.engine.config import EngineLimits
+from deployments.engine.execution.portable import Runner, build_runner
+from deployments.engine.kv.cache import KVCache
+from deployments.engine.model.load import LoadedModel
+from deployments.engine.scheduling.scheduler import ScheduledSequence
+from deployments.engine.scheduling.sequence import Role, Sequence
+from deployments.messages import GenerateRequest, SamplingParams
+
+# Bounds of every kind, which take the most memory.
+_SAMPLING = SamplingParams(max_tokens=1, temperature=1.0, top_k=50, top_p=0.9, min_p=0.01)
+
+
+def build_rehearsed(loaded: LoadedModel, limits: EngineLimits) -> Runner:
+    """A runner with its pool; on a GPU the largest steps have run beside it.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    cache = None
+    try:
+        cache = KVCache(loaded.kv_shape, limits.num_blocks, limits.block_size, loaded.device)
+        runner = build_runner(loaded, cache, limits)
+        if loaded.device.type == "cuda":
+            rehearse(runner, limits)
+    except torch.OutOfMemoryError as error:
+        pool = limits.num_blocks * limits.block_size * loaded.kv_shape.bytes_per_token / 2**30
+        beside = "a KV pool" if cache is None else "the largest steps beside the model and a KV pool"
+        raise ValueError(
+            f"{beside} of {limits.num_blocks} blocks ({pool:.2f} GiB) does not fit into the GPU's memory: lower"
+            f" {name_limits(limits)} or the pool's size. {str(error).split(' If reserved')[0]}"
+        ) from None
+    return runner
+
+
+def free_beside_largest_steps(loaded: LoadedModel, limits: EngineLimits) -> int:
+    """Bytes of the GPU's memory that are left while the largest steps run beside a pool of `limits.num_blocks`.
+
+    Raises:
+        ValueError: not even that fits.
+    """
+    _give_back()
+    runner = build_rehearsed(loaded, limits)
+    torch.cuda.synchronize(loaded.device)
+    # What steps took stays with torch's allocator: what is free now is what nobody ever took.
+    free, _ = torch.cuda.mem_get_info(loaded.device)
+    del runner
+    _give_back()
+    return int(free)
+
+
+def name_limits(limits: EngineLimits) -> str:
+    """Those that decide what the largest steps take."""
+    names = "max_num_batched_tokens", "max_num_seqs", "max_model_len"
+    return ", ".join(f"{name} ({getattr(limits, name)})" for name in names)
+
+
+def _give_back() -> None:
+    """Free what nobody refers to."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def rehearse(runner: Runner, limits: EngineLimits) -> None:
+    """Run every kind of step that may be the one that takes the most.
+
+    Args:
+        runner: of the engine; its pool need not hold what the steps would take, blocks are used again and again.
+        limits: of the engine.
+
+    Raises:
+        torch.OutOfMemoryError: one of them does not fit.
+    """
+    num_blocks = runner.cache.blocks.shape[2]
+    table = [block % num_blocks for block in range(-(-limits.max_model_len // limits.block_size))]
+    token_ids = [0] * limits.max_model_len
+    for step in worst_steps(limits):
+        items = [
+            ScheduledSequence.of(_sequence(number, start, start + count, token_ids, table), count)
+            for number, (start, count) in enumerate(step)
+        ]
+        runner.launch(items).collect()
+    # The first chunk of a prompt draws nothing.
+    prompt = _sequence(0, 0, limits.max_model_len, token_ids, table)
+    chunk = min(limits.max_num_batched_tokens, limits.max_model_len - 1)
+    runner.launch([ScheduledSequence.of(prompt, chunk)]).collect()
+
+
+def worst_steps(limits: EngineLimits) -> list[list[tuple[int, int]]]:
+    """(computed before, new) tokens of the sequences of each step; all of them draw a token."""
+    longest, budget, num_seqs = limits.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs
+    decode = (longest - 1, 1)
+    alone = min(budget, longest)
+    beside = min(budget - num_seqs + 1, longest)
+    share = min(budget // num_seqs, longest)
+    steps = [
+        [decode] * num_seqs,
+        [(0, alone)],
+        [(longest - alone, alone)],
+        [decode] * (num_seqs - 1) + [(longest - beside, beside)],
+        # As many tokens as there may be, of whole prompts and of chunks with the longest context.
+        [(0, count) for count in _fill(budget, longest, num_seqs)],
+        [(longest - count, count) for count in _fill(budget, longest, num_seqs)],
+        [(0, share)] * num_seqs,
+        [(longest - share, share)] * num_seqs,
+    ]
+    unique = {tuple(step): step for step in steps if step}
+    return list(unique.values())
+
+
+def _fill(budget: int, longest: int, num_seqs: int) -> list[int]:
+    """Tokens of as few sequences as use up a budget."""
+    counts: list[int] = []
+    while budget and len(counts) < num_seqs:
+        counts.append(min(budget, longest))
+        budget -= counts[-1]
+    return counts
+
+
+def _sequence(number: int, start: int, end: int, token_ids: list[int], table: list[int]) -> Sequence:
+    """One that has `start` of `end` tokens behind it; lists are shared, since nothing is added to them."""
+    sequence = Sequence(GenerateRequest(f"rehearsal-{number}", (0,), _SAMPLING), Role.LOCAL, time.monotonic())
+    sequence.token_ids = token_ids if end == len(token_ids) else token_ids[:end]
+    sequence.block_table = table
+    sequence.num_computed_tokens = start
+    return sequence

@@ -1,0 +1,117 @@
+"""How large the KV pool is, decided once at start-up; afterwards memory cannot run out.
+
+On a GPU the largest steps are run before (`rehearsal.py`), with the layers, graphs and draws of this very model, beside
+a pool of a few blocks. The pool takes what is free beside all that, less what hand-offs need and a margin.
+"""
+
+import logging
+import os
+from dataclasses import dataclass, replace
+
+import torch
+
+from deployments.engine.config import EngineConfig, EngineLimits
+from deployments.engine.execution.rehearsal import free_beside_largest_steps, name_limits
+from deployments.engine.model.load import LoadedModel
+
+_CPU_POOL_BYTES = 1 << 30
+_CPU_MEMORY_SHARE = 0.25
+# Token budget per thread: a step of SmolLM2-135M then stays under a second (Zen 3, 2026-11), and so does an abort.
+_CPU_TOKENS_PER_THREAD = 128
+# The paged attention of torch reads blocks of a multiple of this.
+_GPU_BLOCK_SIZE = 256
+# What stays free on a GPU besides what was measured: for communicators of NCCL, others' contexts, memory in pieces.
+_MARGIN_BYTES = 1 << 30
+# Of the pool beside which steps are tried; its blocks are used again and again.
+_TRIAL_BLOCKS = 2
+
+_GIB = 1 << 30
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportRoom:
+    """What hand-offs need beside the pool, in blocks.
+
+    Attributes:
+        max_chunk_blocks: of one chunk.
+        max_blocks: of all that may wait for their receivers; one chunk more is let in.
+    """
+
+    max_chunk_blocks: int
+    max_blocks: int
+
+    @property
+    def num_blocks(self) -> int:
+        """With those that are on their way into the pool, or dropped and not yet noticed to be."""
+        return self.max_blocks + _SPARE_CHUNKS * self.max_chunk_blocks
+
+
+# Chunks of this many steps may wait for their receivers while the next ones are computed. Steps of a GPU are long.
+_EXPORT_STEPS = {"cpu": 4, "cuda": 2}
+# Of one chunk: small enough that chunks of one step overlap on their way, large enough that each fills a link.
+_MAX_CHUNK_BYTES = 256 << 20
+# A chunk outlives its release by as long as Ray takes to notice that nobody refers to it any more.
+_SPARE_CHUNKS = 4
+
+
+def export_room(limits: EngineLimits, bytes_per_block: int, device: torch.device, hands_over: bool) -> ExportRoom:
+    """For as many chunks as may be under way at once; without handing over, from others to here."""
+    step_blocks = max(1, limits.max_num_batched_tokens // limits.block_size)
+    max_chunk_blocks = max(1, min(step_blocks, _MAX_CHUNK_BYTES // bytes_per_block))
+    return ExportRoom(max_chunk_blocks, _EXPORT_STEPS[device.type] * step_blocks if hands_over else 0)
+
+
+def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
+    """Turn wishes and what is there into bounds.
+
+    Raises:
+        ValueError: a wish cannot be met; names the value and the bound.
+    """
+    max_model_len = config.max_model_len or loaded.max_model_len
+    if max_model_len > loaded.max_model_len:
+        raise ValueError(f"max_model_len is {max_model_len}, the model takes at most {loaded.max_model_len}")
+    on_cpu = loaded.device.type == "cpu"
+    max_num_batched_tokens = config.max_num_batched_tokens or (
+        _CPU_TOKENS_PER_THREAD * torch.get_num_threads() if on_cpu else 8192
+    )
+    if max_num_batched_tokens < config.max_num_seqs:
+        raise ValueError(
+            f"max_num_batched_tokens is {max_num_batched_tokens}, must be at least max_num_seqs"
+            f" ({config.max_num_seqs}), so that every sequence can get its token in each step"
+        )
+    block_size = config.block_size or (16 if on_cpu else _GPU_BLOCK_SIZE)
+    if loaded.has_cuda_layers and block_size % _GPU_BLOCK_SIZE:
+        raise ValueError(f"block_size is {block_size}, must be a multiple of {_GPU_BLOCK_SIZE} on a GPU")
+    bytes_per_block = block_size * loaded.kv_shape.bytes_per_token
+    limits = EngineLimits(max_model_len, block_size, _TRIAL_BLOCKS, config.max_num_seqs, max_num_batched_tokens)
+    if config.num_blocks:
+        return replace(limits, num_blocks=config.num_blocks)
+    if config.kv_cache_bytes:
+        num_blocks = config.kv_cache_bytes // bytes_per_block
+        if num_blocks < 1:
+            raise ValueError(f"kv_cache_bytes is {config.kv_cache_bytes}, one block alone takes {bytes_per_block}")
+    else:
+        room = _cpu_pool_bytes() if on_cpu else _gpu_pool_bytes(loaded, limits, bytes_per_block, config)
+        num_blocks = room // bytes_per_block
+    return replace(limits, num_blocks=max(1, num_blocks))
+
+
+def _cpu_pool_bytes() -> int:
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(_CPU_POOL_BYTES, int(free * _CPU_MEMORY_SHARE))
+
+
+def _gpu_pool_bytes(loaded: LoadedModel, limits: EngineLimits, bytes_per_block: int, config: EngineConfig) -> int:
+    free = free_beside_largest_steps(loaded, limits)
+    exports = export_room(limits, bytes_per_block, loaded.device, config.hands_over).num_blocks * bytes_per_block
+    room = free + limits.num_blocks * bytes_per_block - exports - _MARGIN_BYTES
+    found = (
+        f"{free / _GIB:.2f} GiB of the GPU's memory are free beside the model and its largest steps; hand-offs take"
+        f" {exports / _GIB:.2f} of them, {_MARGIN_BYTES / _GIB:.2f} stay free"
+    )
+    if room < bytes_per_block:
+        raise ValueError(f"{found}, and nothing is left for KV: lower {name_limits(limits)}")
+    logger.info("%s, the KV pool gets %.2f", found, room / _GIB)
+    return room

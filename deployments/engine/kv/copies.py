@@ -1,0 +1,78 @@
+"""Chunks of KV out of the pool and into it: in order with the steps that compute and read it, on a GPU beside them."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from deployments.engine.kv.cache import KVCache
+
+# (shape, dtype) to a contiguous tensor for a chunk, or None where there is no room.
+Allocate: TypeAlias = Callable[[tuple[int, ...], torch.dtype], Tensor | None]
+
+
+class KVCopies:
+    """Copies between one pool and chunks. For the thread that launches the steps.
+
+    On a GPU chunks are copied out on a stream of their own, so that a chunk is ready as soon as its KV is computed and
+    not only behind the step that was launched meanwhile. Events say when: None stands for at once.
+
+    Args:
+        cache: the pool.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self._cache = cache
+        self._allocate: Allocate | None = None
+        self._stream = torch.cuda.Stream(cache.blocks.device) if cache.blocks.is_cuda else None
+        if self._stream is not None:
+            self._compile()
+
+    def allocate_from(self, allocate: Allocate) -> None:
+        """Copy chunks out to memory from there; where it has no room, as before to torch's."""
+        self._allocate = allocate
+
+    def export(self, block_ids: list[int], after: torch.cuda.Event | None) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Copy blocks out.
+
+        Args:
+            block_ids: N of them; those that a later step overwrites are copied before.
+            after: when they are computed.
+
+        Returns:
+            The chunk, (num_layers, 2, N, block_size, num_kv_heads, head_dim), and when it is complete.
+        """
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            if self._stream is not None and after is not None:
+                self._stream.wait_event(after)
+            chunk = self._place(self._cache.chunk_shape(len(block_ids)))
+            self._cache.export_blocks(block_ids, chunk)
+            ready = self._stream.record_event() if self._stream is not None else None
+        if ready is not None:
+            torch.cuda.current_stream().wait_event(ready)
+        return chunk, ready
+
+    def import_(self, block_ids: list[int], chunk: Tensor) -> None:
+        """Copy a chunk, complete on a GPU too, into blocks, before any step that is launched later.
+
+        Raises:
+            ValueError: the chunk has another shape or dtype.
+        """
+        self._cache.import_blocks(block_ids, chunk)
+
+    def fence(self) -> torch.cuda.Event | None:
+        """When everything that was launched up to now is done."""
+        return torch.cuda.current_stream().record_event() if self._stream is not None else None
+
+    def _compile(self) -> None:
+        """Copy a block out and in, so that the first hand-off finds the kernels ready."""
+        chunk, _ = self.export([0], None)
+        self.import_([0], chunk)
+        torch.cuda.synchronize()
+
+    def _place(self, shape: tuple[int, ...]) -> Tensor:
+        blocks = self._cache.blocks
+        chunk = self._allocate(shape, blocks.dtype) if self._allocate is not None else None
+        return chunk if chunk is not None else torch.empty(shape, dtype=blocks.dtype, device=blocks.device)

@@ -1,0 +1,1 @@
+"""From a folder of files to a model that an engine can run, or a clear refusal."""

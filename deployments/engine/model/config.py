@@ -1,0 +1,259 @@
+"""Reads a model's `config.json`: forgives what has one meaning only, and refuses the rest by the name of the field.
+
+Checkpoints are written by many programs, some of them careless: a float where the class wants an int, numbers in
+quotes. Knows transformers' configuration classes and no weights. Called while a model is loaded.
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from deployments.engine.model.files import local_path, read_json
+from deployments.errors import UnsupportedModelError, brief
+
+logger = logging.getLogger(__name__)
+
+_SERVED_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
+_ROPE_FIELDS = ("rope_parameters", "rope_scaling")
+# Numbers that transformers calculates with, and does not check.
+_ROPE_FLOATS = ("rope_theta", "partial_rotary_factor")
+_ROPE_INTS = frozenset({"original_max_position_embeddings"})
+_ROPE_WORDS = frozenset({"rope_type", "type"})
+_ROPE_POSITIVE = frozenset({"rope_theta", "rope_local_base_freq", "factor"}) | _ROPE_INTS
+# As transformers calls them; a class's `attribute_map` has its own names for some.
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "head_dim",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+)
+
+
+def read_config(path: str) -> PretrainedConfig:
+    """The configuration of a checkpoint.
+
+    Args:
+        path: folder or hub id.
+
+    Raises:
+        UnsupportedModelError: see `read_values`.
+    """
+    values = read_values(path)
+    try:
+        return build_config(values)
+    except Exception as error:
+        raise blamed(path, values, build_config, error) from error
+
+
+def read_values(path: str) -> dict[str, Any]:
+    """What `config.json` says, repaired and checked.
+
+    Args:
+        path: folder or hub id.
+
+    Raises:
+        UnsupportedModelError: there is none, transformers does not know the model, or names the field that is wrong.
+    """
+    try:
+        if (folder := local_path(path)) is not None:
+            values = read_json(path, folder / "config.json")
+        else:
+            values, _ = PretrainedConfig.get_config_dict(path)
+    except OSError as error:
+        raise UnsupportedModelError(f"model {path!r}: {brief(error)}") from error
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise UnsupportedModelError(f"model {path!r}: {_unknown(values)}")
+    config_class = CONFIG_MAPPING[model_type]
+    try:
+        repaired = repair(values, config_class)
+        fault = next(_faults(repaired, config_class), None)
+    except RecursionError:
+        raise UnsupportedModelError(f"model {path!r}: config.json is nested too deeply") from None
+    if fault is not None:
+        raise UnsupportedModelError(f"model {path!r}: config.json: {fault}")
+    return repaired
+
+
+def build_config(values: Mapping[str, Any]) -> PretrainedConfig:
+    """Of the class that `model_type` names; leaves `values` as they are."""
+    config: PretrainedConfig = CONFIG_MAPPING[values["model_type"]].from_dict(_copied(values))
+    return config
+
+
+def build_empty(values: Mapping[str, Any]) -> None:
+    """Build the model without weights, as loading it would."""
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(build_config(values), trust_remote_code=False)
+
+
+def blamed(
+    path: str, values: Mapping[str, Any], attempt: Callable[[Mapping[str, Any]], object], error: Exception
+) -> UnsupportedModelError:
+    """An error that names the fields without which the attempt succeeds; all of it, if there are none."""
+    guilty = [name for name in values if name != "model_type" and _succeeds(attempt, values, name)]
+    shown = ", ".join(f"{name} is {_shown(values[name])}" for name in guilty)
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    where = f"config.json: {shown}: " if guilty else "config.json: "
+    return UnsupportedModelError(f"model {path!r}: {where}{reason}")
+
+
+def check_config(config: PretrainedConfig) -> None:
+    """Refuse what can be seen from the configuration alone.
+
+    Raises:
+        UnsupportedModelError: encoder-decoder, multimodal, or layers other than attention.
+    """
+    name = config.model_type
+    if config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model; only decoder-only models can be served")
+    inputs = [part for part in ("vision_config", "audio_config") if getattr(config, part, None) is not None]
+    if inputs:
+        raise UnsupportedModelError(f"{name} takes multimodal inputs ({', '.join(inputs)}); only text can be served")
+    layer_types = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
+    other = sorted(layer_types - _SERVED_LAYERS)
+    if other:
+        raise UnsupportedModelError(
+            f"{name} has layers of type {', '.join(other)}; only attention layers can be served"
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UnsupportedModelError(f"{name} is not a causal language model known to transformers")
+
+
+def repair(values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> dict[str, Any]:
+    """Give values the types that the class asks for, where they mean the same: 2.0 for 2, 1 for 1.0, "2" for 2."""
+    repaired: dict[str, Any] = _copied(values)
+    for field in fields(config_class):
+        if field.name in repaired:
+            repaired[field.name] = as_one_of(repaired[field.name], _kinds(field.type))
+    for name in _ROPE_FLOATS:
+        if name in repaired:
+            repaired[name] = as_one_of(repaired[name], frozenset({float}))
+    for name in _ROPE_FIELDS:
+        if isinstance(repaired.get(name), dict):
+            repaired[name] = _repair_rope(repaired[name])
+    for name, value in values.items():
+        if repaired[name] != value or type(repaired[name]) is not type(value):
+            logger.info("config.json: taking %s for %s", _shown(value), _shown(repaired[name]))
+    return repaired
+
+
+def as_one_of(value: Any, kinds: frozenset[type]) -> Any:
+    """The value as one of these types, if it is one of them but for its spelling; else as it is."""
+    if type(value) in kinds:
+        return value
+    if isinstance(value, str) and str not in kinds:
+        if bool in kinds and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > sys.float_info.max:
+        return value
+    if int in kinds and float(value).is_integer():
+        return int(value)
+    return float(value) if float in kinds else value
+
+
+def _repair_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    repaired: dict[str, Any] = {}
+    for name, value in rope.items():
+        if isinstance(value, dict):  # one for each kind of layer
+            repaired[name] = _repair_rope(value)
+        elif isinstance(value, list):
+            repaired[name] = [as_one_of(entry, frozenset({float})) for entry in value]
+        elif name not in _ROPE_WORDS:
+            repaired[name] = as_one_of(value, frozenset({int if name in _ROPE_INTS else float}))
+        elif value is not None:  # as if it were not there: the usual embedding
+            repaired[name] = value
+    return repaired
+
+
+def _faults(values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> Iterator[str]:
+    """What transformers would take, to go wrong later or never say so."""
+    own_names = config_class.attribute_map
+    positive = _ROPE_POSITIVE | {name for size in _SIZES for name in (size, own_names.get(size, size))}
+    for path, name, value in _numbers(values):
+        # Only a limit, one of a pair, may be infinite.
+        if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and name)):
+            yield f"{path} is {_shown(value)}: not a finite number"
+        elif name in positive and value <= 0:
+            yield f"{path} is {_shown(value)}: must be greater than 0"
+    for name in ("dtype", "torch_dtype"):
+        dtype = values.get(name)
+        if dtype is not None and not (isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)):
+            yield f"{name} is {_shown(dtype)}: not a type of number that torch knows"
+    quantization = values.get("quantization_config")
+    if quantization is not None and not _knows_quantization(quantization):
+        yield f"quantization_config is {_shown(quantization)}: a quantization unknown to transformers"
+
+
+def _numbers(value: Any, path: str = "", name: str = "") -> Iterator[tuple[str, str, float]]:
+    """All numbers in there, each with its path and its name; those of a list have no name."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _numbers(entry, f"{path}.{key}" if path else key, key)
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from _numbers(entry, f"{path}[{index}]")
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, name, value
+
+
+def _knows_quantization(quantization: Any) -> bool:
+    try:
+        return bool(AutoHfQuantizer.supports_quant_method(quantization))
+    except (ValueError, TypeError, AttributeError):  # names no method, or is no object
+        return False
+
+
+def _kinds(annotation: object) -> frozenset[type]:
+    """The plain types in an annotation such as `int | None`."""
+    if get_origin(annotation) in (Union, UnionType):
+        return frozenset[type]().union(*(_kinds(part) for part in get_args(annotation)))
+    return frozenset({annotation}) if isinstance(annotation, type) else frozenset()
+
+
+def _unknown(values: Mapping[str, Any]) -> str:
+    model_type = values.get("model_type")
+    if "auto_map" in values:
+        return f"config.json: {_shown(model_type)} brings its own code (auto_map), which is not run"
+    if model_type is None:
+        return "config.json: model_type is missing"
+    return f"config.json: model_type is {_shown(model_type)}, unknown to transformers {transformers.__version__}"
+
+
+def _succeeds(attempt: Callable[[Mapping[str, Any]], object], values: Mapping[str, Any], without: str) -> bool:
+    try:
+        attempt({name: value for name, value in values.items() if name != without})
+    except Exception:  # whatever it is, this field alone is not to blame
+        return False
+    return True
+
+
+def _copied(value: Any) -> Any:
+    """A deep copy of what JSON can hold; configuration classes write into what they are given."""
+    if isinstance(value, Mapping):
+        return {name: _copied(entry) for name, entry in value.items()}
+    return [_copied(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

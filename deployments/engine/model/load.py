@@ -1,0 +1,175 @@
+"""Finds, checks and loads the model. What the engine cannot run is refused here, by the name of the layer.
+
+Called once, when an engine starts. Where a model is, `files.py` knows; what its configuration says,
+`config.py`; which weights it has, `weights.py`; a GGUF file is converted by `gguf.py`.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+
+import torch
+from transformers import PreTrainedModel
+
+from deployments.engine.attention.base import IMPLEMENTATION, register
+from deployments.engine.config import EngineConfig
+from deployments.engine.kv.cache import KVShape
+from deployments.engine.layers.fused import CPU_KERNELS, fuse_layers
+from deployments.engine.layers.merged import merge_linears
+from deployments.engine.layers.packed import pack_linears
+from deployments.engine.model.config import check_config, read_config
+from deployments.engine.model.end_tokens import end_token_ids, read_end_token_ids
+from deployments.engine.model.files import BUNDLED_MODEL, bundled_file, check_files, local_path
+from deployments.engine.model.gguf import convert_gguf
+from deployments.engine.model.probe import probe_kv_shape
+from deployments.engine.model.rope import separate_lengths, waits_for_device
+from deployments.engine.model.weights import load_weights
+from deployments.engine.scheduling.positions import FIXED, PositionRule
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run, and what was learned while loading it.
+
+    Attributes:
+        model: in inference mode, its attention set to ours.
+        path: the folder or hub id it came from, tokenizer included.
+        fingerprint: tells models apart whose KV must not be mixed; the same in every process that loads the same one.
+        device: where it is.
+        kv_shape: KV of one token.
+        max_model_len: what it was made for, in tokens.
+        positions: what its rotary embedding needs to know of a sequence.
+        vocab_size: rows of the output layer.
+        eos_token_ids: ids that end a text, as far as the model's configuration says.
+        has_cuda_layers: its layers are replaced by those of `layers/cuda.py`, which only `CudaRunner` can run.
+    """
+
+    model: PreTrainedModel
+    path: str
+    fingerprint: str
+    device: torch.device
+    kv_shape: KVShape
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    positions: PositionRule = FIXED
+    has_cuda_layers: bool = False
+
+
+def resolve_model(model: str) -> str:
+    """Turn what the user calls the model into something transformers can load.
+
+    Args:
+        model: hub id, local folder, GGUF file, or the bundled model's name.
+
+    Returns:
+        A hub id or folder. A GGUF file is converted at the first call and found again at later ones, by any process.
+
+    Raises:
+        UnsupportedModelError: the bundled model's package is missing, or the file or folder is not whole.
+    """
+    if model == BUNDLED_MODEL:
+        return str(convert_gguf(bundled_file()))
+    path = local_path(model)
+    if path is None:
+        return model
+    check_files(model)
+    return str(path if path.is_dir() else convert_gguf(path.resolve()))
+
+
+def load_model(config: EngineConfig) -> LoadedModel:
+    """Load and check a model.
+
+    Raises:
+        UnsupportedModelError: it is not there, not whole, or the engine cannot run it; names what is at fault.
+    """
+    register()
+    path = resolve_model(config.model)
+    device = _choose_device(config.device)
+    torch.empty(0, device=device)  # raises here, if there is none: no fault of the model
+    hf_config = read_config(path)
+    check_config(hf_config)
+    dtype: torch.dtype | str = _DTYPES.get(config.dtype, torch.float32 if device.type == "cpu" else "auto")
+    model = load_weights(path, hf_config, dtype=dtype, device_map=device, attn_implementation=IMPLEMENTATION)
+    loaded = prepare_model(model, path, device)
+    end_ids = read_end_token_ids(path, loaded.vocab_size)
+    return replace(loaded, eos_token_ids=end_ids, has_cuda_layers=optimize_layers(model))
+
+
+def optimize_layers(model: PreTrainedModel) -> bool:
+    """Replace layers of a loaded model, in place, by faster ones that compute the same.
+
+    Returns:
+        Whether they are those that `CudaRunner` runs.
+    """
+    merge_linears(model)
+    if model.device.type == "cuda":
+        return _optimize_for_cuda(model)
+    if model.dtype is torch.float32:
+        fuse_layers(model, CPU_KERNELS)
+    pack_linears(model)
+    return False
+
+
+def _optimize_for_cuda(model: PreTrainedModel) -> bool:
+    if model.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    from deployments.engine.attention.cuda import unknown_to_cuda
+    from deployments.engine.layers import cuda  # Triton is there only where a GPU is
+
+    cuda.optimize_layers(model)
+    unknown = unknown_to_cuda(probe_kv_shape(model, model.device))
+    if unknown is None and waits_for_device(model):
+        unknown = "rotary embeddings that wait for the device, which a CUDA graph cannot"
+    if unknown is None:
+        return True
+    logger.info("attention runs without kernels of our own: it does not know %s", unknown)
+    cuda.restore_rotary(model)
+    return False
+
+
+def prepare_model(model: PreTrainedModel, path: str, device: torch.device) -> LoadedModel:
+    """Check a model that is in memory and learn its KV shape by running two tokens through it.
+
+    Raises:
+        UnsupportedModelError: see `load_model`.
+    """
+    check_config(model.config)
+    register()
+    model.set_attn_implementation(IMPLEMENTATION)
+    model.eval().requires_grad_(False)
+    text_config = model.config
+    positions, longest = separate_lengths(model)
+    named = {
+        name: getattr(getattr(model, name, None), "eos_token_id", None) for name in ("config", "generation_config")
+    }
+    return LoadedModel(
+        model=model,
+        path=path,
+        fingerprint=_fingerprint(model),
+        device=device,
+        kv_shape=probe_kv_shape(model, device),
+        max_model_len=longest,
+        positions=positions,
+        vocab_size=text_config.vocab_size,
+        eos_token_ids=end_token_ids(named, text_config.vocab_size),
+    )
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Hash of the configuration and of a sample of every weight."""
+    digest = blake2b(repr(sorted(model.config.to_diff_dict().items(), key=str)).encode(), digest_size=16)
+    for name, parameter in model.named_parameters():
+        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 16)].float().cpu()
+        digest.update(name.encode() + sample.numpy().tobytes())
+    return f"{model.config.model_type}-{digest.hexdigest()}"

@@ -1,0 +1,127 @@
+"""Runs two tokens through a model to learn the KV of a token, and to refuse what its configuration did not give away.
+
+A flat batch of unrelated sequences is only right if tokens meet in attention and nowhere else, and if positions are
+what we say they are. Both are tried out here, once per start, for the price of three short forward passes.
+"""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deployments.engine.kernels.arguments import Rotation, Scores
+from deployments.engine.kv.cache import KVShape
+from deployments.engine.model.rope import max_model_len
+from deployments.errors import UnsupportedModelError
+
+# Logits that should be equal may differ by rounding where experts see other groups of tokens; what is looked for moves
+# them by much more.
+_TOLERANCE = 0.02
+
+
+class _Probe:
+    """Stands in for attention: notes what each layer hands over, and lets no token see another."""
+
+    rows = None
+
+    def __init__(self) -> None:
+        self.calls: list[int] = []
+        self.layers: dict[int, tuple[int, int, int]] = {}
+        self.windows: dict[int, int | None] = {}
+        self.dtype = torch.float32
+
+    def attend(
+        self,
+        layer: int,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scores: Scores,
+        rotation: Rotation | None,
+    ) -> Tensor:
+        self.calls.append(layer)
+        self.layers[layer] = (keys.shape[0], keys.shape[2], values.shape[2])
+        self.windows[layer] = scores.window
+        self.dtype = keys.dtype
+        return queries.new_zeros(queries.shape[1], queries.shape[0], values.shape[2])
+
+
+@torch.inference_mode()
+def probe_kv_shape(model: PreTrainedModel, device: torch.device) -> KVShape:
+    """Learn what one token's KV is.
+
+    Raises:
+        UnsupportedModelError: a layer does not use our attention, or uses it in a way that a flat batch breaks.
+    """
+    name = model.config.model_type
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(f"{name} takes no position_ids; sequences in one batch cannot have their own")
+    probe = _Probe()
+    pad = getattr(model.config, "pad_token_id", None)  # some models count positions without padding tokens
+    first, second = [token for token in range(3) if token != pad][:2]
+    positions = torch.arange(2, device=device).unsqueeze(0)
+    logits = _last_logits(model, [first, second], positions, probe)
+    shape = _kv_shape(model, probe)
+    _check_windows(model, probe)
+    if not _agree(logits, _last_logits(model, [first, second], None, _Probe())):
+        raise UnsupportedModelError(f"{name} does not count positions from 0, as the engine does")
+    if not _agree(logits, _last_logits(model, [second, second], positions, _Probe())):
+        raise UnsupportedModelError(f"{name} mixes neighbouring tokens outside of its attention layers")
+    return shape
+
+
+def _last_logits(model: PreTrainedModel, token_ids: list[int], positions: Tensor | None, probe: _Probe) -> Tensor:
+    input_ids = torch.tensor([token_ids], device=model.device)
+    output = model(
+        input_ids=input_ids,
+        position_ids=positions,
+        use_cache=False,
+        logits_to_keep=1,
+        paged_step=probe,
+        return_dict=True,
+    )
+    logits: Tensor = output.logits[0, -1].float()
+    return logits
+
+
+def _agree(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).norm() <= _TOLERANCE * a.norm())
+
+
+def _kv_shape(model: PreTrainedModel, probe: _Probe) -> KVShape:
+    name, num_layers = model.config.model_type, model.config.num_hidden_layers
+    missing = [i for i in range(num_layers) if i not in probe.layers]
+    if missing:
+        raise UnsupportedModelError(f"{name}: layers {missing} do not use attention but {_mixers(model, missing)}")
+    if sorted(probe.calls) != list(range(num_layers)):
+        raise UnsupportedModelError(f"{name} has {num_layers} layers, but attention ran in layers {probe.calls}")
+    shapes = set(probe.layers.values())
+    num_kv_heads, key_dim, value_dim = shapes.pop()
+    if shapes or key_dim != value_dim:
+        raise UnsupportedModelError(
+            f"{name}: keys and values must have one shape in all layers, found (heads, key size, value size)"
+            f" {sorted(set(probe.layers.values()))}"
+        )
+    return KVShape(num_layers, num_kv_heads, key_dim, probe.dtype)
+
+
+def _check_windows(model: PreTrainedModel, probe: _Probe) -> None:
+    """Some layers are told of their window by a mask alone, and masks are what paged attention does without."""
+    config = model.config
+    window = getattr(config, "sliding_window", None)
+    if window is None or window >= max_model_len(config):
+        return
+    layer_types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    blind = [i for i, kind in enumerate(layer_types) if kind == "sliding_attention" and probe.windows[i] is None]
+    if blind:
+        raise UnsupportedModelError(
+            f"{config.model_type}: layers {blind} have a sliding window of {window} tokens, but do not pass it on to"
+            " paged attention"
+        )
+
+
+def _mixers(model: nn.Module, layers: list[int]) -> str:
+    """Class names of whatever mixes tokens in these layers."""
+    names = {type(module).__name__ for module in model.modules() if getattr(module, "layer_idx", None) in layers}
+    return ", ".join(sorted(names)) or "another kind of layer"

@@ -1,0 +1,1 @@
+"""Draws of the next token."""

@@ -1,0 +1,204 @@
+"""Who owns which KV block. Reference counts, the prefix cache, and the order in which cached blocks are given up.
+
+Knows block ids and token ids, nothing of tensors. Only full blocks are shared, and a sequence always computes at least
+its last token into a block of its own, so that no block ever has to be copied.
+
+Source: PagedAttention (Kwon et al., SOSP 2023); automatic prefix caching as in vLLM's design documents.
+"""
+
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Iterable
+from hashlib import blake2b
+
+from deployments.engine.scheduling.sequence import Sequence
+
+_HASH_BYTES = 16
+
+
+def hash_block(parent: bytes, token_ids: Iterable[int]) -> bytes:
+    """Identify a full block by its tokens and everything before it.
+
+    Args:
+        parent: hash of the previous block; `root_of` for the first one.
+        token_ids: the tokens of this block.
+
+    Returns:
+        16 bytes, the same in every process, so that other engines and routers can compare them.
+    """
+    return blake2b(array("I", token_ids).tobytes(), key=parent, digest_size=_HASH_BYTES).digest()
+
+
+def root_of(position_offset: int) -> bytes:
+    """What the first block of a sequence follows; KV of other positions has another root, and none is the usual one."""
+    return position_offset.to_bytes(8, "big") if position_offset else b""
+
+
+class BlockManager:
+    """Hands out the blocks of one KV pool.
+
+    A block is blank (free, no content), cached (free, content still valid) or held (by one or more sequences).
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._prefix_caching = enable_prefix_caching
+        self._blank = deque(range(num_blocks))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self._ref_counts = [0] * num_blocks
+        self._hash_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+        self._origin_of: dict[int, str | None] = {}  # for which request it was computed; None: long before
+
+    @property
+    def num_free_blocks(self) -> int:
+        return len(self._blank) + len(self._cached)
+
+    @property
+    def num_held_blocks(self) -> int:
+        return self.num_blocks - self.num_free_blocks
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def num_cached_prefix_blocks(self, sequence: Sequence) -> int:
+        """Leading blocks of a sequence that the cache holds; never all of its tokens."""
+        return len(self._match(sequence))
+
+    def can_admit(self, sequence: Sequence, num_spare_blocks: int = 0) -> bool:
+        """Whether `admit` would succeed now."""
+        return self._fits(sequence, self._match(sequence), num_spare_blocks)
+
+    def admit(self, sequence: Sequence, num_spare_blocks: int = 0) -> bool:
+        """Give a sequence blocks for all its tokens, shared ones first.
+
+        Args:
+            sequence: holds no blocks yet; `num_computed_tokens` is set to what was found in the cache.
+            num_spare_blocks: blocks that must stay free afterwards.
+
+        Returns:
+            False, and nothing changed, if there are too few free blocks.
+        """
+        assert not sequence.block_table, f"{sequence.request_id} already holds blocks"
+        shared = self._match(sequence)
+        if not self._fits(sequence, shared, num_spare_blocks):
+            return False
+        num_new = self.blocks_for(len(sequence.token_ids)) - len(shared)
+        for block in shared:
+            self._hold(block)
+        sequence.block_table = shared + [self._take() for _ in range(num_new)]
+        sequence.num_computed_tokens = len(shared) * self.block_size
+        sequence.num_published_blocks = len(shared)
+        return True
+
+    def num_found_tokens(self, sequence: Sequence) -> int:
+        """Leading tokens that `admit` found in the cache and that were not computed for this very request before.
+
+        They were if it is resumed, or if an earlier attempt to hand it over has failed.
+        """
+        origin, num_blocks = sequence.request.origin, 0
+        for block in sequence.block_table[: sequence.num_published_blocks]:
+            if self._origin_of[block] == origin:
+                break
+            num_blocks += 1
+        return num_blocks * self.block_size
+
+    def append(self, sequence: Sequence) -> bool:
+        """Make room for the newest token; False if a block is needed and none is free."""
+        if self.blocks_for(len(sequence.token_ids)) <= len(sequence.block_table):
+            return True
+        if self.num_free_blocks == 0:
+            return False
+        sequence.block_table.append(self._take())
+        return True
+
+    def publish(self, sequence: Sequence) -> None:
+        """Offer the blocks that are now full and computed to later sequences."""
+        num_full = sequence.num_computed_tokens // self.block_size
+        if not self._prefix_caching or num_full <= sequence.num_published_blocks:
+            return
+        hashes = self._hashes(sequence, num_full)
+        for i in range(sequence.num_published_blocks, num_full):
+            block = sequence.block_table[i]
+            # A twin computed at the same time was first: keep that one, ours stays private.
+            if hashes[i] not in self._block_of and block not in self._hash_of:
+                self._block_of[hashes[i]] = block
+                self._hash_of[block] = hashes[i]
+                is_new = (i + 1) * self.block_size > sequence.num_cached_tokens
+                self._origin_of[block] = sequence.request.origin if is_new else None
+        sequence.num_published_blocks = num_full
+
+    def free(self, sequence: Sequence) -> None:
+        """Take all blocks back; those that were published stay findable until they are needed."""
+        for block in reversed(sequence.block_table):  # the tail of a prefix is the first to be given up
+            self._ref_counts[block] -= 1
+            assert self._ref_counts[block] >= 0, f"block {block} freed twice"
+            if self._ref_counts[block] == 0:
+                if block in self._hash_of:
+                    self._cached[block] = None
+                else:
+                    self._blank.append(block)
+        sequence.block_table = []
+        sequence.num_computed_tokens = 0
+        sequence.num_published_blocks = 0
+
+    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+        """Assert that every block is accounted for exactly once.
+
+        Args:
+            sequences: all that hold blocks.
+        """
+        expected = [0] * self.num_blocks
+        for sequence in sequences:
+            assert len(set(sequence.block_table)) == len(sequence.block_table), f"{sequence.request_id}: block twice"
+            for block in sequence.block_table:
+                expected[block] += 1
+        assert expected == self._ref_counts, f"reference counts {self._ref_counts}, sequences hold {expected}"
+        free = set(self._blank) | set(self._cached)
+        assert len(free) == self.num_free_blocks, "a block is free twice"
+        assert free == {b for b, count in enumerate(expected) if count == 0}, "free blocks are not the unheld ones"
+        assert not any(b in self._hash_of for b in self._blank), "a blank block has a hash"
+        assert all(b in self._hash_of for b in self._cached), "a cached block has no hash"
+        assert {b: h for h, b in self._block_of.items()} == self._hash_of, "hash tables disagree"
+        assert self._origin_of.keys() == self._hash_of.keys(), "a block is of no request, or of one without a hash"
+
+    def _fits(self, sequence: Sequence, shared: list[int], num_spare_blocks: int) -> bool:
+        num_new = self.blocks_for(len(sequence.token_ids)) - len(shared)
+        num_shared_free = sum(1 for block in shared if self._ref_counts[block] == 0)
+        return num_new + num_shared_free + num_spare_blocks <= self.num_free_blocks
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        if not self._prefix_caching:
+            return []
+        max_blocks = (len(sequence.token_ids) - 1) // self.block_size  # the last token is always computed
+        blocks: list[int] = []
+        for block_hash in self._hashes(sequence, max_blocks)[:max_blocks]:
+            block = self._block_of.get(block_hash)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def _hashes(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
+        hashes, size = sequence.block_hashes, self.block_size
+        while len(hashes) < num_blocks:
+            start = len(hashes) * size
+            parent = hashes[-1] if hashes else root_of(sequence.position_offset)
+            hashes.append(hash_block(parent, sequence.token_ids[start : start + size]))
+        return hashes
+
+    def _hold(self, block: int) -> None:
+        if self._ref_counts[block] == 0:
+            del self._cached[block]
+        self._ref_counts[block] += 1
+
+    def _take(self) -> int:
+        if self._blank:
+            block = self._blank.popleft()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            del self._block_of[self._hash_of.pop(block)], self._origin_of[block]
+        self._ref_counts[block] = 1
+        return block

@@ -1,0 +1,283 @@
+"""Which tokens run in the next step. Continuous batching, chunked prefill, preemption by recomputation.
+
+Every running sequence that decodes gets its token first; prompts share what is left of the token budget, those of the
+highest priority first, and among them the one with fewest tokens left, so that a short prompt does not wait behind a
+long one. No prompt is overtaken by more tokens than it has itself, or 16 times as many of higher priority. Knows blocks
+and sequences, nothing of tensors. Called by the engine, once per step.
+
+Source: Sarathi-Serve (Agrawal et al., OSDI 2024) for chunked prefill beside decodes; shortest remaining time first.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from deployments.engine.config import EngineLimits
+from deployments.engine.scheduling.block_manager import BlockManager
+from deployments.engine.scheduling.positions import FIXED, PositionRule
+from deployments.engine.scheduling.sequence import Role, Sequence, Status
+from deployments.messages import Placed
+
+# Share of the pool that a new sequence must leave free, so that it does not preempt its elders at once.
+_WATERMARK = 0.01
+# Tokens of higher priority that overtake a prompt count one in so many.
+_URGENCY = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """The next `num_tokens` uncomputed tokens of a sequence run in this step.
+
+    Attributes:
+        sequence: whose.
+        start: computed tokens before them.
+        num_tokens: at least 1.
+        samples: the step reaches the newest token, so that the next one is drawn.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+    @classmethod
+    def of(cls, sequence: Sequence, num_tokens: int) -> "ScheduledSequence":
+        """A run of a sequence as it is now."""
+        return cls(sequence, sequence.num_computed_tokens, num_tokens, num_tokens == sequence.num_uncomputed_tokens)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Those of its tokens that are of the prompt."""
+        return max(0, min(self.num_tokens, self.sequence.num_prompt_tokens - self.start))
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One step: what runs, and which sequences were given blocks for the first time."""
+
+    scheduled: list[ScheduledSequence]
+    placed: list[Placed]
+
+
+class Scheduler:
+    """Owns every unfinished sequence of an engine; each is in exactly one of waiting, reserved and running.
+
+    Args:
+        blocks: the pool.
+        limits: of the engine.
+        positions: of the model; a sequence that grows out of its KV by this rule is computed anew.
+    """
+
+    def __init__(self, blocks: BlockManager, limits: EngineLimits, positions: PositionRule = FIXED) -> None:
+        self._blocks = blocks
+        self._limits = limits
+        self._positions = positions
+        self._num_spare_blocks = int(blocks.num_blocks * _WATERMARK)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in the order of admission
+        self.reserved: dict[str, Sequence] = {}
+        self._by_id: dict[str, Sequence] = {}
+        self._arrivals = itertools.count()
+        self.num_preemptions = 0
+        self.num_finished = 0
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._by_id
+
+    def __getitem__(self, request_id: str) -> Sequence:
+        return self._by_id[request_id]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._by_id)
+
+    @property
+    def num_queued_prompt_tokens(self) -> int:
+        """Tokens that wait to be computed here, by sequences without blocks and by unfinished prompts."""
+        waiting = sum(len(s.token_ids) for s in self.waiting)
+        return waiting + sum(s.num_uncomputed_tokens for s in self.running if not s.is_decoding)
+
+    @property
+    def num_remote_prompt_tokens(self) -> int:
+        """Those of them that a prefill engine will compute once there are blocks; what is cached is not known yet."""
+        return sum(len(s.token_ids) for s in self.waiting if _is_remote(s, len(s.token_ids)))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether another step could make progress without a message from outside."""
+        return any(s.has_work for s in self.running) or self._can_admit()
+
+    def add(self, sequence: Sequence) -> None:
+        assert sequence.request_id not in self._by_id, f"{sequence.request_id} is already here"
+        self._by_id[sequence.request_id] = sequence
+        sequence.arrival_number = next(self._arrivals)
+        sequence.move_to(self._offset(sequence))
+        self.waiting.append(sequence)
+
+    def schedule(self) -> Schedule:
+        """Choose the next step; sequences get their blocks here, and lose them if they must."""
+        scheduled, num_sent_back = self._schedule_decodes()
+        budget = self._limits.max_num_batched_tokens - len(scheduled)
+        placed = [] if num_sent_back else self._admit(budget)
+        for sequence in sorted(self._runnable_besides(scheduled), key=_precedence):
+            num_tokens = min(sequence.num_uncomputed_tokens, budget)
+            if num_tokens == 0:
+                break
+            scheduled.append(ScheduledSequence.of(sequence, num_tokens))
+            budget -= num_tokens
+        return Schedule(scheduled, placed)
+
+    def activate(self, sequence: Sequence) -> None:
+        """A reserved sequence has what it waited for, or gave up waiting: from now on it runs here."""
+        del self.reserved[sequence.request_id]
+        sequence.status = Status.RUNNING
+        sequence.role = Role.LOCAL  # after a preemption its prompt is computed here
+        self.running.append(sequence)
+
+    def remove(self, request_id: str) -> Sequence | None:
+        """Forget a sequence, whatever its state, and free its blocks; None if there is none of that id."""
+        sequence = self._by_id.pop(request_id, None)
+        if sequence is None:
+            return None
+        self.num_finished += sequence.status is not Status.WAITING
+        if sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        elif sequence.status is Status.RESERVED:
+            del self.reserved[request_id]
+        else:
+            self.running.remove(sequence)
+        self._blocks.free(sequence)
+        sequence.status = Status.FINISHED
+        return sequence
+
+    def check_integrity(self) -> None:
+        """Assert that sequences and blocks agree."""
+        states = {Status.WAITING: self.waiting, Status.RUNNING: self.running, Status.RESERVED: self.reserved.values()}
+        seen = [s.request_id for group in states.values() for s in group]
+        assert sorted(seen) == sorted(self._by_id), f"tables disagree: {seen} and {list(self._by_id)}"
+        for status, group in states.items():
+            for s in group:
+                assert s.status is status, f"{s.request_id} is {s.status} among the {status}"
+                capacity = len(s.block_table) * self._blocks.block_size
+                assert capacity >= s.num_computed_tokens, f"{s.request_id}: more computed than its blocks hold"
+                assert status is not Status.WAITING or not s.block_table, f"{s.request_id} waits and holds blocks"
+        self._blocks.check_integrity([*self.running, *self.reserved.values()])
+
+    def _schedule_decodes(self) -> tuple[list[ScheduledSequence], int]:
+        """Runs of one token, and how many sequences gave their blocks away."""
+        scheduled: list[ScheduledSequence] = []
+        num_sent_back = 0
+        for sequence in [s for s in self.running if s.is_decoding and s.has_work]:
+            if sequence.status is Status.RUNNING and self._offset(sequence) != sequence.position_offset:
+                self._send_back(sequence)
+                num_sent_back += 1
+            while sequence.status is Status.RUNNING and not self._blocks.append(sequence):
+                self._preempt(self._least_of(self.running[self.running.index(sequence) :]))
+                num_sent_back += 1
+            if sequence.status is Status.RUNNING:
+                scheduled.append(ScheduledSequence.of(sequence, 1))
+        return scheduled, num_sent_back
+
+    @staticmethod
+    def _least_of(candidates: list[Sequence]) -> Sequence:
+        """Who gives way: the newest of the lowest priority, at or behind one that needs a block.
+
+        None before it, so that nothing scheduled is undone.
+        """
+        return min(reversed(candidates), key=lambda s: s.priority)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._send_back(sequence)
+        self.num_preemptions += 1
+
+    def _send_back(self, sequence: Sequence) -> None:
+        """Have a running sequence wait, first of all, and be computed again from its first token."""
+        self.running.remove(sequence)
+        self._blocks.free(sequence)
+        sequence.status = Status.WAITING
+        sequence.num_preemptions += 1
+        sequence.move_to(self._offset(sequence))
+        self.waiting.appendleft(sequence)
+
+    def _offset(self, sequence: Sequence) -> int:
+        num_given = sequence.num_prompt_tokens - sequence.request.num_resumed_tokens
+        return self._positions.offset(num_given, len(sequence.token_ids))
+
+    @property
+    def _has_seat(self) -> bool:
+        return bool(self.waiting) and len(self.running) + len(self.reserved) < self._limits.max_num_seqs
+
+    @property
+    def _num_spare(self) -> int:
+        # With nothing else here the watermark would lock out a sequence that needs the whole pool.
+        return self._num_spare_blocks if self.running or self.reserved else 0
+
+    def _can_admit(self) -> bool:
+        return self._has_seat and self._blocks.can_admit(min(self.waiting, key=_precedence), self._num_spare)
+
+    def _runnable_besides(self, scheduled: list[ScheduledSequence]) -> list[Sequence]:
+        """Running sequences with something left to compute: prompts, and whatever was resumed just now."""
+        chosen = {item.sequence.request_id for item in scheduled}
+        return [s for s in self.running if s.has_work and s.request_id not in chosen]
+
+    def _running_prompts(self) -> Iterator[Sequence]:
+        return (s for s in self.running if not s.is_decoding)
+
+    def _admit(self, budget: int) -> list[Placed]:
+        placed: list[Placed] = []
+        while self._has_seat:
+            sequence = min(self.waiting, key=_precedence)
+            may_be_remote = sequence.remote_threshold is not None and sequence.num_preemptions == 0
+            if not may_be_remote and self._num_tokens_before(sequence) >= budget:
+                break
+            if not self._blocks.admit(sequence, self._num_spare):
+                break
+            self.waiting.remove(sequence)
+            self._count_overtaken(sequence)
+            if sequence.num_preemptions == 0:
+                sequence.num_cached_tokens = self._blocks.num_found_tokens(sequence)
+                placed.append(self._place(sequence))
+            if sequence.role is Role.IMPORT:
+                sequence.status = Status.RESERVED
+                self.reserved[sequence.request_id] = sequence
+                continue
+            sequence.num_cached_tokens = min(sequence.num_cached_tokens, sequence.num_computed_tokens)
+            sequence.status = Status.RUNNING
+            self.running.append(sequence)
+        return placed
+
+    def _num_tokens_before(self, sequence: Sequence) -> int:
+        """Tokens of running prompts that would get the budget before a waiting one."""
+        own = _precedence(sequence)
+        return sum(s.num_uncomputed_tokens for s in self._running_prompts() if _precedence(s) < own)
+
+    def _count_overtaken(self, sequence: Sequence) -> None:
+        """A sequence was admitted: older prompts that it goes before remember by how much."""
+        for other in itertools.chain(self.waiting, self._running_prompts()):
+            if other.arrival_number < sequence.arrival_number and _precedence(sequence) < _precedence(other):
+                weight = _URGENCY if sequence.priority > other.priority else 1
+                other.num_overtaken_tokens += -(-sequence.num_uncomputed_tokens // weight)
+
+    def _place(self, sequence: Sequence) -> Placed:
+        remote = _is_remote(sequence, sequence.num_uncomputed_tokens)
+        if remote:
+            sequence.role = Role.IMPORT
+            sequence.num_cached_tokens = sequence.num_prompt_tokens
+        return Placed(sequence.request_id, remote, sequence.num_computed_tokens)
+
+
+def _is_remote(sequence: Sequence, num_tokens: int) -> bool:
+    """Whether a prefill engine computes the prompt of a sequence with that many uncached tokens."""
+    threshold = sequence.remote_threshold
+    return threshold is not None and sequence.num_preemptions == 0 and num_tokens >= threshold
+
+
+def _precedence(prompt: Sequence) -> tuple[bool, int, int, int]:
+    """Sort key of prompts: by priority, then fewest uncomputed tokens first, but none may be overtaken for ever.
+
+    One that gave its blocks away, or was overtaken by as many tokens as it has, comes before all others.
+    """
+    if prompt.num_preemptions or prompt.num_overtaken_tokens >= len(prompt.token_ids):
+        return False, prompt.arrival_number, 0, 0
+    return True, -prompt.priority, prompt.num_uncomputed_tokens, prompt.arrival_number

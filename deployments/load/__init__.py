@@ -1,0 +1,1 @@
+"""What the pools' numbers say of their load, and who may come in."""

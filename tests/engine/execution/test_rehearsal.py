@@ -1,0 +1,108 @@
+"""Before requests are let in the largest steps run: which these are, that they run, and what they leave to the pool."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deployments.engine.config import EngineConfig, EngineLimits
+from deployments.engine.execution import rehearsal, sizing
+from deployments.engine.execution.portable import build_runner
+from deployments.engine.execution.rehearsal import build_rehearsed, rehearse, worst_steps
+from deployments.engine.execution.sizing import choose_limits
+from deployments.engine.kv.cache import KVCache
+from deployments.errors import InvalidRequestError
+from tests.engine.driving import build_engine, generate, greedy
+from tests.engine.families import CPU, load, random_prompt, reference
+
+LIMITS = EngineLimits(
+    max_model_len=100, block_size=8, num_blocks=2, max_num_seqs=5, max_num_batched_tokens=40
+)  # fmt: skip
+
+
+@given(st.integers(2, 500), st.integers(1, 20), st.integers(0, 2000))
+def test_every_step_is_one_that_the_limits_allow(max_model_len: int, num_seqs: int, spare: int) -> None:
+    limits = EngineLimits(max_model_len, 8, 2, num_seqs, num_seqs + spare)
+    for step in worst_steps(limits):
+        assert 1 <= len(step) <= num_seqs
+        assert sum(new for _, new in step) <= limits.max_num_batched_tokens
+        assert all(new >= 1 and computed >= 0 and computed + new <= max_model_len for computed, new in step)
+
+
+def test_the_corners_are_among_the_steps() -> None:
+    steps = worst_steps(LIMITS)
+    assert [(99, 1)] * 5 in steps, "all sequences decode, as long as can be"
+    assert [(0, 40)] in steps, "one whole prompt takes the budget"
+    assert [(60, 40)] in steps, "so does the end of the longest one"
+    assert [(99, 1)] * 4 + [(64, 36)] in steps, "decodes beside a prompt"
+    assert [(0, 8)] * 5 in steps and [(92, 8)] * 5 in steps, "all sequences are prompts"
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_the_steps_run_beside_a_pool_that_could_not_hold_them(family: str) -> None:
+    loaded = load(family)
+    cache = KVCache(loaded.kv_shape, LIMITS.num_blocks, LIMITS.block_size, CPU)
+    rehearse(build_runner(loaded, cache, LIMITS), LIMITS)
+
+
+def test_an_engine_gives_the_same_tokens_after_them() -> None:
+    engine = build_engine(load("llama"))
+    rehearse(engine._runner, engine.limits)
+    prompt = random_prompt(23)
+    assert generate(engine, [greedy("r", prompt, 12)]) == [reference("llama", prompt, 12)]
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """What is free of a GPU beside the largest steps, in bytes."""
+    found = {"bytes": 0}
+    monkeypatch.setattr(sizing, "free_beside_largest_steps", lambda loaded, limits: found["bytes"])
+    return found
+
+
+ON_GPU = EngineConfig(max_num_batched_tokens=512, max_num_seqs=4)
+# 2 layers, keys and values, 2 heads of 16, float32.
+BYTES_PER_BLOCK = 256 * 512
+
+
+def test_the_pool_takes_what_is_left_beside_steps_and_hand_offs(free: dict[str, int]) -> None:
+    loaded = replace(load("llama"), device=torch.device("cuda"))
+    free["bytes"] = 2 << 30
+    limits = choose_limits(loaded, ON_GPU)
+    room = sizing.export_room(limits, BYTES_PER_BLOCK, loaded.device, ON_GPU.hands_over)
+    assert room.num_blocks == 2 * 2 + 4 * 2, "two steps of two blocks, and four chunks of a step"
+    pool = limits.num_blocks * BYTES_PER_BLOCK
+    trial = sizing._TRIAL_BLOCKS * BYTES_PER_BLOCK
+    left = free["bytes"] + trial - pool - room.num_blocks * BYTES_PER_BLOCK
+    assert sizing._MARGIN_BYTES <= left < sizing._MARGIN_BYTES + BYTES_PER_BLOCK
+
+
+def test_an_engine_that_hands_nothing_over_keeps_that_room_for_its_pool(free: dict[str, int]) -> None:
+    free["bytes"] = 2 << 30
+    loaded = replace(load("llama"), device=torch.device("cuda"))
+    alone = choose_limits(loaded, ON_GPU.model_copy(update={"hands_over": False}))
+    assert alone.num_blocks == choose_limits(loaded, ON_GPU).num_blocks + 2 * 2
+    with pytest.raises(InvalidRequestError, match="hands_over is false"):
+        build_engine(load("llama"), hands_over=False).prefill(greedy("r", random_prompt(9), 1), 0)
+
+
+def test_limits_that_leave_nothing_for_kv_are_refused_with_the_numbers(free: dict[str, int]) -> None:
+    free["bytes"] = 1 << 30
+    loaded = replace(load("llama"), device=torch.device("cuda"))
+    with pytest.raises(
+        ValueError, match=r"1\.00 GiB .* are free .* max_num_batched_tokens \(512\), max_num_seqs \(4\)"
+    ):
+        choose_limits(loaded, ON_GPU)
+
+
+def test_steps_that_do_not_fit_are_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. If reserved but")
+
+    monkeypatch.setattr(rehearsal, "KVCache", lambda *_: "a pool")
+    monkeypatch.setattr(rehearsal, "build_runner", out_of_memory)
+    message = r"steps beside the model and a KV pool of 2 blocks .* max_num_seqs \(5\).* Tried to allocate 9.00 GiB\.$"
+    with pytest.raises(ValueError, match=message):
+        build_rehearsed(replace(load("llama"), device=torch.device("cuda")), LIMITS)

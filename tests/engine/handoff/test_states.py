@@ -1,0 +1,286 @@
+"""The hand-off's state machine: every message in every state, and leases, with a clock that the test moves."""
+
+from dataclasses import dataclass, field
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from deployments.engine.handoff.states import Inbox, Outbox, State
+from deployments.messages import ChunkReady
+from tests.engine.driving import FakeClock
+
+LEASE_S = 10.0
+KV = torch.zeros(1)
+
+
+@dataclass
+class Source:
+    """An outbox with one hand-off of four blocks, brought to a state."""
+
+    clock: FakeClock = field(default_factory=FakeClock)
+
+    def __post_init__(self) -> None:
+        self.outbox = Outbox(8, LEASE_S, self.clock)
+        self.outbox.open("r", 0)
+
+    def put(self, is_last: bool) -> ChunkReady:
+        self.outbox.set_first_token("r", 7)
+        return self.outbox.put("r", 2, KV, None, is_last=is_last)
+
+    def bring_to(self, state: State) -> "Source":
+        if state is State.RESERVED:
+            return self
+        self.put(is_last=False)
+        if state is State.FILLING:
+            return self
+        self.put(is_last=True)
+        if state is State.READY:
+            return self
+        for index in range(2):
+            assert self.outbox.take("r", index) is KV
+        if state is State.RELEASED:
+            for index in range(2):
+                self.outbox.release("r", index)
+        return self
+
+
+@dataclass
+class Target:
+    """An inbox with one hand-off of blocks 1 to 4, brought to a state."""
+
+    clock: FakeClock = field(default_factory=FakeClock)
+
+    def __post_init__(self) -> None:
+        self.inbox = Inbox(LEASE_S, self.clock)
+        self.inbox.reserve("r", range(1, 5))
+
+    def fill(self, start: int, num_blocks: int, first_token: int | None = None) -> State:
+        chunk = ChunkReady("r", 0, start, num_blocks, first_token)
+        assert self.inbox.expect(chunk) == range(start, start + num_blocks)
+        return self.inbox.fill(chunk)
+
+    def bring_to(self, state: State) -> "Target":
+        if state is State.FILLING:
+            self.fill(1, 2)
+        elif state is not State.RESERVED:
+            self.fill(1, 4, first_token=7)
+            if state is State.RELEASED:
+                self.inbox.claim("r")
+        return self
+
+
+SOURCE_STATES = [State.RESERVED, State.FILLING, State.READY, State.CLAIMED, State.RELEASED]
+TARGET_STATES = [State.RESERVED, State.FILLING, State.READY, State.RELEASED]
+
+
+@pytest.mark.parametrize("state", SOURCE_STATES)
+class TestEveryStateOfTheSource:
+    def test_is_reached(self, state: State) -> None:
+        source = Source().bring_to(state)
+        assert source.outbox.state("r") is state
+        source.outbox.check_integrity()
+
+    def test_ends_in_released_when_it_is_dropped(self, state: State) -> None:
+        source = Source().bring_to(state)
+        for _ in range(2):
+            source.outbox.drop("r")
+            assert source.outbox.state("r") is State.RELEASED and source.outbox.num_blocks == 0
+        source.outbox.check_integrity()
+
+    def test_outlives_its_lease_only_if_it_is_renewed(self, state: State) -> None:
+        source = Source().bring_to(state)
+        is_held = state is not State.RELEASED
+        source.clock.now_s += LEASE_S - 1
+        assert source.outbox.expired() == []
+        assert source.outbox.renew("r") is is_held
+        source.clock.now_s += LEASE_S - 1
+        assert source.outbox.expired() == []
+        assert source.outbox.next_expiry_s() == (1 if is_held else None)
+        source.clock.now_s += 1
+        assert source.outbox.expired() == (["r"] if is_held else [])
+
+    def test_gives_no_chunk_twice_and_none_after_the_end(self, state: State) -> None:
+        source = Source().bring_to(state)
+        given = [source.outbox.take("r", 0) is not None for _ in range(2)]
+        assert given == [state in (State.FILLING, State.READY), False]
+        source.outbox.drop("r")
+        assert source.outbox.take("r", 0) is None
+
+    def test_takes_no_harm_from_a_release_that_comes_twice_or_of_nothing(self, state: State) -> None:
+        source = Source().bring_to(state)
+        for index in (0, 0, 9):
+            source.outbox.release("r", index)
+            source.outbox.release("stranger", index)
+        source.outbox.check_integrity()
+
+    def test_is_not_opened_again(self, state: State) -> None:
+        source = Source().bring_to(state)
+        if state is State.RELEASED:
+            source.outbox.open("r", 0)
+            assert source.outbox.state("r") is State.RESERVED
+        else:
+            with pytest.raises(AssertionError, match="handed over already"):
+                source.outbox.open("r", 0)
+
+
+@pytest.mark.parametrize("state", TARGET_STATES)
+class TestEveryStateOfTheTarget:
+    def test_is_reached(self, state: State) -> None:
+        assert Target().bring_to(state).inbox.state("r") is state
+
+    def test_ends_in_released_when_it_is_dropped(self, state: State) -> None:
+        inbox = Target().bring_to(state).inbox
+        first_missing = {State.RESERVED: 1, State.FILLING: 3, State.READY: 5, State.RELEASED: None}[state]
+        assert inbox.drop("r") == first_missing
+        assert inbox.drop("r") is None and inbox.state("r") is State.RELEASED
+
+    def test_outlives_its_lease_only_if_it_is_renewed(self, state: State) -> None:
+        target = Target().bring_to(state)
+        is_held = state is not State.RELEASED
+        target.clock.now_s += LEASE_S - 1
+        assert target.inbox.renew("r") is is_held
+        target.clock.now_s += LEASE_S - 1
+        assert target.inbox.expired() == [] and target.inbox.next_expiry_s() == (1 if is_held else None)
+        target.clock.now_s += 1
+        assert target.inbox.expired() == (["r"] if is_held else [])
+
+    def test_takes_a_chunk_that_comes_again_and_ignores_a_late_one(self, state: State) -> None:
+        target = Target().bring_to(state)
+        chunk = ChunkReady("r", 0, 1, 2)
+        if state is State.RELEASED:
+            assert target.inbox.expect(chunk) is None
+            return
+        assert target.inbox.expect(chunk) == range(1, 3)
+        assert target.inbox.fill(chunk) is (State.READY if state is State.READY else State.FILLING)
+
+    def test_refuses_a_chunk_of_blocks_that_were_not_reserved(self, state: State) -> None:
+        target = Target().bring_to(state)
+        for start, num_blocks in ((0, 2), (4, 2), (1, 0)):
+            chunk = ChunkReady("r", 0, start, num_blocks)
+            if state is State.RELEASED:
+                assert target.inbox.expect(chunk) is None
+            else:
+                with pytest.raises(ValueError, match=r"range\(1, 5\) are awaited"):
+                    target.inbox.expect(chunk)
+
+
+def test_the_first_token_alone_or_the_blocks_alone_do_not_make_a_hand_off_whole() -> None:
+    target = Target()
+    assert target.fill(3, 2, first_token=7) is State.FILLING
+    assert target.fill(1, 2) is State.READY
+    assert target.inbox.claim("r") == 7
+    target = Target()
+    assert target.fill(1, 4) is State.FILLING
+    assert target.fill(1, 1, first_token=7) is State.READY
+
+
+def test_what_the_receiver_does_renews_the_lease_of_the_source() -> None:
+    source = Source().bring_to(State.READY)
+    for act in (source.outbox.take, source.outbox.release):
+        source.clock.now_s += LEASE_S - 1
+        act("r", 0)
+        assert source.outbox.expired() == []
+
+
+def test_a_chunk_that_is_taken_and_not_released_still_counts() -> None:
+    source = Source().bring_to(State.CLAIMED)
+    assert (source.outbox.num_blocks, source.outbox.num_free_blocks) == (4, 4)
+    source.outbox.release("r", 1)
+    assert source.outbox.num_blocks == 2 and source.outbox.state("r") is State.CLAIMED
+
+
+class Pair(RuleBasedStateMachine):
+    """An outbox and an inbox, messages that are lost, late and doubled, deaths and time: nothing stays held."""
+
+    NUM_BLOCKS = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = FakeClock()
+        self.outbox, self.inbox = Outbox(64, LEASE_S, self.clock), Inbox(LEASE_S, self.clock)
+        self.ids: list[str] = []
+        self.sent: list[ChunkReady] = []
+        self.claimed: set[str] = set()
+
+    @rule(first_block=st.integers(0, NUM_BLOCKS - 1))
+    def begin(self, first_block: int) -> None:
+        name = f"r{len(self.ids)}"
+        self.ids.append(name)
+        self.inbox.reserve(name, range(first_block, self.NUM_BLOCKS))
+        self.outbox.open(name, first_block)
+
+    @precondition(lambda self: self.ids)
+    @rule(data=st.data(), size=st.integers(1, NUM_BLOCKS))
+    def compute(self, data: st.DataObject, size: int) -> None:
+        name = data.draw(st.sampled_from(self.ids))
+        if self.outbox.state(name) not in (State.RESERVED, State.FILLING):
+            return
+        left = self.NUM_BLOCKS - self.outbox.next_block(name)
+        size = min(size, left, self.outbox.num_free_blocks)
+        if size == 0:
+            return
+        self.outbox.set_first_token(name, 7)
+        self.sent.append(self.outbox.put(name, size, KV, None, is_last=size == left))
+
+    @precondition(lambda self: self.sent)
+    @rule(data=st.data(), releases=st.booleans())
+    def deliver(self, data: st.DataObject, releases: bool) -> None:
+        """Any chunk that was ever sent, in any order, also again."""
+        chunk = data.draw(st.sampled_from(self.sent))
+        self.outbox.take(chunk.request_id, chunk.index)
+        if self.inbox.expect(chunk) is not None and self.inbox.fill(chunk) is State.READY:
+            assert self.inbox.claim(chunk.request_id) == 7
+            assert chunk.request_id not in self.claimed, "claimed twice"
+            self.claimed.add(chunk.request_id)
+        if releases:
+            self.outbox.release(chunk.request_id, chunk.index)
+
+    @precondition(lambda self: self.ids)
+    @rule(data=st.data(), where=st.sampled_from(["source", "target", "both"]))
+    def cancel(self, data: st.DataObject, where: str) -> None:
+        name = data.draw(st.sampled_from(self.ids))
+        if where != "target":
+            self.outbox.drop(name)
+        if where != "source":
+            self.inbox.drop(name)
+
+    @rule(where=st.sampled_from(["source", "target"]))
+    def die(self, where: str) -> None:
+        """An engine is gone with all it held, and another takes its place, which knows nothing."""
+        if where == "source":
+            self.outbox = Outbox(64, LEASE_S, self.clock)
+        else:
+            self.inbox = Inbox(LEASE_S, self.clock)
+
+    @rule(seconds=st.sampled_from([1.0, LEASE_S / 3, LEASE_S]))
+    def wait(self, seconds: float) -> None:
+        self.clock.now_s += seconds
+        for name in self.outbox.expired():
+            self.outbox.drop(name)
+        for name in self.inbox.expired():
+            self.inbox.drop(name)
+
+    @precondition(lambda self: self.ids)
+    @rule(data=st.data())
+    def keep(self, data: st.DataObject) -> None:
+        """As the front does: each side is renewed only if the other is there."""
+        name = data.draw(st.sampled_from(self.ids))
+        if self.inbox.renew(name):
+            self.outbox.renew(name)
+
+    @invariant()
+    def every_chunk_counts_once(self) -> None:
+        self.outbox.check_integrity()
+
+    def teardown(self) -> None:
+        """Nobody does anything any more: the leases alone must end everything."""
+        self.wait(LEASE_S)
+        assert len(self.outbox) == len(self.inbox) == self.outbox.num_blocks == 0
+        assert self.outbox.next_expiry_s() is self.inbox.next_expiry_s() is None
+
+
+TestPair = Pair.TestCase
+TestPair.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -1,0 +1,260 @@
+"""Rotary embeddings that depend on a sequence's length: every way through the engine gives what transformers gives.
+
+Which is, for LongRoPE, a forward pass over all tokens so far (`generate` without a cache; Phi-3's with one as well);
+for dynamic NTK, `generate` with a model that has seen no other prompt.
+"""
+
+import copy
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from deployments.engine.engine import Engine
+from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
+from deployments.engine.model.rope import max_model_len
+from deployments.messages import GenerateRequest, SamplingParams
+from tests.engine.driving import BLOCK_SIZE, Transcript, build_engine, generate, greedy, prefill_all, run
+from tests.engine.families import CPU, SIZES, random_prompt, randomize
+
+BORDER = 32
+NUM_TOKENS = 12
+# Within, up to the border, across it while decoding, from one beyond it, and far beyond.
+LENGTHS = (5, 21, 31, 32, 33, 70)
+PROMPTS = tuple(random_prompt(length, seed=length) for length in LENGTHS)
+
+_HALF = 8  # of a head
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0 + 0.1 * i for i in range(_HALF)],
+    "long_factor": [2.0 + i for i in range(_HALF)],
+}
+_SHORT = {key: value for key, value in SIZES.items() if key not in ("head_dim", "max_position_embeddings")}
+_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi3_longrope": (
+        "Phi3Config",
+        {
+            "max_position_embeddings": 256,
+            "original_max_position_embeddings": BORDER,
+            "sliding_window": None,
+            "rope_parameters": _LONGROPE,
+        },
+    ),
+    "phi4_mini_longrope": (  # a part of each head is rotated
+        "Phi3Config",
+        {
+            "max_position_embeddings": 256,
+            "original_max_position_embeddings": BORDER,
+            "sliding_window": None,
+            "rope_parameters": _LONGROPE
+            | {
+                "partial_rotary_factor": 0.5,
+                "short_factor": _LONGROPE["short_factor"][: _HALF // 2],  # type: ignore[index]
+                "long_factor": _LONGROPE["long_factor"][: _HALF // 2],  # type: ignore[index]
+            },
+        },
+    ),
+    "llama_longrope": (
+        "LlamaConfig",
+        {
+            "max_position_embeddings": 256,
+            "rope_parameters": _LONGROPE | {"original_max_position_embeddings": BORDER, "factor": 8.0},
+        },
+    ),
+    "phimoe_longrope": (  # its embedding scales by the length as well
+        "PhimoeConfig",
+        {
+            "max_position_embeddings": 256,
+            "sliding_window": None,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "rope_parameters": _LONGROPE
+            | {"original_max_position_embeddings": BORDER, "short_mscale": 1.1, "long_mscale": 1.4},
+        },
+    ),
+    "llama_dynamic": (
+        "LlamaConfig",
+        {
+            "max_position_embeddings": BORDER,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 8.0},
+        },
+    ),
+}
+_YARN = {
+    "max_position_embeddings": BORDER,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10_000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": BORDER,
+    },
+}
+FAMILIES = tuple(_CONFIGS)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@cache
+def build_model(family: str) -> PreTrainedModel:
+    name, differing = (_CONFIGS | {"llama_yarn": ("LlamaConfig", _YARN)})[family]
+    config = getattr(transformers, name)(**copy.deepcopy(_SHORT | differing))
+    return randomize(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+
+
+@cache
+def load(family: str, *, optimized: bool = False) -> LoadedModel:
+    loaded = prepare_model(copy.deepcopy(build_model(family)), "", CPU)
+    if optimized:
+        optimize_layers(loaded.model)
+    return loaded
+
+
+@cache
+def reference(family: str, prompt: tuple[int, ...], num_tokens: int = NUM_TOKENS) -> tuple[int, ...]:
+    model: Any = copy.deepcopy(build_model(family))  # dynamic NTK remembers the longest sequence it has seen
+    output = model.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=num_tokens, use_cache="longrope" not in family
+    )
+    return tuple(output[0, len(prompt) :].tolist())
+
+
+def expected(family: str, prompts: tuple[tuple[int, ...], ...] = PROMPTS) -> list[tuple[int, ...]]:
+    return [reference(family, prompt) for prompt in prompts]
+
+
+def outputs(engine: Engine, prompts: tuple[tuple[int, ...], ...] = PROMPTS) -> list[tuple[int, ...]]:
+    return generate(engine, [greedy(f"r{i}", prompt, NUM_TOKENS) for i, prompt in enumerate(prompts)])
+
+
+@every_family
+def test_what_is_compared_to_depends_on_the_length(family: str) -> None:
+    unchanging: Any = copy.deepcopy(build_model(family))
+    for module in unchanging.modules():
+        if hasattr(module, "rope_type"):
+            module.rope_type = "default"
+            if family == "phimoe_longrope":
+                module.config.rope_parameters["long_mscale"] = module.config.rope_parameters["short_mscale"]
+    for prompt in PROMPTS[3:]:
+        ids = torch.tensor([prompt])
+        output = unchanging.generate(ids, do_sample=False, max_new_tokens=NUM_TOKENS, use_cache=True)
+        assert tuple(output[0, len(prompt) :].tolist()) != reference(family, prompt)
+
+
+@pytest.mark.parametrize("family", ["phi3_longrope", "phi4_mini_longrope"])
+def test_phi3_generates_with_a_cache_what_it_does_without(family: str) -> None:
+    model: Any = build_model(family)
+    for prompt in PROMPTS:
+        output = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NUM_TOKENS)
+        assert tuple(output[0, len(prompt) :].tolist()) == reference(family, prompt)
+
+
+@every_family
+@pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
+def test_sequences_of_all_lengths_run_together_as_alone(family: str, optimized: bool) -> None:
+    assert outputs(build_engine(load(family, optimized=optimized))) == expected(family)
+
+
+@every_family
+def test_chunks_do_not_matter(family: str) -> None:
+    assert outputs(build_engine(load(family), max_num_batched_tokens=13)) == expected(family)
+
+
+@every_family
+def test_a_pipelined_engine_gives_the_same_tokens(family: str) -> None:
+    assert outputs(build_engine(load(family), is_pipelined=True)) == expected(family)
+
+
+@every_family
+def test_preempted_sequences_give_the_same_tokens(family: str) -> None:
+    engine = build_engine(load(family), num_blocks=20, enable_prefix_caching=False)
+    assert outputs(engine) == expected(family)
+    assert engine.stats().preemptions > 0
+
+
+@every_family
+def test_a_cached_prefix_is_used_by_sequences_that_rotate_alike_and_by_no_others(family: str) -> None:
+    stem = random_prompt(30, seed=99)
+    prompts = tuple(stem + random_prompt(length, seed=100 + length) for length in (1, 9, 20, 1, 9, 20))
+    engine = build_engine(load(family))
+    for prompt in prompts * 2:  # one after the other, so that each finds what the ones before it left
+        assert outputs(engine, (prompt,)) == expected(family, (prompt,))
+    assert engine.stats().prefix_hit_tokens > 6 * (30 // BLOCK_SIZE * BLOCK_SIZE)
+
+
+@every_family
+def test_a_prompt_handed_over_continues_as_if_computed_here(family: str) -> None:
+    prefill, decode = build_engine(load(family), max_num_batched_tokens=16), build_engine(load(family))
+    transcript = Transcript()
+    for i, prompt in enumerate(PROMPTS):
+        request = greedy(f"r{i}", prompt, NUM_TOKENS)
+        decode.add(request, remote_threshold=0)
+        while decode.stats().num_reserved == 0:  # not in a step in which another sequence outgrows its KV
+            transcript.note(decode.step())
+        for chunk, tensor in prefill_all(prefill, request):
+            transcript.note(decode.import_chunk(chunk, tensor))
+            decode.check_integrity()
+    run(decode, transcript)
+    assert [tuple(transcript.tokens[f"r{i}"]) for i in range(len(PROMPTS))] == expected(family)
+    assert decode.num_free_blocks == decode.limits.num_blocks
+
+
+def test_a_sequence_is_computed_anew_once_when_it_outgrows_the_short_factors() -> None:
+    engine = build_engine(load("phi3_longrope"), enable_prefix_caching=False)
+    (tokens,) = generate(engine, [greedy("r", PROMPTS[0], 60)])
+    assert tokens == reference("phi3_longrope", PROMPTS[0], 60)
+    assert engine.stats().prompt_tokens == len(PROMPTS[0]) * 2, "generated tokens count as generated"
+    assert engine.stats().preemptions == 0, "it did not lack memory"
+
+
+def test_a_sequence_that_ends_at_the_border_is_not_computed_anew() -> None:
+    engine = build_engine(load("phi3_longrope"))
+    (tokens,) = generate(engine, [greedy("r", PROMPTS[1], BORDER - len(PROMPTS[1]) + 1)])
+    assert tokens == reference("phi3_longrope", PROMPTS[1], BORDER - len(PROMPTS[1]) + 1)
+    assert engine.stats().prompt_tokens == len(PROMPTS[1])
+
+
+@every_family
+@settings(max_examples=4, deadline=None)
+@given(st.data())
+def test_a_resumed_request_goes_on_as_if_unbroken(family: str, data: st.DataObject) -> None:
+    prompt = data.draw(st.sampled_from(PROMPTS))
+    num_done = data.draw(st.integers(1, NUM_TOKENS - 1))
+    whole = reference(family, prompt)
+    rest = SamplingParams(max_tokens=NUM_TOKENS - num_done, temperature=0.0)
+    resumed = GenerateRequest("r", prompt + whole[:num_done], rest, num_resumed_tokens=num_done)
+    assert generate(build_engine(load(family)), [resumed]) == [whole[num_done:]]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "llama_yarn"])
+def test_the_full_length_is_served(family: str) -> None:
+    assert load(family).max_model_len == 256
+    engine = build_engine(load(family))
+    prompt = random_prompt(250, seed=1)
+    assert generate(engine, [greedy("r", prompt, 6)]) == [reference(family, prompt, 6)]
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({"rope_type": "default"}, 1024),
+        ({"rope_type": "linear", "factor": 4.0}, 1024),
+        ({"rope_type": "dynamic", "factor": 2.5}, 2560),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}, 1024),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}, 4096),
+        ({"rope_type": "yarn", "factor": 4.0}, 4096),
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            | {"original_max_position_embeddings": 256},
+            1024,
+        ),
+    ],
+)
+def test_the_length_is_what_the_embedding_stretches_to(rope: dict[str, Any], longest: int) -> None:
+    sizes: dict[str, Any] = SIZES | {"max_position_embeddings": 1024}
+    assert max_model_len(transformers.LlamaConfig(**sizes, rope_parameters=rope)) == longest

@@ -1,0 +1,220 @@
+"""Blocks are counted exactly once, and a prefix is found only where it really lies."""
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from deployments.engine.scheduling.block_manager import BlockManager, hash_block
+from deployments.engine.scheduling.sequence import Role, Sequence
+from deployments.messages import GenerateRequest, SamplingParams
+
+BLOCK_SIZE = 4
+
+
+def sequence(tokens: list[int] | range) -> Sequence:
+    return Sequence(GenerateRequest("r", tuple(tokens), SamplingParams(max_tokens=1)), Role.LOCAL, 0.0)
+
+
+def computed(manager: BlockManager, tokens: list[int] | range) -> Sequence:
+    """A sequence that was admitted and whose tokens are all computed."""
+    new = sequence(tokens)
+    assert manager.admit(new)
+    new.num_computed_tokens = len(new.token_ids)
+    manager.publish(new)
+    return new
+
+
+@pytest.fixture
+def manager() -> BlockManager:
+    return BlockManager(num_blocks=8, block_size=BLOCK_SIZE)
+
+
+def test_a_hash_is_the_same_in_every_process() -> None:
+    first = hash_block(b"", [1, 2, 3, 4])
+    assert first.hex() == "5c3887ef44b86da26265cb5c108a056b"
+    assert hash_block(first, [1, 2, 3, 4]) != first, "what comes before a block is part of it"
+
+
+def test_a_sequence_gets_as_many_blocks_as_its_tokens_need(manager: BlockManager) -> None:
+    new = sequence(range(9))
+    assert manager.admit(new)
+    assert len(new.block_table) == 3
+    assert manager.num_held_blocks == 3
+
+
+def test_a_block_is_added_when_the_newest_token_crosses_a_border(manager: BlockManager) -> None:
+    new = sequence(range(7))
+    assert manager.admit(new)
+    for length, num_blocks in [(8, 2), (9, 3)]:
+        new.token_ids.append(0)
+        assert manager.append(new)
+        assert (len(new.token_ids), len(new.block_table)) == (length, num_blocks)
+
+
+def test_append_fails_when_nothing_is_free_and_changes_nothing(manager: BlockManager) -> None:
+    new = sequence(range(32))
+    assert manager.admit(new)
+    new.token_ids.append(0)
+    assert not manager.append(new)
+    assert len(new.block_table) == 8
+
+
+def test_a_finished_prefix_is_found_again(manager: BlockManager) -> None:
+    first = computed(manager, range(10))
+    shared = first.block_table[:2]
+    manager.free(first)
+    again = sequence(range(12))
+    assert manager.num_cached_prefix_blocks(again) == 2
+    assert manager.admit(again)
+    assert again.block_table[:2] == shared
+    assert again.num_computed_tokens == 8
+
+
+def test_the_last_token_is_computed_even_if_all_blocks_are_cached(manager: BlockManager) -> None:
+    manager.free(computed(manager, range(8)))
+    again = sequence(range(8))
+    assert manager.admit(again)
+    assert again.num_computed_tokens == 4
+
+
+def test_blocks_that_are_not_computed_yet_are_not_found(manager: BlockManager) -> None:
+    new = sequence(range(12))
+    assert manager.admit(new)
+    new.num_computed_tokens = 7
+    manager.publish(new)
+    assert manager.num_cached_prefix_blocks(sequence(range(12))) == 1
+
+
+def test_running_sequences_share_a_prefix_until_the_last_one_ends(manager: BlockManager) -> None:
+    first = computed(manager, range(8))
+    second = computed(manager, range(9))
+    assert second.block_table[:2] == first.block_table
+    manager.free(first)
+    assert manager.num_held_blocks == 3
+    manager.check_integrity([second])
+    manager.free(second)
+    assert manager.num_free_blocks == 8
+
+
+def test_a_refused_admission_changes_nothing(manager: BlockManager) -> None:
+    manager.free(computed(manager, range(8)))  # two cached blocks, which the next one would share
+    held = computed(manager, range(100, 120))
+    large = sequence(list(range(8)) + list(range(50, 56)))
+    assert not manager.can_admit(large)
+    assert not manager.admit(large)
+    assert large.block_table == [] and large.num_computed_tokens == 0
+    manager.check_integrity([held])
+    assert manager.num_cached_prefix_blocks(large) == 2
+
+
+def test_cached_blocks_that_are_shared_do_not_count_as_free_for_the_rest(manager: BlockManager) -> None:
+    manager.free(computed(manager, range(16)))
+    held = computed(manager, range(100, 112))  # 3 blocks; 5 are free, 4 of them cached
+    again = sequence(list(range(16)) + [7] * 8)  # 4 shared, 2 new
+    assert not manager.admit(again)
+    manager.check_integrity([held])
+
+
+def test_spare_blocks_stay_free(manager: BlockManager) -> None:
+    assert not manager.admit(sequence(range(28)), num_spare_blocks=2)
+    assert manager.admit(sequence(range(28)), num_spare_blocks=1)
+
+
+def test_the_oldest_cached_block_goes_first_and_within_a_prefix_its_tail(manager: BlockManager) -> None:
+    old, young = computed(manager, range(12)), computed(manager, range(100, 112))
+    manager.free(old)
+    manager.free(young)  # 6 cached, 2 blank
+    filler = computed(manager, [5] * 12)  # both blanks and the tail of the old prefix
+    assert manager.num_cached_prefix_blocks(sequence(range(13))) == 2
+    assert manager.num_cached_prefix_blocks(sequence(range(100, 113))) == 3
+    manager.check_integrity([filler])
+
+
+def test_twins_computed_at_the_same_time_keep_their_own_blocks(manager: BlockManager) -> None:
+    twins = [sequence(range(6)), sequence(range(6))]
+    for twin in twins:
+        assert manager.admit(twin)
+    for twin in twins:
+        twin.num_computed_tokens = 6
+        manager.publish(twin)
+    manager.check_integrity(twins)
+    for twin in twins:
+        manager.free(twin)
+    manager.check_integrity([])
+    assert manager.num_free_blocks == 8
+
+
+def test_without_prefix_caching_nothing_is_found() -> None:
+    manager = BlockManager(8, BLOCK_SIZE, enable_prefix_caching=False)
+    manager.free(computed(manager, range(12)))
+    assert manager.num_cached_prefix_blocks(sequence(range(12))) == 0
+
+
+class Blocks(RuleBasedStateMachine):
+    """Any order of admissions, computations, growth and ends; beside it, what each block really holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.manager = BlockManager(10, BLOCK_SIZE)
+        self.live: list[Sequence] = []
+        self.content: dict[int, tuple[int, ...]] = {}
+
+    # Two tokens only, so that prefixes meet often.
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20), spare=st.integers(0, 2))
+    def admit(self, tokens: list[int], spare: int) -> None:
+        new, free = sequence(tokens), self.manager.num_free_blocks
+        fits = self.manager.can_admit(new, spare)
+        assert self.manager.admit(new, spare) is fits
+        if not fits:
+            assert self.manager.num_free_blocks == free
+            return
+        assert self.manager.num_free_blocks >= spare
+        assert new.num_uncomputed_tokens >= 1
+        for i in range(new.num_computed_tokens // BLOCK_SIZE):
+            found = self.content[new.block_table[i]]
+            assert found == tuple(tokens[: (i + 1) * BLOCK_SIZE]), "the cache gave a block with other tokens"
+        self.live.append(new)
+        self.compute(new, 0)
+
+    @rule(data=st.data(), count=st.integers(1, 9))
+    def compute_some(self, data: st.DataObject, count: int) -> None:
+        if self.live:
+            self.compute(data.draw(st.sampled_from(self.live)), count)
+
+    def compute(self, chosen: Sequence, count: int) -> None:
+        chosen.num_computed_tokens += min(count, chosen.num_uncomputed_tokens)
+        for i in range(chosen.num_computed_tokens // BLOCK_SIZE):
+            self.content[chosen.block_table[i]] = tuple(chosen.token_ids[: (i + 1) * BLOCK_SIZE])
+        self.manager.publish(chosen)
+
+    @rule(data=st.data(), token=st.integers(0, 1))
+    def grow(self, data: st.DataObject, token: int) -> None:
+        grown = [
+            s for s in self.live if len(s.token_ids) < len(s.block_table) * BLOCK_SIZE or self.manager.num_free_blocks
+        ]
+        if grown:
+            chosen = data.draw(st.sampled_from(grown))
+            chosen.token_ids.append(token)
+            assert self.manager.append(chosen)
+
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        if self.live:
+            chosen = data.draw(st.sampled_from(self.live))
+            self.live.remove(chosen)
+            self.manager.free(chosen)
+
+    @invariant()
+    def every_block_is_accounted_for(self) -> None:
+        self.manager.check_integrity(self.live)
+
+    def teardown(self) -> None:
+        for left in self.live:
+            self.manager.free(left)
+        self.manager.check_integrity([])
+        assert self.manager.num_free_blocks == 10
+
+
+TestBlocks = Blocks.TestCase
+TestBlocks.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
