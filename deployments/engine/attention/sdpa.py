@@ -1,9 +1,9 @@
 """Paged attention anywhere: gather blocks, then torch's fused attention on a CPU, many sequences in one call.
 
-Decodes in float32 have a kernel of their own (`paged_decode.py`) and gather nothing. Others, of different lengths,
-are cut into splits of one length, attended together, and merged by their log-sum-exp, so that one long sequence
-beside many short ones costs its own tokens and no padding of the others. A prompt chunk attends its context without a
-mask and itself causally, and the two are merged likewise.
+In float32 there are kernels of our own (`paged.py`), which gather nothing and serve all layers but those with sinks or
+squashed scores. Other decodes, of different lengths, are cut into splits of one length, attended together, and merged
+by their log-sum-exp, so that one long sequence beside many short ones costs its own tokens and no padding of the
+others. A prompt chunk attends its context without a mask and itself causally, and the two are merged likewise.
 
 Source: Flash-Decoding (Dao et al., 2023) for splits; cascade inference (Ye et al., 2024) for merging states.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deployments.engine.attention.paged_decode import PagedDecode, can_decode
+from deployments.engine.attention.paged import PagedDecode, attend_prompt, can_attend
 from deployments.engine.batch.build import Batch, PromptChunk
 from deployments.engine.kernels.arguments import Rotation, Scores
 from deployments.engine.kernels.cpu import use_torch_threads
@@ -46,12 +46,11 @@ class _DecodePlan:
 class SdpaStep:
     """One step's attention; plans are made once and shared by all layers with the same window."""
 
-    rows = None
-
     def __init__(self, cache: KVCache, batch: Batch) -> None:
         use_torch_threads()
-        self._cache = cache
-        self._batch = batch
+        self.cache = cache
+        self.batch = batch
+        self.rows = None if len(batch.logits_indices) == len(batch.positions) else batch.logits_indices
         self._decode_plans: dict[int | None, _DecodePlan] = {}
         self._paged_decodes: dict[int | None, PagedDecode] = {}
 
@@ -65,8 +64,10 @@ class SdpaStep:
         rotation: Rotation | None,
     ) -> Tensor:
         assert rotation is None, "this attention takes queries and keys that are rotated"
-        batch = self._batch
-        self._cache.write(layer, batch.slot_mapping, keys.transpose(0, 1), values.transpose(0, 1))
+        batch = self.batch
+        self.cache.write(layer, batch.slot_mapping, keys.transpose(0, 1), values.transpose(0, 1))
+        if can_attend(self.cache, scores):
+            return self.attend_stored(layer, queries.transpose(0, 1), scores)
         outputs = []
         if batch.num_decodes:
             outputs.append(self._decode(layer, queries[:, : batch.num_decodes], scores))
@@ -75,18 +76,37 @@ class SdpaStep:
             outputs.append(self._prefill(layer, chunk, queries[:, span], keys[:, span], values[:, span], scores))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _decode(self, layer: int, queries: Tensor, scores: Scores) -> Tensor:
-        if scores.softcap is None and scores.sinks is None and can_decode(self._cache):
+    def attend_stored(self, layer: int, queries: Tensor, scores: Scores) -> Tensor:
+        """Attend in one layer whose new keys and values are in the pool, rotated.
+
+        Args:
+            layer: index of the layer.
+            queries: (T, num_heads, head_dim), rotated.
+            scores: what `can_attend` accepts.
+
+        Returns:
+            (T, num_heads, head_dim), contiguous.
+        """
+        batch, queries = self.batch, queries.contiguous()
+        out = torch.empty_like(queries)
+        if batch.num_decodes:
             paged = self._paged_decodes.get(scores.window)
             if paged is None:
-                paged = self._paged_decodes[scores.window] = PagedDecode(self._batch, self._cache, scores.window)
-            return paged.attend(layer, queries.transpose(0, 1), scores.scaling)
+                paged = self._paged_decodes[scores.window] = PagedDecode(batch, self.cache, scores.window)
+            paged.attend(layer, queries[: batch.num_decodes], scores.scaling, out[: batch.num_decodes])
+        for chunk in batch.chunks:
+            span = slice(chunk.query_start, chunk.query_start + chunk.num_queries)
+            where = chunk.block_ids, chunk.context_len
+            attend_prompt(self.cache, layer, queries[span], *where, scores, out[span])
+        return out
+
+    def _decode(self, layer: int, queries: Tensor, scores: Scores) -> Tensor:
         plan = self._decode_plans.get(scores.window)
         if plan is None:
-            plan = _plan_decodes(self._batch, self._cache.block_size, scores.window, self._cache.blocks)
+            plan = _plan_decodes(self.batch, self.cache.block_size, scores.window, self.cache.blocks)
             self._decode_plans[scores.window] = plan
         num_heads, num_decodes, head_dim = queries.shape
-        num_kv_heads = self._cache.shape.num_kv_heads
+        num_kv_heads = self.cache.shape.num_kv_heads
         grouped = queries.transpose(0, 1).reshape(num_decodes, num_kv_heads, num_heads // num_kv_heads, head_dim)
         if plan.owner is not None:
             grouped = grouped.index_select(0, plan.owner)
@@ -100,7 +120,7 @@ class SdpaStep:
         """All splits: (N, num_kv_heads, group, head_dim) and their log-sum-exp; no more at once than is bounded."""
         num_splits, num_kv_heads, group, head_dim = grouped.shape
         width = len(plan.block_ids) // num_splits
-        num_tokens = width * self._cache.block_size
+        num_tokens = width * self.cache.block_size
         # Keys and values, and both once more in float32, and the scores.
         bytes_per_split = 4 * num_tokens * num_kv_heads * (4 * head_dim + 2 * group)
         at_once = max(1, _MAX_BYTES // bytes_per_split)
@@ -109,7 +129,7 @@ class SdpaStep:
             part = slice(first, first + at_once)
             keys, values = (
                 gathered.view(-1, num_tokens, num_kv_heads, head_dim).transpose(1, 2)
-                for gathered in self._cache.gather(layer, plan.block_ids[first * width : part.stop * width])
+                for gathered in self.cache.gather(layer, plan.block_ids[first * width : part.stop * width])
             )
             mask = None if plan.mask is None else plan.mask[part]
             parts.append(_attend(grouped[part], keys, values, scores, mask=mask))
@@ -142,9 +162,9 @@ class SdpaStep:
         end, window = chunk.context_len + chunk.num_queries, scores.window
         start = 0
         if window is not None:
-            start = max(0, chunk.context_len - window + 1) // self._cache.block_size * self._cache.block_size
+            start = max(0, chunk.context_len - window + 1) // self.cache.block_size * self.cache.block_size
         keys, values = self._context(layer, chunk, start, end)
-        grouped = _group(queries, self._cache.shape.num_kv_heads)
+        grouped = _group(queries, self.cache.shape.num_kv_heads)
         longest = end - start if window is None else min(end - start, window + _MAX_PART)
         part_len = max(1, min(_MAX_PART, _MAX_BYTES // (8 * len(queries) * longest)))
         parts = []
@@ -164,8 +184,8 @@ class SdpaStep:
 
     def _context(self, layer: int, chunk: PromptChunk, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Tokens [start, end) from the pool, start on a block's border: keys and values as `_spread` gives them."""
-        size = self._cache.block_size
-        gathered = self._cache.gather(layer, chunk.block_ids[start // size : -(-end // size)])
+        size = self.cache.block_size
+        gathered = self.cache.gather(layer, chunk.block_ids[start // size : -(-end // size)])
         keys, values = (part.flatten(0, 1)[: end - start].transpose(0, 1) for part in gathered)
         return _spread(keys), _spread(values)
 

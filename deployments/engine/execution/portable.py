@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from deployments.engine.attention.paged_decode import can_decode, compile_decode
+from deployments.engine.attention.paged import compile_kernels, has_kernels
 from deployments.engine.attention.sdpa import SdpaStep
 from deployments.engine.batch.build import build_batch, order_for_batch
 from deployments.engine.config import EngineLimits
@@ -81,8 +81,8 @@ class ModelRunner:
         self.cache = cache
         self._drawn = torch.empty(0, dtype=torch.int64)
         self._row_of: dict[str, int] = {}
-        if can_decode(cache):
-            compile_decode(cache)
+        if has_kernels(cache):
+            compile_kernels(cache)
         compile_draws(loaded.vocab_size, loaded.model.dtype, loaded.device)
 
     @torch.inference_mode()

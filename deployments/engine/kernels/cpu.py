@@ -115,39 +115,55 @@ def exp_of_negative(x):
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@njit(fastmath=True, parallel=PARALLEL, cache=PARALLEL, nogil=True)
+@njit(fastmath=True)
+def normalise_row(row, weight, eps, result):
+    """RMSNorm of one row."""
+    total = _FLOAT(0)
+    for j in range(row.shape[0]):
+        total += row[j] * row[j]
+    scale = _FLOAT(1) / np.sqrt(total / _FLOAT(row.shape[0]) + eps)
+    for j in range(row.shape[0]):
+        result[j] = weight[j] * (row[j] * scale)
+
+
+@njit(fastmath=True)
+def silu_mul_row(gate_up, result):
+    """SwiGLU's activation of one row."""
+    size = result.shape[0]
+    gate, up = gate_up[:size], gate_up[size:]
+    for j in range(size):
+        small = exp_of_negative(-abs(gate[j]))
+        share = _FLOAT(1) if gate[j] >= 0 else small
+        result[j] = gate[j] * (share / (_FLOAT(1) + small)) * up[j]
+
+
+@njit(fastmath=True)
+def rotate_head(head, cos, sin, result):
+    """Rotary embedding of one head of one token; not in place."""
+    half = head.shape[0] // 2
+    a, b, cos_a, cos_b, sin_a, sin_b = head[:half], head[half:], cos[:half], cos[half:], sin[:half], sin[half:]
+    to_a, to_b = result[:half], result[half:]
+    for j in range(half):
+        to_a[j] = a[j] * cos_a[j] - b[j] * sin_a[j]
+        to_b[j] = b[j] * cos_b[j] + a[j] * sin_b[j]
+
+
+@njit(parallel=PARALLEL, cache=PARALLEL, nogil=True)
 def _rms_norm(x, weight, eps, out):
     for i in prange(x.shape[0]):
-        row, result = x[i], out[i]
-        total = _FLOAT(0)
-        for j in range(row.shape[0]):
-            total += row[j] * row[j]
-        scale = _FLOAT(1) / np.sqrt(total / _FLOAT(row.shape[0]) + eps)
-        for j in range(row.shape[0]):
-            result[j] = weight[j] * (row[j] * scale)
+        normalise_row(x[i], weight, eps, out[i])
 
 
-@njit(fastmath=True, parallel=PARALLEL, cache=PARALLEL, nogil=True)
+@njit(parallel=PARALLEL, cache=PARALLEL, nogil=True)
 def _silu_mul(gate_up, out):
-    size = out.shape[1]
     for i in prange(gate_up.shape[0]):
-        gate, up, result = gate_up[i, :size], gate_up[i, size:], out[i]
-        for j in range(size):
-            small = exp_of_negative(-abs(gate[j]))
-            share = _FLOAT(1) if gate[j] >= 0 else small
-            result[j] = gate[j] * (share / (_FLOAT(1) + small)) * up[j]
+        silu_mul_row(gate_up[i], out[i])
 
 
-@njit(fastmath=True, parallel=PARALLEL, cache=PARALLEL, nogil=True)
+@njit(parallel=PARALLEL, cache=PARALLEL, nogil=True)
 def _rotate(flat, stride, cos, sin, out):
     num_heads, head_dim = out.shape[1], out.shape[2]
-    half = head_dim // 2
     for t in prange(out.shape[0]):
-        cos_a, cos_b, sin_a, sin_b = cos[t, :half], cos[t, half:], sin[t, :half], sin[t, half:]
         for head in range(num_heads):
             start = t * stride + head * head_dim
-            a, b = flat[start : start + half], flat[start + half : start + head_dim]
-            to_a, to_b = out[t, head, :half], out[t, head, half:]
-            for j in range(half):
-                to_a[j] = a[j] * cos_a[j] - b[j] * sin_a[j]
-                to_b[j] = b[j] * cos_b[j] + a[j] * sin_b[j]
+            rotate_head(flat[start : start + head_dim], cos[t], sin[t], out[t, head])

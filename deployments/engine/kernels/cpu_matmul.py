@@ -63,7 +63,7 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
     """
     out = torch.empty((*x.shape[:-1], weight.num_columns), dtype=torch.float32)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    _linear(rows.numpy(), weight.panels, weight.bias, out.view(-1, weight.num_columns).numpy())
+    multiply_packed(rows.numpy(), weight.panels, weight.bias, out.view(-1, weight.num_columns).numpy())
     return out
 
 
@@ -103,7 +103,8 @@ def _multiply(x, x_stride, num_rows, panel, depth, end, bias, out, out_stride):
 
 
 @njit(parallel=PARALLEL, cache=PARALLEL, nogil=True)
-def _linear(x, packed, bias, out):
+def multiply_packed(x, packed, bias, out):
+    """`linear`, for compiled code: (T, K), panels and starts of a `PackedWeight`, and (T, N), which is filled."""
     depth, num_columns = x.shape[1], out.shape[1]
     x_at, packed_at = np.int64(x.ctypes.data), np.int64(packed.ctypes.data)
     bias_at, out_at = np.int64(bias.ctypes.data), np.int64(out.ctypes.data)

@@ -18,10 +18,10 @@ class PackedLinear(nn.Module):
         self.in_features = layer.in_features
         self.out_features = layer.out_features
         bias = None if layer.bias is None else layer.bias.detach()
-        self._weight = PackedWeight(layer.weight.detach(), bias)
+        self.packed = PackedWeight(layer.weight.detach(), bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self._weight)
+        return linear(x, self.packed)
 
 
 def pack_linears(model: nn.Module) -> int:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from deployments.engine.attention.base import IMPLEMENTATION, register
 from deployments.engine.config import EngineConfig
 from deployments.engine.kv.cache import KVShape
+from deployments.engine.layers.cpu import fuse_decoder_layers
 from deployments.engine.layers.fused import CPU_KERNELS, fuse_layers
 from deployments.engine.layers.merged import merge_linears
 from deployments.engine.layers.packed import pack_linears
@@ -111,7 +112,8 @@ def optimize_layers(model: PreTrainedModel) -> bool:
         return _optimize_for_cuda(model)
     if model.dtype is torch.float32:
         fuse_layers(model, CPU_KERNELS)
-    pack_linears(model)
+    if pack_linears(model):
+        fuse_decoder_layers(model, probe_kv_shape(model, model.device))
     return False
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.attention import sdpa
-from deployments.engine.attention.paged_decode import PagedDecode
+from deployments.engine.attention.paged import PagedDecode, attend_prompt
 from deployments.engine.attention.sdpa import _plan_decodes
 from deployments.engine.batch.build import Batch, PromptChunk
 from deployments.engine.kernels.arguments import Scores
@@ -102,7 +102,7 @@ def check(
         start += count
     batch = build_batch(torch.cat(slots), decode_lens, tables, prompt_chunks)
     for kernel in (True, False):  # without it as well, as for other dtypes
-        with patch.object(sdpa, "can_decode", lambda _, kernel=kernel: kernel):
+        with patch.object(sdpa, "can_attend", lambda *_, kernel=kernel: kernel and softcap is None and sinks is None):
             scores = Scores(SCALING, window, softcap, sinks)
             actual = sdpa.SdpaStep(pool.cache, batch).attend(0, queries, keys, values, scores, None)
         torch.testing.assert_close(actual.double(), torch.cat(expected), rtol=1e-4, atol=1e-5)
@@ -178,6 +178,7 @@ def test_no_more_is_computed_at_once_than_is_bounded(window: int | None, is_fuse
         patch.object(sdpa, "_MAX_BYTES", 8 * bound),
         patch.object(sdpa, "_MAX_PART", 16),
         patch.object(sdpa, "_is_fused", lambda *_: is_fused),
+        patch.object(sdpa, "can_attend", lambda *_: False),
     ):
         check([200] * 5, [(90, 300), (0, 100)], window, None if is_fused else 3.0, seed=7)
     if window is not None or not is_fused:
@@ -215,7 +216,29 @@ def test_a_decode_gives_the_same_bits_whatever_runs_beside_it() -> None:
     pool, lens = Pool(3), [700, 5, 300]
     tables = [pool.take(length) for length in lens]
     queries = pool.randn(len(lens), NUM_HEADS, HEAD_DIM)
-    together = PagedDecode(build_batch(torch.zeros(0), lens, tables, []), pool.cache, None).attend(0, queries, SCALING)
-    for i, length in enumerate(lens):
-        alone = PagedDecode(build_batch(torch.zeros(0), [length], tables[i : i + 1], []), pool.cache, None)
-        assert torch.equal(alone.attend(0, queries[i : i + 1], SCALING)[0], together[i])
+
+    def attend(rows: slice) -> Tensor:
+        batch, out = build_batch(torch.zeros(0), lens[rows], tables[rows], []), torch.empty_like(queries[rows])
+        PagedDecode(batch, pool.cache, None).attend(0, queries[rows], SCALING, out)
+        return out
+
+    together = attend(slice(3))
+    for i in range(len(lens)):
+        assert torch.equal(attend(slice(i, i + 1))[0], together[i])
+
+
+@pytest.mark.parametrize("window", [None, 7, 250])
+def test_a_prompts_token_gives_the_same_bits_wherever_its_chunk_begins_and_ends(window: int | None) -> None:
+    pool, length = Pool(4), 900
+    table = torch.tensor(pool.take(length))
+    queries = pool.randn(length, NUM_HEADS, HEAD_DIM)
+
+    def attend(start: int, end: int) -> Tensor:
+        out = torch.empty(end - start, NUM_HEADS, HEAD_DIM)
+        blocks = table[: -(-end // BLOCK_SIZE)]
+        attend_prompt(pool.cache, 0, queries[start:end], blocks, start, Scores(SCALING, window), out)
+        return out
+
+    whole = attend(0, length)
+    for start, end in ((0, 2), (1, 300), (500, 900), (191, 193), (898, 900)):
+        assert torch.equal(attend(start, end), whole[start:end])

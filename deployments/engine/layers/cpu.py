@@ -1,0 +1,225 @@
+"""Decoder layers of Llama's kind on a CPU: compiled code around attention in place of modules and operators.
+
+What is replaced is recognised by its parts, and only if the replacement gives the same output, and the same KV, for
+random input; a layer of another kind runs as it is.
+"""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deployments.engine.attention.paged import can_attend
+from deployments.engine.attention.sdpa import SdpaStep
+from deployments.engine.batch.build import Batch, PromptChunk
+from deployments.engine.kernels.arguments import Rotation, Scores
+from deployments.engine.kernels.cpu_layers import enter_attention, leave_attention
+from deployments.engine.kernels.cpu_matmul import PackedWeight
+from deployments.engine.kv.cache import KVCache, KVShape
+from deployments.engine.layers.fused import FusedGatedMLP, FusedRMSNorm
+from deployments.engine.layers.merged import LinearPart
+from deployments.engine.layers.packed import PackedLinear
+
+_PROBE_ROWS, _PROBE_BLOCK_SIZE, _TOLERANCE = 5, 4, 1e-4
+# Some models scale queries by the positions of their tokens, once these pass what they were trained for.
+_PROBE_POSITION = 1 << 24
+_NO_NORM = np.empty(0, np.float32)
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    weight: np.ndarray
+    eps: np.float32
+
+    @classmethod
+    def of(cls, norm: FusedRMSNorm) -> "_Norm":
+        return cls(norm.weight.numpy(), np.float32(norm.eps))
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a layer is made of, as compiled code takes it. `*_heads`: norms of single heads, which most models lack."""
+
+    before_attention: _Norm
+    before_mlp: _Norm
+    query_heads: _Norm
+    key_heads: _Norm
+    qkv: PackedWeight
+    attended: PackedWeight
+    gate_up: PackedWeight
+    down: PackedWeight
+
+
+def fuse_decoder_layers(model: nn.Module, shape: KVShape) -> int:
+    """Replace the forward of those layers that can be; after `pack_linears`.
+
+    Returns:
+        How many.
+    """
+    layers = [layer for layer in model.modules() if isinstance(getattr(layer, "self_attn", None), nn.Module)]
+    last = max((_index_of(layer) for layer in layers), default=0)
+    num_fused = 0
+    for layer in layers:
+        parts = _parts_of(layer)
+        fused = None if parts is None else _fused(layer, parts, shape, _index_of(layer) == last)
+        if fused is not None:
+            layer.forward = fused
+            num_fused += 1
+    return num_fused
+
+
+def _forward(
+    parts: _Parts,
+    index: int,
+    scores: Scores,
+    is_last: bool,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    paged_step: SdpaStep,
+    **_: object,
+) -> Tensor:
+    """A decoder layer; writes over its input, and in the last one only over the rows that are wanted.
+
+    Args:
+        parts: of the layer.
+        index: of the layer.
+        scores: as its attention asks for them.
+        is_last: it is the model's last one.
+        hidden_states: (1, T, hidden_size).
+        position_embeddings: cos and sin, (1, T, head_dim).
+        paged_step: the step's attention.
+    """
+    hidden = hidden_states[0]
+    cos, sin = (table[0].contiguous().numpy() for table in position_embeddings)
+    keys, values = paged_step.cache.blocks[index].numpy()
+    num_heads = parts.qkv.num_columns // keys.shape[3] - 2 * keys.shape[2]
+    queries = torch.empty(len(hidden), num_heads, keys.shape[3])
+    norm, heads = parts.before_attention, (parts.query_heads.weight, parts.key_heads.weight, parts.query_heads.eps)
+    enter_attention(
+        hidden.numpy(),
+        norm.weight,
+        norm.eps,
+        parts.qkv.panels,
+        parts.qkv.bias,
+        *heads,
+        cos,
+        sin,
+        paged_step.batch.slot_mapping.numpy(),
+        queries.numpy(),
+        keys,
+        values,
+    )
+    rows = paged_step.rows if is_last else None
+    if rows is None:
+        _leave(parts, paged_step.attend_stored(index, queries, scores), hidden)
+    elif len(rows):
+        attended, wanted = paged_step.attend_stored(index, queries, scores)[rows], hidden[rows]
+        _leave(parts, attended, wanted)
+        hidden[rows] = wanted
+    return hidden_states
+
+
+def _leave(parts: _Parts, attended: Tensor, hidden: Tensor) -> None:
+    norm = parts.before_mlp
+    leave_attention(
+        attended.view(len(attended), -1).numpy(),
+        hidden.numpy(),
+        parts.attended.panels,
+        parts.attended.bias,
+        norm.weight,
+        norm.eps,
+        parts.gate_up.panels,
+        parts.gate_up.bias,
+        parts.down.panels,
+        parts.down.bias,
+    )
+
+
+def _index_of(layer: Any) -> int:
+    index = getattr(layer.self_attn, "layer_idx", None)
+    return index if isinstance(index, int) else 0
+
+
+def _parts_of(layer: Any) -> _Parts | None:
+    """What compiled code needs of a layer; None: it is of another kind."""
+    attention, mlp = layer.self_attn, getattr(layer, "mlp", None)
+    norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
+    head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    first = getattr(attention, "q_proj", None)
+    qkv = first.group.linear if isinstance(first, LinearPart) else getattr(attention, "qkv_proj", None)
+    linears = [qkv, getattr(attention, "o_proj", None)]
+    if isinstance(mlp, FusedGatedMLP):
+        linears += [mlp.gate_up, mlp.down_proj]
+    if len(linears) != 4 or not all(isinstance(linear, PackedLinear) for linear in linears):
+        return None
+    if not all(isinstance(norm, FusedRMSNorm) for norm in norms):
+        return None
+    if head_norms == [None, None]:
+        heads = [_Norm(_NO_NORM, np.float32(0))] * 2
+    elif all(isinstance(norm, FusedRMSNorm) for norm in head_norms) and head_norms[0].eps == head_norms[1].eps:
+        heads = [_Norm.of(norm) for norm in head_norms]
+    else:
+        return None
+    return _Parts(*map(_Norm.of, norms), *heads, *(linear.packed for linear in linears))
+
+
+class _Recorder(SdpaStep):
+    """Attention that remembers what a layer asked for."""
+
+    scores: Scores | None = None
+
+    def attend(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores, rotation: Rotation | None
+    ) -> Tensor:
+        self.scores = scores
+        return super().attend(layer, queries, keys, values, scores, rotation)
+
+
+@torch.inference_mode()
+def _fused(layer: Any, parts: _Parts, shape: KVShape, is_last: bool) -> "partial[Tensor] | None":
+    """The layer as compiled code, if both give the same where the residual is small beside what is added, and large."""
+    index, head_dim = _index_of(layer), shape.head_dim
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, _PROBE_ROWS, len(parts.before_attention.weight), generator=generator)
+    halves = torch.randn(2, 1, _PROBE_ROWS, head_dim // 2, generator=generator)
+    positions = torch.arange(_PROBE_POSITION, _PROBE_POSITION + _PROBE_ROWS).unsqueeze(0)
+    needs: dict[str, Any] = {"position_embeddings": tuple(torch.cat((halves, halves), -1)), "position_ids": positions}
+    needs |= dict.fromkeys(("attention_mask", "cache"))
+    if any(norm.weight.size not in (0, head_dim) for norm in (parts.query_heads, parts.key_heads)):
+        return None
+    for scale in (0.01, 1.0, 100.0):
+        theirs, ours = _probe_step(shape), _probe_step(shape)
+        try:
+            expected = layer(scale * rows, **needs, paged_step=theirs)
+            if theirs.scores is None or not can_attend(ours.cache, theirs.scores):
+                return None
+            fused = partial(_forward, parts, index, theirs.scores, is_last)
+            out = fused(scale * rows, **needs, paged_step=ours)
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            logger.info("%s runs as modules: %s", type(layer).__name__, error)
+            return None
+        if not isinstance(expected, Tensor) or not _is_near(out, expected):
+            return None
+        if not _is_near(ours.cache.blocks[index], theirs.cache.blocks[index]):
+            return None
+    return fused
+
+
+def _probe_step(shape: KVShape) -> _Recorder:
+    """One step of a sequence, in blocks that do not follow each other."""
+    cache = KVCache(shape, 4, _PROBE_BLOCK_SIZE, torch.device("cpu"))
+    block_ids = torch.tensor([3, 1])
+    at = torch.arange(_PROBE_ROWS)
+    slots = block_ids[at // _PROBE_BLOCK_SIZE] * _PROBE_BLOCK_SIZE + at % _PROBE_BLOCK_SIZE
+    chunk = PromptChunk(0, _PROBE_ROWS, 0, block_ids)
+    none = np.zeros((0, 1), np.int64), np.zeros(0, np.int64)
+    return _Recorder(cache, Batch(at, at, slots, at, *none, (chunk,)))
+
+
+def _is_near(out: Tensor, expected: Tensor) -> bool:
+    return out.shape == expected.shape and bool((out - expected).norm() <= _TOLERANCE * expected.norm())
