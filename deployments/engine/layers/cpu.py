@@ -27,7 +27,6 @@ from deployments.engine.layers.packed import PackedLinear
 _PROBE_ROWS, _PROBE_BLOCK_SIZE, _TOLERANCE = 5, 4, 1e-4
 # Some models scale queries by the positions of their tokens, once these pass what they were trained for.
 _PROBE_POSITION = 1 << 24
-_NO_NORM = np.empty(0, np.float32)
 logger = logging.getLogger(__name__)
 
 
@@ -39,6 +38,9 @@ class _Norm:
     @classmethod
     def of(cls, norm: FusedRMSNorm) -> "_Norm":
         return cls(norm.weight.numpy(), np.float32(norm.eps))
+
+
+_NO_NORM = _Norm(np.empty(0, np.float32), np.float32(0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,24 +150,22 @@ def _index_of(layer: Any) -> int:
 def _parts_of(layer: Any) -> _Parts | None:
     """What compiled code needs of a layer; None: it is of another kind."""
     attention, mlp = layer.self_attn, getattr(layer, "mlp", None)
-    norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
-    head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    if not isinstance(mlp, FusedGatedMLP):
+        return None
     first = getattr(attention, "q_proj", None)
     qkv = first.group.linear if isinstance(first, LinearPart) else getattr(attention, "qkv_proj", None)
-    linears = [qkv, getattr(attention, "o_proj", None)]
-    if isinstance(mlp, FusedGatedMLP):
-        linears += [mlp.gate_up, mlp.down_proj]
-    if len(linears) != 4 or not all(isinstance(linear, PackedLinear) for linear in linears):
+    linears: list[Any] = [qkv, getattr(attention, "o_proj", None), mlp.gate_up, mlp.down_proj]
+    norms: list[Any] = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
+    norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
+    if not all(isinstance(linear, PackedLinear) for linear in linears):
         return None
-    if not all(isinstance(norm, FusedRMSNorm) for norm in norms):
+    if not all(isinstance(norm, FusedRMSNorm) for norm in norms) or len(norms) == 3:
         return None
-    if head_norms == [None, None]:
-        heads = [_Norm(_NO_NORM, np.float32(0))] * 2
-    elif all(isinstance(norm, FusedRMSNorm) for norm in head_norms) and head_norms[0].eps == head_norms[1].eps:
-        heads = [_Norm.of(norm) for norm in head_norms]
-    else:
+    before_attention, before_mlp, *heads = map(_Norm.of, norms)
+    query_heads, key_heads = heads or (_NO_NORM, _NO_NORM)
+    if query_heads.eps != key_heads.eps:
         return None
-    return _Parts(*map(_Norm.of, norms), *heads, *(linear.packed for linear in linears))
+    return _Parts(before_attention, before_mlp, query_heads, key_heads, *(linear.packed for linear in linears))
 
 
 class _Recorder(SdpaStep):

@@ -4,8 +4,7 @@ import copy
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deployments.engine.layers.cpu import fuse_decoder_layers
 from deployments.engine.layers.fused import CPU_KERNELS, fuse_layers
@@ -16,7 +15,7 @@ from deployments.engine.model.probe import probe_kv_shape
 from tests.engine.families import CPU, build_model
 
 
-def fuse(family: str, change: Any = lambda model: None) -> tuple[nn.Module, int]:
+def fuse(family: str, change: Any = lambda model: None) -> tuple[Any, int]:
     """A model, packed, and how many of its layers became compiled code; `change` comes before."""
     model = prepare_model(copy.deepcopy(build_model(family)), "", CPU).model
     merge_linears(model)
