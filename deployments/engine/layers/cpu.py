@@ -5,6 +5,7 @@ random input; a layer of another kind runs as it is.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -76,6 +77,7 @@ def fuse_decoder_layers(model: nn.Module, shape: KVShape) -> int:
 
 
 def _forward(
+    original: Callable[..., Tensor],
     parts: _Parts,
     index: int,
     scores: Scores,
@@ -83,11 +85,12 @@ def _forward(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     paged_step: SdpaStep,
-    **_: object,
+    **others: object,
 ) -> Tensor:
     """A decoder layer; writes over its input, and in the last one only over the rows that are wanted.
 
     Args:
+        original: the layer's own forward, for rotary embeddings of a part of a head.
         parts: of the layer.
         index: of the layer.
         scores: as its attention asks for them.
@@ -96,6 +99,9 @@ def _forward(
         position_embeddings: cos and sin, (1, T, head_dim).
         paged_step: the step's attention.
     """
+    if position_embeddings[0].shape[-1] != paged_step.cache.shape.head_dim:
+        others |= {"position_embeddings": position_embeddings, "paged_step": paged_step}
+        return original(hidden_states, **others)
     hidden = hidden_states[0]
     cos, sin = (table[0].contiguous().numpy() for table in position_embeddings)
     keys, values = paged_step.cache.blocks[index].numpy()
@@ -198,7 +204,7 @@ def _fused(layer: Any, parts: _Parts, shape: KVShape, is_last: bool) -> "partial
             expected = layer(scale * rows, **needs, paged_step=theirs)
             if theirs.scores is None or not can_attend(ours.cache, theirs.scores):
                 return None
-            fused = partial(_forward, parts, index, theirs.scores, is_last)
+            fused = partial(_forward, layer.forward, parts, index, theirs.scores, is_last)
             out = fused(scale * rows, **needs, paged_step=ours)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             logger.info("%s runs as modules: %s", type(layer).__name__, error)
