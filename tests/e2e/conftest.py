@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from app.config import AppConfig
 from app.graph import graph
 from deployments.engine.model.files import BUNDLED_MODEL
-from deployments.engine.model.load import resolve_model
+from deployments.engine.model.resolve import resolve_model
 from deployments.metrics import ReplicaStats
 
 MODEL_NAME = "smollm2"
