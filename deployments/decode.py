@@ -19,7 +19,7 @@ from deployments.errors import TransferError, brief, was_cancelled
 from deployments.front import EngineFront
 from deployments.messages import Ended, GenerateRequest, Placed, ReplyAddress
 from deployments.parity import check_parity
-from deployments.metrics import ReplicaStats
+from deployments.replica_stats import ReplicaStats
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle

@@ -15,7 +15,7 @@ from deployments.engine_actor import spawn_engine
 from deployments.engine_builder import EngineBuilder
 from deployments.engine_client import EngineClient
 from deployments.engine_info import EngineInfo, EngineResources
-from deployments.metrics import HandoffStats, ReplicaStats
+from deployments.replica_stats import HandoffStats, ReplicaStats
 
 logger = logging.getLogger(__name__)
 

@@ -26,8 +26,10 @@ from deployments.engine_info import EngineInfo
 from deployments.load.admission import Admission, Bounds, Ticket
 from deployments.load.pool_health import PoolHealth
 from deployments.load.pool_watch import watch_pools
+from deployments.load.reading import DECODE, PREFILL
 from deployments.messages import GenerateRequest, ModelInfo
-from deployments.metrics import AdmissionMetrics, ClientMetrics, ReplicaStats, render
+from deployments.metrics import AdmissionMetrics, ClientMetrics, render
+from deployments.replica_stats import ReplicaStats
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ class PoolBackend:
         admission: Admission,
         resume_timeout_s: float,
     ) -> None:
-        self._pools = {"decode": decode} if prefill is None else {"prefill": prefill, "decode": decode}
+        self._pools = {DECODE: decode} if prefill is None else {PREFILL: prefill, DECODE: decode}
         self.pool_health = PoolHealth({name: partial(_be_ready, handle) for name, handle in self._pools.items()})
         self._tokens = tokens
         self._admission = admission
@@ -143,7 +145,7 @@ class Ingress:
         tokens = await TokenReceiver.start(ray.util.get_node_ip_address(), max_unread_tokens)
         admission = Admission(bounds)
         self._backend = PoolBackend(decode, prefill, tokens, admission, resume_timeout_s)
-        self._watch = asyncio.create_task(watch_pools(self._backend.read_pools, admission))
+        self._watch = asyncio.create_task(watch_pools(self._backend.read_pools, admission.update))
         self._health_watch = asyncio.create_task(self._backend.pool_health.watch())
         self._max_request_bytes = max_request_bytes
         # What is loaded by now stays. To look through it for garbage takes 0.3 s (450,000 objects, 2 busy cores of a

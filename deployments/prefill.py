@@ -15,7 +15,7 @@ from deployments.engine_info import EngineResources
 from deployments.errors import TransferError
 from deployments.front import EngineFront
 from deployments.messages import ChunkArrived, ChunkReady, Ended, GenerateRequest, ReplyAddress
-from deployments.metrics import ReplicaStats
+from deployments.replica_stats import ReplicaStats
 
 if TYPE_CHECKING:
     from ray import ObjectRef

@@ -19,7 +19,7 @@ from app.config import AppConfig
 from app.graph import graph
 from deployments.engine.model.files import BUNDLED_MODEL
 from deployments.engine.model.resolve import resolve_model
-from deployments.metrics import ReplicaStats
+from deployments.replica_stats import ReplicaStats
 
 MODEL_NAME = "smollm2"
 MODES = ("disaggregated", "colocated")
