@@ -9,7 +9,7 @@ from ray.serve import Application, Deployment
 
 from app.config import AppConfig, Pool
 from deployments.decode import Decode
-from deployments.engine_actor import EngineResources
+from deployments.engine_info import EngineResources
 from deployments.ingress import Ingress
 from deployments.prefill import Prefill
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from deployments.engine.config import EngineConfig
-from deployments.engine_actor import EngineBuilder, EngineInfo, EngineResources, build_engine
+from deployments.engine_builder import EngineBuilder, build_engine
 from deployments.engine_client import EventQueue
+from deployments.engine_info import EngineInfo, EngineResources
 from deployments.errors import TransferError, brief, was_cancelled
 from deployments.front import EngineFront
 from deployments.messages import Ended, GenerateRequest, Placed, ReplyAddress
-from deployments.metrics import ReplicaStats
 from deployments.parity import check_parity
+from deployments.replica_stats import ReplicaStats
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle

@@ -6,23 +6,21 @@ that a transfer never delays an abort.
 """
 
 import logging
-import os
 import queue
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.stats import EngineStats
+from deployments.engine_builder import EngineBuilder, build_engine
+from deployments.engine_info import EngineInfo, EngineResources
 from deployments.errors import TransferError
 from deployments.kv_transfer import direct
-from deployments.kv_transfer.layout import KVLayout
-from deployments.kv_transfer.local import Arena
 from deployments.messages import (
     ChunkReady,
     Ended,
@@ -40,7 +38,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from deployments.engine.engine import Engine
-    from deployments.engine.model.load import LoadedModel
 
 logger = logging.getLogger(__name__)
 
@@ -51,113 +48,6 @@ _IMPORT_TIMEOUT_S = 60.0
 def _log_failure(command: "Future[object]") -> None:
     if error := command.exception():
         logger.error("a command failed in the engine", exc_info=error)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineInfo:
-    """What a front must know of its engine.
-
-    Attributes:
-        path: folder or hub id of the model, tokenizer included.
-        max_model_len: tokens of prompt plus output.
-        vocab_size: ids are below this.
-        eos_token_ids: ids that end a text, as far as the model's configuration says.
-        block_size: tokens per KV block.
-        bytes_per_block: KV of one block, all layers.
-        lease_s: see `EngineConfig`.
-        pid: of the engine's process, on its own node.
-        num_blocks: KV blocks in the pool.
-    """
-
-    path: str
-    max_model_len: int
-    vocab_size: int
-    eos_token_ids: tuple[int, ...]
-    block_size: int
-    bytes_per_block: int
-    lease_s: float
-    pid: int
-    num_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
-class EngineResources:
-    """What Ray sets aside for an engine's process.
-
-    Attributes:
-        num_cpus: logical CPUs.
-        num_gpus: GPUs.
-        custom: custom resources by name.
-    """
-
-    num_cpus: float
-    num_gpus: float
-    custom: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class BuiltEngine:
-    """An engine and what others must know of it.
-
-    Attributes:
-        engine: loaded, idle.
-        info: for fronts and the ingress.
-        layout: of its KV blocks; None: it takes part in no hand-off.
-        device_type: where its KV is.
-        arena: where it copies KV to that it hands over; None: to memory that is its process's alone.
-    """
-
-    engine: "Engine"
-    info: EngineInfo
-    layout: KVLayout | None
-    device_type: str
-    arena: Arena | None = None
-
-
-EngineBuilder: TypeAlias = Callable[[EngineConfig], BuiltEngine]
-
-
-def build_engine(config: EngineConfig) -> BuiltEngine:
-    """Load the model and set up this process for it."""
-    # Imported here and not above: fronts name this function, and must not load transformers for it.
-    from deployments.engine.model.load import load_model
-    from deployments.engine.process import configure_process
-
-    configure_process(config.num_threads or 1)  # never all of the node's cores: it has other engines
-    return assemble_engine(load_model(config), config)
-
-
-def assemble_engine(loaded: "LoadedModel", config: EngineConfig) -> BuiltEngine:
-    """An engine around a model, and what its process needs to hand KV over."""
-    from deployments.engine.engine import Engine
-
-    engine = Engine(loaded, config)
-    limits, shape = engine.limits, engine.kv_shape
-    layout = KVLayout(
-        model=loaded.fingerprint,
-        dtype=str(shape.dtype).removeprefix("torch."),
-        block_size=limits.block_size,
-        num_layers=shape.num_layers,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-    )
-    info = EngineInfo(
-        path=loaded.path,
-        max_model_len=limits.max_model_len,
-        vocab_size=loaded.vocab_size,
-        eos_token_ids=loaded.eos_token_ids,
-        block_size=limits.block_size,
-        bytes_per_block=layout.bytes_per_block,
-        lease_s=config.lease_s,
-        pid=os.getpid(),
-        num_blocks=limits.num_blocks,
-    )
-    logger.info("engine ready: %s, %s, pid %d", loaded.path, limits, os.getpid())
-    arena = None
-    if config.share_kv and config.hands_over:
-        arena = Arena(engine.export_room_bytes, loaded.device.type)
-        engine.export_into(arena.allocate)
-    return BuiltEngine(engine, info, layout, loaded.device.type, arena)
 
 
 class EngineActor:

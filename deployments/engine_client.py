@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from deployments.engine.stats import EngineStats
-from deployments.engine_actor import EngineInfo
+from deployments.engine_info import EngineInfo
 from deployments.errors import EngineDeadError
 from deployments.messages import FrontEvent, GenerateRequest, ReplyAddress
 

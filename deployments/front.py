@@ -11,9 +11,11 @@ from ray import serve
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.stats import EngineStats
-from deployments.engine_actor import EngineBuilder, EngineInfo, EngineResources, spawn_engine
+from deployments.engine_actor import spawn_engine
+from deployments.engine_builder import EngineBuilder
 from deployments.engine_client import EngineClient
-from deployments.metrics import HandoffStats, ReplicaStats
+from deployments.engine_info import EngineInfo, EngineResources
+from deployments.replica_stats import HandoffStats, ReplicaStats
 
 logger = logging.getLogger(__name__)
 

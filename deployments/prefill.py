@@ -9,12 +9,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from deployments.engine.config import EngineConfig
-from deployments.engine_actor import EngineBuilder, EngineResources, build_engine
+from deployments.engine_builder import EngineBuilder, build_engine
 from deployments.engine_client import EventQueue
+from deployments.engine_info import EngineResources
 from deployments.errors import TransferError
 from deployments.front import EngineFront
 from deployments.messages import ChunkArrived, ChunkReady, Ended, GenerateRequest, ReplyAddress
-from deployments.metrics import ReplicaStats
+from deployments.replica_stats import ReplicaStats
 
 if TYPE_CHECKING:
     from ray import ObjectRef

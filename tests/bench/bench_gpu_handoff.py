@@ -24,7 +24,8 @@ import torch
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
-from deployments.engine_actor import BuiltEngine, EngineActor, assemble_engine
+from deployments.engine_actor import EngineActor
+from deployments.engine_builder import BuiltEngine, assemble_engine
 from deployments.kv_transfer import direct
 from deployments.kv_transfer.base import TransferStats
 from deployments.messages import ChunkReady

@@ -11,8 +11,8 @@ from torch import Tensor
 from deployments.decode import Decode
 from deployments.engine.engine import Engine
 from deployments.engine.loop import EngineLoop
-from deployments.engine_actor import EngineInfo, EngineResources
 from deployments.engine_client import EngineClient
+from deployments.engine_info import EngineInfo, EngineResources
 from deployments.front import EngineFront
 from deployments.ingress import PoolBackend
 from deployments.load.admission import Admission, Bounds

@@ -13,7 +13,8 @@ from deployments.engine.scheduling.scheduler import Schedule, Scheduler
 from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.engine.stats import EngineStats
 from deployments.errors import OverloadedError
-from deployments.load.admission import DECODE, Admission, Bounds, Ticket
+from deployments.load.admission import Admission, Bounds, Ticket
+from deployments.load.reading import DECODE, Reading
 from deployments.messages import GenerateRequest, Priority, SamplingParams
 
 MAX_TTFT_S = 6.0
@@ -130,7 +131,7 @@ class Service:
         stats.num_waiting, stats.num_running = len(scheduler.waiting), len(scheduler.running)
         stats.num_used_blocks = scheduler._blocks.num_held_blocks
         stats.finished = scheduler.num_finished
-        self.admission.update({DECODE: {"d": stats.copy()}}, self.now_s)
+        self.admission.update(Reading({DECODE: {"d": stats.copy()}}, self.now_s))
 
 
 def poisson(

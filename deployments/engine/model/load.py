@@ -1,7 +1,7 @@
 """Finds, checks and loads the model. What the engine cannot run is refused here, by the name of the layer.
 
-Called once, when an engine starts. Where a model is, `files.py` knows; what its configuration says,
-`config.py`; which weights it has, `weights.py`; a GGUF file is converted by `gguf.py`.
+Called once, when an engine starts. Where a model is, `resolve.py` knows; what its configuration says,
+`config.py`; which weights it has, `weights.py`.
 """
 
 import logging
@@ -19,9 +19,8 @@ from deployments.engine.layers.merged import merge_linears
 from deployments.engine.layers.packed import pack_linears
 from deployments.engine.model.config import check_config, read_config
 from deployments.engine.model.end_tokens import end_token_ids, read_end_token_ids
-from deployments.engine.model.files import BUNDLED_MODEL, bundled_file, check_files, local_path
-from deployments.engine.model.gguf import convert_gguf
 from deployments.engine.model.probe import probe_kv_shape
+from deployments.engine.model.resolve import resolve_model
 from deployments.engine.model.rope import separate_lengths, waits_for_device
 from deployments.engine.model.weights import load_weights
 from deployments.engine.scheduling.positions import FIXED, PositionRule
@@ -58,27 +57,6 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     positions: PositionRule = FIXED
     has_cuda_layers: bool = False
-
-
-def resolve_model(model: str) -> str:
-    """Turn what the user calls the model into something transformers can load.
-
-    Args:
-        model: hub id, local folder, GGUF file, or the bundled model's name.
-
-    Returns:
-        A hub id or folder. A GGUF file is converted at the first call and found again at later ones, by any process.
-
-    Raises:
-        UnsupportedModelError: the bundled model's package is missing, or the file or folder is not whole.
-    """
-    if model == BUNDLED_MODEL:
-        return str(convert_gguf(bundled_file()))
-    path = local_path(model)
-    if path is None:
-        return model
-    check_files(model)
-    return str(path if path.is_dir() else convert_gguf(path.resolve()))
 
 
 def load_model(config: EngineConfig) -> LoadedModel:

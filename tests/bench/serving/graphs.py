@@ -11,10 +11,11 @@ from starlette.applications import Starlette
 from app.config import AppConfig
 from deployments.api.http import build_app
 from deployments.api.text import TextCodec
+from deployments.api.tokenizer import read_tokenizer
 from deployments.decode import Decode
 from deployments.engine.config import EngineConfig
 from deployments.engine.loop import EngineLoop
-from deployments.engine_actor import EngineResources
+from deployments.engine_info import EngineResources
 from deployments.ingress import Ingress
 from deployments.load.admission import Admission, Bounds, Ticket
 from deployments.messages import EngineEvent, GenerateRequest, ModelInfo, TokenOutput
@@ -128,7 +129,7 @@ class OrdinaryIngress:
     async def __init__(self, decode: Any, served_model_name: str) -> None:  # type: ignore[misc]
         info = await decode.engine_info.remote()
         self._info = ModelInfo(served_model_name, info.path, info.max_model_len, info.vocab_size, ())
-        self._codec = TextCodec.load(info.path)
+        self._codec = TextCodec(read_tokenizer(info.path))
         self._backend = OrdinaryBackend(decode)
 
     def __serve_build_asgi_app__(self) -> Starlette:

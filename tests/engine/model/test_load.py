@@ -22,7 +22,8 @@ from deployments.engine.layers.packed import PackedLinear, pack_linears
 from deployments.engine.model import files
 from deployments.engine.model import gguf as conversion
 from deployments.engine.model.files import BUNDLED_MODEL
-from deployments.engine.model.load import LoadedModel, load_model, prepare_model, resolve_model
+from deployments.engine.model.load import LoadedModel, load_model, prepare_model
+from deployments.engine.model.resolve import resolve_model
 from deployments.errors import UnsupportedModelError
 from tests.engine.driving import build_engine, generate, greedy
 from tests.engine.families import CPU, build_model, continue_greedily, random_prompt
