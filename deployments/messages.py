@@ -76,6 +76,18 @@ def resumed_id(request_id: str, attempt: int) -> str:
     return f"{request_id}{_RESUMED}{attempt}"
 
 
+class DrawnToken(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A token that was drawn, and what is known of the draw.
+
+    Attributes:
+        token_id: the token.
+        logprob: natural logarithm of its probability; None: nobody asked.
+    """
+
+    token_id: int
+    logprob: float | None = None
+
+
 # A Struct, no dataclass, for it crosses the wire with every token; not tracked by the collector, for it has no cycle.
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one sequence.
@@ -148,7 +160,7 @@ class ChunkReady:
         index: place among the request's chunks, from 0.
         start_block: first block, counted from the start of the sequence.
         num_blocks: consecutive blocks in the chunk.
-        first_token: the first generated token; set on the last chunk and on no other.
+        first_token: the first generated token, as it was drawn; set on the last chunk and on no other.
         num_cached_tokens: leading tokens of the prompt that the prefill engine did not compute for this request.
     """
 
@@ -156,7 +168,7 @@ class ChunkReady:
     index: int
     start_block: int
     num_blocks: int
-    first_token: int | None = None
+    first_token: DrawnToken | None = None
     num_cached_tokens: int = 0
 
 

@@ -28,6 +28,7 @@ FORBIDDEN = {
 ENGINE_ROOMS = (
     "config",
     "stats",
+    "upload",
     "kernels",
     "kv",
     "scheduling",

@@ -15,7 +15,7 @@ from deployments.engine.stats import EngineStats
 from deployments.errors import OverloadedError
 from deployments.load.admission import Admission, Bounds, Ticket
 from deployments.load.reading import DECODE, Reading
-from deployments.messages import GenerateRequest, Priority, SamplingParams
+from deployments.messages import DrawnToken, GenerateRequest, Priority, SamplingParams
 
 MAX_TTFT_S = 6.0
 STEP_S, PROMPT_TOKEN_S, DECODE_S = 0.02, 1 / 500, 0.003
@@ -110,14 +110,13 @@ class Service:
     def _conclude(self, schedule: Schedule) -> None:
         for item in schedule.scheduled:
             sequence = item.sequence
-            sequence.num_computed_tokens += item.num_tokens
-            if not item.samples:
+            sequence.begin(item)
+            if not sequence.conclude(item, (DrawnToken(0),) * item.num_draws):
                 continue
             one, ticket = self.running[sequence.request_id]
-            if sequence.num_generated_tokens == 0:
+            if sequence.num_generated_tokens == 1:
                 one.ttft_s = self.now_s - one.arrival_s
                 ticket.first_token(0)
-            sequence.token_ids.append(0)
             if sequence.num_generated_tokens == self.output_tokens:
                 self.scheduler.remove(sequence.request_id)
                 ticket.close()

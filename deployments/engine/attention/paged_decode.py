@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deployments.engine.batch.build import Batch
+from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.kernels.cpu_attention import decode_attention
 from deployments.engine.kv.cache import KVCache
 
@@ -23,16 +23,16 @@ def can_decode(cache: KVCache) -> bool:
 def compile_decode(cache: KVCache) -> None:
     """Compile the kernel for this pool, or fetch it from numba's cache, before the first request needs it."""
     shape = cache.shape
-    none = torch.empty(0, dtype=torch.int64)
-    nothing = Batch(none, none, none, none, np.zeros((0, 1), np.int64), np.zeros(0, np.int64), ())
+    none = np.zeros(0, np.int64)
+    nothing = StepArrays(none, none, none, none, none, none, np.zeros((0, 1), np.int64), 0, none, none)
     PagedDecode(nothing, cache, None).attend(0, torch.empty(0, shape.num_kv_heads, shape.head_dim), 1.0)
 
 
 class PagedDecode:
     """The decodes of one step; shared by all layers with the same window."""
 
-    def __init__(self, batch: Batch, cache: KVCache, window: int | None) -> None:
-        lens = batch.decode_lens
+    def __init__(self, arrays: StepArrays, cache: KVCache, window: int | None) -> None:
+        lens = arrays.decode_lens
         start = np.zeros_like(lens) if window is None else np.maximum(lens - window, 0)
         num_splits = -(-(lens - start) // _SPLIT_TOKENS)
         self._first_split = np.concatenate(([0], np.cumsum(num_splits)))
@@ -40,7 +40,7 @@ class PagedDecode:
         rank = np.arange(len(owner)) - self._first_split[owner]
         first = start[owner] + rank * _SPLIT_TOKENS
         self._splits = np.stack((owner, first, np.minimum(first + _SPLIT_TOKENS, lens[owner])), axis=1)
-        self._tables = batch.decode_block_tables
+        self._tables = arrays.decode_tables
         self._cache = cache
 
     def attend(self, layer: int, queries: Tensor, scaling: float) -> Tensor:

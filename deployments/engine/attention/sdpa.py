@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from deployments.engine.attention.paged_decode import PagedDecode, can_decode
-from deployments.engine.batch.build import Batch, PromptChunk
+from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.kernels.arguments import Rotation, Scores
 from deployments.engine.kernels.cpu import use_torch_threads
 from deployments.engine.kv.cache import KVCache
+from deployments.engine.upload import upload
 
 # A split has a fixed price beside its tokens: about that of 32 tokens (2 Zen 3 cores, 3 KV heads of 64, 2026-11).
 _SPLIT_OVERHEAD_TOKENS = 32
@@ -26,6 +27,23 @@ _SPLIT_OVERHEAD_TOKENS = 32
 _MAX_BYTES = 256 << 20
 _MAX_PART = 256
 _flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    """A run that is no decode of one token.
+
+    Attributes:
+        query_start: where the chunk begins in the flat batch.
+        num_queries: its tokens.
+        context_len: tokens of the sequence that were computed before it.
+        block_ids: (ceil((context_len + num_queries) / block_size),) int64 physical blocks.
+    """
+
+    query_start: int
+    num_queries: int
+    context_len: int
+    block_ids: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +66,12 @@ class SdpaStep:
 
     rows = None
 
-    def __init__(self, cache: KVCache, batch: Batch) -> None:
+    def __init__(self, cache: KVCache, arrays: StepArrays) -> None:
         use_torch_threads()
         self._cache = cache
-        self._batch = batch
+        self._arrays = arrays
+        self._slots = upload(arrays.slots, cache.blocks.device)
+        self._chunks = _cut_chunks(arrays, cache.block_size, cache.blocks.device)
         self._decode_plans: dict[int | None, _DecodePlan] = {}
         self._paged_decodes: dict[int | None, PagedDecode] = {}
 
@@ -65,12 +85,12 @@ class SdpaStep:
         rotation: Rotation | None,
     ) -> Tensor:
         assert rotation is None, "this attention takes queries and keys that are rotated"
-        batch = self._batch
-        self._cache.write(layer, batch.slot_mapping, keys.transpose(0, 1), values.transpose(0, 1))
+        num_decodes = self._arrays.num_decodes
+        self._cache.write(layer, self._slots, keys.transpose(0, 1), values.transpose(0, 1))
         outputs = []
-        if batch.num_decodes:
-            outputs.append(self._decode(layer, queries[:, : batch.num_decodes], scores))
-        for chunk in batch.chunks:
+        if num_decodes:
+            outputs.append(self._decode(layer, queries[:, :num_decodes], scores))
+        for chunk in self._chunks:
             span = slice(chunk.query_start, chunk.query_start + chunk.num_queries)
             outputs.append(self._prefill(layer, chunk, queries[:, span], keys[:, span], values[:, span], scores))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -79,11 +99,11 @@ class SdpaStep:
         if scores.softcap is None and scores.sinks is None and can_decode(self._cache):
             paged = self._paged_decodes.get(scores.window)
             if paged is None:
-                paged = self._paged_decodes[scores.window] = PagedDecode(self._batch, self._cache, scores.window)
+                paged = self._paged_decodes[scores.window] = PagedDecode(self._arrays, self._cache, scores.window)
             return paged.attend(layer, queries.transpose(0, 1), scores.scaling)
         plan = self._decode_plans.get(scores.window)
         if plan is None:
-            plan = _plan_decodes(self._batch, self._cache.block_size, scores.window, self._cache.blocks)
+            plan = _plan_decodes(self._arrays, self._cache.block_size, scores.window, self._cache.blocks)
             self._decode_plans[scores.window] = plan
         num_heads, num_decodes, head_dim = queries.shape
         num_kv_heads = self._cache.shape.num_kv_heads
@@ -245,8 +265,20 @@ def _split_blocks(num_blocks: np.ndarray, block_size: int) -> int:
     return int(candidates[cost.argmin()])
 
 
-def _plan_decodes(batch: Batch, block_size: int, window: int | None, pool: Tensor) -> _DecodePlan:
-    lens = batch.decode_lens
+def _cut_chunks(arrays: StepArrays, block_size: int, device: torch.device) -> list[PromptChunk]:
+    """The runs behind the decodes."""
+    chunks, query_start = [], arrays.num_decodes
+    for run in range(arrays.num_decodes, arrays.num_runs):
+        context_len, num_queries = int(arrays.starts[run]), int(arrays.counts[run])
+        num_blocks = -(-(context_len + num_queries) // block_size)
+        block_ids = upload(arrays.tables[run, :num_blocks], device)
+        chunks.append(PromptChunk(query_start, num_queries, context_len, block_ids))
+        query_start += num_queries
+    return chunks
+
+
+def _plan_decodes(arrays: StepArrays, block_size: int, window: int | None, pool: Tensor) -> _DecodePlan:
+    lens = arrays.decode_lens
     first = np.zeros_like(lens) if window is None else np.maximum(lens - window, 0) // block_size
     num_blocks = -(-lens // block_size) - first
     width = _split_blocks(num_blocks, block_size)
@@ -255,7 +287,7 @@ def _plan_decodes(batch: Batch, block_size: int, window: int | None, pool: Tenso
     # Place of each split within its decode: 0, 1, ... for every owner.
     rank = np.arange(len(owner)) - np.repeat(np.cumsum(num_splits) - num_splits, num_splits)
     logical = (first[owner] + rank * width)[:, None] + np.arange(width)
-    tables = batch.decode_block_tables
+    tables = arrays.decode_tables
     physical = tables[owner[:, None], np.minimum(logical, tables.shape[1] - 1)]
     positions = (logical[:, :, None] * block_size + np.arange(block_size)).reshape(len(owner), -1)
     visible = positions < lens[owner, None]

@@ -8,7 +8,7 @@ from deployments.engine.config import EngineLimits
 from deployments.engine.scheduling.block_manager import BlockManager
 from deployments.engine.scheduling.scheduler import Schedule, Scheduler
 from deployments.engine.scheduling.sequence import Role, Sequence, Status
-from deployments.messages import GenerateRequest, Placed, Priority, SamplingParams
+from deployments.messages import DrawnToken, GenerateRequest, Placed, Priority, SamplingParams
 
 BLOCK_SIZE = 4
 
@@ -35,10 +35,8 @@ def execute(schedule: Schedule) -> dict[str, int]:
     """Pretend that the model ran: what was computed per request; each complete run draws token 0."""
     ran = {}
     for item in schedule.scheduled:
-        draws = item.samples
-        item.sequence.num_computed_tokens += item.num_tokens
-        if draws:
-            item.sequence.token_ids.append(0)
+        item.sequence.begin(item)
+        item.sequence.conclude(item, (DrawnToken(0),) * item.num_draws)
         ran[item.sequence.request_id] = item.num_tokens
     return ran
 
@@ -62,8 +60,7 @@ def test_a_prompt_that_waits_to_be_handed_over_holds_up_no_other() -> None:
     scheduler = build(budget=16)
     done = Sequence(GenerateRequest("done", tuple(range(5)), SamplingParams(max_tokens=100)), Role.EXPORT, 0.0)
     scheduler.add(done)
-    scheduler.schedule()
-    done.num_computed_tokens = 5
+    execute(scheduler.schedule())
     add(scheduler, "next", 10)
     assert step(scheduler) == {"next": 10}
 
