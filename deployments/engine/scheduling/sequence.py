@@ -54,10 +54,10 @@ class ScheduledSequence:
     @classmethod
     def of(cls, sequence: "Sequence", num_tokens: int, drafts: tuple[int, ...] = ()) -> "ScheduledSequence":
         """The next tokens of a sequence as it is now; drafts only behind its newest one."""
-        is_newest = num_tokens == sequence.num_remaining_tokens
+        start = sequence.num_launched_tokens
+        is_newest = start + num_tokens == sequence.num_tokens
         assert is_newest or not drafts, f"{sequence.request_id}: drafts in the middle"
-        num_draws = 1 + len(drafts) if is_newest else 0
-        return cls(sequence, sequence.num_launched_tokens, num_tokens + len(drafts), num_draws, drafts)
+        return cls(sequence, start, num_tokens + len(drafts), 1 + len(drafts) if is_newest else 0, drafts)
 
     @property
     def is_decode(self) -> bool:
