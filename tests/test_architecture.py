@@ -110,6 +110,46 @@ def test_a_module_imports_only_what_its_place_allows(module):
     assert violations(module, MODULES[module].read_text()) == []
 
 
+def reached_from(module: str) -> set[str]:
+    """Modules of the project that come along when this one is imported, packages' own files included."""
+    reached, todo = set[str](), [module]
+    while todo:
+        name = todo.pop()
+        if name in MODULES and name not in reached:
+            reached.add(name)
+            todo += [*imports_of(name, MODULES[name].read_text()), name.rpartition(".")[0]]
+    return reached
+
+
+@pytest.mark.parametrize("room", ["attention", "kernels", "kv", "layers", "model"])
+def test_what_computes_knows_nothing_of_sequences_not_even_through_others(room):
+    rooms = [module for module in MODULES if is_under(module, f"deployments.engine.{room}")]
+    # What positions mean is the model's matter: the scheduler's file of it knows no sequence.
+    known = {"deployments.engine.scheduling", "deployments.engine.scheduling.positions"} if room == "model" else set()
+    reached = {name for module in rooms for name in reached_from(module)}
+    assert {name for name in reached if is_under(name, "deployments.engine.scheduling")} <= known
+
+
+def test_only_a_sequence_writes_its_fields():
+    owner = "deployments.engine.scheduling.sequence"
+    (sequence,) = [
+        node
+        for node in ast.parse(MODULES[owner].read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name == "Sequence"
+    ]
+    fields = {n.target.id for n in sequence.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    assert "num_computed_tokens" in fields
+    written = [
+        f"{module}: {ast.unparse(node)}"
+        for module, path in MODULES.items()
+        if is_under(module, "deployments.engine") and module != owner
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del) and node.attr in fields
+        if ast.unparse(node.value) != "self"
+    ]
+    assert written == []
+
+
 def test_every_room_of_the_engine_has_its_place():
     rooms = {
         module.split(".")[2] for module in MODULES if module.count(".") >= 2 and is_under(module, "deployments.engine")

@@ -319,7 +319,7 @@ class Engine:
         self._stats.note_tokens(len(draws), sequence.arrival_s, sequence.note_told(now_s), now_s)
         if sequence.finish_reason is not None:
             self.abort(sequence.request_id)  # of a prefill engine too: nobody decodes it, so nobody wants its KV
-        token_ids = tuple(token.token_id for token in draws)
+        token_ids = tuple([token.token_id for token in draws])
         return TokenOutput(sequence.request_id, index, token_ids, sequence.finish_reason, sequence.num_cached_tokens)
 
     def _export(self) -> list[EngineEvent]:

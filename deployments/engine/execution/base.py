@@ -73,7 +73,11 @@ class LaunchedStep:
         if self.done is not None:
             self.done.synchronize()
         drawn = map(DrawnToken, self.tokens.tolist())
-        return [(item, item.accept(tuple(islice(drawn, item.num_draws)))) for item in self.items]
+        collected = []
+        for item in self.items:
+            draws = tuple(islice(drawn, item.num_draws)) if item.num_draws else ()
+            collected.append((item, item.accept(draws) if item.drafts else draws))
+        return collected
 
 
 class Runner(Protocol):

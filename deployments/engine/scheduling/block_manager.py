@@ -106,10 +106,11 @@ class BlockManager:
     def append(self, sequence: Sequence, num_drafts: int = 0) -> bool:
         """Make room for the newest token and for drafts behind it; False, and nothing changed, if there is none."""
         num_new = self.blocks_for(sequence.num_tokens + num_drafts) - len(sequence.block_table)
+        if num_new <= 0:
+            return True
         if num_new > self.num_free_blocks:
             return False
-        if num_new > 0:
-            sequence.add_blocks([self._take() for _ in range(num_new)])
+        sequence.add_blocks([self._take() for _ in range(num_new)])
         return True
 
     def trim(self, sequence: Sequence) -> None:

@@ -140,7 +140,8 @@ class Scheduler:
         decoding = [s for s in self.running if s.is_decoding and s.has_work]
         num_sent_back, room = 0, self._limits.max_num_batched_tokens - len(decoding)
         for sequence in decoding:
-            if sequence.status is Status.RUNNING and self._has_moved(sequence):
+            offset = self._offset(sequence, sequence.num_tokens)
+            if sequence.status is Status.RUNNING and offset != sequence.position_offset:
                 self._send_back(sequence)
                 num_sent_back += 1
             while sequence.status is Status.RUNNING and not self._blocks.append(sequence):
@@ -156,7 +157,8 @@ class Scheduler:
         """As many as may become tokens, without taking anything from others: budget, blocks, or the lead in length."""
         num_left = sequence.request.sampling.max_tokens - sequence.num_generated_tokens
         drafts = sequence.drafts[: max(0, min(room, num_left - 1))]
-        if sequence.num_pending_tokens or self._has_moved(sequence, len(drafts)):
+        offset = self._offset(sequence, sequence.num_tokens + len(drafts))
+        if sequence.num_pending_tokens or offset != sequence.position_offset:
             return ()
         return drafts if self._blocks.append(sequence, len(drafts)) else ()
 
@@ -182,10 +184,6 @@ class Scheduler:
     def _offset(self, sequence: Sequence, num_tokens: int) -> int:
         num_given = sequence.num_prompt_tokens - sequence.request.num_resumed_tokens
         return self._positions.offset(num_given, num_tokens)
-
-    def _has_moved(self, sequence: Sequence, num_drafts: int = 0) -> bool:
-        """Whether its KV is of no use to it any more, now that it has so many tokens."""
-        return self._offset(sequence, sequence.num_tokens + num_drafts) != sequence.position_offset
 
     @property
     def _has_seat(self) -> bool:

@@ -131,9 +131,11 @@ class Sequence:
     is_held: bool = False
     last_token_s: float | None = None
     finish_reason: FinishReason | None = None
+    num_prompt_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.token_ids = self.token_ids or list(self.request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.request.prompt_token_ids)
 
     @property
     def request_id(self) -> str:
@@ -144,17 +146,13 @@ class Sequence:
         return self.request.priority
 
     @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
-
-    @property
     def num_tokens(self) -> int:
         """Known ones, and those that are drawn for certain."""
         return len(self.token_ids) + self.num_pending_tokens
 
     @property
     def num_generated_tokens(self) -> int:
-        return self.num_tokens - self.num_prompt_tokens
+        return len(self.token_ids) + self.num_pending_tokens - self.num_prompt_tokens
 
     @property
     def num_launched_tokens(self) -> int:
@@ -164,17 +162,22 @@ class Sequence:
     @property
     def num_lasting_tokens(self) -> int:
         """Of the launched tokens those whose KV stays right whatever the steps in flight draw: no drafts."""
-        return min(self.num_launched_tokens, len(self.token_ids))
+        num_launched, num_known = self.num_computed_tokens + self.num_in_flight_tokens, len(self.token_ids)
+        return num_launched if num_launched < num_known else num_known
 
     @property
     def num_remaining_tokens(self) -> int:
         """Tokens that no step has computed or computes."""
-        return max(0, self.num_tokens - self.num_launched_tokens)
+        # Written out, here and below: the scheduler asks each sequence several times per step.
+        num_left = len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens - self.num_in_flight_tokens
+        return num_left if num_left > 0 else 0
 
     @property
     def is_decoding(self) -> bool:
         """Exactly one token, the newest, is in no step yet, and it was generated."""
-        return self.num_remaining_tokens == 1 and self.num_generated_tokens > 0
+        num_tokens = len(self.token_ids) + self.num_pending_tokens
+        num_launched = self.num_computed_tokens + self.num_in_flight_tokens
+        return num_launched + 1 == num_tokens > self.num_prompt_tokens
 
     @property
     def has_work(self) -> bool:
@@ -182,8 +185,11 @@ class Sequence:
 
         While drafts are in flight it cannot: nobody knows yet where the next token stands.
         """
-        is_left = self.num_remaining_tokens > 0 and self.num_generated_tokens < self.request.sampling.max_tokens
-        return is_left and not self.is_held
+        if self.is_held:
+            return False
+        num_tokens, max_tokens = len(self.token_ids) + self.num_pending_tokens, self.request.sampling.max_tokens
+        num_launched = self.num_computed_tokens + self.num_in_flight_tokens
+        return num_launched < num_tokens < self.num_prompt_tokens + max_tokens
 
     def enter(self, arrival_number: int, position_offset: int) -> None:
         """It has come to this engine and waits."""

@@ -276,6 +276,24 @@ def test_a_sequence_is_placed_once_however_often_it_is_preempted() -> None:
     assert placed == ["old", "young"]
 
 
+def test_a_sequence_that_is_held_is_left_out_and_holds_nobody_up() -> None:
+    scheduler = build(budget=8)
+    decoding, prompt = add(scheduler, "decoding", 3), add(scheduler, "prompt", 30)
+    assert step(scheduler) == {"decoding": 3, "prompt": 5}
+    decoding.hold()
+    assert step(scheduler) == {"prompt": 8}
+    prompt.hold()
+    assert not scheduler.has_work, "a loop that stepped now would spin until the host is ready"
+    add(scheduler, "other", 6)
+    assert scheduler.has_work
+    assert step(scheduler) == {"other": 6}
+    scheduler.remove("other")
+    decoding.release()
+    assert step(scheduler) == {"decoding": 1}
+    prompt.release()
+    assert step(scheduler) == {"decoding": 1, "prompt": 7}
+
+
 @pytest.mark.parametrize("status", [Status.WAITING, Status.RESERVED, Status.RUNNING])
 def test_removal_frees_the_blocks_in_every_state(status: Status) -> None:
     scheduler = build(num_blocks=8)
