@@ -161,7 +161,7 @@ class Engine:
         if not self._hands_over:
             raise InvalidRequestError("this engine hands no prompts over: hands_over is false", "hands_over")
         self.check(request)
-        last_block = (len(request.prompt_token_ids) - 1) // self.limits.block_size
+        last_block = (request.num_given_tokens - 1) // self.limits.block_size
         if not 0 <= first_block <= last_block:
             raise InvalidRequestError(f"first_block is {first_block}, must be from 0 to {last_block}", "first_block")
         sequence = Sequence(request, Role.EXPORT, time.monotonic())
@@ -375,9 +375,10 @@ class Engine:
         reason = None
         if token in sampling.stop_token_ids:
             reason = FinishReason.STOP
-        elif index + 1 == sampling.max_tokens:
+        elif index + 1 == sequence.request.max_new_tokens:
             reason = FinishReason.LENGTH
-        return TokenOutput(sequence.request_id, index, (token,), reason, sequence.num_cached_tokens)
+        place = len(sequence.request.generated_token_ids) + index
+        return TokenOutput(sequence.request_id, place, (token,), reason, sequence.num_cached_tokens)
 
     def _export(self) -> list[EngineEvent]:
         """Copy out what can be; a sequence that is all out needs its blocks no longer."""

@@ -201,8 +201,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _offset(self, sequence: Sequence) -> int:
-        num_given = sequence.num_prompt_tokens - sequence.request.num_resumed_tokens
-        return self._positions.offset(num_given, len(sequence.token_ids))
+        return self._positions.offset(len(sequence.request.prompt_token_ids), len(sequence.token_ids))
 
     @property
     def _has_seat(self) -> bool:

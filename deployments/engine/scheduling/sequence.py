@@ -37,7 +37,7 @@ class Sequence:
         arrival_number: position in the order of arrival at this engine.
         num_overtaken_tokens: prompt tokens of later sequences that were admitted before this prompt was done; those of
             higher priority count in part.
-        token_ids: the prompt, then the generated tokens, `PENDING` for one that is not known yet.
+        token_ids: what the request came with, then the tokens drawn here, `PENDING` for one that is not known yet.
         num_computed_tokens: leading tokens whose KV is in the blocks, or will be when the step in flight has ended.
         num_cached_tokens: leading tokens of the prompt that no engine has computed for this request, as far as is known
             here; while a prefill engine has it that is all of them, until its first chunk says where it began.
@@ -66,7 +66,7 @@ class Sequence:
     last_token_s: float | None = None
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.request.prompt_token_ids)
+        self.token_ids = list(self.request.given_token_ids)
 
     def move_to(self, position_offset: int) -> None:
         """Take another place for the rotary embedding; without blocks only, since their KV is of the old one."""
@@ -85,10 +85,12 @@ class Sequence:
 
     @property
     def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
+        """Tokens to compute before the first one is drawn here; of a resumed request with what it had generated."""
+        return self.request.num_given_tokens
 
     @property
     def num_generated_tokens(self) -> int:
+        """Drawn here."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
@@ -103,4 +105,4 @@ class Sequence:
     @property
     def has_work(self) -> bool:
         """Whether there are tokens left to compute; not for the sake of a token beyond the last one it may generate."""
-        return self.num_uncomputed_tokens > 0 and self.num_generated_tokens < self.request.sampling.max_tokens
+        return self.num_uncomputed_tokens > 0 and self.num_generated_tokens < self.request.max_new_tokens
