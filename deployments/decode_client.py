@@ -130,11 +130,4 @@ def _may_resume(error: Exception, *, is_resumed: bool) -> bool:
 
 def _remainder(request: GenerateRequest, stream: TokenStream) -> GenerateRequest:
     """What is left to do of a request, under the id by which its stream goes now."""
-    done = tuple(stream.token_ids)
-    if not done and stream.name == request.request_id:
-        return request
-    sampling = replace(request.sampling, max_tokens=request.sampling.max_tokens - len(done))
-    prompt = request.prompt_token_ids + done
-    return replace(
-        request, request_id=stream.name, prompt_token_ids=prompt, sampling=sampling, num_resumed_tokens=len(done)
-    )
+    return replace(request, request_id=stream.name, generated_token_ids=tuple(stream.token_ids))

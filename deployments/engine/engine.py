@@ -32,12 +32,14 @@ from deployments.engine.kv.copies import Allocate, KVCopies
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.scheduling.block_manager import BlockManager
 from deployments.engine.scheduling.checks import check_request
+from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import Scheduler
-from deployments.engine.scheduling.sequence import Draws, Role, ScheduledSequence, Sequence, Status
+from deployments.engine.scheduling.sequence import Role, Sequence, Status
 from deployments.engine.stats import EngineStats, StepTimer
 from deployments.errors import InvalidRequestError
 from deployments.messages import (
     ChunkReady,
+    Draws,
     Ended,
     EngineEvent,
     GenerateRequest,
@@ -159,7 +161,7 @@ class Engine:
         if not self._hands_over:
             raise InvalidRequestError("this engine hands no prompts over: hands_over is false", "hands_over")
         self.check(request)
-        last_block = (len(request.prompt_token_ids) - 1) // self.limits.block_size
+        last_block = (request.num_given_tokens - 1) // self.limits.block_size
         if not 0 <= first_block <= last_block:
             raise InvalidRequestError(f"first_block is {first_block}, must be from 0 to {last_block}", "first_block")
         sequence = Sequence(request, Role.EXPORT, time.monotonic())
@@ -314,13 +316,14 @@ class Engine:
         return [self._tell(sequence, item.first_draw - sequence.num_prompt_tokens, draws)]
 
     def _tell(self, sequence: Sequence, index: int, draws: Draws) -> TokenOutput:
-        """Tell of new tokens, the first of them in this place among the generated ones."""
+        """Tell of new tokens, the first of them in this place among those that are drawn here."""
         now_s = time.monotonic()
         self._stats.note_tokens(len(draws), sequence.arrival_s, sequence.note_told(now_s), now_s)
         if sequence.finish_reason is not None:
             self.abort(sequence.request_id)  # of a prefill engine too: nobody decodes it, so nobody wants its KV
         token_ids = tuple([token.token_id for token in draws])
-        return TokenOutput(sequence.request_id, index, token_ids, sequence.finish_reason, sequence.num_cached_tokens)
+        place = len(sequence.request.generated_token_ids) + index
+        return TokenOutput(sequence.request_id, place, token_ids, sequence.finish_reason, sequence.num_cached_tokens)
 
     def _export(self) -> list[EngineEvent]:
         """Copy out what can be; a sequence that is all out needs its blocks no longer."""

@@ -11,7 +11,7 @@ from deployments.engine.engine import Engine
 from deployments.engine_builder import BuiltEngine
 from deployments.engine_info import EngineInfo
 from deployments.local_engine import Answer, LocalEngine
-from deployments.messages import ChunkReady, FrontEvent
+from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyAddress
 from tests.engine.driving import build_engine
 from tests.engine.families import load
 
@@ -26,6 +26,7 @@ class FaultyEngine(LocalEngine):
         has_held: set once one was.
         fail_receives: so many of the next chunks do not arrive.
         changes: what becomes of a chunk on its way.
+        added: requests that it was asked to decode.
         renews: False: it says that it renews leases, and does not.
 
     Args:
@@ -46,6 +47,7 @@ class FaultyEngine(LocalEngine):
         self.lets_go = asyncio.Event()
         self.fail_receives = 0
         self.changes: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        self.added: list[GenerateRequest] = []
         self.renews = True
 
     def hang(self) -> None:
@@ -69,6 +71,10 @@ class FaultyEngine(LocalEngine):
         """Return when the engine is where the test wants it; the test's own timeout bounds it."""
         while not await self.run(condition):  # noqa: ASYNC110  an engine tells nobody how far it is
             await asyncio.sleep(0.001)
+
+    def add(self, request: GenerateRequest, remote_threshold: int | None, reply_to: ReplyAddress) -> Awaitable[None]:
+        self.added.append(request)
+        return super().add(request, remote_threshold, reply_to)
 
     def receive_kv(self, chunk: ChunkReady, taken: Awaitable[Tensor]) -> Awaitable[None]:
         on_its_way = asyncio.run_coroutine_threadsafe(self._arrival(chunk, taken), self._event_loop)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -44,6 +45,18 @@ async def test_another_decode_engine_goes_on_token_for_token(
     assert tokens_of(await reading) == undisturbed
     assert pools.tokens.num_streams == 0
     await pools.wait_idle()
+
+
+async def test_whoever_goes_on_with_a_request_is_told_which_of_its_tokens_were_generated(start: StartPools) -> None:
+    pools = await start(num_decode=2)
+    request = replace(greedy("r", PROMPT, MANY_TOKENS), cache_salt="theirs")
+    reading = asyncio.create_task(pools.collect(request))
+    await pools.decode.engine.until(is_decoding)
+    pools.decode.engine.die()
+    tokens = tokens_of(await reading)
+    (resumed,) = pools.decodes[1].engine.added
+    assert resumed.generated_token_ids == tokens[: len(resumed.generated_token_ids)] != ()
+    assert replace(resumed, request_id="r", generated_token_ids=()) == request
 
 
 @pytest.mark.parametrize("num_deaths", [1, 2, 3])

@@ -10,7 +10,8 @@ from deployments.engine.batch.build import order_for_batch
 from deployments.engine.engine import Engine
 from deployments.engine.execution.base import LaunchedStep
 from deployments.engine.kv.cache import KVCache
-from deployments.engine.scheduling.sequence import ScheduledSequence, Sequence
+from deployments.engine.scheduling.run import ScheduledSequence
+from deployments.engine.scheduling.sequence import Sequence
 from deployments.messages import FinishReason, GenerateRequest, SamplingParams, TokenOutput
 from tests.engine.driving import BLOCK_SIZE, Transcript, build_engine, greedy, run
 from tests.engine.families import load, random_prompt, reference

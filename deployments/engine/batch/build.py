@@ -7,7 +7,7 @@ import numpy as np
 
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.kv.slots import slots
-from deployments.engine.scheduling.sequence import ScheduledSequence
+from deployments.engine.scheduling.run import ScheduledSequence
 
 
 def order_for_batch(scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:

@@ -11,8 +11,8 @@ from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.batch.build import build_arrays, order_for_batch, rows_of
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.sampling.sampler import SamplingBatch, build_sampling_batch
-from deployments.engine.scheduling.sequence import Draws, ScheduledSequence
-from deployments.messages import DrawnToken
+from deployments.engine.scheduling.run import ScheduledSequence
+from deployments.messages import DrawnToken, Draws
 
 
 @dataclass(frozen=True, slots=True)

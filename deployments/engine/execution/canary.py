@@ -4,7 +4,8 @@ import time
 
 from deployments.engine.execution.base import Runner
 from deployments.engine.scheduling.block_manager import BlockManager
-from deployments.engine.scheduling.sequence import Role, ScheduledSequence, Sequence
+from deployments.engine.scheduling.run import ScheduledSequence
+from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.messages import GenerateRequest, SamplingParams
 
 # Never enters the scheduler, so no request's id can meet it.

@@ -31,7 +31,7 @@ from deployments.engine.kv.cache import KVCache
 from deployments.engine.layers.cuda import can_drop_rows
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.sampling.sampler import compile_draws, sample
-from deployments.engine.scheduling.sequence import ScheduledSequence
+from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.upload import Span, Upload, Writer
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from deployments.engine.execution.base import LaunchedStep, Preparation, Prepare
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.sampling.sampler import compile_draws, sample
-from deployments.engine.scheduling.sequence import ScheduledSequence
+from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.upload import upload
 
 

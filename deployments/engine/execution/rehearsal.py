@@ -14,7 +14,8 @@ from deployments.engine.execution.base import Runner
 from deployments.engine.execution.portable import build_runner
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.model.load import LoadedModel
-from deployments.engine.scheduling.sequence import Role, ScheduledSequence, Sequence
+from deployments.engine.scheduling.run import ScheduledSequence
+from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.messages import GenerateRequest, SamplingParams
 
 # Bounds of every kind, which take the most memory.

@@ -29,9 +29,13 @@ def hash_block(parent: bytes, token_ids: Iterable[int]) -> bytes:
     return blake2b(array("I", token_ids).tobytes(), key=parent, digest_size=_HASH_BYTES).digest()
 
 
-def root_of(position_offset: int) -> bytes:
-    """What the first block of a sequence follows; KV of other positions has another root, and none is the usual one."""
-    return position_offset.to_bytes(8, "big") if position_offset else b""
+def root_of(position_offset: int, cache_salt: str = "") -> bytes:
+    """What the first block of a sequence follows; none is the usual root.
+
+    KV of other positions has another one, and so has KV that is not to be shared with requests of another salt.
+    """
+    root = position_offset.to_bytes(8, "big") if position_offset else b""
+    return blake2b(cache_salt.encode(), key=root, digest_size=_HASH_BYTES).digest() if cache_salt else root
 
 
 class BlockManager:
@@ -178,7 +182,7 @@ class BlockManager:
         hashes, size = sequence.block_hashes, self.block_size
         while len(hashes) < num_blocks:
             start = len(hashes) * size
-            parent = hashes[-1] if hashes else root_of(sequence.position_offset)
+            parent = hashes[-1] if hashes else root_of(sequence.position_offset, sequence.request.cache_salt)
             sequence.add_hash(hash_block(parent, sequence.token_ids[start : start + size]))
         return hashes
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from deployments.engine.config import EngineLimits
 from deployments.engine.scheduling.block_manager import BlockManager
 from deployments.engine.scheduling.positions import FIXED, PositionRule
-from deployments.engine.scheduling.sequence import ScheduledSequence, Sequence, Status
+from deployments.engine.scheduling.run import ScheduledSequence
+from deployments.engine.scheduling.sequence import Sequence, Status
 from deployments.messages import Placed
 
 # Share of the pool that a new sequence must leave free, so that it does not preempt its elders at once.
@@ -182,8 +183,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _offset(self, sequence: Sequence, num_tokens: int) -> int:
-        num_given = sequence.num_prompt_tokens - sequence.request.num_resumed_tokens
-        return self._positions.offset(num_given, num_tokens)
+        return self._positions.offset(len(sequence.request.prompt_token_ids), num_tokens)
 
     @property
     def _has_seat(self) -> bool:

@@ -8,11 +8,12 @@ the one before, so a token may be pending: a step in flight draws it, and the ne
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
-from deployments.messages import DrawnToken, FinishReason, GenerateRequest
+from deployments.messages import Draws, FinishReason, GenerateRequest
 
-# What one run of a sequence has drawn: nothing for a chunk in the middle of a prompt.
-Draws = tuple[DrawnToken, ...]
+if TYPE_CHECKING:
+    from deployments.engine.scheduling.run import ScheduledSequence
 
 
 class Role(Enum):
@@ -30,56 +31,6 @@ class Status(Enum):
     RESERVED = auto()
     RUNNING = auto()
     FINISHED = auto()
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """A run: consecutive tokens of a sequence that one step computes.
-
-    Attributes:
-        sequence: whose.
-        start: tokens of the sequence before them.
-        num_tokens: at least 1, drafts included.
-        num_draws: so many of its last tokens draw the one behind them: none in the middle of a prompt, one at its end.
-        drafts: the last of its tokens, guessed and not yet part of the sequence. A draw counts if all drafts before it
-            were guessed right.
-    """
-
-    sequence: "Sequence"
-    start: int
-    num_tokens: int
-    num_draws: int
-    drafts: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, sequence: "Sequence", num_tokens: int, drafts: tuple[int, ...] = ()) -> "ScheduledSequence":
-        """The next tokens of a sequence as it is now; drafts only behind its newest one."""
-        is_newest = num_tokens == sequence.num_remaining_tokens
-        assert is_newest or not drafts, f"{sequence.request_id}: drafts in the middle"
-        num_draws = 1 + len(drafts) if is_newest else 0
-        return cls(sequence, sequence.num_launched_tokens, num_tokens + len(drafts), num_draws, drafts)
-
-    @property
-    def is_decode(self) -> bool:
-        """Each of its tokens draws the next one."""
-        return self.num_draws == self.num_tokens
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Those of its tokens that are of the prompt."""
-        return max(0, min(self.num_tokens, self.sequence.num_prompt_tokens - self.start))
-
-    @property
-    def first_draw(self) -> int:
-        """Place in the sequence of the first token that it draws."""
-        return self.start + self.num_tokens - self.num_draws + 1
-
-    def accept(self, draws: Draws) -> Draws:
-        """Of all its draws those that count: up to the first that is not as drafted."""
-        for number, (draft, token) in enumerate(zip(self.drafts, draws, strict=False), 1):
-            if token.token_id != draft:
-                return draws[:number]
-        return draws
 
 
 @dataclass(slots=True, eq=False)
@@ -134,8 +85,8 @@ class Sequence:
     num_prompt_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.token_ids = self.token_ids or list(self.request.prompt_token_ids)
-        self.num_prompt_tokens = len(self.request.prompt_token_ids)
+        self.token_ids = self.token_ids or list(self.request.given_token_ids)
+        self.num_prompt_tokens = self.request.num_given_tokens
 
     @property
     def request_id(self) -> str:
@@ -187,7 +138,7 @@ class Sequence:
         """
         if self.is_held:
             return False
-        num_tokens, max_tokens = len(self.token_ids) + self.num_pending_tokens, self.request.sampling.max_tokens
+        num_tokens, max_tokens = len(self.token_ids) + self.num_pending_tokens, self.request.max_new_tokens
         num_launched = self.num_computed_tokens + self.num_in_flight_tokens
         return num_launched < num_tokens < self.num_prompt_tokens + max_tokens
 
@@ -284,7 +235,7 @@ class Sequence:
         self.num_computed_tokens = self.num_in_flight_tokens = self.num_published_blocks = 0
         return blocks
 
-    def begin(self, run: ScheduledSequence) -> None:
+    def begin(self, run: "ScheduledSequence") -> None:
         """A step that computes this run was started: its next tokens are those behind it."""
         assert run.start == self.num_launched_tokens, f"{self.request_id}: {run} behind {self.num_launched_tokens}"
         self.num_in_flight_tokens += run.num_tokens
@@ -292,7 +243,7 @@ class Sequence:
         if run.num_draws and self.role is not Role.EXPORT:
             self.num_pending_tokens += 1
 
-    def conclude(self, run: ScheduledSequence, draws: Draws) -> Draws:
+    def conclude(self, run: "ScheduledSequence", draws: Draws) -> Draws:
         """The step that computes this run has ended.
 
         KV of rejected drafts is taken back by never counting: the next run writes over it. Nothing counts for a
@@ -350,7 +301,7 @@ class Sequence:
     def _until_end(self, draws: Draws) -> Draws:
         """Draws up to the one that ends the request, which is noted."""
         sampling = self.request.sampling
-        num_left = sampling.max_tokens - (len(self.token_ids) - self.num_prompt_tokens)
+        num_left = self.request.max_new_tokens - (len(self.token_ids) - self.num_prompt_tokens)
         for number, token in enumerate(draws, 1):
             if token.token_id in sampling.stop_token_ids:
                 self.finish_reason = FinishReason.STOP

@@ -5,7 +5,8 @@ import numpy as np
 from hypothesis import given
 
 from deployments.engine.batch.build import build_arrays, order_for_batch, rows_of
-from deployments.engine.scheduling.sequence import Role, ScheduledSequence, Sequence
+from deployments.engine.scheduling.run import ScheduledSequence
+from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.messages import GenerateRequest, SamplingParams
 
 BLOCK_SIZE = 4

@@ -1,12 +1,15 @@
 """Blocks are counted exactly once, and a prefix is found only where it really lies."""
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from deployments.engine.scheduling.block_manager import BlockManager, hash_block
-from deployments.engine.scheduling.sequence import Role, ScheduledSequence, Sequence
+from deployments.engine.scheduling.run import ScheduledSequence
+from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.messages import DrawnToken, GenerateRequest, SamplingParams
 
 BLOCK_SIZE = 4
@@ -47,6 +50,25 @@ def test_a_hash_is_the_same_in_every_process() -> None:
     first = hash_block(b"", [1, 2, 3, 4])
     assert first.hex() == "5c3887ef44b86da26265cb5c108a056b"
     assert hash_block(first, [1, 2, 3, 4]) != first, "what comes before a block is part of it"
+
+
+def test_what_has_another_salt_is_not_shared(manager: BlockManager) -> None:
+    def with_salt(salt: str, position_offset: int = 0) -> Sequence:
+        request = replace(sequence(range(9)).request, cache_salt=salt)
+        return Sequence(request, Role.LOCAL, 0.0, position_offset=position_offset)
+
+    def compute(new: Sequence) -> int:
+        """Tokens that were found; afterwards all of its own can be."""
+        assert manager.admit(new)
+        num_found = new.num_computed_tokens
+        new.num_computed_tokens = 9
+        manager.publish(new)
+        manager.free(new)
+        return num_found
+
+    for salt, position_offset in (("", 0), ("a", 0), ("b", 0), ("a", 7)):
+        assert compute(with_salt(salt, position_offset)) == 0
+        assert compute(with_salt(salt, position_offset)) == 8
 
 
 def test_a_sequence_gets_as_many_blocks_as_its_tokens_need(manager: BlockManager) -> None:
