@@ -1,8 +1,10 @@
 """Reading the project's Markdown: code blocks, links, headings, and the paths that a text names."""
 
 import re
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -61,3 +63,10 @@ def paths(text: str) -> list[str]:
 
 def exists(path: str) -> bool:
     return any((base / path).exists() for base in BASES)
+
+
+@cache
+def targets() -> frozenset[str]:
+    """What `make help` lists."""
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
+    return frozenset(re.findall(r"^  ([a-z-]+)  ", listed, flags=re.MULTILINE))

@@ -1,14 +1,12 @@
 """Every page of the documentation: its links, files, settings and targets exist, and the figures are those measured."""
 
 import re
-import subprocess
-from functools import cache
 
 import pytest
 
 from app.arguments import arguments_of
 from app.config import AppConfig
-from tests.docs.pages import PAGES, ROOT, anchors, exists, links, paths, spans
+from tests.docs.pages import PAGES, ROOT, anchors, exists, links, paths, spans, targets
 from tests.docs.plot import MEASURED, PLOT, draw, panels
 
 # Files of a model, of a user, or of another project.
@@ -56,13 +54,6 @@ def _folders(argument: str) -> list[str]:
 def test_targets_of_make_that_are_named_exist(page):
     named = {target for span in spans(page.read_text()) for target in re.findall(r"\bmake ([a-z][a-z-]*)", span)}
     assert named <= targets()
-
-
-@cache
-def targets() -> frozenset[str]:
-    """What `make help` lists."""
-    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout
-    return frozenset(re.findall(r"^  ([a-z-]+)  ", listed, flags=re.MULTILINE))
 
 
 def test_the_plot_is_what_the_measured_figures_draw():

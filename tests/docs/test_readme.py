@@ -14,9 +14,8 @@ import load_tests.run
 from app.config import AppConfig
 from app.local import parse_arguments
 from deployments.api.openai import ChatBody
-from tests.docs.pages import ROOT, commands, spans
+from tests.docs.pages import ROOT, commands, spans, targets
 from tests.docs.plot import MEASURED
-from tests.docs.test_pages import targets
 
 README = (ROOT / "README.md").read_text()
 MAX_LINES = 180
