@@ -9,8 +9,9 @@ from ray.serve import Application, Deployment
 
 from app.config import AppConfig, Pool
 from deployments.decode import Decode
-from deployments.engine_actor import EngineResources
-from deployments.ingress import Ingress
+from deployments.engine_info import EngineResources
+from deployments.front import SpawnedEngine
+from deployments.ingress import Ingress, IngressSettings
 from deployments.prefill import Prefill
 
 
@@ -22,23 +23,31 @@ def graph(args: AppConfig) -> Application:
     """
     prefill = None
     if args.mode == "disaggregated":
-        prefill = _deploy(Prefill, args, "prefill").bind(args.engine_config("prefill"), _resources(args, "prefill"))
+        prefill = _deploy(Prefill, args, "prefill").bind(_engine(args, "prefill"))
     decode = _deploy(Decode, args, "decode").bind(
-        args.engine_config("decode"),
-        _resources(args, "decode"),
-        prefill,
-        args.min_remote_prefill_tokens,
-        args.parity_check,
+        _engine(args, "decode"), prefill, args.min_remote_prefill_tokens, args.parity_check
     )
     ingress = _deploy(Ingress, args, "ingress")
-    limits = args.ingress.max_request_bytes, args.ingress.max_unread_tokens, args.ingress.resume_timeout_s
-    return ingress.bind(decode, prefill, args.model, args.served_model_name, *limits, args.admission_bounds())
+    return ingress.bind(decode, prefill, ingress_settings(args))
+
+
+def ingress_settings(args: AppConfig) -> IngressSettings:
+    """Return what each ingress replica is told."""
+    return IngressSettings(
+        model=args.model,
+        served_model_name=args.served_model_name,
+        max_request_bytes=args.ingress.max_request_bytes,
+        max_unread_tokens=args.ingress.max_unread_tokens,
+        resume_timeout_s=args.ingress.resume_timeout_s,
+        bounds=args.admission_bounds(),
+    )
 
 
 def _deploy(cls: type, args: AppConfig, name: Pool | Literal["ingress"]) -> Deployment:
     return serve.deployment(**args.deployment_options(name))(cls)
 
 
-def _resources(args: AppConfig, pool: Pool) -> EngineResources:
-    config = args.pool(pool)
-    return EngineResources(num_cpus=config.num_cpus, num_gpus=config.num_gpus, custom=config.resources)
+def _engine(args: AppConfig, pool: Pool) -> SpawnedEngine:
+    settings = args.pool(pool)
+    resources = EngineResources(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus, custom=settings.resources)
+    return SpawnedEngine(args.engine_config(pool), resources)

@@ -31,7 +31,7 @@ from deployments.errors import UnsupportedModelError
 
 SERVE_SETTINGS = Path(__file__).with_name("serve.env")
 APP = "app:graph"
-# What deployments/engine/model/gguf.py logs; its one step that takes a minute.
+# What deployments/engine/model/resolve.py logs; its one step that takes a minute.
 _CONVERSION = re.compile(r"converting \S+ to \S+ \(once\)")
 # What a shell has of its own.
 _SHELL_VARIABLES = {"PATH", "PWD", "OLDPWD", "SHLVL", "_"}

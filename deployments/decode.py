@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from deployments.engine.config import EngineConfig
-from deployments.engine_actor import EngineBuilder, EngineInfo, EngineResources, build_engine
 from deployments.engine_client import EventQueue
-from deployments.errors import TransferError, brief, was_cancelled
-from deployments.front import EngineFront
-from deployments.messages import Ended, GenerateRequest, Placed, ReplyAddress
-from deployments.metrics import ReplicaStats
+from deployments.engine_info import EngineInfo
+from deployments.errors import brief, was_cancelled
+from deployments.front import EngineReplica, FrontSource
+from deployments.messages import GenerateRequest, Placed, ReplyAddress
 from deployments.parity import check_parity
 
 if TYPE_CHECKING:
@@ -66,31 +64,27 @@ class RemotePrefill:
         logger.warning("the prefill pool answers again")
 
 
-class Decode:
+class Decode(EngineReplica):
     """One decode replica.
 
     Args:
-        config: of its engine.
-        resources: of its engine.
+        engine: brings its engine into being.
         prefill: None: colocated, every prompt is computed here.
         min_tokens: see `RemotePrefill`.
         parity_check: before it serves, hand a prompt over and compare the tokens.
-        build: makes the engine.
     """
 
     async def __init__(  # type: ignore[misc]
         self,
-        config: EngineConfig,
-        resources: EngineResources,
+        engine: FrontSource,
         prefill: "DeploymentHandle[Any] | None",
         min_tokens: int,
         parity_check: bool,
-        build: EngineBuilder = build_engine,
     ) -> None:
         self._prefill = None if prefill is None else RemotePrefill(prefill, min_tokens)
-        self._front = await EngineFront.start(config, resources, build)
+        self._front = await engine.start()
         if parity_check and prefill is not None:
-            await check_parity(self._generate, ray.util.get_node_ip_address(), self._front.engine.info)
+            await check_parity(self.generate_by, ray.util.get_node_ip_address(), self._front.engine.info)
 
     async def generate(self, request: GenerateRequest, reply_to: ReplyAddress) -> None:
         """Continue a prompt; returns when its last token is on its way. Cancelling it ends the request on both pools.
@@ -104,9 +98,15 @@ class Decode:
             EngineDeadError: this replica's engine died.
             TransferError: the tokens can no longer be delivered.
         """
-        await self._generate(request, reply_to, self._prefill.threshold if self._prefill else None)
+        await self.generate_by(request, reply_to, self.remote_threshold)
 
-    async def _generate(self, request: GenerateRequest, reply_to: ReplyAddress, remote_threshold: int | None) -> None:
+    @property
+    def remote_threshold(self) -> int | None:
+        """Prompts with this many uncached tokens are left to the prefill pool now; None: none is."""
+        return None if self._prefill is None else self._prefill.threshold
+
+    async def generate_by(self, request: GenerateRequest, reply_to: ReplyAddress, remote_threshold: int | None) -> None:
+        """`generate` with a threshold of one's own."""
         engine, request_id = self._front.engine, request.request_id
         events = engine.open(request_id)
         handoff: asyncio.Task[None] | None = None
@@ -119,10 +119,6 @@ class Decode:
                         self._prefill.note_silence()
                     elif event.remote:
                         handoff = asyncio.create_task(self._prefill_remotely(request, event, reply_to, events))
-                elif isinstance(event, Ended):
-                    if event.loss is not None:
-                        raise TransferError(f"{request_id}: {event.loss}")
-                    return
         finally:
             if handoff is not None:
                 handoff.cancel()
@@ -130,16 +126,6 @@ class Decode:
 
     async def engine_info(self) -> EngineInfo:
         return self._front.engine.info
-
-    async def stats(self) -> ReplicaStats:
-        return await self._front.stats()
-
-    async def ready(self) -> None:
-        """Return once the engine can serve; see `EngineFront.ready`."""
-        await self._front.ready()
-
-    async def check_health(self) -> None:
-        await self._front.check_health()
 
     async def _prefill_remotely(
         self, request: GenerateRequest, placed: Placed, reply_to: ReplyAddress, events: EventQueue
@@ -149,9 +135,9 @@ class Decode:
         engine, request_id = self._front.engine, request.request_id
         first_block = placed.num_cached_tokens // engine.info.block_size
         for attempt in range(_MAX_PREFILLS):
-            if attempt and not await engine.renew(request_id):
+            if attempt and not await engine.handle.renew(request_id):
                 return  # the lease ran out, and the engine computes it
-            call: Any = self._prefill.handle.prefill.remote(request, first_block, engine.actor, reply_to)
+            call: Any = self._prefill.handle.prefill.remote(request, first_block, engine.handle, reply_to)
             try:
                 has_finished = await call
             except (Exception, asyncio.CancelledError) as error:
@@ -162,7 +148,7 @@ class Decode:
                 logger.warning("%s: remote prefill %d failed: %s", request_id, attempt + 1, brief(error))
                 continue
             if has_finished:  # with its first token: there is nothing to decode
-                events.put(Ended(request_id))
+                events.finish()
             return
         logger.warning("%s: prefilling locally", request_id)
-        await engine.prefill_locally(request_id)
+        await engine.handle.prefill_locally(request_id)

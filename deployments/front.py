@@ -5,15 +5,18 @@ import logging
 import os
 import signal
 import time
+from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from ray import serve
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.stats import EngineStats
-from deployments.engine_actor import EngineBuilder, EngineInfo, EngineResources, spawn_engine
+from deployments.engine_builder import EngineBuilder, build_engine
 from deployments.engine_client import EngineClient
-from deployments.metrics import HandoffStats, ReplicaStats
+from deployments.engine_info import EngineResources
+from deployments.replica_stats import HandoffStats, ReplicaStats
 
 logger = logging.getLogger(__name__)
 
@@ -23,37 +26,35 @@ _STATS_TIMEOUT_S = 3.0
 
 
 class EngineFront:
-    """A replica that owns one engine. Composed into the deployments, not inherited by them.
+    """A replica's engine, and what the replica knows of it. Composed into the deployments, not inherited by them.
 
     Args:
         engine: loaded.
         max_silence_s: an engine that takes longer to answer between two steps hangs.
+        replica: name of the replica.
+        stats_timeout_s: an engine that takes longer to tell its numbers is taken to have those that it told last.
     """
 
-    def __init__(self, engine: EngineClient, max_silence_s: float) -> None:
+    def __init__(
+        self, engine: EngineClient, max_silence_s: float, replica: str, stats_timeout_s: float = _STATS_TIMEOUT_S
+    ) -> None:
         self.engine = engine
         self.handoff = HandoffStats()
         self._max_silence_s = max_silence_s
+        self._replica = replica
+        self._stats_timeout_s = stats_timeout_s
         self._last_stats, self._last_stats_s = EngineStats(), time.monotonic()
-
-    @classmethod
-    async def start(cls, config: EngineConfig, resources: EngineResources, build: EngineBuilder) -> "EngineFront":
-        """Spawn the engine in this replica's placement group and wait until it is loaded."""
-        actor = spawn_engine(config, resources, build)
-        info: EngineInfo = await actor.info.remote()
-        process = os.pidfd_open(info.pid)  # and not the number, which may become another process's
-        return cls(EngineClient(actor, info, partial(_leave, process)), config.max_silence_s)
 
     async def stats(self) -> ReplicaStats:
         """The numbers of this replica; of an engine that does not answer soon, those that it gave last."""
         asked_s, age_s = time.monotonic(), 0.0
         try:
-            self._last_stats = await asyncio.wait_for(self.engine.stats(), _STATS_TIMEOUT_S)
+            async with asyncio.timeout(self._stats_timeout_s):
+                self._last_stats = await self.engine.handle.stats()
             self._last_stats_s = asked_s
         except TimeoutError:
             age_s = asked_s - self._last_stats_s
-        replica = serve.get_replica_context().replica_id.unique_id
-        return ReplicaStats(replica, self._last_stats, self.handoff.copy(), age_s)
+        return ReplicaStats(self._replica, self._last_stats, self.handoff.copy(), age_s)
 
     async def ready(self) -> None:
         """Return once the engine's loop has turned; costs no step of the model.
@@ -63,11 +64,63 @@ class EngineFront:
         Raises:
             TimeoutError or a Ray error: it does not answer.
         """
-        await asyncio.wait_for(self.engine.stats(), self._max_silence_s)
+        async with asyncio.timeout(self._max_silence_s):
+            await self.engine.handle.stats()
 
     async def check_health(self) -> None:
         """See `EngineClient.check_health`; Ray Serve calls it every few seconds."""
         await self.engine.check_health(self._max_silence_s)
+
+
+class FrontSource(Protocol):
+    """Brings an engine into being for the replica that asks."""
+
+    async def start(self) -> EngineFront:
+        """Return when the engine is loaded."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class SpawnedEngine:
+    """An engine in an actor of its own, in the placement group of the replica that starts it.
+
+    Attributes:
+        config: of the engine.
+        resources: set aside for it.
+        build: makes it.
+    """
+
+    config: EngineConfig
+    resources: EngineResources
+    build: EngineBuilder = build_engine
+
+    async def start(self) -> EngineFront:
+        # Not above: whoever binds the application would load torch with it.
+        from deployments.engine_actor import spawn_engine
+
+        engine = spawn_engine(self.config, self.resources, self.build)
+        info = await engine.info()
+        process = os.pidfd_open(info.pid)  # and not the number, which may become another process's
+        client = EngineClient(engine, info, partial(_leave, process))
+        return EngineFront(client, self.config.max_silence_s, serve.get_replica_context().replica_id.unique_id)
+
+
+class EngineReplica:
+    """What a replica of either pool is asked as the owner of an engine; the ingress and Serve call these by name."""
+
+    _front: EngineFront
+
+    async def stats(self) -> ReplicaStats:
+        """See `EngineFront.stats`."""
+        return await self._front.stats()
+
+    async def ready(self) -> None:
+        """See `EngineFront.ready`."""
+        await self._front.ready()
+
+    async def check_health(self) -> None:
+        """See `EngineFront.check_health`."""
+        await self._front.check_health()
 
 
 def _leave(engine_process: int) -> None:

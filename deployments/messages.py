@@ -56,14 +56,34 @@ class GenerateRequest:
     """One prompt to continue, as token ids.
 
     Attributes:
-        num_resumed_tokens: the last so many of the prompt were generated, before the request was lost and resumed.
+        request_id: unique among those that run.
+        prompt_token_ids: what the caller asked to continue.
+        sampling: of the whole request, tokens that were generated before included.
+        priority: among other requests.
+        generated_token_ids: what was generated of it already, before it was lost and resumed; the next token follows.
+        cache_salt: KV is shared only among requests with the same one.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     priority: Priority = Priority.NORMAL
-    num_resumed_tokens: int = 0
+    generated_token_ids: tuple[int, ...] = ()
+    cache_salt: str = ""
+
+    @property
+    def given_token_ids(self) -> tuple[int, ...]:
+        """All that is there before an engine draws its first token of it."""
+        return self.prompt_token_ids + self.generated_token_ids
+
+    @property
+    def num_given_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.generated_token_ids)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens that are left to generate, at most."""
+        return self.sampling.max_tokens - len(self.generated_token_ids)
 
     @property
     def origin(self) -> str:
@@ -76,13 +96,29 @@ def resumed_id(request_id: str, attempt: int) -> str:
     return f"{request_id}{_RESUMED}{attempt}"
 
 
+class DrawnToken(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A token that was drawn, and what is known of the draw.
+
+    Attributes:
+        token_id: the token.
+        logprob: natural logarithm of its probability; None: nobody asked.
+    """
+
+    token_id: int
+    logprob: float | None = None
+
+
+# What one run of a sequence has drawn: nothing for a chunk in the middle of a prompt.
+Draws = tuple[DrawnToken, ...]
+
+
 # A Struct, no dataclass, for it crosses the wire with every token; not tracked by the collector, for it has no cycle.
 class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New tokens of one sequence.
 
     Attributes:
         request_id: the request they belong to.
-        index: place of `token_ids[0]` among the generated tokens, from 0.
+        index: place of `token_ids[0]` among all generated tokens of the request, from 0.
         token_ids: consecutive new tokens; never empty.
         finish_reason: set on the last output of a request.
         num_cached_tokens: leading prompt tokens whose KV was found in a prefix cache and that nobody has computed for
@@ -148,7 +184,7 @@ class ChunkReady:
         index: place among the request's chunks, from 0.
         start_block: first block, counted from the start of the sequence.
         num_blocks: consecutive blocks in the chunk.
-        first_token: the first generated token; set on the last chunk and on no other.
+        first_token: the first generated token, as it was drawn; set on the last chunk and on no other.
         num_cached_tokens: leading tokens of the prompt that the prefill engine did not compute for this request.
     """
 
@@ -156,7 +192,7 @@ class ChunkReady:
     index: int
     start_block: int
     num_blocks: int
-    first_token: int | None = None
+    first_token: DrawnToken | None = None
     num_cached_tokens: int = 0
 
 

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from uuid import uuid4
 
-from deployments.engine_actor import EngineInfo
+from deployments.engine_info import EngineInfo
 from deployments.errors import ParityError
 from deployments.messages import GenerateRequest, ReplyAddress, SamplingParams
 from deployments.tokens.receiver import TokenReceiver

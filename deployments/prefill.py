@@ -5,20 +5,17 @@ Called by decode fronts. Owns every reference to a chunk: when this front or its
 
 import asyncio
 import time
+from collections.abc import Awaitable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from deployments.engine.config import EngineConfig
-from deployments.engine_actor import EngineBuilder, EngineResources, build_engine
 from deployments.engine_client import EventQueue
+from deployments.engine_handle import EngineHandle
 from deployments.errors import TransferError
-from deployments.front import EngineFront
-from deployments.messages import ChunkArrived, ChunkReady, Ended, GenerateRequest, ReplyAddress
-from deployments.metrics import ReplicaStats
+from deployments.front import EngineReplica, FrontSource
+from deployments.messages import ChunkArrived, ChunkReady, GenerateRequest, ReplyAddress
 
 if TYPE_CHECKING:
-    from ray import ObjectRef
-    from ray.actor import ActorHandle
     from torch import Tensor
 
 # An answer may be late, behind a long step.
@@ -27,22 +24,18 @@ _RENEWALS_PER_LEASE = 3
 _ABORT_TIMEOUT_S = 1.0
 
 
-class Prefill:
+class Prefill(EngineReplica):
     """One prefill replica.
 
     Args:
-        config: of its engine.
-        resources: of its engine.
-        build: makes the engine.
+        engine: brings its engine into being.
     """
 
-    async def __init__(  # type: ignore[misc]
-        self, config: EngineConfig, resources: EngineResources, build: EngineBuilder = build_engine
-    ) -> None:
-        self._front = await EngineFront.start(config, resources, build)
+    async def __init__(self, engine: FrontSource) -> None:  # type: ignore[misc]
+        self._front = await engine.start()
 
     async def prefill(
-        self, request: GenerateRequest, first_block: int, target: "ActorHandle[Any]", reply_to: ReplyAddress
+        self, request: GenerateRequest, first_block: int, target: EngineHandle, reply_to: ReplyAddress
     ) -> bool:
         """Compute a prompt for another engine; returns when the target has every block.
 
@@ -74,12 +67,10 @@ class Prefill:
                         num_chunks = len(sends)
                 elif isinstance(event, ChunkArrived):
                     num_arrived += 1
-                elif isinstance(event, Ended):
-                    if event.loss is not None:
-                        raise TransferError(f"{request_id}: {event.loss}")
-                    return True
                 if num_arrived == num_chunks:
                     break
+            else:
+                return True
             self._front.handoff.num_requests += 1
         except Exception:
             self._front.handoff.num_failures += 1
@@ -95,48 +86,38 @@ class Prefill:
             engine.close(request_id)
         return False
 
-    async def stats(self) -> ReplicaStats:
-        return await self._front.stats()
-
-    async def ready(self) -> None:
-        """Return once the engine can serve; see `EngineFront.ready`."""
-        await self._front.ready()
-
-    async def check_health(self) -> None:
-        await self._front.check_health()
-
-    async def _keep_leases(self, request_id: str, target: "ActorHandle[Any]", events: EventQueue) -> None:
+    async def _keep_leases(self, request_id: str, target: EngineHandle, events: EventQueue) -> None:
         """Renew the lease on both engines for as long as both answer."""
         source = self._front.engine
         while True:
             await asyncio.sleep(source.info.lease_s / _RENEWALS_PER_LEASE)
             try:
-                if not await source.detached(target.renew.remote, request_id):
+                if not await target.renew(request_id):
                     events.put(TransferError(f"{request_id}: the decode engine waits for it no longer"))
                     return
-                if not await source.renew(request_id):
+                if not await source.handle.renew(request_id):
                     events.put(TransferError(f"{request_id}: the prefill engine holds nothing for it any more"))
                     return
             except Exception as error:
                 events.put(error)
                 return
 
-    async def _send(self, chunk: ChunkReady, target: "ActorHandle[Any]", events: EventQueue) -> None:
+    async def _send(self, chunk: ChunkReady, target: EngineHandle, events: EventQueue) -> None:
         source, started_s = self._front.engine, time.monotonic()
 
-        def submit() -> "tuple[ObjectRef[Tensor], ObjectRef[None]]":
-            taken: ObjectRef[Tensor] = source.actor.take_chunk.remote(chunk.request_id, chunk.index)
-            return taken, target.receive_kv.remote(chunk, taken)
+        def submit() -> "tuple[Awaitable[Tensor], Awaitable[None]]":
+            taken = source.handle.take_chunk(chunk.request_id, chunk.index)
+            return taken, target.receive_kv(chunk, taken)
 
         try:
             # In a thread: the first contact of two engines can hold up the call.
             # `taken` keeps the chunk until it has arrived.
-            taken, received = await asyncio.to_thread(source.detached, submit)
+            taken, received = await asyncio.to_thread(submit)
             await received
         except Exception as error:
             events.put(error)
             return
         del taken
         self._front.handoff.observe(chunk.num_blocks * source.info.bytes_per_block, time.monotonic() - started_s)
-        source.detached(source.actor.release_chunk.remote, chunk.request_id, chunk.index)
+        source.handle.release_chunk(chunk.request_id, chunk.index)
         events.put(ChunkArrived(chunk.request_id))

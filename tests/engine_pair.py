@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from deployments.engine_actor import EngineInfo
+from deployments.engine_info import EngineInfo
 from deployments.messages import ChunkReady, GenerateRequest, Placed, SamplingParams, TokenOutput
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 

@@ -28,6 +28,7 @@ FORBIDDEN = {
 ENGINE_ROOMS = (
     "config",
     "stats",
+    "upload",
     "kernels",
     "kv",
     "scheduling",
@@ -42,6 +43,41 @@ ENGINE_ROOMS = (
     "engine",
     "loop",
 )
+# Rooms and files around the engine; each may import those before it alone.
+PLACES = (
+    "errors",
+    "messages",
+    "engine",
+    "engine_info",
+    "replica_stats",
+    "apart",
+    "ray_errors",
+    "kv_transfer",
+    "tokens",
+    "load",
+    "api",
+    "metrics",
+    "engine_handle",
+    "engine_builder",
+    "engine_host",
+    "engine_actor",
+    "local_engine",
+    "engine_client",
+    "front",
+    "parity",
+    "prefill",
+    "decode",
+    "decode_client",
+    "ingress",
+)
+# What of the engine loads no torch, and so may be known outside; the rest is for those in whose process it lives.
+LIGHT_ENGINE = [
+    "deployments.engine.config",
+    "deployments.engine.stats",
+    "deployments.engine.model.files",
+    "deployments.engine.model.resolve",
+]
+ENGINE_HOSTS = ("engine", "engine_builder", "engine_host", "local_engine")
 # Of the project's own modules, these alone may be imported from under each prefix.
 OWN_ALLOWED = {
     "deployments.engine": ["deployments.engine", "deployments.messages", "deployments.errors"],
@@ -84,6 +120,23 @@ def _room(module: str) -> int:
     return ENGINE_ROOMS.index(room) if room in ENGINE_ROOMS else -1
 
 
+def _place(module: str) -> int:
+    """Place of a module among those of the deployments; -1: it is not of them."""
+    place = module.removeprefix("deployments.").partition(".")[0] if module.startswith("deployments.") else ""
+    return PLACES.index(place) if place in PLACES else -1
+
+
+def _works_with_engine(name: str) -> bool:
+    """Whether whoever imports this loads what runs a model."""
+    is_package = MODULES.get(name, Path()).name == "__init__.py"
+    return (
+        name in MODULES
+        and not is_package
+        and is_under(name, "deployments.engine")
+        and not any(is_under(name, light) for light in LIGHT_ENGINE)
+    )
+
+
 def violations(module: str, source: str) -> list[str]:
     """What a module imports and may not."""
     imported = set(imports_of(module, source))
@@ -99,6 +152,9 @@ def violations(module: str, source: str) -> list[str]:
             own = {name for name in imported if is_under(name, "deployments") and name != "deployments"}
             found += [name for name in own if not any(is_under(name, good) for good in allowed)]
     found += [name for name in imported if _room(name) > _room(module) >= 0]
+    found += [name for name in imported if _place(name) > _place(module) >= 0]
+    if not any(is_under(module, f"deployments.{host}") for host in ENGINE_HOSTS):
+        found += filter(_works_with_engine, imported)
     if is_under(module, "deployments.engine") and "transformers.AutoTokenizer" in imported:
         found += ["transformers.AutoTokenizer"] if module != "deployments.engine.model.gguf" else []
     return sorted(found)
@@ -107,6 +163,97 @@ def violations(module: str, source: str) -> list[str]:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_a_module_imports_only_what_its_place_allows(module):
     assert violations(module, MODULES[module].read_text()) == []
+
+
+def reached_from(module: str) -> set[str]:
+    """Modules of the project that come along when this one is imported, packages' own files included."""
+    reached, todo = set[str](), [module]
+    while todo:
+        name = todo.pop()
+        if name in MODULES and name not in reached:
+            reached.add(name)
+            todo += [*imports_of(name, MODULES[name].read_text()), name.rpartition(".")[0]]
+    return reached
+
+
+@pytest.mark.parametrize("room", ["attention", "kernels", "kv", "layers", "model"])
+def test_what_computes_knows_nothing_of_sequences_not_even_through_others(room):
+    rooms = [module for module in MODULES if is_under(module, f"deployments.engine.{room}")]
+    # What positions mean is the model's matter: the scheduler's file of it knows no sequence.
+    known = {"deployments.engine.scheduling", "deployments.engine.scheduling.positions"} if room == "model" else set()
+    reached = {name for module in rooms for name in reached_from(module)}
+    assert {name for name in reached if is_under(name, "deployments.engine.scheduling")} <= known
+
+
+def test_only_a_sequence_writes_its_fields():
+    owner = "deployments.engine.scheduling.sequence"
+    (sequence,) = [
+        node
+        for node in ast.parse(MODULES[owner].read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name == "Sequence"
+    ]
+    fields = {n.target.id for n in sequence.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    assert "num_computed_tokens" in fields
+    written = [
+        f"{module}: {ast.unparse(node)}"
+        for module, path in MODULES.items()
+        if is_under(module, "deployments.engine") and module != owner
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del) and node.attr in fields
+        if ast.unparse(node.value) != "self"
+    ]
+    assert written == []
+
+
+def imports_at_start(module: str) -> set[str]:
+    """The project's modules that are loaded with a module: none that a function imports, or the type checker alone."""
+    found: set[str] = set()
+    waiting = list(ast.parse(MODULES[module].read_text()).body)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found.update(imports_of(module, ast.unparse(node)))
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            waiting += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
+    return (found & MODULES.keys()) - {module}
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules of which each imports the next, and the last one the first; empty: there are none."""
+    left = {module: set(imported) for module, imported in graph.items()}
+    while leaves := {module for module, imported in left.items() if not imported & left.keys()}:
+        left = {module: imported for module, imported in left.items() if module not in leaves}
+    path: list[str] = []
+    module = min(left, default="")
+    while module and module not in path:
+        path.append(module)
+        module = min(left[module] & left.keys())
+    return path[path.index(module) :] if module else []
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    assert find_cycle({module: imports_at_start(module) for module in MODULES}) == []
+
+
+def test_a_cycle_is_found():
+    assert find_cycle({"a": {"b"}, "b": {"c", "d"}, "c": {"b"}, "d": set()}) == ["b", "c"]
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_every_room_and_file_of_the_deployments_has_its_place():
+    assert {module.split(".")[1] for module in MODULES if module.startswith("deployments.")} == set(PLACES)
+
+
+def test_no_test_borrows_from_another_test_file():
+    borrowed = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for name in imports_of("", path.read_text())
+        if is_under(name, "tests") and any(part.startswith("test_") for part in name.split("."))
+    }
+    assert borrowed == set()
 
 
 def test_every_room_of_the_engine_has_its_place():
@@ -125,6 +272,12 @@ def test_every_room_of_the_engine_has_its_place():
         ("deployments.engine.attention.sdpa", "from deployments import metrics"),
         ("deployments.engine.kernels.cpu", "from deployments.engine.attention.base import IMPLEMENTATION"),
         ("deployments.engine.batch.build", "from transformers import AutoTokenizer"),
+        ("deployments.load.outlook", "from deployments.metrics import render"),
+        ("deployments.load.outlook", "from deployments.engine.engine import Engine"),
+        ("deployments.messages", "from deployments.engine_info import EngineInfo"),
+        ("deployments.ingress", "def f():\n    from deployments.engine.model.load import load_model"),
+        ("deployments.prefill", "from deployments.decode import Decode"),
+        ("app.config", "from deployments.engine.model.load import load_model"),
         ("deployments.api.text", "def f():\n    import torch.nn"),
         ("deployments.decode", "from app.config import AppConfig"),
         ("load_tests.run", "from deployments import messages"),

@@ -1,6 +1,6 @@
 """OpenAI's responses: whole ones and the chunks of a stream, as plain values ready for JSON.
 
-One class per endpoint, with the same methods. Knows what the shapes are, not how they travel; `http.py` calls it.
+One class per endpoint, with the same methods. Knows what the shapes are, not how they travel; `exchange.py` calls it.
 """
 
 from collections.abc import Mapping, Sequence

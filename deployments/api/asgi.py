@@ -1,6 +1,6 @@
 """What Starlette does not do for us, on bare ASGI: ids of requests, and work and connections that end when they should.
 
-Knows nothing of what is served; `http.py` uses it.
+Knows nothing of what is served; `exchange.py` uses it.
 """
 
 import asyncio

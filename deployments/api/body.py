@@ -1,4 +1,4 @@
-"""Reads a request's body: its headers say whether it can be what the API takes. `http.py` is its caller.
+"""Reads a request's body: its headers say whether it can be what the API takes. `exchange.py` is its caller.
 
 Owns what a body may claim to be and how long it may get. Knows nothing of what stands in it.
 """

@@ -1,6 +1,6 @@
 """Who calls and how urgent it is, from a request's headers.
 
-Owns that an API key goes no further than this file: the rest of the service sees a hash of it. `http.py` is its caller.
+Owns that an API key goes no further than this file: the rest of the service sees a hash of it. `exchange.py` calls it.
 """
 
 import hashlib

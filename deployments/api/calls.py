@@ -1,7 +1,7 @@
 """From a request's body to a call: prompts as token ids that fit the model, and how to answer.
 
-Owns what OpenAI's fields mean to the engines. Knows nothing of HTTP; `http.py` calls `read_completion` and `read_chat`,
-in a thread where the body is long.
+Owns what OpenAI's fields mean to the engines. Knows nothing of HTTP; `exchange.py` calls `read_completion` and
+`read_chat`, in a thread where the body is long.
 """
 
 import re

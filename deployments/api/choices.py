@@ -1,7 +1,7 @@
 """From the token outputs of a call's prompts to text events: detokenizing, stop strings, several prompts at once.
 
 Owns when a choice ends and that its request is then closed at the backend. Knows neither HTTP nor OpenAI's shapes;
-`http.py` consumes the events.
+`exchange.py` consumes the events.
 """
 
 import asyncio

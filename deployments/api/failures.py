@@ -1,4 +1,4 @@
-"""What an error looks like to a client: its status code and its body in OpenAI's shape. `http.py` sends it."""
+"""What an error looks like to a client: its status code and its body in OpenAI's shape. Whoever answers sends it."""
 
 import logging
 import math

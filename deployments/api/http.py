@@ -1,103 +1,36 @@
-"""The HTTP application: routes, streaming, and what happens when a client leaves or does not read.
+"""The HTTP application: its routes, the pages that only look, and errors outside a call.
 
-Only it and `failures.py`, which has the errors, know status codes. It knows the backend as a Protocol alone; the
-ingress builds the app with `build_app` and lets Ray Serve, or any ASGI server, run it.
+Only it, `exchange.py`, which has the calls, and `failures.py`, which has the errors, know status codes. The ingress
+builds the app with `build_app` and lets Ray Serve, or any ASGI server, run it.
 """
 
-import asyncio
-import logging
 import reprlib
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing, closing, suppress
-from dataclasses import dataclass
-from functools import partial
 from http import HTTPStatus
-from typing import Protocol
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import Message, Receive, Scope, Send
 
 from deployments.api import sse
-from deployments.api.answers import Answer, ChatAnswer, ChoiceResult, CompletionAnswer, Tally, describe_model
-from deployments.api.asgi import REQUEST_ID_HEADER, ClosesUnread, RequestIds, until_disconnect
-from deployments.api.body import MAX_BODY_BYTES, read_body
-from deployments.api.caller import read_caller
-from deployments.api.calls import Call, ModelNotFoundError, read_chat, read_completion
-from deployments.api.chat_template import TemplateLimitError
-from deployments.api.choices import ChoiceText, TextEvent, TokenOutputs, merge, stream_choice
+from deployments.api.answers import ChatAnswer, CompletionAnswer, describe_model
+from deployments.api.asgi import REQUEST_ID_HEADER, ClosesUnread, RequestIds
+from deployments.api.backend import Backend
+from deployments.api.body import MAX_BODY_BYTES
+from deployments.api.calls import ModelNotFoundError, read_chat, read_completion
+from deployments.api.exchange import Endpoint, Service
 from deployments.api.failures import failure_of
-from deployments.api.observer import Observer, Outcome, SilentObserver, Stopwatch
+from deployments.api.observer import Observer, SilentObserver
 from deployments.api.text import TextCodec
 from deployments.errors import KvRelayError
-from deployments.messages import GenerateRequest, ModelInfo, Priority
+from deployments.messages import ModelInfo
 
-logger = logging.getLogger(__name__)
-
-# Reading 4 KiB of JSON and encoding it takes about 2 ms (SmolLM2's tokenizer, one core of a shared CPU); a longer body
-# goes to a thread, so that it does not stop the streams of others.
-_MAX_INLINE_BODY_BYTES = 4096
 # Of a request; what takes longer is refused with 408. 4 MiB in it are 0.6 Mbit/s.
 BODY_TIMEOUT_S = 60.0
-# What a client that has not read for long may take to come back and hear why its request was ended.
-LAST_WORDS_S = 10.0
 _METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-
-
-class Ticket(Protocol):
-    """Of a call that was let in."""
-
-    def first_token(self, index: int) -> None:
-        """The first token of the request at that place in the call was sent."""
-        ...
-
-    def close(self) -> None:
-        """The call has ended, in whatever way."""
-        ...
-
-
-class Backend(Protocol):
-    """The pools behind the API."""
-
-    def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
-        """Let a call in, before any of its requests is run. What comes back is closed, whatever happens.
-
-        Args:
-            requests: all of the call; their priority is one.
-            key: tells callers apart.
-
-        Raises:
-            OverloadedError: too much is queued; says when to try again.
-            RequestTooLargeError: trying again would not help.
-        """
-        ...
-
-    def generate(self, request: GenerateRequest, on_overflow: Callable[[], None]) -> TokenOutputs:
-        """Run a request. Closing what comes back aborts it on every pool; so each is closed, whatever happens.
-
-        Args:
-            request: the prompt.
-            on_overflow: called when the reader has left too many tokens unread. The request is over then, and
-                the next output that is asked for is `SlowReaderError`.
-
-        Raises:
-            KvRelayError: at any point; before the first token it still becomes a status code.
-        """
-        ...
-
-    async def health(self) -> tuple[bool, str]:
-        """Can the pools serve, and if not, why not."""
-        ...
-
-    async def metrics(self) -> bytes:
-        """Prometheus' text exposition."""
-        ...
 
 
 def build_app(
@@ -121,12 +54,12 @@ def build_app(
         body_timeout_s: a request body that takes longer to arrive is refused with 408.
         server_sends_ids: see `RequestIds`.
     """
-    service = _Service(backend, codec, info, observer or SilentObserver(), max_body_bytes, body_timeout_s)
+    service = Service(backend, codec, info, observer or SilentObserver(), max_body_bytes, body_timeout_s)
     pages = _Pages(backend, info)
     return Starlette(
         routes=[
-            Route("/v1/completions", _Endpoint(service, "cmpl", read_completion, CompletionAnswer), methods=["POST"]),
-            Route("/v1/chat/completions", _Endpoint(service, "chatcmpl", read_chat, ChatAnswer), methods=["POST"]),
+            Route("/v1/completions", Endpoint(service, "cmpl", read_completion, CompletionAnswer), methods=["POST"]),
+            Route("/v1/chat/completions", Endpoint(service, "chatcmpl", read_chat, ChatAnswer), methods=["POST"]),
             Route("/v1/models", pages.models),
             Route("/v1/models/{model_id:path}", pages.model),
             Route("/health", pages.health),
@@ -135,183 +68,6 @@ def build_app(
         middleware=[Middleware(RequestIds, is_sent_by_server=server_sends_ids), Middleware(ClosesUnread)],
         exception_handlers={HTTPException: _refuse, KvRelayError: _refuse, Exception: _refuse},
     )
-
-
-@dataclass(frozen=True, slots=True)
-class _Service:
-    backend: Backend
-    codec: TextCodec
-    info: ModelInfo
-    observer: Observer
-    max_body_bytes: int
-    body_timeout_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Endpoint:
-    """One of the two routes that generate, as an ASGI application: a response object could not watch the client."""
-
-    service: _Service
-    id_prefix: str
-    read: Callable[[bytes, str, TextCodec, ModelInfo, Priority], Call]
-    build_answer: Callable[[Call, Tally], Answer]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _Exchange(self, scope, receive, send).run()
-
-
-class _Exchange:
-    """One request to generate and its response. Owns whether headers went out, and so how an error can be told."""
-
-    def __init__(self, endpoint: _Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
-        self._endpoint = endpoint
-        self._service = endpoint.service
-        self._scope = scope
-        self._receive = receive
-        self._send_message = send
-        # Not the caller's own id: two calls may bear the same one, and the engines tell requests apart by this.
-        self._call_id = f"{endpoint.id_prefix}-{scope['state']['call_id']}"
-        self._request_id: str = scope["state"]["request_id"]
-        self._stopwatch = Stopwatch(self._service.observer)
-        self._has_started = False
-        self._given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._is_stalled = False
-        self._user: str | None = None
-
-    async def run(self) -> None:
-        """Read, generate, answer; a client that leaves ends all of it at once."""
-        outcome = Outcome.ABORTED
-        self._service.observer.request_started()
-        try:
-            outcome = await self._serve()
-        finally:
-            self._service.observer.request_finished(outcome)
-            elapsed_s = self._stopwatch.elapsed_s()
-            logger.info(
-                "%s: %s after %.3f s, user %r, X-Request-Id %s",
-                self._call_id,
-                outcome,
-                elapsed_s,
-                self._user,
-                self._request_id,
-            )
-
-    async def _serve(self) -> Outcome:
-        try:
-            async with asyncio.timeout(self._service.body_timeout_s):
-                body = await read_body(Request(self._scope, self._receive), self._service.max_body_bytes)
-        except ClientDisconnect:
-            return Outcome.ABORTED
-        except TimeoutError:
-            late = f"the body was not complete after {self._service.body_timeout_s:g} s"
-            return await self._fail(HTTPException(HTTPStatus.REQUEST_TIMEOUT, late))
-        except Exception as error:
-            return await self._fail(error)
-        outcome = await until_disconnect(self._receive, self._respond(body), self._given_up)
-        return outcome or (Outcome.STALLED if self._is_stalled else Outcome.ABORTED)
-
-    def _stall(self) -> None:
-        """The client does not read. What was to be sent blocks; if it ever goes out, the reason follows it."""
-        if not self._is_stalled:
-            self._is_stalled = True
-            asyncio.get_running_loop().call_later(LAST_WORDS_S, self._give_up)
-
-    def _give_up(self) -> None:
-        if not self._given_up.done():
-            self._given_up.set_result(None)
-
-    async def _respond(self, body: bytes) -> Outcome:
-        try:
-            caller = read_caller(Headers(scope=self._scope))
-            call = await self._read_call(body, caller.priority)
-            with closing(self._service.backend.admit(call.requests, caller.key)) as ticket:
-                self._stopwatch.on_first = ticket.first_token
-                await self._generate(call)
-        except ClientDisconnect:
-            return Outcome.ABORTED
-        except Exception as error:
-            return await self._fail(error)
-        return Outcome.OK
-
-    async def _read_call(self, body: bytes, priority: Priority) -> Call:
-        read, codec, info = self._endpoint.read, self._service.codec, self._service.info
-        if len(body) <= _MAX_INLINE_BODY_BYTES:
-            # What a chat template makes of a short body is not known before.
-            with suppress(TemplateLimitError):
-                return read(body, self._call_id, codec.brief, info, priority)
-        return await asyncio.to_thread(read, body, self._call_id, codec, info, priority)
-
-    async def _generate(self, call: Call) -> None:
-        self._user = call.user
-        tally = Tally(call)
-        answer = self._endpoint.build_answer(call, tally)
-        generate, codec = partial(self._service.backend.generate, on_overflow=self._stall), self._service.codec
-        choices = [
-            stream_choice(generate, request, ChoiceText(index, codec, request.prompt_token_ids, call.text))
-            for index, request in enumerate(call.requests)
-        ]
-        async with aclosing(merge(choices)) as events:
-            if call.stream:
-                await self._stream(events, answer, tally, call.include_usage)
-            else:
-                await self._collect(events, answer, tally, len(choices))
-
-    async def _stream(
-        self, events: AsyncGenerator[TextEvent, None], answer: Answer, tally: Tally, include_usage: bool
-    ) -> None:
-        # The headers wait for the first event: until then an error can have its status code.
-        async for event in events:
-            is_first = not self._has_started
-            if is_first:
-                await self._start(HTTPStatus.OK, "text/event-stream; charset=utf-8", {"x-accel-buffering": "no"})
-            tally.add(event)
-            if frames := b"".join(sse.frame(chunk) for chunk in answer.chunks(event)):
-                if not is_first:
-                    # The other streams of the same engine step make their text first, and then all write in a row: the
-                    # proxy behind is woken once, not for each of them. 174 -> 152 us of CPU per token in all processes,
-                    # 32 streams (medians of 12 rounds in turn, 2 cores, 2026-11-24).
-                    await asyncio.sleep(0)
-                await self._send_body(frames, more_body=True)
-            self._stopwatch.lap(event)
-        ending = sse.frame(answer.usage_chunk()) if include_usage else b""
-        await self._send_body(ending + sse.DONE)
-
-    async def _collect(
-        self, events: AsyncGenerator[TextEvent, None], answer: Answer, tally: Tally, num_choices: int
-    ) -> None:
-        choices = [ChoiceResult() for _ in range(num_choices)]
-        async for event in events:
-            tally.add(event)
-            choices[event.choice].add(event)
-            self._stopwatch.lap(event)
-        response = answer.whole(choices)
-        await self._start(HTTPStatus.OK, "application/json")
-        await self._send_body(sse.to_json(response))
-
-    async def _fail(self, error: Exception) -> Outcome:
-        failure = failure_of(error)
-        failure.log(f"{self._call_id}, X-Request-Id {self._request_id},", error)
-        if self._has_started:
-            await self._send_body(sse.frame(failure.body()))
-        else:
-            await self._start(failure.status, "application/json", failure.headers())
-            await self._send_body(sse.to_json(failure.body()))
-        return failure.outcome
-
-    async def _start(self, status: HTTPStatus, content_type: str, headers: dict[str, str] | None = None) -> None:
-        fields = {"content-type": content_type, "cache-control": "no-store"} | (headers or {})
-        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in fields.items()]
-        self._has_started = True
-        await self._send({"type": "http.response.start", "status": int(status), "headers": raw})
-
-    async def _send_body(self, body: bytes, more_body: bool = False) -> None:
-        await self._send({"type": "http.response.body", "body": body, "more_body": more_body})
-
-    async def _send(self, message: Message) -> None:
-        try:
-            await self._send_message(message)
-        except OSError as error:  # what ASGI servers raise when the client is gone
-            raise ClientDisconnect from error
 
 
 class _Pages:
@@ -343,7 +99,7 @@ class _Pages:
 
 
 def _refuse(request: Request, error: Exception) -> Response:
-    """Answer for the routes that are no `_Endpoint`: unknown paths, wrong methods, models, health, metrics."""
+    """Answer for the routes that are no `Endpoint`: unknown paths, wrong methods, models, health, metrics."""
     failure = failure_of(error)
     request_id = request.scope["state"]["request_id"]
     failure.log(request_id, error)

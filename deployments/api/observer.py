@@ -1,6 +1,6 @@
 """What a client sees of the system's speed, told to whoever keeps the metrics. Knows no metrics library.
 
-`http.py` reports; the ingress passes an `Observer` that records.
+`exchange.py` reports; the ingress passes an `Observer` that records.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""Server-sent events and JSON as bytes. Knows neither HTTP nor OpenAI's shapes; `http.py` sends what it makes."""
+"""Server-sent events and JSON as bytes. Knows neither HTTP nor OpenAI's shapes; `exchange.py` sends what it makes."""
 
 import orjson
 

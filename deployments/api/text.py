@@ -1,6 +1,6 @@
 """Between text and token ids: the tokenizer and its chat template; the way back is in `detokenizer.py`.
 
-Knows transformers and tokenizers, and imports neither before a tokenizer is loaded. Knows nothing of requests;
+Does its work with the tokenizers library; `tokenizer.py` reads what a codec is made of. Knows nothing of requests:
 `calls.py` encodes with it, `choices.py` decodes. A `TextCodec` may be used from several threads at once.
 """
 
@@ -20,14 +20,12 @@ from deployments.api.chat_template import (
     Message,
     NoChatTemplateError,
     choose_template,
-    read_legacy_template,
 )
 from deployments.api.detokenizer import DetokenizerFactory
-from deployments.errors import InvalidRequestError, UnsupportedModelError
+from deployments.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerBase
+    from deployments.api.tokenizer import AnyTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -35,35 +33,22 @@ logger = logging.getLogger(__name__)
 class TextCodec:
     """A model's tokenizer and chat template.
 
+    Args:
+        tokenizer: as `read_tokenizer` gives it.
+
     Attributes:
         detokenizers: build what turns its ids back into text.
-
-    Raises:
-        UnsupportedModelError: the tokenizer is not of the kind that can be detokenized piece by piece.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise UnsupportedModelError(f"{type(tokenizer).__name__} is not backed by the tokenizers library")
+    def __init__(self, tokenizer: AnyTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._backend: Tokenizer = backend
+        self._backend = tokenizer.backend_tokenizer
         # A saved truncation or padding would silently change prompts.
         self._backend.no_truncation()
         self._backend.no_padding()
         self.detokenizers = DetokenizerFactory(self._backend)
         self._chat_template = _compile_template(tokenizer)
         self._template_limits = LIMITS
-
-    @classmethod
-    def load(cls, path: str) -> TextCodec:
-        """Load the tokenizer in the folder `path`; takes seconds."""
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if not tokenizer.chat_template:
-            tokenizer.chat_template = read_legacy_template(path)
-        return cls(tokenizer)
 
     @cached_property
     def brief(self) -> TextCodec:
@@ -120,7 +105,7 @@ class TextCodec:
         return encoding.ids
 
 
-def _compile_template(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | NoChatTemplateError:
+def _compile_template(tokenizer: AnyTokenizer) -> ChatTemplate | NoChatTemplateError:
     """The model's template, or why it has none: the model still completes."""
     try:
         return ChatTemplate(choose_template(tokenizer.chat_template), tokenizer.special_tokens_map)

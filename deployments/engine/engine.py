@@ -21,34 +21,33 @@ import torch
 from torch import Tensor
 
 from deployments.engine.config import EngineConfig, EngineLimits
-from deployments.engine.execution.portable import LaunchedStep
+from deployments.engine.execution.base import LaunchedStep
+from deployments.engine.execution.canary import Canary
 from deployments.engine.execution.rehearsal import build_rehearsed
 from deployments.engine.execution.sizing import choose_limits, export_room
 from deployments.engine.handoff.exporter import Exporter
-from deployments.engine.handoff.states import Clock, Inbox, Outbox, State
+from deployments.engine.handoff.importer import Importer
+from deployments.engine.handoff.states import Clock, Inbox, Outbox
 from deployments.engine.kv.copies import Allocate, KVCopies
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.scheduling.block_manager import BlockManager
 from deployments.engine.scheduling.checks import check_request
-from deployments.engine.scheduling.scheduler import ScheduledSequence, Scheduler
-from deployments.engine.scheduling.sequence import PENDING, Role, Sequence, Status
-from deployments.engine.stats import EngineStats
+from deployments.engine.scheduling.run import ScheduledSequence
+from deployments.engine.scheduling.scheduler import Scheduler
+from deployments.engine.scheduling.sequence import Role, Sequence, Status
+from deployments.engine.stats import EngineStats, StepTimer
 from deployments.errors import InvalidRequestError
 from deployments.messages import (
     ChunkReady,
+    Draws,
     Ended,
     EngineEvent,
-    FinishReason,
     GenerateRequest,
     Placed,
-    SamplingParams,
     TokenOutput,
 )
 
 logger = logging.getLogger(__name__)
-
-# Never enters the scheduler, so no request's id can meet it.
-_CANARY = GenerateRequest("canary", (0,), SamplingParams(max_tokens=1, temperature=0))
 
 
 class Engine:
@@ -85,18 +84,19 @@ class Engine:
         self._outbox = Outbox(self._export_room.max_blocks, config.lease_s, clock)
         chunk_blocks = self._export_room.max_chunk_blocks
         self._exporter = Exporter(self._outbox, self._copies, self.limits.block_size, chunk_blocks)
+        self._importer = Importer(self._inbox, self._copies, self.limits.block_size)
         self._bytes_per_block = bytes_per_block
         self._is_pipelined = is_pipelined
         self._hands_over = config.hands_over
         self._in_flight: LaunchedStep | None = None
         self._vocab_size = loaded.vocab_size
-        self._num_steps_at_canary = 0
+        self._canary = Canary(self._runner, self._blocks)
         self._stats = EngineStats(
             num_blocks=self.limits.num_blocks,
             max_num_seqs=self.limits.max_num_seqs,
             max_num_batched_tokens=self.limits.max_num_batched_tokens,
         )
-        self._step_begun_s = self._step_ended_s = 0.0
+        self._step_timer = StepTimer(self._stats)
 
     @property
     def has_work(self) -> bool:
@@ -161,7 +161,7 @@ class Engine:
         if not self._hands_over:
             raise InvalidRequestError("this engine hands no prompts over: hands_over is false", "hands_over")
         self.check(request)
-        last_block = (len(request.prompt_token_ids) - 1) // self.limits.block_size
+        last_block = (request.num_given_tokens - 1) // self.limits.block_size
         if not 0 <= first_block <= last_block:
             raise InvalidRequestError(f"first_block is {first_block}, must be from 0 to {last_block}", "first_block")
         sequence = Sequence(request, Role.EXPORT, time.monotonic())
@@ -185,20 +185,14 @@ class Engine:
         Raises:
             ValueError: the tensor does not fit the pool, or its blocks were not reserved; nothing was changed.
         """
-        arrived = self._inbox.expect(chunk)
-        if arrived is None:
+        whole = self._importer.fill(chunk, tensor)
+        if whole is None:
             return []
-        sequence = self._scheduler.reserved[chunk.request_id]
-        sequence.num_cached_tokens = min(sequence.num_cached_tokens, chunk.num_cached_tokens)
-        self._copies.import_([sequence.block_table[i] for i in arrived], tensor)
-        if self._inbox.fill(chunk) is not State.READY:
-            return []
-        first_token = self._inbox.claim(chunk.request_id)
-        sequence.num_computed_tokens = sequence.num_prompt_tokens
+        sequence, first_token = whole
         self._scheduler.activate(sequence)
+        draws = sequence.receive(sequence.num_prompt_tokens, (first_token,))
         self._blocks.publish(sequence)
-        sequence.token_ids.append(first_token)
-        return [self._told(sequence, sequence.num_prompt_tokens, first_token)]
+        return [self._tell(sequence, 0, draws)]
 
     def fence(self) -> torch.cuda.Event | None:
         """When the device has done all that it was asked for up to now; None: it has."""
@@ -206,15 +200,10 @@ class Engine:
 
     def prefill_locally(self, request_id: str) -> bool:
         """Stop waiting for a prefill engine and compute what is missing here; False if it does not wait."""
-        num_arrived = self._inbox.drop(request_id)
-        if num_arrived is None:
-            return False
-        sequence = self._scheduler.reserved[request_id]
-        usable = min(num_arrived, (sequence.num_prompt_tokens - 1) // self.limits.block_size)
-        sequence.num_computed_tokens = usable * self.limits.block_size
-        sequence.num_cached_tokens = min(sequence.num_cached_tokens, sequence.num_computed_tokens)
-        self._scheduler.activate(sequence)
-        return True
+        sequence = self._importer.give_up(request_id)
+        if sequence is not None:
+            self._scheduler.activate(sequence)
+        return sequence is not None
 
     def renew(self, request_id: str) -> bool:
         """The other engine of a hand-off lives: its lease begins anew. False: nothing is held for it here."""
@@ -225,26 +214,11 @@ class Engine:
         self._scheduler.remove(request_id)
         self._exporter.discard(request_id)
         self._outbox.drop(request_id)
-        self._inbox.drop(request_id)
+        self._importer.discard(request_id)
 
     def run_canary(self) -> bool:
-        """Run one token through the model, unless steps have run since the last call: they show as much.
-
-        Returns:
-            Whether it ran; it does not where every block is held.
-
-        Raises:
-            Whatever a broken model or device raises.
-        """
-        num_steps, self._num_steps_at_canary = self._num_steps_at_canary, self._stats.steps
-        canary = Sequence(_CANARY, Role.LOCAL, time.monotonic())
-        if num_steps != self._stats.steps or self._in_flight is not None or not self._blocks.admit(canary):
-            return False
-        try:
-            self._runner.launch([ScheduledSequence.of(canary, 1)]).collect()
-        finally:
-            self._blocks.free(canary)
-        return True
+        """Run one token through the model, if nothing else does; see `Canary`."""
+        return self._canary.run(self._stats.steps, is_busy=self._in_flight is not None)
 
     def take_chunk(self, request_id: str, index: int) -> Tensor | None:
         """Wait until a chunk that was announced is complete, and hand its KV out; None if it is gone.
@@ -270,24 +244,19 @@ class Engine:
             events.append(placed)
             self._stats.prefix_hit_tokens += placed.num_cached_tokens
             if placed.remote:
-                first_block = placed.num_cached_tokens // self.limits.block_size
-                num_blocks = len(self._scheduler.reserved[placed.request_id].block_table)
-                self._inbox.reserve(placed.request_id, range(first_block, num_blocks))
-        launched = None
-        if schedule.scheduled:
-            self._stats.steps += 1
-            launched = self._runner.launch(schedule.scheduled)
-            for item in schedule.scheduled:
-                self._account(item)
+                self._importer.add(self._scheduler.reserved[placed.request_id])
+        ending = self._launch(schedule.scheduled, begun_s) if schedule.scheduled else None
         if self._is_pipelined:
-            launched, self._in_flight = self._in_flight, launched
-            begun_s, self._step_begun_s = self._step_begun_s, begun_s
-        if launched is not None:
-            for item, token in launched.collect():
-                events += self._conclude(item, token)
+            ending, self._in_flight = self._in_flight, ending
+        if ending is not None:
+            for item, draws in ending.collect():
+                events += self._conclude(item, draws)
         events += self._export()
-        if launched is not None:
-            self._time(launched.items, begun_s)
+        if ending is not None:
+            # Prompts are last in a batch, if there are any.
+            has_prompts = ending.items[-1].num_prompt_tokens > 0
+            num_prompt_tokens = sum(item.num_prompt_tokens for item in ending.items) if has_prompts else 0
+            self._step_timer.end(num_prompt_tokens, time.monotonic())
         return events
 
     def stats(self) -> EngineStats:
@@ -319,70 +288,47 @@ class Engine:
             raise InvalidRequestError(f"request id {request_id!r} is already in use", "request_id")
         self._scheduler.add(sequence)
 
-    def _account(self, item: ScheduledSequence) -> None:
-        """A run was started: its tokens count as computed, and the one it draws as there."""
-        sequence = item.sequence
-        sequence.num_computed_tokens += item.num_tokens
-        if item.samples and sequence.role is not Role.EXPORT:
-            sequence.token_ids.append(PENDING)
+    def _launch(self, scheduled: list[ScheduledSequence], begun_s: float) -> LaunchedStep:
+        self._stats.steps += 1
+        self._step_timer.begin(begun_s)
+        launched = self._runner.launch(scheduled)
+        for item in scheduled:
+            item.sequence.begin(item)
+        return launched
 
-    def _time(self, items: list[ScheduledSequence], begun_s: float) -> None:
-        """A step has ended; it ran since it was begun, or since the one before had ended. Prompts are last in it."""
-        now_s = time.monotonic()
-        if items[-1].num_prompt_tokens:
-            # All three at once: whoever learns what a step costs must not see the tokens of one without its time.
-            self._stats.prompt_tokens += sum(item.num_prompt_tokens for item in items)
-            self._stats.prefill_steps += 1
-            self._stats.prefill_s += now_s - max(begun_s, self._step_ended_s)
-        self._step_ended_s = now_s
-
-    def _conclude(self, item: ScheduledSequence, token: int | None) -> list[EngineEvent]:
-        """A run has ended and drawn this token."""
+    def _conclude(self, item: ScheduledSequence, draws: Draws) -> list[EngineEvent]:
+        """A run has ended, and drew this."""
         sequence = item.sequence
         if sequence.status is Status.FINISHED:
             return []  # aborted, or ended by the token before, while this one was in flight
-        if token is not None and sequence.role is not Role.EXPORT:
-            sequence.token_ids[item.start + item.num_tokens] = token
+        draws = sequence.conclude(item, draws)
         if sequence.status is Status.RUNNING:  # and not preempted since
             self._blocks.publish(sequence)
-        if token is None:
+            if item.drafts:
+                self._blocks.trim(sequence)
+        if not draws:
             return []
-        self._stats.generated_tokens += 1
-        if sequence.role is not Role.EXPORT:
-            return [self._told(sequence, item.start + item.num_tokens, token)]
-        if self._outbox.first_token(sequence.request_id) is not None:
-            return []  # computed again after a preemption: the token is out already
-        self._outbox.set_first_token(sequence.request_id, token)
-        output = self._output(sequence, 0, token)
-        if output.finish_reason is not None:
-            self.abort(sequence.request_id)  # nobody will decode it, so nobody wants its KV
-        return [output]
+        self._stats.generated_tokens += len(draws)
+        if sequence.role is Role.EXPORT:
+            if self._outbox.first_token(sequence.request_id) is not None:
+                return []  # computed again after a preemption: the token is out already
+            self._outbox.set_first_token(sequence.request_id, draws[0])
+        return [self._tell(sequence, item.first_draw - sequence.num_prompt_tokens, draws)]
 
-    def _told(self, sequence: Sequence, position: int, token: int) -> TokenOutput:
-        """Tell of a token that is in its place."""
-        output = self._output(sequence, position - sequence.num_prompt_tokens, token)
-        if output.finish_reason is not None:
-            self._scheduler.remove(sequence.request_id)
-        return output
-
-    def _output(self, sequence: Sequence, index: int, token: int) -> TokenOutput:
-        now, sampling = time.monotonic(), sequence.request.sampling
-        if sequence.last_token_s is None:
-            self._stats.ttft_s.observe(now - sequence.arrival_s)
-        else:
-            self._stats.itl_s.observe(now - sequence.last_token_s)
-        sequence.last_token_s = now
-        reason = None
-        if token in sampling.stop_token_ids:
-            reason = FinishReason.STOP
-        elif index + 1 == sampling.max_tokens:
-            reason = FinishReason.LENGTH
-        return TokenOutput(sequence.request_id, index, (token,), reason, sequence.num_cached_tokens)
+    def _tell(self, sequence: Sequence, index: int, draws: Draws) -> TokenOutput:
+        """Tell of new tokens, the first of them in this place among those that are drawn here."""
+        now_s = time.monotonic()
+        self._stats.note_tokens(len(draws), sequence.arrival_s, sequence.note_told(now_s), now_s)
+        if sequence.finish_reason is not None:
+            self.abort(sequence.request_id)  # of a prefill engine too: nobody decodes it, so nobody wants its KV
+        token_ids = tuple([token.token_id for token in draws])
+        place = len(sequence.request.generated_token_ids) + index
+        return TokenOutput(sequence.request_id, place, token_ids, sequence.finish_reason, sequence.num_cached_tokens)
 
     def _export(self) -> list[EngineEvent]:
         """Copy out what can be; a sequence that is all out needs its blocks no longer."""
         events: list[EngineEvent] = []
-        for chunk in self._exporter.export(self._in_flight):
+        for chunk in self._exporter.export(None if self._in_flight is None else self._in_flight.done):
             events.append(chunk)
             if chunk.first_token is not None:
                 self._scheduler.remove(chunk.request_id)

@@ -1,6 +1,7 @@
 """Numbers an engine keeps of its own work, and the snapshot that leaves it. Knows no metrics system."""
 
 from bisect import bisect_left
+from collections import deque
 from dataclasses import dataclass, field, replace
 
 # Seconds. From one decode step on a GPU to a long prompt on a CPU.
@@ -81,3 +82,34 @@ class EngineStats:
     def copy(self) -> "EngineStats":
         """An independent snapshot."""
         return replace(self, ttft_s=self.ttft_s.copy(), itl_s=self.itl_s.copy())
+
+    def note_tokens(self, num_tokens: int, arrival_s: float, last_token_s: float | None, now_s: float) -> None:
+        """Count how long new tokens of a sequence took: since it came, or since its last one, shared within a step."""
+        if last_token_s is None:
+            self.ttft_s.observe(now_s - arrival_s)
+            last_token_s, num_tokens = now_s, num_tokens - 1
+        if num_tokens:
+            self.itl_s.observe((now_s - last_token_s) / num_tokens, num_tokens)
+
+
+class StepTimer:
+    """Notes what steps with prompt tokens take. Two may overlap: the second runs from when the first has ended."""
+
+    def __init__(self, stats: EngineStats) -> None:
+        self._stats = stats
+        self._begun_s: deque[float] = deque()
+        self._ended_s = 0.0
+
+    def begin(self, now_s: float) -> None:
+        """A step is prepared from now on."""
+        self._begun_s.append(now_s)
+
+    def end(self, num_prompt_tokens: int, now_s: float) -> None:
+        """The step that was begun first has ended."""
+        begun_s = self._begun_s.popleft()
+        if num_prompt_tokens:
+            # All three at once: whoever learns what a step costs must not see the tokens of one without its time.
+            self._stats.prompt_tokens += num_prompt_tokens
+            self._stats.prefill_steps += 1
+            self._stats.prefill_s += now_s - max(begun_s, self._ended_s)
+        self._ended_s = now_s

@@ -27,14 +27,14 @@ was measured only `max_queued_tokens` holds; without readings what this replica 
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from deployments.engine.stats import EngineStats
 from deployments.errors import OverloadedError, RequestTooLargeError
 from deployments.load.outlook import MAX_AGE_S, Outlook, PoolReadings
 from deployments.load.own_share import Entry, OwnShare
+from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.load.step_cost import Estimate
 from deployments.messages import Priority
 
@@ -45,8 +45,6 @@ _FAIR_ABOVE = 0.5
 _KEY_MEMORY_S = 60.0
 # What a client is told to wait while no cost was measured.
 _UNKNOWN_RETRY_S = 1.0
-
-PREFILL, DECODE = "prefill", "decode"
 
 
 class Reason(StrEnum):
@@ -130,18 +128,13 @@ class Admission:
         """Names of the pools that compute prompts."""
         return self._pools
 
-    def update(self, pools: Mapping[str, Mapping[str, EngineStats]], as_of_s: float) -> None:
-        """Take a reading.
-
-        Args:
-            pools: for each pool its engines, by the name of their replica.
-            as_of_s: what it says was true then or later, on the clock of this object.
-        """
+    def update(self, reading: Reading) -> None:
+        """Take a reading, on the clock of this object."""
         now_s = self._clock()
-        for name, engines in pools.items():
-            self._pools[name].update(engines, as_of_s)
+        for name, engines in reading.pools.items():
+            self._pools[name].update(engines, reading.as_of_s)
         for own in self._all_own:
-            own.note_reading(as_of_s, now_s)
+            own.note_reading(reading.as_of_s, now_s)
 
     def admit(self, sizes: Sequence[int], priority: Priority, key: bytes) -> Ticket:
         """Let a call in.

@@ -1,30 +1,30 @@
-"""Tells admission how the pools are, again and again. The ingress runs it in the background."""
+"""Reads the pools, again and again, and tells whoever decides by it. The ingress runs it in the background."""
 
 import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
 
-from deployments.load.admission import Admission
-from deployments.metrics import ReplicaStats
+from deployments.load.reading import Pools, Reading
 
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 1.0
 
-Read = Callable[[], Awaitable[dict[str, list[ReplicaStats]]]]
+Read = Callable[[], Awaitable[Pools]]
+Tell = Callable[[Reading], None]
 
 
 async def watch_pools(
-    read: Read, admission: Admission, period_s: float = PERIOD_S, clock: Callable[[], float] = time.monotonic
+    read: Read, tell: Tell, period_s: float = PERIOD_S, clock: Callable[[], float] = time.monotonic
 ) -> None:
     """Read the pools until cancelled, one reading at a time; one that fails leaves the last one to age.
 
     Args:
         read: of every pool its replicas.
-        admission: is told of each reading.
+        tell: told of each reading.
         period_s: pause between two readings.
-        clock: that of `admission`.
+        clock: that of whoever is told.
     """
     is_failing = False
     while True:
@@ -37,8 +37,5 @@ async def watch_pools(
             is_failing = True
         else:
             is_failing = False
-            # Of different ages; what is known of all is as old as the oldest.
-            age_s = max((replica.age_s for pool in pools.values() for replica in pool), default=0.0)
-            engines = {name: {r.replica: r.engine for r in pool} for name, pool in pools.items()}
-            admission.update(engines, taken_s - age_s)
+            tell(Reading.of(pools, taken_s))
         await asyncio.sleep(period_s)

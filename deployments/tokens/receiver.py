@@ -48,7 +48,6 @@ class TokenStream:
         self.request_id = request_id
         self.name = request_id
         self.token_ids: list[int] = []
-        self._first_index = 0  # of what comes under this name, among all tokens
         self._max_unread_tokens = max_unread_tokens
         self._on_overflow = on_overflow
         self._on_close = on_close
@@ -79,8 +78,6 @@ class TokenStream:
         """Take an output that has arrived."""
         if self._error is not None or self._finish_reason is not None:
             return
-        if self._first_index:
-            output = _moved(output, self._first_index)
         num_received = len(self.token_ids)
         num_known = num_received - output.index
         if num_known:
@@ -99,9 +96,8 @@ class TokenStream:
             self._wake()
 
     def continue_as(self, name: str) -> None:
-        """From now on tokens come under another name, counted from 0 again; called by the receiver."""
+        """From now on tokens come under another name; called by the receiver."""
         self.name = name
-        self._first_index = len(self.token_ids)
 
     def fail(self, error: Exception) -> None:
         """End the stream: the reader gets what has come, and then the error. Does nothing if it has ended already."""
@@ -240,12 +236,6 @@ class _Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         self._transport.abort()
-
-
-def _moved(output: TokenOutput, num_tokens: int) -> TokenOutput:
-    """An output of a resumed request as the first one would have sent it."""
-    index = output.index + num_tokens
-    return TokenOutput(output.request_id, index, output.token_ids, output.finish_reason, output.num_cached_tokens)
 
 
 def _without_first(output: TokenOutput, num_tokens: int) -> TokenOutput:

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from deployments.api.text import TextCodec
+from deployments.api.tokenizer import read_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -22,4 +23,4 @@ def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_folder: Path) -> TextCodec:
-    return TextCodec.load(str(smollm2_folder))
+    return TextCodec(read_tokenizer(str(smollm2_folder)))

@@ -15,6 +15,7 @@ from deployments.api.chat_template import (
 )
 from deployments.api.template_meter import Limits
 from deployments.api.text import TextCodec
+from deployments.api.tokenizer import read_tokenizer
 from deployments.errors import InvalidRequestError, UnsupportedModelError
 from tests.api import templates
 from tests.api.fakes import build_tokenizer
@@ -238,4 +239,4 @@ def test_a_processors_file_without_a_template_is_refused_by_name(tmp_path: Path,
 def test_a_codec_loads_the_template_in_a_processors_file(tmp_path: Path):
     build_tokenizer(None).save_pretrained(tmp_path)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}!"}))
-    assert bytes(TextCodec.load(str(tmp_path)).encode_chat([USER])) == b"hi!"
+    assert bytes(TextCodec(read_tokenizer(str(tmp_path))).encode_chat([USER])) == b"hi!"

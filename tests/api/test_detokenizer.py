@@ -37,9 +37,7 @@ def detokenize(
 
 
 def decode(codec: TextCodec, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
-    text = codec._tokenizer.decode(
-        token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-    )
+    text = codec._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
     assert isinstance(text, str)
     return text
 

@@ -9,7 +9,7 @@ import orjson
 import pytest
 import pytest_asyncio
 
-from deployments.api import http
+from deployments.api import exchange
 from deployments.api.http import build_app
 from deployments.api.observer import Outcome
 from deployments.messages import GenerateRequest, TokenOutput
@@ -111,7 +111,7 @@ async def until(is_reached: Callable[[], bool]) -> None:
 async def test_it_is_dropped_and_forgotten(
     url: str, fountain: Fountain, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "LAST_WORDS_S", 0.2)
+    monkeypatch.setattr(exchange, "LAST_WORDS_S", 0.2)
     client = DeafClient(url)
     await client.ask()
     await until(lambda: bool(fountain.overflowed))

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
+from deployments.engine.layers.base import LinearLayer
 from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
 from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
 from tests.bench.gpu_profile import gpu_seconds
@@ -156,18 +157,17 @@ def copy_bandwidth() -> float:
 
 def weight_bytes(engine: Engine, batch_size: int) -> float:
     """What a decode step reads of the model; of its experts those that are chosen if all are as likely."""
-    from deployments.engine.layers.cuda import SkinnyLinear
     from deployments.engine.layers.cuda_experts import FusedExperts  # only where there is a GPU
 
     model = engine._runner._model  # type: ignore[attr-defined]
-    weights = {m.weight.data_ptr(): m.weight.nbytes for m in model.modules() if isinstance(m, SkinnyLinear)}
+    weights = sum(m.num_bytes for m in model.modules() if isinstance(m, LinearLayer))
     experts = sum(m.num_bytes for m in model.modules() if isinstance(m, FusedExperts))
     if not experts:
-        return float(sum(weights.values()))
+        return float(weights)
     config = model.config
     num_experts = next(m.num_experts for m in model.modules() if isinstance(m, FusedExperts))
     chosen = 1 - (1 - config.num_experts_per_tok / num_experts) ** batch_size
-    return float(sum(weights.values()) + chosen * experts)
+    return float(weights + chosen * experts)
 
 
 def floor(engine: Engine, batch_size: int, bandwidth: float) -> float:

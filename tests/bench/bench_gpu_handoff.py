@@ -24,7 +24,9 @@ import torch
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
-from deployments.engine_actor import BuiltEngine, EngineActor, assemble_engine
+from deployments.engine_actor import EngineActor
+from deployments.engine_builder import BuiltEngine, assemble_engine
+from deployments.engine_host import EngineHost
 from deployments.kv_transfer import direct
 from deployments.kv_transfer.base import TransferStats
 from deployments.messages import ChunkReady
@@ -43,36 +45,48 @@ VOCAB_SIZE = SHAPES[MODEL].config().vocab_size
 QUEUEING_CYCLES = 4_000_000
 
 
+class TimedHost(EngineHost):
+    """Notes the time of its copies into the pool, while `looks` is set."""
+
+    looks = False
+
+    def import_chunk(self, chunk: ChunkReady, tensor: torch.Tensor, engine: Engine) -> torch.cuda.Event | None:
+        if not self.looks:
+            return super().import_chunk(chunk, tensor, engine)
+        # The GPU is kept busy until the copy is queued; else its clock would count the time that launching takes.
+        torch.cuda._sleep(QUEUEING_CYCLES)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        imported = super().import_chunk(chunk, tensor, engine)
+        end.record()
+        self.copies.append((tensor.nbytes, begin, end))
+        return imported
+
+    def look(self) -> None:
+        self.copies: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
+        self.looks = True
+
+
 class TimedEngine(EngineActor):
     """Also says how long its copies into the pool take on the GPU's clock, while it is asked to look."""
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config, build)
-        self._copies: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
-        self._looks = False
 
-    def _import(self, chunk: ChunkReady, tensor: torch.Tensor, engine: Engine) -> torch.cuda.Event | None:
-        if not self._looks:
-            return super()._import(chunk, tensor, engine)
-        # The GPU is kept busy until the copy is queued; else its clock would count the time that launching takes.
-        torch.cuda._sleep(QUEUEING_CYCLES)
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        imported = super()._import(chunk, tensor, engine)
-        end.record()
-        self._copies.append((tensor.nbytes, begin, end))
-        return imported
+    def build_host(self, built: BuiltEngine) -> TimedHost:
+        self._timed = TimedHost(built, self._events.put)
+        return self._timed
 
     @ray.method(concurrency_group="ctl")
     def look(self) -> None:
         """From now on time the copies; hand-offs take longer for it."""
-        self._looks = True
+        self._timed.look()
 
     @ray.method(concurrency_group="ctl")
     def copies(self) -> list[tuple[int, float]]:
         """Bytes and seconds of each copy since `look`, which this ends."""
-        found, self._copies, self._looks = self._copies, [], False
-        return [(nbytes, begin.elapsed_time(end) / 1e3) for nbytes, begin, end in found]
+        self._timed.looks = False
+        return [(nbytes, begin.elapsed_time(end) / 1e3) for nbytes, begin, end in self._timed.copies]
 
     @ray.method(concurrency_group="ctl")
     def transfer_stats(self) -> TransferStats:

@@ -9,9 +9,9 @@ bytes in one piece through a TCP socket on loopback, into a buffer that is there
 Part 2 runs the application twice on one Ray, disaggregated and colocated, and asks both in turn, over HTTP, idle.
 """
 
+import argparse
 import json
 import multiprocessing
-import os
 import platform
 import socket
 import statistics
@@ -31,10 +31,8 @@ from deployments.engine_actor import EngineActor
 from deployments.kv_transfer import direct
 from tests.engine_pair import DrivenEngine, hand_over, random_prompt
 
-ROUNDS = int(os.environ.get("ROUNDS", "5"))
 HANDOFF_TOKENS = (512, 2048, 8000)
 TTFT_TOKENS = (256, 2048)
-PORT = int(os.environ.get("PORT", "8123"))
 VOCAB = 49_000
 
 
@@ -77,7 +75,7 @@ class LoopbackCopy:
         self._process.join()
 
 
-def bench_transfer(config: AppConfig) -> list[dict[str, Any]]:
+def bench_transfer(config: AppConfig, num_rounds: int) -> list[dict[str, Any]]:
     actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(EngineActor)
     source, target = (
         DrivenEngine(actor_class.options(num_cpus=1).remote(config.engine_config(pool)))
@@ -91,7 +89,7 @@ def bench_transfer(config: AppConfig) -> list[dict[str, Any]]:
         num_bytes = hand_over(source, target, prompt, f"first-{num_tokens}").num_bytes
         copy = LoopbackCopy(num_bytes)
         handoffs, copies = [], []
-        for i in range(ROUNDS):
+        for i in range(num_rounds):
             # The target runs without prefix caching: it would keep the prompt, and there would be nothing to send.
             handoffs.append(hand_over(source, target, prompt, f"{num_tokens}-{i}").chunks_s)
             copies.append(copy.seconds())
@@ -120,24 +118,24 @@ def ttft(client: httpx.Client, route: str, num_tokens: int, seed: int) -> tuple[
         "return_token_ids": True,  # an event per token, also where its text is not complete
     }
     started = time.perf_counter()
-    with client.stream("POST", f"http://127.0.0.1:{PORT}{route}/v1/completions", json=body) as response:
+    with client.stream("POST", f"{route}/v1/completions", json=body) as response:
         assert response.status_code == 200, response.read()
         times = [time.perf_counter() - started for line in response.iter_lines() if line.startswith("data: {")]
     assert len(times) == 3, "one event per token"
     return times[0], times[1]
 
 
-def bench_ttft() -> list[dict[str, Any]]:
-    serve.start(http_options={"port": PORT})
+def bench_ttft(port: int, num_rounds: int) -> list[dict[str, Any]]:
+    serve.start(http_options={"port": port})
     for mode in ("disaggregated", "colocated"):
         print(f"starting the {mode} application ...", flush=True)
         args = AppConfig(mode=mode, served_model_name="bench")
         serve.run(graph(args), name=mode, route_prefix=f"/{mode}")
     rows = []
-    with httpx.Client(timeout=120) as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
         for num_tokens in TTFT_TOKENS:
             samples: dict[str, list[tuple[float, float]]] = {"disaggregated": [], "colocated": []}
-            for i in range(ROUNDS + 1):
+            for i in range(num_rounds + 1):
                 for j, (mode, taken) in enumerate(samples.items()):
                     taken += [ttft(client, f"/{mode}", num_tokens, seed=num_tokens * 100 + i * 10 + j)]
                 print(
@@ -163,11 +161,17 @@ def bench_ttft() -> list[dict[str, Any]]:
 
 def main() -> int:
     """Run both parts and print the report."""
+    parser = argparse.ArgumentParser(prog="make bench-handoff ARGS=...", description="What a hand-off costs on a CPU.")
+    parser.add_argument("--rounds", type=int, default=5, help="of each measurement (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8123, help="of the two applications (default: %(default)s)")
+    options = parser.parse_args()
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
-    transfers = bench_transfer(AppConfig.model_validate({"decode.engine.enable_prefix_caching": "false"}))
+    transfers = bench_transfer(
+        AppConfig.model_validate({"decode.engine.enable_prefix_caching": "false"}), options.rounds
+    )
     ray.shutdown()
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
-    latencies = bench_ttft()
+    latencies = bench_ttft(options.port, options.rounds)
     ray.shutdown()
     print(f"\n{'tokens':>7} {'MiB':>7} {'hand-off s':>11} {'copy s':>8} {'ratio':>6}")
     for row in transfers:

@@ -130,7 +130,7 @@ def gpt_oss_20b() -> PretrainedConfig:
     )
 
 
-# vLLM's figures are of one H100 80GB, 2026-11-27, dummy weights, greedy; compare those of one visit (README).
+# vLLM's figures are of one H100 80GB, 2026-11-27, dummy weights, greedy; compare those of one visit (docs/measured.md).
 SHAPES = {
     "llama-8b": Shape(
         llama_8b,

@@ -1,54 +1,26 @@
 """How many prompt tokens a client is told were cached: those that no engine has computed for its request."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
-import pytest_asyncio
 
-from deployments.engine.engine import Engine
 from deployments.messages import TokenOutput
-from tests.deployments.fakes import LocalActor, Pools
-from tests.deployments.test_fronts import collect, tokens_of
+from tests.deployments.conftest import StartPools
+from tests.deployments.pools import NUM_TOKENS, PROMPT, Pools, tokens_of
 from tests.engine.driving import BLOCK_SIZE, greedy
 from tests.engine.families import random_prompt, reference
 
-NUM_TOKENS = 12
-PROMPT = random_prompt(150, seed=3)
 # All whole blocks but that of the last token, which is always computed.
 ALL = (len(PROMPT) - 1) // BLOCK_SIZE * BLOCK_SIZE
-
-StartPools = Callable[..., Awaitable[Pools]]
-
-
-@pytest_asyncio.fixture
-async def start(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StartPools]:
-    """Starts pools with steps of 32 tokens, so that the prompt takes five."""
-    started: list[Pools] = []
-
-    async def start(**options: object) -> Pools:
-        started.append(await Pools.start(monkeypatch, max_num_batched_tokens=32, **options))  # type: ignore[arg-type]
-        return started[-1]
-
-    yield start
-    for pools in started:
-        for actor in pools.actors:
-            actor.lets_go.set()
-        await pools.stop()
 
 
 async def cached(pools: Pools, name: str, prompt: tuple[int, ...] = PROMPT) -> int:
     """Ask, and add up what is said as the API does."""
-    return told(await collect(pools, greedy(name, prompt, NUM_TOKENS)))
+    return told(await pools.collect(greedy(name, prompt, NUM_TOKENS)))
 
 
 def told(outputs: list[TokenOutput]) -> int:
     return min(output.num_cached_tokens for output in outputs)
-
-
-async def until(actor: LocalActor, condition: Callable[[Engine], bool]) -> None:
-    while not await actor._command(condition):  # noqa: ASYNC110
-        await asyncio.sleep(0.001)
 
 
 async def test_what_either_engine_alone_has_cached_counts_as_far_as_nobody_computes_it(start: StartPools) -> None:
@@ -57,7 +29,7 @@ async def test_what_either_engine_alone_has_cached_counts_as_far_as_nobody_compu
     assert await cached(pools, "decode engine") == ALL
     pools.decodes.reverse()
     assert await cached(pools, "only the prefill engine") == ALL
-    assert pools.prefill._front.handoff.num_requests == 2
+    assert pools.prefill.front.handoff.num_requests == 2
     assert await cached(pools, "both, in part", PROMPT[:50] + random_prompt(100, seed=4)) == 48
     await pools.wait_idle()
 
@@ -69,7 +41,7 @@ async def test_a_prefix_that_the_prefill_engine_computes_again_is_not_cached_tho
     await cached(pools, "earlier", PROMPT[:50])
     pools.prefills.reverse()
     assert await cached(pools, "later") == 0
-    assert (await pools.prefill._front.engine.stats()).prompt_tokens == len(PROMPT)
+    assert (await pools.prefill.engine.stats()).prompt_tokens == len(PROMPT)
     await pools.wait_idle()
 
 
@@ -77,7 +49,7 @@ async def test_every_output_says_the_same_where_nothing_went_wrong(start: StartP
     pools = await start(num_decode=2)
     await cached(pools, "earlier", PROMPT[:100])
     pools.decodes.reverse()
-    outputs = await collect(pools, greedy("later", PROMPT, NUM_TOKENS))
+    outputs = await pools.collect(greedy("later", PROMPT, NUM_TOKENS))
     assert {output.num_cached_tokens for output in outputs} == {96}
     await pools.wait_idle()
 
@@ -91,13 +63,13 @@ async def test_what_a_request_computed_before_it_was_resumed_is_not_cached_for_i
     if is_known:
         await cached(pools, "earlier")
         pools.decodes.reverse()
-    pools.actors[1].holds = pools.actors[3].holds = lambda chunk: num_generated == 0 and chunk.first_token is not None
-    victim = pools.actors[3 if is_known else 1]
-    reading = asyncio.create_task(collect(pools, greedy("r", PROMPT, 200)))
+    pools.engines[1].holds = pools.engines[3].holds = lambda chunk: num_generated == 0 and chunk.first_token is not None
+    victim = pools.engines[3 if is_known else 1]
+    reading = asyncio.create_task(pools.collect(greedy("r", PROMPT, 200)))
     if num_generated == 0:
         await victim.has_held.wait()
     else:
-        await until(victim, lambda engine: engine.stats().generated_tokens >= num_generated)
+        await victim.until(lambda engine: engine.stats().generated_tokens >= num_generated)
     victim.die()
     victim.lets_go.set()
     outputs = await reading
@@ -110,13 +82,13 @@ async def test_what_a_lost_decode_replica_had_the_prefill_engine_compute_is_not_
     start: StartPools,
 ) -> None:
     pools = await start(num_decode=2)
-    pools.decode_actor.holds = lambda chunk: True
-    reading = asyncio.create_task(collect(pools, greedy("r", PROMPT, NUM_TOKENS)))
-    await until(pools.prefill_actor, lambda engine: engine.stats().prompt_tokens >= 64)
-    pools.decode_actor.die()
-    pools.decode_actor.lets_go.set()
+    pools.decode.engine.holds = lambda chunk: True
+    reading = asyncio.create_task(pools.collect(greedy("r", PROMPT, NUM_TOKENS)))
+    await pools.prefill.engine.until(lambda engine: engine.stats().prompt_tokens >= 64)
+    pools.decode.engine.die()
+    pools.decode.engine.lets_go.set()
     assert told(await reading) == 0
-    assert (await pools.prefill._front.engine.stats()).prefix_hit_tokens > 0, "it was found, but its own"
+    assert (await pools.prefill.engine.stats()).prefix_hit_tokens > 0, "it was found, but its own"
     await pools.wait_idle()
 
 
@@ -127,9 +99,9 @@ async def test_a_broken_hand_off_leaves_cached_what_nobody_then_computes(
     pools = await start(num_decode=2)
     await cached(pools, "earlier")
     pools.decodes.reverse()
-    pools.actors[2].fail_receives = num_failures
+    pools.engines[2].fail_receives = num_failures
     assert await cached(pools, "later") == num_cached
     await pools.wait_idle()
-    pools.actors[2].fail_receives = 1
+    pools.engines[2].fail_receives = 1
     assert await cached(pools, "new", random_prompt(150, seed=9)) == 0, "found by the second attempt, its own"
     await pools.wait_idle()

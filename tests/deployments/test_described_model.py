@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from deployments.api.text import TextCodec
-from deployments.engine_actor import EngineInfo
+from deployments.engine_info import EngineInfo
 from deployments.ingress import describe_served
 from tests.api.fakes import END_ID, build_tokenizer
 

@@ -3,12 +3,12 @@
 import pytest
 from ray.serve.exceptions import BackPressureError
 
-from deployments.decode_client import as_ours
 from deployments.errors import OverloadedError
 from deployments.load.admission import Admission, Bounds
 from deployments.messages import Priority
 from deployments.metrics import AdmissionMetrics, ClientMetrics, render
-from tests.deployments.fakes import Pools
+from deployments.ray_errors import as_ours
+from tests.deployments.pools import Pools
 from tests.engine.driving import greedy
 from tests.engine.families import random_prompt
 
@@ -32,15 +32,15 @@ def test_refusals_are_counted_by_reason_and_priority() -> None:
     assert 'kvrelay_prefill_speed{pool="decode"}' not in text, "not measured yet"
 
 
-async def test_a_reading_of_real_engines_gives_the_speed_of_each_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    pools = await Pools.start(monkeypatch, min_tokens=50)
+async def test_a_reading_of_real_engines_gives_the_speed_of_each_pool() -> None:
+    pools = await Pools.start(min_tokens=50)
     for name, length in (("long", 100), ("short", 20)):
         request = greedy(name, random_prompt(length, seed=length), 2)
         ticket = pools.backend.admit([request], b"")
         async for _ in pools.generate(request):
             pass
         ticket.close()
-    prefill, decode = (await pools.prefill_actor._stats()), (await pools.decode_actor._stats())
+    prefill, decode = (await pools.prefill.engine.stats()), (await pools.decode.engine.stats())
     assert (prefill.prompt_tokens, decode.prompt_tokens) == (100, 20)
     assert prefill.prefill_s > 0 and decode.prefill_s > 0
     assert (prefill.prefill_steps, decode.prefill_steps) == (1, 1)

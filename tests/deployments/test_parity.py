@@ -9,49 +9,45 @@ import torch
 from deployments import parity
 from deployments.errors import ParityError
 from deployments.parity import check_parity
-from tests.deployments.fakes import Pools
+from tests.deployments.pools import Pools
 
 
 @pytest_asyncio.fixture
-async def pools(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pools]:
-    pools = await Pools.start(monkeypatch)
+async def pools() -> AsyncIterator[Pools]:
+    pools = await Pools.start()
     yield pools
-    for actor in pools.actors:
-        actor.goes_on.set()
     await pools.stop()
 
 
 async def compare(pools: Pools) -> None:
-    await check_parity(pools.decode._generate, "127.0.0.1", pools.decode._front.engine.info)
+    await check_parity(pools.decode.deployment.generate_by, "127.0.0.1", pools.decode.front.engine.info)
 
 
 async def test_equal_engines_agree_and_hold_nothing_afterwards(pools: Pools) -> None:
     for _ in range(2):
         await compare(pools)
-    assert pools.prefill._front.handoff.num_requests == 2, "the prompt was handed over each time"
+    assert pools.prefill.front.handoff.num_requests == 2, "the prompt was handed over each time"
     await pools.wait_idle()
 
 
-async def test_kv_that_arrives_broken_refuses_to_start(pools: Pools, monkeypatch: pytest.MonkeyPatch) -> None:
-    copies = pools.decode_actor.engine._copies
-    as_it_is = copies.import_
-    monkeypatch.setattr(copies, "import_", lambda block_ids, chunk: as_it_is(block_ids, torch.randn_like(chunk)))
+async def test_kv_that_arrives_broken_refuses_to_start(pools: Pools) -> None:
+    pools.decode.engine.changes = torch.randn_like
     with pytest.raises(ParityError, match=r"continued with \[.*\] after a hand-off and with \[.*\] without"):
         await compare(pools)
     await pools.wait_idle()
 
 
 async def test_a_hand_off_that_does_not_work_does_not_keep_a_replica_from_serving_alone(pools: Pools) -> None:
-    pools.decode_actor.fail_receives = 100
+    pools.decode.engine.fail_receives = 100
     await compare(pools)
-    assert pools.decode._front.handoff.num_failures == 3
+    assert pools.decode.front.handoff.num_failures == 3
 
 
 async def test_a_prefill_pool_that_does_not_answer_is_not_waited_for_for_ever(
     pools: Pools, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parity, "TIMEOUT_S", 0.3)
-    pools.prefill_actor.hang()
+    pools.prefill.engine.hang()
     await compare(pools)
-    pools.prefill_actor.goes_on.set()
+    pools.prefill.engine.goes_on.set()
     await pools.wait_idle()

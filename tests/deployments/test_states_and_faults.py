@@ -6,7 +6,7 @@ that left, and no engine that lives holds anything.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
 import pytest
@@ -14,10 +14,8 @@ import pytest_asyncio
 
 from deployments.errors import EngineDeadError
 from deployments.messages import TokenOutput
-from deployments.prefill import Prefill
-from tests.deployments.fakes import Pools
-from tests.deployments.test_deaths import MANY_TOKENS, is_decoding, until
-from tests.deployments.test_fronts import NUM_TOKENS, PROMPT, collect, tokens_of
+from tests.deployments.conftest import StartPools
+from tests.deployments.pools import MANY_TOKENS, NUM_TOKENS, PROMPT, Pools, is_decoding, tokens_of
 from tests.engine.driving import greedy
 from tests.engine.families import reference
 
@@ -44,11 +42,11 @@ class Case:
 
     def ask(self, num_tokens: int = NUM_TOKENS) -> None:
         self.expected = reference("llama", PROMPT, num_tokens)
-        self.reading = asyncio.create_task(collect(self.pools, greedy("r", PROMPT, num_tokens)))
+        self.reading = asyncio.create_task(self.pools.collect(greedy("r", PROMPT, num_tokens)))
 
     async def let_go(self) -> None:
         """Let what was held arrive, and the occupant leave."""
-        self.pools.decode_actor.lets_go.set()
+        self.pools.decode.engine.lets_go.set()
         if self.occupant is not None:
             self.occupant.cancel()
             with suppress(asyncio.CancelledError):
@@ -57,37 +55,37 @@ class Case:
 
 async def queued(case: Case) -> None:
     """The decode engine has no seat for it."""
-    case.occupant = asyncio.create_task(collect(case.pools, greedy("occupant", PROMPT[:9], 900)))
-    await until(case.pools.decode_actor, is_decoding)
+    case.occupant = asyncio.create_task(case.pools.collect(greedy("occupant", PROMPT[:9], 900)))
+    await case.pools.decode.engine.until(is_decoding)
     case.ask()
-    await until(case.pools.decode_actor, lambda engine: engine.stats().num_waiting == 1)
+    await case.pools.decode.engine.until(lambda engine: engine.stats().num_waiting == 1)
 
 
 async def reserved(case: Case) -> None:
     """Blocks are set aside, and none has come."""
-    case.pools.decode_actor.holds = lambda chunk: True
+    case.pools.decode.engine.holds = lambda chunk: True
     case.ask()
-    await case.pools.decode_actor.has_held.wait()
+    await case.pools.decode.engine.has_held.wait()
 
 
 async def filling(case: Case) -> None:
     """Some blocks have come."""
-    case.pools.decode_actor.holds = lambda chunk: chunk.index > 0
+    case.pools.decode.engine.holds = lambda chunk: chunk.index > 0
     case.ask()
-    await case.pools.decode_actor.has_held.wait()
+    await case.pools.decode.engine.has_held.wait()
 
 
 async def ready(case: Case) -> None:
     """Everything is computed and copied out; the last chunk is on its way."""
-    case.pools.decode_actor.holds = lambda chunk: chunk.first_token is not None
+    case.pools.decode.engine.holds = lambda chunk: chunk.first_token is not None
     case.ask()
-    await case.pools.decode_actor.has_held.wait()
+    await case.pools.decode.engine.has_held.wait()
 
 
 async def decoding(case: Case) -> None:
     """The decode engine has claimed it and generates."""
     case.ask(MANY_TOKENS)
-    await until(case.pools.decode_actor, is_decoding)
+    await case.pools.decode.engine.until(is_decoding)
 
 
 async def client_leaves(case: Case) -> None:
@@ -100,17 +98,17 @@ async def ingress_dies(case: Case) -> None:
 
 
 async def transfer_breaks(case: Case) -> None:
-    case.pools.decode_actor.fail_receives = 1
+    case.pools.decode.engine.fail_receives = 1
 
 
 async def prefill_engine_dies(case: Case) -> None:
-    case.pools.prefill_actor.die()
+    case.pools.prefill.engine.die()
 
 
 async def prefill_engine_hangs(case: Case) -> None:
-    case.pools.prefill_actor.hang()
+    case.pools.prefill.engine.hang()
     with pytest.raises(EngineDeadError, match="has not answered"):
-        await case.pools.prefill.check_health()
+        await case.pools.prefill.deployment.check_health()
 
 
 async def prefill_front_hangs(case: Case) -> None:
@@ -119,13 +117,13 @@ async def prefill_front_hangs(case: Case) -> None:
 
 
 async def decode_engine_dies(case: Case) -> None:
-    case.pools.decode_actor.die()
+    case.pools.decode.engine.die()
 
 
 async def decode_engine_hangs(case: Case) -> None:
-    case.pools.decode_actor.hang()
+    case.pools.decode.engine.hang()
     with pytest.raises(EngineDeadError, match="has not answered"):
-        await case.pools.decode.check_health()
+        await case.pools.decode.deployment.check_health()
 
 
 STATES = [queued, reserved, filling, ready, decoding]
@@ -143,27 +141,16 @@ Step = Callable[[Case], Awaitable[None]]
 
 
 @pytest_asyncio.fixture
-async def case(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> AsyncIterator[Case]:
-    options = {"max_num_batched_tokens": 32, "lease_s": LEASE_S, "max_num_seqs": 1}
-    pools = await Pools.start(monkeypatch, num_prefill=2, num_decode=2, **options)  # type: ignore[arg-type]
-    for front in [replica._front for replica in pools.prefills] + [replica._front for replica in pools.decodes]:
-        monkeypatch.setattr(front, "_max_silence_s", LEASE_S)
-    yield Case(pools)
-    for actor in pools.actors:
-        actor.goes_on.set()
-    await pools.stop()
+async def case(start: StartPools) -> Case:
+    silence = {"lease_s": LEASE_S, "max_silence_s": LEASE_S}
+    return Case(await start(num_prefill=2, num_decode=2, max_num_seqs=1, **silence))
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 @pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
-async def test_every_fault_in_every_state(
-    case: Case, state: Step, fault: Step, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if fault is prefill_front_hangs:
-
-        async def renew_nothing(*_: object) -> None: ...
-
-        monkeypatch.setattr(Prefill, "_keep_leases", renew_nothing)
+async def test_every_fault_in_every_state(case: Case, state: Step, fault: Step) -> None:
+    for engine in case.pools.engines:
+        engine.renews = fault is not prefill_front_hangs
     await state(case)
     await fault(case)
     await case.let_go()
@@ -174,7 +161,7 @@ async def test_every_fault_in_every_state(
             await case.pools.wait_idle()
     else:
         assert tokens_of(await case.reading) == case.expected
-    for actor in case.pools.actors:
-        actor.goes_on.set()
+    for engine in case.pools.engines:
+        engine.goes_on.set()
     async with asyncio.timeout(PATIENCE_S):
         await case.pools.wait_idle()

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from app.config import AppConfig
 from app.graph import graph
 from deployments.engine.model.files import BUNDLED_MODEL
-from deployments.engine.model.load import resolve_model
-from deployments.metrics import ReplicaStats
+from deployments.engine.model.resolve import resolve_model
+from deployments.replica_stats import ReplicaStats
 
 MODEL_NAME = "smollm2"
 MODES = ("disaggregated", "colocated")

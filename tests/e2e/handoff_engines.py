@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
-from deployments.engine_actor import BuiltEngine, EngineActor, assemble_engine
+from deployments.engine_actor import EngineActor
+from deployments.engine_builder import BuiltEngine, assemble_engine
 from deployments.kv_transfer import direct
 from deployments.kv_transfer.base import TransferStats
 

@@ -17,7 +17,7 @@ from tests.bench.chaos import scaling
 from tests.bench.chaos.load import Client, Ending, Record
 from tests.bench.chaos.probes import Call, Probe, build_probes
 from tests.e2e.conftest import MODEL_NAME, Service
-from tests.e2e.test_service import wait_idle
+from tests.e2e.waiting import wait_idle
 
 NAME = "drain"
 # Long enough to be handed over, and to be decoded for longer than a removed decode replica has.

@@ -22,7 +22,7 @@ import pytest
 
 from app.local_process import RunFolder, Server
 from tests.e2e.conftest import MODEL_NAME, Service
-from tests.e2e.test_tokens import assert_same, complete
+from tests.e2e.greedy import assert_same, complete
 
 PROMPT_NAMES = ("plain-1", "plain-33", "plain-300", "plain-511", "plain-1025", "chat-0", "chat-1", "chat-3")
 STOP_TIMEOUT_S = 240.0

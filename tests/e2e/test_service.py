@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from tests.e2e.conftest import MODEL_NAME, Service
+from tests.e2e.waiting import idle, wait_idle
 
 
 def openai_client(service: Service) -> openai.OpenAI:
@@ -123,21 +124,6 @@ def test_a_request_too_long_is_refused_with_the_numbers(service: Service, client
     assert response.status_code == 400
     assert "8000" in response.text
     assert "8192" in response.text
-
-
-def idle(service: Service) -> bool:
-    stats = [row.engine for pool in service.pools for row in service.stats(pool)]
-    return all(
-        s.num_used_blocks == s.num_running == s.num_reserved == s.num_waiting == s.num_exported_blocks == 0
-        for s in stats
-    )
-
-
-def wait_idle(service: Service, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not idle(service):
-        assert time.monotonic() < deadline, [service.stats(pool) for pool in service.pools]
-        time.sleep(0.02)
 
 
 def num_done(service: Service) -> int:

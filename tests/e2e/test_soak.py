@@ -12,7 +12,7 @@ from tests.bench.chaos.probes import Deck, Probe, build_probes
 from tests.bench.soak.processes import Usage, take
 from tests.bench.soak.verdict import Idle, by_process, find_leaks
 from tests.e2e.conftest import MODEL_NAME, Service
-from tests.e2e.test_service import wait_idle
+from tests.e2e.waiting import wait_idle
 
 # Half of the measured requests are new and handed over, the other half was asked before and is found in caches.
 NUM_PROBES = 100

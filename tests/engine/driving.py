@@ -76,11 +76,13 @@ def run(engine: Engine, transcript: Transcript | None = None, max_steps: int = 1
 
 
 def generate(engine: Engine, requests: Iterable[GenerateRequest]) -> list[tuple[int, ...]]:
-    """Run requests together; their tokens in order."""
+    """Run requests together; the tokens of each, with what it came with of them."""
     requests = list(requests)
+    transcript = Transcript()
     for request in requests:
         engine.add(request)
-    transcript = run(engine)
+        transcript.tokens[request.request_id] += request.generated_token_ids
+    run(engine, transcript)
     assert transcript.finished == {request.request_id for request in requests}
     assert engine.num_free_blocks == engine.limits.num_blocks
     return [tuple(transcript.tokens[request.request_id]) for request in requests]

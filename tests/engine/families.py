@@ -72,6 +72,7 @@ _CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
         SIZES | _EXPERTS | {"num_local_experts": 4, "sliding_window": WINDOW, "pad_token_id": 0},
     ),
     "glm4": ("Glm4Config", SIZES),
+    "hunyuan": ("HunYuanDenseV1Config", SIZES),  # normalises queries and keys that are rotated
     "mixtral": ("MixtralConfig", SIZES | _EXPERTS | {"num_local_experts": 4, "sliding_window": None}),
     "qwen3_moe": (
         "Qwen3MoeConfig",

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from deployments.engine.engine import Engine
 from deployments.engine.handoff.states import Clock
 from deployments.engine.model.load import LoadedModel, prepare_model
-from deployments.engine.scheduling.sequence import PENDING, Sequence
+from deployments.engine.scheduling.sequence import Sequence
 from deployments.messages import ChunkReady, Ended, EngineEvent, GenerateRequest, Placed, SamplingParams, TokenOutput
 from tests.engine.driving import FakeClock, Transcript, build_engine, generate, greedy, prefill_all, run
 from tests.engine.families import CPU, randomize
@@ -104,7 +104,7 @@ class Relay(RuleBasedStateMachine):
     def step_decode(self) -> None:
         decoding = [s for s in self.decode._scheduler.running if s.is_decoding]
         if self.is_pipelined:  # then tokens come of what was started before
-            decoding = [s for s in decoding if s.token_ids[-1] == PENDING]
+            decoding = [s for s in decoding if s.num_pending_tokens]
         preemptions = {s.request_id: s.num_preemptions for s in decoding}
         events = self.decode.step()
         self.note(events)

@@ -83,9 +83,12 @@ def plain(family: str) -> PreTrainedModel:
         dtype=torch.float32,
         attn_implementation="eager" if family in ("gemma2", "gpt_oss") else "sdpa",
     )
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.06)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.06)
+            else:  # norms that scale nothing, or biases of zero, would hide what is done in another order
+                parameter += 0.2 * torch.randn_like(parameter)
     moved: PreTrainedModel = model.to("cuda", torch.bfloat16).eval()
     return moved
 

@@ -13,6 +13,7 @@ from deployments.engine.attention import flash3  # noqa: E402
 from deployments.engine.attention.cuda import LONG_CHUNK, CudaStep, Prompts  # noqa: E402
 from deployments.engine.kernels.arguments import Scores  # noqa: E402
 from deployments.engine.kv.cache import KVCache, KVShape  # noqa: E402
+from tests.gpu.expected import expected_attention  # noqa: E402
 
 BLOCK_SIZE, NUM_BLOCKS = 256, 48
 TOLERANCE = 5e-3
@@ -101,25 +102,6 @@ class Step:
         queries, keys, values = (torch.cat(parts).transpose(0, 1) for parts in zip(*self.new, strict=True))
         with torch.inference_mode():
             return self.step.attend(0, queries, keys, values, self.scores, None)
-
-
-def expected_attention(queries: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
-    """Plain torch in float32: of queries (Q, H, head_dim), the last of so many keys (K, H_kv, head_dim)."""
-    num_queries, num_heads, num_keys = len(queries), queries.shape[1], len(keys)
-    key, value = (part.float().repeat_interleave(num_heads // keys.shape[1], 1) for part in (keys, values))
-    logits = torch.einsum("qhd,khd->hqk", queries.float(), key) * scores.scaling
-    if scores.softcap is not None:
-        logits = scores.softcap * torch.tanh(logits / scores.softcap)
-    positions = torch.arange(num_keys, device="cuda")
-    distance = positions[num_keys - num_queries :, None] - positions
-    hidden = (distance < 0) | (distance >= (scores.window or num_keys))
-    logits = logits.masked_fill(hidden, float("-inf"))
-    if scores.sinks is not None:
-        sinks = scores.sinks.float()[:, None, None].expand(-1, num_queries, 1)
-        weights = torch.cat((logits, sinks), -1).softmax(-1)[..., :-1]
-    else:
-        weights = logits.softmax(-1)
-    return torch.einsum("hqk,khd->qhd", weights, value)
 
 
 def randn(*shape: int) -> Tensor:

@@ -16,7 +16,7 @@ from deployments.engine.kernels.cuda import add_norm, gelu_mul, rms_norm, silu_m
 from deployments.engine.kernels.cuda_attention import decode_attention  # noqa: E402
 from deployments.engine.kernels.cuda_matmul import add_linear, linear  # noqa: E402
 from deployments.engine.kernels.cuda_rotary import rotate_and_write  # noqa: E402
-from tests.gpu.test_attention import expected_attention  # noqa: E402
+from tests.gpu.expected import expected_attention  # noqa: E402
 
 BLOCK_SIZE = 256
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 
 from deployments.engine.stats import EngineStats
 from deployments.errors import OverloadedError, RequestTooLargeError
-from deployments.load.admission import DECODE, PREFILL, SHARES, Admission, Bounds, Reason, Ticket
+from deployments.load.admission import SHARES, Admission, Bounds, Reason, Ticket
 from deployments.load.outlook import MAX_AGE_S, HoldingTime, Outlook
+from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.load.step_cost import StepCost
 from deployments.messages import Priority
 
@@ -59,7 +60,7 @@ class Pools:
 
     def read(self) -> None:
         self.now_s += 1.0
-        self.admission.update({PREFILL: self.prefill, DECODE: self.decode}, self.now_s)
+        self.admission.update(Reading({PREFILL: self.prefill, DECODE: self.decode}, self.now_s))
 
     def admit(self, *sizes: int, priority: Priority = Priority.NORMAL, key: bytes = A) -> Ticket:
         return self.admission.admit(sizes, priority, key)
@@ -163,7 +164,7 @@ def test_prompts_that_wait_in_the_decode_pool_for_the_other_one_are_queued_for_i
 def test_a_colocated_pool_computes_every_prompt() -> None:
     admission = Admission(replace(BOUNDS, min_remote_tokens=None), lambda: 0.0)
     admission._pools[DECODE].cost = copy.copy(SURE)
-    admission.update({DECODE: {"d": replace(IDLE, num_queued_prompt_tokens=900)}}, 0.0)
+    admission.update(Reading({DECODE: {"d": replace(IDLE, num_queued_prompt_tokens=900)}}, 0.0))
     assert list(admission.pools) == [DECODE]
     with pytest.raises(OverloadedError):
         admission.admit([500], Priority.NORMAL, A)
@@ -172,7 +173,7 @@ def test_a_colocated_pool_computes_every_prompt() -> None:
 def test_tokens_found_cached_count_as_computed_where_they_are_computed() -> None:
     admission = Admission(BOUNDS, lambda: 0.0)
     for engine in (IDLE, replace(worked(IDLE, 10.0), prefix_hit_tokens=9000)):
-        admission.update({PREFILL: {"p": engine}, DECODE: {"d": engine}}, 0.0)
+        admission.update(Reading({PREFILL: {"p": engine}, DECODE: {"d": engine}}, 0.0))
     assert admission.outlook(PREFILL).cost.seconds(1000, 10_000).best == pytest.approx(10)
     assert admission.outlook(DECODE).cost.seconds(1000, 1000).best == pytest.approx(10)
 

@@ -13,8 +13,9 @@ from deployments.engine.scheduling.scheduler import Schedule, Scheduler
 from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.engine.stats import EngineStats
 from deployments.errors import OverloadedError
-from deployments.load.admission import DECODE, Admission, Bounds, Ticket
-from deployments.messages import GenerateRequest, Priority, SamplingParams
+from deployments.load.admission import Admission, Bounds, Ticket
+from deployments.load.reading import DECODE, Reading
+from deployments.messages import DrawnToken, GenerateRequest, Priority, SamplingParams
 
 MAX_TTFT_S = 6.0
 STEP_S, PROMPT_TOKEN_S, DECODE_S = 0.02, 1 / 500, 0.003
@@ -109,14 +110,13 @@ class Service:
     def _conclude(self, schedule: Schedule) -> None:
         for item in schedule.scheduled:
             sequence = item.sequence
-            sequence.num_computed_tokens += item.num_tokens
-            if not item.samples:
+            sequence.begin(item)
+            if not sequence.conclude(item, (DrawnToken(0),) * item.num_draws):
                 continue
             one, ticket = self.running[sequence.request_id]
-            if sequence.num_generated_tokens == 0:
+            if sequence.num_generated_tokens == 1:
                 one.ttft_s = self.now_s - one.arrival_s
                 ticket.first_token(0)
-            sequence.token_ids.append(0)
             if sequence.num_generated_tokens == self.output_tokens:
                 self.scheduler.remove(sequence.request_id)
                 ticket.close()
@@ -130,7 +130,7 @@ class Service:
         stats.num_waiting, stats.num_running = len(scheduler.waiting), len(scheduler.running)
         stats.num_used_blocks = scheduler._blocks.num_held_blocks
         stats.finished = scheduler.num_finished
-        self.admission.update({DECODE: {"d": stats.copy()}}, self.now_s)
+        self.admission.update(Reading({DECODE: {"d": stats.copy()}}, self.now_s))
 
 
 def poisson(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deployments.engine.batch.build import Batch
+from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.kernels.arguments import Scores
 from deployments.engine.kernels.cpu_attention import decode_attention
 from deployments.engine.kernels.cpu_prompt import prompt_attention
@@ -31,18 +31,18 @@ def can_attend(cache: KVCache, scores: Scores) -> bool:
 
 def compile_kernels(cache: KVCache) -> None:
     """Compile the kernels for this pool, or fetch them from numba's cache, before the first request needs them."""
-    none = torch.empty(0, dtype=torch.int64)
-    nothing = Batch(none, none, none, none, np.zeros((0, 1), np.int64), np.zeros(0, np.int64), ())
+    none = np.zeros(0, np.int64)
+    nothing = StepArrays(none, none, none, none, none, none, np.zeros((0, 1), np.int64), 0, none, none)
     queries = torch.empty(0, cache.shape.num_kv_heads, cache.shape.head_dim)
     PagedDecode(nothing, cache, None).attend(0, queries, 1.0, queries)
-    attend_prompt(cache, 0, queries, none, 0, Scores(1.0), queries)
+    attend_prompt(cache, 0, queries, torch.from_numpy(none), 0, Scores(1.0), queries)
 
 
 class PagedDecode:
     """The decodes of one step; shared by all layers with the same window."""
 
-    def __init__(self, batch: Batch, cache: KVCache, window: int | None) -> None:
-        lens = batch.decode_lens
+    def __init__(self, arrays: StepArrays, cache: KVCache, window: int | None) -> None:
+        lens = arrays.decode_lens
         start = np.zeros_like(lens) if window is None else np.maximum(lens - window, 0)
         num_splits = -(-(lens - start) // _SPLIT_TOKENS)
         self._first_split = np.concatenate(([0], np.cumsum(num_splits)))
@@ -50,7 +50,7 @@ class PagedDecode:
         rank = np.arange(len(owner)) - self._first_split[owner]
         first = start[owner] + rank * _SPLIT_TOKENS
         self._splits = np.stack((owner, first, np.minimum(first + _SPLIT_TOKENS, lens[owner])), axis=1)
-        self._tables = batch.decode_block_tables
+        self._tables = arrays.decode_tables
         self._pool = cache.blocks.numpy()
 
     def attend(self, layer: int, queries: Tensor, scaling: float, out: Tensor) -> None:

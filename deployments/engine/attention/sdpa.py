@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from deployments.engine.attention.paged import PagedDecode, attend_prompt, can_attend
-from deployments.engine.batch.build import Batch, PromptChunk
+from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.kernels.arguments import Rotation, Scores
 from deployments.engine.kernels.cpu import use_torch_threads
 from deployments.engine.kv.cache import KVCache
+from deployments.engine.upload import upload
 
 # A split has a fixed price beside its tokens: about that of 32 tokens (2 Zen 3 cores, 3 KV heads of 64, 2026-11).
 _SPLIT_OVERHEAD_TOKENS = 32
@@ -26,6 +27,23 @@ _SPLIT_OVERHEAD_TOKENS = 32
 _MAX_BYTES = 256 << 20
 _MAX_PART = 256
 _flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+@dataclass(frozen=True, slots=True)
+class PromptChunk:
+    """A run that is no decode of one token.
+
+    Attributes:
+        query_start: where the chunk begins in the flat batch.
+        num_queries: its tokens.
+        context_len: tokens of the sequence that were computed before it.
+        block_ids: (ceil((context_len + num_queries) / block_size),) int64 physical blocks.
+    """
+
+    query_start: int
+    num_queries: int
+    context_len: int
+    block_ids: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +64,15 @@ class _DecodePlan:
 class SdpaStep:
     """One step's attention; plans are made once and shared by all layers with the same window."""
 
-    def __init__(self, cache: KVCache, batch: Batch) -> None:
+    def __init__(self, cache: KVCache, arrays: StepArrays) -> None:
         use_torch_threads()
         self.cache = cache
-        self.batch = batch
-        self.rows = None if len(batch.logits_indices) == len(batch.positions) else batch.logits_indices
+        self.slots = upload(arrays.slots, cache.blocks.device)
+        # On a CPU alone: layers there leave the other rows in place, those of a GPU drop them.
+        is_dropping = cache.blocks.device.type == "cpu" and len(arrays.draw_rows) < arrays.num_tokens
+        self.rows = torch.from_numpy(arrays.draw_rows) if is_dropping else None
+        self._arrays = arrays
+        self._chunks = _cut_chunks(arrays, cache.block_size, cache.blocks.device)
         self._decode_plans: dict[int | None, _DecodePlan] = {}
         self._paged_decodes: dict[int | None, PagedDecode] = {}
 
@@ -64,14 +86,14 @@ class SdpaStep:
         rotation: Rotation | None,
     ) -> Tensor:
         assert rotation is None, "this attention takes queries and keys that are rotated"
-        batch = self.batch
-        self.cache.write(layer, batch.slot_mapping, keys.transpose(0, 1), values.transpose(0, 1))
+        num_decodes = self._arrays.num_decodes
+        self.cache.write(layer, self.slots, keys.transpose(0, 1), values.transpose(0, 1))
         if can_attend(self.cache, scores):
             return self.attend_stored(layer, queries.transpose(0, 1), scores)
         outputs = []
-        if batch.num_decodes:
-            outputs.append(self._decode(layer, queries[:, : batch.num_decodes], scores))
-        for chunk in batch.chunks:
+        if num_decodes:
+            outputs.append(self._decode(layer, queries[:, :num_decodes], scores))
+        for chunk in self._chunks:
             span = slice(chunk.query_start, chunk.query_start + chunk.num_queries)
             outputs.append(self._prefill(layer, chunk, queries[:, span], keys[:, span], values[:, span], scores))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -87,14 +109,14 @@ class SdpaStep:
         Returns:
             (T, num_heads, head_dim), contiguous.
         """
-        batch, queries = self.batch, queries.contiguous()
+        num_decodes, queries = self._arrays.num_decodes, queries.contiguous()
         out = torch.empty_like(queries)
-        if batch.num_decodes:
+        if num_decodes:
             paged = self._paged_decodes.get(scores.window)
             if paged is None:
-                paged = self._paged_decodes[scores.window] = PagedDecode(batch, self.cache, scores.window)
-            paged.attend(layer, queries[: batch.num_decodes], scores.scaling, out[: batch.num_decodes])
-        for chunk in batch.chunks:
+                paged = self._paged_decodes[scores.window] = PagedDecode(self._arrays, self.cache, scores.window)
+            paged.attend(layer, queries[:num_decodes], scores.scaling, out[:num_decodes])
+        for chunk in self._chunks:
             span = slice(chunk.query_start, chunk.query_start + chunk.num_queries)
             where = chunk.block_ids, chunk.context_len
             attend_prompt(self.cache, layer, queries[span], *where, scores, out[span])
@@ -103,7 +125,7 @@ class SdpaStep:
     def _decode(self, layer: int, queries: Tensor, scores: Scores) -> Tensor:
         plan = self._decode_plans.get(scores.window)
         if plan is None:
-            plan = _plan_decodes(self.batch, self.cache.block_size, scores.window, self.cache.blocks)
+            plan = _plan_decodes(self._arrays, self.cache.block_size, scores.window, self.cache.blocks)
             self._decode_plans[scores.window] = plan
         num_heads, num_decodes, head_dim = queries.shape
         num_kv_heads = self.cache.shape.num_kv_heads
@@ -265,8 +287,20 @@ def _split_blocks(num_blocks: np.ndarray, block_size: int) -> int:
     return int(candidates[cost.argmin()])
 
 
-def _plan_decodes(batch: Batch, block_size: int, window: int | None, pool: Tensor) -> _DecodePlan:
-    lens = batch.decode_lens
+def _cut_chunks(arrays: StepArrays, block_size: int, device: torch.device) -> list[PromptChunk]:
+    """The runs behind the decodes."""
+    chunks, query_start = [], arrays.num_decodes
+    for run in range(arrays.num_decodes, arrays.num_runs):
+        context_len, num_queries = int(arrays.starts[run]), int(arrays.counts[run])
+        num_blocks = -(-(context_len + num_queries) // block_size)
+        block_ids = upload(arrays.tables[run, :num_blocks], device)
+        chunks.append(PromptChunk(query_start, num_queries, context_len, block_ids))
+        query_start += num_queries
+    return chunks
+
+
+def _plan_decodes(arrays: StepArrays, block_size: int, window: int | None, pool: Tensor) -> _DecodePlan:
+    lens = arrays.decode_lens
     first = np.zeros_like(lens) if window is None else np.maximum(lens - window, 0) // block_size
     num_blocks = -(-lens // block_size) - first
     width = _split_blocks(num_blocks, block_size)
@@ -275,7 +309,7 @@ def _plan_decodes(batch: Batch, block_size: int, window: int | None, pool: Tenso
     # Place of each split within its decode: 0, 1, ... for every owner.
     rank = np.arange(len(owner)) - np.repeat(np.cumsum(num_splits) - num_splits, num_splits)
     logical = (first[owner] + rank * width)[:, None] + np.arange(width)
-    tables = batch.decode_block_tables
+    tables = arrays.decode_tables
     physical = tables[owner[:, None], np.minimum(logical, tables.shape[1] - 1)]
     positions = (logical[:, :, None] * block_size + np.arange(block_size)).reshape(len(owner), -1)
     visible = positions < lens[owner, None]

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deployments.engine.upload import upload
+
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
@@ -86,8 +88,8 @@ def plan_window(sequences: Sequence[tuple[int, int]], window: int, device: torch
     numbers = (*_starts(counts), *_starts(key_counts, offset or 0), *_starts(back_counts))
     numbers += tuple(_starts([window - 1] * len(back_counts)))
     n, m = len(counts) + 1, len(back_counts) + 1
-    starts, key_starts, back_starts, back_key_starts = _upload(np.array(numbers, np.int32), device).split((n, n, m, m))
-    order = _upload(np.concatenate((*rows, *keys)), device)
+    starts, key_starts, back_starts, back_key_starts = upload(np.array(numbers, np.int32), device).split((n, n, m, m))
+    order = upload(np.concatenate((*rows, *keys)), device)
     num_rows = sum(back_counts)
     return WindowPlan(
         Pieces(starts, key_starts, max(counts), max(key_counts)),
@@ -126,8 +128,3 @@ def attend_window(
 
 def _starts(counts: list[int], first: int = 0) -> list[int]:
     return [first, *(np.cumsum(counts) + first).tolist()]
-
-
-def _upload(values: np.ndarray, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,106 +1,101 @@
-"""From scheduled sequences to the tensors of one step: a flat ragged batch, decodes first.
+"""From scheduled sequences to the plain arrays of one step."""
 
-Shape suffixes: T tokens of the step, D decoding sequences, P prompt chunks, B logical blocks of the longest decode.
-"""
-
-from dataclasses import dataclass
+from collections.abc import Mapping
+from itertools import chain
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from deployments.engine.scheduling.scheduler import ScheduledSequence
-
-
-@dataclass(frozen=True, slots=True)
-class PromptChunk:
-    """A run of more than one query token of one sequence.
-
-    Attributes:
-        query_start: where the chunk begins in the flat batch.
-        num_queries: its tokens.
-        context_len: tokens of the sequence that were computed before it.
-        block_ids: (ceil((context_len + num_queries) / block_size),) int64 physical blocks.
-    """
-
-    query_start: int
-    num_queries: int
-    context_len: int
-    block_ids: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """The inputs of one step.
-
-    Attributes:
-        input_ids: (T,) int64; `PENDING` for tokens that the step before draws.
-        positions: (T,) int64, within each sequence, plus the sequence's `position_offset`.
-        slot_mapping: (T,) int64, where each token's KV goes in the flattened pool.
-        logits_indices: (S,) int64, flat positions whose logits are wanted, in the order of the sequences.
-        decode_block_tables: (D, B) int64, padded with zeros.
-        decode_lens: (D,) int64 tokens of each decoding sequence, the new one included.
-        chunks: the prompt chunks, behind the D decodes.
-    """
-
-    input_ids: Tensor
-    positions: Tensor
-    slot_mapping: Tensor
-    logits_indices: Tensor
-    decode_block_tables: np.ndarray
-    decode_lens: np.ndarray
-    chunks: tuple[PromptChunk, ...]
-
-    @property
-    def num_decodes(self) -> int:
-        return len(self.decode_lens)
+from deployments.engine.batch.arrays import StepArrays
+from deployments.engine.kv.slots import slots
+from deployments.engine.scheduling.run import ScheduledSequence
 
 
 def order_for_batch(scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
-    """Single-token runs first: they are attended together, whatever their lengths."""
-    return sorted(scheduled, key=lambda s: s.num_tokens > 1)
+    """Decodes first: those of one token are attended together, whatever their lengths; then those with drafts."""
+    return sorted(scheduled, key=_rank)
 
 
-def build_batch(scheduled: list[ScheduledSequence], block_size: int, device: torch.device) -> Batch:
+def _rank(item: ScheduledSequence) -> int:
+    if not item.is_decode:
+        return 2
+    return 0 if item.num_tokens == 1 else 1
+
+
+def build_arrays(items: list[ScheduledSequence], block_size: int, row_of: Mapping[str, int]) -> StepArrays:
     """Lay out one step.
 
     Args:
-        scheduled: as `order_for_batch` leaves them.
+        items: as `order_for_batch` leaves them.
         block_size: tokens per block.
-        device: where the tensors go.
+        row_of: where the step before draws for a request, among its draws.
     """
-    input_ids: list[int] = []
-    positions, slots = [], []
-    logits_indices: list[int] = []
-    chunks: list[PromptChunk] = []
-    decodes = [s for s in scheduled if s.num_tokens == 1]
-    for item in scheduled:
-        sequence, start = item.sequence, item.start
-        end = start + item.num_tokens
-        table = np.asarray(sequence.block_table[: -(-end // block_size)], dtype=np.int64)
-        position = np.arange(start, end)
-        if item.num_tokens > 1:
-            block_ids = torch.from_numpy(table).to(device)
-            chunks.append(PromptChunk(len(input_ids), item.num_tokens, start, block_ids))
-        input_ids += sequence.token_ids[start:end]
-        positions.append(position + sequence.position_offset)
-        slots.append(table[position // block_size] * block_size + position % block_size)
-        if item.samples:
-            logits_indices.append(len(input_ids) - 1)
-    return Batch(
-        input_ids=torch.tensor(input_ids, dtype=torch.int64, device=device),
-        positions=torch.from_numpy(np.concatenate(positions)).to(device),
-        slot_mapping=torch.from_numpy(np.concatenate(slots)).to(device),
-        logits_indices=torch.tensor(logits_indices, dtype=torch.int64, device=device),
-        decode_block_tables=_pad_tables(decodes, block_size),
-        decode_lens=np.array([s.start + 1 for s in decodes], dtype=np.int64),
-        chunks=tuple(chunks),
+    num_runs = len(items)
+    starts = np.fromiter((item.start for item in items), np.int64, num_runs)
+    counts = np.fromiter((item.num_tokens for item in items), np.int64, num_runs)
+    draws = np.fromiter((item.num_draws for item in items), np.int64, num_runs)
+    offsets = np.fromiter((item.sequence.position_offset for item in items), np.int64, num_runs)
+    num_decodes = int(((counts == 1) & (draws == 1)).sum())
+    token_ids, sources = _tokens(items, num_decodes, row_of)
+    tables = _tables(items, -(-(starts + counts) // block_size))
+    ends = np.cumsum(counts)
+    rows = np.repeat(np.arange(num_runs), counts)
+    positions = np.arange(len(rows)) + (starts - ends + counts)[rows]
+    draw_rows = _last(ends, draws)
+    return StepArrays(
+        token_ids=token_ids,
+        sources=sources,
+        positions=positions + offsets[rows],
+        slots=slots(tables, rows, positions, block_size),
+        starts=starts,
+        counts=counts,
+        tables=tables,
+        num_decodes=num_decodes,
+        draw_rows=draw_rows,
+        draw_positions=positions[draw_rows] + 1,
     )
 
 
-def _pad_tables(decodes: list[ScheduledSequence], block_size: int) -> np.ndarray:
-    num_blocks = [s.start // block_size + 1 for s in decodes]
-    tables = np.zeros((len(decodes), max(num_blocks, default=0)), dtype=np.int64)
-    for row, item, count in zip(tables, decodes, num_blocks, strict=True):
-        row[:count] = item.sequence.block_table[:count]
-    return tables
+def rows_of(items: list[ScheduledSequence]) -> dict[str, int]:
+    """Where a step with these items draws for each request: its first row among the draws."""
+    found, row = {}, 0
+    for item in items:
+        if item.num_draws:
+            found[item.sequence.request_id] = row
+            row += item.num_draws
+    return found
+
+
+def _tokens(
+    items: list[ScheduledSequence], num_decodes: int, row_of: Mapping[str, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids, and sources of those of the decodes; no others can be pending."""
+    token_ids: list[int] = []
+    sources = np.full(num_decodes, -1, np.int64)
+    for row, item in enumerate(items[:num_decodes]):
+        known, start = item.sequence.token_ids, item.start
+        if start < len(known):
+            token_ids.append(known[start])
+        else:
+            token_ids.append(0)
+            sources[row] = row_of[item.sequence.request_id]
+    for item in items[num_decodes:]:
+        token_ids += item.sequence.token_ids[item.start : item.start + item.num_tokens]
+        token_ids += item.drafts
+    return np.fromiter(token_ids, np.int64, len(token_ids)), sources
+
+
+def _tables(items: list[ScheduledSequence], num_blocks: np.ndarray) -> np.ndarray:
+    """(R, B), of each run so many blocks."""
+    width, sizes = int(num_blocks.max()), num_blocks.tolist()
+    tables = (item.sequence.block_table for item in items)
+    flat = chain.from_iterable(table[:size] for table, size in zip(tables, sizes, strict=True))
+    padded = np.zeros((len(items), width), np.int64)
+    padded[np.arange(width) < num_blocks[:, None]] = np.fromiter(flat, np.int64, sum(sizes))
+    return padded
+
+
+def _last(ends: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """The last tokens of each run, as many as it draws; `ends`: of the runs in the batch."""
+    stops = np.cumsum(draws)
+    rows: np.ndarray = np.arange(int(stops[-1])) + np.repeat(ends - stops, draws)
+    return rows

@@ -6,7 +6,6 @@ next step finds them; their copies for the host arrive by themselves and are wai
 
 import logging
 import time
-from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from deployments.engine.attention.cuda import LONG_CHUNK, CudaStep, Prompts
-from deployments.engine.batch.build import order_for_batch
-from deployments.engine.batch.upload import Span, Upload, Writer
+from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.config import EngineLimits
+from deployments.engine.execution.base import LaunchedStep, Preparation
 from deployments.engine.execution.graphs import (
     MAX_GRAPH_BATCH,
     PROMPT_LENGTHS,
@@ -31,30 +30,15 @@ from deployments.engine.execution.graphs import (
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.layers.cuda import can_drop_rows
 from deployments.engine.model.load import LoadedModel
-from deployments.engine.sampling.sampler import build_sampling_batch, compile_draws, sample
-from deployments.engine.scheduling.scheduler import ScheduledSequence
-from deployments.engine.scheduling.sequence import PENDING
+from deployments.engine.sampling.sampler import compile_draws, sample
+from deployments.engine.scheduling.run import ScheduledSequence
+from deployments.engine.upload import Span, Upload, Writer
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class LaunchedCudaStep:
-    """A step that is under way; see `LaunchedStep`."""
-
-    items: list[ScheduledSequence]
-    tokens: Tensor
-    done: torch.cuda.Event
-
-    def collect(self) -> list[tuple[ScheduledSequence, int | None]]:
-        """Wait for the step: each item with the token drawn; None where the prompt is not yet at its end."""
-        self.done.synchronize()
-        tokens = iter(self.tokens.tolist())
-        return [(item, next(tokens) if item.samples else None) for item in self.items]
-
-
 class CudaRunner:
-    """Executes steps of a model whose attention `CudaStep` serves; see `ModelRunner`.
+    """Executes steps of a model whose attention `CudaStep` serves; see `Runner`.
 
     Args:
         loaded: the model, its layers optimized for a GPU.
@@ -69,7 +53,8 @@ class CudaRunner:
         self.cache = cache
         self._limits = limits
         self._max_blocks = -(-limits.max_model_len // cache.block_size)
-        num_seqs = limits.max_num_seqs
+        self._preparation = Preparation(cache.block_size)
+        num_seqs, max_draws = limits.max_num_seqs, limits.max_num_batched_tokens
         self._max_graph_batch = min(num_seqs, MAX_GRAPH_BATCH)
         # Two of each: one step is prepared while the copy of the one before may still be read.
         flat = 5 * num_seqs + num_seqs * self._max_blocks
@@ -78,9 +63,8 @@ class CudaRunner:
         self._decode_inputs[3 * num_seqs : 4 * num_seqs] = -1
         prompt_values = 4 * limits.max_num_batched_tokens + num_seqs * (2 * self._max_blocks + 16) + 64
         self._prompt_uploads = [Upload(prompt_values) for _ in range(2)]
-        self._results = [torch.empty(num_seqs, dtype=torch.int64, pin_memory=True) for _ in range(2)]
-        self._drawn = torch.zeros(num_seqs, dtype=torch.int64, device=self._device)
-        self._row_of: dict[str, int] = {}
+        self._results = [torch.empty(max_draws, dtype=torch.int64, pin_memory=True) for _ in range(2)]
+        self._drawn = torch.zeros(max_draws, dtype=torch.int64, device=self._device)
         self._turn = 0
         self._graphs: dict[int, DecodeGraph] = {}
         self._prompt_graphs: dict[int, PromptGraph] = {}
@@ -88,84 +72,60 @@ class CudaRunner:
         compile_draws(loaded.vocab_size, loaded.model.dtype, loaded.device)
 
     @torch.inference_mode()
-    def launch(self, scheduled: list[ScheduledSequence]) -> LaunchedCudaStep:
-        """Start a step.
-
-        Args:
-            scheduled: at least one run of tokens; pending ones are those that the step before draws.
-        """
+    def launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep:
         self._turn ^= 1
-        ordered = order_for_batch(scheduled)
-        is_drawn = all(item.num_tokens == 1 and item.samples for item in ordered)
-        is_drawn = is_drawn and len(ordered) <= self._max_graph_batch
+        step = self._preparation.prepare(scheduled)
+        arrays, sampling = step.arrays, step.sampling
+        is_drawn = arrays.num_decodes == arrays.num_runs <= self._max_graph_batch
         if is_drawn:
-            logits = self._run_graph(ordered)
-        elif self._is_short_prompt(ordered):
-            logits = self._run_prompt_graph(ordered[0])
+            logits = self._run_graph(arrays)
+        elif self._is_short_prompt(arrays):
+            logits = self._run_prompt_graph(arrays)
         else:
-            logits = self._run_eagerly(ordered)
-        sampled = [item for item in ordered if item.samples]
-        result = self._results[self._turn][: len(sampled)]
-        if sampled:
-            sampling = build_sampling_batch(
-                [item.sequence.request.sampling for item in sampled], [item.start + item.num_tokens for item in sampled]
-            )
+            logits = self._run_eagerly(arrays)
+        num_draws = len(arrays.draw_rows)
+        result = self._results[self._turn][:num_draws]
+        if sampling is not None:
             if not (is_drawn and sampling.is_greedy):
-                self._drawn[: len(sampled)] = sample(logits[: len(sampled)], sampling)
-            result.copy_(self._drawn[: len(sampled)], non_blocking=True)
-        self._row_of = {item.sequence.request_id: row for row, item in enumerate(sampled)}
+                self._drawn[:num_draws] = sample(logits[:num_draws], sampling)
+            result.copy_(self._drawn[:num_draws], non_blocking=True)
         done = torch.cuda.Event()
         done.record()
-        return LaunchedCudaStep(ordered, result, done)
+        return LaunchedStep(step.items, result, done)
 
-    def _run_graph(self, decodes: list[ScheduledSequence]) -> Tensor:
-        graph = self._graphs[padded_batch(len(decodes), self._max_graph_batch)]
+    def _run_graph(self, arrays: StepArrays) -> Tensor:
+        graph = self._graphs[padded_batch(arrays.num_decodes, self._max_graph_batch)]
         upload = self._decode_uploads[self._turn]
-        self._fill_decodes(upload.values, decodes, graph.batch_size)
+        self._fill_decodes(upload.values, arrays, graph.batch_size)
         upload.to(self._decode_inputs, 5 * self._limits.max_num_seqs + graph.batch_size * self._max_blocks)
         graph.graph.replay()
         return graph.logits
 
-    def _fill_decodes(self, values: np.ndarray, decodes: list[ScheduledSequence], batch_size: int) -> None:
-        num_seqs, size, count = self._limits.max_num_seqs, self.cache.block_size, len(decodes)
+    def _fill_decodes(self, values: np.ndarray, arrays: StepArrays, batch_size: int) -> None:
+        num_seqs, count = self._limits.max_num_seqs, arrays.num_decodes
         token_ids, sources, positions, slots, lens = values[: 5 * num_seqs].reshape(5, num_seqs)
         tables = values[5 * num_seqs :].reshape(num_seqs, self._max_blocks)
-        starts = np.fromiter((item.start for item in decodes), np.int32, count)
-        token_ids[:count] = [item.sequence.token_ids[item.start] for item in decodes]
-        sources[:count] = self._sources(decodes)
-        positions[:count] = starts + np.fromiter((item.sequence.position_offset for item in decodes), np.int32, count)
-        lens[:count] = starts + 1
-        for row, item in zip(tables, decodes, strict=False):
-            blocks = item.sequence.block_table
-            row[: len(blocks)] = blocks
-        slots[:count] = tables[np.arange(count), starts // size] * size + starts % size
+        token_ids[:count], sources[:count] = arrays.token_ids, arrays.sources
+        positions[:count], slots[:count] = arrays.positions, arrays.slots
+        lens[:count] = arrays.decode_lens
+        tables[:count, : arrays.tables.shape[1]] = arrays.tables
         token_ids[count:batch_size] = positions[count:batch_size] = lens[count:batch_size] = 0
         sources[count:batch_size] = slots[count:batch_size] = -1
 
-    def _sources(self, items: Items[ScheduledSequence]) -> list[int]:
-        """Row in which the step before drew each item's token; -1 where the token is known."""
-        rows = self._row_of
-        return [
-            rows[item.sequence.request_id] if item.sequence.token_ids[item.start] == PENDING else -1 for item in items
-        ]
-
-    def _is_short_prompt(self, ordered: list[ScheduledSequence]) -> bool:
+    def _is_short_prompt(self, arrays: StepArrays) -> bool:
         """Whether one whole prompt runs alone, and a graph is long enough for it."""
-        (first, *others) = ordered
-        longest = max(self._prompt_graphs, default=0)
-        return not others and first.samples and first.start == 0 and 1 < first.num_tokens <= longest
+        if arrays.num_runs > 1 or arrays.num_decodes or len(arrays.draw_rows) != 1:
+            return False
+        return arrays.starts[0] == 0 and arrays.num_tokens <= max(self._prompt_graphs, default=0)
 
-    def _run_prompt_graph(self, item: ScheduledSequence) -> Tensor:
-        count, size = item.num_tokens, self.cache.block_size
+    def _run_prompt_graph(self, arrays: StepArrays) -> Tensor:
+        count = arrays.num_tokens
         graph = self._prompt_graphs[min(length for length in self._prompt_graphs if length >= count)]
         upload = self._prompt_uploads[self._turn]
         flat = upload.values[: 3 * graph.length + 1]
         token_ids, positions, slots = flat[:-1].reshape(3, graph.length)
-        token_ids[:count] = item.sequence.token_ids[:count]
-        position = np.arange(graph.length)
-        positions[:] = position + item.sequence.position_offset
-        table = np.asarray(item.sequence.block_table, dtype=np.int32)
-        slots[:count] = table[position[:count] // size] * size + position[:count] % size
+        token_ids[:count], slots[:count] = arrays.token_ids, arrays.slots
+        positions[:] = arrays.positions[0] + np.arange(graph.length)
         token_ids[count:], slots[count:] = 0, -1
         flat[-1] = count - 1
         upload.to(graph.inputs, len(flat))
@@ -173,76 +133,49 @@ class CudaRunner:
         assert graph.logits is not None
         return graph.logits
 
-    def _run_eagerly(self, ordered: list[ScheduledSequence]) -> Tensor:
-        upload = self._prompt_uploads[self._turn]
+    def _run_eagerly(self, arrays: StepArrays) -> Tensor:
+        upload, num_decodes = self._prompt_uploads[self._turn], arrays.num_decodes
         writer = Writer(upload.values)
-        size = self.cache.block_size
-        num_tokens = sum(item.num_tokens for item in ordered)
-        token_ids, positions, slots = (writer.take(num_tokens) for _ in range(3))
-        decodes = [item for item in ordered if item.num_tokens == 1]
-        sources, lens = (writer.take(len(decodes)) for _ in range(2))
-        at = 0
-        for item in ordered:
-            end, span = item.start + item.num_tokens, slice(at, at + item.num_tokens)
-            token_ids.array[span] = item.sequence.token_ids[item.start : end]
-            position = np.arange(item.start, end, dtype=np.int32)
-            positions.array[span] = position + item.sequence.position_offset
-            table = np.asarray(item.sequence.block_table, dtype=np.int32)
-            slots.array[span] = table[position // size] * size + position % size
-            at += item.num_tokens
-        sources.array[:] = self._sources(decodes)
-        lens.array[:] = [item.start + 1 for item in decodes]
-        tables = self._write_tables(writer, decodes)
-        last = writer.take(sum(item.samples for item in ordered))
-        ends = np.cumsum([item.num_tokens for item in ordered]) - 1
-        last.array[:] = ends[[item.samples for item in ordered]]
-        prompts = self._write_prompts(writer, ordered[len(decodes) :], len(decodes))
+        flat = (arrays.token_ids, arrays.positions, arrays.slots, arrays.sources, arrays.decode_lens, arrays.draw_rows)
+        token_ids, positions, slots, sources, lens, last = (writer.write(values) for values in flat)
+        tables = self._write_tables(writer, arrays, 0, num_decodes)
+        prompts = self._write_prompts(writer, arrays)
         inputs = upload.to(torch.empty(writer.num_values, dtype=torch.int32, device=self._device), writer.num_values)
         ids = token_ids.on(inputs)
-        if decodes:
-            ids[: len(decodes)] = self._resolve(ids[: len(decodes)], sources.on(inputs))
+        if num_decodes:
+            ids[:num_decodes] = self._resolve(ids[:num_decodes], sources.on(inputs))
         step = CudaStep(
             self.cache,
             slots.on(inputs),
-            tables.on(inputs).view(len(decodes), -1) if decodes else tables.on(inputs).view(0, 0),
+            tables.on(inputs).view(num_decodes, -1) if num_decodes else tables.on(inputs).view(0, 0),
             lens.on(inputs),
             tuple(prompt.on(inputs) for prompt in prompts),
             last.on(inputs).long(),
         )
         return self._forward(ids, positions.on(inputs), step)
 
-    def _write_tables(self, writer: Writer, items: Items[ScheduledSequence]) -> Span:
-        width = max((len(item.sequence.block_table) for item in items), default=0)
-        tables = writer.take(len(items) * width)
-        for row, item in zip(tables.array.reshape(len(items), width), items, strict=True):
-            row[: len(item.sequence.block_table)] = item.sequence.block_table
-        return tables
+    def _write_tables(self, writer: Writer, arrays: StepArrays, first: int, end: int) -> Span:
+        """The blocks of some runs, as wide as the longest of them needs."""
+        lens = (arrays.starts + arrays.counts)[first:end]
+        width = -(-int(lens.max(initial=0)) // self.cache.block_size)
+        return writer.write(arrays.tables[first:end, :width].reshape(-1))
 
-    def _write_prompts(self, writer: Writer, items: Items[ScheduledSequence], start: int) -> list["_PendingPrompts"]:
-        """Bring neighbours in the batch that attend together into groups; `start`: of the first one."""
-        groups: list[list[ScheduledSequence]] = []
-        for item in items:
-            if groups and _attend_together(groups[-1][-1], item):
-                groups[-1].append(item)
-            else:
-                groups.append([item])
-        written = []
-        for group in groups:
-            counts = np.array([item.num_tokens for item in group])
-            ends = np.array([item.start for item in group]) + counts
-            starts = writer.take(len(group) + 1)
-            starts.array[0], starts.array[1:] = 0, np.cumsum(counts)
+    def _write_prompts(self, writer: Writer, arrays: StepArrays) -> list["_PendingPrompts"]:
+        """Bring neighbours in the batch that attend together into groups."""
+        written, row = [], arrays.num_decodes
+        for first, end in _groups(arrays):
+            starts, counts = arrays.starts[first:end], arrays.counts[first:end]
+            lens = starts + counts
+            edges = writer.write(np.concatenate(([0], np.cumsum(counts))))
             context = None
-            if group[0].start:
-                lens, capacities = writer.take(len(group)), writer.take(len(group) + 1)
-                lens.array[:] = ends
-                width = max(len(item.sequence.block_table) for item in group) * self.cache.block_size
-                capacities.array[:] = np.arange(len(group) + 1) * width
-                context = lens, capacities, self._write_tables(writer, group)
-            shape = start, int(counts.sum()), int(counts.max()), int(ends.max())
-            sequences = tuple((item.start, item.num_tokens) for item in group)
-            written.append(_PendingPrompts(*shape, sequences, starts, context))
-            start += int(counts.sum())
+            if starts[0]:
+                tables = self._write_tables(writer, arrays, first, end)
+                width = len(tables.array) // len(counts) * self.cache.block_size
+                context = writer.write(lens), writer.write(np.arange(len(counts) + 1) * width), tables
+            sequences = tuple(zip(starts.tolist(), counts.tolist(), strict=True))
+            shape = row, int(counts.sum()), int(counts.max()), int(lens.max())
+            written.append(_PendingPrompts(*shape, sequences, edges, context))
+            row += int(counts.sum())
         return written
 
     def _resolve(self, ids: Tensor, sources: Tensor) -> Tensor:
@@ -313,11 +246,22 @@ class CudaRunner:
         return recorded.graph.pool()
 
 
-def _attend_together(one: ScheduledSequence, other: ScheduledSequence) -> bool:
+def _groups(arrays: StepArrays) -> list[tuple[int, int]]:
+    """First and end of the runs behind the decodes that attend together: whole prompts, and chunks with context."""
+    groups: list[tuple[int, int]] = []
+    for run in range(arrays.num_decodes, arrays.num_runs):
+        if groups and _attend_together(arrays, run - 1, run):
+            groups[-1] = groups[-1][0], run + 1
+        else:
+            groups.append((run, run + 1))
+    return groups
+
+
+def _attend_together(arrays: StepArrays, one: int, other: int) -> bool:
     """Whole prompts do, and chunks with context, but for long ones."""
-    if one.start == 0 or other.start == 0:
-        return one.start == other.start == 0
-    return max(one.num_tokens, other.num_tokens) < LONG_CHUNK
+    if arrays.starts[one] == 0 or arrays.starts[other] == 0:
+        return bool(arrays.starts[one] == arrays.starts[other] == 0)
+    return bool(max(arrays.counts[one], arrays.counts[other]) < LONG_CHUNK)
 
 
 @dataclass(frozen=True, slots=True)

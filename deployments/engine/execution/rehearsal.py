@@ -10,10 +10,11 @@ import time
 import torch
 
 from deployments.engine.config import EngineLimits
-from deployments.engine.execution.portable import Runner, build_runner
+from deployments.engine.execution.base import Runner
+from deployments.engine.execution.portable import build_runner
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.model.load import LoadedModel
-from deployments.engine.scheduling.scheduler import ScheduledSequence
+from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.messages import GenerateRequest, SamplingParams
 
@@ -129,8 +130,11 @@ def _fill(budget: int, longest: int, num_seqs: int) -> list[int]:
 
 def _sequence(number: int, start: int, end: int, token_ids: list[int], table: list[int]) -> Sequence:
     """One that has `start` of `end` tokens behind it; lists are shared, since nothing is added to them."""
-    sequence = Sequence(GenerateRequest(f"rehearsal-{number}", (0,), _SAMPLING), Role.LOCAL, time.monotonic())
-    sequence.token_ids = token_ids if end == len(token_ids) else token_ids[:end]
-    sequence.block_table = table
-    sequence.num_computed_tokens = start
-    return sequence
+    return Sequence(
+        GenerateRequest(f"rehearsal-{number}", (0,), _SAMPLING),
+        Role.LOCAL,
+        time.monotonic(),
+        token_ids=token_ids if end == len(token_ids) else token_ids[:end],
+        block_table=table,
+        num_computed_tokens=start,
+    )

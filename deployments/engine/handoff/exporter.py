@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import torch
 
-from deployments.engine.execution.portable import LaunchedStep
 from deployments.engine.handoff.states import Outbox
 from deployments.engine.kv.copies import KVCopies
 from deployments.engine.scheduling.sequence import Sequence, Status
@@ -47,23 +46,23 @@ class Exporter:
         """Copy nothing more of it out."""
         self._sequences.pop(request_id, None)
 
-    def export(self, in_flight: LaunchedStep | None) -> list[ChunkReady]:
-        """Copy out what is computed and fits; the chunk with the first token is a sequence's last.
+    def export(self, done: torch.cuda.Event | None) -> list[ChunkReady]:
+        """Copy out what is computed, or in flight, and fits; the chunk with the first token is a sequence's last.
 
         Args:
-            in_flight: the step whose results count as computed and may not be there yet.
+            done: when the step in flight has ended; None: nothing is in flight, or copies wait for it anyway.
         """
         chunks: list[ChunkReady] = []
         for sequence in list(self._sequences.values()):
             while 0 < (size := self._next_size(sequence)) <= self._outbox.num_free_blocks:
-                chunks.append(self._export(sequence, size, in_flight))
+                chunks.append(self._export(sequence, size, done))
         return chunks
 
-    def _export(self, sequence: Sequence, size: int, in_flight: LaunchedStep | None) -> ChunkReady:
+    def _export(self, sequence: Sequence, size: int, done: torch.cuda.Event | None) -> ChunkReady:
         request_id = sequence.request_id
         start = self._outbox.next_block(request_id)
         block_ids = sequence.block_table[start : start + size]
-        tensor, ready = self._copies.export(block_ids, _computed(sequence, in_flight))
+        tensor, ready = self._copies.export(block_ids, done if sequence.num_in_flight_tokens else None)
         is_last = self._is_computed(sequence) and start + size == len(sequence.block_table)
         if is_last:
             del self._sequences[request_id]
@@ -71,21 +70,14 @@ class Exporter:
         return replace(chunk, num_cached_tokens=sequence.num_cached_tokens)
 
     def _next_size(self, sequence: Sequence) -> int:
-        """Blocks of the next chunk: computed and not copied out; the last ones count when the first token is known."""
+        """Blocks of the next chunk, launched and not copied out; the last ones count when the first token is known."""
         if sequence.status is not Status.RUNNING or sequence.request_id not in self._sequences:
             return 0
         num_blocks = len(sequence.block_table)
         if not self._is_computed(sequence):
-            num_blocks = min(sequence.num_computed_tokens // self._block_size, num_blocks - 1)
+            num_blocks = min(sequence.num_launched_tokens // self._block_size, num_blocks - 1)
         return min(num_blocks - self._outbox.next_block(sequence.request_id), self._max_chunk_blocks)
 
     def _is_computed(self, sequence: Sequence) -> bool:
         """Whether all of its KV is computed, and the token that its last chunk brings."""
-        return sequence.num_uncomputed_tokens == 0 and self._outbox.first_token(sequence.request_id) is not None
-
-
-def _computed(sequence: Sequence, in_flight: LaunchedStep | None) -> torch.cuda.Event | None:
-    """When all of a sequence's KV that counts as computed is there; None: now."""
-    if in_flight is not None and any(item.sequence is sequence for item in in_flight.items):
-        return in_flight.done
-    return None
+        return sequence.num_remaining_tokens == 0 and self._outbox.first_token(sequence.request_id) is not None

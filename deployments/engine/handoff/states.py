@@ -22,7 +22,7 @@ from enum import Enum, auto
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from deployments.messages import ChunkReady
+from deployments.messages import ChunkReady, DrawnToken
 
 if TYPE_CHECKING:
     import torch
@@ -75,7 +75,7 @@ class _Outgoing(_Side):
         super().__init__(expires_s)
         self.next_block = first_block
         self.num_chunks = 0
-        self.first_token: int | None = None
+        self.first_token: DrawnToken | None = None
         self.chunks: dict[int, _Chunk] = {}
 
 
@@ -127,11 +127,11 @@ class Outbox:
         """The first block that is not copied out, or was not wanted."""
         return self._handoffs[request_id].next_block
 
-    def first_token(self, request_id: str) -> int | None:
+    def first_token(self, request_id: str) -> DrawnToken | None:
         """What was drawn behind the prompt; None: nothing yet."""
         return self._handoffs[request_id].first_token
 
-    def set_first_token(self, request_id: str, token: int) -> None:
+    def set_first_token(self, request_id: str, token: DrawnToken) -> None:
         self._handoffs[request_id].first_token = token
 
     def put(
@@ -221,7 +221,7 @@ class _Incoming(_Side):
         super().__init__(expires_s)
         self.blocks = blocks
         self.missing = set(blocks)
-        self.first_token: int | None = None
+        self.first_token: DrawnToken | None = None
 
 
 class Inbox:
@@ -282,7 +282,7 @@ class Inbox:
         handoff.move(State.READY if is_whole else State.FILLING)
         return handoff.state
 
-    def claim(self, request_id: str) -> int:
+    def claim(self, request_id: str) -> DrawnToken:
         """The sequence takes a whole hand-off's blocks over, which ends it; returns the first token."""
         handoff = self._handoffs.pop(request_id)
         handoff.move(State.CLAIMED)

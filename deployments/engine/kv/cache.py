@@ -2,8 +2,11 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from deployments.engine.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ class KVCache:
             block_ids: N of them.
             out: (num_layers, 2, N, block_size, num_kv_heads, head_dim), contiguous.
         """
-        ids = self._upload(block_ids)
+        ids = upload(np.array(block_ids, np.int64), self.blocks.device)
         if self.blocks.is_cuda:
             from deployments.engine.kernels.cuda_blocks import gather_blocks  # Triton is there only where a GPU is
 
@@ -82,7 +85,7 @@ class KVCache:
             raise ValueError(
                 f"KV chunk is {tuple(chunk.shape)} {chunk.dtype}, this pool takes {expected} {self.blocks.dtype}"
             )
-        ids = self._upload(block_ids)
+        ids = upload(np.array(block_ids, np.int64), self.blocks.device)
         if self.blocks.is_cuda:
             from deployments.engine.kernels.cuda_blocks import scatter_blocks
 
@@ -93,10 +96,3 @@ class KVCache:
     def chunk_shape(self, num_blocks: int) -> tuple[int, ...]:
         """Of so many blocks of every layer."""
         return (*self.blocks.shape[:2], num_blocks, *self.blocks.shape[3:])
-
-    def _upload(self, block_ids: list[int]) -> Tensor:
-        """Block numbers on the pool's device; no wait for a GPU, which copying from pageable memory would be."""
-        ids = torch.tensor(block_ids)
-        if not self.blocks.is_cuda:
-            return ids
-        return ids.pin_memory().to(self.blocks.device, non_blocking=True)

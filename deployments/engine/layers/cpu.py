@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from deployments.engine.attention.paged import can_attend
 from deployments.engine.attention.sdpa import SdpaStep
-from deployments.engine.batch.build import Batch, PromptChunk
+from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.kernels.arguments import Rotation, Scores
 from deployments.engine.kernels.cpu_layers import enter_attention, leave_attention
 from deployments.engine.kernels.cpu_matmul import PackedWeight
 from deployments.engine.kv.cache import KVCache, KVShape
+from deployments.engine.kv.slots import slots
 from deployments.engine.layers.fused import FusedGatedMLP, FusedRMSNorm
 from deployments.engine.layers.merged import LinearPart
 from deployments.engine.layers.packed import PackedLinear
@@ -59,7 +60,7 @@ class _Parts:
 
 
 def fuse_decoder_layers(model: nn.Module, shape: KVShape) -> int:
-    """Replace the forward of those layers that can be; after `pack_linears`.
+    """Replace the forward of those layers that can be; after linears are packed.
 
     Returns:
         How many.
@@ -117,7 +118,7 @@ def _forward(
         *heads,
         cos,
         sin,
-        paged_step.batch.slot_mapping.numpy(),
+        paged_step.slots.numpy(),
         queries.numpy(),
         keys,
         values,
@@ -219,12 +220,10 @@ def _fused(layer: Any, parts: _Parts, shape: KVShape, is_last: bool) -> "partial
 def _probe_step(shape: KVShape) -> _Recorder:
     """One step of a sequence, in blocks that do not follow each other."""
     cache = KVCache(shape, 4, _PROBE_BLOCK_SIZE, torch.device("cpu"))
-    block_ids = torch.tensor([3, 1])
-    at = torch.arange(_PROBE_ROWS)
-    slots = block_ids[at // _PROBE_BLOCK_SIZE] * _PROBE_BLOCK_SIZE + at % _PROBE_BLOCK_SIZE
-    chunk = PromptChunk(0, _PROBE_ROWS, 0, block_ids)
-    none = np.zeros((0, 1), np.int64), np.zeros(0, np.int64)
-    return _Recorder(cache, Batch(at, at, slots, at, *none, (chunk,)))
+    table, at, none = np.array([[3, 1]]), np.arange(_PROBE_ROWS), np.zeros(0, np.int64)
+    places = slots(table, 0, at, _PROBE_BLOCK_SIZE)
+    one_run = np.zeros(1, np.int64), np.array([_PROBE_ROWS])
+    return _Recorder(cache, StepArrays(at, none, at, places, *one_run, table, 0, at, at + 1))
 
 
 def _is_near(out: Tensor, expected: Tensor) -> bool:

@@ -20,8 +20,8 @@ from deployments.engine.kernels.cuda_experts import Gate, Tile, combine, down, g
 from deployments.engine.kernels.cuda_few_experts import down_of_few, gate_up_of_few
 from deployments.engine.kernels.cuda_routing import Routing, plan_blocks, route, router_logits
 from deployments.engine.layers.owed import Owed
+from deployments.engine.layers.trial import PROBE_ROWS, is_near
 
-_PROBE_ROWS, _TOLERANCE = 4, 2e-2
 # Up to here each token reads the weights of its experts for itself: they seldom meet.
 _FEW_TOKENS = 4
 # More tokens are taken in turn, for the memory that their experts' outputs take.
@@ -175,7 +175,7 @@ def _route_alike(router: nn.Module, ours: FusedRouter) -> bool:
     """Whether both send random rows to the same experts; theirs in float32, where no two logits are equal."""
     generator = torch.Generator().manual_seed(0)
     dtype = torch.bfloat16 if ours.weight.dtype is torch.float32 else ours.weight.dtype
-    rows = torch.randn(_PROBE_ROWS, ours.weight.shape[1], generator=generator).to(ours.weight.device, dtype)
+    rows = torch.randn(PROBE_ROWS, ours.weight.shape[1], generator=generator).to(ours.weight.device, dtype)
     try:
         _, weights, ids = copy.deepcopy(router).float()(rows.float())
     except (RuntimeError, TypeError, ValueError):
@@ -187,7 +187,7 @@ def _route_alike(router: nn.Module, ours: FusedRouter) -> bool:
         torch.zeros(len(rows), len(ours.weight), device=rows.device).scatter(1, which.long(), values.float())
         for which, values in ((ids, weights), (our_ids, our_weights))
     )
-    return bool((our_dense - dense).norm() <= _TOLERANCE * dense.norm())
+    return is_near(our_dense, dense)
 
 
 def _fused_experts(experts: Any) -> FusedExperts | None:
@@ -217,7 +217,7 @@ def _gate_of(experts: Any) -> Gate | None:
     candidates = [Gate()]
     if isinstance(limit, float | int) and isinstance(alpha, float | int):
         candidates.append(Gate(float(limit), float(alpha)))
-    both = 8 * torch.randn(_PROBE_ROWS, 64, generator=torch.Generator().manual_seed(0)).to(experts.gate_up_proj.device)
+    both = 8 * torch.randn(PROBE_ROWS, 64, generator=torch.Generator().manual_seed(0)).to(experts.gate_up_proj.device)
     expected = experts._apply_gate(both)
     gate, up = both.chunk(2, -1) if experts.is_concatenated else (both[:, ::2], both[:, 1::2])
     return next(
@@ -237,8 +237,8 @@ def _compute_alike(experts: Any, gate: Gate) -> bool:
     num_experts = len(weight)
     some = sorted({0, num_experts // 2, num_experts - 1})
     size = weight.shape[1 if experts.is_transposed else 2]
-    rows = torch.randn(_PROBE_ROWS, size, generator=generator).to(weight)
-    which = torch.arange(_PROBE_ROWS, device=weight.device)[:, None] % len(some)  # of `some`
+    rows = torch.randn(PROBE_ROWS, size, generator=generator).to(weight)
+    which = torch.arange(PROBE_ROWS, device=weight.device)[:, None] % len(some)  # of `some`
     scales = torch.rand(which.shape, generator=generator).to(weight) + 0.5
     ids = torch.tensor(some, device=weight.device)[which]
     expected = experts(rows, ids, scales)
@@ -246,7 +246,7 @@ def _compute_alike(experts: Any, gate: Gate) -> bool:
     biases = (None if bias is None else bias[some] for bias in _biases_of(experts))
     first_bias, second_bias = biases
     out = FusedExperts(gate_up_proj, first_bias, down_proj, second_bias, gate)(rows, which, scales)
-    return out.shape == expected.shape and bool((out - expected).norm() <= _TOLERANCE * expected.norm())
+    return out.shape == expected.shape and is_near(out, expected)
 
 
 def _biases_of(experts: Any) -> tuple[Tensor | None, Tensor | None]:

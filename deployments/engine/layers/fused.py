@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from deployments.engine.attention.base import Rotary
 from deployments.engine.kernels.arguments import Rotation
 from deployments.engine.kernels.cpu import rms_norm, rotate, silu_mul
+from deployments.engine.layers.base import is_linear, rows_for
 from deployments.engine.layers.merged import LinearPart
+from deployments.engine.layers.trial import PROBE_ROWS, computes_alike, random_rows
 
-_PROBE_ROWS = 4
 _ROTARY = "apply_rotary_pos_emb"  # the name that transformers' models give to it, each in its own file
 
 
@@ -36,12 +37,12 @@ class FusedKernels:
         rms_norm: of (x, weight, eps); a weight of a wider type than x scales before it is rounded.
         gated: activations of the gate's and the other outputs side by side.
         rotary: given an attention layer, the function that rotates its queries and keys, and what it rotates, the
-            function in its place.
+            function in its place; None: it stays.
     """
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     gated: tuple[Callable[[Tensor], Tensor], ...]
-    rotary: Binder
+    rotary: Binder | None
 
 
 class FusedRMSNorm(nn.Module):
@@ -76,12 +77,13 @@ class FusedGatedMLP(nn.Module):
 
 @torch.inference_mode()
 def fuse_layers(model: nn.Module, kernels: FusedKernels) -> int:
-    """Replace what can be replaced; after `merge_linears`.
+    """Replace what can be replaced; after `convert_linears`.
 
     Returns:
         How many layers were replaced.
     """
-    num_fused = sum(_fuse_rotary(module, kernels.rotary) for module in model.modules())
+    rotary = kernels.rotary
+    num_fused = 0 if rotary is None else sum(_fuse_rotary(module, rotary) for module in model.modules())
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             fused = _fused(child, kernels)
@@ -93,8 +95,8 @@ def fuse_layers(model: nn.Module, kernels: FusedKernels) -> int:
 
 def _fused(module: nn.Module, kernels: FusedKernels) -> nn.Module | None:
     """What computes the same as this module, if one of ours does."""
-    for candidate, weight in (*_norms(module, kernels), *_mlps(module, kernels)):
-        if _agree(module, candidate, weight):
+    for candidate, rows in (*_norms(module, kernels), *_mlps(module, kernels)):
+        if computes_alike(module, candidate, rows):
             return candidate
     return None
 
@@ -104,30 +106,18 @@ def _norms(module: nn.Module, kernels: FusedKernels) -> Iterator[tuple[nn.Module
     eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
     if not isinstance(eps, float) or not isinstance(weight, Tensor) or weight.dim() != 1:
         return
-    yield FusedRMSNorm(kernels, weight, eps), weight
-    yield FusedRMSNorm(kernels, 1 + weight.detach().float(), eps), weight  # as Gemma's
+    rows = random_rows(len(weight), weight.dtype, weight.device)
+    yield FusedRMSNorm(kernels, weight, eps), rows
+    yield FusedRMSNorm(kernels, 1 + weight.detach().float(), eps), rows  # as Gemma's
 
 
 def _mlps(module: nn.Module, kernels: FusedKernels) -> Iterator[tuple[nn.Module, Tensor]]:
     gate, both, down = (getattr(module, name, None) for name in ("gate_proj", "gate_up_proj", "down_proj"))
     gate_up = gate.group.linear if isinstance(gate, LinearPart) else both
-    if not isinstance(gate_up, nn.Linear) or not isinstance(down, nn.Linear):
+    if not is_linear(gate_up) or not is_linear(down):
         return
     for activation in kernels.gated:
-        yield FusedGatedMLP(activation, gate_up, down), gate_up.weight
-
-
-def _agree(module: nn.Module, fused: nn.Module, weight: Tensor) -> bool:
-    """Whether both give the same for random rows, as long as those of the weight."""
-    x = torch.randn(1, _PROBE_ROWS, weight.shape[-1], generator=torch.Generator().manual_seed(0)).to(weight)
-    try:
-        expected, out = module(x), fused(x)
-    except (RuntimeError, TypeError, ValueError):
-        return False  # a module that only has the names of its parts in common with ours
-    tolerance = 1e-4 if weight.dtype is torch.float32 else 2e-2
-    if not isinstance(expected, Tensor) or expected.shape != out.shape:
-        return False
-    return bool((out - expected).norm() <= tolerance * expected.norm())
+        yield FusedGatedMLP(activation, gate_up, down), rows_for(gate_up)
 
 
 def rotate_at_once(_: nn.Module, original: Apply, num_rotated: NumRotated) -> Apply:
@@ -206,8 +196,8 @@ def _all(width: int, head_dim: int) -> int | None:
 def _rotates(function: Callable[..., tuple[Tensor, Tensor]], width: int, num_dims: int) -> bool:
     """Whether a function with so many columns of cos and sin rotates so many of 8 dimensions."""
     generator = torch.Generator().manual_seed(0)
-    queries, keys = (torch.randn(1, _PROBE_ROWS, heads, 8, generator=generator).transpose(1, 2) for heads in (4, 2))
-    halves = torch.randn(2, 1, _PROBE_ROWS, num_dims // 2, generator=generator)
+    queries, keys = (torch.randn(1, PROBE_ROWS, heads, 8, generator=generator).transpose(1, 2) for heads in (4, 2))
+    halves = torch.randn(2, 1, PROBE_ROWS, num_dims // 2, generator=generator)
     cos, sin = torch.cat((halves, halves), -1)
     try:
         expected = function(queries, keys, *(table[..., :width] for table in (cos, sin)))

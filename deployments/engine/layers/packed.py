@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from deployments.engine.kernels.cpu_matmul import PackedWeight, linear
+from deployments.engine.layers.base import LinearLayer
 
 
-class PackedLinear(nn.Module):
-    """Takes the place of an `nn.Linear` for inference; the original weight is not kept."""
+class PackedLinear(LinearLayer):
+    """The original weight is not kept. One that is tied stays with its other owner (an embedding), as one more copy."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.in_features = layer.in_features
-        self.out_features = layer.out_features
+        super().__init__(layer.in_features, layer.out_features, layer.weight.dtype, layer.weight.device)
         bias = None if layer.bias is None else layer.bias.detach()
         self.packed = PackedWeight(layer.weight.detach(), bias)
 
@@ -24,19 +23,6 @@ class PackedLinear(nn.Module):
         return linear(x, self.packed)
 
 
-def pack_linears(model: nn.Module) -> int:
-    """Replace the float32 linear layers of a model in place.
-
-    Returns:
-        How many were replaced. Tied weights stay with their other owner (an embedding), at the price of one more copy.
-    """
-    num_packed = 0
-    # Not all modules: a list that held the layers themselves would keep every weight beside its copy until the end.
-    for parent in [module for module in model.modules() if next(module.children(), None) is not None]:
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child.weight.dtype is torch.float32:
-                setattr(parent, name, PackedLinear(child))
-                num_packed += 1
-    if num_packed:
-        PackedLinear(nn.Linear(1, 1))(torch.zeros(1, 1))  # compiles, before the first request needs it
-    return num_packed
+def compile_packed() -> None:
+    """Compile the product, before the first request needs it."""
+    PackedLinear(nn.Linear(1, 1))(torch.zeros(1, 1))

@@ -8,6 +8,8 @@ import json
 import os
 import queue
 import re
+import shutil
+import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -34,6 +36,16 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vo
 def cache_folder() -> Path:
     """Where converted models are kept: `$KVRELAY_CACHE`, else `~/.cache/kvrelay`."""
     return Path(os.environ.get("KVRELAY_CACHE", "~/.cache/kvrelay")).expanduser()
+
+
+@contextmanager
+def scratch_beside(target: Path) -> Iterator[Path]:
+    """A folder on the same disk, gone afterwards unless it was moved."""
+    scratch = Path(tempfile.mkdtemp(dir=target.parent))
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def bundled_file() -> Path:

@@ -2,18 +2,11 @@
 
 transformers reads the weights. What it passes over, and a model answers wrongly without, is added here from the file's
 metadata: scaling of the rotary embedding, windows, sizes of heads, ends of turns. A tensor that finds no place is an
-error. Called by whoever needs the model, in any process; later calls find the folder.
+error. Called by `resolve.py`, once per file.
 
 Source of keys and tensor names: the GGUF specification (ggml, docs/gguf.md) and llama.cpp's conversion scripts.
 """
 
-import logging
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from fcntl import LOCK_EX, flock
-from hashlib import blake2b
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,14 +16,10 @@ from gguf import GGUFReader, GGUFWriter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-from deployments.engine.model.files import cache_folder, gguf_shards
+from deployments.engine.model.files import scratch_beside
 from deployments.engine.model.weights import check_complete
 from deployments.errors import UnsupportedModelError, brief
 
-logger = logging.getLogger(__name__)
-
-# Part of a converted folder's name: folders of another version are not found again.
-_VERSION = 2
 _ROPE_TENSORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 # By these llama.cpp knows the end of a turn where the metadata has none.
 _TURN_ENDS = frozenset({"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<EOT>", "_<EOT>"})
@@ -48,36 +37,12 @@ _GEMMA_27B_LAYERS = (46, 62)
 _BIASES = {"blk.0.attn_q.bias": "attention_bias", "blk.0.ffn_up.bias": "mlp_bias"}
 
 
-def convert_gguf(file: Path) -> Path:
-    """Write a GGUF file once as safetensors; concurrent callers wait for the first.
-
-    Args:
-        file: one of a split file's shards stands for all.
-
-    Raises:
-        UnsupportedModelError: transformers does not know the architecture, or the file is not whole.
-    """
-    shards = gguf_shards(file)
-    stats = [shard.stat() for shard in shards]
-    identity = f"{_VERSION}-{file.name}-" + "-".join(f"{stat.st_size}-{stat.st_mtime_ns}" for stat in stats)
-    target = cache_folder() / f"{file.stem}-{blake2b(identity.encode(), digest_size=6).hexdigest()}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_suffix(".lock"), "w") as lock:
-        flock(lock, LOCK_EX)
-        if not target.is_dir():
-            logger.info("converting %s to %s (once)", file, target)
-            with _scratch_beside(target) as scratch:
-                write_dense(shards, scratch)
-                scratch.rename(target)  # whole or not at all
-    return target
-
-
 def write_dense(shards: list[Path], folder: Path) -> None:
     """Write what `shards` hold into a folder that `from_pretrained` reads."""
     if len(shards) == 1:
         _write_dense(shards[0], shards[0], folder)
         return
-    with _scratch_beside(folder) as scratch:
+    with scratch_beside(folder) as scratch:
         whole = scratch / shards[0].name
         _join(shards, whole)
         _write_dense(whole, shards[0], folder)
@@ -279,13 +244,3 @@ def _join(shards: list[Path], whole: Path) -> None:
     for tensor in tensors:
         writer.write_tensor_data(tensor.data)
     writer.close()
-
-
-@contextmanager
-def _scratch_beside(target: Path) -> Iterator[Path]:
-    """A folder on the same disk, gone afterwards unless it was moved."""
-    scratch = Path(tempfile.mkdtemp(dir=target.parent))
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

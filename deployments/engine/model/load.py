@@ -1,7 +1,7 @@
 """Finds, checks and loads the model. What the engine cannot run is refused here, by the name of the layer.
 
-Called once, when an engine starts. Where a model is, `files.py` knows; what its configuration says,
-`config.py`; which weights it has, `weights.py`; a GGUF file is converted by `gguf.py`.
+Called once, when an engine starts. Where a model is, `resolve.py` knows; what its configuration says,
+`config.py`; which weights it has, `weights.py`.
 """
 
 import logging
@@ -14,15 +14,11 @@ from transformers import PreTrainedModel
 from deployments.engine.attention.base import IMPLEMENTATION, register
 from deployments.engine.config import EngineConfig
 from deployments.engine.kv.cache import KVShape
-from deployments.engine.layers.cpu import fuse_decoder_layers
-from deployments.engine.layers.fused import CPU_KERNELS, fuse_layers
-from deployments.engine.layers.merged import merge_linears
-from deployments.engine.layers.packed import pack_linears
+from deployments.engine.layers.replace import replace_layers
 from deployments.engine.model.config import check_config, read_config
 from deployments.engine.model.end_tokens import end_token_ids, read_end_token_ids
-from deployments.engine.model.files import BUNDLED_MODEL, bundled_file, check_files, local_path
-from deployments.engine.model.gguf import convert_gguf
 from deployments.engine.model.probe import probe_kv_shape
+from deployments.engine.model.resolve import resolve_model
 from deployments.engine.model.rope import separate_lengths, waits_for_device
 from deployments.engine.model.weights import load_weights
 from deployments.engine.scheduling.positions import FIXED, PositionRule
@@ -46,7 +42,7 @@ class LoadedModel:
         positions: what its rotary embedding needs to know of a sequence.
         vocab_size: rows of the output layer.
         eos_token_ids: ids that end a text, as far as the model's configuration says.
-        has_cuda_layers: its layers are replaced by those of `layers/cuda.py`, which only `CudaRunner` can run.
+        has_cuda_layers: its layers are those of a GPU (`layers/replace.py`), which only `CudaRunner` can run.
     """
 
     model: PreTrainedModel
@@ -59,27 +55,6 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     positions: PositionRule = FIXED
     has_cuda_layers: bool = False
-
-
-def resolve_model(model: str) -> str:
-    """Turn what the user calls the model into something transformers can load.
-
-    Args:
-        model: hub id, local folder, GGUF file, or the bundled model's name.
-
-    Returns:
-        A hub id or folder. A GGUF file is converted at the first call and found again at later ones, by any process.
-
-    Raises:
-        UnsupportedModelError: the bundled model's package is missing, or the file or folder is not whole.
-    """
-    if model == BUNDLED_MODEL:
-        return str(convert_gguf(bundled_file()))
-    path = local_path(model)
-    if path is None:
-        return model
-    check_files(model)
-    return str(path if path.is_dir() else convert_gguf(path.resolve()))
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
@@ -98,40 +73,37 @@ def load_model(config: EngineConfig) -> LoadedModel:
     model = load_weights(path, hf_config, dtype=dtype, device_map=device, attn_implementation=IMPLEMENTATION)
     loaded = prepare_model(model, path, device)
     end_ids = read_end_token_ids(path, loaded.vocab_size)
-    return replace(loaded, eos_token_ids=end_ids, has_cuda_layers=optimize_layers(model))
+    return replace(loaded, eos_token_ids=end_ids, has_cuda_layers=optimize_layers(model, config))
 
 
-def optimize_layers(model: PreTrainedModel) -> bool:
+def optimize_layers(model: PreTrainedModel, config: EngineConfig | None = None) -> bool:
     """Replace layers of a loaded model, in place, by faster ones that compute the same.
+
+    Args:
+        model: as `prepare_model` leaves it.
+        config: of the engine; None: the defaults.
 
     Returns:
         Whether they are those that `CudaRunner` runs.
     """
-    merge_linears(model)
-    if model.device.type == "cuda":
-        return _optimize_for_cuda(model)
-    if model.dtype is torch.float32:
-        fuse_layers(model, CPU_KERNELS)
-    if pack_linears(model):
-        fuse_decoder_layers(model, probe_kv_shape(model, model.device))
-    return False
+    kv_shape = probe_kv_shape(model, model.device)
+    is_known = _is_known_to_cuda(model, kv_shape)
+    replace_layers(model, config or EngineConfig(), kv_shape, attention_rotates=is_known)
+    return is_known
 
 
-def _optimize_for_cuda(model: PreTrainedModel) -> bool:
-    if model.dtype not in (torch.bfloat16, torch.float16):
+def _is_known_to_cuda(model: PreTrainedModel, kv_shape: KVShape) -> bool:
+    """Whether attention runs through kernels of our own, in CUDA graphs."""
+    if model.device.type != "cuda" or model.dtype not in (torch.bfloat16, torch.float16):
         return False
-    from deployments.engine.attention.cuda import unknown_to_cuda
-    from deployments.engine.layers import cuda  # Triton is there only where a GPU is
+    from deployments.engine.attention.cuda import unknown_to_cuda  # Triton is there only where a GPU is
 
-    cuda.optimize_layers(model)
-    unknown = unknown_to_cuda(probe_kv_shape(model, model.device))
+    unknown = unknown_to_cuda(kv_shape)
     if unknown is None and waits_for_device(model):
         unknown = "rotary embeddings that wait for the device, which a CUDA graph cannot"
-    if unknown is None:
-        return True
-    logger.info("attention runs without kernels of our own: it does not know %s", unknown)
-    cuda.restore_rotary(model)
-    return False
+    if unknown is not None:
+        logger.info("attention runs without kernels of our own: it does not know %s", unknown)
+    return unknown is None
 
 
 def prepare_model(model: PreTrainedModel, path: str, device: torch.device) -> LoadedModel:

@@ -12,12 +12,9 @@ from transformers import PreTrainedModel
 
 from deployments.engine.kernels.arguments import Rotation, Scores
 from deployments.engine.kv.cache import KVShape
+from deployments.engine.layers.trial import is_near
 from deployments.engine.model.rope import max_model_len
 from deployments.errors import UnsupportedModelError
-
-# Logits that should be equal may differ by rounding where experts see other groups of tokens; what is looked for moves
-# them by much more.
-_TOLERANCE = 0.02
 
 
 class _Probe:
@@ -61,12 +58,14 @@ def probe_kv_shape(model: PreTrainedModel, device: torch.device) -> KVShape:
     pad = getattr(model.config, "pad_token_id", None)  # some models count positions without padding tokens
     first, second = [token for token in range(3) if token != pad][:2]
     positions = torch.arange(2, device=device).unsqueeze(0)
+    # Logits that should be equal may differ by rounding where experts see other groups of tokens; what is looked for
+    # moves them by much more.
     logits = _last_logits(model, [first, second], positions, probe)
     shape = _kv_shape(model, probe)
     _check_windows(model, probe)
-    if not _agree(logits, _last_logits(model, [first, second], None, _Probe())):
+    if not is_near(_last_logits(model, [first, second], None, _Probe()), logits):
         raise UnsupportedModelError(f"{name} does not count positions from 0, as the engine does")
-    if not _agree(logits, _last_logits(model, [second, second], positions, _Probe())):
+    if not is_near(_last_logits(model, [second, second], positions, _Probe()), logits):
         raise UnsupportedModelError(f"{name} mixes neighbouring tokens outside of its attention layers")
     return shape
 
@@ -83,10 +82,6 @@ def _last_logits(model: PreTrainedModel, token_ids: list[int], positions: Tensor
     )
     logits: Tensor = output.logits[0, -1].float()
     return logits
-
-
-def _agree(a: Tensor, b: Tensor) -> bool:
-    return bool((a - b).norm() <= _TOLERANCE * a.norm())
 
 
 def _kv_shape(model: PreTrainedModel, probe: _Probe) -> KVShape:

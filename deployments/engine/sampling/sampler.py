@@ -5,6 +5,7 @@ same one. It is the greatest of the scaled logits with noise of their own (Gumbe
 token, so that logits which differ by rounding give another token only where the best two are as near to each other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deployments.engine.upload import upload
 from deployments.messages import SamplingParams
 
 
@@ -40,11 +42,11 @@ class SamplingBatch:
         return SamplingBatch(*(column[rows] for column in columns))
 
 
-def build_sampling_batch(params: list[SamplingParams], positions: list[int]) -> SamplingBatch:
+def build_sampling_batch(params: list[SamplingParams], positions: Sequence[int] | np.ndarray) -> SamplingBatch:
     """Gather the parameters of a step.
 
     Args:
-        params: of each sequence.
+        params: of each draw's sequence.
         positions: where the drawn token will stand in its sequence, prompt included.
     """
     seeds = np.array([p.seed & 0xFFFFFFFFFFFFFFFF for p in params], dtype=np.uint64)
@@ -89,7 +91,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     drawing = np.flatnonzero(batch.temperature)
     bounds = batch.of(drawing)
     columns = np.stack([bounds.temperature, bounds.top_k, bounds.top_p, bounds.min_p])
-    rows, limits, keys = (_upload(values, logits.device) for values in (drawing, columns, bounds.keys))
+    rows, limits, keys = (upload(values, logits.device) for values in (drawing, columns, bounds.keys))
     kernels = _kernels(logits.device)
     chosen = logits[rows] if logits.is_cuda else logits[rows].float()
     best = chosen.amax(dim=-1)
@@ -113,9 +115,3 @@ def compile_draws(vocab_size: int, dtype: torch.dtype, device: torch.device) -> 
     logits = torch.zeros(1, vocab_size, dtype=dtype, device=device)
     for top_p in (1.0, 0.5):
         sample(logits, build_sampling_batch([SamplingParams(max_tokens=1, top_p=top_p)], [0]))
-
-
-def _upload(values: np.ndarray, device: torch.device) -> Tensor:
-    """The values on the device, on a GPU without waiting for it."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

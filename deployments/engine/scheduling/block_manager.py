@@ -29,9 +29,13 @@ def hash_block(parent: bytes, token_ids: Iterable[int]) -> bytes:
     return blake2b(array("I", token_ids).tobytes(), key=parent, digest_size=_HASH_BYTES).digest()
 
 
-def root_of(position_offset: int) -> bytes:
-    """What the first block of a sequence follows; KV of other positions has another root, and none is the usual one."""
-    return position_offset.to_bytes(8, "big") if position_offset else b""
+def root_of(position_offset: int, cache_salt: str = "") -> bytes:
+    """What the first block of a sequence follows; none is the usual root.
+
+    KV of other positions has another one, and so has KV that is not to be shared with requests of another salt.
+    """
+    root = position_offset.to_bytes(8, "big") if position_offset else b""
+    return blake2b(cache_salt.encode(), key=root, digest_size=_HASH_BYTES).digest() if cache_salt else root
 
 
 class BlockManager:
@@ -75,7 +79,7 @@ class BlockManager:
         """Give a sequence blocks for all its tokens, shared ones first.
 
         Args:
-            sequence: holds no blocks yet; `num_computed_tokens` is set to what was found in the cache.
+            sequence: holds no blocks yet; what was found in the cache counts as computed.
             num_spare_blocks: blocks that must stay free afterwards.
 
         Returns:
@@ -85,12 +89,10 @@ class BlockManager:
         shared = self._match(sequence)
         if not self._fits(sequence, shared, num_spare_blocks):
             return False
-        num_new = self.blocks_for(len(sequence.token_ids)) - len(shared)
+        num_new = self.blocks_for(sequence.num_tokens) - len(shared)
         for block in shared:
             self._hold(block)
-        sequence.block_table = shared + [self._take() for _ in range(num_new)]
-        sequence.num_computed_tokens = len(shared) * self.block_size
-        sequence.num_published_blocks = len(shared)
+        sequence.take_blocks(shared, [self._take() for _ in range(num_new)], len(shared) * self.block_size)
         return True
 
     def num_found_tokens(self, sequence: Sequence) -> int:
@@ -105,18 +107,23 @@ class BlockManager:
             num_blocks += 1
         return num_blocks * self.block_size
 
-    def append(self, sequence: Sequence) -> bool:
-        """Make room for the newest token; False if a block is needed and none is free."""
-        if self.blocks_for(len(sequence.token_ids)) <= len(sequence.block_table):
+    def append(self, sequence: Sequence, num_drafts: int = 0) -> bool:
+        """Make room for the newest token and for drafts behind it; False, and nothing changed, if there is none."""
+        num_new = self.blocks_for(sequence.num_tokens + num_drafts) - len(sequence.block_table)
+        if num_new <= 0:
             return True
-        if self.num_free_blocks == 0:
+        if num_new > self.num_free_blocks:
             return False
-        sequence.block_table.append(self._take())
+        sequence.add_blocks([self._take() for _ in range(num_new)])
         return True
 
+    def trim(self, sequence: Sequence) -> None:
+        """Take back the blocks that were for drafts alone."""
+        self._release(sequence.drop_surplus(self.blocks_for(sequence.num_tokens)))
+
     def publish(self, sequence: Sequence) -> None:
-        """Offer the blocks that are now full and computed to later sequences."""
-        num_full = sequence.num_computed_tokens // self.block_size
+        """Offer full blocks to later sequences: computed, or they will be before a step that is started from now on."""
+        num_full = sequence.num_lasting_tokens // self.block_size
         if not self._prefix_caching or num_full <= sequence.num_published_blocks:
             return
         hashes = self._hashes(sequence, num_full)
@@ -128,21 +135,11 @@ class BlockManager:
                 self._hash_of[block] = hashes[i]
                 is_new = (i + 1) * self.block_size > sequence.num_cached_tokens
                 self._origin_of[block] = sequence.request.origin if is_new else None
-        sequence.num_published_blocks = num_full
+        sequence.note_published(num_full)
 
     def free(self, sequence: Sequence) -> None:
         """Take all blocks back; those that were published stay findable until they are needed."""
-        for block in reversed(sequence.block_table):  # the tail of a prefix is the first to be given up
-            self._ref_counts[block] -= 1
-            assert self._ref_counts[block] >= 0, f"block {block} freed twice"
-            if self._ref_counts[block] == 0:
-                if block in self._hash_of:
-                    self._cached[block] = None
-                else:
-                    self._blank.append(block)
-        sequence.block_table = []
-        sequence.num_computed_tokens = 0
-        sequence.num_published_blocks = 0
+        self._release(sequence.drop_blocks())
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Assert that every block is accounted for exactly once.
@@ -165,14 +162,14 @@ class BlockManager:
         assert self._origin_of.keys() == self._hash_of.keys(), "a block is of no request, or of one without a hash"
 
     def _fits(self, sequence: Sequence, shared: list[int], num_spare_blocks: int) -> bool:
-        num_new = self.blocks_for(len(sequence.token_ids)) - len(shared)
+        num_new = self.blocks_for(sequence.num_tokens) - len(shared)
         num_shared_free = sum(1 for block in shared if self._ref_counts[block] == 0)
         return num_new + num_shared_free + num_spare_blocks <= self.num_free_blocks
 
     def _match(self, sequence: Sequence) -> list[int]:
         if not self._prefix_caching:
             return []
-        max_blocks = (len(sequence.token_ids) - 1) // self.block_size  # the last token is always computed
+        max_blocks = (sequence.num_tokens - 1) // self.block_size  # the last token is always computed
         blocks: list[int] = []
         for block_hash in self._hashes(sequence, max_blocks)[:max_blocks]:
             block = self._block_of.get(block_hash)
@@ -185,9 +182,19 @@ class BlockManager:
         hashes, size = sequence.block_hashes, self.block_size
         while len(hashes) < num_blocks:
             start = len(hashes) * size
-            parent = hashes[-1] if hashes else root_of(sequence.position_offset)
-            hashes.append(hash_block(parent, sequence.token_ids[start : start + size]))
+            parent = hashes[-1] if hashes else root_of(sequence.position_offset, sequence.request.cache_salt)
+            sequence.add_hash(hash_block(parent, sequence.token_ids[start : start + size]))
         return hashes
+
+    def _release(self, blocks: list[int]) -> None:
+        for block in reversed(blocks):  # the tail of a prefix is the first to be given up
+            self._ref_counts[block] -= 1
+            assert self._ref_counts[block] >= 0, f"block {block} freed twice"
+            if self._ref_counts[block] == 0:
+                if block in self._hash_of:
+                    self._cached[block] = None
+                else:
+                    self._blank.append(block)
 
     def _hold(self, block: int) -> None:
         if self._ref_counts[block] == 0:

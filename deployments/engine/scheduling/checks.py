@@ -16,13 +16,16 @@ def check_request(request: GenerateRequest, limits: EngineLimits, vocab_size: in
             of sampling out of bounds.
     """
     _check_sampling(request.sampling, vocab_size)
-    prompt, max_tokens = request.prompt_token_ids, request.sampling.max_tokens
+    prompt, given, max_tokens = request.prompt_token_ids, request.given_token_ids, request.sampling.max_tokens
     if not prompt:
         raise InvalidRequestError("the prompt is empty; it needs at least 1 token", "prompt")
     if max_tokens < 1:
         raise InvalidRequestError(f"max_tokens is {max_tokens}, must be at least 1", "max_tokens")
-    if min(prompt) < 0 or max(prompt) >= vocab_size:
-        bad = next(t for t in prompt if not 0 <= t < vocab_size)
+    if request.max_new_tokens < 1:
+        num_generated = len(request.generated_token_ids)
+        raise InvalidRequestError(f"{num_generated} tokens are generated of max_tokens {max_tokens}", "max_tokens")
+    if min(given) < 0 or max(given) >= vocab_size:
+        bad = next(t for t in given if not 0 <= t < vocab_size)
         raise InvalidRequestError(f"token id {bad} is not in the vocabulary (0 to {vocab_size - 1})", "prompt")
     total = len(prompt) + max_tokens
     if total > limits.max_model_len:

@@ -2,8 +2,9 @@
 
 Every running sequence that decodes gets its token first; prompts share what is left of the token budget, those of the
 highest priority first, and among them the one with fewest tokens left, so that a short prompt does not wait behind a
-long one. No prompt is overtaken by more tokens than it has itself, or 16 times as many of higher priority. Knows blocks
-and sequences, nothing of tensors. Called by the engine, once per step.
+long one. No prompt is overtaken by more tokens than it has itself, or 16 times as many of higher priority. A sequence
+that is held keeps its blocks and its place, and is left out. Knows blocks and sequences, nothing of tensors. Called by
+the engine, once per step.
 
 Source: Sarathi-Serve (Agrawal et al., OSDI 2024) for chunked prefill beside decodes; shortest remaining time first.
 """
@@ -16,40 +17,14 @@ from dataclasses import dataclass
 from deployments.engine.config import EngineLimits
 from deployments.engine.scheduling.block_manager import BlockManager
 from deployments.engine.scheduling.positions import FIXED, PositionRule
-from deployments.engine.scheduling.sequence import Role, Sequence, Status
+from deployments.engine.scheduling.run import ScheduledSequence
+from deployments.engine.scheduling.sequence import Sequence, Status
 from deployments.messages import Placed
 
 # Share of the pool that a new sequence must leave free, so that it does not preempt its elders at once.
 _WATERMARK = 0.01
 # Tokens of higher priority that overtake a prompt count one in so many.
 _URGENCY = 16
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """The next `num_tokens` uncomputed tokens of a sequence run in this step.
-
-    Attributes:
-        sequence: whose.
-        start: computed tokens before them.
-        num_tokens: at least 1.
-        samples: the step reaches the newest token, so that the next one is drawn.
-    """
-
-    sequence: Sequence
-    start: int
-    num_tokens: int
-    samples: bool
-
-    @classmethod
-    def of(cls, sequence: Sequence, num_tokens: int) -> "ScheduledSequence":
-        """A run of a sequence as it is now."""
-        return cls(sequence, sequence.num_computed_tokens, num_tokens, num_tokens == sequence.num_uncomputed_tokens)
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Those of its tokens that are of the prompt."""
-        return max(0, min(self.num_tokens, self.sequence.num_prompt_tokens - self.start))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +70,13 @@ class Scheduler:
     @property
     def num_queued_prompt_tokens(self) -> int:
         """Tokens that wait to be computed here, by sequences without blocks and by unfinished prompts."""
-        waiting = sum(len(s.token_ids) for s in self.waiting)
-        return waiting + sum(s.num_uncomputed_tokens for s in self.running if not s.is_decoding)
+        waiting = sum(s.num_tokens for s in self.waiting)
+        return waiting + sum(s.num_remaining_tokens for s in self.running if not s.is_decoding)
 
     @property
     def num_remote_prompt_tokens(self) -> int:
         """Those of them that a prefill engine will compute once there are blocks; what is cached is not known yet."""
-        return sum(len(s.token_ids) for s in self.waiting if _is_remote(s, len(s.token_ids)))
+        return sum(s.num_tokens for s in self.waiting if _is_remote(s, s.num_tokens))
 
     @property
     def has_work(self) -> bool:
@@ -111,17 +86,16 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         assert sequence.request_id not in self._by_id, f"{sequence.request_id} is already here"
         self._by_id[sequence.request_id] = sequence
-        sequence.arrival_number = next(self._arrivals)
-        sequence.move_to(self._offset(sequence))
+        sequence.enter(next(self._arrivals), self._offset(sequence, sequence.num_tokens))
         self.waiting.append(sequence)
 
     def schedule(self) -> Schedule:
         """Choose the next step; sequences get their blocks here, and lose them if they must."""
         scheduled, num_sent_back = self._schedule_decodes()
-        budget = self._limits.max_num_batched_tokens - len(scheduled)
+        budget = self._limits.max_num_batched_tokens - sum(item.num_tokens for item in scheduled)
         placed = [] if num_sent_back else self._admit(budget)
         for sequence in sorted(self._runnable_besides(scheduled), key=_precedence):
-            num_tokens = min(sequence.num_uncomputed_tokens, budget)
+            num_tokens = min(sequence.num_remaining_tokens, budget)
             if num_tokens == 0:
                 break
             scheduled.append(ScheduledSequence.of(sequence, num_tokens))
@@ -131,8 +105,7 @@ class Scheduler:
     def activate(self, sequence: Sequence) -> None:
         """A reserved sequence has what it waited for, or gave up waiting: from now on it runs here."""
         del self.reserved[sequence.request_id]
-        sequence.status = Status.RUNNING
-        sequence.role = Role.LOCAL  # after a preemption its prompt is computed here
+        sequence.activate()
         self.running.append(sequence)
 
     def remove(self, request_id: str) -> Sequence | None:
@@ -148,7 +121,7 @@ class Scheduler:
         else:
             self.running.remove(sequence)
         self._blocks.free(sequence)
-        sequence.status = Status.FINISHED
+        sequence.finish()
         return sequence
 
     def check_integrity(self) -> None:
@@ -159,25 +132,36 @@ class Scheduler:
         for status, group in states.items():
             for s in group:
                 assert s.status is status, f"{s.request_id} is {s.status} among the {status}"
-                capacity = len(s.block_table) * self._blocks.block_size
-                assert capacity >= s.num_computed_tokens, f"{s.request_id}: more computed than its blocks hold"
-                assert status is not Status.WAITING or not s.block_table, f"{s.request_id} waits and holds blocks"
+                s.check_integrity(self._blocks.block_size)
         self._blocks.check_integrity([*self.running, *self.reserved.values()])
 
     def _schedule_decodes(self) -> tuple[list[ScheduledSequence], int]:
-        """Runs of one token, and how many sequences gave their blocks away."""
+        """Runs of the newest token, with drafts behind it, and how many sequences gave their blocks away."""
         scheduled: list[ScheduledSequence] = []
-        num_sent_back = 0
-        for sequence in [s for s in self.running if s.is_decoding and s.has_work]:
-            if sequence.status is Status.RUNNING and self._offset(sequence) != sequence.position_offset:
+        decoding = [s for s in self.running if s.is_decoding and s.has_work]
+        num_sent_back, room = 0, self._limits.max_num_batched_tokens - len(decoding)
+        for sequence in decoding:
+            offset = self._offset(sequence, sequence.num_tokens)
+            if sequence.status is Status.RUNNING and offset != sequence.position_offset:
                 self._send_back(sequence)
                 num_sent_back += 1
             while sequence.status is Status.RUNNING and not self._blocks.append(sequence):
                 self._preempt(self._least_of(self.running[self.running.index(sequence) :]))
                 num_sent_back += 1
             if sequence.status is Status.RUNNING:
-                scheduled.append(ScheduledSequence.of(sequence, 1))
+                drafts = self._choose_drafts(sequence, room) if sequence.drafts else ()
+                scheduled.append(ScheduledSequence.of(sequence, 1, drafts))
+                room -= len(drafts)
         return scheduled, num_sent_back
+
+    def _choose_drafts(self, sequence: Sequence, room: int) -> tuple[int, ...]:
+        """As many as may become tokens, without taking anything from others: budget, blocks, or the lead in length."""
+        num_left = sequence.request.sampling.max_tokens - sequence.num_generated_tokens
+        drafts = sequence.drafts[: max(0, min(room, num_left - 1))]
+        offset = self._offset(sequence, sequence.num_tokens + len(drafts))
+        if sequence.num_pending_tokens or offset != sequence.position_offset:
+            return ()
+        return drafts if self._blocks.append(sequence, len(drafts)) else ()
 
     @staticmethod
     def _least_of(candidates: list[Sequence]) -> Sequence:
@@ -195,14 +179,11 @@ class Scheduler:
         """Have a running sequence wait, first of all, and be computed again from its first token."""
         self.running.remove(sequence)
         self._blocks.free(sequence)
-        sequence.status = Status.WAITING
-        sequence.num_preemptions += 1
-        sequence.move_to(self._offset(sequence))
+        sequence.send_back(self._offset(sequence, sequence.num_tokens))
         self.waiting.appendleft(sequence)
 
-    def _offset(self, sequence: Sequence) -> int:
-        num_given = sequence.num_prompt_tokens - sequence.request.num_resumed_tokens
-        return self._positions.offset(num_given, len(sequence.token_ids))
+    def _offset(self, sequence: Sequence, num_tokens: int) -> int:
+        return self._positions.offset(len(sequence.request.prompt_token_ids), num_tokens)
 
     @property
     def _has_seat(self) -> bool:
@@ -235,36 +216,30 @@ class Scheduler:
                 break
             self.waiting.remove(sequence)
             self._count_overtaken(sequence)
+            is_remote = _is_remote(sequence, sequence.num_remaining_tokens)
             if sequence.num_preemptions == 0:
-                sequence.num_cached_tokens = self._blocks.num_found_tokens(sequence)
-                placed.append(self._place(sequence))
-            if sequence.role is Role.IMPORT:
-                sequence.status = Status.RESERVED
+                sequence.find_cached(self._blocks.num_found_tokens(sequence))
+                placed.append(Placed(sequence.request_id, is_remote, sequence.num_computed_tokens))
+            if is_remote:
+                sequence.reserve()
                 self.reserved[sequence.request_id] = sequence
-                continue
-            sequence.num_cached_tokens = min(sequence.num_cached_tokens, sequence.num_computed_tokens)
-            sequence.status = Status.RUNNING
-            self.running.append(sequence)
+            else:
+                sequence.start()
+                self.running.append(sequence)
         return placed
 
     def _num_tokens_before(self, sequence: Sequence) -> int:
         """Tokens of running prompts that would get the budget before a waiting one."""
         own = _precedence(sequence)
-        return sum(s.num_uncomputed_tokens for s in self._running_prompts() if _precedence(s) < own)
+        prompts = (s for s in self._running_prompts() if s.has_work)
+        return sum(s.num_remaining_tokens for s in prompts if _precedence(s) < own)
 
     def _count_overtaken(self, sequence: Sequence) -> None:
         """A sequence was admitted: older prompts that it goes before remember by how much."""
         for other in itertools.chain(self.waiting, self._running_prompts()):
             if other.arrival_number < sequence.arrival_number and _precedence(sequence) < _precedence(other):
                 weight = _URGENCY if sequence.priority > other.priority else 1
-                other.num_overtaken_tokens += -(-sequence.num_uncomputed_tokens // weight)
-
-    def _place(self, sequence: Sequence) -> Placed:
-        remote = _is_remote(sequence, sequence.num_uncomputed_tokens)
-        if remote:
-            sequence.role = Role.IMPORT
-            sequence.num_cached_tokens = sequence.num_prompt_tokens
-        return Placed(sequence.request_id, remote, sequence.num_computed_tokens)
+                other.overtake(-(-sequence.num_remaining_tokens // weight))
 
 
 def _is_remote(sequence: Sequence, num_tokens: int) -> bool:
@@ -278,6 +253,6 @@ def _precedence(prompt: Sequence) -> tuple[bool, int, int, int]:
 
     One that gave its blocks away, or was overtaken by as many tokens as it has, comes before all others.
     """
-    if prompt.num_preemptions or prompt.num_overtaken_tokens >= len(prompt.token_ids):
+    if prompt.num_preemptions or prompt.num_overtaken_tokens >= prompt.num_tokens:
         return False, prompt.arrival_number, 0, 0
-    return True, -prompt.priority, prompt.num_uncomputed_tokens, prompt.arrival_number
+    return True, -prompt.priority, prompt.num_remaining_tokens, prompt.arrival_number

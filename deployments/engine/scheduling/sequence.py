@@ -1,12 +1,19 @@
-"""One request inside an engine: its tokens, its blocks, and how far it has come. Moved along by the scheduler alone."""
+"""One request inside an engine: its tokens, its blocks, and how far it has come.
+
+A sequence moves itself: scheduler, block manager and engine say what happened to it, and nobody else writes its fields.
+Its tokens pass through a step in two moves. `begin`: a step that computes them was started. `conclude`: it has ended,
+their KV counts as computed, and what was drawn joins the tokens. A pipelined engine begins a step before it concludes
+the one before, so a token may be pending: a step in flight draws it, and the next one already computes it.
+"""
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import TYPE_CHECKING
 
-from deployments.messages import GenerateRequest
+from deployments.messages import Draws, FinishReason, GenerateRequest
 
-# Stands in `token_ids` for a token that a step in flight draws; ids are never negative.
-PENDING = -1
+if TYPE_CHECKING:
+    from deployments.engine.scheduling.run import ScheduledSequence
 
 
 class Role(Enum):
@@ -28,52 +35,58 @@ class Status(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Tokens and blocks of one request.
+    """Tokens and blocks of one request; others read its fields and call its methods.
 
     Attributes:
         request: as it was asked.
         role: what this engine does for it.
         arrival_s: monotonic time of arrival.
+        remote_threshold: IMPORT is chosen at admission if at least as many prompt tokens are uncached; None: never.
+        token_ids: the prompt, then the generated tokens, as far as they are known.
         arrival_number: position in the order of arrival at this engine.
         num_overtaken_tokens: prompt tokens of later sequences that were admitted before this prompt was done; those of
             higher priority count in part.
-        token_ids: the prompt, then the generated tokens, `PENDING` for one that is not known yet.
-        num_computed_tokens: leading tokens whose KV is in the blocks, or will be when the step in flight has ended.
+        num_pending_tokens: tokens behind those that steps in flight draw for certain.
+        num_computed_tokens: leading tokens whose KV is in the blocks.
+        num_in_flight_tokens: tokens behind these, drafts included, that steps in flight compute.
         num_cached_tokens: leading tokens of the prompt that no engine has computed for this request, as far as is known
             here; while a prefill engine has it that is all of them, until its first chunk says where it began.
         block_table: physical block of each logical block.
         position_offset: what is added to its positions for the rotary embedding; KV of another one is of no use to it.
         block_hashes: chained hash of each full block of `token_ids`, filled on demand.
         num_published_blocks: leading blocks that were offered to the prefix cache.
-        remote_threshold: IMPORT is chosen at admission if at least as many prompt tokens are uncached; None: never.
+        drafts: guesses of the tokens behind the newest one, for the next step.
+        is_held: it waits for the host, and no step computes it.
+        last_token_s: monotonic time when its newest token was told; None: none was.
+        finish_reason: why its last token was the last one; None: more may come.
     """
 
     request: GenerateRequest
     role: Role
     arrival_s: float
-    status: Status = Status.WAITING
+    remote_threshold: int | None = None
     token_ids: list[int] = field(default_factory=list)
+    block_table: list[int] = field(default_factory=list)
+    status: Status = Status.WAITING
+    num_pending_tokens: int = 0
     num_computed_tokens: int = 0
+    num_in_flight_tokens: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     arrival_number: int = 0
     num_overtaken_tokens: int = 0
-    block_table: list[int] = field(default_factory=list)
     position_offset: int = 0
     block_hashes: list[bytes] = field(default_factory=list)
     num_published_blocks: int = 0
-    remote_threshold: int | None = None
+    drafts: tuple[int, ...] = ()
+    is_held: bool = False
     last_token_s: float | None = None
+    finish_reason: FinishReason | None = None
+    num_prompt_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.token_ids = list(self.request.prompt_token_ids)
-
-    def move_to(self, position_offset: int) -> None:
-        """Take another place for the rotary embedding; without blocks only, since their KV is of the old one."""
-        assert not self.block_table, f"{self.request_id} holds blocks"
-        if position_offset != self.position_offset:
-            self.position_offset = position_offset
-            self.block_hashes.clear()
+        self.token_ids = self.token_ids or list(self.request.given_token_ids)
+        self.num_prompt_tokens = self.request.num_given_tokens
 
     @property
     def request_id(self) -> str:
@@ -84,23 +97,220 @@ class Sequence:
         return self.request.priority
 
     @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
+    def num_tokens(self) -> int:
+        """Known ones, and those that are drawn for certain."""
+        return len(self.token_ids) + self.num_pending_tokens
 
     @property
     def num_generated_tokens(self) -> int:
-        return len(self.token_ids) - self.num_prompt_tokens
+        return len(self.token_ids) + self.num_pending_tokens - self.num_prompt_tokens
 
     @property
-    def num_uncomputed_tokens(self) -> int:
-        return len(self.token_ids) - self.num_computed_tokens
+    def num_launched_tokens(self) -> int:
+        """Leading tokens whose KV is in the blocks, or will be once the steps in flight have ended."""
+        return self.num_computed_tokens + self.num_in_flight_tokens
+
+    @property
+    def num_lasting_tokens(self) -> int:
+        """Of the launched tokens those whose KV stays right whatever the steps in flight draw: no drafts."""
+        num_launched, num_known = self.num_computed_tokens + self.num_in_flight_tokens, len(self.token_ids)
+        return num_launched if num_launched < num_known else num_known
+
+    @property
+    def num_remaining_tokens(self) -> int:
+        """Tokens that no step has computed or computes."""
+        # Written out, here and below: the scheduler asks each sequence several times per step.
+        num_left = len(self.token_ids) + self.num_pending_tokens - self.num_computed_tokens - self.num_in_flight_tokens
+        return num_left if num_left > 0 else 0
 
     @property
     def is_decoding(self) -> bool:
-        """Exactly one token, the newest, has no KV yet, and it was generated."""
-        return self.num_uncomputed_tokens == 1 and self.num_generated_tokens > 0
+        """Exactly one token, the newest, is in no step yet, and it was generated."""
+        num_tokens = len(self.token_ids) + self.num_pending_tokens
+        num_launched = self.num_computed_tokens + self.num_in_flight_tokens
+        return num_launched + 1 == num_tokens > self.num_prompt_tokens
 
     @property
     def has_work(self) -> bool:
-        """Whether there are tokens left to compute; not for the sake of a token beyond the last one it may generate."""
-        return self.num_uncomputed_tokens > 0 and self.num_generated_tokens < self.request.sampling.max_tokens
+        """Whether a step can compute tokens of it now; not for the sake of a token beyond the last one it may generate.
+
+        While drafts are in flight it cannot: nobody knows yet where the next token stands.
+        """
+        if self.is_held:
+            return False
+        num_tokens, max_tokens = len(self.token_ids) + self.num_pending_tokens, self.request.max_new_tokens
+        num_launched = self.num_computed_tokens + self.num_in_flight_tokens
+        return num_launched < num_tokens < self.num_prompt_tokens + max_tokens
+
+    def enter(self, arrival_number: int, position_offset: int) -> None:
+        """It has come to this engine and waits."""
+        self.arrival_number = arrival_number
+        self._move_to(position_offset)
+
+    def start(self) -> None:
+        """It was given blocks, and steps may compute it."""
+        assert self.status is Status.WAITING, f"{self.request_id} is {self.status}"
+        self.limit_cached(self.num_computed_tokens)
+        self.status = Status.RUNNING
+
+    def reserve(self) -> None:
+        """It was given blocks, and a prefill engine fills them."""
+        assert self.status is Status.WAITING, f"{self.request_id} is {self.status}"
+        self.role, self.status = Role.IMPORT, Status.RESERVED
+        self.num_cached_tokens = self.num_prompt_tokens
+
+    def activate(self) -> None:
+        """What it waited for is here, or is waited for no longer; after a preemption its prompt is computed here."""
+        assert self.status is Status.RESERVED, f"{self.request_id} is {self.status}"
+        self.role, self.status = Role.LOCAL, Status.RUNNING
+
+    def send_back(self, position_offset: int) -> None:
+        """It gave its blocks away, waits, and is computed again from its first token; what is in flight still draws."""
+        assert self.status is Status.RUNNING, f"{self.request_id} is {self.status}"
+        self.status = Status.WAITING
+        self.num_preemptions += 1
+        self.drafts = ()
+        self._move_to(position_offset)
+
+    def finish(self) -> None:
+        """It is over, whatever ended it."""
+        assert not self.block_table, f"{self.request_id} holds blocks"
+        self.status = Status.FINISHED
+
+    def note_told(self, now_s: float) -> float | None:
+        """Tokens of it are told; gives back when the ones before were, None if these are the first."""
+        before, self.last_token_s = self.last_token_s, now_s
+        return before
+
+    def hold(self) -> None:
+        """Leave it out of steps until `release`: what it needs for the next one is not there yet."""
+        self.is_held = True
+
+    def release(self) -> None:
+        self.is_held = False
+
+    def propose(self, drafts: tuple[int, ...]) -> None:
+        """Guess the tokens behind the newest one; the next step tries as many as fit, and the guess is gone then."""
+        self.drafts = drafts
+
+    def overtake(self, num_tokens: int) -> None:
+        """So many tokens of a later sequence go before this prompt."""
+        self.num_overtaken_tokens += num_tokens
+
+    def limit_cached(self, num_tokens: int) -> None:
+        """No more than so many leading tokens were found, the others were computed for this request."""
+        self.num_cached_tokens = min(self.num_cached_tokens, num_tokens)
+
+    def take_blocks(self, found: list[int], blank: list[int], num_found_tokens: int) -> None:
+        """Hold blocks for all its tokens: first those that hold KV of it already, so many tokens of it."""
+        assert not self.block_table, f"{self.request_id} already holds blocks"
+        self.block_table = found + blank
+        self.num_computed_tokens = num_found_tokens
+        self.num_published_blocks = len(found)
+
+    def find_cached(self, num_tokens: int) -> None:
+        """So many leading tokens were found, and not computed for this very request before."""
+        self.num_cached_tokens = num_tokens
+
+    def add_blocks(self, blocks: list[int]) -> None:
+        self.block_table += blocks
+
+    def drop_surplus(self, num_blocks: int) -> list[int]:
+        """Keep so many blocks; gives the others back, in which nothing counts."""
+        surplus = self.block_table[num_blocks:]
+        del self.block_table[num_blocks:]
+        return surplus
+
+    def add_hash(self, block_hash: bytes) -> None:
+        """Of the next full block of its tokens."""
+        self.block_hashes.append(block_hash)
+
+    def note_published(self, num_blocks: int) -> None:
+        """So many leading blocks can be found by others, and are never written to again."""
+        self.num_published_blocks = num_blocks
+
+    def drop_blocks(self) -> list[int]:
+        """Hold no blocks any more; gives them back."""
+        blocks, self.block_table = self.block_table, []
+        self.num_computed_tokens = self.num_in_flight_tokens = self.num_published_blocks = 0
+        return blocks
+
+    def begin(self, run: "ScheduledSequence") -> None:
+        """A step that computes this run was started: its next tokens are those behind it."""
+        assert run.start == self.num_launched_tokens, f"{self.request_id}: {run} behind {self.num_launched_tokens}"
+        self.num_in_flight_tokens += run.num_tokens
+        self.drafts = ()
+        if run.num_draws and self.role is not Role.EXPORT:
+            self.num_pending_tokens += 1
+
+    def conclude(self, run: "ScheduledSequence", draws: Draws) -> Draws:
+        """The step that computes this run has ended.
+
+        KV of rejected drafts is taken back by never counting: the next run writes over it. Nothing counts for a
+        sequence that gave its blocks away meanwhile, but what was drawn is as good as before.
+
+        Args:
+            run: as it was begun.
+            draws: those that count, see `ScheduledSequence.accept`; at least one if the run draws.
+
+        Returns:
+            Those that the request wants: none behind the one that ends it.
+        """
+        draws = self._until_end(draws)
+        if self.status is Status.RUNNING:
+            self.num_in_flight_tokens -= run.num_tokens
+            self.num_computed_tokens += run.num_tokens - run.num_draws + len(draws)
+        if draws and self.role is not Role.EXPORT:
+            assert run.first_draw == len(self.token_ids), f"{self.request_id}: draws of {run} are out of turn"
+            self.num_pending_tokens -= 1
+            self._join(draws)
+        return draws
+
+    def receive(self, num_tokens: int, draws: Draws = ()) -> Draws:
+        """KV of so many leading tokens came from a prefill engine; with all of the prompt's, what was drawn behind it.
+
+        Returns:
+            As `conclude`.
+        """
+        self.num_computed_tokens = num_tokens
+        self.limit_cached(num_tokens)
+        draws = self._until_end(draws)
+        self._join(draws)
+        return draws
+
+    def check_integrity(self, block_size: int) -> None:
+        """Assert that counts, tokens and blocks agree."""
+        name, holds = self.request_id, self.status in (Status.RESERVED, Status.RUNNING)
+        assert holds or not self.block_table, f"{name} is {self.status} and holds blocks"
+        assert holds or not self.num_launched_tokens, f"{name} is {self.status} and has KV"
+        assert self.num_computed_tokens >= 0 and self.num_in_flight_tokens >= 0, f"{name} computed less than nothing"
+        capacity = len(self.block_table) * block_size
+        assert capacity >= self.num_launched_tokens, f"{name}: more computed than its blocks hold"
+        assert self.num_computed_tokens <= len(self.token_ids), f"{name}: tokens that nobody knows are computed"
+        assert self.num_pending_tokens in (0, 1), f"{name}: {self.num_pending_tokens} tokens are pending"
+        assert self.num_published_blocks * block_size <= self.num_lasting_tokens, f"{name}: published what may not last"
+        assert len(self.block_hashes) * block_size <= len(self.token_ids), f"{name}: hashes of tokens not known"
+
+    def _move_to(self, position_offset: int) -> None:
+        """Take another place for the rotary embedding; without blocks only, since their KV is of the old one."""
+        assert not self.block_table, f"{self.request_id} holds blocks"
+        if position_offset != self.position_offset:
+            self.position_offset = position_offset
+            self.block_hashes.clear()
+
+    def _until_end(self, draws: Draws) -> Draws:
+        """Draws up to the one that ends the request, which is noted."""
+        sampling = self.request.sampling
+        num_left = self.request.max_new_tokens - (len(self.token_ids) - self.num_prompt_tokens)
+        for number, token in enumerate(draws, 1):
+            if token.token_id in sampling.stop_token_ids:
+                self.finish_reason = FinishReason.STOP
+            elif number == num_left:
+                self.finish_reason = FinishReason.LENGTH
+            else:
+                continue
+            return draws[:number]
+        return draws
+
+    def _join(self, draws: Draws) -> None:
+        self.token_ids += [token.token_id for token in draws]

@@ -27,7 +27,7 @@ import ray
 import uvloop
 
 from deployments.engine.model.files import BUNDLED_MODEL
-from deployments.engine.model.load import resolve_model
+from deployments.engine.model.resolve import resolve_model
 from tests.bench.serving.analysis import (
     added_gaps,
     largest_gap_between,

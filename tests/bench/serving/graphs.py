@@ -9,12 +9,15 @@ from ray import serve
 from starlette.applications import Starlette
 
 from app.config import AppConfig
+from app.graph import ingress_settings
 from deployments.api.http import build_app
 from deployments.api.text import TextCodec
+from deployments.api.tokenizer import read_tokenizer
 from deployments.decode import Decode
 from deployments.engine.config import EngineConfig
 from deployments.engine.loop import EngineLoop
-from deployments.engine_actor import EngineResources
+from deployments.engine_info import EngineResources
+from deployments.front import SpawnedEngine
 from deployments.ingress import Ingress
 from deployments.load.admission import Admission, Bounds, Ticket
 from deployments.messages import EngineEvent, GenerateRequest, ModelInfo, TokenOutput
@@ -25,12 +28,10 @@ from tests.bench.serving.paced import build_paced
 def ours(args: AppConfig) -> serve.Application:
     """`app:graph` with `mode=colocated`, but for the engine's builder."""
     resources = EngineResources(args.decode.num_cpus, 0, {})
-    decode = serve.deployment(**args.deployment_options("decode"))(Decode).bind(
-        args.engine_config("decode"), resources, None, 0, False, build_paced
-    )
+    engine = SpawnedEngine(args.engine_config("decode"), resources, build_paced)
+    decode = serve.deployment(**args.deployment_options("decode"))(Decode).bind(engine, None, 0, False)
     ingress = serve.deployment(**args.deployment_options("ingress"))(Ingress)
-    limits = args.ingress.max_request_bytes, args.ingress.max_unread_tokens, args.ingress.resume_timeout_s
-    return ingress.bind(decode, None, args.model, args.served_model_name, *limits, args.admission_bounds())
+    return ingress.bind(decode, None, ingress_settings(args))
 
 
 class OrdinaryEngineActor:
@@ -128,7 +129,7 @@ class OrdinaryIngress:
     async def __init__(self, decode: Any, served_model_name: str) -> None:  # type: ignore[misc]
         info = await decode.engine_info.remote()
         self._info = ModelInfo(served_model_name, info.path, info.max_model_len, info.vocab_size, ())
-        self._codec = TextCodec.load(info.path)
+        self._codec = TextCodec(read_tokenizer(info.path))
         self._backend = OrdinaryBackend(decode)
 
     def __serve_build_asgi_app__(self) -> Starlette:

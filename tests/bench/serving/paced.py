@@ -14,9 +14,10 @@ from typing import Any, cast
 from transformers import AutoTokenizer
 
 from deployments.engine.config import EngineConfig
-from deployments.engine.model.load import resolve_model
+from deployments.engine.model.resolve import resolve_model
 from deployments.engine.stats import EngineStats
-from deployments.engine_actor import BuiltEngine, EngineInfo
+from deployments.engine_builder import BuiltEngine
+from deployments.engine_info import EngineInfo
 from deployments.messages import EngineEvent, FinishReason, GenerateRequest, Placed, TokenOutput
 
 TRACE_VARIABLE = "KVRELAY_BENCH_TRACE"

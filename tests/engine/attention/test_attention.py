@@ -11,7 +11,7 @@ from torch import Tensor
 from deployments.engine.attention import sdpa
 from deployments.engine.attention.paged import PagedDecode, attend_prompt
 from deployments.engine.attention.sdpa import _plan_decodes
-from deployments.engine.batch.build import Batch, PromptChunk
+from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.kernels.arguments import Scores
 from deployments.engine.kv.cache import KVCache, KVShape
 from tests.engine.families import CPU
@@ -87,7 +87,7 @@ def check(
     sinks = pool.randn(NUM_HEADS) if has_sinks else None
     queries = pool.randn(NUM_HEADS, total, HEAD_DIM)
     keys, values = pool.randn(NUM_KV_HEADS, total, HEAD_DIM), pool.randn(NUM_KV_HEADS, total, HEAD_DIM)
-    slots, tables, expected, prompt_chunks, start = [], [], [], [], 0
+    slots, tables, expected, start = [], [], [], 0
     for context, count in runs:
         table = pool.take(context + count)
         past = pool.randn(2, NUM_KV_HEADS, context, HEAD_DIM)
@@ -97,24 +97,26 @@ def check(
         expected.append(dense(queries[:, span], all_keys, all_values, context, window, softcap, sinks))
         slots.append(pool.slots(table, context, context + count))
         tables.append(table)
-        if len(tables) > len(decode_lens):
-            prompt_chunks.append(PromptChunk(start, count, context, torch.tensor(table)))
         start += count
-    batch = build_batch(torch.cat(slots), decode_lens, tables, prompt_chunks)
+    arrays = build_arrays(torch.cat(slots), decode_lens, tables, chunks)
     for kernel in (True, False):  # without it as well, as for other dtypes
         with patch.object(sdpa, "can_attend", lambda *_, kernel=kernel: kernel and softcap is None and sinks is None):
             scores = Scores(SCALING, window, softcap, sinks)
-            actual = sdpa.SdpaStep(pool.cache, batch).attend(0, queries, keys, values, scores, None)
+            actual = sdpa.SdpaStep(pool.cache, arrays).attend(0, queries, keys, values, scores, None)
         torch.testing.assert_close(actual.double(), torch.cat(expected), rtol=1e-4, atol=1e-5)
 
 
-def build_batch(slots: Tensor, decode_lens: list[int], tables: list[list[int]], chunks: list[PromptChunk]) -> Batch:
-    decode_tables = tables[: len(decode_lens)]
-    padded = np.zeros((len(decode_tables), max(map(len, decode_tables), default=0)), dtype=np.int64)
-    for row, table in zip(padded, decode_tables, strict=True):
+def build_arrays(
+    slots: Tensor, decode_lens: list[int], tables: list[list[int]], chunks: list[tuple[int, int]]
+) -> StepArrays:
+    """What attention reads of a step; the tokens themselves, and which of them draw, it does not."""
+    padded = np.zeros((len(tables), max(map(len, tables))), dtype=np.int64)
+    for row, table in zip(padded, tables, strict=True):
         row[: len(table)] = table
-    unused = torch.zeros(0, dtype=torch.int64)
-    return Batch(unused, unused, slots, unused, padded, np.array(decode_lens, dtype=np.int64), tuple(chunks))
+    starts, counts = zip(*[(length - 1, 1) for length in decode_lens], *chunks, strict=True)
+    unused = np.zeros(0, np.int64)
+    runs = np.array(starts, np.int64), np.array(counts, np.int64), padded, len(decode_lens)
+    return StepArrays(unused, unused, unused, slots.numpy(), *runs, unused, unused)
 
 
 every_window = pytest.mark.parametrize("window", [None, 1, 7, 8, 24])
@@ -189,7 +191,9 @@ def test_one_long_decode_is_split_and_the_short_ones_are_not_padded_to_it() -> N
     lens = [600, 5, 9, 17, 30]
     pool = Pool(0)
     tables = [pool.take(length) for length in lens]
-    plan = _plan_decodes(build_batch(torch.zeros(0), lens, tables, []), BLOCK_SIZE, None, pool.cache.blocks)
+    plan = _plan_decodes(
+        build_arrays(torch.zeros(0, dtype=torch.int64), lens, tables, []), BLOCK_SIZE, None, pool.cache.blocks
+    )
     assert plan.owner is not None
     assert plan.owner.tolist().count(0) > 1 and all(plan.owner.tolist().count(i) == 1 for i in range(1, 5))
     padded_to_longest = len(lens) * len(tables[0])
@@ -200,7 +204,9 @@ def test_decodes_of_one_length_that_fill_their_blocks_need_neither_mask_nor_merg
     pool = Pool(0)
     lens = [16, 16]
     tables = [pool.take(length) for length in lens]
-    plan = _plan_decodes(build_batch(torch.zeros(0), lens, tables, []), BLOCK_SIZE, None, pool.cache.blocks)
+    plan = _plan_decodes(
+        build_arrays(torch.zeros(0, dtype=torch.int64), lens, tables, []), BLOCK_SIZE, None, pool.cache.blocks
+    )
     assert plan.mask is None and plan.owner is None
     assert plan.block_ids.tolist() == tables[0] + tables[1]
 
@@ -208,7 +214,9 @@ def test_decodes_of_one_length_that_fill_their_blocks_need_neither_mask_nor_merg
 def test_a_window_gathers_only_the_blocks_it_reaches() -> None:
     pool = Pool(0)
     tables = [pool.take(600)]
-    plan = _plan_decodes(build_batch(torch.zeros(0), [600], tables, []), BLOCK_SIZE, 16, pool.cache.blocks)
+    plan = _plan_decodes(
+        build_arrays(torch.zeros(0, dtype=torch.int64), [600], tables, []), BLOCK_SIZE, 16, pool.cache.blocks
+    )
     assert set(plan.block_ids.tolist()) == set(tables[0][-2:])
 
 
@@ -218,8 +226,9 @@ def test_a_decode_gives_the_same_bits_whatever_runs_beside_it() -> None:
     queries = pool.randn(len(lens), NUM_HEADS, HEAD_DIM)
 
     def attend(rows: slice) -> Tensor:
-        batch, out = build_batch(torch.zeros(0), lens[rows], tables[rows], []), torch.empty_like(queries[rows])
-        PagedDecode(batch, pool.cache, None).attend(0, queries[rows], SCALING, out)
+        arrays = build_arrays(torch.zeros(0, dtype=torch.int64), lens[rows], tables[rows], [])
+        out = torch.empty_like(queries[rows])
+        PagedDecode(arrays, pool.cache, None).attend(0, queries[rows], SCALING, out)
         return out
 
     together = attend(slice(3))

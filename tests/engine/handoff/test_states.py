@@ -9,11 +9,12 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from deployments.engine.handoff.states import Inbox, Outbox, State
-from deployments.messages import ChunkReady
+from deployments.messages import ChunkReady, DrawnToken
 from tests.engine.driving import FakeClock
 
 LEASE_S = 10.0
 KV = torch.zeros(1)
+FIRST = DrawnToken(7, logprob=-0.5)
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Source:
         self.outbox.open("r", 0)
 
     def put(self, is_last: bool) -> ChunkReady:
-        self.outbox.set_first_token("r", 7)
+        self.outbox.set_first_token("r", FIRST)
         return self.outbox.put("r", 2, KV, None, is_last=is_last)
 
     def bring_to(self, state: State) -> "Source":
@@ -57,7 +58,7 @@ class Target:
         self.inbox = Inbox(LEASE_S, self.clock)
         self.inbox.reserve("r", range(1, 5))
 
-    def fill(self, start: int, num_blocks: int, first_token: int | None = None) -> State:
+    def fill(self, start: int, num_blocks: int, first_token: DrawnToken | None = None) -> State:
         chunk = ChunkReady("r", 0, start, num_blocks, first_token)
         assert self.inbox.expect(chunk) == range(start, start + num_blocks)
         return self.inbox.fill(chunk)
@@ -66,7 +67,7 @@ class Target:
         if state is State.FILLING:
             self.fill(1, 2)
         elif state is not State.RESERVED:
-            self.fill(1, 4, first_token=7)
+            self.fill(1, 4, first_token=FIRST)
             if state is State.RELEASED:
                 self.inbox.claim("r")
         return self
@@ -169,12 +170,12 @@ class TestEveryStateOfTheTarget:
 
 def test_the_first_token_alone_or_the_blocks_alone_do_not_make_a_hand_off_whole() -> None:
     target = Target()
-    assert target.fill(3, 2, first_token=7) is State.FILLING
+    assert target.fill(3, 2, first_token=FIRST) is State.FILLING
     assert target.fill(1, 2) is State.READY
-    assert target.inbox.claim("r") == 7
+    assert target.inbox.claim("r") == FIRST
     target = Target()
     assert target.fill(1, 4) is State.FILLING
-    assert target.fill(1, 1, first_token=7) is State.READY
+    assert target.fill(1, 1, first_token=FIRST) is State.READY
 
 
 def test_what_the_receiver_does_renews_the_lease_of_the_source() -> None:
@@ -222,7 +223,7 @@ class Pair(RuleBasedStateMachine):
         size = min(size, left, self.outbox.num_free_blocks)
         if size == 0:
             return
-        self.outbox.set_first_token(name, 7)
+        self.outbox.set_first_token(name, FIRST)
         self.sent.append(self.outbox.put(name, size, KV, None, is_last=size == left))
 
     @precondition(lambda self: self.sent)
@@ -232,7 +233,7 @@ class Pair(RuleBasedStateMachine):
         chunk = data.draw(st.sampled_from(self.sent))
         self.outbox.take(chunk.request_id, chunk.index)
         if self.inbox.expect(chunk) is not None and self.inbox.fill(chunk) is State.READY:
-            assert self.inbox.claim(chunk.request_id) == 7
+            assert self.inbox.claim(chunk.request_id) == FIRST
             assert chunk.request_id not in self.claimed, "claimed twice"
             self.claimed.add(chunk.request_id)
         if releases:

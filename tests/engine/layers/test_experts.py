@@ -149,9 +149,7 @@ def check(out: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("gate", [Gate(), OF_GPT_OSS], ids=str)
 @pytest.mark.parametrize("tile", EVERY_TILE, ids=str)
-@pytest.mark.parametrize(
-    ("num_tokens", "num_experts", "spread"), [(1, 3, even), (6, 9, even), (19, 3, to_the_last)], ids=str
-)
+@pytest.mark.parametrize(("num_tokens", "num_experts", "spread"), [(1, 3, even), (6, 9, even), (19, 3, to_the_last)])
 def test_experts_give_what_plain_torch_does(
     num_tokens: int, num_experts: int, spread: Callable[[int, int, int], Tensor], tile: Tile, gate: Gate
 ) -> None:

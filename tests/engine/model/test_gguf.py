@@ -12,7 +12,8 @@ from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deployments.engine.config import EngineConfig
-from deployments.engine.model.load import load_model, resolve_model
+from deployments.engine.model.load import load_model
+from deployments.engine.model.resolve import resolve_model
 from deployments.errors import UnsupportedModelError
 from tests.engine.driving import build_engine, generate, greedy
 from tests.engine.families import SIZES, continue_greedily, random_prompt, randomize

@@ -17,12 +17,14 @@ from transformers import AutoTokenizer
 from deployments.engine.config import EngineConfig
 from deployments.engine.kernels.cpu_matmul import PackedWeight
 from deployments.engine.layers import packed
+from deployments.engine.layers.linear import convert_linears
 from deployments.engine.layers.merged import LinearPart, MergedLinear, merge_linears
-from deployments.engine.layers.packed import PackedLinear, pack_linears
+from deployments.engine.layers.packed import PackedLinear
 from deployments.engine.model import files
 from deployments.engine.model import gguf as conversion
 from deployments.engine.model.files import BUNDLED_MODEL
-from deployments.engine.model.load import LoadedModel, load_model, prepare_model, resolve_model
+from deployments.engine.model.load import LoadedModel, load_model, prepare_model
+from deployments.engine.model.resolve import resolve_model
 from deployments.errors import UnsupportedModelError
 from tests.engine.driving import build_engine, generate, greedy
 from tests.engine.families import CPU, build_model, continue_greedily, random_prompt
@@ -212,7 +214,8 @@ def test_a_packed_layer_computes_what_the_plain_one_does(rows: int, bias: bool) 
 def test_packing_replaces_every_linear_layer_and_keeps_the_embedding() -> None:
     packed = copy.deepcopy(build_model("llama"))
     num_linears = sum(type(m) is torch.nn.Linear for m in packed.modules())
-    assert pack_linears(packed) == num_linears > 0
+    counts = convert_linears(packed, EngineConfig())
+    assert {kind.name: count for kind, count in counts.items()} == {"packed": num_linears} and num_linears > 0
     assert not any(type(m) is torch.nn.Linear for m in packed.modules())
     assert isinstance(packed.get_input_embeddings(), torch.nn.Embedding)
 
@@ -227,7 +230,7 @@ def test_weights_are_let_go_layer_by_layer_so_that_they_are_not_held_twice(monke
         return PackedWeight(weight, bias)
 
     monkeypatch.setattr(packed, "PackedWeight", pack)
-    pack_linears(model)
+    convert_linears(model, EngineConfig())
     # The layer at hand, the one before it, and those to come; last a layer that only compiles.
     assert all(count <= 2 + to_come for count, to_come in zip(held, [*range(9, -1, -1), 0], strict=True)), held
 

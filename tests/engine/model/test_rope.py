@@ -5,6 +5,7 @@ for dynamic NTK, `generate` with a model that has seen no other prompt.
 """
 
 import copy
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from deployments.engine.engine import Engine
 from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
 from deployments.engine.model.rope import max_model_len
-from deployments.messages import GenerateRequest, SamplingParams
 from tests.engine.driving import BLOCK_SIZE, Transcript, build_engine, generate, greedy, prefill_all, run
 from tests.engine.families import CPU, SIZES, random_prompt, randomize
 
@@ -225,9 +225,8 @@ def test_a_resumed_request_goes_on_as_if_unbroken(family: str, data: st.DataObje
     prompt = data.draw(st.sampled_from(PROMPTS))
     num_done = data.draw(st.integers(1, NUM_TOKENS - 1))
     whole = reference(family, prompt)
-    rest = SamplingParams(max_tokens=NUM_TOKENS - num_done, temperature=0.0)
-    resumed = GenerateRequest("r", prompt + whole[:num_done], rest, num_resumed_tokens=num_done)
-    assert generate(build_engine(load(family)), [resumed]) == [whole[num_done:]]
+    resumed = replace(greedy("r", prompt, NUM_TOKENS), generated_token_ids=whole[:num_done])
+    assert generate(build_engine(load(family)), [resumed]) == [whole]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "llama_yarn"])

@@ -1,27 +1,43 @@
 """Blocks are counted exactly once, and a prefix is found only where it really lies."""
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from deployments.engine.scheduling.block_manager import BlockManager, hash_block
+from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Role, Sequence
-from deployments.messages import GenerateRequest, SamplingParams
+from deployments.messages import DrawnToken, GenerateRequest, SamplingParams
 
 BLOCK_SIZE = 4
 
 
-def sequence(tokens: list[int] | range) -> Sequence:
-    return Sequence(GenerateRequest("r", tuple(tokens), SamplingParams(max_tokens=1)), Role.LOCAL, 0.0)
+def sequence(tokens: list[int] | range, role: Role = Role.EXPORT) -> Sequence:
+    """Of a prefill engine, unless said otherwise: no token that is drawn joins it."""
+    return Sequence(GenerateRequest("r", tuple(tokens), SamplingParams(max_tokens=1000)), role, 0.0)
+
+
+def compute(manager: BlockManager, chosen: Sequence, count: int, token: int = 0) -> None:
+    """Run the next tokens of a sequence that holds blocks; the last one draws this token."""
+    if not chosen.block_table:
+        assert manager.admit(chosen)
+        chosen.start()
+    run = ScheduledSequence.of(chosen, count)
+    chosen.begin(run)
+    chosen.conclude(run, (DrawnToken(token),) * run.num_draws)
+    manager.publish(chosen)
+    chosen.check_integrity(BLOCK_SIZE)
 
 
 def computed(manager: BlockManager, tokens: list[int] | range) -> Sequence:
     """A sequence that was admitted and whose tokens are all computed."""
     new = sequence(tokens)
     assert manager.admit(new)
-    new.num_computed_tokens = len(new.token_ids)
-    manager.publish(new)
+    new.start()
+    compute(manager, new, new.num_remaining_tokens)
     return new
 
 
@@ -36,6 +52,25 @@ def test_a_hash_is_the_same_in_every_process() -> None:
     assert hash_block(first, [1, 2, 3, 4]) != first, "what comes before a block is part of it"
 
 
+def test_what_has_another_salt_is_not_shared(manager: BlockManager) -> None:
+    def with_salt(salt: str, position_offset: int = 0) -> Sequence:
+        request = replace(sequence(range(9)).request, cache_salt=salt)
+        return Sequence(request, Role.LOCAL, 0.0, position_offset=position_offset)
+
+    def compute(new: Sequence) -> int:
+        """Tokens that were found; afterwards all of its own can be."""
+        assert manager.admit(new)
+        num_found = new.num_computed_tokens
+        new.num_computed_tokens = 9
+        manager.publish(new)
+        manager.free(new)
+        return num_found
+
+    for salt, position_offset in (("", 0), ("a", 0), ("b", 0), ("a", 7)):
+        assert compute(with_salt(salt, position_offset)) == 0
+        assert compute(with_salt(salt, position_offset)) == 8
+
+
 def test_a_sequence_gets_as_many_blocks_as_its_tokens_need(manager: BlockManager) -> None:
     new = sequence(range(9))
     assert manager.admit(new)
@@ -44,18 +79,16 @@ def test_a_sequence_gets_as_many_blocks_as_its_tokens_need(manager: BlockManager
 
 
 def test_a_block_is_added_when_the_newest_token_crosses_a_border(manager: BlockManager) -> None:
-    new = sequence(range(7))
-    assert manager.admit(new)
+    new = sequence(range(7), Role.LOCAL)
     for length, num_blocks in [(8, 2), (9, 3)]:
-        new.token_ids.append(0)
+        compute(manager, new, new.num_remaining_tokens if new.block_table else 7)
         assert manager.append(new)
         assert (len(new.token_ids), len(new.block_table)) == (length, num_blocks)
 
 
 def test_append_fails_when_nothing_is_free_and_changes_nothing(manager: BlockManager) -> None:
-    new = sequence(range(32))
-    assert manager.admit(new)
-    new.token_ids.append(0)
+    new = sequence(range(32), Role.LOCAL)
+    compute(manager, new, 32)
     assert not manager.append(new)
     assert len(new.block_table) == 8
 
@@ -79,10 +112,7 @@ def test_the_last_token_is_computed_even_if_all_blocks_are_cached(manager: Block
 
 
 def test_blocks_that_are_not_computed_yet_are_not_found(manager: BlockManager) -> None:
-    new = sequence(range(12))
-    assert manager.admit(new)
-    new.num_computed_tokens = 7
-    manager.publish(new)
+    compute(manager, sequence(range(12)), 7)
     assert manager.num_cached_prefix_blocks(sequence(range(12))) == 1
 
 
@@ -135,9 +165,9 @@ def test_twins_computed_at_the_same_time_keep_their_own_blocks(manager: BlockMan
     twins = [sequence(range(6)), sequence(range(6))]
     for twin in twins:
         assert manager.admit(twin)
+        twin.start()
     for twin in twins:
-        twin.num_computed_tokens = 6
-        manager.publish(twin)
+        compute(manager, twin, 6)
     manager.check_integrity(twins)
     for twin in twins:
         manager.free(twin)
@@ -163,40 +193,55 @@ class Blocks(RuleBasedStateMachine):
     # Two tokens only, so that prefixes meet often.
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20), spare=st.integers(0, 2))
     def admit(self, tokens: list[int], spare: int) -> None:
-        new, free = sequence(tokens), self.manager.num_free_blocks
+        new, free = sequence(tokens, Role.LOCAL), self.manager.num_free_blocks
         fits = self.manager.can_admit(new, spare)
         assert self.manager.admit(new, spare) is fits
         if not fits:
             assert self.manager.num_free_blocks == free
             return
         assert self.manager.num_free_blocks >= spare
-        assert new.num_uncomputed_tokens >= 1
+        assert new.num_remaining_tokens >= 1
+        new.start()
         for i in range(new.num_computed_tokens // BLOCK_SIZE):
             found = self.content[new.block_table[i]]
             assert found == tuple(tokens[: (i + 1) * BLOCK_SIZE]), "the cache gave a block with other tokens"
         self.live.append(new)
-        self.compute(new, 0)
+        self.note(new)
 
-    @rule(data=st.data(), count=st.integers(1, 9))
-    def compute_some(self, data: st.DataObject, count: int) -> None:
+    @rule(data=st.data(), count=st.integers(1, 9), token=st.integers(0, 1))
+    def compute_some(self, data: st.DataObject, count: int, token: int) -> None:
+        """Of a prompt, or the newest token, which draws the next one: with it the sequence grows."""
         if self.live:
-            self.compute(data.draw(st.sampled_from(self.live)), count)
+            chosen = data.draw(st.sampled_from(self.live))
+            if self.manager.append(chosen):
+                compute(self.manager, chosen, min(count, chosen.num_remaining_tokens), token)
+                self.note(chosen)
 
-    def compute(self, chosen: Sequence, count: int) -> None:
-        chosen.num_computed_tokens += min(count, chosen.num_uncomputed_tokens)
+    @rule(data=st.data(), drafts=st.lists(st.integers(0, 1), min_size=1, max_size=9), wrong=st.integers(0, 9))
+    def speculate(self, data: st.DataObject, drafts: list[int], wrong: int) -> None:
+        """Compute drafts too, of which one may be wrong: KV behind it is nobody's."""
+        decoding = [s for s in self.live if s.num_remaining_tokens == 1]
+        if not decoding:
+            return
+        chosen = data.draw(st.sampled_from(decoding))
+        num_blocks = len(chosen.block_table)
+        if not self.manager.append(chosen, len(drafts)):
+            assert len(chosen.block_table) == num_blocks
+            return
+        run = ScheduledSequence.of(chosen, 1, tuple(drafts))
+        right = [draft if i != wrong else 1 - draft for i, draft in enumerate(drafts)]
+        chosen.begin(run)
+        self.manager.publish(chosen)
+        drawn = run.accept(tuple(DrawnToken(token) for token in [*right, 0]))
+        assert len(chosen.conclude(run, drawn)) == min(wrong, len(drafts)) + 1
+        self.manager.publish(chosen)
+        self.manager.trim(chosen)
+        assert len(chosen.block_table) <= max(num_blocks, self.manager.blocks_for(chosen.num_tokens))
+        self.note(chosen)
+
+    def note(self, chosen: Sequence) -> None:
         for i in range(chosen.num_computed_tokens // BLOCK_SIZE):
             self.content[chosen.block_table[i]] = tuple(chosen.token_ids[: (i + 1) * BLOCK_SIZE])
-        self.manager.publish(chosen)
-
-    @rule(data=st.data(), token=st.integers(0, 1))
-    def grow(self, data: st.DataObject, token: int) -> None:
-        grown = [
-            s for s in self.live if len(s.token_ids) < len(s.block_table) * BLOCK_SIZE or self.manager.num_free_blocks
-        ]
-        if grown:
-            chosen = data.draw(st.sampled_from(grown))
-            chosen.token_ids.append(token)
-            assert self.manager.append(chosen)
 
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
@@ -208,6 +253,8 @@ class Blocks(RuleBasedStateMachine):
     @invariant()
     def every_block_is_accounted_for(self) -> None:
         self.manager.check_integrity(self.live)
+        for live in self.live:
+            live.check_integrity(BLOCK_SIZE)
 
     def teardown(self) -> None:
         for left in self.live:

@@ -8,7 +8,7 @@ from deployments.engine.config import EngineLimits
 from deployments.engine.scheduling.block_manager import BlockManager
 from deployments.engine.scheduling.scheduler import Schedule, Scheduler
 from deployments.engine.scheduling.sequence import Role, Sequence, Status
-from deployments.messages import GenerateRequest, Placed, Priority, SamplingParams
+from deployments.messages import DrawnToken, GenerateRequest, Placed, Priority, SamplingParams
 
 BLOCK_SIZE = 4
 
@@ -35,10 +35,8 @@ def execute(schedule: Schedule) -> dict[str, int]:
     """Pretend that the model ran: what was computed per request; each complete run draws token 0."""
     ran = {}
     for item in schedule.scheduled:
-        draws = item.samples
-        item.sequence.num_computed_tokens += item.num_tokens
-        if draws:
-            item.sequence.token_ids.append(0)
+        item.sequence.begin(item)
+        item.sequence.conclude(item, (DrawnToken(0),) * item.num_draws)
         ran[item.sequence.request_id] = item.num_tokens
     return ran
 
@@ -62,8 +60,7 @@ def test_a_prompt_that_waits_to_be_handed_over_holds_up_no_other() -> None:
     scheduler = build(budget=16)
     done = Sequence(GenerateRequest("done", tuple(range(5)), SamplingParams(max_tokens=100)), Role.EXPORT, 0.0)
     scheduler.add(done)
-    scheduler.schedule()
-    done.num_computed_tokens = 5
+    execute(scheduler.schedule())
     add(scheduler, "next", 10)
     assert step(scheduler) == {"next": 10}
 
@@ -277,6 +274,24 @@ def test_a_sequence_is_placed_once_however_often_it_is_preempted() -> None:
     scheduler.remove("old")
     placed += [p.request_id for p in scheduler.schedule().placed]
     assert placed == ["old", "young"]
+
+
+def test_a_sequence_that_is_held_is_left_out_and_holds_nobody_up() -> None:
+    scheduler = build(budget=8)
+    decoding, prompt = add(scheduler, "decoding", 3), add(scheduler, "prompt", 30)
+    assert step(scheduler) == {"decoding": 3, "prompt": 5}
+    decoding.hold()
+    assert step(scheduler) == {"prompt": 8}
+    prompt.hold()
+    assert not scheduler.has_work, "a loop that stepped now would spin until the host is ready"
+    add(scheduler, "other", 6)
+    assert scheduler.has_work
+    assert step(scheduler) == {"other": 6}
+    scheduler.remove("other")
+    decoding.release()
+    assert step(scheduler) == {"decoding": 1}
+    prompt.release()
+    assert step(scheduler) == {"decoding": 1, "prompt": 7}
 
 
 @pytest.mark.parametrize("status", [Status.WAITING, Status.RESERVED, Status.RUNNING])

@@ -1,10 +1,19 @@
-"""Small arrays from the host to a GPU: written one behind the other into pinned memory, copied at once."""
+"""Small arrays from the host to a device, on a GPU without waiting for it.
+
+One array by itself: `upload`. Many in every step: written one behind the other into pinned memory, copied at once.
+"""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def upload(values: np.ndarray, device: torch.device) -> Tensor:
+    """The values on the device, on a CPU in the same memory. A copy from memory that is not pinned would wait."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class Upload:
@@ -44,4 +53,10 @@ class Writer:
         # 16 bytes: kernels of others may read vectors.
         self.num_values += -(-count // 4) * 4
         assert self.num_values <= len(self._values), f"{self.num_values} values for {len(self._values)}"
+        return span
+
+    def write(self, values: np.ndarray) -> Span:
+        """The next stretch, filled with these."""
+        span = self.take(len(values))
+        span.array[:] = values
         return span

@@ -1,0 +1,55 @@
+"""One step as plain numbers, from which every runner and every attention is fed. Knows no sequence and no tensor.
+
+Shape suffixes: T tokens of the step, R runs, D decodes among them, B blocks of the longest run, S draws.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class StepArrays:
+    """The inputs of one step, a flat ragged batch of int64: runs lie behind each other, decodes of one token first.
+
+    Attributes:
+        token_ids: (T,) tokens; 0 where a step in flight draws them.
+        sources: (D,) row among the draws of the step before, where it draws a decode's token; -1 where it is known.
+        positions: (T,) within each sequence, plus the sequence's `position_offset`.
+        slots: (T,) where each token's KV goes in the flattened pool.
+        starts: (R,) tokens of each run's sequence before the run.
+        counts: (R,) tokens of each run.
+        tables: (R, B) block ids that cover each run and everything before it, padded with zeros.
+        num_decodes: D.
+        draw_rows: (S,) places in the batch of the tokens that draw.
+        draw_positions: (S,) where the drawn tokens will stand in their sequences.
+    """
+
+    token_ids: np.ndarray
+    sources: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    tables: np.ndarray
+    num_decodes: int
+    draw_rows: np.ndarray
+    draw_positions: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_runs(self) -> int:
+        return len(self.counts)
+
+    @property
+    def decode_lens(self) -> np.ndarray:
+        """(D,) tokens of each decoding sequence, the new one included."""
+        return self.starts[: self.num_decodes] + 1
+
+    @property
+    def decode_tables(self) -> np.ndarray:
+        """(D, B) their blocks."""
+        return self.tables[: self.num_decodes]

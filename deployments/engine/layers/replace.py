@@ -1,0 +1,49 @@
+"""What is done to a model's layers after it was loaded, from the top down: faster ones that compute the same."""
+
+import torch
+from transformers import PreTrainedModel
+
+from deployments.engine.config import EngineConfig
+from deployments.engine.kv.cache import KVShape
+from deployments.engine.layers.cpu import fuse_decoder_layers
+from deployments.engine.layers.fused import CPU_KERNELS, fuse_layers
+from deployments.engine.layers.linear import convert_linears
+from deployments.engine.layers.merged import merge_linears
+
+
+def replace_layers(model: PreTrainedModel, config: EngineConfig, kv_shape: KVShape, *, attention_rotates: bool) -> None:
+    """Replace layers of a model, in place. Each step finds what the one before has left.
+
+    Args:
+        model: as it was loaded, its attention set to ours.
+        config: of the engine.
+        kv_shape: of the model.
+        attention_rotates: attention's kernels rotate queries and keys, where a layer leaves it to them.
+    """
+    # Linear layers that read the same input become one. First: these are plain still, and their weights lie as loaded.
+    merge_linears(model)
+    # Each linear layer is put into the form in which it is kept and multiplied.
+    convert_linears(model, config)
+    # Norms, gated MLPs and rotary embeddings become one kernel each. An MLP is built around its linear layers' last
+    # form, and tried with it.
+    if model.device.type == "cuda":
+        if model.dtype in (torch.bfloat16, torch.float16):
+            _fuse_on_cuda(model, attention_rotates)
+    elif model.dtype is torch.float32:
+        fuse_layers(model, CPU_KERNELS)
+        # Last, since it takes whole decoder layers apart, and tries what it makes of them.
+        fuse_decoder_layers(model, kv_shape)
+
+
+def _fuse_on_cuda(model: PreTrainedModel, attention_rotates: bool) -> None:
+    from deployments.engine.layers import cuda, cuda_decoder, cuda_experts  # Triton is there only where a GPU is
+
+    fuse_layers(model, cuda.KERNELS if attention_rotates else cuda.KERNELS_WITHOUT_ROTARY)
+    has_experts = cuda_experts.fuse_experts(model) > 0
+    # Decoder layers add to their residuals in kernels of their blocks, which are to be in place.
+    cuda_decoder.fuse_residuals(model)
+    # Last, since it is the whole model that is tried.
+    if attention_rotates:
+        cuda.keep_rotary_where_it_is_wanted(model)
+        if has_experts:  # where it was written for; dense models have not been measured with it
+            cuda.leave_norms_to_attention(model)

@@ -1,0 +1,56 @@
+"""What one step computes of one sequence."""
+
+from dataclasses import dataclass
+
+from deployments.engine.scheduling.sequence import Sequence
+from deployments.messages import Draws
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """A run: consecutive tokens of a sequence that one step computes.
+
+    Attributes:
+        sequence: whose.
+        start: tokens of the sequence before them.
+        num_tokens: at least 1, drafts included.
+        num_draws: so many of its last tokens draw the one behind them: none in the middle of a prompt, one at its end.
+        drafts: the last of its tokens, guessed and not yet part of the sequence. A draw counts if all drafts before it
+            were guessed right.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    num_draws: int
+    drafts: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, sequence: Sequence, num_tokens: int, drafts: tuple[int, ...] = ()) -> "ScheduledSequence":
+        """The next tokens of a sequence as it is now; drafts only behind its newest one."""
+        is_newest = num_tokens == sequence.num_remaining_tokens
+        assert is_newest or not drafts, f"{sequence.request_id}: drafts in the middle"
+        num_draws = 1 + len(drafts) if is_newest else 0
+        return cls(sequence, sequence.num_launched_tokens, num_tokens + len(drafts), num_draws, drafts)
+
+    @property
+    def is_decode(self) -> bool:
+        """Each of its tokens draws the next one."""
+        return self.num_draws == self.num_tokens
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Those of its tokens that are of the prompt."""
+        return max(0, min(self.num_tokens, self.sequence.num_prompt_tokens - self.start))
+
+    @property
+    def first_draw(self) -> int:
+        """Place in the sequence of the first token that it draws."""
+        return self.start + self.num_tokens - self.num_draws + 1
+
+    def accept(self, draws: Draws) -> Draws:
+        """Of all its draws those that count: up to the first that is not as drafted."""
+        for number, (draft, token) in enumerate(zip(self.drafts, draws, strict=False), 1):
+            if token.token_id != draft:
+                return draws[:number]
+        return draws

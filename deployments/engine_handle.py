@@ -1,0 +1,129 @@
+"""What a front asks of an engine, in whatever process that lives: its own, or the one at the other end of a hand-off.
+
+Two kinds: `RayEngine` asks an actor, `LocalEngine` (local_engine.py) an engine in this process.
+"""
+
+import contextvars
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from deployments.engine.stats import EngineStats
+from deployments.engine_info import EngineInfo
+from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyAddress
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+    from torch import Tensor
+
+
+class EngineHandle(Protocol):
+    """An engine.
+
+    Each method asks before it returns, and never waits: what comes back is there to wait for. Whoever is cancelled
+    meanwhile leaves what was asked going on. Two questions may overtake each other, unless one's answer is an argument
+    of the other. From an engine that is gone no answer comes but an error.
+    """
+
+    def info(self) -> Awaitable[EngineInfo]:
+        """What it says of itself, once it is loaded."""
+        ...
+
+    def ping(self) -> Awaitable[None]:
+        """Its loop has turned and its model has run a token; raises what is wrong with either."""
+        ...
+
+    def stats(self) -> Awaitable[EngineStats]: ...
+
+    def add(self, request: GenerateRequest, remote_threshold: int | None, reply_to: ReplyAddress) -> Awaitable[None]:
+        """Queue a request to decode there; see `Engine.add`. Its tokens go to `reply_to`."""
+        ...
+
+    def prefill(self, request: GenerateRequest, first_block: int, reply_to: ReplyAddress) -> Awaitable[None]:
+        """Queue a prompt to compute for another engine; see `Engine.prefill`. Its first token goes to `reply_to`."""
+        ...
+
+    def prefill_locally(self, request_id: str) -> Awaitable[None]:
+        """See `Engine.prefill_locally`."""
+        ...
+
+    def renew(self, request_id: str) -> Awaitable[bool]:
+        """The other engine of a hand-off lives: its lease begins anew. False: nothing is held for it there."""
+        ...
+
+    def abort(self, request_id: str, admission: Awaitable[None]) -> Awaitable[None]:
+        """End a request; `admission` is what its `add` or `prefill` returned, so that it cannot come later."""
+        ...
+
+    def take_chunk(self, request_id: str, index: int) -> "Awaitable[Tensor]":
+        """The KV of a chunk, to be passed on to `receive_kv` of another engine; it stays there for as long as this."""
+        ...
+
+    def receive_kv(self, chunk: ChunkReady, taken: "Awaitable[Tensor]") -> Awaitable[None]:
+        """Take a chunk into the pool; it is there, and is read no more, once the answer comes."""
+        ...
+
+    def release_chunk(self, request_id: str, index: int) -> Awaitable[None]:
+        """The receiver has the chunk: its memory may be used for others."""
+        ...
+
+    def events(self) -> AsyncIterator[list[FrontEvent]]:
+        """What happens to the requests, some events at a time; for one reader. Raises when the engine is gone."""
+        ...
+
+
+class RayEngine:
+    """An engine behind an actor's handle; see `EngineHandle`. It may be sent to other processes.
+
+    Args:
+        actor: an `EngineActor`.
+    """
+
+    def __init__(self, actor: "ActorHandle[Any]") -> None:
+        self._actor = actor
+
+    def info(self) -> Awaitable[EngineInfo]:
+        return _ask(self._actor.info.remote)
+
+    def ping(self) -> Awaitable[None]:
+        return _ask(self._actor.ping.remote)
+
+    def stats(self) -> Awaitable[EngineStats]:
+        return _ask(self._actor.stats.remote)
+
+    def add(self, request: GenerateRequest, remote_threshold: int | None, reply_to: ReplyAddress) -> Awaitable[None]:
+        return _ask(self._actor.add.remote, request, remote_threshold, reply_to)
+
+    def prefill(self, request: GenerateRequest, first_block: int, reply_to: ReplyAddress) -> Awaitable[None]:
+        return _ask(self._actor.prefill.remote, request, first_block, reply_to)
+
+    def prefill_locally(self, request_id: str) -> Awaitable[None]:
+        return _ask(self._actor.prefill_locally.remote, request_id)
+
+    def renew(self, request_id: str) -> Awaitable[bool]:
+        return _ask(self._actor.renew.remote, request_id)
+
+    def abort(self, request_id: str, admission: Awaitable[None]) -> Awaitable[None]:
+        return _ask(self._actor.abort.remote, request_id, admission)
+
+    def take_chunk(self, request_id: str, index: int) -> "Awaitable[Tensor]":
+        return _ask(self._actor.take_chunk.remote, request_id, index)
+
+    def receive_kv(self, chunk: ChunkReady, taken: "Awaitable[Tensor]") -> Awaitable[None]:
+        return _ask(self._actor.receive_kv.remote, chunk, taken)
+
+    def release_chunk(self, request_id: str, index: int) -> Awaitable[None]:
+        return _ask(self._actor.release_chunk.remote, request_id, index)
+
+    async def events(self) -> AsyncIterator[list[FrontEvent]]:
+        async for answer in self._actor.events.options(num_returns="streaming").remote():
+            yield await answer
+
+
+def _ask(submit: Callable[..., Any], *arguments: object) -> Awaitable[Any]:
+    """Submit a task to an actor, so that it outlives the request that it is submitted for.
+
+    When a client leaves, Serve cancels the replica's task, and Ray with it every task submitted on its behalf: also the
+    abort that is to free the request's blocks. Ray finds those by a context variable; here the context is empty.
+    """
+    answer: Awaitable[Any] = contextvars.Context().run(submit, *arguments)
+    return answer

@@ -1,0 +1,132 @@
+"""An engine at work: the loop it runs in, the way its tokens take, and what its front is told of its requests.
+
+The same for an engine in an actor (`EngineActor`) and one in the front's own process (`LocalEngine`). Knows no Ray. Its
+methods may be called from any thread; some wait for the loop.
+"""
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from deployments.engine.engine import Engine
+from deployments.engine.loop import EngineLoop
+from deployments.engine.stats import EngineStats
+from deployments.engine_builder import BuiltEngine
+from deployments.errors import TransferError
+from deployments.messages import ChunkReady, Ended, EngineEvent, FrontEvent, GenerateRequest, ReplyAddress, TokenOutput
+from deployments.tokens.sender import TokenSender
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# A chunk that is imported waits for the step in progress; a step longer than this means that the engine hangs.
+_IMPORT_TIMEOUT_S = 60.0
+
+
+class EngineHost:
+    """See the module; what the methods do is said at `EngineHandle`.
+
+    Args:
+        built: the engine.
+        tell: called with what happens to requests, tokens apart: those go where each request says. From the loop's
+            thread and from the sender's; must not block.
+    """
+
+    def __init__(self, built: BuiltEngine, tell: Callable[[list[FrontEvent]], None]) -> None:
+        self.info = built.info
+        self._engine = built.engine
+        self._tell = tell
+        self._tokens = TokenSender(self._give_up)
+        self._loop = EngineLoop(self._engine, self._emit)
+
+    def ping(self) -> None:
+        self._loop.call(lambda engine: engine.run_canary())
+
+    def stats(self) -> EngineStats:
+        stats = self._loop.call(lambda engine: engine.stats())
+        stats.num_receivers = self._tokens.num_channels
+        return stats
+
+    def add(self, request: GenerateRequest, remote_threshold: int | None, reply_to: ReplyAddress) -> None:
+        self._engine.check(request)
+        self._tokens.register(request.request_id, reply_to)
+        self._post(lambda engine: engine.add(request, remote_threshold))
+
+    def prefill(self, request: GenerateRequest, first_block: int, reply_to: ReplyAddress) -> None:
+        self._engine.check(request)
+        self._tokens.register(request.request_id, reply_to)
+        self._post(lambda engine: engine.prefill(request, first_block))
+
+    def prefill_locally(self, request_id: str) -> None:
+        self._post(lambda engine: engine.prefill_locally(request_id))
+
+    def renew(self, request_id: str) -> bool:
+        """An engine whose loop hangs does not answer."""
+        return self._loop.call(lambda engine: engine.renew(request_id))
+
+    def abort(self, request_id: str) -> None:
+        self._tokens.forget(request_id)
+        self._post(lambda engine: engine.abort(request_id))
+
+    def take_chunk(self, request_id: str, index: int) -> Tensor:
+        """The KV of a chunk, once it is complete.
+
+        Raises:
+            TransferError: the chunk is gone, since the request was aborted.
+        """
+        chunk = self._engine.take_chunk(request_id, index)
+        if chunk is None:
+            raise TransferError(f"{request_id}: chunk {index} is gone")
+        return chunk
+
+    def receive_kv(self, chunk: ChunkReady, tensor: Tensor) -> None:
+        imported = self._loop.call(partial(self.import_chunk, chunk, tensor), _IMPORT_TIMEOUT_S)
+        if imported is not None:
+            imported.synchronize()
+
+    def release_chunk(self, request_id: str, index: int) -> None:
+        self._post(lambda engine: engine.release_chunk(request_id, index))
+
+    def submit(self, command: Callable[[Engine], T]) -> "Future[T]":
+        """Have anything else done between two steps."""
+        return self._loop.submit(command)
+
+    def stop(self) -> None:
+        """End the loop, and send what is left of the tokens."""
+        self._loop.stop()
+        self._tokens.stop()
+
+    def import_chunk(self, chunk: ChunkReady, tensor: Tensor, engine: Engine) -> "torch.cuda.Event | None":
+        """Called in the loop's thread. What comes back happens when the device has read the tensor."""
+        self._loop.emit(engine.import_chunk(chunk, tensor))
+        return engine.fence()
+
+    def _emit(self, events: list[EngineEvent]) -> None:
+        """Share out what a step made; called in the loop's thread."""
+        outputs = [event for event in events if isinstance(event, TokenOutput)]
+        if outputs:
+            self._tokens.send(outputs)
+        told: list[FrontEvent] = [event for event in events if not isinstance(event, TokenOutput)]
+        told += [Ended(output.request_id) for output in outputs if output.finish_reason is not None]
+        if told:
+            self._tell(told)
+
+    def _give_up(self, request_id: str, reason: str) -> None:
+        """End a request whose tokens nobody takes; called in the sender's thread."""
+        self._post(lambda engine: engine.abort(request_id))
+        self._tell([Ended(request_id, reason)])
+
+    def _post(self, command: Callable[[Engine], object]) -> None:
+        """Have the loop carry out a command whose result nobody waits for; a failure is at least logged."""
+        self._loop.submit(command).add_done_callback(_log_failure)
+
+
+def _log_failure(command: "Future[object]") -> None:
+    if error := command.exception():
+        logger.error("a command failed in the engine", exc_info=error)

@@ -1,0 +1,31 @@
+"""One reading of all pools: the engines' own numbers, and how old they are. `pool_watch.py` takes it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deployments.engine.stats import EngineStats
+from deployments.replica_stats import ReplicaStats
+
+PREFILL, DECODE = "prefill", "decode"
+
+Pools = Mapping[str, list[ReplicaStats]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The pools as they were.
+
+    Attributes:
+        pools: for each pool, by its name, the engines by the names of their replicas.
+        as_of_s: what is said was true then or later, in monotonic seconds.
+    """
+
+    pools: Mapping[str, Mapping[str, EngineStats]]
+    as_of_s: float
+
+    @classmethod
+    def of(cls, pools: Pools, taken_s: float) -> "Reading":
+        """What replicas said that were asked at `taken_s`; of different ages, so all of it is as old as the oldest."""
+        age_s = max((replica.age_s for pool in pools.values() for replica in pool), default=0.0)
+        engines = {name: {replica.replica: replica.engine for replica in pool} for name, pool in pools.items()}
+        return cls(engines, taken_s - age_s)

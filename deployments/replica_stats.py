@@ -1,0 +1,49 @@
+"""What one replica tells of itself when it is asked: plain numbers, which `load` judges and `metrics` shows."""
+
+from dataclasses import dataclass, field
+
+from deployments.engine.stats import EngineStats, Histogram
+
+
+@dataclass(slots=True)
+class HandoffStats:
+    """What a front has handed over (prefill) or failed to get (decode).
+
+    Attributes:
+        num_requests: requests whose KV arrived whole.
+        num_failures: requests whose hand-off ended in an error.
+        num_chunks: chunks that arrived.
+        num_bytes: bytes that arrived.
+        seconds: per chunk, from computed to arrived in the other engine's pool.
+    """
+
+    num_requests: int = 0
+    num_failures: int = 0
+    num_chunks: int = 0
+    num_bytes: int = 0
+    seconds: Histogram = field(default_factory=Histogram)
+
+    def observe(self, num_bytes: int, seconds: float) -> None:
+        self.num_chunks += 1
+        self.num_bytes += num_bytes
+        self.seconds.observe(seconds)
+
+    def copy(self) -> "HandoffStats":
+        return HandoffStats(self.num_requests, self.num_failures, self.num_chunks, self.num_bytes, self.seconds.copy())
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStats:
+    """Everything one prefill or decode replica tells of itself.
+
+    Attributes:
+        replica: its name.
+        engine: of its engine.
+        handoff: of its front.
+        age_s: since the engine said so; above 0 if it did not answer soon enough this time.
+    """
+
+    replica: str
+    engine: EngineStats
+    handoff: HandoffStats
+    age_s: float = 0.0

@@ -1,0 +1,107 @@
+"""A real engine on a tiny model, in this process, that dies, hangs, or loses what comes when a test says so."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from torch import Tensor
+
+from deployments.engine.engine import Engine
+from deployments.engine_builder import BuiltEngine
+from deployments.engine_info import EngineInfo
+from deployments.local_engine import Answer, LocalEngine
+from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyAddress
+from tests.engine.driving import build_engine
+from tests.engine.families import load
+
+
+class FaultyEngine(LocalEngine):
+    """See the module.
+
+    Attributes:
+        death: what whoever asks it is told; None: it lives.
+        goes_on: cleared while it hangs.
+        holds: whether a chunk that comes is held up, until `lets_go` is set.
+        has_held: set once one was.
+        fail_receives: so many of the next chunks do not arrive.
+        changes: what becomes of a chunk on its way.
+        added: requests that it was asked to decode.
+        renews: False: it says that it renews leases, and does not.
+
+    Args:
+        overrides: of the engine's settings.
+    """
+
+    def __init__(self, **overrides: Any) -> None:
+        self._engine = build_engine(load("llama"), **overrides)
+        limits = self._engine.limits
+        sizes = limits.block_size, 1024, float(overrides.get("lease_s", 15.0)), os.getpid(), limits.num_blocks
+        info = EngineInfo("tiny", limits.max_model_len, 512, (), *sizes)
+        super().__init__(BuiltEngine(self._engine, info, None, "cpu"))
+        self.death: Exception | None = None
+        self.goes_on = asyncio.Event()
+        self.goes_on.set()
+        self.holds: Callable[[ChunkReady], bool] = lambda chunk: False
+        self.has_held = asyncio.Event()
+        self.lets_go = asyncio.Event()
+        self.fail_receives = 0
+        self.changes: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        self.added: list[GenerateRequest] = []
+        self.renews = True
+
+    def hang(self) -> None:
+        """As if the process had been stopped: it answers nothing and tells nothing, until `goes_on` is set."""
+        self.goes_on.clear()
+
+    def die(self) -> None:
+        """As if the process had been killed."""
+        self.death = ConnectionError("the engine's process is gone")
+        self._tell([])
+
+    def break_model(self, error: Exception) -> None:
+        """From now on no step runs."""
+
+        def fail(*_: object) -> None:
+            raise error
+
+        self._engine._runner.launch = fail  # type: ignore[assignment,method-assign]
+
+    async def until(self, condition: Callable[[Engine], bool]) -> None:
+        """Return when the engine is where the test wants it; the test's own timeout bounds it."""
+        while not await self.run(condition):  # noqa: ASYNC110  an engine tells nobody how far it is
+            await asyncio.sleep(0.001)
+
+    def add(self, request: GenerateRequest, remote_threshold: int | None, reply_to: ReplyAddress) -> Awaitable[None]:
+        self.added.append(request)
+        return super().add(request, remote_threshold, reply_to)
+
+    def receive_kv(self, chunk: ChunkReady, taken: Awaitable[Tensor]) -> Awaitable[None]:
+        on_its_way = asyncio.run_coroutine_threadsafe(self._arrival(chunk, taken), self._event_loop)
+        return super().receive_kv(chunk, Answer(on_its_way))
+
+    def renew(self, request_id: str) -> Awaitable[bool]:
+        return super().renew(request_id) if self.renews else self._ask(lambda: True)
+
+    async def events(self) -> AsyncIterator[list[FrontEvent]]:
+        async for batch in super().events():
+            await self.goes_on.wait()
+            if not batch:
+                assert self.death is not None
+                raise self.death
+            yield batch
+
+    async def _arrival(self, chunk: ChunkReady, taken: Awaitable[Tensor]) -> Tensor:
+        tensor = await taken
+        if not self.lets_go.is_set() and self.holds(chunk):
+            self.has_held.set()
+            await self.lets_go.wait()
+        if self.fail_receives:
+            self.fail_receives -= 1
+            raise ConnectionError("the transfer broke")
+        return self.changes(tensor)
+
+    async def _reach(self) -> None:
+        await self.goes_on.wait()
+        if self.death is not None:
+            raise self.death

@@ -1,0 +1,179 @@
+"""Ingress and both fronts in one process: real engines on a tiny model, a real token channel, plain calls for Serve."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+from deployments.decode import Decode
+from deployments.engine.engine import Engine
+from deployments.engine_client import EngineClient
+from deployments.front import EngineFront
+from deployments.ingress import PoolBackend
+from deployments.load.admission import Admission, Bounds
+from deployments.messages import GenerateRequest, TokenOutput
+from deployments.prefill import Prefill
+from deployments.tokens.receiver import TokenReceiver, TokenStream
+from tests.deployments.faulty_engine import FaultyEngine
+from tests.engine.families import random_prompt
+
+PROMPT = random_prompt(150, seed=3)
+NUM_TOKENS = 12
+# So many that a test can look while they are generated.
+MANY_TOKENS = 200
+
+MAX_SILENCE_S = 5.0
+STATS_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True)
+class Replica:
+    """One replica of a pool: a `Prefill` or `Decode`, and what it is made of."""
+
+    deployment: Any
+    front: EngineFront
+    engine: FaultyEngine
+
+
+class Call:
+    """What a Serve handle returns: runs by itself, can be awaited, and cancelled."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self._task = asyncio.ensure_future(coroutine)
+        self._task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def cancel(self) -> None:
+        self._task.cancel()
+
+    def __await__(self) -> Any:
+        return asyncio.shield(self._task).__await__()
+
+
+class Handle:
+    """A Serve handle: a call goes to the first replica that is not known to be dead."""
+
+    def __init__(self, replicas: list[Replica], method: str = "") -> None:
+        self._replicas = replicas
+        self._method = method
+
+    def __getattr__(self, method: str) -> "Handle":
+        return Handle(self._replicas, method)
+
+    def remote(self, *args: Any) -> Call:
+        alive = [replica for replica in self._replicas if not replica.front.engine.is_dead]
+        return Call(getattr((alive or self._replicas)[0].deployment, self._method)(*args))
+
+
+@dataclass(frozen=True)
+class LocalFront:
+    """Brings an engine in this process into being; remembers its front for the test."""
+
+    engine: FaultyEngine
+    fronts: list[EngineFront]
+    max_silence_s: float
+    stats_timeout_s: float
+
+    async def start(self) -> EngineFront:
+        client = EngineClient(self.engine, await self.engine.info(), on_death=lambda: None)
+        self.fronts.append(EngineFront(client, self.max_silence_s, "r", self.stats_timeout_s))
+        return self.fronts[-1]
+
+
+class Pools:
+    """One ingress, and as many prefill and decode replicas as asked for. Build with `start`.
+
+    Attributes:
+        prefills: the replicas in the order in which they are asked; a test may change it.
+        decodes: likewise.
+        engines: those of the prefill replicas, then those of the decode replicas.
+    """
+
+    prefills: list[Replica]
+    decodes: list[Replica]
+    engines: list[FaultyEngine]
+    tokens: TokenReceiver
+    backend: PoolBackend
+
+    @classmethod
+    async def start(
+        cls,
+        *,
+        min_tokens: int = 16,
+        max_unread_tokens: int = 1000,
+        resume_timeout_s: float = 10.0,
+        num_prefill: int = 1,
+        num_decode: int = 1,
+        max_silence_s: float = MAX_SILENCE_S,
+        stats_timeout_s: float = STATS_TIMEOUT_S,
+        **overrides: object,
+    ) -> "Pools":
+        pools = cls()
+
+        async def replica(build: Any, *args: object) -> Replica:
+            front = LocalFront(FaultyEngine(**overrides), [], max_silence_s, stats_timeout_s)
+            deployment = build.__new__(build)
+            await deployment.__init__(front, *args)  # as Serve does with an async constructor
+            return Replica(deployment, front.fronts[0], front.engine)
+
+        pools.prefills = [await replica(Prefill) for _ in range(num_prefill)]
+        prefill_handle: Any = Handle(pools.prefills)
+        pools.decodes = [await replica(Decode, prefill_handle, min_tokens, False) for _ in range(num_decode)]
+        decode_handle: Any = Handle(pools.decodes)
+        pools.engines = [replica.engine for replica in pools.prefills + pools.decodes]
+        pools.tokens = await TokenReceiver.start("127.0.0.1", max_unread_tokens)
+        admission = Admission(Bounds(max_ttft_s=30.0, max_queued_tokens=10_000, min_remote_tokens=min_tokens))
+        pools.backend = PoolBackend(decode_handle, prefill_handle, pools.tokens, admission, resume_timeout_s)
+        return pools
+
+    def generate(self, request: GenerateRequest, on_overflow: Callable[[], None] = lambda: None) -> TokenStream:
+        """As the API asks for it."""
+        return self.backend.generate(request, on_overflow)
+
+    async def collect(self, request: GenerateRequest) -> list[TokenOutput]:
+        """All that a client gets."""
+        async with aclosing(self.generate(request)) as outputs:
+            return [output async for output in outputs]
+
+    @property
+    def prefill(self) -> Replica:
+        return self.prefills[0]
+
+    @property
+    def decode(self) -> Replica:
+        return self.decodes[0]
+
+    async def wait_idle(self) -> None:
+        """Return when no engine that lives holds anything; the test's own timeout bounds it."""
+        for engine in self.engines:
+            if engine.death is None:
+                await engine.until(_is_idle)
+
+    async def stop(self) -> None:
+        """End everything, whatever hangs or is held."""
+        for engine in self.engines:
+            engine.goes_on.set()
+            engine.lets_go.set()
+        await self.tokens.stop()
+        for engine in self.engines:
+            engine.stop()
+
+
+def tokens_of(outputs: list[TokenOutput]) -> tuple[int, ...]:
+    """The tokens of a whole answer: each once, in order, and one end."""
+    starts = [0, *accumulate(len(output.token_ids) for output in outputs)]
+    assert [output.index for output in outputs] == starts[:-1], "each token comes once, in order"
+    assert [output.finish_reason is not None for output in outputs] == [False] * (len(outputs) - 1) + [True]
+    return tuple(token for output in outputs for token in output.token_ids)
+
+
+def is_decoding(engine: Engine) -> bool:
+    """It runs one request, some tokens behind its prompt."""
+    return engine.stats().num_running == 1 and engine.stats().generated_tokens >= 3
+
+
+def _is_idle(engine: Engine) -> bool:
+    engine.check_integrity()
+    stats = engine.stats()
+    return engine.num_sequences == 0 and stats.num_used_blocks == 0 and stats.num_exported_blocks == 0

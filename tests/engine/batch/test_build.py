@@ -1,0 +1,67 @@
+"""The arrays of a step against the same, worked out token by token."""
+
+import hypothesis.strategies as st
+import numpy as np
+from hypothesis import given
+
+from deployments.engine.batch.build import build_arrays, order_for_batch, rows_of
+from deployments.engine.scheduling.run import ScheduledSequence
+from deployments.engine.scheduling.sequence import Role, Sequence
+from deployments.messages import GenerateRequest, SamplingParams
+
+BLOCK_SIZE = 4
+
+# Prompt and generated tokens, computed ones, tokens of the run, drafts; each cut to what is there.
+runs = st.tuples(st.integers(1, 20), st.integers(0, 5), st.integers(0, 24), st.integers(1, 24), st.integers(0, 3))
+
+
+def build(number: int, shape: tuple[int, int, int, int, int], is_pending: bool) -> ScheduledSequence:
+    num_prompt, num_generated, num_computed, num_tokens, num_drafts = shape
+    total = num_prompt + num_generated
+    tokens = [1000 * number + i for i in range(total)]
+    request = GenerateRequest(f"r{number}", tuple(tokens[:num_prompt]), SamplingParams(max_tokens=100))
+    is_pending = is_pending and total > 1
+    sequence = Sequence(
+        request,
+        Role.LOCAL,
+        0.0,
+        token_ids=tokens[: total - is_pending],
+        num_pending_tokens=int(is_pending),
+        num_computed_tokens=total - 1 if is_pending else min(num_computed, total - 1),
+        block_table=[100 * number + i for i in range(-(-(total + num_drafts) // BLOCK_SIZE))],
+        position_offset=500 * (number % 2),
+    )
+    count = min(num_tokens, sequence.num_remaining_tokens)
+    has_drafts = count == sequence.num_remaining_tokens and not is_pending
+    return ScheduledSequence.of(sequence, count, tuple(range(-num_drafts, 0)) if has_drafts else ())
+
+
+@given(st.lists(st.tuples(runs, st.booleans()), min_size=1, max_size=8))
+def test_every_token_has_its_place(shapes: list[tuple[tuple[int, int, int, int, int], bool]]) -> None:
+    items = order_for_batch([build(number, *shape) for number, shape in enumerate(shapes)])
+    row_of = {item.sequence.request_id: 7 + row for row, item in enumerate(items)}
+    arrays = build_arrays(items, BLOCK_SIZE, row_of)
+    at = 0
+    draw_rows, draw_positions = [], []
+    for run, item in enumerate(items):
+        sequence = item.sequence
+        tokens = [*sequence.token_ids, *[0] * sequence.num_pending_tokens, *item.drafts]
+        assert (arrays.starts[run], arrays.counts[run]) == (item.start, item.num_tokens)
+        assert (item.num_tokens == 1 and item.is_decode) is (run < arrays.num_decodes)
+        if run < arrays.num_decodes:
+            is_known = item.start < len(sequence.token_ids)
+            assert arrays.sources[run] == (-1 if is_known else row_of[sequence.request_id])
+        for position in range(item.start, item.start + item.num_tokens):
+            assert arrays.token_ids[at] == tokens[position]
+            assert arrays.positions[at] == position + sequence.position_offset
+            block = sequence.block_table[position // BLOCK_SIZE]
+            assert arrays.slots[at] == block * BLOCK_SIZE + position % BLOCK_SIZE
+            assert arrays.tables[run, position // BLOCK_SIZE] == block
+            if position >= item.start + item.num_tokens - item.num_draws:
+                draw_rows.append(at)
+                draw_positions.append(position + 1)
+            at += 1
+    assert at == arrays.num_tokens
+    assert (arrays.draw_rows.tolist(), arrays.draw_positions.tolist()) == (draw_rows, draw_positions)
+    firsts = np.cumsum([0, *(item.num_draws for item in items)]).tolist()
+    assert rows_of(items) == {i.sequence.request_id: row for i, row in zip(items, firsts, strict=False) if i.num_draws}
