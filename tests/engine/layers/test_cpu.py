@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from deployments.engine.config import EngineConfig
 from deployments.engine.layers.cpu import fuse_decoder_layers
 from deployments.engine.layers.fused import CPU_KERNELS, fuse_layers
+from deployments.engine.layers.linear import convert_linears
 from deployments.engine.layers.merged import merge_linears
-from deployments.engine.layers.packed import pack_linears
 from deployments.engine.model.load import prepare_model
 from deployments.engine.model.probe import probe_kv_shape
 from tests.engine.families import CPU, build_model
@@ -19,8 +20,8 @@ def fuse(family: str, change: Any = lambda model: None) -> tuple[Any, int]:
     """A model, packed, and how many of its layers became compiled code; `change` comes before."""
     model = prepare_model(copy.deepcopy(build_model(family)), "", CPU).model
     merge_linears(model)
+    convert_linears(model, EngineConfig())
     fuse_layers(model, CPU_KERNELS)
-    pack_linears(model)
     change(model)
     return model, fuse_decoder_layers(model, probe_kv_shape(model, CPU))
 
