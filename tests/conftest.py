@@ -15,6 +15,7 @@ if not torch.cuda.is_available():
 STARTS_RAY = ("/tests/e2e/", "/tests/kv_transfer/test_direct.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tell pytest-xdist what belongs together: what starts Ray, and else the tests of a file, which share fixtures."""
     for item in items:
