@@ -181,7 +181,7 @@ class ChunkReady:
 
     Attributes:
         request_id: the request.
-        index: place among the request's chunks, from 0.
+        index: number of the chunk; its engine gives none twice.
         start_block: first block, counted from the start of the sequence.
         num_blocks: consecutive blocks in the chunk.
         first_token: the first generated token, as it was drawn; set on the last chunk and on no other.

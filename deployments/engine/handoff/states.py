@@ -15,6 +15,7 @@ A lease is renewed by what the other engine does and by whoever brings the two t
 its peer for that long frees what it holds by itself. Knows no Ray, no transport and no pool of blocks.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -74,7 +75,6 @@ class _Outgoing(_Side):
     def __init__(self, expires_s: float, first_block: int) -> None:
         super().__init__(expires_s)
         self.next_block = first_block
-        self.num_chunks = 0
         self.first_token: DrawnToken | None = None
         self.chunks: dict[int, _Chunk] = {}
 
@@ -98,6 +98,8 @@ class Outbox:
         self._lock = Lock()
         self._handoffs: dict[str, _Outgoing] = {}
         self._num_blocks = 0
+        # Of all hand-offs, so that what is still said of a broken one names no chunk of the one that follows it.
+        self._chunk_numbers = itertools.count()
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._handoffs
@@ -141,10 +143,9 @@ class Outbox:
         with self._lock:
             handoff = self._handoffs[request_id]
             assert handoff.state in (State.RESERVED, State.FILLING), f"{request_id} is {handoff.state}"
-            start, index = handoff.next_block, handoff.num_chunks
+            start, index = handoff.next_block, next(self._chunk_numbers)
             handoff.chunks[index] = _Chunk(num_blocks, tensor, ready)
             handoff.next_block += num_blocks
-            handoff.num_chunks += 1
             self._num_blocks += num_blocks
             handoff.move(State.READY if is_last else State.FILLING)
             self._advance(request_id, handoff)

@@ -186,6 +186,17 @@ def test_what_the_receiver_does_renews_the_lease_of_the_source() -> None:
         assert source.outbox.expired() == []
 
 
+def test_what_is_still_said_of_a_broken_handoff_harms_no_chunk_of_the_next_one() -> None:
+    source = Source()
+    late = source.put(is_last=False)
+    source.outbox.drop("r")
+    source.outbox.open("r", 0)
+    chunk = source.put(is_last=False)
+    assert source.outbox.take("r", late.index) is None
+    source.outbox.release("r", late.index)
+    assert source.outbox.take("r", chunk.index) is KV and source.outbox.num_blocks == 2
+
+
 def test_a_chunk_that_is_taken_and_not_released_still_counts() -> None:
     source = Source().bring_to(State.CLAIMED)
     assert (source.outbox.num_blocks, source.outbox.num_free_blocks) == (4, 4)
