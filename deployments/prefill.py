@@ -77,7 +77,10 @@ class Prefill(EngineReplica):
             # The same replica may be asked again at once.
             if (aborted := engine.close(request_id)) is not None:
                 with suppress(Exception):
-                    await asyncio.wait_for(aborted, _ABORT_TIMEOUT_S)
+                    async with asyncio.timeout(_ABORT_TIMEOUT_S):
+                        await aborted
+                        # Answered between two steps, behind the abort: no step tells of this hand-off any more.
+                        await engine.handle.renew(request_id)
             raise
         finally:
             keeper.cancel()
