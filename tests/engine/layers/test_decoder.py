@@ -20,10 +20,17 @@ from tests.engine.families import build_config, randomize
 
 SKINNY = LinearKind("skinny", lambda layer, config: True, SkinnyLinear)
 FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "phi3", "gpt_oss", "qwen2_moe", "hunyuan")
+WITH_EXPERTS = ("gpt_oss", "qwen2_moe")
 
 
 def build(family: str) -> PreTrainedModel:
-    model = randomize(AutoModelForCausalLM.from_config(build_config(family), attn_implementation="eager"))
+    config = build_config(family)
+    # Narrow ones: columns of a product are programs, and each is interpreted.
+    config.vocab_size, config.intermediate_size = 32, 16
+    if family in WITH_EXPERTS:
+        config.intermediate_size = config.moe_intermediate_size = config.shared_expert_intermediate_size = 8
+        config.num_experts_per_tok = 1
+    model = randomize(AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
     moved: PreTrainedModel = model.half().to(DEVICE)
     prepare_model(moved, "", DEVICE)
     return moved
