@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from ipaddress import ip_address
@@ -153,10 +153,19 @@ def until_free(client: httpx.Client, local: Service) -> None:
         assert time.monotonic() < deadline
 
 
-def until_held(client: httpx.Client, local: Service) -> None:
+def until_held(client: httpx.Client, local: Service, sockets: Sequence[socket.socket]) -> None:
     deadline = time.monotonic() + 60
     while held(client, local) == 0:
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, f"nothing is held; the clients got {[received(one) for one in sockets]}"
+
+
+def received(one: socket.socket) -> bytes:
+    """What has come so far."""
+    one.setblocking(False)
+    try:
+        return one.recv(4096)
+    except BlockingIOError:
+        return b"nothing"
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -182,7 +191,7 @@ def test_clients_that_leave_before_an_answer_free_both_pools(
         time.sleep(0.005)
         one.sendall(data)
         sockets.append(one)
-    until_held(client, local)
+    until_held(client, local, sockets)
     for one in sockets:
         one.close()
     until_free(client, local)
