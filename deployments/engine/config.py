@@ -16,7 +16,7 @@ class EngineConfig(BaseModel):
         max_model_len: longest prompt plus output in tokens; at most what the model was trained for.
         block_size: tokens per KV block; 16 on a CPU, 256 on a GPU.
         num_blocks: size of the KV pool in blocks; else `kv_cache_bytes` decides.
-        kv_cache_bytes: size of the KV pool; on a CPU at most 1 GiB or a quarter of the free memory.
+        kv_cache_bytes: size of the KV pool; on a CPU at most 1 GiB or a quarter of the memory that is available.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: token budget of one step; longer prompts run in chunks. On a CPU 128 per thread,
             so that a step of a small model stays under a second; 8192 on a GPU.

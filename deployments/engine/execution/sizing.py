@@ -5,12 +5,12 @@ a pool of a few blocks. The pool takes what is free beside all that, less what h
 """
 
 import logging
-import os
 from dataclasses import dataclass, replace
 
 import torch
 
 from deployments.engine.config import EngineConfig, EngineLimits
+from deployments.engine.execution.memory import available_memory
 from deployments.engine.execution.rehearsal import free_beside_largest_steps, name_limits
 from deployments.engine.model.load import LoadedModel
 
@@ -84,23 +84,36 @@ def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
     block_size = config.block_size or (16 if on_cpu else _GPU_BLOCK_SIZE)
     if loaded.has_cuda_layers and block_size % _GPU_BLOCK_SIZE:
         raise ValueError(f"block_size is {block_size}, must be a multiple of {_GPU_BLOCK_SIZE} on a GPU")
-    bytes_per_block = block_size * loaded.kv_shape.bytes_per_token
     limits = EngineLimits(max_model_len, block_size, _TRIAL_BLOCKS, config.max_num_seqs, max_num_batched_tokens)
+    return replace(limits, num_blocks=_count_blocks(loaded, config, limits))
+
+
+def _count_blocks(loaded: LoadedModel, config: EngineConfig, limits: EngineLimits) -> int:
     if config.num_blocks:
-        return replace(limits, num_blocks=config.num_blocks)
+        return config.num_blocks
+    bytes_per_block = limits.block_size * loaded.kv_shape.bytes_per_token
     if config.kv_cache_bytes:
-        num_blocks = config.kv_cache_bytes // bytes_per_block
-        if num_blocks < 1:
+        if config.kv_cache_bytes < bytes_per_block:
             raise ValueError(f"kv_cache_bytes is {config.kv_cache_bytes}, one block alone takes {bytes_per_block}")
-    else:
-        room = _cpu_pool_bytes() if on_cpu else _gpu_pool_bytes(loaded, limits, bytes_per_block, config)
-        num_blocks = room // bytes_per_block
-    return replace(limits, num_blocks=max(1, num_blocks))
+        return config.kv_cache_bytes // bytes_per_block
+    if loaded.device.type == "cpu":
+        return _count_cpu_blocks(limits, bytes_per_block)
+    return max(1, _gpu_pool_bytes(loaded, limits, bytes_per_block, config) // bytes_per_block)
 
 
-def _cpu_pool_bytes() -> int:
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return min(_CPU_POOL_BYTES, int(free * _CPU_MEMORY_SHARE))
+def _count_cpu_blocks(limits: EngineLimits, bytes_per_block: int) -> int:
+    available = available_memory()
+    num_blocks = max(1, min(_CPU_POOL_BYTES, int(available * _CPU_MEMORY_SHARE)) // bytes_per_block)
+    if num_blocks * limits.block_size < limits.max_model_len:
+        logger.warning(
+            "the KV pool holds %d tokens, fewer than max_model_len (%d): it takes a quarter of the %.2f GiB of memory"
+            " that are available, %.2f GiB at most; free memory or set kv_cache_bytes",
+            num_blocks * limits.block_size,
+            limits.max_model_len,
+            available / _GIB,
+            _CPU_POOL_BYTES / _GIB,
+        )
+    return num_blocks
 
 
 def _gpu_pool_bytes(loaded: LoadedModel, limits: EngineLimits, bytes_per_block: int, config: EngineConfig) -> int:
