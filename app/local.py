@@ -5,6 +5,7 @@ Never talks to Ray: it watches the log and asks `/health`.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -36,6 +37,8 @@ _CONVERSION = re.compile(r"converting \S+ to \S+ \(once\)")
 # What a shell has of its own.
 _SHELL_VARIABLES = {"PATH", "PWD", "OLDPWD", "SHLVL", "_"}
 _POLL_S = 0.3
+# Where the agent of Ray's dashboard listens: among the ports that the system gives out, but not to be moved.
+_RAY_AGENT_PORT = 52365
 _NUM_ERROR_LINES = 30
 
 
@@ -129,14 +132,15 @@ def _serve_environment(temp_dir: str) -> dict[str, str]:
     settings = read_settings(SERVE_SETTINGS)
     # HAProxy's files and ports are fixed, so two servers on one machine would share them. Short names: see above.
     folder = Path(temp_dir, "h")
+    stats_port, metrics_port = _free_ports(2)
     settings |= {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         # With HAProxy an ingress replica waits half a minute for load balancers to notice that it goes; here are none.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
@@ -156,11 +160,16 @@ def _serve_environment(temp_dir: str) -> dict[str, str]:
     }
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _free_ports(count: int) -> list[int]:
+    """Different ones, and none that Ray is about to take."""
+    with contextlib.ExitStack() as stack:
+        ports: list[int] = []
+        while len(ports) < count:
+            probe = stack.enter_context(socket.socket())
+            probe.bind((HOST, 0))
+            if (port := probe.getsockname()[1]) != _RAY_AGENT_PORT:
+                ports.append(port)
+        return ports
 
 
 def _wait_until_healthy(

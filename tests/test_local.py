@@ -1,5 +1,6 @@
 """The background server: it comes up, says why when it does not, and goes away whole and alone."""
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from app import local
 from app.local import LocalError, up
 from app.local_process import RunFolder, Server
 
@@ -205,3 +207,20 @@ def test_a_stranger_that_got_the_servers_pid_is_not_touched(bystander):
     assert server.processes() == []
     server.stop(timeout_s=0.5)
     assert bystander.is_running()
+
+
+def test_haproxy_gets_no_port_that_the_agent_of_rays_dashboard_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = iter([52365, 40001, 40002])
+
+    class Socket(contextlib.nullcontext[None]):
+        def __enter__(self) -> "Socket":  # type: ignore[override]
+            return self
+
+        def bind(self, address: tuple[str, int]) -> None:
+            assert address == ("127.0.0.1", 0)
+
+        def getsockname(self) -> tuple[str, int]:
+            return ("127.0.0.1", next(given))
+
+    monkeypatch.setattr(socket, "socket", Socket)
+    assert local._free_ports(2) == [40001, 40002]
