@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit, prange
 
 from deployments.engine.kernels.cpu import PARALLEL, exp_of_negative
-from deployments.engine.kernels.cpu_tiles import LANES, add_weighted_tile, dot_tile
+from deployments.engine.kernels.cpu_tiles import LANES, add_weighted_tile, dot_tile, peak_tile, weigh_tile
 
 _FLOAT = np.float32
 _VECTOR_BYTES = 4 * LANES
@@ -107,11 +107,15 @@ def _score(queries, keys, scores, ahead):
 def _softmax(scores, peaks, sums):
     for head in range(scores.shape[0]):
         row = scores[head]
+        at, num_vectors = np.int64(row.ctypes.data), row.shape[0] // LANES
+        whole = num_vectors * LANES
         peak = row[0]  # not -inf, of which fastmath may assume that there is none
-        for i in range(1, row.shape[0]):
+        if num_vectors:
+            peak = peak_tile(at, num_vectors)
+        for i in range(whole, row.shape[0]):
             peak = max(peak, row[i])
-        total = _FLOAT(0)
-        for i in range(row.shape[0]):
+        total = weigh_tile(at, num_vectors, peak) if num_vectors else _FLOAT(0)
+        for i in range(whole, row.shape[0]):
             weight = exp_of_negative(row[i] - peak)
             row[i] = weight
             total += weight

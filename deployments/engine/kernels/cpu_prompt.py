@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit, prange
 
 from deployments.engine.kernels.cpu import PARALLEL, exp_of_negative
-from deployments.engine.kernels.cpu_tiles import LANES, NUM_REGISTERS, matmul_tile
+from deployments.engine.kernels.cpu_tiles import LANES, NUM_REGISTERS, matmul_tile, peak_tile, weigh_tile
 
 _FLOAT = np.float32
 # Scores: a tile's rows and vectors of keys, as in the packed product.
@@ -29,6 +29,7 @@ _VALUE_VECTORS = 2
 _VALUE_ROWS = 12 if NUM_REGISTERS == 32 else 6
 _VALUE_LANES = _VALUE_VECTORS * LANES
 _TOKENS = 32  # whose queries one task takes
+_NOTHING = _FLOAT(-3e38)  # not -inf, of which fastmath may assume that there is none
 _PORTIONS_AT_ONCE = 16  # copied together, so that scratch memory does not grow with the context
 
 
@@ -174,7 +175,7 @@ def _attend(
     if is_first:
         totals[:] = _FLOAT(0)
         sums[:] = _FLOAT(0)
-        peaks[:] = _FLOAT(-3e38)  # not -inf, of which fastmath may assume that there is none
+        peaks[:] = _NOTHING
     scores = np.empty((num_rows, PORTION), _FLOAT)
     for portion in range(count):
         start = (first + portion) * PORTION
@@ -201,23 +202,20 @@ def _attend(
 @njit(fastmath=True, inline="never")
 def _weigh(row, low, high, total, peaks, sums, g):
     """From the scores [low, high) of a row to weights, of all others to none; what was summed is put on their scale."""
-    peak = peaks[g]
-    seen = row[low:high]
-    for i in range(seen.shape[0]):
-        peak = max(peak, seen[i])
-    scale = exp_of_negative(peaks[g] - peak)
-    weights = _FLOAT(0)
-    for i in range(seen.shape[0]):
-        weight = exp_of_negative(seen[i] - peak)
-        seen[i] = weight
-        weights += weight
+    row[:low] = _NOTHING
+    row[high:] = _NOTHING
+    at, num_vectors = np.int64(row.ctypes.data), PORTION // LANES
+    peak = max(peaks[g], peak_tile(at, num_vectors))
+    weights = weigh_tile(at, num_vectors, peak)
     row[:low] = _FLOAT(0)
     row[high:] = _FLOAT(0)
     if peaks[g] != peak:
+        scale = exp_of_negative(peaks[g] - peak)
         for d in range(total.shape[0]):
             total[d] *= scale
-    sums[g] = sums[g] * scale + weights
-    peaks[g] = peak
+        sums[g] *= scale
+        peaks[g] = peak
+    sums[g] += weights
 
 
 @njit(inline="never")

@@ -34,6 +34,9 @@ _VECTOR = ir.VectorType(_FLOAT, LANES)
 _ZERO = ir.Constant(_VECTOR, [0.0] * LANES)
 _UNDEFINED = ir.Constant(_VECTOR, ir.Undefined)
 _FIRST = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
+_INTEGERS = ir.VectorType(ir.IntType(32), LANES)
+# Of Cephes' expf, the highest power first; 1 + x follow.
+_EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
 _FUSED = ("contract",)  # a product and its sum may become one instruction; the order of the sums stays
 
 
@@ -57,19 +60,61 @@ class _Emitter:
 
     def load_everywhere(self, address: Any) -> Any:
         """One float in all lanes."""
-        value = self._builder.load(self._builder.inttoptr(address, _FLOAT.as_pointer()), align=_FLOAT_BYTES)
+        return self.in_all_lanes(
+            self._builder.load(self._builder.inttoptr(address, _FLOAT.as_pointer()), align=_FLOAT_BYTES)
+        )
+
+    def in_all_lanes(self, value: Any) -> Any:
+        """A float, or a plain number, in all lanes."""
+        if isinstance(value, float):
+            return ir.Constant(_VECTOR, [value] * LANES)
         vector = self._builder.insert_element(_UNDEFINED, value, ir.Constant(ir.IntType(32), 0))
         return self._builder.shuffle_vector(vector, _UNDEFINED, _FIRST)
+
+    def greater(self, a: Any, b: Any) -> Any:
+        """In each lane the greater one, where neither is NaN."""
+        return self._builder.select(self._builder.fcmp_ordered(">", a, b), a, b)
+
+    def exp_of_negative(self, x: Any) -> Any:
+        """exp(x) for x <= 0, as a polynomial; 0 where it would be less than 1e-26.
+
+        What is a float's smallest numbers times another takes a hundred times as long as other products.
+        """
+        builder = self._builder
+        counts = builder.fcmp_ordered(">", x, self.in_all_lanes(-60.0))
+        x = builder.select(counts, x, self.in_all_lanes(0.0))
+        signature = ir.FunctionType(_VECTOR, [_VECTOR])
+        floor = cgutils.get_or_insert_function(builder.module, signature, f"llvm.floor.v{LANES}f32")
+        half = self.in_all_lanes(0.5)
+        power = builder.call(floor, [self.add_product(half, x, self.in_all_lanes(1.4426950408889634))])
+        rest = self.add_product(x, power, self.in_all_lanes(-0.693359375))
+        rest = self.add_product(rest, power, self.in_all_lanes(2.12194440e-4))
+        total = self.in_all_lanes(_EXP[0])
+        for factor in _EXP[1:]:
+            total = self.add_product(self.in_all_lanes(factor), total, rest)
+        total = self.add_product(rest, builder.fmul(rest, rest), total)
+        total = builder.fadd(total, self.in_all_lanes(1.0))
+        exponent = builder.add(builder.fptosi(power, _INTEGERS), ir.Constant(_INTEGERS, [127] * LANES))
+        scale = builder.bitcast(builder.shl(exponent, ir.Constant(_INTEGERS, [23] * LANES)), _VECTOR)
+        return builder.select(counts, builder.fmul(total, scale), _ZERO)
 
     def add_product(self, total: Any, a: Any, b: Any) -> Any:
         return self._builder.fadd(total, self._builder.fmul(a, b, flags=_FUSED), flags=_FUSED)
 
     def store_sum(self, vector: Any, address: Any) -> None:
         """The sum of a vector's lanes, as one float."""
+        total = self.sum_of(vector)
+        self._builder.store(total, self._builder.inttoptr(address, _FLOAT.as_pointer()), align=_FLOAT_BYTES)
+
+    def sum_of(self, vector: Any) -> Any:
         signature = ir.FunctionType(_FLOAT, [_FLOAT, _VECTOR])
         reduce = cgutils.get_or_insert_function(self._builder.module, signature, f"llvm.vector.reduce.fadd.v{LANES}f32")
-        total = self._builder.call(reduce, [ir.Constant(_FLOAT, 0.0), vector], fastmath=("reassoc",))
-        self._builder.store(total, self._builder.inttoptr(address, _FLOAT.as_pointer()), align=_FLOAT_BYTES)
+        return self._builder.call(reduce, [ir.Constant(_FLOAT, 0.0), vector], fastmath=("reassoc",))
+
+    def greatest_of(self, vector: Any) -> Any:
+        signature = ir.FunctionType(_FLOAT, [_VECTOR])
+        reduce = cgutils.get_or_insert_function(self._builder.module, signature, f"llvm.vector.reduce.fmax.v{LANES}f32")
+        return self._builder.call(reduce, [vector], fastmath=("nnan",))
 
     def prefetch(self, address: Any) -> None:
         """Ask for a cache line that is read soon."""
@@ -246,3 +291,53 @@ def add_weighted_tile(
                 emit.store(totals[r * len(vectors) + v], out_rows[r], v)
 
     return types.void(*[types.int64] * 8, num_rows, num_vectors), generate
+
+
+@intrinsic
+def peak_tile(_, values, num_vectors):
+    """The greatest of num_vectors * LANES floats, none of which is NaN.
+
+    Args:
+        values: address.
+        num_vectors: at least 1.
+    """
+
+    def generate(_context, builder, _signature, args):
+        values, num_vectors = args
+        emit = _Emitter(builder)
+
+        def step(v, peaks):
+            return [emit.greater(emit.load(emit.at(values, v, LANES * _FLOAT_BYTES)), peaks[0])]
+
+        return emit.greatest_of(*emit.repeat(num_vectors, [emit.load(values)], step))
+
+    return types.float32(types.int64, types.int64), generate
+
+
+@intrinsic
+def weigh_tile(_, values, num_vectors, peak):
+    """Put exp(value - peak) in the place of num_vectors * LANES floats.
+
+    Args:
+        values: address.
+        num_vectors: at least 1.
+        peak: no value is greater.
+
+    Returns:
+        The sum of what was put.
+    """
+
+    def generate(_context, builder, _signature, args):
+        values, num_vectors, peak = args
+        emit = _Emitter(builder)
+        peaks = emit.in_all_lanes(peak)
+
+        def step(v, totals):
+            at = emit.at(values, v, LANES * _FLOAT_BYTES)
+            weights = emit.exp_of_negative(builder.fsub(emit.load(at), peaks))
+            emit.store(weights, at)
+            return [builder.fadd(totals[0], weights)]
+
+        return emit.sum_of(*emit.repeat(num_vectors, [_ZERO], step))
+
+    return types.float32(types.int64, types.int64, types.float32), generate
