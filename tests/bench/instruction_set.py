@@ -9,7 +9,7 @@ import sys
 
 from numba.core.registry import cpu_target
 
-from deployments.engine.kernels.cpu_tiles import LANES
+from deployments.engine.kernels.cpu_vectors import LANES
 
 # A CPU with AVX2 alone: to our kernels (numba), torch, MKL and oneDNN. LLVM schedules as for Zen 3.
 AVX2_ONLY = {

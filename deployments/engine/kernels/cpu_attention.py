@@ -12,7 +12,8 @@ import numpy as np
 from numba import njit, prange
 
 from deployments.engine.kernels.cpu import PARALLEL, exp_of_negative
-from deployments.engine.kernels.cpu_tiles import LANES, add_weighted_tile, dot_tile, peak_tile, weigh_tile
+from deployments.engine.kernels.cpu_tiles import add_weighted_tile, dot_tile, peak_tile, weigh_tile
+from deployments.engine.kernels.cpu_vectors import LANES
 
 _FLOAT = np.float32
 _VECTOR_BYTES = 4 * LANES

@@ -57,7 +57,7 @@ def enter_attention(
 
 
 @njit(parallel=PARALLEL, cache=PARALLEL, nogil=True)
-def leave_attention(attended, hidden, panels, bias, norm, eps, gate_up, gate_up_bias, down, down_bias):
+def leave_attention(attended, hidden, panels, bias, norm, eps, width, gate_up, gate_up_bias, down, down_bias):
     """From what attention gives to the layer's output, through a gated MLP.
 
     Args:
@@ -67,12 +67,13 @@ def leave_attention(attended, hidden, panels, bias, norm, eps, gate_up, gate_up_
         bias: packed likewise.
         norm: (N,) weight of the RMSNorm before the MLP.
         eps: of that norm.
+        width: of the MLP, between its projections.
         gate_up: packed weight of the gate, then of what it scales.
         gate_up_bias: packed likewise.
         down: packed weight of the MLP's last projection.
         down_bias: packed likewise.
     """
-    num_tokens, width = hidden.shape[0], down.shape[1]
+    num_tokens = hidden.shape[0]
     added, normed = np.empty(hidden.shape, _FLOAT), np.empty(hidden.shape, _FLOAT)
     multiply_packed(attended, panels, bias, added)
     for t in prange(num_tokens):

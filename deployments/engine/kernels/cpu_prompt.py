@@ -15,7 +15,8 @@ import numpy as np
 from numba import njit, prange
 
 from deployments.engine.kernels.cpu import PARALLEL, exp_of_negative
-from deployments.engine.kernels.cpu_tiles import LANES, NUM_REGISTERS, matmul_tile, peak_tile, weigh_tile
+from deployments.engine.kernels.cpu_tiles import matmul_tile, peak_tile, weigh_tile
+from deployments.engine.kernels.cpu_vectors import LANES, NUM_REGISTERS
 
 _FLOAT = np.float32
 # Scores: a tile's rows and vectors of keys, as in the packed product.

@@ -142,6 +142,7 @@ def _leave(parts: _Parts, attended: Tensor, hidden: Tensor) -> None:
         parts.attended.bias,
         norm.weight,
         norm.eps,
+        parts.down.depth,
         parts.gate_up.panels,
         parts.gate_up.bias,
         parts.down.panels,

@@ -12,7 +12,7 @@ _COMPILE = r"""
 import json
 import re
 import numba
-from deployments.engine.kernels import cpu_attention, cpu_matmul, cpu_tiles
+from deployments.engine.kernels import cpu_attention, cpu_matmul, cpu_tiles, cpu_unpack, cpu_vectors
 
 def innermost_loops(assembly):
     lines, labels = assembly.splitlines(), {}
@@ -30,9 +30,9 @@ def assembly_of(tile, num_arguments, *literals):
     function.compile((numba.int64,) * num_arguments)
     return function.inspect_asm()[function.signatures[0]]
 
-found = {"lanes": cpu_tiles.LANES}
+found = {"lanes": cpu_vectors.LANES}
 for rows in {1, 2, 4, cpu_matmul._ROWS}:
-    found[f"matmul {rows}"] = assembly_of(cpu_tiles.matmul_tile, 10, rows, cpu_matmul._VECTORS)
+    found[f"matmul {rows}"] = assembly_of(cpu_tiles.matmul_tile, 10, rows, cpu_unpack.VECTORS)
 for heads in range(1, cpu_attention._HEADS + 1):
     found[f"dots {heads}"] = assembly_of(cpu_tiles.dot_tile, 8, heads, cpu_attention._KEYS)
     found[f"weighted {heads}"] = assembly_of(cpu_tiles.add_weighted_tile, 8, heads, cpu_attention._VECTORS)
