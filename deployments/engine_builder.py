@@ -63,9 +63,7 @@ def assemble_engine(loaded: "LoadedModel", config: EngineConfig) -> BuiltEngine:
         model=loaded.fingerprint,
         dtype=str(shape.dtype).removeprefix("torch."),
         block_size=limits.block_size,
-        num_layers=shape.num_layers,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
+        groups=shape.groups,
     )
     info = EngineInfo(
         path=loaded.path,

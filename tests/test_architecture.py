@@ -17,6 +17,7 @@ RDT_NAMES = ("ray.experimental", "tensor_transport", "rdt")
 FORBIDDEN = {
     "deployments": ["app"],
     "deployments.messages": ["ray", "torch", "transformers", "starlette", "deployments.engine", "deployments.api"],
+    "deployments.kv_groups": ["ray", "torch", "numpy", "transformers"],
     "deployments.errors": ["ray", "torch", "transformers", "starlette", "deployments.engine", "deployments.api"],
     "deployments.engine": ["ray", "starlette", "uvicorn", "fastapi", "httpx", "tokenizers"],
     "deployments.api": ["ray", "torch", "deployments.engine", "deployments.kv_transfer", "deployments.tokens"],
@@ -47,6 +48,7 @@ ENGINE_ROOMS = (
 PLACES = (
     "errors",
     "messages",
+    "kv_groups",
     "engine",
     "engine_info",
     "replica_stats",
@@ -80,8 +82,14 @@ LIGHT_ENGINE = [
 ENGINE_HOSTS = ("engine", "engine_builder", "engine_host", "local_engine")
 # Of the project's own modules, these alone may be imported from under each prefix.
 OWN_ALLOWED = {
-    "deployments.engine": ["deployments.engine", "deployments.messages", "deployments.errors"],
+    "deployments.engine": [
+        "deployments.engine",
+        "deployments.messages",
+        "deployments.kv_groups",
+        "deployments.errors",
+    ],
     "deployments.messages": ["deployments.errors"],
+    "deployments.kv_groups": ["deployments.errors"],
     "deployments.errors": [],
 }
 
@@ -275,6 +283,7 @@ def test_every_room_of_the_engine_has_its_place():
         ("deployments.load.outlook", "from deployments.metrics import render"),
         ("deployments.load.outlook", "from deployments.engine.engine import Engine"),
         ("deployments.messages", "from deployments.engine_info import EngineInfo"),
+        ("deployments.kv_groups", "import torch"),
         ("deployments.ingress", "def f():\n    from deployments.engine.model.load import load_model"),
         ("deployments.prefill", "from deployments.decode import Decode"),
         ("app.config", "from deployments.engine.model.load import load_model"),

@@ -78,7 +78,7 @@ class Engine:
             self.limits.num_blocks, self.limits.block_size, enable_prefix_caching=config.enable_prefix_caching
         )
         self._scheduler = Scheduler(self._blocks, self.limits, loaded.positions)
-        bytes_per_block = self.limits.block_size * loaded.kv_shape.bytes_per_token
+        bytes_per_block = loaded.kv_shape.bytes_per_block(self.limits.block_size)
         self._export_room = export_room(self.limits, bytes_per_block, loaded.device, config.hands_over)
         self._inbox = Inbox(config.lease_s, clock)
         self._outbox = Outbox(self._export_room.max_blocks, config.lease_s, clock)

@@ -20,6 +20,7 @@ from ray.actor import ActorHandle
 from torch import Tensor
 
 from deployments.errors import LayoutMismatchError, TransferError
+from deployments.kv_groups import num_blocks_of
 from deployments.kv_transfer.base import TransferConfig, TransferStats
 from deployments.kv_transfer.channel import Channel
 from deployments.kv_transfer.group import build_group, host_store, join_store
@@ -309,7 +310,7 @@ def _remove(links: dict[str, Link], link: Link) -> None:
 
 
 def _check_chunk(tensor: Tensor, layout: KVLayout, device: str) -> None:
-    shape = layout.chunk_shape(tensor.shape[2] if tensor.dim() == 6 else 0)
+    shape = layout.chunk_shape(num_blocks_of(tensor.shape))
     if tuple(tensor.shape) != shape or tensor.dtype != getattr(torch, layout.dtype) or tensor.device.type != device:
         raise ValueError(
             f"a chunk of KV has shape {shape}, {layout.dtype} on {device};"

@@ -13,6 +13,7 @@ from deployments.engine.attention import flash3  # noqa: E402
 from deployments.engine.attention.cuda import LONG_CHUNK, CudaStep, Prompts  # noqa: E402
 from deployments.engine.kernels.arguments import Scores  # noqa: E402
 from deployments.engine.kv.cache import KVCache, KVShape  # noqa: E402
+from deployments.kv_groups import KVGroup  # noqa: E402
 from tests.gpu.expected import expected_attention  # noqa: E402
 
 BLOCK_SIZE, NUM_BLOCKS = 256, 48
@@ -57,7 +58,7 @@ class Step:
         head_dim = self.head_dim
         sinks = randn(num_heads) if has_sinks else None
         self.scores = Scores(head_dim**-0.5, window, softcap, sinks)
-        shape = KVShape(1, self.num_kv_heads, head_dim, torch.bfloat16)
+        shape = KVShape((KVGroup((0,), self.num_kv_heads, head_dim),), torch.bfloat16)
         self.cache = KVCache(shape, NUM_BLOCKS, BLOCK_SIZE, torch.device("cuda"))
         self.free = torch.randperm(NUM_BLOCKS).tolist()
         self.expected: list[Tensor] = []

@@ -9,6 +9,7 @@ import ray
 import torch
 from torch import Tensor
 
+from deployments.kv_groups import KVGroup
 from deployments.kv_transfer.base import TransferConfig, TransferStats
 from deployments.kv_transfer.direct import ENGINE_ACTOR_OPTIONS, configure, exports_kv, receives_kv, stats
 from deployments.kv_transfer.group import GlooGroup
@@ -17,7 +18,7 @@ from deployments.kv_transfer.local import Arena
 from deployments.messages import ChunkReady
 
 # 64 KiB per block.
-LAYOUT = KVLayout("test-model", "float32", block_size=16, num_layers=4, num_kv_heads=2, head_dim=64)
+LAYOUT = KVLayout("test-model", "float32", block_size=16, groups=(KVGroup((0, 1, 2, 3), 2, 64),))
 
 
 @ray.remote(num_cpus=0, **ENGINE_ACTOR_OPTIONS)

@@ -125,9 +125,9 @@ def test_a_chunk_can_be_pulled_twice(engines):
 
 
 def test_another_layout_is_refused_before_anything_is_sent(engines, start_engine):
-    source = start_engine(head_dim=32)
+    source = start_engine(groups=(replace(LAYOUT.groups[0], head_dim=32),))
     for _ in range(2):
-        with pytest.raises(LayoutMismatchError, match="head_dim: ours 64, theirs 32"):
+        with pytest.raises(LayoutMismatchError, match="head_dim of group 0: ours 64, theirs 32"):
             ray.get(hand_off(source, engines[0], 4, 1.0), timeout=PATIENCE_S)
     stats = ray.get(source.stats.remote())
     assert (stats.num_sent, stats.num_links) == (0, 0)

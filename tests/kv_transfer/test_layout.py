@@ -5,10 +5,13 @@ from dataclasses import replace
 import pytest
 
 from deployments.errors import LayoutMismatchError
+from deployments.kv_groups import KVGroup
 from deployments.kv_transfer.base import TransferConfig
 from deployments.kv_transfer.layout import KVLayout
 
-LAYOUT = KVLayout("smollm2", "bfloat16", block_size=16, num_layers=30, num_kv_heads=3, head_dim=64)
+LAYOUT = KVLayout("smollm2", "bfloat16", block_size=16, groups=(KVGroup(tuple(range(30)), 3, 64),))
+# Of a model whose layers take turns: every other one sees a window alone, and has fewer and larger heads.
+TWO_GROUPS = replace(LAYOUT, groups=(KVGroup((0, 2, 4), 2, 128, window=512), KVGroup((1, 3), 4, 64)))
 
 
 def test_equal_layouts_are_compatible():
@@ -24,10 +27,34 @@ def test_a_mismatch_names_each_differing_field_with_both_values():
     assert "dtype" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("layers", (1, 5), r"layers of group 1: ours \(1, 3\), theirs \(1, 5\)"),
+        ("num_kv_heads", 8, "num_kv_heads of group 1: ours 4, theirs 8"),
+        ("window", 512, "window of group 1: ours None, theirs 512"),
+    ],
+)
+def test_a_mismatch_names_the_group_and_the_value(field, value, message):
+    first, second = TWO_GROUPS.groups
+    with pytest.raises(LayoutMismatchError, match=message):
+        TWO_GROUPS.check_compatible(replace(TWO_GROUPS, groups=(first, replace(second, **{field: value}))))
+
+
+def test_engines_with_other_numbers_of_groups_disagree():
+    with pytest.raises(LayoutMismatchError, match="groups of layers: ours 1, theirs 2"):
+        LAYOUT.check_compatible(TWO_GROUPS)
+
+
 def test_sizes_follow_from_the_shape():
     assert LAYOUT.bytes_per_token == 30 * 2 * 3 * 64 * 2
     assert LAYOUT.bytes_per_block == 16 * LAYOUT.bytes_per_token
     assert LAYOUT.chunk_shape(5) == (30, 2, 5, 16, 3, 64)
+
+
+def test_sizes_of_several_groups_add_up():
+    of_a_token = 3 * 2 * 2 * 128 + 2 * 2 * 4 * 64
+    assert (TWO_GROUPS.bytes_per_token, TWO_GROUPS.bytes_per_block) == (2 * of_a_token, 16 * 2 * of_a_token)
 
 
 def test_a_dtype_that_no_engine_has_is_refused():

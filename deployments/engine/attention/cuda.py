@@ -36,8 +36,9 @@ _LONG_WINDOW = 1024
 
 def unknown_to_cuda(shape: KVShape) -> str | None:
     """What of a model this attention does not know; None: nothing."""
-    if shape.head_dim > _MAX_HEAD_DIM or shape.head_dim % 8:
-        return f"heads of {shape.head_dim} dimensions (multiples of 8 up to {_MAX_HEAD_DIM} have kernels)"
+    head_dim = shape.group.head_dim
+    if head_dim > _MAX_HEAD_DIM or head_dim % 8:
+        return f"heads of {head_dim} dimensions (multiples of 8 up to {_MAX_HEAD_DIM} have kernels)"
     if shape.dtype not in (torch.bfloat16, torch.float16):
         return f"KV in {shape.dtype}"
     return None

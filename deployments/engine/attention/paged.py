@@ -33,7 +33,7 @@ def compile_kernels(cache: KVCache) -> None:
     """Compile the kernels for this pool, or fetch them from numba's cache, before the first request needs them."""
     none = np.zeros(0, np.int64)
     nothing = StepArrays(none, none, none, none, none, none, np.zeros((0, 1), np.int64), 0, none, none)
-    queries = torch.empty(0, cache.shape.num_kv_heads, cache.shape.head_dim)
+    queries = torch.empty(0, cache.group.num_kv_heads, cache.group.head_dim)
     PagedDecode(nothing, cache, None).attend(0, queries, 1.0, queries)
     attend_prompt(cache, 0, queries, torch.from_numpy(none), 0, Scores(1.0), queries)
 

@@ -128,7 +128,7 @@ class SdpaStep:
             plan = _plan_decodes(self._arrays, self.cache.block_size, scores.window, self.cache.blocks)
             self._decode_plans[scores.window] = plan
         num_heads, num_decodes, head_dim = queries.shape
-        num_kv_heads = self.cache.shape.num_kv_heads
+        num_kv_heads = self.cache.group.num_kv_heads
         grouped = queries.transpose(0, 1).reshape(num_decodes, num_kv_heads, num_heads // num_kv_heads, head_dim)
         if plan.owner is not None:
             grouped = grouped.index_select(0, plan.owner)
@@ -186,7 +186,7 @@ class SdpaStep:
         if window is not None:
             start = max(0, chunk.context_len - window + 1) // self.cache.block_size * self.cache.block_size
         keys, values = self._context(layer, chunk, start, end)
-        grouped = _group(queries, self.cache.shape.num_kv_heads)
+        grouped = _group(queries, self.cache.group.num_kv_heads)
         longest = end - start if window is None else min(end - start, window + _MAX_PART)
         part_len = max(1, min(_MAX_PART, _MAX_BYTES // (8 * len(queries) * longest)))
         parts = []

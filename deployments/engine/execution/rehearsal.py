@@ -35,7 +35,7 @@ def build_rehearsed(loaded: LoadedModel, limits: EngineLimits) -> Runner:
         if loaded.device.type == "cuda":
             rehearse(runner, limits)
     except torch.OutOfMemoryError as error:
-        pool = limits.num_blocks * limits.block_size * loaded.kv_shape.bytes_per_token / 2**30
+        pool = limits.num_blocks * loaded.kv_shape.bytes_per_block(limits.block_size) / 2**30
         beside = "a KV pool" if cache is None else "the largest steps beside the model and a KV pool"
         raise ValueError(
             f"{beside} of {limits.num_blocks} blocks ({pool:.2f} GiB) does not fit into the GPU's memory: lower"
@@ -82,7 +82,7 @@ def rehearse(runner: Runner, limits: EngineLimits) -> None:
     Raises:
         torch.OutOfMemoryError: one of them does not fit.
     """
-    num_blocks = runner.cache.blocks.shape[2]
+    num_blocks = runner.cache.num_blocks
     table = [block % num_blocks for block in range(-(-limits.max_model_len // limits.block_size))]
     token_ids = [0] * limits.max_model_len
     for step in worst_steps(limits):

@@ -91,7 +91,7 @@ def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
 def _count_blocks(loaded: LoadedModel, config: EngineConfig, limits: EngineLimits) -> int:
     if config.num_blocks:
         return config.num_blocks
-    bytes_per_block = limits.block_size * loaded.kv_shape.bytes_per_token
+    bytes_per_block = loaded.kv_shape.bytes_per_block(limits.block_size)
     if config.kv_cache_bytes:
         if config.kv_cache_bytes < bytes_per_block:
             raise ValueError(f"kv_cache_bytes is {config.kv_cache_bytes}, one block alone takes {bytes_per_block}")

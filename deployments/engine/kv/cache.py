@@ -7,40 +7,55 @@ import torch
 from torch import Tensor
 
 from deployments.engine.upload import upload
+from deployments.kv_groups import KVGroup, KVGroups, bytes_per_block, bytes_per_token, only_group
 
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What one token's KV is, the same in every layer."""
+    """What one token's KV is.
 
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
+    Attributes:
+        groups: of layers.
+        dtype: of the elements.
+
+    Raises:
+        UnsupportedModelError: no pool keeps such KV, see `only_group`.
+    """
+
+    groups: KVGroups
     dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        only_group(self.groups)
+
+    @property
+    def group(self) -> KVGroup:
+        return only_group(self.groups)
 
     @property
     def bytes_per_token(self) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return bytes_per_token(self.groups, self.dtype.itemsize)
+
+    def bytes_per_block(self, block_size: int) -> int:
+        return bytes_per_block(self.groups, block_size, self.dtype.itemsize)
 
 
 class KVCache:
     """Keys and values of all layers in blocks.
 
     Attributes:
+        group: the layers.
         blocks: (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim); [:, 0] are the keys.
     """
 
     def __init__(self, shape: KVShape, num_blocks: int, block_size: int, device: torch.device) -> None:
-        self.shape = shape
+        self.group = shape.group
+        self.num_blocks = num_blocks
         self.block_size = block_size
         # Zeroed, so that padded gathers never meet a NaN that a mask cannot silence; it also faults the pages in now,
         # when running out of memory is still a clear error at start-up.
-        self.blocks = torch.zeros(
-            (shape.num_layers, 2, num_blocks, block_size, shape.num_kv_heads, shape.head_dim),
-            dtype=shape.dtype,
-            device=device,
-        )
-        self._slots = self.blocks.view(shape.num_layers, 2, num_blocks * block_size, shape.num_kv_heads, shape.head_dim)
+        self.blocks = torch.zeros(self.chunk_shape(num_blocks), dtype=shape.dtype, device=device)
+        self._slots = self.blocks.flatten(2, 3)
 
     def write(self, layer: int, slot_mapping: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store new tokens of one layer.
@@ -95,4 +110,4 @@ class KVCache:
 
     def chunk_shape(self, num_blocks: int) -> tuple[int, ...]:
         """Of so many blocks of every layer."""
-        return (*self.blocks.shape[:2], num_blocks, *self.blocks.shape[3:])
+        return self.group.chunk_shape(num_blocks, self.block_size)

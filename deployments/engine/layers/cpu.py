@@ -100,7 +100,7 @@ def _forward(
         position_embeddings: cos and sin, (1, T, head_dim).
         paged_step: the step's attention.
     """
-    if position_embeddings[0].shape[-1] != paged_step.cache.shape.head_dim:
+    if position_embeddings[0].shape[-1] != paged_step.cache.group.head_dim:
         others |= {"position_embeddings": position_embeddings, "paged_step": paged_step}
         return original(hidden_states, **others)
     hidden = hidden_states[0]
@@ -191,7 +191,7 @@ class _Recorder(SdpaStep):
 @torch.inference_mode()
 def _fused(layer: Any, parts: _Parts, shape: KVShape, is_last: bool) -> "partial[Tensor] | None":
     """The layer as compiled code, if both give the same where the residual is small beside what is added, and large."""
-    index, head_dim = _index_of(layer), shape.head_dim
+    index, head_dim = _index_of(layer), shape.group.head_dim
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, _PROBE_ROWS, len(parts.before_attention.weight), generator=generator)
     halves = torch.randn(2, 1, _PROBE_ROWS, head_dim // 2, generator=generator)

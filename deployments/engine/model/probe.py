@@ -15,6 +15,7 @@ from deployments.engine.kv.cache import KVShape
 from deployments.engine.layers.trial import is_near
 from deployments.engine.model.rope import max_model_len
 from deployments.errors import UnsupportedModelError
+from deployments.kv_groups import KVGroup
 
 
 class _Probe:
@@ -91,14 +92,20 @@ def _kv_shape(model: PreTrainedModel, probe: _Probe) -> KVShape:
         raise UnsupportedModelError(f"{name}: layers {missing} do not use attention but {_mixers(model, missing)}")
     if sorted(probe.calls) != list(range(num_layers)):
         raise UnsupportedModelError(f"{name} has {num_layers} layers, but attention ran in layers {probe.calls}")
-    shapes = set(probe.layers.values())
-    num_kv_heads, key_dim, value_dim = shapes.pop()
-    if shapes or key_dim != value_dim:
-        raise UnsupportedModelError(
-            f"{name}: keys and values must have one shape in all layers, found (heads, key size, value size)"
-            f" {sorted(set(probe.layers.values()))}"
-        )
-    return KVShape(num_layers, num_kv_heads, key_dim, probe.dtype)
+    layers_of: dict[tuple[int, int], list[int]] = {}
+    for i in range(num_layers):
+        num_kv_heads, key_dim, value_dim = probe.layers[i]
+        if key_dim != value_dim:
+            raise UnsupportedModelError(
+                f"{name}: heads of keys and values must have one size, those of layer {i} have {key_dim} and"
+                f" {value_dim}"
+            )
+        layers_of.setdefault((num_kv_heads, key_dim), []).append(i)
+    groups = tuple(KVGroup(tuple(layers), *heads) for heads, layers in layers_of.items())
+    try:
+        return KVShape(groups, probe.dtype)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{name}: {error}") from None
 
 
 def _check_windows(model: PreTrainedModel, probe: _Probe) -> None:

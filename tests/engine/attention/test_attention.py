@@ -14,6 +14,7 @@ from deployments.engine.attention.sdpa import _plan_decodes
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.kernels.arguments import Scores
 from deployments.engine.kv.cache import KVCache, KVShape
+from deployments.kv_groups import KVGroup
 from tests.engine.families import CPU
 
 BLOCK_SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 6, 2, 16
@@ -25,7 +26,8 @@ class Pool:
 
     def __init__(self, seed: int, num_blocks: int = 256) -> None:
         self.generator = torch.Generator().manual_seed(seed)
-        self.cache = KVCache(KVShape(1, NUM_KV_HEADS, HEAD_DIM, torch.float32), num_blocks, BLOCK_SIZE, CPU)
+        shape = KVShape((KVGroup((0,), NUM_KV_HEADS, HEAD_DIM),), torch.float32)
+        self.cache = KVCache(shape, num_blocks, BLOCK_SIZE, CPU)
         # Whatever is read by mistake changes the result a lot.
         self.cache.blocks.copy_(100 * self.randn(*self.cache.blocks.shape))
         self._free = torch.randperm(num_blocks, generator=self.generator).tolist()

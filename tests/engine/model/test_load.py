@@ -26,6 +26,7 @@ from deployments.engine.model.files import BUNDLED_MODEL
 from deployments.engine.model.load import LoadedModel, load_model, prepare_model
 from deployments.engine.model.resolve import resolve_model
 from deployments.errors import UnsupportedModelError
+from deployments.kv_groups import KVGroup
 from tests.engine.driving import build_engine, generate, greedy
 from tests.engine.families import CPU, build_model, continue_greedily, random_prompt
 
@@ -57,7 +58,7 @@ def test_the_bundled_model_is_converted_into_the_cache(bundled: LoadedModel, cac
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
     assert (bundled.vocab_size, bundled.max_model_len, bundled.eos_token_ids) == (49152, 8192, (2,))
     shape = bundled.kv_shape
-    assert (shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.dtype) == (30, 3, 64, torch.float32)
+    assert (shape.group, shape.dtype) == (KVGroup(tuple(range(30)), 3, 64), torch.float32)
 
 
 def test_the_converted_model_is_found_again(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

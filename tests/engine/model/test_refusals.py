@@ -14,6 +14,7 @@ from deployments.engine.model.config import check_config
 from deployments.engine.model.load import load_model, prepare_model
 from deployments.engine.scheduling.checks import check_request
 from deployments.errors import InvalidRequestError, RequestTooLargeError, UnsupportedModelError
+from deployments.kv_groups import KVGroup
 from deployments.messages import GenerateRequest, SamplingParams
 from tests.engine.driving import build_engine, greedy, run
 from tests.engine.families import CPU, build_config, load, random_prompt
@@ -77,7 +78,7 @@ def test_a_configuration_gives_the_reason_away(name: str, settings: dict[str, An
             "DeepseekV3Config",
             _SMALL | {"num_key_value_heads": 4, "n_routed_experts": 8, "first_k_dense_replace": 2}
             | {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16, "q_lora_rank": 16, "kv_lora_rank": 16},
-            r"deepseek_v3: keys and values must have one shape in all layers, .*\(4, 24, 16\)",
+            "deepseek_v3: heads of keys and values must have one size, those of layer 0 have 24 and 16",
         ),
     ],
 )  # fmt: skip
@@ -212,12 +213,16 @@ def test_the_pool_takes_the_bytes_it_was_given() -> None:
 def test_the_kv_shape_is_what_the_layers_hand_over() -> None:
     for family in ("llama", "gemma2"):
         config, shape = build_config(family), load(family).kv_shape
-        assert (shape.num_layers, shape.num_kv_heads, shape.head_dim, shape.dtype) == (
-            config.num_hidden_layers,
-            2,
-            16,
-            torch.float32,
-        )
+        assert (shape.group, shape.dtype) == (KVGroup(tuple(range(config.num_hidden_layers)), 2, 16), torch.float32)
+
+
+def test_layers_with_other_kv_than_the_rest_are_named() -> None:
+    model = build("LlamaConfig", **_SMALL)
+    attention = model.model.layers[1].self_attn
+    for name in ("k_proj", "v_proj"):
+        setattr(attention, name, torch.nn.Linear(attention.k_proj.in_features, 16, bias=False))
+    with pytest.raises(UnsupportedModelError, match=r"layers \[0\]: 2 heads of 16; layers \[1\]: 1 heads of 16"):
+        prepare_model(model, "", CPU)
 
 
 def test_blocks_that_the_attention_on_a_gpu_cannot_read_are_refused() -> None:

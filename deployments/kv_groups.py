@@ -1,0 +1,96 @@
+"""What KV is made of, described once: for the engine that keeps it and for those that carry it. Knows no tensors.
+
+Layers whose KV is alike form a group. A model of one kind of layer has one; a model that mixes kinds (a sliding window
+in some layers, fewer heads in others) has several, each with pool and blocks of its own. Engines keep one group today:
+`only_group` refuses the rest, and nothing else has to.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TypeAlias
+
+from deployments.errors import UnsupportedModelError
+
+# Of a token in a layer: one vector of keys, one of values, of the same size.
+_PARTS = 2
+# The axis of a chunk's shape along which its blocks lie.
+_BLOCK_AXIS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class KVGroup:
+    """Layers whose KV is alike.
+
+    Attributes:
+        layers: their indices in the model, in the order in which pools and chunks hold them.
+        num_kv_heads: KV heads of a layer.
+        head_dim: elements of a head.
+        window: tokens whose KV is kept, the newest; None: all of a sequence. A model that attends within a window may
+            well keep all.
+    """
+
+    layers: tuple[int, ...]
+    num_kv_heads: int
+    head_dim: int
+    window: int | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def elements_per_token(self) -> int:
+        """Keys and values of one token in all of these layers."""
+        return self.num_layers * _PARTS * self.num_kv_heads * self.head_dim
+
+    def chunk_shape(self, num_blocks: int, block_size: int) -> tuple[int, int, int, int, int, int]:
+        """Shape of so many blocks: (layers, key or value, blocks, tokens of a block, KV heads, head)."""
+        return (self.num_layers, _PARTS, num_blocks, block_size, self.num_kv_heads, self.head_dim)
+
+
+KVGroups: TypeAlias = tuple[KVGroup, ...]
+
+
+def num_blocks_of(chunk_shape: Sequence[int]) -> int:
+    """Blocks of a chunk of this shape; 0: no chunk has such a shape."""
+    return chunk_shape[_BLOCK_AXIS] if len(chunk_shape) > _BLOCK_AXIS else 0
+
+
+def bytes_per_token(groups: KVGroups, bytes_per_element: int) -> int:
+    """Keys and values of one token in all layers."""
+    return sum(group.elements_per_token for group in groups) * bytes_per_element
+
+
+def bytes_per_block(groups: KVGroups, block_size: int, bytes_per_element: int) -> int:
+    """One block of each group."""
+    return bytes_per_token(groups, bytes_per_element) * block_size
+
+
+def only_group(groups: KVGroups) -> KVGroup:
+    """The group of a model that has one, and keeps all of its tokens.
+
+    Raises:
+        UnsupportedModelError: engines cannot keep this KV yet.
+    """
+    if len(groups) == 1 and groups[0].window is None:
+        return groups[0]
+    kinds = "; ".join(
+        f"layers {list(group.layers)}: {group.num_kv_heads} heads of {group.head_dim}"
+        + (f", the last {group.window} tokens" if group.window is not None else "")
+        for group in groups
+    )
+    raise UnsupportedModelError(
+        f"keys and values must have one shape in all layers, and none be dropped; found {kinds}"
+    )
+
+
+def differences(ours: KVGroups, theirs: KVGroups) -> Iterator[str]:
+    """In which values two descriptions differ, the first one first; with both values of each."""
+    if len(ours) != len(theirs):
+        yield f"groups of layers: ours {len(ours)}, theirs {len(theirs)}"
+        return
+    for i, (our, their) in enumerate(zip(ours, theirs, strict=True)):
+        other = asdict(their)
+        for name, value in asdict(our).items():
+            if value != other[name]:
+                yield f"{name} of group {i}: ours {value}, theirs {other[name]}"
