@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
 from deployments.engine.attention import flash3  # noqa: E402
+from deployments.engine.attention.base import LayerAttention  # noqa: E402
 from deployments.engine.attention.cuda import LONG_CHUNK, CudaStep, Prompts  # noqa: E402
 from deployments.engine.kernels.arguments import Scores  # noqa: E402
 from deployments.engine.kv.cache import KVCache, KVShape  # noqa: E402
@@ -102,7 +103,7 @@ class Step:
     def attend(self) -> Tensor:
         queries, keys, values = (torch.cat(parts).transpose(0, 1) for parts in zip(*self.new, strict=True))
         with torch.inference_mode():
-            return self.step.attend(0, queries, keys, values, self.scores, None)
+            return self.step.attend(LayerAttention(0, queries, keys, values, self.scores, None))
 
 
 def randn(*shape: int) -> Tensor:

@@ -5,7 +5,7 @@ keys and values of the whole flat batch. The step's own object (`AttentionStep`)
 `forward`.
 """
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -50,6 +50,31 @@ class Rotary:
         return owed
 
 
+class LayerAttention(NamedTuple):
+    """What a layer asks of attention in one step.
+
+    Attributes:
+        layer: its index.
+        queries: (num_heads, T, head_dim).
+        keys: (num_kv_heads, T, head_dim) of the step's tokens.
+        values: as the keys.
+        scores: what becomes of them.
+        rotation: of queries and keys, where it is still to be done.
+    """
+
+    layer: int
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    scores: Scores
+    rotation: Rotation | None
+
+    @property
+    def nothing(self) -> Tensor:
+        """An output in which no token has seen any, for those who stand in for attention: zeros."""
+        return self.queries.new_zeros(self.queries.shape[1], self.queries.shape[0], self.values.shape[2])
+
+
 class AttentionStep(Protocol):
     """Attention for one step: writes the new KV, then attends.
 
@@ -60,28 +85,8 @@ class AttentionStep(Protocol):
     @property
     def rows(self) -> Tensor | None: ...
 
-    def attend(
-        self,
-        layer: int,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scores: Scores,
-        rotation: Rotation | None,
-    ) -> Tensor:
-        """Attend in one layer.
-
-        Args:
-            layer: index of the layer.
-            queries: (num_heads, T, head_dim).
-            keys: (num_kv_heads, T, head_dim) of the step's tokens.
-            values: as the keys.
-            scores: what becomes of them.
-            rotation: of queries and keys, where it is still to be done.
-
-        Returns:
-            (T, num_heads, head_dim).
-        """
+    def attend(self, asked: LayerAttention) -> Tensor:
+        """Attend in one layer: (T, num_heads, head_dim)."""
         ...
 
 
@@ -118,7 +123,7 @@ def paged_attention(
             f"{name} needs {', '.join(unknown) or 'an attention mask'}, which paged attention lacks"
         )
     rotary: Rotary | None = getattr(module, "kvrelay_rotary", None)
-    output = paged_step.attend(
+    asked = LayerAttention(
         module.layer_idx,  # type: ignore[arg-type]  # nn.Module types its attributes loosely
         query[0],
         key[0],
@@ -126,7 +131,7 @@ def paged_attention(
         Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux),
         None if rotary is None else rotary.take(),
     )
-    return output.unsqueeze(0), None
+    return paged_step.attend(asked).unsqueeze(0), None
 
 
 def register() -> None:

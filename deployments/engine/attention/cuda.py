@@ -16,8 +16,9 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 from deployments.engine.attention import flash3
+from deployments.engine.attention.base import LayerAttention
 from deployments.engine.attention.windows import Pieces, WindowPlan, first_key, plan_window
-from deployments.engine.kernels.arguments import Rotation, Scores
+from deployments.engine.kernels.arguments import Scores
 from deployments.engine.kernels.cuda_attention import decode_attention
 from deployments.engine.kernels.cuda_prefill import prefill_attention
 from deployments.engine.kernels.cuda_rotary import rotate_and_write
@@ -107,15 +108,8 @@ class CudaStep:
         self._prompts = prompts
         self.rows = rows
 
-    def attend(
-        self,
-        layer: int,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scores: Scores,
-        rotation: Rotation | None,
-    ) -> Tensor:
+    def attend(self, asked: LayerAttention) -> Tensor:
+        layer, queries, keys, values, scores, rotation = asked
         key_pool, value_pool = self._cache.blocks[layer]
         new = queries.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1)
         pools = key_pool.view(-1, *key_pool.shape[2:]), value_pool.view(-1, *value_pool.shape[2:])

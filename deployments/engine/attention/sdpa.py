@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deployments.engine.attention.base import LayerAttention
 from deployments.engine.attention.paged import PagedDecode, attend_prompt, can_attend
 from deployments.engine.batch.arrays import StepArrays
-from deployments.engine.kernels.arguments import Rotation, Scores
+from deployments.engine.kernels.arguments import Scores
 from deployments.engine.kernels.cpu import use_torch_threads
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.upload import upload
@@ -76,15 +77,8 @@ class SdpaStep:
         self._decode_plans: dict[int | None, _DecodePlan] = {}
         self._paged_decodes: dict[int | None, PagedDecode] = {}
 
-    def attend(
-        self,
-        layer: int,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scores: Scores,
-        rotation: Rotation | None,
-    ) -> Tensor:
+    def attend(self, asked: LayerAttention) -> Tensor:
+        layer, queries, keys, values, scores, rotation = asked
         assert rotation is None, "this attention takes queries and keys that are rotated"
         num_decodes = self._arrays.num_decodes
         self.cache.write(layer, self.slots, keys.transpose(0, 1), values.transpose(0, 1))

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deployments.engine.attention.base import LayerAttention
 from deployments.engine.attention.paged import can_attend
 from deployments.engine.attention.sdpa import SdpaStep
 from deployments.engine.batch.arrays import StepArrays
-from deployments.engine.kernels.arguments import Rotation, Scores
+from deployments.engine.kernels.arguments import Scores
 from deployments.engine.kernels.cpu_layers import enter_attention, leave_attention
 from deployments.engine.kernels.cpu_matmul import PackedWeight
 from deployments.engine.kv.cache import KVCache, KVShape
@@ -181,11 +182,9 @@ class _Recorder(SdpaStep):
 
     scores: Scores | None = None
 
-    def attend(
-        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores, rotation: Rotation | None
-    ) -> Tensor:
-        self.scores = scores
-        return super().attend(layer, queries, keys, values, scores, rotation)
+    def attend(self, asked: LayerAttention) -> Tensor:
+        self.scores = asked.scores
+        return super().attend(asked)
 
 
 @torch.inference_mode()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deployments.engine.kernels.arguments import HeadNorms, Rotation, Scores
+from deployments.engine.attention.base import LayerAttention
+from deployments.engine.kernels.arguments import HeadNorms
 from deployments.engine.kernels.cuda import gelu_mul, rms_norm, silu_mul
 from deployments.engine.layers.fused import FusedKernels, FusedRMSNorm, rotate_in_attention, rotate_plainly
 from deployments.engine.layers.trial import PROBE_ROWS, is_near
@@ -116,18 +117,14 @@ class _Recorder:
         model(input_ids=positions, position_ids=positions, use_cache=False, logits_to_keep=1, paged_step=step)
         return step
 
-    def attend(
-        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores, rotation: Rotation | None
-    ) -> Tensor:
+    def attend(self, asked: LayerAttention) -> Tensor:
+        layer, queries, keys, _, _, rotation = asked
         given = queries.unsqueeze(0), keys.unsqueeze(0)
         if rotation is not None and rotation.norms is not None:
             weights, eps = rotation.norms[:2], rotation.norms.eps
             if rotation.num_dims != queries.shape[-1]:
                 self.seen[layer] = torch.zeros_like(queries), torch.zeros_like(keys)  # like nothing that is expected
-                return self._nothing(queries, values)
+                return asked.nothing
             given = tuple(rms_norm(x, weight, eps) for x, weight in zip(given, weights, strict=True))  # type: ignore[assignment]
         self.seen[layer] = given if rotation is None else tuple(rotate_plainly(x, rotation) for x in given)  # type: ignore[assignment]  # a pair
-        return self._nothing(queries, values)
-
-    def _nothing(self, queries: Tensor, values: Tensor) -> Tensor:
-        return queries.new_zeros(queries.shape[1], queries.shape[0], values.shape[2])
+        return asked.nothing

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deployments.engine.attention.base import AttentionStep
+from deployments.engine.attention.base import AttentionStep, LayerAttention
 from deployments.engine.kernels.cuda import add_norm
 from deployments.engine.layers.base import LinearLayer
 from deployments.engine.layers.cuda_experts import FusedExperts, FusedRouter
@@ -55,8 +55,8 @@ class _Echo:
 
     rows = None
 
-    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, *_: object) -> Tensor:
-        return queries.transpose(0, 1).contiguous()
+    def attend(self, asked: LayerAttention) -> Tensor:
+        return asked.queries.transpose(0, 1).contiguous()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deployments.engine.kernels.arguments import Rotation, Scores
+from deployments.engine.attention.base import LayerAttention
 from deployments.engine.kv.cache import KVShape
 from deployments.engine.layers.trial import is_near
 from deployments.engine.model.rope import max_model_len
@@ -29,20 +29,13 @@ class _Probe:
         self.windows: dict[int, int | None] = {}
         self.dtype = torch.float32
 
-    def attend(
-        self,
-        layer: int,
-        queries: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        scores: Scores,
-        rotation: Rotation | None,
-    ) -> Tensor:
+    def attend(self, asked: LayerAttention) -> Tensor:
+        layer, keys = asked.layer, asked.keys
         self.calls.append(layer)
-        self.layers[layer] = (keys.shape[0], keys.shape[2], values.shape[2])
-        self.windows[layer] = scores.window
+        self.layers[layer] = (keys.shape[0], keys.shape[2], asked.values.shape[2])
+        self.windows[layer] = asked.scores.window
         self.dtype = keys.dtype
-        return queries.new_zeros(queries.shape[1], queries.shape[0], values.shape[2])
+        return asked.nothing
 
 
 @torch.inference_mode()

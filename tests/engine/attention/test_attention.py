@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.attention import sdpa
+from deployments.engine.attention.base import LayerAttention
 from deployments.engine.attention.paged import PagedDecode, attend_prompt
 from deployments.engine.attention.sdpa import _plan_decodes
 from deployments.engine.batch.arrays import StepArrays
@@ -104,7 +105,7 @@ def check(
     for kernel in (True, False):  # without it as well, as for other dtypes
         with patch.object(sdpa, "can_attend", lambda *_, kernel=kernel: kernel and softcap is None and sinks is None):
             scores = Scores(SCALING, window, softcap, sinks)
-            actual = sdpa.SdpaStep(pool.cache, arrays).attend(0, queries, keys, values, scores, None)
+            actual = sdpa.SdpaStep(pool.cache, arrays).attend(LayerAttention(0, queries, keys, values, scores, None))
         torch.testing.assert_close(actual.double(), torch.cat(expected), rtol=1e-4, atol=1e-5)
 
 
