@@ -45,6 +45,11 @@ class Detokenizer(Protocol):
         """Return what was held back, as if the text ended here; more may follow."""
         ...
 
+    @property
+    def num_kept(self) -> int:
+        """Tokens that it still has to look at again."""
+        ...
+
 
 class DetokenizerFactory:
     """Builds the detokenizers of one tokenizer.
@@ -126,6 +131,10 @@ class _ByteLevelDetokenizer:
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
+
+    @property
+    def num_kept(self) -> int:
+        return 0  # bytes alone, of one character
 
 
 class _Kind(Enum):
@@ -217,6 +226,10 @@ class _WindowDetokenizer:
         self._held = []
         self._move(told)
         return text
+
+    @property
+    def num_kept(self) -> int:
+        return len(self._context) + len(self._held)
 
     def _move(self, told: list[int]) -> None:
         """Take as context the shortest end of what was told that has text."""

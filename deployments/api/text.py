@@ -37,16 +37,17 @@ class TextCodec:
         tokenizer: as `read_tokenizer` gives it.
 
     Attributes:
+        backend: the tokenizers library's own object.
         detokenizers: build what turns its ids back into text.
     """
 
     def __init__(self, tokenizer: AnyTokenizer) -> None:
         self._tokenizer = tokenizer
-        self._backend = tokenizer.backend_tokenizer
+        self.backend = tokenizer.backend_tokenizer
         # A saved truncation or padding would silently change prompts.
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self.detokenizers = DetokenizerFactory(self._backend)
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.detokenizers = DetokenizerFactory(self.backend)
         self._chat_template = _compile_template(tokenizer)
         self._template_limits = LIMITS
 
@@ -62,7 +63,7 @@ class TextCodec:
         """The id that the tokenizer itself says ends a text; none where it names none, or one it does not have."""
         end = self._tokenizer.eos_token
         # Not `eos_token_id`: that is the unknown token's for a name that the vocabulary lacks.
-        token_id = None if end is None else self._backend.token_to_id(str(end))
+        token_id = None if end is None else self.backend.token_to_id(str(end))
         return () if token_id is None else (token_id,)
 
     def encode(self, text: str) -> list[int]:
@@ -101,7 +102,7 @@ class TextCodec:
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # As a batch of one: only that lets other threads run. `encode` stopped every stream for 300 ms with a prompt of
         # 108,000 tokens, this for 9 ms (tokenizers 0.23, 2 cores of a shared CPU, 2026-11-24).
-        (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+        (encoding,) = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)
         return encoding.ids
 
 

@@ -27,7 +27,7 @@ was measured only `max_queued_tokens` holds; without readings what this replica 
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -107,6 +107,13 @@ class Admission:
     Args:
         bounds: what it keeps.
         clock: monotonic seconds.
+
+    Attributes:
+        pools: what was read of the pools that compute prompts, by name.
+        own_tokens: prompt tokens that this replica has waiting there, likewise.
+        own_sequences: its calls' sequences, until they end.
+        waiting: its prompt tokens, by pool and key.
+        refusals: calls that were refused.
     """
 
     def __init__(self, bounds: Bounds, clock: Callable[[], float] = time.monotonic) -> None:
@@ -114,25 +121,25 @@ class Admission:
         self._clock = clock
         is_colocated = bounds.min_remote_tokens is None
         self._decode = PoolReadings(counts_hits=is_colocated)
-        self._pools = {DECODE: self._decode}
+        self.pools = {DECODE: self._decode}
         if not is_colocated:
-            self._pools[PREFILL] = PoolReadings(counts_hits=True)
-        self._own_tokens = {pool: OwnShare() for pool in self._pools}
-        self._own_sequences = OwnShare()
-        self._waiting: Counter[tuple[str, bytes]] = Counter()  # tokens by pool and key
+            self.pools[PREFILL] = PoolReadings(counts_hits=True)
+        self.own_tokens = {pool: OwnShare() for pool in self.pools}
+        self.own_sequences = OwnShare()
+        self.waiting: Counter[tuple[str, bytes]] = Counter()
         self._last_call_s: dict[bytes, float] = {}  # by key; the one that called last is at the end
         self.refusals: Counter[tuple[Reason, Priority]] = Counter()
 
     @property
-    def pools(self) -> Iterable[str]:
-        """Names of the pools that compute prompts."""
-        return self._pools
+    def active_keys(self) -> Collection[bytes]:
+        """Of the calls of the last minute, the one that called last at the end."""
+        return self._last_call_s.keys()
 
     def update(self, reading: Reading) -> None:
         """Take a reading, on the clock of this object."""
         now_s = self._clock()
         for name, engines in reading.pools.items():
-            self._pools[name].update(engines, reading.as_of_s)
+            self.pools[name].update(engines, reading.as_of_s)
         for own in self._all_own:
             own.note_reading(reading.as_of_s, now_s)
 
@@ -153,29 +160,29 @@ class Admission:
         self._last_call_s.pop(key, None)
         self._last_call_s[key] = now_s
         pools = [self._pool_of(size) for size in sizes]
-        for pool in self._pools:
+        for pool in self.pools:
             if own := [size for of, size in zip(pools, sizes, strict=True) if of == pool]:
                 self._check(_Part(pool, sum(own), max(own), priority, key, self.outlook(pool, len(own))))
         waiting = {
-            index: _Waiting(pool, self._own_tokens[pool].enter(size, now_s))
+            index: _Waiting(pool, self.own_tokens[pool].enter(size, now_s))
             for index, (pool, size) in enumerate(zip(pools, sizes, strict=True))
         }
         for prompt in waiting.values():
-            self._waiting[prompt.pool, key] += prompt.entry.amount
-        return Ticket(self, key, self._own_sequences.enter(len(sizes), now_s), waiting)
+            self.waiting[prompt.pool, key] += prompt.entry.amount
+        return Ticket(self, key, self.own_sequences.enter(len(sizes), now_s), waiting)
 
     def outlook(self, pool: str, num_sequences: int = 1) -> Outlook:
         """What the last of so many prompts meets that come to a pool now."""
         now_s = self._clock()
-        readings, own = self._pools[pool], self._own_tokens[pool]
+        readings, own = self.pools[pool], self.own_tokens[pool]
         is_known = readings.is_known(now_s) and self._decode.is_known(now_s)
         queued = float(own.total * self._num_ingresses)
-        num_open = float(self._own_sequences.total)
+        num_open = float(self.own_sequences.total)
         if is_known:
             seen = readings.own_tokens + (self._decode.remote_tokens if pool == PREFILL else 0)
             queued = own.whole(seen, readings.drained_tokens(now_s), self._num_ingresses)
             # Serve may hold back what no engine has seen; what this replica has open it knows for sure.
-            known = self._own_sequences.whole(self._decode.num_sequences, 0.0, self._num_ingresses)
+            known = self.own_sequences.whole(self._decode.num_sequences, 0.0, self._num_ingresses)
             num_open = max(known, num_open)
         seat_wait = self._decode.seat_wait(num_open, num_sequences)
         return Outlook(queued, readings.num_engines, readings.cost, readings.tokens_per_step, seat_wait)
@@ -186,7 +193,7 @@ class Admission:
 
     @property
     def _all_own(self) -> Iterable[OwnShare]:
-        return [*self._own_tokens.values(), self._own_sequences]
+        return [*self.own_tokens.values(), self.own_sequences]
 
     def _pool_of(self, size: int) -> str:
         threshold = self.bounds.min_remote_tokens
@@ -198,7 +205,7 @@ class Admission:
             raise RequestTooLargeError(
                 f"the call has {part.own_tokens} prompt tokens, of which at most {bound} may ever be queued", "prompt"
             )
-        queued = max(part.ahead.queued_tokens, self._own_tokens[part.pool].total)
+        queued = max(part.ahead.queued_tokens, self.own_tokens[part.pool].total)
         total, max_tokens = queued + part.own_tokens, part.share * bound
         if queued > 0 and total > max_tokens:
             retry_after_s = part.drain_s(min(queued, total - max_tokens))
@@ -214,7 +221,7 @@ class Admission:
 
     def _check_fair(self, part: "_Part", total: float, fullness: float) -> None:
         """Once the queue is half full, no key that has something waiting gets more of it than every other could."""
-        held, num_keys = self._waiting[part.pool, part.key], len(self._last_call_s)
+        held, num_keys = self.waiting[part.pool, part.key], len(self.active_keys)
         if fullness <= _FAIR_ABOVE or num_keys == 1 or held == 0:
             return
         fair = total / fullness / self._num_ingresses / num_keys
@@ -234,13 +241,13 @@ class Admission:
 
     def _leave(self, key: bytes, prompt: _Waiting, *, is_computed: bool) -> None:
         """A prompt waits no longer."""
-        self._own_tokens[prompt.pool].leave(prompt.entry, self._clock(), is_drained=is_computed)
-        self._waiting[prompt.pool, key] -= prompt.entry.amount
-        if not self._waiting[prompt.pool, key]:
-            del self._waiting[prompt.pool, key]
+        self.own_tokens[prompt.pool].leave(prompt.entry, self._clock(), is_drained=is_computed)
+        self.waiting[prompt.pool, key] -= prompt.entry.amount
+        if not self.waiting[prompt.pool, key]:
+            del self.waiting[prompt.pool, key]
 
     def _free_seats(self, sequences: Entry) -> None:
-        self._own_sequences.leave(sequences, self._clock(), is_drained=False)
+        self.own_sequences.leave(sequences, self._clock(), is_drained=False)
 
 
 @dataclass(frozen=True, slots=True)

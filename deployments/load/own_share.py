@@ -41,6 +41,11 @@ class OwnShare:
         self._read_s = -math.inf
         self._in_reading = 0  # at most
 
+    @property
+    def num_noted(self) -> int:
+        """What is remembered of what entered and left, for readings that may not know of it yet."""
+        return len(self._entries) + len(self._left)
+
     def enter(self, amount: int, now_s: float) -> Entry:
         """Something is let in now; the caller keeps what comes back, and says when it leaves."""
         entry = Entry(amount, now_s)

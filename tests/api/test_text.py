@@ -65,6 +65,6 @@ def test_the_first_id_of_a_vocabulary_can_end_a_text():
 def test_an_end_token_that_the_vocabulary_lacks_is_no_other():
     tokenizer = build_tokenizer()
     tokenizer.unk_token = "!"
-    tokenizer._special_tokens_map["eos_token"] = "<nowhere>"
+    tokenizer.eos_token = "<nowhere>"
     assert tokenizer.eos_token == "<nowhere>" and tokenizer.eos_token_id == ord("!")
     assert TextCodec(tokenizer).end_token_ids == ()

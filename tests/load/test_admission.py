@@ -56,7 +56,7 @@ class Pools:
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.bounds, lambda: self.now_s)
-        self.admission._pools[PREFILL].cost = self.cost
+        self.admission.pools[PREFILL].cost = self.cost
 
     def read(self) -> None:
         self.now_s += 1.0
@@ -163,7 +163,7 @@ def test_prompts_that_wait_in_the_decode_pool_for_the_other_one_are_queued_for_i
 
 def test_a_colocated_pool_computes_every_prompt() -> None:
     admission = Admission(replace(BOUNDS, min_remote_tokens=None), lambda: 0.0)
-    admission._pools[DECODE].cost = copy.copy(SURE)
+    admission.pools[DECODE].cost = copy.copy(SURE)
     admission.update(Reading({DECODE: {"d": replace(IDLE, num_queued_prompt_tokens=900)}}, 0.0))
     assert list(admission.pools) == [DECODE]
     with pytest.raises(OverloadedError):
@@ -295,7 +295,9 @@ def test_without_readings_what_was_let_in_stands_for_the_queue() -> None:
     pools.admit(200)
     pools.now_s += MAX_AGE_S + 1
     pools.admit(200)
-    assert [len(own._entries) + len(own._left) for own in pools.admission._all_own] == [0, 1, 1], "nothing is kept"
+    admission = pools.admission
+    noted = [own.num_noted for own in (*admission.own_tokens.values(), admission.own_sequences)]
+    assert noted == [0, 1, 1], "nothing is kept"
 
 
 def test_a_holding_time_stays_while_nothing_finishes_and_forgets_what_is_long_ago() -> None:
@@ -385,7 +387,7 @@ def test_a_key_that_is_alone_may_have_it_all_and_the_others_are_forgotten_in_tim
     for taken in range(0, 600, 100):
         pools.queue(taken)
         pools.admit(100)
-    assert pools.admission._last_call_s.keys() == {A}
+    assert pools.admission.active_keys == {A}
 
 
 def test_a_key_with_nothing_waiting_is_not_refused_for_the_many_that_call() -> None:
@@ -416,7 +418,7 @@ calls = st.lists(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(calls=calls, speed=st.sampled_from(list(COSTS)), reads=st.booleans(), receivers=st.integers(1, 3))
 def test_bounds_hold_and_every_closed_ticket_leaves_nothing(calls, speed, reads, receivers) -> None:
     bounds = Bounds(max_ttft_s=10.0, max_queued_tokens=1000, min_remote_tokens=100)
@@ -427,7 +429,7 @@ def test_bounds_hold_and_every_closed_ticket_leaves_nothing(calls, speed, reads,
     for sizes, priority, key, pause_s, fate in calls:
         pools.now_s += pause_s
         if reads:
-            queued = admission._own_tokens[PREFILL].total
+            queued = admission.own_tokens[PREFILL].total
             pools.prefill = {"p": replace(engine, num_queued_prompt_tokens=queued)}
             pools.read()
         try:
@@ -445,15 +447,15 @@ def test_bounds_hold_and_every_closed_ticket_leaves_nothing(calls, speed, reads,
         if tickets and fate == "close twice":
             tickets[-1].close()
         for pool in (PREFILL, DECODE):
-            assert 0 <= admission._own_tokens[pool].total <= 1000
-            assert pools.outlook(pool).queued_tokens <= admission._own_tokens[pool].total * receivers + 400
+            assert 0 <= admission.own_tokens[pool].total <= 1000
+            assert pools.outlook(pool).queued_tokens <= admission.own_tokens[pool].total * receivers + 400
     for ticket in tickets:
         ticket.close()
         ticket.close()
-    assert not admission._waiting and not any(own.total for own in admission._all_own)
+    assert not admission.waiting and not admission.own_sequences.total
+    assert not any(own.total for own in admission.own_tokens.values())
 
 
-@settings(deadline=None)
 @given(
     queued=st.integers(1, 3000),
     own=st.integers(100, 1500),

@@ -51,8 +51,8 @@ class Service:
     refused: list[Served] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        blocks = BlockManager(LIMITS.num_blocks, LIMITS.block_size, enable_prefix_caching=False)
-        self.scheduler = Scheduler(blocks, replace(LIMITS, max_num_seqs=self.num_seats))
+        self.blocks = BlockManager(LIMITS.num_blocks, LIMITS.block_size, enable_prefix_caching=False)
+        self.scheduler = Scheduler(self.blocks, replace(LIMITS, max_num_seqs=self.num_seats))
         self.admission = Admission(Bounds(self.max_ttft_s, 1_000_000, None), lambda: self.now_s)
         self.stats = EngineStats(
             num_blocks=LIMITS.num_blocks,
@@ -128,7 +128,7 @@ class Service:
         stats, scheduler = self.stats, self.scheduler
         stats.num_queued_prompt_tokens = scheduler.num_queued_prompt_tokens
         stats.num_waiting, stats.num_running = len(scheduler.waiting), len(scheduler.running)
-        stats.num_used_blocks = scheduler._blocks.num_held_blocks
+        stats.num_used_blocks = self.blocks.num_held_blocks
         stats.finished = scheduler.num_finished
         self.admission.update(Reading({DECODE: {"d": stats.copy()}}, self.now_s))
 
