@@ -1,12 +1,17 @@
 """One thread of torch for all tests: the models are tiny, and threads that wait for each other only slow them.
 
-Where there is no GPU Triton's kernels run in its interpreter; it must know before anything imports it.
+Where there is no GPU Triton's kernels run in its interpreter; it must know before anything imports it. Machines are
+shared, so hypothesis sets tests no bound of time either.
 """
 
 import os
 
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("kvrelay", deadline=None)
+settings.load_profile("kvrelay")
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

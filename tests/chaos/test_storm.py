@@ -3,7 +3,7 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.bench.chaos.storm import ENGINE_POOLS, SPACING_S, Kind, Pool, plan_storm
@@ -13,7 +13,6 @@ durations_s = st.floats(50.0, 1200.0)
 counts = st.integers(1, 120)
 
 
-@settings(deadline=None)
 @given(seeds, durations_s, counts)
 def test_a_storm_has_as_many_faults_as_asked_for_in_order_and_in_time(seed, duration_s, num_faults):
     plan = plan_storm(seed, duration_s, num_faults)
@@ -22,7 +21,6 @@ def test_a_storm_has_as_many_faults_as_asked_for_in_order_and_in_time(seed, dura
     assert all(0 <= fault.at_s <= duration_s and 0 <= fault.pick < 1 for fault in plan)
 
 
-@settings(deadline=None)
 @given(seeds, durations_s, counts)
 def test_no_pool_is_planned_to_lack_two_replicas_at_once(seed, duration_s, num_faults):
     plan = plan_storm(seed, duration_s, num_faults)
@@ -32,7 +30,6 @@ def test_no_pool_is_planned_to_lack_two_replicas_at_once(seed, duration_s, num_f
             assert later.at_s - fault.at_s >= SPACING_S[pool] + fault.seconds
 
 
-@settings(deadline=None)
 @given(seeds, durations_s, counts)
 def test_every_scaling_up_is_followed_by_one_down_before_the_next(seed, duration_s, num_faults):
     plan = plan_storm(seed, duration_s, num_faults)
@@ -43,7 +40,6 @@ def test_every_scaling_up_is_followed_by_one_down_before_the_next(seed, duration
         assert scalings == [(Kind.SCALE_UP, Kind.SCALE_DOWN)[i % 2] for i in range(len(scalings))]
 
 
-@settings(deadline=None)
 @given(seeds)
 def test_ten_minutes_hold_sixty_faults_of_every_kind_on_both_pools(seed):
     plan = plan_storm(seed, 600.0, 60)

@@ -295,4 +295,4 @@ class Pair(RuleBasedStateMachine):
 
 
 TestPair = Pair.TestCase
-TestPair.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestPair.settings = settings(max_examples=150, stateful_step_count=40)

@@ -219,7 +219,7 @@ def test_a_sequence_that_ends_at_the_border_is_not_computed_anew() -> None:
 
 
 @every_family
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(st.data())
 def test_a_resumed_request_goes_on_as_if_unbroken(family: str, data: st.DataObject) -> None:
     prompt = data.draw(st.sampled_from(PROMPTS))

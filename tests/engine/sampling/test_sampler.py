@@ -71,7 +71,7 @@ def test_greedy_and_drawn_rows_may_share_a_batch() -> None:
         assert draw(logits[i : i + 1], [rows[i]], [4 + i]) == [tokens[i]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), seed=st.integers(0, 1000), num_rows=st.integers(1, 8))
 def test_a_row_draws_the_same_token_in_any_batch_and_order(data: st.DataObject, seed: int, num_rows: int) -> None:
     logits = random_logits(num_rows, 600, seed)
@@ -154,7 +154,7 @@ def test_draws_within_bounds_keep_their_proportions() -> None:
     assert ((counts - expected) ** 2 / expected).sum() < _CHI_SQUARE_9
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 10_000),
     vocab_size=st.sampled_from([5, 50, 700]),
