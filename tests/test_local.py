@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from functools import partial
@@ -19,6 +18,7 @@ import pytest
 from app import local
 from app.local import LocalError, up
 from app.local_process import RunFolder, Server
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
 
@@ -184,21 +184,12 @@ def test_a_process_that_ignores_the_order_to_stop_is_ended_by_force():
 def test_children_that_outlive_the_server_are_found_and_stopped():
     with subprocess.Popen(["bash", "-c", "sleep 300 & read"], stdin=subprocess.PIPE, start_new_session=True) as leader:
         server = session(leader)
-        (orphan,) = wait_for_others(server)
+        (orphan,) = wait_until(lambda: [one for one in server.processes() if one.pid != server.pid])
         leader.kill()
         leader.wait()
         assert server.processes() == [orphan]
         server.stop(timeout_s=5)
         assert not is_alive(orphan)
-
-
-def wait_for_others(server: Server) -> list[psutil.Process]:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if others := [process for process in server.processes() if process.pid != server.pid]:
-            return others
-        time.sleep(0.02)
-    raise AssertionError("no child appeared")
 
 
 def test_a_stranger_that_got_the_servers_pid_is_not_touched(bystander):

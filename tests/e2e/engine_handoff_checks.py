@@ -18,6 +18,7 @@ from deployments.errors import TransferError
 from deployments.kv_transfer import direct
 from tests.e2e.handoff_engines import BLOCK_SIZE, NUM_GPUS, VOCAB_SIZE, WatchedEngine
 from tests.engine_pair import DrivenEngine, hand_over, random_prompt
+from tests.waiting import wait_until
 
 NUM_TOKENS = 24
 # One block and many, a last block that is full and one that is not.
@@ -70,11 +71,12 @@ def test_tokens_are_those_of_one_engine(engines, share_kv):
     check_tokens(source, target, "first")
     received = ray.get(target.actor.transfer_stats.remote())
     in_place = received.num_received if share_kv else 0
-    # What is sent counts behind its arrival; the test's own timeout bounds it.
-    while (sent := ray.get(source.actor.transfer_stats.remote())).num_sent < received.num_received - in_place:
-        time.sleep(0.05)
+    num_sent = received.num_received - in_place
+    # What is sent counts behind its arrival.
+    wait_until(lambda: ray.get(source.actor.transfer_stats.remote()).num_sent >= num_sent, 60)
+    sent = ray.get(source.actor.transfer_stats.remote())
     assert (sent.num_failed, received.num_failed) == (0, 0)
-    assert (received.num_read_in_place, sent.num_sent) == (in_place, received.num_received - in_place)
+    assert (received.num_read_in_place, sent.num_sent) == (in_place, num_sent)
     assert received.num_received == 2 * sum(-(-length // BLOCK_SIZE) for length in LENGTHS)
 
 

@@ -18,6 +18,7 @@ from tests.bench.chaos.load import Client, Ending, Record
 from tests.bench.chaos.probes import Call, Probe, build_probes
 from tests.e2e.conftest import MODEL_NAME, Service
 from tests.e2e.waiting import wait_idle
+from tests.waiting import wait_until
 
 NAME = "drain"
 # Long enough to be handed over, and to be decoded for longer than a removed decode replica has.
@@ -105,15 +106,11 @@ def test_pools_that_shrink_lose_no_request_and_no_token(scaled: Scaled) -> None:
     def shrink() -> None:
         begun.append(time.monotonic())
         scaled.scale(1)
-        while num_replicas("Decode") > 1:
-            assert time.monotonic() - begun[0] < DECODE_SHUTDOWN_S + SERVE_S
-            time.sleep(0.1)
+        wait_until(lambda: num_replicas("Decode") <= 1, DECODE_SHUTDOWN_S + SERVE_S)
 
     records = asyncio.run(ask(service, probes, shrink))
     assert {record.ending for record in records} == {Ending.WHOLE}, [record.error for record in records]
     assert {record.call.probe.number: record.token_ids for record in records} == expected
     assert num_resumed(service) > before, "the removed decode replica had more to do than its time allowed"
-    while num_replicas("Prefill") > 1:
-        assert time.monotonic() - begun[0] < PREFILL_SHUTDOWN_S
-        time.sleep(0.1)
+    wait_until(lambda: num_replicas("Prefill") <= 1, begun[0] + PREFILL_SHUTDOWN_S - time.monotonic())
     wait_idle(service, 30)

@@ -23,6 +23,7 @@ import pytest
 from app.local_process import RunFolder, Server
 from tests.e2e.conftest import MODEL_NAME, Service
 from tests.e2e.greedy import assert_same, complete
+from tests.waiting import wait_until
 
 PROMPT_NAMES = ("plain-1", "plain-33", "plain-300", "plain-511", "plain-1025", "chat-0", "chat-1", "chat-3")
 STOP_TIMEOUT_S = 240.0
@@ -140,23 +141,17 @@ def test_a_client_that_leaves_ends_the_work_for_it(
         for _ in range(6):
             next(lines)
         assert held(client, local) > 0
-    deadline = time.monotonic() + 60
-    while held(client, local) > 0:
-        assert time.monotonic() < deadline
+    until_free(client, local, 60)
     assert total(client, local, "generated_tokens_total") - before < 1000, "half of what was asked for"
 
 
-def until_free(client: httpx.Client, local: Service) -> None:
+def until_free(client: httpx.Client, local: Service, timeout_s: float = 15) -> None:
     """What nobody ended would be held for minutes yet."""
-    deadline = time.monotonic() + 15
-    while held(client, local) > 0:
-        assert time.monotonic() < deadline
+    wait_until(lambda: held(client, local) == 0, timeout_s)
 
 
 def until_held(client: httpx.Client, local: Service, sockets: Sequence[socket.socket]) -> None:
-    deadline = time.monotonic() + 60
-    while held(client, local) == 0:
-        assert time.monotonic() < deadline, f"nothing is held; the clients got {[received(one) for one in sockets]}"
+    wait_until(lambda: held(client, local), 60, lambda: f"the clients got {[received(one) for one in sockets]}")
 
 
 def received(one: socket.socket) -> bytes:

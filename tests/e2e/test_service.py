@@ -1,6 +1,5 @@
 """What a client can rely on beside the tokens: OpenAI's client, health, metrics, errors, and that leaving frees."""
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 
 from tests.e2e.conftest import MODEL_NAME, Service
 from tests.e2e.waiting import idle, wait_idle
+from tests.waiting import wait_until
 
 
 def openai_client(service: Service) -> openai.OpenAI:
@@ -112,10 +112,7 @@ def test_health_and_metrics_cover_both_pools(disaggregated: Service, client: htt
 def test_admission_learns_the_speed_of_prompts(service: Service, client: httpx.Client) -> None:
     body = {"model": MODEL_NAME, "prompt": list(range(4000, 4300)), "max_tokens": 2}
     assert client.post(f"{service.url}/v1/completions", json=body).status_code == 200
-    deadline = time.monotonic() + 10
-    while "kvrelay_prefill_speed{" not in client.get(f"{service.url}/metrics").text:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    wait_until(lambda: "kvrelay_prefill_speed{" in client.get(f"{service.url}/metrics").text)
 
 
 def test_a_request_too_long_is_refused_with_the_numbers(service: Service, client: httpx.Client) -> None:

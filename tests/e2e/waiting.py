@@ -1,8 +1,7 @@
 """Whether the engines of a running application have nothing left to do."""
 
-import time
-
 from tests.e2e.conftest import Service
+from tests.waiting import wait_until
 
 
 def idle(service: Service) -> bool:
@@ -14,7 +13,4 @@ def idle(service: Service) -> bool:
 
 
 def wait_idle(service: Service, timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not idle(service):
-        assert time.monotonic() < deadline, [service.stats(pool) for pool in service.pools]
-        time.sleep(0.02)
+    wait_until(lambda: idle(service), timeout_s, lambda: [service.stats(pool) for pool in service.pools])

@@ -1,13 +1,13 @@
 """Device memory of another process on the same GPU: read where it is, also while that process is killed."""
 
 import multiprocessing
-import time
 from multiprocessing.connection import Connection
 
 import pytest
 import torch
 
 from deployments.kv_transfer.local import Arena, Neighbours
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
@@ -50,10 +50,7 @@ def test_a_killed_process_leaves_its_reader_unharmed():
     process.join()
     torch.cuda.synchronize()
     assert torch.equal(pool[:, :, 3:19], expected)
-    deadline = time.monotonic() + 10
-    while len(neighbours):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not len(neighbours))
     del chunk
     torch.cuda.synchronize()
     assert float(torch.ones(10, device="cuda").sum()) == 10

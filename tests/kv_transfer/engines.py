@@ -16,6 +16,7 @@ from deployments.kv_transfer.group import GlooGroup
 from deployments.kv_transfer.layout import KVLayout
 from deployments.kv_transfer.local import Arena
 from deployments.messages import ChunkReady
+from tests.kv_transfer.threads import kv_threads
 
 # 64 KiB per block.
 LAYOUT = KVLayout("test-model", "float32", block_size=16, groups=(KVGroup((0, 1, 2, 3), 2, 64),))
@@ -32,6 +33,7 @@ class FakeEngine:
         self._layout = layout
         self._exported: list[weakref.ref[Tensor]] = []
         self._may_go = threading.Event()
+        self._is_about_to_move = threading.Event()
         self._is_moving = threading.Event()
 
     @exports_kv
@@ -70,7 +72,7 @@ class FakeEngine:
 
     @ray.method(concurrency_group="ctl")
     def threads(self) -> list[str]:
-        return [thread.name for thread in threading.enumerate() if thread.name.startswith("kv-")]
+        return [thread.name for thread in kv_threads()]
 
     @ray.method(concurrency_group="ctl")
     def pid(self) -> int:
@@ -82,9 +84,11 @@ class FakeEngine:
         original: Any = getattr(GlooGroup, f"start_{direction}")
 
         def slow(group: GlooGroup, tensor: Tensor) -> Any:
-            self._is_moving.set()
+            self._is_about_to_move.set()
             self._may_go.wait(seconds)
-            return original(group, tensor)
+            wait = original(group, tensor)
+            self._is_moving.set()
+            return wait
 
         setattr(GlooGroup, f"start_{direction}", slow)
 
@@ -93,6 +97,11 @@ class FakeEngine:
         self._may_go.set()
 
     @ray.method(concurrency_group="ctl")
-    def wait_until_moving(self) -> bool:
+    def wait_until_about_to_move(self) -> bool:
         """Wait until a chunk is about to be sent or received here, after `hold_back`."""
+        return self._is_about_to_move.wait(20)
+
+    @ray.method(concurrency_group="ctl")
+    def wait_until_moving(self) -> bool:
+        """Wait until one is not held back any more, and its bytes are being sent or received."""
         return self._is_moving.wait(20)

@@ -4,7 +4,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
-from time import monotonic, sleep
 
 import pytest
 import torch
@@ -17,6 +16,8 @@ from deployments.kv_transfer.channel import Channel
 from deployments.kv_transfer.group import Wait
 from deployments.kv_transfer.line import Line
 from deployments.kv_transfer.link import Link, LinkLostError, Peer, Steps, Watchdog
+from tests.kv_transfer.threads import kv_threads
+from tests.waiting import wait_until
 
 CONFIG = TransferConfig(probe_interval_s=0.01)
 # What never happens takes longer than this.
@@ -111,11 +112,11 @@ class Rig:
         return self.link.submit(job)
 
     def check_until_closed(self) -> None:
-        deadline = monotonic() + PATIENCE_S
-        while not self.link.is_closed:
-            assert monotonic() < deadline
+        def is_closed() -> bool:
             self.link.check()
-            sleep(0.01)
+            return self.link.is_closed
+
+        wait_until(is_closed, PATIENCE_S)
 
 
 @pytest.fixture
@@ -258,7 +259,6 @@ def test_threads_end_with_their_links():
         watchdog.watch(rig.link, 0.01)
     for rig in rigs:
         rig.link.close("end of the test")
-    for thread in threading.enumerate():
-        if thread.name in {"kv-watchdog", "kv-link-test"}:
-            thread.join(PATIENCE_S)
-            assert not thread.is_alive()
+    for thread in (*kv_threads("watchdog"), *kv_threads("link-test")):
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()

@@ -3,9 +3,7 @@
 import multiprocessing
 import os
 import random
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,6 +14,8 @@ from torch import Tensor
 
 from deployments.kv_transfer.local import Arena, Neighbours, Place
 from deployments.kv_transfer.shared_memory import HostAddress, HostMemory
+from tests.kv_transfer.threads import kv_threads
+from tests.waiting import wait_until
 
 PAGE = 4096
 
@@ -124,13 +124,6 @@ def num_mapped() -> int:
     return Path("/proc/self/maps").read_text().count("memfd:kvrelay")
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_another_process_is_read_where_it_is_until_it_ends(neighbour):
     process, pipe, place = neighbour
     neighbours = Neighbours()
@@ -145,10 +138,10 @@ def test_another_process_is_read_where_it_is_until_it_ends(neighbour):
     assert len(neighbours) == 1
     process.kill()
     process.join()
-    wait_for(lambda: len(neighbours) == 0)
+    wait_until(lambda: len(neighbours) == 0)
     assert (tensor == 8).all()  # views keep it
     assert neighbours.view(place, (10, 100), torch.float32) is None
-    wait_for(lambda: all(thread.name != "kv-neighbour" for thread in threading.enumerate()))
+    wait_until(lambda: not kv_threads("neighbour"))
     before = num_mapped()
     del tensor
     assert num_mapped() == before - 1
