@@ -14,16 +14,14 @@ import socket
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from app.local import down, up
 from app.local_process import RunFolder
 from load_tests.environment import describe
+from tests.bench.service import serving
 
 FOLDER = RunFolder(Path(".run/leaving"))
 MODEL = "smollm2-135m-instruct"
@@ -55,16 +53,6 @@ WAYS = (
     Way("amid the answer, streaming", 90, True, 2.0),
     Way("amid the answer", 90, False, 4.0),
 )
-
-
-@contextmanager
-def serving(port: int, arguments: list[str]) -> Iterator[None]:
-    """Bring the service up, and down again whatever happens."""
-    up(FOLDER, "app:graph", port, None, 600, arguments)
-    try:
-        yield
-    finally:
-        down(FOLDER)
 
 
 def held(port: int) -> float:
@@ -100,7 +88,7 @@ def main() -> int:
     parser.add_argument("arguments", nargs="*", metavar="key=value", help="arguments of the application")
     options = parser.parse_args()
     freed_s: dict[str, list[float]] = {way.name: [] for way in WAYS}
-    with serving(options.port, options.arguments):
+    with serving(FOLDER, options.port, options.arguments):
         for round_ in range(options.rounds):
             for way in WAYS:
                 freed_s[way.name].append(leave(options.port, way, 2000 + round_))

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from deployments.engine.config import EngineConfig
-from deployments.engine.engine import Engine
 from deployments.engine.model.load import optimize_layers, prepare_model
 from deployments.messages import SamplingParams
 from tests.engine.driving import Transcript, greedy, prefill_all, run
+from tests.gpu.driving import LENGTHS, NUM_TOKENS, TIE, build, prompt
 from tests.gpu.models import CONFIGS, loaded, plain
 
 pytestmark = pytest.mark.gpu
@@ -20,22 +19,7 @@ if not torch.cuda.is_available():
 
 from deployments.engine.layers.cuda import can_drop_rows  # noqa: E402  # Triton is there only where a GPU is
 
-NUM_TOKENS = 24
-LENGTHS = (1, 2, 40, 255, 256, 257, 700, 1500)
-# Two tokens whose logits are nearer than this are a tie: in bfloat16 logits of this size are multiples of 1/16, and
-# each may be rounded to another one.
-TIE = 0.13
-
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
-
-
-def build(family: str, **overrides: object) -> Engine:
-    settings = {"num_blocks": 64, "max_num_seqs": 20, "max_num_batched_tokens": 4096} | overrides
-    return Engine(loaded(family), EngineConfig.model_validate(settings))
-
-
-def prompt(length: int) -> tuple[int, ...]:
-    return tuple(torch.randint(0, 3000, (length,), generator=torch.Generator().manual_seed(length)).tolist())
 
 
 @torch.inference_mode()

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deployments.engine.config import EngineConfig
-from deployments.engine.engine import Engine
 from tests.engine.driving import greedy, run
+from tests.gpu.driving import LENGTHS, NUM_TOKENS, TIE, build, prompt
 from tests.gpu.models import EXPERTS, loaded, plain
 
 pytestmark = pytest.mark.gpu
@@ -24,11 +23,6 @@ if not torch.cuda.is_available():
 
 from deployments.engine.layers.cuda_experts import FusedExperts, FusedRouter  # noqa: E402
 
-NUM_TOKENS = 24
-LENGTHS = (1, 2, 40, 255, 256, 257, 700, 1500)
-# What a token may be behind the likeliest, as in test_engine.
-TIE = 0.13
-
 every_family = pytest.mark.parametrize("family", sorted(EXPERTS))
 
 
@@ -36,15 +30,6 @@ every_family = pytest.mark.parametrize("family", sorted(EXPERTS))
 def exact(family: str) -> PreTrainedModel:
     model: PreTrainedModel = copy.deepcopy(plain(family)).float()
     return model
-
-
-def build(family: str, **overrides: object) -> Engine:
-    settings = {"num_blocks": 64, "max_num_seqs": 40, "max_num_batched_tokens": 4096} | overrides
-    return Engine(loaded(family), EngineConfig.model_validate(settings))
-
-
-def prompt(length: int) -> tuple[int, ...]:
-    return tuple(torch.randint(0, 3000, (length,), generator=torch.Generator().manual_seed(length)).tolist())
 
 
 @torch.inference_mode()
@@ -91,7 +76,7 @@ def test_prompts_of_all_lengths_together(family: str, budget: int) -> None:
 def test_tokens_of_a_batch_repeat(family: str) -> None:
     found = []
     for _ in range(2):
-        engine = build(family)
+        engine = build(family, max_num_seqs=40)
         for length in range(20, 60):
             engine.add(greedy(f"r{length}", prompt(length), NUM_TOKENS))
         found.append(run(engine).tokens)

@@ -15,8 +15,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from typing import Any
 import numpy as np
 import psutil
 
-from app.local import down, up
 from app.local_process import RunFolder
 from load_tests.environment import describe
 from load_tests.measure import IDLE_REQUESTS, choose_slo, summarise_idle
@@ -33,6 +31,7 @@ from load_tests.scenario import Arrivals, Scenario, load_scenario
 from load_tests.schedule import build_idle_schedule, build_schedule
 from load_tests.stats import Slo, Summary, goodput
 from tests.bench.player import play, run
+from tests.bench.service import serving
 
 HERE = Path(__file__).parent
 FOLDER = RunFolder(Path(".run/overload"))
@@ -46,16 +45,6 @@ REFUSED = "HTTP 429"
 MIN_GOODPUT_RATIO = 0.9
 MAX_REFUSAL_S = 0.05
 MAX_OTHERS_CORES = 0.15
-
-
-@contextmanager
-def serving(port: int, arguments: list[str]) -> Iterator[None]:
-    """Bring the service up, and down again whatever happens."""
-    up(FOLDER, "app:graph", port, None, 600, arguments)
-    try:
-        yield
-    finally:
-        down(FOLDER)
 
 
 def find_slo(scenario: Scenario, port: int) -> Slo:
@@ -202,7 +191,7 @@ def main() -> int:
     factors = [float(factor) for factor in options.factors.split(",")]
     rows: list[dict[str, Any]] = []
     runs: list[Run] = []
-    with serving(options.port, [LETS_EVERYBODY_IN, *options.arguments]):
+    with serving(FOLDER, options.port, [LETS_EVERYBODY_IN, *options.arguments]):
         before, begun_s = CpuUse.read(), time.monotonic()
         slo, capacity = find_slo(scenario, options.port), find_capacity(scenario, options.port)
         others = CpuUse.read().cores_since(before, time.monotonic() - begun_s)["others"]
@@ -215,7 +204,7 @@ def main() -> int:
     about = describe(
         slo=asdict(slo), capacity_per_s=capacity, capacity_others_cores=others, arguments=options.arguments
     )
-    with serving(options.port, [f"ingress.max_ttft_s={ttft_s:.2f}", *options.arguments]):
+    with serving(FOLDER, options.port, [f"ingress.max_ttft_s={ttft_s:.2f}", *options.arguments]):
         for round_ in range(options.rounds):
             # Back and forth, so that what the machine does meanwhile falls on no load alone.
             for factor in factors[:: -1 if round_ % 2 else 1]:

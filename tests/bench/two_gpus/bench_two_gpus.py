@@ -24,7 +24,6 @@ from typing import Any
 import psutil
 import torch
 
-from app.local import down, up
 from app.local_process import RunFolder
 from load_tests.measure import IDLE_REQUESTS, Idle, choose_slo, summarise_idle
 from load_tests.samples import Run, write_runs
@@ -33,6 +32,7 @@ from load_tests.schedule import build_idle_schedule
 from load_tests.stats import Slo, attainment, class_stats, goodput, goodput_ratio, itl_ratio
 from tests.bench.interference.pinned import engines
 from tests.bench.player import play, run
+from tests.bench.service import serving
 from tests.bench.two_gpus.model import config_of, write_model
 from tests.engine_pair import random_prompt
 
@@ -111,13 +111,9 @@ def _cpu_s(pid: int) -> float:
 
 
 @contextmanager
-def serving(turn: Turn, folder: Path, common: list[str], steps: int) -> Iterator[Service]:
-    """Bring the service up, and down again whatever happens."""
-    up(FOLDER, "app:graph", PORT, None, 600, [f"model={folder}", *common, *turn.arguments(steps)])
-    try:
+def serving_turn(turn: Turn, folder: Path, common: list[str], steps: int) -> Iterator[Service]:
+    with serving(FOLDER, PORT, [f"model={folder}", *common, *turn.arguments(steps)]):
         yield Service(folder.name)
-    finally:
-        down(FOLDER)
 
 
 def probe(service: Service, vocab_size: int) -> list[list[int]]:
@@ -270,7 +266,7 @@ def main() -> int:
         turn = Turn(name.strip())
         begun = time.monotonic()
         arguments = [one for one in common if turn.is_split or not one.startswith("prefill.")]
-        with serving(turn, folder.resolve(), arguments, options.steps) as service:
+        with serving_turn(turn, folder.resolve(), arguments, options.steps) as service:
             result["started_s"][turn.name] = time.monotonic() - begun
             tokens[turn.name] = probe(service, vocab_size)
             idle[turn.name] = measure_idle(scenario, service)

@@ -1,0 +1,17 @@
+"""The service that a benchmark measures, for as long as it does."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from app.local import down, up
+from app.local_process import RunFolder
+
+
+@contextmanager
+def serving(folder: RunFolder, port: int, arguments: list[str]) -> Iterator[None]:
+    """Bring the service up, and down again whatever happens."""
+    up(folder, "app:graph", port, None, 600, arguments)
+    try:
+        yield
+    finally:
+        down(folder)
