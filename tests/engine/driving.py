@@ -101,3 +101,19 @@ def prefill_all(engine: Engine, request: GenerateRequest, first_block: int = 0) 
                 taken.append((event, tensor))
         engine.check_integrity()
     return taken
+
+
+def hand_over(
+    prefill: Engine, decode: Engine, prompts: Iterable[tuple[int, ...]], num_tokens: int
+) -> list[tuple[int, ...]]:
+    """Compute prompts in one engine and go on in the other, greedily; the tokens of each prompt."""
+    transcript, requests = Transcript(), [greedy(f"r{i}", prompt, num_tokens) for i, prompt in enumerate(prompts)]
+    for request in requests:
+        decode.add(request, remote_threshold=0)
+        while decode.stats().num_reserved == 0:  # not in a step in which another sequence outgrows its KV
+            transcript.note(decode.step())
+        for chunk, tensor in prefill_all(prefill, request):
+            transcript.note(decode.import_chunk(chunk, tensor))
+            decode.check_integrity()
+    run(decode, transcript)
+    return [tuple(transcript.tokens[request.request_id]) for request in requests]

@@ -13,6 +13,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
+from tests.engine.length_dependent import LENGTH_DEPENDENT
 
 CPU = torch.device("cpu")
 VOCAB_SIZE = 512
@@ -32,28 +33,33 @@ SIZES: dict[str, object] = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
-_WITHOUT_HEAD_DIM = {key: value for key, value in SIZES.items() if key != "head_dim"}
+# Classes that know no size of a head but that of their share of the hidden size.
+_WITHOUT_HEAD_DIM = frozenset(
+    ("GraniteConfig", "Olmo2Config", "Phi3Config", "PhimoeConfig", "Qwen2Config", "Qwen2MoeConfig", "SmolLM3Config")
+)
+# Softcaps and sinks are dropped by torch's fused attention: the reference must be the explicit one.
+_EXPLICIT = frozenset(("Gemma2Config", "GptOssConfig"))
 _EXPERTS: dict[str, object] = {"num_experts_per_tok": 2}
 
+# A class of configurations, and what differs from `SIZES`.
 _CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
-    "llama": ("LlamaConfig", SIZES),
-    "qwen2": ("Qwen2Config", _WITHOUT_HEAD_DIM),
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
     "qwen2_windowed_layers": (
         "Qwen2Config",
-        _WITHOUT_HEAD_DIM | {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     ),
-    "qwen3": ("Qwen3Config", SIZES),
-    "mistral": ("MistralConfig", SIZES | {"sliding_window": None}),
-    "mistral_windowed": ("MistralConfig", SIZES | {"sliding_window": WINDOW}),
-    "phi3": ("Phi3Config", _WITHOUT_HEAD_DIM | {"sliding_window": None}),
-    "olmo2": ("Olmo2Config", _WITHOUT_HEAD_DIM),
-    "granite": ("GraniteConfig", _WITHOUT_HEAD_DIM),
-    "smollm3": ("SmolLM3Config", _WITHOUT_HEAD_DIM | {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}),
+    "qwen3": ("Qwen3Config", {}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "mistral_windowed": ("MistralConfig", {"sliding_window": WINDOW}),
+    "phi3": ("Phi3Config", {"sliding_window": None}),
+    "olmo2": ("Olmo2Config", {}),
+    "granite": ("GraniteConfig", {}),
+    "smollm3": ("SmolLM3Config", {"num_hidden_layers": 3, "no_rope_layers": [1, 0, 1]}),
     "gemma2": (
         "Gemma2Config",
         # Caps low enough that they matter for the scores of random weights.
-        SIZES
-        | {
+        {
             "num_hidden_layers": 3,
             "sliding_window": WINDOW,
             "attn_logit_softcapping": 2.0,
@@ -63,31 +69,21 @@ _CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "gemma3": (
         "Gemma3TextConfig",  # rotates by another base where it has no window
-        SIZES
-        | {"num_hidden_layers": 3, "sliding_window": WINDOW, "query_pre_attn_scalar": 16}
+        {"num_hidden_layers": 3, "sliding_window": WINDOW, "query_pre_attn_scalar": 16}
         | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
-    "gpt_oss": (
-        "GptOssConfig",
-        SIZES | _EXPERTS | {"num_local_experts": 4, "sliding_window": WINDOW, "pad_token_id": 0},
-    ),
-    "glm4": ("Glm4Config", SIZES),
-    "hunyuan": ("HunYuanDenseV1Config", SIZES),  # normalises queries and keys that are rotated
-    "mixtral": ("MixtralConfig", SIZES | _EXPERTS | {"num_local_experts": 4, "sliding_window": None}),
-    "qwen3_moe": (
-        "Qwen3MoeConfig",
-        SIZES | _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 48, "norm_topk_prob": True},
-    ),
+    "gpt_oss": ("GptOssConfig", _EXPERTS | {"num_local_experts": 4, "sliding_window": WINDOW}),
+    "glm4": ("Glm4Config", {}),
+    "hunyuan": ("HunYuanDenseV1Config", {}),  # normalises queries and keys that are rotated
+    "mixtral": ("MixtralConfig", _EXPERTS | {"num_local_experts": 4, "sliding_window": None}),
+    "qwen3_moe": ("Qwen3MoeConfig", _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 48, "norm_topk_prob": True}),
     "qwen2_moe": (
         "Qwen2MoeConfig",  # a shared expert behind a gate of its own
-        _WITHOUT_HEAD_DIM
-        | _EXPERTS
-        | {"num_experts": 4, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 96},
+        _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 96},
     ),
     "glm4_moe": (
         "Glm4MoeConfig",  # chooses by sigmoids within groups; its first layer has no experts
-        SIZES
-        | _EXPERTS
+        _EXPERTS
         | {
             "n_routed_experts": 4,
             "moe_intermediate_size": 48,
@@ -100,19 +96,32 @@ _CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
 FAMILIES = tuple(_CONFIGS)
 
 
-def build_config(family: str) -> PretrainedConfig:
-    name, sizes = _CONFIGS[family]
-    config: PretrainedConfig = getattr(transformers, name)(**copy.deepcopy(sizes))
+def small_config(name: str, **changes: object) -> PretrainedConfig:
+    """A configuration of transformers' class of that name: `SIZES`, but for the changes."""
+    sizes = SIZES
+    if name in _WITHOUT_HEAD_DIM:
+        sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
+    config: PretrainedConfig = getattr(transformers, name)(**copy.deepcopy(sizes | changes))
     return config
+
+
+def small_model(name: str, attention: str | None = None, **changes: object) -> PreTrainedModel:
+    """A model with random weights of such a configuration."""
+    if attention is None:
+        attention = "eager" if name in _EXPLICIT else "sdpa"
+    return randomize(AutoModelForCausalLM.from_config(small_config(name, **changes), attn_implementation=attention))
+
+
+def build_config(family: str) -> PretrainedConfig:
+    name, changes = _CONFIGS[family]
+    return small_config(name, **changes)
 
 
 @cache
 def build_model(family: str) -> PreTrainedModel:
     """A model with transformers' own attention; shared, so copy it before changing it."""
-    # Softcaps and sinks are dropped by torch's fused attention: the reference must be the explicit one.
-    attention = "eager" if family in ("gemma2", "gpt_oss") else "sdpa"
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(build_config(family), attn_implementation=attention)
-    return randomize(model)
+    name, changes = (_CONFIGS | LENGTH_DEPENDENT)[family]
+    return small_model(name, **changes)  # type: ignore[arg-type]  # no change is called `attention`
 
 
 def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:

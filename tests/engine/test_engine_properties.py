@@ -3,13 +3,13 @@
 import time
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deployments.engine.engine import Engine
 from deployments.engine.handoff.states import Clock
@@ -17,7 +17,7 @@ from deployments.engine.model.load import LoadedModel, prepare_model
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.messages import ChunkReady, Ended, EngineEvent, GenerateRequest, Placed, SamplingParams, TokenOutput
 from tests.engine.driving import FakeClock, Transcript, build_engine, generate, greedy, prefill_all, run
-from tests.engine.families import CPU, randomize
+from tests.engine.families import CPU, small_model
 
 LEASE_S = 15.0  # as by default
 BLOCK_SIZE, MAX_PROMPT, MAX_TOKENS, VOCAB_SIZE = 4, 30, 10, 64
@@ -27,17 +27,14 @@ POOL_BLOCKS = 14  # one request may need 10: two long ones must fight for blocks
 @cache
 def tiny() -> LoadedModel:
     """One layer, so that a step takes about a millisecond."""
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        eos_token_id=None,
-    )
-    return prepare_model(randomize(AutoModelForCausalLM.from_config(config)), "", CPU)
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "max_position_embeddings": 64,
+    }
+    heads: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    return prepare_model(small_model("LlamaConfig", **sizes, **heads), "", CPU)
 
 
 def build_small(*, is_pipelined: bool = False, clock: Clock = time.monotonic, **overrides: object) -> Engine:

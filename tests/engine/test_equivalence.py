@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deployments.engine.engine import Engine
 from deployments.messages import Placed
-from tests.engine.driving import BLOCK_SIZE, Transcript, build_engine, generate, greedy, prefill_all, run
+from tests.engine.driving import BLOCK_SIZE, Transcript, build_engine, generate, greedy, hand_over, prefill_all, run
 from tests.engine.families import FAMILIES, load, random_prompt, reference
 
 NUM_TOKENS = 12
@@ -79,16 +79,7 @@ def test_a_shared_prefix_continues_into_different_prompts(family: str) -> None:
 @every_family
 def test_a_prompt_handed_over_continues_as_if_computed_here(family: str) -> None:
     prefill, decode = build_engine(load(family), max_num_batched_tokens=16), build_engine(load(family))
-    transcript = Transcript()
-    for i, prompt in enumerate(PROMPTS):
-        request = greedy(f"r{i}", prompt, NUM_TOKENS)
-        decode.add(request, remote_threshold=0)
-        transcript.note(decode.step())
-        for chunk, tensor in prefill_all(prefill, request):
-            transcript.note(decode.import_chunk(chunk, tensor))
-            decode.check_integrity()
-    run(decode, transcript)
-    assert [tuple(transcript.tokens[f"r{i}"]) for i in range(len(PROMPTS))] == expected(family)
+    assert hand_over(prefill, decode, PROMPTS, NUM_TOKENS) == expected(family)
     assert decode.stats().prompt_tokens == 0, "the decode engine computed a prompt"
     assert decode.num_free_blocks == decode.limits.num_blocks
     assert prefill.num_free_blocks == prefill.limits.num_blocks

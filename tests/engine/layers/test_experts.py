@@ -7,16 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    Glm4MoeConfig,
-    GptOssConfig,
-    MixtralConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2MoeConfig,
-    Qwen3MoeConfig,
-)
+from transformers import PreTrainedModel
 
 from tests.engine.interpreted import DEVICE  # before the kernels
 
@@ -25,7 +16,7 @@ from deployments.engine.kernels.cuda_experts import Gate, Tile, combine, down, g
 from deployments.engine.kernels.cuda_few_experts import down_of_few, gate_up_of_few  # isort: skip
 from deployments.engine.kernels.cuda_routing import Routing, plan_blocks, route, router_logits  # isort: skip
 
-from tests.engine.families import randomize
+from tests.engine.families import small_model
 
 TILE = Tile(columns=16, depth=16, num_stages=2, num_warps=4)
 EVERY_TILE = (TILE, Tile(columns=32, depth=32, num_stages=2, num_warps=4, weight_first=False))
@@ -192,32 +183,26 @@ SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 24,
     "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "num_experts_per_tok": 2,
-    "pad_token_id": 0,
 }
 INNER: dict[str, Any] = {"moe_intermediate_size": 16}
-FAMILIES: dict[str, PretrainedConfig] = {
-    "mixtral": MixtralConfig(**SIZES, num_local_experts=4),
-    "qwen3_moe": Qwen3MoeConfig(**SIZES, **INNER, num_experts=6, norm_topk_prob=True),
-    "qwen2_moe": Qwen2MoeConfig(**SIZES, **INNER, num_experts=5, shared_expert_intermediate_size=24),
-    "glm4_moe": Glm4MoeConfig(
-        **SIZES,
-        **INNER,
-        n_routed_experts=8,
-        n_group=4,
-        topk_group=2,
-        first_k_dense_replace=0,
-        routed_scaling_factor=1.5,
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
+    "qwen3_moe": ("Qwen3MoeConfig", INNER | {"num_experts": 6, "norm_topk_prob": True}),
+    "qwen2_moe": ("Qwen2MoeConfig", INNER | {"num_experts": 5, "shared_expert_intermediate_size": 24}),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        INNER
+        | {"n_routed_experts": 8, "n_group": 4, "topk_group": 2}
+        | {"first_k_dense_replace": 0, "routed_scaling_factor": 1.5},
     ),
-    "gpt_oss": GptOssConfig(**SIZES, num_local_experts=3),
+    "gpt_oss": ("GptOssConfig", {"num_local_experts": 3}),
 }
 
 
 def build(family: str) -> PreTrainedModel:
-    model = randomize(AutoModelForCausalLM.from_config(FAMILIES[family], attn_implementation="eager"))
-    return model.half().to(DEVICE)  # type: ignore[no-any-return]
+    name, changes = FAMILIES[family]
+    return small_model(name, "eager", **SIZES, **changes).half().to(DEVICE)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

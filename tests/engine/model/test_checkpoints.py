@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.model.config import read_config
 from deployments.engine.model.load import LoadedModel, load_model
 from deployments.errors import UnsupportedModelError
 from tests.engine.driving import build_engine, generate, greedy
-from tests.engine.families import SIZES, build_model, continue_greedily, random_prompt, randomize
+from tests.engine.families import build_model, continue_greedily, random_prompt, small_model
 
 PROMPT = random_prompt(20, seed=4)
 
@@ -72,9 +72,7 @@ def test_a_single_weight_that_is_missing_is_named(folder: Path, name: str) -> No
 
 
 def test_an_output_layer_that_is_the_embedding_may_be_missing(tmp_path: Path) -> None:
-    sizes: dict[str, Any] = copy.deepcopy(SIZES | {"tie_word_embeddings": True})
-    config = LlamaConfig(**sizes)
-    model: PreTrainedModel = randomize(AutoModelForCausalLM.from_config(config))
+    model = small_model("LlamaConfig", tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     assert tokens_of(tmp_path) == continue_greedily(model, PROMPT, 6)

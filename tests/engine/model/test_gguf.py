@@ -1,13 +1,11 @@
 """GGUF files of all kinds become the models that they were written from, or are refused by the name of the fault."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from gguf import GGMLQuantizationType
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -16,10 +14,9 @@ from deployments.engine.model.load import load_model
 from deployments.engine.model.resolve import resolve_model
 from deployments.errors import UnsupportedModelError
 from tests.engine.driving import build_engine, generate, greedy
-from tests.engine.families import SIZES, continue_greedily, random_prompt, randomize
+from tests.engine.families import continue_greedily, random_prompt, small_model
 from tests.engine.gguf_files import BF16, EOS, EOT, F16, F32, IM_END, Q8_0, rounded, write_gguf
 
-_WITHOUT_HEAD_DIM = {key: value for key, value in SIZES.items() if key != "head_dim"}
 PROMPT = random_prompt(60, seed=3)
 
 
@@ -30,11 +27,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "files"
 
 
-def build(name: str = "LlamaConfig", **settings: object) -> PreTrainedModel:
-    sizes = _WITHOUT_HEAD_DIM if name in ("Qwen2Config", "Phi3Config") else SIZES
-    config = getattr(transformers, name)(**copy.deepcopy(sizes | settings))
-    attention = "eager" if name == "Gemma2Config" else "sdpa"  # torch's own drops softcaps
-    return randomize(AutoModelForCausalLM.from_config(config, attn_implementation=attention))
+def build(name: str = "LlamaConfig", **changes: Any) -> PreTrainedModel:
+    return small_model(name, **changes)
 
 
 def assert_same(file: Path, source: PreTrainedModel) -> None:

@@ -17,17 +17,9 @@ from deployments.errors import InvalidRequestError, RequestTooLargeError, Unsupp
 from deployments.kv_groups import KVGroup
 from deployments.messages import GenerateRequest, SamplingParams
 from tests.engine.driving import build_engine, greedy, run
-from tests.engine.families import CPU, build_config, load, random_prompt
+from tests.engine.families import CPU, SIZES, build_config, load, random_prompt
 
-_SMALL = {
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-}
+_SMALL = {key: value for key, value in SIZES.items() if key != "head_dim"}  # some cannot take one
 
 
 def build(name: str, **settings: object) -> PreTrainedModel:

@@ -11,107 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deployments.engine.engine import Engine
-from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
 from deployments.engine.model.rope import max_model_len
-from tests.engine.driving import BLOCK_SIZE, Transcript, build_engine, generate, greedy, prefill_all, run
-from tests.engine.families import CPU, SIZES, random_prompt, randomize
+from tests.engine.driving import BLOCK_SIZE, build_engine, generate, greedy, hand_over
+from tests.engine.families import build_model, load, random_prompt, small_config
+from tests.engine.length_dependent import BORDER, LENGTH_DEPENDENT
 
-BORDER = 32
 NUM_TOKENS = 12
 # Within, up to the border, across it while decoding, from one beyond it, and far beyond.
 LENGTHS = (5, 21, 31, 32, 33, 70)
 PROMPTS = tuple(random_prompt(length, seed=length) for length in LENGTHS)
 
-_HALF = 8  # of a head
-_LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10_000.0,
-    "short_factor": [1.0 + 0.1 * i for i in range(_HALF)],
-    "long_factor": [2.0 + i for i in range(_HALF)],
-}
-_SHORT = {key: value for key, value in SIZES.items() if key not in ("head_dim", "max_position_embeddings")}
-_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "phi3_longrope": (
-        "Phi3Config",
-        {
-            "max_position_embeddings": 256,
-            "original_max_position_embeddings": BORDER,
-            "sliding_window": None,
-            "rope_parameters": _LONGROPE,
-        },
-    ),
-    "phi4_mini_longrope": (  # a part of each head is rotated
-        "Phi3Config",
-        {
-            "max_position_embeddings": 256,
-            "original_max_position_embeddings": BORDER,
-            "sliding_window": None,
-            "rope_parameters": _LONGROPE
-            | {
-                "partial_rotary_factor": 0.5,
-                "short_factor": _LONGROPE["short_factor"][: _HALF // 2],  # type: ignore[index]
-                "long_factor": _LONGROPE["long_factor"][: _HALF // 2],  # type: ignore[index]
-            },
-        },
-    ),
-    "llama_longrope": (
-        "LlamaConfig",
-        {
-            "max_position_embeddings": 256,
-            "rope_parameters": _LONGROPE | {"original_max_position_embeddings": BORDER, "factor": 8.0},
-        },
-    ),
-    "phimoe_longrope": (  # its embedding scales by the length as well
-        "PhimoeConfig",
-        {
-            "max_position_embeddings": 256,
-            "sliding_window": None,
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "rope_parameters": _LONGROPE
-            | {"original_max_position_embeddings": BORDER, "short_mscale": 1.1, "long_mscale": 1.4},
-        },
-    ),
-    "llama_dynamic": (
-        "LlamaConfig",
-        {
-            "max_position_embeddings": BORDER,
-            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 8.0},
-        },
-    ),
-}
-_YARN = {
-    "max_position_embeddings": BORDER,
-    "rope_parameters": {
-        "rope_type": "yarn",
-        "rope_theta": 10_000.0,
-        "factor": 8.0,
-        "original_max_position_embeddings": BORDER,
-    },
-}
-FAMILIES = tuple(_CONFIGS)
+FAMILIES = tuple(family for family in LENGTH_DEPENDENT if family != "llama_yarn")
 every_family = pytest.mark.parametrize("family", FAMILIES)
-
-
-@cache
-def build_model(family: str) -> PreTrainedModel:
-    name, differing = (_CONFIGS | {"llama_yarn": ("LlamaConfig", _YARN)})[family]
-    config = getattr(transformers, name)(**copy.deepcopy(_SHORT | differing))
-    return randomize(AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
-
-
-@cache
-def load(family: str, *, optimized: bool = False) -> LoadedModel:
-    loaded = prepare_model(copy.deepcopy(build_model(family)), "", CPU)
-    if optimized:
-        optimize_layers(loaded.model)
-    return loaded
 
 
 @cache
@@ -189,17 +104,7 @@ def test_a_cached_prefix_is_used_by_sequences_that_rotate_alike_and_by_no_others
 @every_family
 def test_a_prompt_handed_over_continues_as_if_computed_here(family: str) -> None:
     prefill, decode = build_engine(load(family), max_num_batched_tokens=16), build_engine(load(family))
-    transcript = Transcript()
-    for i, prompt in enumerate(PROMPTS):
-        request = greedy(f"r{i}", prompt, NUM_TOKENS)
-        decode.add(request, remote_threshold=0)
-        while decode.stats().num_reserved == 0:  # not in a step in which another sequence outgrows its KV
-            transcript.note(decode.step())
-        for chunk, tensor in prefill_all(prefill, request):
-            transcript.note(decode.import_chunk(chunk, tensor))
-            decode.check_integrity()
-    run(decode, transcript)
-    assert [tuple(transcript.tokens[f"r{i}"]) for i in range(len(PROMPTS))] == expected(family)
+    assert hand_over(prefill, decode, PROMPTS, NUM_TOKENS) == expected(family)
     assert decode.num_free_blocks == decode.limits.num_blocks
 
 
@@ -255,5 +160,4 @@ def test_the_full_length_is_served(family: str) -> None:
     ],
 )
 def test_the_length_is_what_the_embedding_stretches_to(rope: dict[str, Any], longest: int) -> None:
-    sizes: dict[str, Any] = SIZES | {"max_position_embeddings": 1024}
-    assert max_model_len(transformers.LlamaConfig(**sizes, rope_parameters=rope)) == longest
+    assert max_model_len(small_config("LlamaConfig", rope_parameters=rope)) == longest
