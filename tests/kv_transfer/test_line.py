@@ -26,23 +26,38 @@ def pair() -> Iterator[tuple[Line, Line]]:
         end.close()
 
 
-def test_messages_arrive_one_by_one_however_the_bytes_do(pair):
-    near, far = pair
-    near.say("first")
-    near.say("second")
-    near._connection.sendall(b"thi")
+@pytest.fixture
+def raw() -> Iterator[tuple[socket.socket, Line]]:
+    """A line, and the bare connection at its other end."""
+    near, far = socket.socketpair()
+    with near:
+        line = Line(far)
+        yield near, line
+        line.close()
+
+
+def test_messages_arrive_one_by_one_however_the_bytes_do(raw):
+    near, far = raw
+    near.sendall(b"first\nsecond\nthi")
     assert [far.hear(5), far.hear(5)] == ["first", "second"]
-    near._connection.sendall(b"rd\n")
+    near.sendall(b"rd\n")
     assert far.hear(5) == "third"
 
 
-def test_silence_is_bounded_and_the_line_goes_on(pair):
-    near, far = pair
-    near._connection.sendall(b"la")
+def test_silence_is_bounded_and_the_line_goes_on(raw):
+    near, far = raw
+    near.sendall(b"la")
     with pytest.raises(TimeoutError, match=r"after 0\.01 s"):
         far.hear(0.01)
-    near.say("te")
+    near.sendall(b"te\n")
     assert far.hear(5) == "late"
+
+
+def test_what_one_end_says_the_other_hears(pair):
+    near, far = pair
+    near.say("first")
+    near.say("second")
+    assert [far.hear(5), far.hear(5)] == ["first", "second"]
 
 
 @pytest.mark.parametrize("closes", [0, 1])
