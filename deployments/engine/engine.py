@@ -35,10 +35,11 @@ from deployments.engine.scheduling.checks import check_request
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import Scheduler
 from deployments.engine.scheduling.sequence import Role, Sequence, Status
-from deployments.engine.stats import EngineStats, StepTimer
+from deployments.engine.stats import EngineStats, StepTimer, TokenTimer
 from deployments.errors import InvalidRequestError
 from deployments.messages import (
     ChunkReady,
+    DrawnToken,
     Draws,
     Ended,
     EngineEvent,
@@ -48,6 +49,9 @@ from deployments.messages import (
 )
 
 logger = logging.getLogger(__name__)
+
+# Asked of each sequence in every step; see `sequence.py`.
+_EXPORT, _RUNNING, _FINISHED = Role.EXPORT, Status.RUNNING, Status.FINISHED
 
 
 class Engine:
@@ -97,6 +101,7 @@ class Engine:
             max_num_batched_tokens=self.limits.max_num_batched_tokens,
         )
         self._step_timer = StepTimer(self._stats)
+        self._token_timer = TokenTimer(self._stats)
 
     @property
     def has_work(self) -> bool:
@@ -192,7 +197,10 @@ class Engine:
         self._scheduler.activate(sequence)
         draws = sequence.receive(sequence.num_prompt_tokens, (first_token,))
         self._blocks.publish(sequence)
-        return [self._tell(sequence, 0, draws)]
+        now_s = time.monotonic()
+        output = self._tell(sequence, sequence.num_prompt_tokens, draws, now_s)
+        self._token_timer.end(now_s)
+        return [output]
 
     def fence(self) -> torch.cuda.Event | None:
         """When the device has done all that it was asked for up to now; None: it has."""
@@ -249,8 +257,7 @@ class Engine:
         if self._is_pipelined:
             ending, self._in_flight = self._in_flight, ending
         if ending is not None:
-            for item, draws in ending.collect():
-                events += self._conclude(item, draws)
+            events += self._conclude(ending)
         events += self._export()
         if ending is not None:
             # Prompts are last in a batch, if there are any.
@@ -296,34 +303,45 @@ class Engine:
             item.sequence.begin(item)
         return launched
 
-    def _conclude(self, item: ScheduledSequence, draws: Draws) -> list[EngineEvent]:
-        """A run has ended, and drew this."""
-        sequence = item.sequence
-        if sequence.status is Status.FINISHED:
-            return []  # aborted, or ended by the token before, while this one was in flight
-        draws = sequence.conclude(item, draws)
-        if sequence.status is Status.RUNNING:  # and not preempted since
-            self._blocks.publish(sequence)
-            if item.drafts:
-                self._blocks.trim(sequence)
-        if not draws:
-            return []
-        self._stats.generated_tokens += len(draws)
-        if sequence.role is Role.EXPORT:
-            if self._outbox.first_token(sequence.request_id) is not None:
-                return []  # computed again after a preemption: the token is out already
-            self._outbox.set_first_token(sequence.request_id, draws[0])
-        return [self._tell(sequence, item.first_draw - sequence.num_prompt_tokens, draws)]
+    def _conclude(self, ending: LaunchedStep) -> list[TokenOutput]:
+        """Wait for a step: what it computed counts, and what it drew is told."""
+        collected, outputs, now_s = ending.collect(), [], time.monotonic()
+        for run, draws in collected:
+            sequence = run.sequence
+            if sequence.status is _FINISHED:
+                continue  # aborted, or ended by the token before, while this one was in flight
+            draws = sequence.conclude(run, draws)
+            if sequence.status is _RUNNING:  # and not preempted since
+                self._blocks.publish(sequence)
+                if run.drafts:
+                    self._blocks.trim(sequence)
+            if draws:
+                self._stats.generated_tokens += len(draws)
+                if sequence.role is not _EXPORT or self._keep_first_token(sequence, draws[0]):
+                    outputs.append(self._tell(sequence, run.first_draw, draws, now_s))
+        self._token_timer.end(now_s)
+        return outputs
 
-    def _tell(self, sequence: Sequence, index: int, draws: Draws) -> TokenOutput:
-        """Tell of new tokens, the first of them in this place among those that are drawn here."""
-        now_s = time.monotonic()
-        self._stats.note_tokens(len(draws), sequence.arrival_s, sequence.note_told(now_s), now_s)
+    def _keep_first_token(self, sequence: Sequence, token: DrawnToken) -> bool:
+        """For the last chunk of a hand-off; False: it was drawn before a preemption, and is out already."""
+        is_new = self._outbox.first_token(sequence.request_id) is None
+        if is_new:
+            self._outbox.set_first_token(sequence.request_id, token)
+        return is_new
+
+    def _tell(self, sequence: Sequence, place: int, draws: Draws, now_s: float) -> TokenOutput:
+        """Tell of new tokens, the first of them in this place in the sequence."""
+        request, num_tokens = sequence.request, len(draws)
+        self._token_timer.note(num_tokens, sequence.arrival_s, sequence.note_told(now_s), now_s)
         if sequence.finish_reason is not None:
-            self.abort(sequence.request_id)  # of a prefill engine too: nobody decodes it, so nobody wants its KV
-        token_ids = tuple([token.token_id for token in draws])
-        place = len(sequence.request.generated_token_ids) + index
-        return TokenOutput(sequence.request_id, place, token_ids, sequence.finish_reason, sequence.num_cached_tokens)
+            self.abort(request.request_id)  # of a prefill engine too: nobody decodes it, so nobody wants its KV
+        return TokenOutput(
+            sequence.request_id,
+            place - len(request.prompt_token_ids),
+            (draws[0].token_id,) if num_tokens == 1 else tuple([token.token_id for token in draws]),
+            sequence.finish_reason,
+            sequence.num_cached_tokens,
+        )
 
     def _export(self) -> list[EngineEvent]:
         """Copy out what can be; a sequence that is all out needs its blocks no longer."""

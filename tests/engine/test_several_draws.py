@@ -74,7 +74,7 @@ def test_drafts_that_are_right_come_out_together_with_the_token_behind_them(is_p
     next_token = len(sequence.token_ids)
     output = try_drafts(engine, next_token, next_token + 1)
     assert output.token_ids == (next_token, next_token + 1, next_token + 2)
-    assert sequence.token_ids[-3:] == list(output.token_ids)
+    assert tuple(sequence.token_ids[-3:]) == output.token_ids
     assert sequence.num_computed_tokens == len(sequence.token_ids) - 1
     assert engine.stats().generated_tokens == sequence.num_generated_tokens
     assert sum(engine.stats().itl_s.counts) == sequence.num_generated_tokens - 1
@@ -150,7 +150,7 @@ def test_a_request_that_loses_its_blocks_while_drafts_are_in_flight_keeps_what_t
     assert len(sequence.conclude(item, draws)) == 2
     assert sequence.num_computed_tokens == 0
     transcript = Transcript()
-    transcript.tokens["r"] = sequence.token_ids[len(PROMPT) :]
+    transcript.tokens["r"] = sequence.token_ids[len(PROMPT) :].tolist()
     run(engine, transcript)
     assert transcript.tokens["r"] == list(range(len(PROMPT), len(PROMPT) + NUM_TOKENS))
 

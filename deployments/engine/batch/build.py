@@ -1,24 +1,25 @@
 """From scheduled sequences to the plain arrays of one step."""
 
 from collections.abc import Mapping
-from itertools import chain
+from itertools import accumulate
 
 import numpy as np
 
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.kv.slots import slots
 from deployments.engine.scheduling.run import ScheduledSequence
+from deployments.engine.scheduling.sequence import block_array, token_array
+
+_PENDING = -1  # a step in flight draws it
 
 
 def order_for_batch(scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
     """Decodes first: those of one token are attended together, whatever their lengths; then those with drafts."""
-    return sorted(scheduled, key=_rank)
-
-
-def _rank(item: ScheduledSequence) -> int:
-    if not item.is_decode:
-        return 2
-    return 0 if item.num_tokens == 1 else 1
+    decodes = [item for item in scheduled if item.num_tokens == item.num_draws == 1]
+    if len(decodes) == len(scheduled):
+        return decodes
+    others = [item for item in scheduled if not item.num_tokens == item.num_draws == 1]
+    return decodes + sorted(others, key=lambda item: not item.is_decode)
 
 
 def build_arrays(items: list[ScheduledSequence], block_size: int, row_of: Mapping[str, int]) -> StepArrays:
@@ -30,10 +31,10 @@ def build_arrays(items: list[ScheduledSequence], block_size: int, row_of: Mappin
         row_of: where the step before draws for a request, among its draws.
     """
     num_runs = len(items)
-    starts = np.fromiter((item.start for item in items), np.int64, num_runs)
-    counts = np.fromiter((item.num_tokens for item in items), np.int64, num_runs)
-    draws = np.fromiter((item.num_draws for item in items), np.int64, num_runs)
-    offsets = np.fromiter((item.sequence.position_offset for item in items), np.int64, num_runs)
+    starts = _column([item.start for item in items])
+    counts = _column([item.num_tokens for item in items])
+    draws = _column([item.num_draws for item in items])
+    offsets = _column([item.sequence.position_offset for item in items])
     num_decodes = int(((counts == 1) & (draws == 1)).sum())
     token_ids, sources = _tokens(items, num_decodes, row_of)
     tables = _tables(items, -(-(starts + counts) // block_size))
@@ -57,40 +58,40 @@ def build_arrays(items: list[ScheduledSequence], block_size: int, row_of: Mappin
 
 def rows_of(items: list[ScheduledSequence]) -> dict[str, int]:
     """Where a step with these items draws for each request: its first row among the draws."""
-    found, row = {}, 0
-    for item in items:
-        if item.num_draws:
-            found[item.sequence.request_id] = row
-            row += item.num_draws
-    return found
+    firsts = accumulate([item.num_draws for item in items], initial=0)
+    return {item.sequence.request_id: row for item, row in zip(items, firsts, strict=False) if item.num_draws}
+
+
+def _column(values: list[int]) -> np.ndarray:
+    return np.fromiter(values, np.int64, len(values))
 
 
 def _tokens(
     items: list[ScheduledSequence], num_decodes: int, row_of: Mapping[str, int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids, and sources of those of the decodes; no others can be pending."""
-    token_ids: list[int] = []
-    sources = np.full(num_decodes, -1, np.int64)
-    for row, item in enumerate(items[:num_decodes]):
-        known, start = item.sequence.token_ids, item.start
-        if start < len(known):
-            token_ids.append(known[start])
-        else:
-            token_ids.append(0)
-            sources[row] = row_of[item.sequence.request_id]
+    decodes = [(item.sequence.token_ids, item.start) for item in items[:num_decodes]]
+    newest = _column([known[start] if start < len(known) else _PENDING for known, start in decodes])
+    sources = np.full(num_decodes, -1)
+    pending = np.flatnonzero(newest == _PENDING)
+    sources[pending] = [row_of[items[row].sequence.request_id] for row in pending.tolist()]
+    newest[pending] = 0
+    if num_decodes == len(items):
+        return newest, sources
+    others = token_array()
     for item in items[num_decodes:]:
-        token_ids += item.sequence.token_ids[item.start : item.start + item.num_tokens]
-        token_ids += item.drafts
-    return np.fromiter(token_ids, np.int64, len(token_ids)), sources
+        others += item.sequence.token_ids[item.start : item.start + item.num_tokens]
+        others.extend(item.drafts)
+    return np.concatenate((newest, np.frombuffer(others, np.uint32))), sources
 
 
 def _tables(items: list[ScheduledSequence], num_blocks: np.ndarray) -> np.ndarray:
     """(R, B), of each run so many blocks."""
-    width, sizes = int(num_blocks.max()), num_blocks.tolist()
-    tables = (item.sequence.block_table for item in items)
-    flat = chain.from_iterable(table[:size] for table, size in zip(tables, sizes, strict=True))
+    width, flat = int(num_blocks.max()), block_array()
+    for item, size in zip(items, num_blocks.tolist(), strict=True):
+        flat += item.sequence.block_table[:size]
     padded = np.zeros((len(items), width), np.int64)
-    padded[np.arange(width) < num_blocks[:, None]] = np.fromiter(flat, np.int64, sum(sizes))
+    padded[np.arange(width) < num_blocks[:, None]] = np.frombuffer(flat, np.int32)
     return padded
 
 

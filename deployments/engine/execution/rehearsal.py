@@ -6,6 +6,7 @@ the pool of the size that was found. What the steps read and write is the pool's
 
 import gc
 import time
+from array import array
 
 import torch
 
@@ -15,7 +16,7 @@ from deployments.engine.execution.portable import build_runner
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.scheduling.run import ScheduledSequence
-from deployments.engine.scheduling.sequence import Role, Sequence
+from deployments.engine.scheduling.sequence import Role, Sequence, block_array, token_array
 from deployments.messages import GenerateRequest, SamplingParams
 
 # Bounds of every kind, which take the most memory.
@@ -83,8 +84,8 @@ def rehearse(runner: Runner, limits: EngineLimits) -> None:
         torch.OutOfMemoryError: one of them does not fit.
     """
     num_blocks = runner.cache.num_blocks
-    table = [block % num_blocks for block in range(-(-limits.max_model_len // limits.block_size))]
-    token_ids = [0] * limits.max_model_len
+    table = block_array(block % num_blocks for block in range(-(-limits.max_model_len // limits.block_size)))
+    token_ids = token_array([0] * limits.max_model_len)
     for step in worst_steps(limits):
         items = [
             ScheduledSequence.of(_sequence(number, start, start + count, token_ids, table), count)
@@ -128,8 +129,8 @@ def _fill(budget: int, longest: int, num_seqs: int) -> list[int]:
     return counts
 
 
-def _sequence(number: int, start: int, end: int, token_ids: list[int], table: list[int]) -> Sequence:
-    """One that has `start` of `end` tokens behind it; lists are shared, since nothing is added to them."""
+def _sequence(number: int, start: int, end: int, token_ids: "array[int]", table: "array[int]") -> Sequence:
+    """One that has `start` of `end` tokens behind it; arrays are shared, since nothing is added to them."""
     return Sequence(
         GenerateRequest(f"rehearsal-{number}", (0,), _SAMPLING),
         Role.LOCAL,

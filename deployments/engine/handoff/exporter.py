@@ -61,7 +61,7 @@ class Exporter:
     def _export(self, sequence: Sequence, size: int, done: torch.cuda.Event | None) -> ChunkReady:
         request_id = sequence.request_id
         start = self._outbox.next_block(request_id)
-        block_ids = sequence.block_table[start : start + size]
+        block_ids = sequence.block_table[start : start + size].tolist()
         tensor, ready = self._copies.export(block_ids, done if sequence.num_in_flight_tokens else None)
         is_last = self._is_computed(sequence) and start + size == len(sequence.block_table)
         if is_last:

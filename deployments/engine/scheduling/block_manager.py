@@ -109,9 +109,10 @@ class BlockManager:
 
     def append(self, sequence: Sequence, num_drafts: int = 0) -> bool:
         """Make room for the newest token and for drafts behind it; False, and nothing changed, if there is none."""
-        num_new = self.blocks_for(sequence.num_tokens + num_drafts) - len(sequence.block_table)
-        if num_new <= 0:
+        num_tokens, num_blocks = sequence.num_tokens + num_drafts, len(sequence.block_table)
+        if num_tokens <= num_blocks * self.block_size:
             return True
+        num_new = self.blocks_for(num_tokens) - num_blocks
         if num_new > self.num_free_blocks:
             return False
         sequence.add_blocks([self._take() for _ in range(num_new)])
@@ -186,7 +187,7 @@ class BlockManager:
             sequence.add_hash(hash_block(parent, sequence.token_ids[start : start + size]))
         return hashes
 
-    def _release(self, blocks: list[int]) -> None:
+    def _release(self, blocks: "array[int]") -> None:
         for block in reversed(blocks):  # the tail of a prefix is the first to be given up
             self._ref_counts[block] -= 1
             assert self._ref_counts[block] >= 0, f"block {block} freed twice"

@@ -1,13 +1,13 @@
 """What one step computes of one sequence."""
 
-from dataclasses import dataclass
+import msgspec
 
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.messages import Draws
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
+# A Struct, no dataclass, for one is made per sequence and step: in 0.1 us; a frozen dataclass takes 1.8 (Python 3.11).
+class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     """A run: consecutive tokens of a sequence that one step computes.
 
     Attributes:
@@ -32,6 +32,12 @@ class ScheduledSequence:
         assert is_newest or not drafts, f"{sequence.request_id}: drafts in the middle"
         num_draws = 1 + len(drafts) if is_newest else 0
         return cls(sequence, sequence.num_launched_tokens, num_tokens + len(drafts), num_draws, drafts)
+
+    @classmethod
+    def decode(cls, sequence: Sequence, drafts: tuple[int, ...] = ()) -> "ScheduledSequence":
+        """The newest token of a sequence that decodes, with drafts behind it."""
+        num_tokens = 1 + len(drafts)
+        return cls(sequence, sequence.num_launched_tokens, num_tokens, num_tokens, drafts)
 
     @property
     def is_decode(self) -> bool:

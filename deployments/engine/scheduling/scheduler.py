@@ -26,6 +26,8 @@ _WATERMARK = 0.01
 # Tokens of higher priority that overtake a prompt count one in so many.
 _URGENCY = 16
 
+_RUNNING = Status.RUNNING  # asked of each sequence in every step; see `sequence.py`
+
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
@@ -91,10 +93,17 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Choose the next step; sequences get their blocks here, and lose them if they must."""
-        scheduled, num_sent_back = self._schedule_decodes()
-        budget = self._limits.max_num_batched_tokens - sum(item.num_tokens for item in scheduled)
+        runnable = [s for s in self.running if s.has_work]
+        decoding = [s for s in runnable if s.is_decoding]
+        scheduled, num_sent_back = self._schedule_decodes(decoding)
+        budget = self._limits.max_num_batched_tokens - sum([item.num_tokens for item in scheduled])
+        num_running = len(self.running)
         placed = [] if num_sent_back else self._admit(budget)
-        for sequence in sorted(self._runnable_besides(scheduled), key=_precedence):
+        # Prompts, and whatever was resumed just now.
+        others = [s for s in self.running[num_running:] if s.has_work]
+        if len(decoding) < len(runnable):
+            others += [s for s in runnable if s.status is _RUNNING and not s.is_decoding]
+        for sequence in sorted(others, key=_precedence):
             num_tokens = min(sequence.num_remaining_tokens, budget)
             if num_tokens == 0:
                 break
@@ -135,29 +144,32 @@ class Scheduler:
                 s.check_integrity(self._blocks.block_size)
         self._blocks.check_integrity([*self.running, *self.reserved.values()])
 
-    def _schedule_decodes(self) -> tuple[list[ScheduledSequence], int]:
+    def _schedule_decodes(self, decoding: list[Sequence]) -> tuple[list[ScheduledSequence], int]:
         """Runs of the newest token, with drafts behind it, and how many sequences gave their blocks away."""
         scheduled: list[ScheduledSequence] = []
-        decoding = [s for s in self.running if s.is_decoding and s.has_work]
-        num_sent_back, room = 0, self._limits.max_num_batched_tokens - len(decoding)
+        num_sent_back, room = self._send_back_outgrown(decoding), self._limits.max_num_batched_tokens - len(decoding)
         for sequence in decoding:
-            offset = self._offset(sequence, sequence.num_tokens)
-            if sequence.status is Status.RUNNING and offset != sequence.position_offset:
-                self._send_back(sequence)
-                num_sent_back += 1
-            while sequence.status is Status.RUNNING and not self._blocks.append(sequence):
+            while sequence.status is _RUNNING and not self._blocks.append(sequence):
                 self._preempt(self._least_of(self.running[self.running.index(sequence) :]))
                 num_sent_back += 1
-            if sequence.status is Status.RUNNING:
+            if sequence.status is _RUNNING:
                 drafts = self._choose_drafts(sequence, room) if sequence.drafts else ()
-                scheduled.append(ScheduledSequence.of(sequence, 1, drafts))
+                scheduled.append(ScheduledSequence.decode(sequence, drafts))
                 room -= len(drafts)
         return scheduled, num_sent_back
 
+    def _send_back_outgrown(self, decoding: list[Sequence]) -> int:
+        """Have those computed anew that grew out of their KV; tells how many."""
+        if self._positions is FIXED:
+            return 0
+        outgrown = [s for s in decoding if self._offset(s, s.num_tokens) != s.position_offset]
+        for sequence in outgrown:
+            self._send_back(sequence)
+        return len(outgrown)
+
     def _choose_drafts(self, sequence: Sequence, room: int) -> tuple[int, ...]:
         """As many as may become tokens, without taking anything from others: budget, blocks, or the lead in length."""
-        num_left = sequence.request.sampling.max_tokens - sequence.num_generated_tokens
-        drafts = sequence.drafts[: max(0, min(room, num_left - 1))]
+        drafts = sequence.drafts[: max(0, min(room, sequence.max_num_tokens - sequence.num_tokens - 1))]
         offset = self._offset(sequence, sequence.num_tokens + len(drafts))
         if sequence.num_pending_tokens or offset != sequence.position_offset:
             return ()
@@ -196,11 +208,6 @@ class Scheduler:
 
     def _can_admit(self) -> bool:
         return self._has_seat and self._blocks.can_admit(min(self.waiting, key=_precedence), self._num_spare)
-
-    def _runnable_besides(self, scheduled: list[ScheduledSequence]) -> list[Sequence]:
-        """Running sequences with something left to compute: prompts, and whatever was resumed just now."""
-        chosen = {item.sequence.request_id for item in scheduled}
-        return [s for s in self.running if s.has_work and s.request_id not in chosen]
 
     def _running_prompts(self) -> Iterator[Sequence]:
         return (s for s in self.running if not s.is_decoding)

@@ -6,7 +6,7 @@ from hypothesis import given
 
 from deployments.engine.batch.build import build_arrays, order_for_batch, rows_of
 from deployments.engine.scheduling.run import ScheduledSequence
-from deployments.engine.scheduling.sequence import Role, Sequence
+from deployments.engine.scheduling.sequence import Role, Sequence, block_array, token_array
 from deployments.messages import GenerateRequest, SamplingParams
 
 BLOCK_SIZE = 4
@@ -25,15 +25,16 @@ def build(number: int, shape: tuple[int, int, int, int, int], is_pending: bool) 
         request,
         Role.LOCAL,
         0.0,
-        token_ids=tokens[: total - is_pending],
-        num_pending_tokens=int(is_pending),
-        num_computed_tokens=total - 1 if is_pending else min(num_computed, total - 1),
-        block_table=[100 * number + i for i in range(-(-(total + num_drafts) // BLOCK_SIZE))],
+        token_ids=token_array(tokens[: total - is_pending]),
+        num_computed_tokens=total - 2 if is_pending else min(num_computed, total - 1),
+        block_table=block_array(100 * number + i for i in range(-(-(total + num_drafts) // BLOCK_SIZE))),
         position_offset=500 * (number % 2),
     )
+    if is_pending:
+        sequence.begin(ScheduledSequence.of(sequence, 1))
     count = min(num_tokens, sequence.num_remaining_tokens)
     has_drafts = count == sequence.num_remaining_tokens and not is_pending
-    return ScheduledSequence.of(sequence, count, tuple(range(-num_drafts, 0)) if has_drafts else ())
+    return ScheduledSequence.of(sequence, count, tuple(range(num_drafts)) if has_drafts else ())
 
 
 @given(st.lists(st.tuples(runs, st.booleans()), min_size=1, max_size=8))

@@ -57,18 +57,18 @@ def test_what_has_another_salt_is_not_shared(manager: BlockManager) -> None:
         request = replace(sequence(range(9)).request, cache_salt=salt)
         return Sequence(request, Role.LOCAL, 0.0, position_offset=position_offset)
 
-    def compute(new: Sequence) -> int:
+    def num_found(new: Sequence) -> int:
         """Tokens that were found; afterwards all of its own can be."""
         assert manager.admit(new)
-        num_found = new.num_computed_tokens
-        new.num_computed_tokens = 9
-        manager.publish(new)
+        found = new.num_computed_tokens
+        new.start()
+        compute(manager, new, new.num_remaining_tokens)
         manager.free(new)
-        return num_found
+        return found
 
     for salt, position_offset in (("", 0), ("a", 0), ("b", 0), ("a", 7)):
-        assert compute(with_salt(salt, position_offset)) == 0
-        assert compute(with_salt(salt, position_offset)) == 8
+        assert num_found(with_salt(salt, position_offset)) == 0
+        assert num_found(with_salt(salt, position_offset)) == 8
 
 
 def test_a_sequence_gets_as_many_blocks_as_its_tokens_need(manager: BlockManager) -> None:
@@ -133,7 +133,7 @@ def test_a_refused_admission_changes_nothing(manager: BlockManager) -> None:
     large = sequence(list(range(8)) + list(range(50, 56)))
     assert not manager.can_admit(large)
     assert not manager.admit(large)
-    assert large.block_table == [] and large.num_computed_tokens == 0
+    assert not large.block_table and large.num_computed_tokens == 0
     manager.check_integrity([held])
     assert manager.num_cached_prefix_blocks(large) == 2
 

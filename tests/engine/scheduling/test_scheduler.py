@@ -187,7 +187,7 @@ def test_the_newest_sequence_gives_way_and_comes_back_first() -> None:
     add(scheduler, "later", 3)
     assert step(scheduler) == {"old": 1, "young": 1}
     assert step(scheduler) == {"old": 1}, "only one of them can have a third block"
-    assert young.status is Status.WAITING and young.block_table == []
+    assert young.status is Status.WAITING and not young.block_table
     assert [s.request_id for s in scheduler.waiting] == ["young", "later"]
     assert scheduler.num_preemptions == 1
     scheduler.remove("old")
