@@ -10,7 +10,7 @@ from torch import Tensor
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.batch.build import build_arrays, order_for_batch, rows_of
 from deployments.engine.kv.cache import KVCache
-from deployments.engine.sampling.sampler import SamplingBatch, build_sampling_batch
+from deployments.engine.sampling.sampler import SamplingBatch, SamplingPreparation
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.messages import DrawnToken, Draws
 
@@ -40,6 +40,7 @@ class Preparation:
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
         self._row_of: dict[str, int] = {}
+        self._sampling = SamplingPreparation()
 
     def prepare(self, scheduled: list[ScheduledSequence]) -> PreparedStep:
         """Lay out a step; tokens that are not known yet are those that the step prepared before draws."""
@@ -49,7 +50,7 @@ class Preparation:
         sampling = None
         if len(arrays.draw_rows):
             params = [item.sequence.request.sampling for item in items for _ in range(item.num_draws)]
-            sampling = build_sampling_batch(params, arrays.draw_positions)
+            sampling = self._sampling.prepare(params, arrays.draw_positions)
         return PreparedStep(items, arrays, sampling)
 
 
@@ -75,7 +76,7 @@ class LaunchedStep:
         drawn = map(DrawnToken, self.tokens.tolist())
         collected = []
         for item in self.items:
-            draws = tuple(islice(drawn, item.num_draws)) if item.num_draws else ()
+            draws = (next(drawn),) if item.num_draws == 1 else tuple(islice(drawn, item.num_draws))
             collected.append((item, item.accept(draws) if item.drafts else draws))
         return collected
 

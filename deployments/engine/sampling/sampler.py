@@ -5,7 +5,6 @@ same one. It is the greatest of the scaled logits with noise of their own (Gumbe
 token, so that logits which differ by rounding give another token only where the best two are as near to each other.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -17,54 +16,79 @@ from deployments.engine.upload import upload
 from deployments.messages import SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingBatch:
-    """The sampling parameters of S sequences, as float64 or int64 arrays of shape (S,); `keys` make their noise."""
-
-    temperature: np.ndarray
-    top_k: np.ndarray
-    top_p: np.ndarray
-    min_p: np.ndarray
-    keys: np.ndarray
-
-    @property
-    def is_greedy(self) -> bool:
-        return not self.temperature.any()
-
-    @property
-    def is_bounded(self) -> bool:
-        """Whether some sequence may not draw every token."""
-        return bool(self.top_k.any() or (self.top_p < 1).any() or self.min_p.any())
-
-    def of(self, rows: np.ndarray) -> "SamplingBatch":
-        """Those of some sequences."""
-        columns = (self.temperature, self.top_k, self.top_p, self.min_p, self.keys)
-        return SamplingBatch(*(column[rows] for column in columns))
-
-
-def build_sampling_batch(params: list[SamplingParams], positions: Sequence[int] | np.ndarray) -> SamplingBatch:
-    """Gather the parameters of a step.
+class SamplingColumns:
+    """The sampling parameters of S draws as arrays: what stays the same while the same sequences decode.
 
     Args:
         params: of each draw's sequence.
-        positions: where the drawn token will stand in its sequence, prompt included.
     """
-    seeds = np.array([p.seed & 0xFFFFFFFFFFFFFFFF for p in params], dtype=np.uint64)
-    return SamplingBatch(
-        temperature=np.array([p.temperature for p in params], dtype=np.float64),
-        top_k=np.array([p.top_k for p in params], dtype=np.int64),
-        top_p=np.array([p.top_p for p in params], dtype=np.float64),
-        min_p=np.array([p.min_p for p in params], dtype=np.float64),
-        keys=_hash(seeds, np.array(positions, dtype=np.uint64)).view(np.int64),
-    )
+
+    def __init__(self, params: list[SamplingParams]) -> None:
+        temperature = np.array([p.temperature for p in params], dtype=np.float64)
+        self.drawing = np.flatnonzero(temperature)
+        self.is_greedy = not len(self.drawing)
+        drawing = [params[row] for row in self.drawing.tolist()]
+        self.is_bounded = any(p.top_k or p.top_p < 1 or p.min_p for p in drawing)
+        limits = zip(*[(p.temperature, p.top_k, p.top_p, p.min_p) for p in drawing], strict=True)
+        self._limits = np.array(list(limits), dtype=np.float64)
+        self._mixed_seeds = _mix(np.array([p.seed & 0xFFFFFFFFFFFFFFFF for p in drawing], dtype=np.uint64))
+        self._uploaded: tuple[Tensor, Tensor] | None = None
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(D,) int64 which draws are not greedy, and (4, D) float64 their temperature, top_k, top_p and min_p.
+
+        Always asked for the same device, to which they go once.
+        """
+        if self._uploaded is None:
+            self._uploaded = upload(self.drawing, device), upload(self._limits, device)
+        return self._uploaded
+
+    def keys(self, positions: np.ndarray) -> np.ndarray:
+        """(D,) int64 what makes the noise of these: seed and position, hashed evenly and without state.
+
+        Args:
+            positions: (S,) where each drawn token will stand in its sequence, prompt included.
+
+        Source: SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), its finalizer applied to the seed and again to the sum.
+        """
+        steps = positions[self.drawing].astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        return _mix(self._mixed_seeds + steps).view(np.int64)
 
 
-def _hash(seeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Map (seed, position), uint64 of shape (S,) each, to 64 bits, evenly and without state.
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """How the S draws of one step are made.
 
-    Source: SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), its finalizer applied to the seed and again to the sum.
+    Attributes:
+        columns: of their sequences.
+        positions: (S,) where each drawn token will stand in its sequence, prompt included.
     """
-    return _mix(_mix(seeds) + positions * np.uint64(0x9E3779B97F4A7C15))
+
+    columns: SamplingColumns
+    positions: np.ndarray
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.columns.is_greedy
+
+
+class SamplingPreparation:
+    """Gathers the parameters of steps one after the other; from step to step they are mostly the same."""
+
+    def __init__(self) -> None:
+        self._params: list[SamplingParams] = []
+        self._columns = SamplingColumns([])
+
+    def prepare(self, params: list[SamplingParams], positions: np.ndarray) -> SamplingBatch:
+        """Of one step.
+
+        Args:
+            params: of each draw's sequence.
+            positions: where the drawn token will stand in its sequence, prompt included.
+        """
+        if params != self._params:
+            self._params, self._columns = params, SamplingColumns(params)
+        return SamplingBatch(self._columns, positions)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
@@ -88,15 +112,14 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     greedy = logits.argmax(dim=-1)
     if batch.is_greedy:
         return greedy
-    drawing = np.flatnonzero(batch.temperature)
-    bounds = batch.of(drawing)
-    columns = np.stack([bounds.temperature, bounds.top_k, bounds.top_p, bounds.min_p])
-    rows, limits, keys = (upload(values, logits.device) for values in (drawing, columns, bounds.keys))
+    columns = batch.columns
+    rows, limits = columns.on(logits.device)
+    keys = upload(columns.keys(batch.positions), logits.device)
     kernels = _kernels(logits.device)
     chosen = logits[rows] if logits.is_cuda else logits[rows].float()
     best = chosen.amax(dim=-1)
     scores = kernels.gumbel_scores(chosen, best, limits[0], keys)
-    tokens = kernels.best_within(scores, chosen, best, limits) if bounds.is_bounded else scores.argmax(dim=-1)
+    tokens = kernels.best_within(scores, chosen, best, limits) if columns.is_bounded else scores.argmax(dim=-1)
     return greedy.index_copy(0, rows, tokens)
 
 
@@ -114,4 +137,5 @@ def compile_draws(vocab_size: int, dtype: torch.dtype, device: torch.device) -> 
     """Compile the kernels for such logits, or fetch them from their compilers' caches, before a request needs them."""
     logits = torch.zeros(1, vocab_size, dtype=dtype, device=device)
     for top_p in (1.0, 0.5):
-        sample(logits, build_sampling_batch([SamplingParams(max_tokens=1, top_p=top_p)], [0]))
+        columns = SamplingColumns([SamplingParams(max_tokens=1, top_p=top_p)])
+        sample(logits, SamplingBatch(columns, np.zeros(1, np.int64)))

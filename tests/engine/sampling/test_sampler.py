@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from deployments.engine.kernels.cpu_sampling import gumbel_scores
-from deployments.engine.sampling.sampler import build_sampling_batch, sample
+from deployments.engine.sampling.sampler import SamplingBatch, SamplingColumns, SamplingPreparation, sample
 from deployments.messages import SamplingParams
 
 # 99.9 % quantile of chi-square with 9 degrees of freedom.
@@ -20,7 +20,7 @@ def params(**settings: float) -> SamplingParams:
 
 
 def draw(logits: Tensor, rows: list[SamplingParams], positions: list[int]) -> list[int]:
-    tokens: list[int] = sample(logits, build_sampling_batch(rows, positions)).tolist()
+    tokens: list[int] = sample(logits, SamplingBatch(SamplingColumns(rows), np.array(positions))).tolist()
     return tokens
 
 
@@ -91,6 +91,15 @@ def test_a_row_draws_the_same_token_in_any_batch_and_order(data: st.DataObject, 
     assert together == [alone[i] for i in order]
 
 
+def test_steps_one_after_the_other_draw_as_each_by_itself() -> None:
+    preparation, logits = SamplingPreparation(), random_logits(3, 1000, seed=2)
+    greedy, warm, hot = params(temperature=0), params(seed=1, top_k=50), params(seed=1, temperature=1.5)
+    for step, rows in enumerate([[warm, greedy, hot], [warm, greedy, hot], [hot, greedy, warm], [greedy] * 3]):
+        positions = np.array([step, 9, 2 * step])
+        drawn = sample(logits, preparation.prepare(rows, positions)).tolist()
+        assert drawn == draw(logits, rows, positions.tolist())
+
+
 def test_another_position_or_seed_draws_anew() -> None:
     flat = torch.zeros(200, 50_000)
     by_position = draw(flat, [params(seed=5)] * 200, list(range(200)))
@@ -100,7 +109,7 @@ def test_another_position_or_seed_draws_anew() -> None:
 
 def noise(seeds: list[int], positions: list[int], vocab_size: int) -> np.ndarray:
     """The scores of equal logits."""
-    keys = build_sampling_batch([params(seed=seed) for seed in seeds], positions).keys
+    keys = SamplingColumns([params(seed=seed) for seed in seeds]).keys(np.array(positions))
     flat, ones = torch.zeros(len(keys), vocab_size), torch.ones(len(keys), dtype=torch.float64)
     return gumbel_scores(flat, flat[:, 0], ones, torch.from_numpy(keys)).double().numpy()
 
