@@ -18,7 +18,17 @@ from deployments.engine.loop import EngineLoop
 from deployments.engine.stats import EngineStats
 from deployments.engine_builder import BuiltEngine
 from deployments.errors import TransferError
-from deployments.messages import ChunkReady, Ended, EngineEvent, FrontEvent, GenerateRequest, ReplyAddress, TokenOutput
+from deployments.messages import (
+    ChunkReady,
+    Ended,
+    EngineEvent,
+    FrontEvent,
+    GenerateRequest,
+    HandoffExpired,
+    Placed,
+    ReplyAddress,
+    TokenOutput,
+)
 from deployments.tokens.sender import TokenSender
 
 logger = logging.getLogger(__name__)
@@ -27,6 +37,7 @@ T = TypeVar("T")
 
 # A chunk that is imported waits for the step in progress; a step longer than this means that the engine hangs.
 _IMPORT_TIMEOUT_S = 60.0
+_EXPIRED = "the decode engine was not heard of within the lease"
 
 
 class EngineHost:
@@ -112,15 +123,20 @@ class EngineHost:
         outputs = [event for event in events if isinstance(event, TokenOutput)]
         if outputs:
             self._tokens.send(outputs)
-        told: list[FrontEvent] = [event for event in events if not isinstance(event, TokenOutput)]
-        told += [Ended(output.request_id) for output in outputs if output.finish_reason is not None]
-        if told:
-            self._tell(told)
+        losses: dict[str, str | None] = {o.request_id: None for o in outputs if o.finish_reason is not None}
+        losses |= {event.request_id: _EXPIRED for event in events if isinstance(event, HandoffExpired)}
+        self._tell_front([event for event in events if isinstance(event, Placed | ChunkReady)], losses)
 
     def _give_up(self, request_id: str, reason: str) -> None:
         """End a request whose tokens nobody takes; called in the sender's thread."""
         self._post(lambda engine: engine.abort(request_id))
-        self._tell([Ended(request_id, reason)])
+        self._tell_front([], {request_id: reason})
+
+    def _tell_front(self, events: list[Placed | ChunkReady], losses: dict[str, str | None]) -> None:
+        """What happened, and which requests have ended: with all of their tokens sent, or why not."""
+        told: list[FrontEvent] = [*events, *(Ended(request_id, loss) for request_id, loss in losses.items())]
+        if told:
+            self._tell(told)
 
     def _post(self, command: Callable[[Engine], object]) -> None:
         """Have the loop carry out a command whose result nobody waits for; a failure is at least logged."""

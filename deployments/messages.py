@@ -161,6 +161,17 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
+class HandoffExpired:
+    """A prefill engine has given a request up: within the lease the decode engine was not heard of.
+
+    Attributes:
+        request_id: the request.
+    """
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Placed:
     """A decode engine gave a request its KV blocks and says who computes the prompt; again, if that changes.
 
@@ -203,8 +214,8 @@ class ChunkArrived:
     request_id: str
 
 
-EngineEvent = TokenOutput | Placed | ChunkReady | Ended
-# What a front hears of its engine. Tokens are not among it: they go to the ingress directly.
+EngineEvent = TokenOutput | Placed | ChunkReady | HandoffExpired
+# What a front hears of its engine: how requests ended, too. Tokens are not among it: they go to the ingress directly.
 FrontEvent = Placed | ChunkReady | ChunkArrived | Ended
 
 

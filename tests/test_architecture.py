@@ -213,6 +213,16 @@ def test_only_a_sequence_writes_its_fields():
     assert written == []
 
 
+def test_one_place_says_that_a_request_has_ended():
+    sayers = [
+        module
+        for module, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Ended"
+    ]
+    assert sayers == ["deployments.engine_host"]
+
+
 def imports_at_start(module: str) -> set[str]:
     """The project's modules that are loaded with a module: none that a function imports, or the type checker alone."""
     found: set[str] = set()

@@ -9,7 +9,7 @@ A request's life here:
 6. Whatever ended it, its blocks are free; those of a shared prefix stay findable.
 
 A hand-off has a lease on either side (`handoff/`). When it runs out a decode engine computes the rest of the prompt
-itself, and a prefill engine drops the request and says `Ended`.
+itself, and a prefill engine drops the request and says `HandoffExpired`.
 
 Not thread-safe, but for `check`, `take_chunk` and `release_chunk`; `EngineLoop` runs it.
 """
@@ -41,9 +41,9 @@ from deployments.messages import (
     ChunkReady,
     DrawnToken,
     Draws,
-    Ended,
     EngineEvent,
     GenerateRequest,
+    HandoffExpired,
     Placed,
     TokenOutput,
 )
@@ -363,5 +363,5 @@ class Engine:
         for request_id in self._outbox.expired():
             self._stats.expired_leases += 1
             self.abort(request_id)
-            events.append(Ended(request_id, "the decode engine was not heard of within the lease"))
+            events.append(HandoffExpired(request_id))
         return events

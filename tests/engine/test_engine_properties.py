@@ -15,7 +15,15 @@ from deployments.engine.engine import Engine
 from deployments.engine.handoff.states import Clock
 from deployments.engine.model.load import LoadedModel, prepare_model
 from deployments.engine.scheduling.sequence import Sequence
-from deployments.messages import ChunkReady, Ended, EngineEvent, GenerateRequest, Placed, SamplingParams, TokenOutput
+from deployments.messages import (
+    ChunkReady,
+    EngineEvent,
+    GenerateRequest,
+    HandoffExpired,
+    Placed,
+    SamplingParams,
+    TokenOutput,
+)
 from tests.engine.driving import FakeClock, Transcript, build_engine, generate, greedy, prefill_all, run
 from tests.engine.families import CPU, small_model
 
@@ -223,7 +231,8 @@ class Relay(RuleBasedStateMachine):
             self.step_decode()
             self.decode.check_integrity()
         while self.prefill.has_work:
-            assert all(isinstance(event, Ended) for event in self.prefill.step()), "chunks of requests that are over"
+            events = self.prefill.step()
+            assert all(isinstance(event, HandoffExpired) for event in events), "chunks of requests that are over"
         assert self.ended == set(self.requests), "not all requests came to an end"
         for engine in (self.prefill, self.decode):
             engine.check_integrity()
