@@ -41,6 +41,7 @@ ENGINE_ROOMS = (
     "execution",
     "handoff",
     "process",
+    "outputs",
     "engine",
     "loop",
 )

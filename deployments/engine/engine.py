@@ -30,16 +30,16 @@ from deployments.engine.handoff.importer import Importer
 from deployments.engine.handoff.states import Clock, Inbox, Outbox
 from deployments.engine.kv.copies import Allocate, KVCopies
 from deployments.engine.model.load import LoadedModel
+from deployments.engine.outputs import Outputs
 from deployments.engine.scheduling.block_manager import BlockManager
 from deployments.engine.scheduling.checks import check_request
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import Scheduler
 from deployments.engine.scheduling.sequence import Role, Sequence, Status
-from deployments.engine.stats import EngineStats, StepTimer, TokenTimer
+from deployments.engine.stats import EngineStats, StepTimer
 from deployments.errors import InvalidRequestError
 from deployments.messages import (
     ChunkReady,
-    DrawnToken,
     Draws,
     EngineEvent,
     GenerateRequest,
@@ -78,18 +78,16 @@ class Engine:
         self.kv_shape = loaded.kv_shape
         self._runner = build_rehearsed(loaded, self.limits)
         self._copies = KVCopies(self._runner.cache)
-        self._blocks = BlockManager(
-            self.limits.num_blocks, self.limits.block_size, enable_prefix_caching=config.enable_prefix_caching
-        )
+        caching = config.enable_prefix_caching
+        self._blocks = BlockManager(self.limits.num_blocks, self.limits.block_size, enable_prefix_caching=caching)
         self._scheduler = Scheduler(self._blocks, self.limits, loaded.positions)
-        bytes_per_block = loaded.kv_shape.bytes_per_block(self.limits.block_size)
-        self._export_room = export_room(self.limits, bytes_per_block, loaded.device, config.hands_over)
+        self._bytes_per_block = loaded.kv_shape.bytes_per_block(self.limits.block_size)
+        self._export_room = export_room(self.limits, self._bytes_per_block, loaded.device, config.hands_over)
         self._inbox = Inbox(config.lease_s, clock)
         self._outbox = Outbox(self._export_room.max_blocks, config.lease_s, clock)
-        chunk_blocks = self._export_room.max_chunk_blocks
-        self._exporter = Exporter(self._outbox, self._copies, self.limits.block_size, chunk_blocks)
-        self._importer = Importer(self._inbox, self._copies, self.limits.block_size)
-        self._bytes_per_block = bytes_per_block
+        block_size, max_chunk_blocks = self.limits.block_size, self._export_room.max_chunk_blocks
+        self._exporter = Exporter(self._outbox, self._copies, block_size, max_chunk_blocks)
+        self._importer = Importer(self._inbox, self._copies, block_size)
         self._is_pipelined = is_pipelined
         self._hands_over = config.hands_over
         self._in_flight: LaunchedStep | None = None
@@ -101,7 +99,7 @@ class Engine:
             max_num_batched_tokens=self.limits.max_num_batched_tokens,
         )
         self._step_timer = StepTimer(self._stats)
-        self._token_timer = TokenTimer(self._stats)
+        self._outputs = Outputs(self._stats)
 
     @property
     def has_work(self) -> bool:
@@ -199,7 +197,7 @@ class Engine:
         self._blocks.publish(sequence)
         now_s = time.monotonic()
         output = self._tell(sequence, sequence.num_prompt_tokens, draws, now_s)
-        self._token_timer.end(now_s)
+        self._outputs.end(now_s)
         return [output]
 
     def fence(self) -> torch.cuda.Event | None:
@@ -286,8 +284,8 @@ class Engine:
         self._outbox.check_integrity()
         strangers = {r for r in [*self._exporter, *self._inbox] if r not in self._scheduler}
         assert not strangers, f"kept for requests that are gone: {strangers}"
-        reserved = set(self._scheduler.reserved)
-        assert set(self._inbox) == reserved, f"{reserved} are reserved, {set(self._inbox)} awaited"
+        reserved, awaited = set(self._scheduler.reserved), set(self._inbox)
+        assert awaited == reserved, f"{reserved} are reserved, {awaited} awaited"
 
     def _enter(self, sequence: Sequence) -> None:
         request_id = sequence.request_id
@@ -317,31 +315,16 @@ class Engine:
                     self._blocks.trim(sequence)
             if draws:
                 self._stats.generated_tokens += len(draws)
-                if sequence.role is not _EXPORT or self._keep_first_token(sequence, draws[0]):
+                if sequence.role is not _EXPORT or self._outbox.set_first_token(sequence.request_id, draws[0]):
                     outputs.append(self._tell(sequence, run.first_draw, draws, now_s))
-        self._token_timer.end(now_s)
+        self._outputs.end(now_s)
         return outputs
-
-    def _keep_first_token(self, sequence: Sequence, token: DrawnToken) -> bool:
-        """For the last chunk of a hand-off; False: it was drawn before a preemption, and is out already."""
-        is_new = self._outbox.first_token(sequence.request_id) is None
-        if is_new:
-            self._outbox.set_first_token(sequence.request_id, token)
-        return is_new
 
     def _tell(self, sequence: Sequence, place: int, draws: Draws, now_s: float) -> TokenOutput:
         """Tell of new tokens, the first of them in this place in the sequence."""
-        request, num_tokens = sequence.request, len(draws)
-        self._token_timer.note(num_tokens, sequence.arrival_s, sequence.note_told(now_s), now_s)
         if sequence.finish_reason is not None:
-            self.abort(request.request_id)  # of a prefill engine too: nobody decodes it, so nobody wants its KV
-        return TokenOutput(
-            sequence.request_id,
-            place - len(request.prompt_token_ids),
-            (draws[0].token_id,) if num_tokens == 1 else tuple([token.token_id for token in draws]),
-            sequence.finish_reason,
-            sequence.num_cached_tokens,
-        )
+            self.abort(sequence.request_id)  # of a prefill engine too: nobody decodes it, so nobody wants its KV
+        return self._outputs.tell(sequence, place, draws, now_s)
 
     def _export(self) -> list[EngineEvent]:
         """Copy out what can be; a sequence that is all out needs its blocks no longer."""

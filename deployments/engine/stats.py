@@ -1,7 +1,7 @@
 """Numbers an engine keeps of its own work, and the snapshot that leaves it. Knows no metrics system."""
 
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field, replace
 
 # Seconds. From one decode step on a GPU to a long prompt on a CPU.
@@ -82,31 +82,6 @@ class EngineStats:
     def copy(self) -> "EngineStats":
         """An independent snapshot."""
         return replace(self, ttft_s=self.ttft_s.copy(), itl_s=self.itl_s.copy())
-
-
-class TokenTimer:
-    """Notes how long tokens took, for all that are told at one moment.
-
-    Nearly all of them were told of their last tokens at one moment as well, so that few gaps differ.
-    """
-
-    def __init__(self, stats: EngineStats) -> None:
-        self._stats = stats
-        self._since: Counter[tuple[float, int]] = Counter()
-
-    def note(self, num_tokens: int, arrival_s: float, last_token_s: float | None, now_s: float) -> None:
-        """New tokens of a sequence took since it came, or since its last one, shared within a step."""
-        if last_token_s is None:
-            self._stats.ttft_s.observe(now_s - arrival_s)
-            last_token_s, num_tokens = now_s, num_tokens - 1
-        self._since[last_token_s, num_tokens] += 1
-
-    def end(self, now_s: float) -> None:
-        """No more are told at this moment."""
-        for (last_token_s, num_tokens), times in self._since.items():
-            if num_tokens:
-                self._stats.itl_s.observe((now_s - last_token_s) / num_tokens, num_tokens * times)
-        self._since.clear()
 
 
 class StepTimer:

@@ -133,8 +133,13 @@ class Outbox:
         """What was drawn behind the prompt; None: nothing yet."""
         return self._handoffs[request_id].first_token
 
-    def set_first_token(self, request_id: str, token: DrawnToken) -> None:
-        self._handoffs[request_id].first_token = token
+    def set_first_token(self, request_id: str, token: DrawnToken) -> bool:
+        """Keep what was drawn behind the prompt; False: it was drawn before a preemption, and is out already."""
+        handoff = self._handoffs[request_id]
+        if handoff.first_token is not None:
+            return False
+        handoff.first_token = token
+        return True
 
     def put(
         self, request_id: str, num_blocks: int, tensor: "Tensor", ready: "torch.cuda.Event | None", *, is_last: bool

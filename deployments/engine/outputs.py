@@ -1,0 +1,44 @@
+"""What an engine says of new tokens, and how long they took. Knows sequences, nothing of steps and tensors."""
+
+from collections import Counter
+
+from deployments.engine.scheduling.sequence import Sequence
+from deployments.engine.stats import EngineStats
+from deployments.messages import Draws, TokenOutput
+
+
+class Outputs:
+    """Tells of the tokens of many sequences at one moment, which is what the end of a step is.
+
+    Nearly all of them were told of their last tokens at one moment as well, so that few gaps differ.
+
+    Args:
+        stats: where times go.
+    """
+
+    def __init__(self, stats: EngineStats) -> None:
+        self._stats = stats
+        self._gaps: Counter[tuple[float, int]] = Counter()  # by when they began, and how many tokens came behind them
+
+    def tell(self, sequence: Sequence, place: int, draws: Draws, now_s: float) -> TokenOutput:
+        """Of new tokens, the first of them in this place in the sequence."""
+        num_tokens, before_s = len(draws), sequence.note_told(now_s)
+        if before_s is None:
+            self._stats.ttft_s.observe(now_s - sequence.arrival_s)
+            self._gaps[now_s, num_tokens - 1] += 1
+        else:
+            self._gaps[before_s, num_tokens] += 1
+        return TokenOutput(
+            sequence.request_id,
+            place - len(sequence.request.prompt_token_ids),
+            (draws[0].token_id,) if num_tokens == 1 else tuple([token.token_id for token in draws]),
+            sequence.finish_reason,
+            sequence.num_cached_tokens,
+        )
+
+    def end(self, now_s: float) -> None:
+        """No more are told of at this moment. What came together shares the time since the last token."""
+        for (before_s, num_tokens), times in self._gaps.items():
+            if num_tokens:
+                self._stats.itl_s.observe((now_s - before_s) / num_tokens, num_tokens * times)
+        self._gaps.clear()
