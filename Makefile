@@ -32,7 +32,7 @@ DEV := $(VENV)/.stamp-dev
 SOURCES := app deployments tests load_tests
 
 .PHONY: help serve stop status test check format load-test advise clean \
-	bench-engine bench-gpu bench-gpu-handoff bench-two-gpus bench-handoff bench-serving bench-interference \
+	bench-engine bench-host-step bench-gpu bench-gpu-handoff bench-two-gpus bench-handoff bench-serving bench-interference \
 	bench-overload bench-leaving bench-chaos bench-soak
 
 help: ## List the targets.
@@ -65,6 +65,9 @@ format: $(DEV) ## Format, and fix what lint can fix.
 
 bench-engine: $(DEV) ## Measure one engine without a server. ARGS= is passed on.
 	@$(PY) tests/bench/bench_engine.py $(ARGS)
+
+bench-host-step: $(DEV) ## Measure what the host does in a step, with nothing to compute. ARGS= is passed on.
+	@$(PY) -m tests.bench.bench_host_step $(ARGS)
 
 bench-gpu: $(DEV) ## Measure the engine on a GPU with random weights: tokens, prompts, throughput. ARGS= is passed on.
 	@$(PY) -m tests.bench.bench_gpu $(ARGS)

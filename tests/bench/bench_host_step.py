@@ -1,0 +1,162 @@
+"""What the host does in a step, with nothing to compute: CPU time of `Engine.step` by batch.
+
+Run: `make bench-host-step`, on a machine that does little else. The engine is pipelined as on a GPU. Its runner lays
+out every step as all runners do, draws the same token for everybody and launches nothing. So what is measured is
+scheduling, runs, the step's arrays, sampling parameters, and at the end counting, publishing, outputs and statistics.
+Not in it are the copy into pinned memory, the launch itself, the loop's commands and the tokens' way out.
+
+Times are of the thread's CPU clock, so that others on the machine disturb them little; the least and the median of all
+steps are printed, and as the last line one JSON object.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+import torch
+
+from deployments.engine.config import EngineConfig
+from deployments.engine.engine import Engine
+from deployments.engine.execution.base import LaunchedStep, Preparation
+from deployments.engine.kv.cache import KVCache
+from deployments.engine.scheduling.run import ScheduledSequence
+from deployments.messages import GenerateRequest, SamplingParams
+from tests.bench.bench_engine import commit, cpu_model
+from tests.engine.families import load
+
+MAX_NUM_SEQS, MAX_MODEL_LEN, BUDGET = 256, 1024, 16_384
+NUM_PROMPT_TOKENS = 700
+WARM_UP_STEPS = 10
+
+
+class LayoutRunner:
+    """Prepares steps, and launches nothing; see `Runner`."""
+
+    def __init__(self, cache: KVCache) -> None:
+        self.cache = cache
+        self._preparation = Preparation(cache.block_size)
+
+    def launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep:
+        step = self._preparation.prepare(scheduled)
+        return LaunchedStep(step.items, torch.ones(len(step.arrays.draw_rows), dtype=torch.int64), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A batch whose steps are timed.
+
+    Attributes:
+        name: as printed.
+        num_seqs: sequences in it.
+        temperature: of all.
+        block_size: tokens per block.
+        is_prefill: each step is the whole prompts of all, else one token of each.
+    """
+
+    name: str
+    num_seqs: int
+    temperature: float = 0.0
+    block_size: int = 256
+    is_prefill: bool = False
+
+
+SCENARIOS = (
+    Scenario("1 decode", 1),
+    Scenario("32 decodes", 32),
+    Scenario("256 decodes", 256),
+    Scenario("256 decodes, sampled", 256, temperature=0.7),
+    Scenario("256 decodes, blocks of 16", 256, block_size=16),
+    Scenario("16 prompts of 700", 16, is_prefill=True),
+)
+
+
+def build_engine(block_size: int) -> Engine:
+    config = EngineConfig(
+        block_size=block_size,
+        num_blocks=MAX_NUM_SEQS * MAX_MODEL_LEN // block_size,
+        max_num_seqs=MAX_NUM_SEQS,
+        max_num_batched_tokens=BUDGET,
+        max_model_len=MAX_MODEL_LEN,
+    )
+    engine = Engine(load("llama"), config, is_pipelined=True)
+    engine._runner = LayoutRunner(engine._runner.cache)
+    return engine
+
+
+def add(engine: Engine, scenario: Scenario, rng: random.Random) -> list[str]:
+    names = [f"r{number}" for number in range(scenario.num_seqs)]
+    for seed, name in enumerate(names):
+        prompt = tuple(rng.randrange(100) for _ in range(NUM_PROMPT_TOKENS))
+        sampling = SamplingParams(MAX_MODEL_LEN - NUM_PROMPT_TOKENS, scenario.temperature, seed=seed)
+        engine.add(GenerateRequest(name, prompt, sampling))
+    return names
+
+
+def end(engine: Engine, names: list[str]) -> None:
+    for name in names:
+        engine.abort(name)
+    while engine.has_work:
+        engine.step()
+
+
+def timed_step(engine: Engine) -> float:
+    begun_s = time.thread_time()
+    engine.step()
+    return time.thread_time() - begun_s
+
+
+def measure(scenario: Scenario, num_steps: int) -> list[float]:
+    """Seconds of each step."""
+    engine, rng = build_engine(scenario.block_size), random.Random(0)
+    seconds: list[float] = []
+    if scenario.is_prefill:
+        for _ in range(num_steps):
+            names = add(engine, scenario, rng)
+            seconds.append(timed_step(engine))
+            end(engine, names)
+        return seconds
+    names = add(engine, scenario, rng)
+    while engine.stats().num_waiting or engine.stats().num_queued_prompt_tokens:
+        engine.step()
+    for _ in range(WARM_UP_STEPS):
+        engine.step()
+    seconds = [timed_step(engine) for _ in range(num_steps)]
+    end(engine, names)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--steps", type=int, default=200, help="of each batch, at most 250")
+    parser.add_argument("--only", default="", help="run the scenarios whose name contains this")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    chosen = [scenario for scenario in SCENARIOS if arguments.only in scenario.name]
+    if not chosen or not 1 <= arguments.steps <= 250:
+        parser.error(f"--only must be in one of {[scenario.name for scenario in SCENARIOS]}, --steps from 1 to 250")
+    load_before, results = os.getloadavg(), []
+    print(f"{'ms of CPU time per step':28} {'least':>8} {'median':>8}")
+    for scenario in chosen:
+        seconds = measure(scenario, arguments.steps)
+        print(f"{scenario.name:28} {min(seconds) * 1e3:8.3f} {statistics.median(seconds) * 1e3:8.3f}", flush=True)
+        results.append({"scenario": asdict(scenario), "seconds": seconds})
+    report = {
+        "benchmark": "host-step",
+        "commit": commit(),
+        "cpu": cpu_model(),
+        "python": platform.python_version(),
+        "load_average": [load_before, os.getloadavg()],
+        "command": sys.argv,
+        "results": results,
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
