@@ -1,5 +1,7 @@
 """What each engine says was cached of a prompt: leading tokens that none has computed for this request."""
 
+from dataclasses import replace
+
 from deployments.engine.engine import Engine
 from deployments.messages import Placed, TokenOutput, resumed_id
 from tests.engine.driving import BLOCK_SIZE, Transcript, build_engine, generate, greedy, prefill_all, run
@@ -39,6 +41,17 @@ def test_an_engine_alone_tells_what_it_found() -> None:
     engine = build()
     assert say(engine, "new") == 0
     assert say(engine, "again") == ALL
+
+
+def test_requests_of_another_salt_find_nothing() -> None:
+    engine = build()
+
+    def num_found(request_id: str, salt: str) -> int:
+        engine.add(replace(greedy(request_id, PROMPT, 2), cache_salt=salt))
+        return run(engine).cached[request_id]
+
+    assert [num_found("ours", "a"), num_found("theirs", "b"), num_found("nobody's", "")] == [0, 0, 0]
+    assert num_found("ours again", "a") == ALL
 
 
 def test_after_a_hand_off_it_is_what_the_prefill_engine_found_whatever_decode_has() -> None:
