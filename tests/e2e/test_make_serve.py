@@ -37,6 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         port = probe.getsockname()[1]
     folder = RunFolder(tmp_path_factory.mktemp("run"))
     pairs = ["ingress.min_replicas=2", "ingress.max_replicas=2", f"served_model_name={MODEL_NAME}"]
+    pairs.append("ingress.max_ttft_s=600")  # nothing shall be refused for being slow on cores that others use, too
     pairs.append("engine.num_blocks=512")  # and not what is free just now of a machine that others use, too
     command = [sys.executable, "-m", "app.local", "--run-dir", str(folder.path), "up", "--port", str(port), *pairs]
     subprocess.run(command, check=True, timeout=600)
