@@ -65,10 +65,13 @@ def linear(x: Tensor, weight: PackedWeight) -> Tensor:
 
 @njit(nogil=True)
 def _multiply(x, x_stride, num_rows, panel, form, depth, end, bias, out, out_stride, floats):
-    """Fill a panel's columns in all rows of out; addresses and bytes. The last panel ends at `end`."""
+    """Fill a panel's columns in all rows of out; addresses and bytes. The last panel ends at `end`.
+
+    `floats` is scratch memory, as an array: numba frees an array when nothing but its address is used any more.
+    """
     for begin in range(0, depth, _DEPTH):
         count = min(_DEPTH, depth - begin)
-        weight = unpack(panel, form, begin, count, floats)
+        weight = unpack(panel, form, begin, count, np.int64(floats.ctypes.data))
         following = panel + (begin + count) * form * WIDTH // GROUP  # what is read next, here or in the panel behind
         fetched = form * WIDTH // GROUP if following < end else 0
         row = 0
@@ -118,7 +121,6 @@ def multiply_packed(x, panels, bias, out):
             else:
                 whole = np.empty(num_rows * WIDTH, np.float32)
                 to, to_stride = np.int64(whole.ctypes.data), _ROW_BYTES
-            scratch = np.int64(floats.ctypes.data)
-            _multiply(rows, FLOAT_BYTES * depth, num_rows, panel, form, depth, end, start, to, to_stride, scratch)
+            _multiply(rows, FLOAT_BYTES * depth, num_rows, panel, form, depth, end, start, to, to_stride, floats)
             if first + WIDTH > num_columns:
                 out[top : top + num_rows, first:] = whole.reshape(num_rows, WIDTH)[:, : num_columns - first]

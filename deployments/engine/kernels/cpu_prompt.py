@@ -177,12 +177,12 @@ def _attend(
         totals[:] = _FLOAT(0)
         sums[:] = _FLOAT(0)
         peaks[:] = _NOTHING
-    scores = np.empty((num_rows, PORTION), _FLOAT)
+    scores, zeros = np.empty((num_rows, PORTION), _FLOAT), np.zeros(_KEYS, _FLOAT)
     for portion in range(count):
         start = (first + portion) * PORTION
         if start >= position + num_tokens or start + PORTION <= position - window + 1:
             continue
-        _score(rows, group, key_panels[portion], start, position, scores)
+        _score(rows, group, key_panels[portion], start, position, zeros, scores)
         for t in range(num_tokens):
             low, high = max(0, position + t - window + 1 - start), min(PORTION, position + t + 1 - start)
             for g in range(group):
@@ -220,13 +220,12 @@ def _weigh(row, low, high, total, peaks, sums, g):
 
 
 @njit(inline="never")
-def _score(rows, group, panels, start, position, scores):
-    """Fill scores (R, PORTION), but for panels that lie behind all that a tile's rows see."""
+def _score(rows, group, panels, start, position, zeros, scores):
+    """Fill scores (R, PORTION), but for panels that lie behind all that a tile's rows see; `zeros`: (_KEYS,)."""
     num_rows, head_dim = rows.shape
     stride, to_stride = 4 * head_dim, 4 * PORTION
     rows_at, scores_at = np.int64(rows.ctypes.data), np.int64(scores.ctypes.data)
-    nothing = np.zeros(_KEYS, _FLOAT)
-    zeros = np.int64(nothing.ctypes.data)
+    zeros_at = np.int64(zeros.ctypes.data)
     for p in range(_PANELS):
         panel = np.int64(panels[p].ctypes.data)
         # The first row that sees a key of the panel.
@@ -235,10 +234,10 @@ def _score(rows, group, panels, start, position, scores):
             left = num_rows - row
             x, to = rows_at + row * stride, scores_at + row * to_stride + p * 4 * _KEYS
             if left >= _SCORE_ROWS:
-                matmul_tile(x, stride, panel, head_dim, panel, 0, zeros, 0, to, to_stride, _SCORE_ROWS, _KEY_VECTORS)
+                matmul_tile(x, stride, panel, head_dim, panel, 0, zeros_at, 0, to, to_stride, _SCORE_ROWS, _KEY_VECTORS)
                 row += _SCORE_ROWS
             else:
-                matmul_tile(x, stride, panel, head_dim, panel, 0, zeros, 0, to, to_stride, 1, _KEY_VECTORS)
+                matmul_tile(x, stride, panel, head_dim, panel, 0, zeros_at, 0, to, to_stride, 1, _KEY_VECTORS)
                 row += 1
 
 
