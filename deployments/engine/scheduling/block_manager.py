@@ -11,6 +11,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable
 from hashlib import blake2b
 
+from deployments.engine.scheduling.cache_log import CacheLog
 from deployments.engine.scheduling.sequence import Sequence
 
 _HASH_BYTES = 16
@@ -54,6 +55,7 @@ class BlockManager:
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._origin_of: dict[int, str | None] = {}  # for which request it was computed; None: long before
+        self.cache_log = CacheLog()
 
     @property
     def num_free_blocks(self) -> int:
@@ -134,6 +136,7 @@ class BlockManager:
             if hashes[i] not in self._block_of and block not in self._hash_of:
                 self._block_of[hashes[i]] = block
                 self._hash_of[block] = hashes[i]
+                self.cache_log.published(hashes[i])
                 is_new = (i + 1) * self.block_size > sequence.num_cached_tokens
                 self._origin_of[block] = sequence.request.origin if is_new else None
         sequence.note_published(num_full)
@@ -161,6 +164,7 @@ class BlockManager:
         assert all(b in self._hash_of for b in self._cached), "a cached block has no hash"
         assert {b: h for h, b in self._block_of.items()} == self._hash_of, "hash tables disagree"
         assert self._origin_of.keys() == self._hash_of.keys(), "a block is of no request, or of one without a hash"
+        assert set(self.cache_log.held) == self._block_of.keys(), "the log tells of other blocks than there are"
 
     def _fits(self, sequence: Sequence, shared: list[int], num_spare_blocks: int) -> bool:
         num_new = self.blocks_for(sequence.num_tokens) - len(shared)
@@ -207,6 +211,8 @@ class BlockManager:
             block = self._blank.popleft()
         else:
             block, _ = self._cached.popitem(last=False)
-            del self._block_of[self._hash_of.pop(block)], self._origin_of[block]
+            block_hash = self._hash_of.pop(block)
+            del self._block_of[block_hash], self._origin_of[block]
+            self.cache_log.evicted(block_hash)
         self._ref_counts[block] = 1
         return block
