@@ -22,6 +22,15 @@ FORBIDDEN = {
     "deployments.engine": ["ray", "starlette", "uvicorn", "fastapi", "httpx", "tokenizers"],
     "deployments.api": ["ray", "torch", "deployments.engine", "deployments.kv_transfer", "deployments.tokens"],
     "deployments.tokens": ["ray", "torch", "transformers", "starlette", "deployments.engine", "deployments.api"],
+    "deployments.routing": [
+        "ray",
+        "torch",
+        "numpy",
+        "transformers",
+        "starlette",
+        "deployments.api",
+        "deployments.tokens",
+    ],
     "deployments.engine.scheduling": ["torch", "numpy", "transformers"],
     "load_tests": ["app", "deployments", "ray", "torch"],
 }

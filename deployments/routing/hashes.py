@@ -1,0 +1,61 @@
+"""The blocks of a prompt, named as engines name them, without an engine.
+
+Engines of one pool have blocks of one size, those of another pool perhaps of another; a prompt is hashed once for each
+size that is asked for.
+"""
+
+from array import array
+from collections.abc import Mapping, Sequence
+
+from deployments.engine.scheduling.block_manager import hash_block, root_of
+
+
+class PromptHashes:
+    """Chained hashes of a prompt's full blocks, for any size of blocks.
+
+    Args:
+        token_ids: the prompt.
+        position_offset: of its rotary embedding, see `engine/scheduling/positions.py`; 0 for nearly all models.
+    """
+
+    def __init__(self, token_ids: Sequence[int], position_offset: int = 0) -> None:
+        self.num_tokens = len(token_ids)
+        self._token_ids = array("I", token_ids)
+        self._root = root_of(position_offset)
+        self._by_size: dict[int, list[bytes]] = {}
+
+    @classmethod
+    def known(cls, num_tokens: int, by_size: Mapping[int, list[bytes]]) -> "PromptHashes":
+        """Of a prompt of which the hashes are known and the tokens are not: of a trace."""
+        prompt = cls(())
+        prompt.num_tokens = num_tokens
+        prompt._by_size = dict(by_size)
+        return prompt
+
+    def of(self, block_size: int) -> list[bytes]:
+        """Hashes of all full blocks of that size, from the first."""
+        if block_size not in self._by_size:
+            self._by_size[block_size] = self._chain(block_size)
+        return self._by_size[block_size]
+
+    def usable(self, block_size: int) -> int:
+        """Leading blocks that an engine would take from its cache: it always computes the last token itself."""
+        return max(0, self.num_tokens - 1) // block_size
+
+    def key_after(self, num_tokens: int, block_size: int | None) -> bytes:
+        """What tells this prompt from others that begin with the same so many tokens.
+
+        Args:
+            num_tokens: whole blocks.
+            block_size: of these blocks; None: nothing is known of any.
+        """
+        if block_size is None or not (chain := self.of(block_size)):
+            return hash_block(self._root, self._token_ids)
+        return chain[min(num_tokens // block_size, len(chain) - 1)]
+
+    def _chain(self, block_size: int) -> list[bytes]:
+        hashes, parent = [], self._root
+        for end in range(block_size, self.num_tokens + 1, block_size):
+            parent = hash_block(parent, self._token_ids[end - block_size : end])
+            hashes.append(parent)
+        return hashes

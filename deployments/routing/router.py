@@ -1,0 +1,307 @@
+"""Chooses a replica of one pool for each request. One lives in each process that sends requests to that pool.
+
+Brings together what is cached where (`index.py`), what waits where (`load.py`) and what that costs (`scoring.py`). It
+is told how the pool is, in batches, and asked once per request; it never asks anybody. What it chose counts at once.
+Knows names and numbers; how the reports come and how a request reaches the replica is its owner's business. No clock of
+its own, not thread-safe.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from deployments.engine.scheduling.cache_log import CacheEvents, Position
+from deployments.engine.stats import EngineStats
+from deployments.load.outlook import PoolReadings
+from deployments.routing.hashes import PromptHashes
+from deployments.routing.heat import Heat, worth
+from deployments.routing.index import EXPECTED_FOR_S, MAX_BLOCKS_PER_REPLICA, PrefixIndex
+from deployments.routing.load import ReplicaLoad, Sent
+from deployments.routing.scoring import (
+    Candidate,
+    Choice,
+    Costs,
+    DecodeWeights,
+    PrefillWeights,
+    Score,
+    choose,
+    score_decode,
+    score_prefill,
+)
+
+# Stands for the cost of a prompt token until one was measured. Where nothing else is known all costs are in proportion
+# to it, so that it changes no choice.
+_UNMEASURED_TOKEN_S = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingSettings:
+    """How a router weighs, and how much it remembers.
+
+    Attributes:
+        prefill: weights for a prefill pool.
+        decode: weights for a decode pool.
+        max_blocks_per_replica: see `PrefixIndex`.
+        expected_for_s: likewise.
+    """
+
+    prefill: PrefillWeights = field(default_factory=PrefillWeights)
+    decode: DecodeWeights = field(default_factory=DecodeWeights)
+    max_blocks_per_replica: int = MAX_BLOCKS_PER_REPLICA
+    expected_for_s: float = EXPECTED_FOR_S
+
+
+class Rule(Protocol):
+    """How replicas of a pool are scored."""
+
+    @property
+    def tie(self) -> float:
+        """See `PrefillWeights.tie`."""
+        ...
+
+    def see(self, name: str, cached_tokens: int, load: ReplicaLoad, at: "Moment") -> Candidate:
+        """A replica, with what the score needs of it: most of what a decision takes is to find that out."""
+        ...
+
+    def score(self, num_tokens: int, num_new_tokens: int, candidate: Candidate, costs: Costs) -> Score:
+        """What a request with so many prompt tokens costs at a replica, which is expected to generate so many."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When replicas are looked at, and by what light.
+
+    Attributes:
+        now_s: the time.
+        tokens_per_s: that an engine computes.
+        num_routers: that send to the pool as much as this one does.
+        block_sizes: tokens per block, of each replica of which they are known.
+        parts: of the prompt, by size of blocks; see `heat.worth`.
+        hot_asks: likewise.
+    """
+
+    now_s: float
+    tokens_per_s: float
+    num_routers: int
+    block_sizes: Mapping[str, int]
+    parts: Mapping[int, Sequence[tuple[int, float, int]]]
+    hot_asks: float
+
+    def worth(self, name: str, cached_tokens: int) -> float:
+        """Of what a replica has cached of the prompt, in tokens."""
+        size = self.block_sizes[name]
+        return worth(cached_tokens // size, self.parts[size], self.hot_asks) * size
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRule:
+    """Of a prefill pool."""
+
+    weights: PrefillWeights
+
+    @property
+    def tie(self) -> float:
+        return self.weights.tie
+
+    def see(self, name: str, cached_tokens: int, load: ReplicaLoad, at: Moment) -> Candidate:
+        queued_tokens = load.queued_tokens(at.now_s, at.tokens_per_s, at.num_routers)
+        kept_tokens = at.worth(name, cached_tokens) if cached_tokens else 0.0
+        return Candidate(name, cached_tokens, kept_tokens, queued_tokens, load.recent_tokens(at.now_s))
+
+    def score(self, num_tokens: int, num_new_tokens: int, candidate: Candidate, costs: Costs) -> Score:
+        return score_prefill(num_tokens, candidate, costs, self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRule:
+    """Of a decode pool."""
+
+    weights: DecodeWeights
+
+    @property
+    def tie(self) -> float:
+        return self.weights.tie
+
+    def see(self, name: str, cached_tokens: int, load: ReplicaLoad, at: Moment) -> Candidate:
+        return Candidate(
+            name,
+            cached_tokens,
+            num_sequences=load.num_sequences(at.now_s, at.num_routers),
+            max_sequences=max(1, load.stats.max_num_seqs),
+            num_free_blocks=load.num_free_blocks(at.now_s, at.num_routers),
+            num_blocks=max(1, load.stats.num_blocks),
+            block_size=at.block_sizes.get(name, 1),
+        )
+
+    def score(self, num_tokens: int, num_new_tokens: int, candidate: Candidate, costs: Costs) -> Score:
+        return score_decode(num_tokens, num_new_tokens, candidate, costs, self.weights)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a replica tells of itself.
+
+    Attributes:
+        stats: of its engine.
+        block_size: tokens per KV block.
+        events: what changed in its prefix cache; None: nothing that is told now.
+    """
+
+    stats: EngineStats
+    block_size: int
+    events: CacheEvents | None = None
+
+
+@dataclass(eq=False, slots=True)
+class Routed:
+    """A request that was given a replica. Its holder says when the prompt is computed, and that it has ended.
+
+    Attributes:
+        replica: its name.
+        choice: why it.
+    """
+
+    replica: str
+    choice: Choice
+    _router: "Router"
+    _prompt: PromptHashes
+    _load: ReplicaLoad
+    _sent: Sent | None
+
+    @property
+    def cached_tokens(self) -> int:
+        """Leading prompt tokens that the replica is believed to have, or to have soon."""
+        return self.choice.score.cached_tokens
+
+    def computed(self, now_s: float) -> None:
+        """The prompt is computed there."""
+        if self._sent is not None:
+            self._load.computed(self._sent, now_s)
+
+    def ended(self, now_s: float, *, is_lost: bool = False) -> None:
+        """The request is done with; again: nothing happens.
+
+        Args:
+            now_s: the time.
+            is_lost: its prompt was not computed there, so its blocks are not to come.
+        """
+        if self._sent is None:
+            return
+        self._load.ended(self._sent, now_s)
+        self._sent = None
+        if is_lost:
+            self._router._index.disappoint(self.replica, self._prompt)
+
+
+class Router:
+    """Chooses replicas of one pool.
+
+    Args:
+        settings: weights and bounds.
+        rule: how they are scored.
+        costs: of the pool, until they are measured.
+        readings: learns from reports what a prompt token costs; None: `costs` are set by the owner.
+    """
+
+    def __init__(self, settings: RoutingSettings, rule: Rule, costs: Costs, readings: PoolReadings | None) -> None:
+        self.rule = rule
+        self.costs = costs
+        self._index = PrefixIndex(settings.max_blocks_per_replica, settings.expected_for_s)
+        self._heat, self._hot_asks = Heat(), settings.prefill.hot_asks
+        self._loads: dict[str, ReplicaLoad] = {}
+        self._readings = readings
+        self._num_routers = 1
+
+    @classmethod
+    def for_prefill(cls, settings: RoutingSettings) -> "Router":
+        """Of a prefill pool; it learns what a token costs there."""
+        return cls(settings, PrefillRule(settings.prefill), Costs(_UNMEASURED_TOKEN_S), PoolReadings(counts_hits=False))
+
+    @classmethod
+    def for_decode(cls, settings: RoutingSettings, costs: Costs) -> "Router":
+        """Of a decode pool, of which the costs are told."""
+        return cls(settings, DecodeRule(settings.decode), costs, None)
+
+    @property
+    def replicas(self) -> Collection[str]:
+        return self._loads.keys()
+
+    def positions(self) -> dict[str, Position | None]:
+        """How far the changes of each replica's cache were read; None: all that it has is to be told."""
+        return {name: self._index.position(name) for name in self._index.replicas}
+
+    def update(self, reports: Mapping[str, Report], as_of_s: float, now_s: float, num_routers: int = 1) -> None:
+        """Take what the replicas tell; those that are not among them are gone.
+
+        Args:
+            reports: by the name of the replica.
+            as_of_s: what they say was true then or later.
+            now_s: the time.
+            num_routers: that send to this pool as much as this one does.
+        """
+        self._num_routers = max(1, num_routers)
+        for name in self._loads.keys() - reports.keys():
+            self.leave(name)
+        for name, report in reports.items():
+            self._load_of(name, now_s).update(report.stats, as_of_s, now_s)
+            self._index.join(name, report.block_size, report.stats.num_blocks)
+            if report.events is not None:
+                self._index.apply(name, report.events)
+        if self._readings is not None:
+            self._readings.update({name: report.stats for name, report in reports.items()}, as_of_s)
+            steps, tokens = 1.0, self._readings.tokens_per_step
+            if token_s := self._readings.cost.seconds(steps, tokens).best / tokens:
+                self.costs = replace(self.costs, token_s=token_s)
+
+    def leave(self, name: str) -> None:
+        """A replica is gone."""
+        self._loads.pop(name, None)
+        self._index.leave(name)
+
+    def route(
+        self, prompt: PromptHashes, now_s: float, *, num_new_tokens: int = 0, among: Collection[str] | None = None
+    ) -> Routed:
+        """Choose a replica for a request; it counts as sent there.
+
+        Args:
+            prompt: the request's.
+            now_s: the time.
+            num_new_tokens: that it is expected to generate.
+            among: replicas that may be chosen, also such as no report has come of; None: all that were told of. At
+                least one.
+        """
+        names = self._loads.keys() if among is None else among
+        cached = self._index.match(prompt, now_s)
+        costs, rule, sizes = self.costs, self.rule, self._index.block_sizes
+        parts = {size: self._parts(prompt.of(size), now_s) for size in set(sizes.values())}
+        at = Moment(now_s, 1.0 / costs.token_s, self._num_routers, sizes, parts, self._hot_asks)
+        candidates = [rule.see(name, cached.get(name, 0), self._load_of(name, now_s), at) for name in names]
+        scores = [rule.score(prompt.num_tokens, num_new_tokens, candidate, costs) for candidate in candidates]
+        longest = max(scores, key=_cached_tokens)
+        key = prompt.key_after(longest.cached_tokens, sizes.get(longest.replica))
+        choice = choose(scores, rule.tie * prompt.num_tokens * costs.token_s, key)
+        name = choice.score.replica
+        load = self._loads[name]
+        num_left = prompt.num_tokens - choice.score.cached_tokens
+        sent = load.send(num_left, -(-(num_left + num_new_tokens) // sizes.get(name, 1)), now_s)
+        self._index.expect(name, prompt, now_s)
+        return Routed(name, choice, self, prompt, load, sent)
+
+    def _parts(self, chain: list[bytes], now_s: float) -> list[tuple[int, float, int]]:
+        asked = self._heat.ask(chain, now_s)
+        return [(end, asks * self._num_routers, self._index.copies(chain[end - 1])) for end, asks in asked]
+
+    def _load_of(self, name: str, now_s: float) -> ReplicaLoad:
+        load = self._loads.get(name)
+        if load is None:
+            load = ReplicaLoad()
+            if self._loads:
+                others = [other.recent_tokens(now_s) for other in self._loads.values()]
+                load.start_at(sum(others) / len(others), now_s)
+            self._loads[name] = load
+        return load
+
+
+def _cached_tokens(score: Score) -> int:
+    return score.cached_tokens
