@@ -33,7 +33,7 @@ SOURCES := app deployments tests load_tests
 
 .PHONY: help serve stop status test check format load-test advise clean \
 	bench-engine bench-host-step bench-gpu bench-gpu-handoff bench-two-gpus bench-handoff bench-serving bench-interference \
-	bench-overload bench-leaving bench-chaos bench-soak
+	bench-overload bench-leaving bench-chaos bench-soak bench-router
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 24
@@ -98,6 +98,9 @@ bench-chaos: $(DEV) ## Kill, stop and scale parts of a loaded service; what its 
 
 bench-soak: $(DEV) ## Load a service for long: memory, threads, descriptors, blocks. ARGS= is passed on.
 	@$(PY) -m tests.bench.soak.bench_soak $(ARGS)
+
+bench-router: $(DEV) ## Route a trace to modelled engines: reuse, load, and what a decision costs. ARGS= is passed on.
+	@$(PY) -m tests.bench.router.bench_router $(ARGS)
 
 load-test: $(LOAD) ## Load a running service: SCENARIO=, URL=. ARGS= is passed on.
 	@$(LOAD_PY) -m load_tests.run $(SCENARIO) --url $(URL) $(ARGS)

@@ -1,0 +1,85 @@
+"""What a decision costs: one router, no engine."""
+
+import gc
+import random
+import time
+import tracemalloc
+from dataclasses import dataclass
+
+from deployments.engine.scheduling.cache_log import CacheLog
+from deployments.engine.stats import EngineStats
+from deployments.routing.hashes import PromptHashes
+from deployments.routing.router import Report, Router, RoutingSettings
+
+_NUM_SESSIONS_PER_REPLICA = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Of decisions, in seconds, and of what is known while they are taken.
+
+    Attributes:
+        hashing_s: of the blocks of each prompt: CPU time.
+        routing_s: from there to a replica: likewise.
+        wall_s: of both, on whatever machine this is, with whatever else runs there.
+        bytes_per_block: of what the router knows.
+        num_blocks: that it knows.
+    """
+
+    hashing_s: tuple[float, ...]
+    routing_s: tuple[float, ...]
+    wall_s: tuple[float, ...]
+    bytes_per_block: float
+    num_blocks: int
+
+
+def time_decisions(
+    num_replicas: int, num_blocks: int, block_size: int, num_decisions: int, num_new_tokens: int, seed: int
+) -> Timings:
+    """Fill the caches of replicas with sessions, each cached by one or two of them, and route a next turn of each.
+
+    Args:
+        num_replicas: of the pool.
+        num_blocks: cached by all of them together.
+        block_size: tokens per block.
+        num_decisions: that are timed.
+        num_new_tokens: of a turn.
+        seed: of all that is drawn.
+    """
+    draw = random.Random(seed)
+    blocks_per_session = num_blocks // (num_replicas * _NUM_SESSIONS_PER_REPLICA)
+    tokens_per_session = blocks_per_session * block_size
+    names = [f"replica-{i}" for i in range(num_replicas)]
+    logs = {name: CacheLog() for name in names}
+    sessions = []
+    for name in names:
+        for _ in range(_NUM_SESSIONS_PER_REPLICA):
+            tokens = draw.choices(range(50_000), k=tokens_per_session)
+            for block in PromptHashes(tokens).of(block_size):
+                logs[name].published(block)
+            sessions.append(tokens)
+    router = Router.for_prefill(RoutingSettings())
+    stats = EngineStats(num_blocks=num_blocks, max_num_seqs=64, max_num_batched_tokens=8192)
+    gc.collect()
+    tracemalloc.start()
+    router.update({name: Report(stats, block_size, logs[name].since(None)) for name in names}, 0.0, 0.0)
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    known = sum(len(list(log.held)) for log in logs.values())
+    hashing_s, routing_s, wall_s = [], [], []
+    now_s = 0.0
+    for _ in range(num_decisions):
+        tokens = draw.choice(sessions) + draw.choices(range(50_000), k=num_new_tokens)
+        now_s += 0.01
+        wall_begun_s, begun_s = time.perf_counter(), time.thread_time()
+        prompt = PromptHashes(tokens)
+        prompt.of(block_size)
+        hashed_s = time.thread_time()
+        routed = router.route(prompt, now_s)
+        routed_s = time.thread_time()
+        wall_s.append(time.perf_counter() - wall_begun_s)
+        hashing_s.append(hashed_s - begun_s)
+        routing_s.append(routed_s - hashed_s)
+        routed.computed(now_s)
+        routed.ended(now_s)
+    return Timings(tuple(hashing_s), tuple(routing_s), tuple(wall_s), taken / known, known)
