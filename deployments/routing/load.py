@@ -98,6 +98,8 @@ class ReplicaLoad:
         """
         if not self._is_known(now_s):
             return float(self._tokens.total * num_routers)
+        if not self.stats.num_queued_prompt_tokens and not self._tokens.total:
+            return 0.0  # most replicas, mostly
         seen = self.stats.num_queued_prompt_tokens * self._miss_share
         drained = max(0.0, now_s - self._as_of_s) * tokens_per_s
         return self._tokens.whole(seen, drained, num_routers)
