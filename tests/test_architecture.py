@@ -67,6 +67,8 @@ PLACES = (
     "kv_transfer",
     "tokens",
     "load",
+    "routing",
+    "request_router",
     "api",
     "metrics",
     "engine_handle",
@@ -88,6 +90,9 @@ LIGHT_ENGINE = [
     "deployments.engine.stats",
     "deployments.engine.model.files",
     "deployments.engine.model.resolve",
+    "deployments.engine.scheduling.block_hash",
+    "deployments.engine.scheduling.cache_log",
+    "deployments.engine.scheduling.positions",
 ]
 ENGINE_HOSTS = ("engine", "engine_builder", "engine_host", "local_engine")
 # Of the project's own modules, these alone may be imported from under each prefix.

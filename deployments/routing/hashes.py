@@ -7,7 +7,7 @@ size that is asked for.
 from array import array
 from collections.abc import Mapping, Sequence
 
-from deployments.engine.scheduling.block_manager import hash_block, root_of
+from deployments.engine.scheduling.block_hash import hash_block, root_of
 
 
 class PromptHashes:
@@ -16,12 +16,13 @@ class PromptHashes:
     Args:
         token_ids: the prompt.
         position_offset: of its rotary embedding, see `engine/scheduling/positions.py`; 0 for nearly all models.
+        cache_salt: see `GenerateRequest`.
     """
 
-    def __init__(self, token_ids: Sequence[int], position_offset: int = 0) -> None:
+    def __init__(self, token_ids: Sequence[int], position_offset: int = 0, cache_salt: str = "") -> None:
         self.num_tokens = len(token_ids)
         self._token_ids = array("I", token_ids)
-        self._root = root_of(position_offset)
+        self._root = root_of(position_offset, cache_salt)
         self._by_size: dict[int, list[bytes]] = {}
 
     @classmethod

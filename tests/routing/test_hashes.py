@@ -12,8 +12,8 @@ from deployments.messages import GenerateRequest, SamplingParams
 from deployments.routing.hashes import PromptHashes
 
 
-def computed(manager: BlockManager, tokens: list[int], position_offset: int = 0) -> Sequence:
-    request = GenerateRequest("r", tuple(tokens), SamplingParams(max_tokens=1))
+def computed(manager: BlockManager, tokens: list[int], position_offset: int, salt: str) -> Sequence:
+    request = GenerateRequest("r", tuple(tokens), SamplingParams(max_tokens=1), cache_salt=salt)
     sequence = Sequence(request, Role.EXPORT, 0.0, position_offset=position_offset)
     assert manager.admit(sequence)
     sequence.num_computed_tokens = len(tokens)
@@ -22,12 +22,17 @@ def computed(manager: BlockManager, tokens: list[int], position_offset: int = 0)
 
 
 @settings(deadline=None)
-@given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=40), st.integers(1, 9), st.sampled_from([0, 4096]))
+@given(
+    st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=40),
+    st.integers(1, 9),
+    st.sampled_from([0, 4096]),
+    st.sampled_from(["", "tenant"]),
+)
 def test_a_prompt_has_the_blocks_that_an_engine_publishes_and_would_find(
-    tokens: list[int], block_size: int, position_offset: int
+    tokens: list[int], block_size: int, position_offset: int, salt: str
 ) -> None:
-    manager, prompt = BlockManager(64, block_size), PromptHashes(tokens, position_offset)
-    sequence = computed(manager, tokens, position_offset)
+    manager, prompt = BlockManager(64, block_size), PromptHashes(tokens, position_offset, salt)
+    sequence = computed(manager, tokens, position_offset, salt)
     assert prompt.of(block_size) == sequence.block_hashes == list(manager.cache_log.held)
     again = Sequence(sequence.request, Role.EXPORT, 0.0, position_offset=position_offset)
     assert prompt.usable(block_size) == manager.num_cached_prefix_blocks(again)

@@ -6,37 +6,12 @@ its last token into a block of its own, so that no block ever has to be copied.
 Source: PagedAttention (Kwon et al., SOSP 2023); automatic prefix caching as in vLLM's design documents.
 """
 
-from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable
-from hashlib import blake2b
 
+from deployments.engine.scheduling.block_hash import hash_block, root_of
 from deployments.engine.scheduling.cache_log import CacheLog
 from deployments.engine.scheduling.sequence import Sequence
-
-_HASH_BYTES = 16
-
-
-def hash_block(parent: bytes, token_ids: Iterable[int]) -> bytes:
-    """Identify a full block by its tokens and everything before it.
-
-    Args:
-        parent: hash of the previous block; `root_of` for the first one.
-        token_ids: the tokens of this block.
-
-    Returns:
-        16 bytes, the same in every process, so that other engines and routers can compare them.
-    """
-    return blake2b(array("I", token_ids).tobytes(), key=parent, digest_size=_HASH_BYTES).digest()
-
-
-def root_of(position_offset: int, cache_salt: str = "") -> bytes:
-    """What the first block of a sequence follows; none is the usual root.
-
-    KV of other positions has another one, and so has KV that is not to be shared with requests of another salt.
-    """
-    root = position_offset.to_bytes(8, "big") if position_offset else b""
-    return blake2b(cache_salt.encode(), key=root, digest_size=_HASH_BYTES).digest() if cache_salt else root
 
 
 class BlockManager:

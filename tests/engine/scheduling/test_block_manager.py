@@ -7,7 +7,8 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from deployments.engine.scheduling.block_manager import BlockManager, hash_block
+from deployments.engine.scheduling.block_hash import hash_block
+from deployments.engine.scheduling.block_manager import BlockManager
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.messages import DrawnToken, GenerateRequest, SamplingParams

@@ -1,0 +1,29 @@
+"""Names of full KV blocks: the same in every process, so that engines, and those that choose among them, agree."""
+
+from array import array
+from collections.abc import Iterable
+from hashlib import blake2b
+
+_HASH_BYTES = 16
+
+
+def hash_block(parent: bytes, token_ids: Iterable[int]) -> bytes:
+    """Identify a full block by its tokens and everything before it.
+
+    Args:
+        parent: hash of the previous block; `root_of` for the first one.
+        token_ids: the tokens of this block.
+
+    Returns:
+        16 bytes.
+    """
+    return blake2b(array("I", token_ids).tobytes(), key=parent, digest_size=_HASH_BYTES).digest()
+
+
+def root_of(position_offset: int, cache_salt: str = "") -> bytes:
+    """What the first block of a sequence follows; none is the usual root.
+
+    KV of other positions has another one, and so has KV that is not to be shared with requests of another salt.
+    """
+    root = position_offset.to_bytes(8, "big") if position_offset else b""
+    return blake2b(cache_salt.encode(), key=root, digest_size=_HASH_BYTES).digest() if cache_salt else root
