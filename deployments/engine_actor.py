@@ -12,6 +12,7 @@ import ray
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from deployments.engine.config import EngineConfig
+from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats
 from deployments.engine_builder import BuiltEngine, EngineBuilder, build_engine
 from deployments.engine_handle import RayEngine
@@ -58,6 +59,10 @@ class EngineActor:
     @ray.method(concurrency_group="ctl")
     def stats(self) -> EngineStats:
         return self._host.stats()
+
+    @ray.method(concurrency_group="ctl")
+    def report(self, read: Position | None) -> tuple[EngineStats, CacheEvents]:
+        return self._host.report(read)
 
     @ray.method(concurrency_group="ctl")
     def add(self, request: GenerateRequest, remote_threshold: int | None, reply_to: ReplyAddress) -> None:

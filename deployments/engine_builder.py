@@ -75,6 +75,7 @@ def assemble_engine(loaded: "LoadedModel", config: EngineConfig) -> BuiltEngine:
         lease_s=config.lease_s,
         pid=os.getpid(),
         num_blocks=limits.num_blocks,
+        positions=loaded.positions,
     )
     logger.info("engine ready: %s, %s, pid %d", loaded.path, limits, os.getpid())
     arena = None

@@ -7,6 +7,7 @@ import contextvars
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats
 from deployments.engine_info import EngineInfo
 from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyAddress
@@ -33,6 +34,10 @@ class EngineHandle(Protocol):
         ...
 
     def stats(self) -> Awaitable[EngineStats]: ...
+
+    def report(self, read: Position | None) -> Awaitable[tuple[EngineStats, CacheEvents]]:
+        """Its numbers, and what changed in its prefix cache since somebody has read of it; None: all that is there."""
+        ...
 
     def add(self, request: GenerateRequest, remote_threshold: int | None, reply_to: ReplyAddress) -> Awaitable[None]:
         """Queue a request to decode there; see `Engine.add`. Its tokens go to `reply_to`."""
@@ -89,6 +94,9 @@ class RayEngine:
 
     def stats(self) -> Awaitable[EngineStats]:
         return _ask(self._actor.stats.remote)
+
+    def report(self, read: Position | None) -> Awaitable[tuple[EngineStats, CacheEvents]]:
+        return _ask(self._actor.report.remote, read)
 
     def add(self, request: GenerateRequest, remote_threshold: int | None, reply_to: ReplyAddress) -> Awaitable[None]:
         return _ask(self._actor.add.remote, request, remote_threshold, reply_to)

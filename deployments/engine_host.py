@@ -15,6 +15,7 @@ from torch import Tensor
 
 from deployments.engine.engine import Engine
 from deployments.engine.loop import EngineLoop
+from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats
 from deployments.engine_builder import BuiltEngine
 from deployments.errors import TransferError
@@ -63,6 +64,11 @@ class EngineHost:
         stats = self._loop.call(lambda engine: engine.stats())
         stats.num_receivers = self._tokens.num_channels
         return stats
+
+    def report(self, read: Position | None) -> tuple[EngineStats, CacheEvents]:
+        stats, changes = self._loop.call(lambda engine: (engine.stats(), engine.cache_changes(read)))
+        stats.num_receivers = self._tokens.num_channels
+        return stats, changes
 
     def add(self, request: GenerateRequest, remote_threshold: int | None, reply_to: ReplyAddress) -> None:
         self._engine.check(request)

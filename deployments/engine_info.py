@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from deployments.engine.scheduling.positions import FIXED, PositionRule
+
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
@@ -17,6 +19,7 @@ class EngineInfo:
         lease_s: see `EngineConfig`.
         pid: of the engine's process, on its own node.
         num_blocks: KV blocks in the pool.
+        positions: what tells KV of one prefix apart, as the model's rotary embedding has it.
     """
 
     path: str
@@ -28,6 +31,7 @@ class EngineInfo:
     lease_s: float
     pid: int
     num_blocks: int
+    positions: PositionRule = FIXED
 
 
 @dataclass(frozen=True, slots=True)

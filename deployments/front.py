@@ -16,7 +16,7 @@ from deployments.engine.stats import EngineStats
 from deployments.engine_builder import EngineBuilder, build_engine
 from deployments.engine_client import EngineClient
 from deployments.engine_info import EngineResources
-from deployments.replica_stats import HandoffStats, ReplicaStats
+from deployments.replica_stats import HandoffStats, Positions, ReplicaStats
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +45,24 @@ class EngineFront:
         self._stats_timeout_s = stats_timeout_s
         self._last_stats, self._last_stats_s = EngineStats(), time.monotonic()
 
-    async def stats(self) -> ReplicaStats:
-        """The numbers of this replica; of an engine that does not answer soon, those that it gave last."""
-        asked_s, age_s = time.monotonic(), 0.0
+    async def stats(self, read: Positions | None = None) -> ReplicaStats:
+        """The numbers of this replica; of an engine that does not answer soon, those that it gave last.
+
+        Args:
+            read: what the caller knows of the replicas' prefix caches, to be told what changed since; None: it does not
+                want to know.
+        """
+        asked_s, age_s, cache = time.monotonic(), 0.0, None
         try:
             async with asyncio.timeout(self._stats_timeout_s):
-                self._last_stats = await self.engine.handle.stats()
+                if read is None:
+                    self._last_stats = await self.engine.handle.stats()
+                else:
+                    self._last_stats, cache = await self.engine.handle.report(read.get(self._replica))
             self._last_stats_s = asked_s
         except TimeoutError:
             age_s = asked_s - self._last_stats_s
-        return ReplicaStats(self._replica, self._last_stats, self.handoff.copy(), age_s)
+        return ReplicaStats(self._replica, self._last_stats, self.handoff.copy(), age_s, cache)
 
     async def ready(self) -> None:
         """Return once the engine's loop has turned; costs no step of the model.
@@ -110,9 +118,9 @@ class EngineReplica:
 
     _front: EngineFront
 
-    async def stats(self) -> ReplicaStats:
+    async def stats(self, read: Positions | None = None) -> ReplicaStats:
         """See `EngineFront.stats`."""
-        return await self._front.stats()
+        return await self._front.stats(read)
 
     async def ready(self) -> None:
         """See `EngineFront.ready`."""

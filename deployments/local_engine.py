@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor
 
 from deployments.engine.engine import Engine
+from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats
 from deployments.engine_builder import BuiltEngine
 from deployments.engine_host import EngineHost
@@ -54,6 +55,9 @@ class LocalEngine:
 
     def stats(self) -> Awaitable[EngineStats]:
         return self._ask_to_wait(self._host.stats)
+
+    def report(self, read: Position | None) -> Awaitable[tuple[EngineStats, CacheEvents]]:
+        return self._ask_to_wait(self._host.report, read)
 
     def add(self, request: GenerateRequest, remote_threshold: int | None, reply_to: ReplyAddress) -> Awaitable[None]:
         return self._ask(self._host.add, request, remote_threshold, reply_to)

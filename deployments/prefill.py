@@ -121,6 +121,7 @@ class Prefill(EngineReplica):
             events.put(error)
             return
         del taken
-        self._front.handoff.observe(chunk.num_blocks * source.info.bytes_per_block, time.monotonic() - started_s)
+        num_bytes = chunk.num_blocks * source.info.bytes_per_block
+        self._front.handoff.observe(chunk.num_blocks, num_bytes, time.monotonic() - started_s)
         source.handle.release_chunk(chunk.request_id, chunk.index)
         events.put(ChunkArrived(chunk.request_id))

@@ -1,8 +1,13 @@
 """What one replica tells of itself when it is asked: plain numbers, which `load` judges and `metrics` shows."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
+from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats, Histogram
+
+# How far somebody has read of each replica's prefix cache, by the name of the replica; None: nothing yet.
+Positions = Mapping[str, Position | None]
 
 
 @dataclass(slots=True)
@@ -13,6 +18,7 @@ class HandoffStats:
         num_requests: requests whose KV arrived whole.
         num_failures: requests whose hand-off ended in an error.
         num_chunks: chunks that arrived.
+        num_blocks: KV blocks that arrived.
         num_bytes: bytes that arrived.
         seconds: per chunk, from computed to arrived in the other engine's pool.
     """
@@ -20,16 +26,19 @@ class HandoffStats:
     num_requests: int = 0
     num_failures: int = 0
     num_chunks: int = 0
+    num_blocks: int = 0
     num_bytes: int = 0
     seconds: Histogram = field(default_factory=Histogram)
 
-    def observe(self, num_bytes: int, seconds: float) -> None:
+    def observe(self, num_blocks: int, num_bytes: int, seconds: float) -> None:
+        """A chunk has arrived."""
         self.num_chunks += 1
+        self.num_blocks += num_blocks
         self.num_bytes += num_bytes
         self.seconds.observe(seconds)
 
     def copy(self) -> "HandoffStats":
-        return HandoffStats(self.num_requests, self.num_failures, self.num_chunks, self.num_bytes, self.seconds.copy())
+        return replace(self, seconds=self.seconds.copy())
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +50,11 @@ class ReplicaStats:
         engine: of its engine.
         handoff: of its front.
         age_s: since the engine said so; above 0 if it did not answer soon enough this time.
+        cache: what changed in its prefix cache; None: nobody asked, or the engine did not answer.
     """
 
     replica: str
     engine: EngineStats
     handoff: HandoffStats
     age_s: float = 0.0
+    cache: CacheEvents | None = None

@@ -32,6 +32,7 @@ from deployments.engine.kv.copies import Allocate, KVCopies
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.outputs import Outputs
 from deployments.engine.scheduling.block_manager import BlockManager
+from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.scheduling.checks import check_request
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import Scheduler
@@ -95,6 +96,7 @@ class Engine:
         self._canary = Canary(self._runner, self._blocks)
         self._stats = EngineStats(
             num_blocks=self.limits.num_blocks,
+            block_size=self.limits.block_size,
             max_num_seqs=self.limits.max_num_seqs,
             max_num_batched_tokens=self.limits.max_num_batched_tokens,
         )
@@ -277,6 +279,10 @@ class Engine:
         stats.preemptions = scheduler.num_preemptions
         stats.finished = scheduler.num_finished
         return stats.copy()
+
+    def cache_changes(self, read: Position | None) -> CacheEvents:
+        """What changed in the prefix cache since somebody has read of it; None: all that is there."""
+        return self._blocks.cache_log.since(read)
 
     def check_integrity(self) -> None:
         """Assert that no block, sequence or chunk is lost or counted twice."""

@@ -40,6 +40,7 @@ class EngineStats:
         max_num_seqs: sequences that have a seat at once, reserved and running.
         max_num_batched_tokens: tokens of a full step.
         num_blocks: size of the KV pool.
+        block_size: tokens per KV block.
         num_used_blocks: blocks held by sequences; cached free blocks do not count.
         num_exported_blocks: blocks copied out for a hand-off and not yet released.
         prompt_tokens: prompt tokens computed here, in batches that have ended.
@@ -64,6 +65,7 @@ class EngineStats:
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0
     num_blocks: int = 0
+    block_size: int = 0
     num_used_blocks: int = 0
     num_exported_blocks: int = 0
     prompt_tokens: int = 0

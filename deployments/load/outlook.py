@@ -161,6 +161,11 @@ class PoolReadings:
         self.cost.add(now.prefill_steps - before.prefill_steps, tokens, now.prefill_s - before.prefill_s)
 
     @property
+    def held(self) -> Estimate | None:
+        """How long a sequence holds its seat; None: none has finished yet."""
+        return self._held.value
+
+    @property
     def num_engines(self) -> int:
         """At least 1: a pool has an engine, whether it was seen or not."""
         return max(1, len(self._engines))
@@ -205,7 +210,7 @@ class PoolReadings:
         beyond = num_open + num_new + min(num_new, num_waiting) - num_seats
         if beyond <= 0 or num_seats == 0:
             return NOTHING
-        held = self._held.value
+        held = self.held
         if held is None:
             return UNKNOWN
         return held.times(beyond / num_seats)

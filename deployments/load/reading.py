@@ -1,7 +1,7 @@
 """One reading of all pools: the engines' own numbers, and how old they are. `pool_watch.py` takes it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from deployments.engine.stats import EngineStats
 from deployments.replica_stats import ReplicaStats
@@ -18,14 +18,16 @@ class Reading:
     Attributes:
         pools: for each pool, by its name, the engines by the names of their replicas.
         as_of_s: what is said was true then or later, in monotonic seconds.
+        replicas: all that they said, of which `pools` is a part.
     """
 
     pools: Mapping[str, Mapping[str, EngineStats]]
     as_of_s: float
+    replicas: Pools = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, pools: Pools, taken_s: float) -> "Reading":
         """What replicas said that were asked at `taken_s`; of different ages, so all of it is as old as the oldest."""
         age_s = max((replica.age_s for pool in pools.values() for replica in pool), default=0.0)
         engines = {name: {replica.replica: replica.engine for replica in pool} for name, pool in pools.items()}
-        return cls(engines, taken_s - age_s)
+        return cls(engines, taken_s - age_s, pools)
