@@ -52,6 +52,22 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Route:
+    """The replicas that a request is meant for. If one is not there, another takes its place.
+
+    Attributes:
+        decode: name of the decode replica; empty: any.
+        prefill: name of the prefill replica, if one is needed; empty: any.
+    """
+
+    decode: str = ""
+    prefill: str = ""
+
+
+ANYWHERE = Route()
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """One prompt to continue, as token ids.
 
@@ -62,6 +78,7 @@ class GenerateRequest:
         priority: among other requests.
         generated_token_ids: what was generated of it already, before it was lost and resumed; the next token follows.
         cache_salt: KV is shared only among requests with the same one.
+        route: where it is to go.
     """
 
     request_id: str
@@ -70,6 +87,7 @@ class GenerateRequest:
     priority: Priority = Priority.NORMAL
     generated_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
+    route: Route = ANYWHERE
 
     @property
     def given_token_ids(self) -> tuple[int, ...]:

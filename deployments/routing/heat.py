@@ -27,8 +27,8 @@ class Heat:
     def __len__(self) -> int:
         return len(self._counts)
 
-    def ask(self, chain: Sequence[bytes], now_s: float) -> list[tuple[int, float]]:
-        """A prompt asks for its blocks.
+    def look(self, chain: Sequence[bytes], now_s: float) -> list[tuple[int, float]]:
+        """How often a prompt's blocks were asked for lately.
 
         Args:
             chain: hashes of its full blocks.
@@ -36,18 +36,23 @@ class Heat:
 
         Returns:
             (end, asks) of consecutive parts of the prompt: how many blocks it has up to the end of the part, and how
-            often that was asked for lately, this time not counted.
+            often that was asked for.
         """
-        parts = []
+        return [(end, self._asks(chain[end - 1], now_s)) for end in _ends(len(chain))]
+
+    def ask(self, chain: Sequence[bytes], now_s: float) -> None:
+        """A prompt asks for its blocks."""
         for end in _ends(len(chain)):
-            block = chain[end - 1]
-            asks, as_of_s = self._counts.pop(block, (0.0, now_s))
-            asks *= 0.5 ** ((now_s - as_of_s) / _HALF_LIFE_S)
-            parts.append((end, asks))
-            self._counts[block] = (asks + 1.0, now_s)
+            asks = self._asks(chain[end - 1], now_s)
+            self._counts.pop(chain[end - 1], None)  # to the end, as the one asked for last
+            self._counts[chain[end - 1]] = (asks + 1.0, now_s)
         while len(self._counts) > self._max_counts:
             self._counts.popitem(last=False)
-        return parts
+
+    def _asks(self, block: bytes, now_s: float) -> float:
+        asks, as_of_s = self._counts.get(block, (0.0, now_s))
+        keep: float = 0.5 ** ((now_s - as_of_s) / _HALF_LIFE_S)
+        return asks * keep
 
 
 def worth(depth: int, parts: Sequence[tuple[int, float, int]], hot_asks: float) -> float:
@@ -55,7 +60,7 @@ def worth(depth: int, parts: Sequence[tuple[int, float, int]], hot_asks: float) 
 
     Args:
         depth: blocks.
-        parts: (end, asks, copies) of consecutive parts of the prompt; see `Heat.ask`, and how many replicas have it.
+        parts: (end, asks, copies) of consecutive parts of the prompt; see `Heat.look`, and how many replicas have it.
         hot_asks: up to so many for each copy a block counts whole.
     """
     total, start = 0.0, 0

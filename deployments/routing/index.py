@@ -15,6 +15,7 @@ from typing import TypeVar
 from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.routing.hashes import PromptHashes
 
+# Of 132 bytes each (Python 3.11).
 MAX_BLOCKS_PER_REPLICA = 262_144
 Key = TypeVar("Key", bound=Hashable)
 

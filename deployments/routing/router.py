@@ -7,7 +7,7 @@ its own, not thread-safe.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from deployments.engine.scheduling.cache_log import CacheEvents, Position
@@ -15,40 +15,23 @@ from deployments.engine.stats import EngineStats
 from deployments.load.outlook import PoolReadings
 from deployments.routing.hashes import PromptHashes
 from deployments.routing.heat import Heat, worth
-from deployments.routing.index import EXPECTED_FOR_S, MAX_BLOCKS_PER_REPLICA, PrefixIndex
+from deployments.routing.index import PrefixIndex
 from deployments.routing.load import ReplicaLoad, Sent
 from deployments.routing.scoring import (
     Candidate,
     Choice,
     Costs,
-    DecodeWeights,
-    PrefillWeights,
+    Elsewhere,
     Score,
     choose,
     score_decode,
     score_prefill,
 )
+from deployments.routing.settings import DecodeWeights, PrefillWeights, RoutingSettings
 
 # Stands for the cost of a prompt token until one was measured. Where nothing else is known all costs are in proportion
 # to it, so that it changes no choice.
-_UNMEASURED_TOKEN_S = 1e-4
-
-
-@dataclass(frozen=True, slots=True)
-class RoutingSettings:
-    """How a router weighs, and how much it remembers.
-
-    Attributes:
-        prefill: weights for a prefill pool.
-        decode: weights for a decode pool.
-        max_blocks_per_replica: see `PrefixIndex`.
-        expected_for_s: likewise.
-    """
-
-    prefill: PrefillWeights = field(default_factory=PrefillWeights)
-    decode: DecodeWeights = field(default_factory=DecodeWeights)
-    max_blocks_per_replica: int = MAX_BLOCKS_PER_REPLICA
-    expected_for_s: float = EXPECTED_FOR_S
+UNMEASURED_TOKEN_S = 1e-4
 
 
 class Rule(Protocol):
@@ -63,9 +46,29 @@ class Rule(Protocol):
         """A replica, with what the score needs of it: most of what a decision takes is to find that out."""
         ...
 
-    def score(self, num_tokens: int, num_new_tokens: int, candidate: Candidate, costs: Costs) -> Score:
-        """What a request with so many prompt tokens costs at a replica, which is expected to generate so many."""
+    @property
+    def hot_asks(self) -> float | None:
+        """See `PrefillWeights.hot_asks`; None: how often a prefix is asked for makes no difference."""
         ...
+
+    def score(self, request: "Sizes", candidate: Candidate, costs: Costs) -> Score:
+        """What a request costs at a replica."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a request asks of a replica.
+
+    Attributes:
+        num_tokens: of its prompt.
+        num_new_tokens: that it is expected to generate.
+        elsewhere: see `score_decode`.
+    """
+
+    num_tokens: int
+    num_new_tokens: int = 0
+    elsewhere: Elsewhere | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +112,12 @@ class PrefillRule:
         kept_tokens = at.worth(name, cached_tokens) if cached_tokens else 0.0
         return Candidate(name, cached_tokens, kept_tokens, queued_tokens, load.recent_tokens(at.now_s))
 
-    def score(self, num_tokens: int, num_new_tokens: int, candidate: Candidate, costs: Costs) -> Score:
-        return score_prefill(num_tokens, candidate, costs, self.weights)
+    @property
+    def hot_asks(self) -> float | None:
+        return self.weights.hot_asks
+
+    def score(self, request: Sizes, candidate: Candidate, costs: Costs) -> Score:
+        return score_prefill(request.num_tokens, candidate, costs, self.weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +141,14 @@ class DecodeRule:
             block_size=at.block_sizes.get(name, 1),
         )
 
-    def score(self, num_tokens: int, num_new_tokens: int, candidate: Candidate, costs: Costs) -> Score:
-        return score_decode(num_tokens, num_new_tokens, candidate, costs, self.weights)
+    @property
+    def hot_asks(self) -> float | None:
+        return None
+
+    def score(self, request: Sizes, candidate: Candidate, costs: Costs) -> Score:
+        return score_decode(
+            request.num_tokens, request.num_new_tokens, candidate, costs, self.weights, request.elsewhere
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +221,7 @@ class Router:
         self.rule = rule
         self.costs = costs
         self._index = PrefixIndex(settings.max_blocks_per_replica, settings.expected_for_s)
-        self._heat, self._hot_asks = Heat(), settings.prefill.hot_asks
+        self._heat = Heat()
         self._loads: dict[str, ReplicaLoad] = {}
         self._readings = readings
         self._num_routers = 1
@@ -216,7 +229,7 @@ class Router:
     @classmethod
     def for_prefill(cls, settings: RoutingSettings) -> "Router":
         """Of a prefill pool; it learns what a token costs there."""
-        return cls(settings, PrefillRule(settings.prefill), Costs(_UNMEASURED_TOKEN_S), PoolReadings(counts_hits=False))
+        return cls(settings, PrefillRule(settings.prefill), Costs(UNMEASURED_TOKEN_S), PoolReadings(counts_hits=False))
 
     @classmethod
     def for_decode(cls, settings: RoutingSettings, costs: Costs) -> "Router":
@@ -262,35 +275,57 @@ class Router:
     def route(
         self, prompt: PromptHashes, now_s: float, *, num_new_tokens: int = 0, among: Collection[str] | None = None
     ) -> Routed:
-        """Choose a replica for a request; it counts as sent there.
+        """Choose a replica for a request, and count the request as sent there; see `choose`."""
+        choice = self.choose(prompt, now_s, num_new_tokens=num_new_tokens, among=among)
+        return self.send(prompt, choice, now_s, num_new_tokens=num_new_tokens)
+
+    def choose(
+        self,
+        prompt: PromptHashes,
+        now_s: float,
+        *,
+        num_new_tokens: int = 0,
+        elsewhere: Elsewhere | None = None,
+        among: Collection[str] | None = None,
+    ) -> Choice:
+        """Choose a replica for a request.
 
         Args:
             prompt: the request's.
             now_s: the time.
             num_new_tokens: that it is expected to generate.
+            elsewhere: see `score_decode`.
             among: replicas that may be chosen, also such as no report has come of; None: all that were told of. At
                 least one.
         """
         names = self._loads.keys() if among is None else among
         cached = self._index.match(prompt, now_s)
         costs, rule, sizes = self.costs, self.rule, self._index.block_sizes
-        parts = {size: self._parts(prompt.of(size), now_s) for size in set(sizes.values())}
-        at = Moment(now_s, 1.0 / costs.token_s, self._num_routers, sizes, parts, self._hot_asks)
+        parts, hot_asks = {}, rule.hot_asks
+        if hot_asks is not None:
+            parts = {size: self._parts(prompt.of(size), now_s) for size in set(sizes.values())}
+        at = Moment(now_s, 1.0 / costs.token_s, self._num_routers, sizes, parts, hot_asks or 0.0)
+        request = Sizes(prompt.num_tokens, num_new_tokens, elsewhere)
         candidates = [rule.see(name, cached.get(name, 0), self._load_of(name, now_s), at) for name in names]
-        scores = [rule.score(prompt.num_tokens, num_new_tokens, candidate, costs) for candidate in candidates]
+        scores = [rule.score(request, candidate, costs) for candidate in candidates]
         longest = max(scores, key=_cached_tokens)
         key = prompt.key_after(longest.cached_tokens, sizes.get(longest.replica))
-        choice = choose(scores, rule.tie * prompt.num_tokens * costs.token_s, key)
-        name = choice.score.replica
-        load = self._loads[name]
+        return choose(scores, rule.tie * prompt.num_tokens * costs.token_s, key)
+
+    def send(self, prompt: PromptHashes, choice: Choice, now_s: float, *, num_new_tokens: int = 0) -> Routed:
+        """A request goes to the replica that was just chosen for it: it counts there from now on."""
+        sizes, name, load = self._index.block_sizes, choice.replica, self._loads[choice.replica]
+        if self.rule.hot_asks is not None:
+            for size in set(sizes.values()):
+                self._heat.ask(prompt.of(size), now_s)
         num_left = prompt.num_tokens - choice.score.cached_tokens
         sent = load.send(num_left, -(-(num_left + num_new_tokens) // sizes.get(name, 1)), now_s)
         self._index.expect(name, prompt, now_s)
         return Routed(name, choice, self, prompt, load, sent)
 
     def _parts(self, chain: list[bytes], now_s: float) -> list[tuple[int, float, int]]:
-        asked = self._heat.ask(chain, now_s)
-        return [(end, asks * self._num_routers, self._index.copies(chain[end - 1])) for end, asks in asked]
+        looked = self._heat.look(chain, now_s)
+        return [(end, asks * self._num_routers, self._index.copies(chain[end - 1])) for end, asks in looked]
 
     def _load_of(self, name: str, now_s: float) -> ReplicaLoad:
         load = self._loads.get(name)

@@ -15,54 +15,12 @@ Source: rendezvous hashing (Thaler and Ravishankar, 1998).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from hashlib import blake2b
 
 import msgspec
 
-
-@dataclass(frozen=True, slots=True)
-class PrefillWeights:
-    """How the costs of a prompt at a prefill replica are weighed; seconds times these are compared.
-
-    Attributes:
-        compute: of what is left to compute, by what cached blocks are worth; far above 1, for what is computed again
-            also delays all that come later. On the trace of `make bench-router`, 8 rather than 4 keeps 92 instead of
-            88% of the reuse and lowers the mean TTFT by 3% on engines busy 80% of the time, and raises it by 4% at 40%;
-            with 16 a hot prefix is spread too late (2026-11-28).
-        queue: of what waits there.
-        crowding: of what the replica was given lately; 0: a prefix stays where it is until a queue grows.
-        hot_asks: a cached block counts by as much less as it is asked for more often than that, for each replica that
-            has it; see `heat.py`.
-        tie: of the time that the whole prompt takes: replicas that cost no more than that above the cheapest are taken
-            to cost the same.
-    """
-
-    compute: float = 8.0
-    queue: float = 1.0
-    crowding: float = 0.3
-    hot_asks: float = 2.0
-    tie: float = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeWeights:
-    """How the costs of a request at a decode replica are weighed.
-
-    Attributes:
-        fill: of the time to bring or compute what of the prompt is not there.
-        seat: of the wait for a seat.
-        batch: of the time by which the batch's size makes the request longer.
-        full: seconds that a pool without a free block costs; it begins to at `full_from`.
-        full_from: share of used blocks up to which they cost nothing.
-        tie: see `PrefillWeights`.
-    """
-
-    fill: float = 1.0
-    seat: float = 1.0
-    batch: float = 1.0
-    full: float = 1.0
-    full_from: float = 0.8
-    tie: float = 0.02
+from deployments.routing.settings import DecodeWeights, PrefillWeights
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +28,7 @@ class Costs:
     """What work takes in the engines of one pool; they are taken to be alike.
 
     Attributes:
-        token_s: a prompt token: to compute it, or to bring its KV from another engine.
+        token_s: a prompt token is computed.
         sequence_s: by how much each sequence of the batch makes a step longer.
         seat_s: a seat is held, in the mean.
     """
@@ -78,6 +36,31 @@ class Costs:
     token_s: float
     sequence_s: float = 0.0
     seat_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """What it takes to have a prompt computed by another pool, and its KV brought here.
+
+    Attributes:
+        min_tokens: it is, with at least so many tokens that are not here.
+        computing_s: until it is computed.
+        token_s: to bring the KV of a token.
+    """
+
+    min_tokens: int
+    computing_s: float
+    token_s: float
+
+
+class Reason(StrEnum):
+    """What decided a choice."""
+
+    ONLY = "only"
+    CACHE = "cache"  # it has more of the prompt than another, and none has more
+    LOAD = "load"  # none has more of it, and it is the least busy
+    SPREAD = "spread"  # another one has more of it, and is too busy, or it is too hot a prefix
+    TIE = "tie"  # several cost as much, and a hash has chosen
 
 
 # Structs, not dataclasses: one of each is made for every replica and every decision (0.2 us against 1.2 us).
@@ -144,7 +127,23 @@ class Choice:
     num_equals: int
 
     @property
-    def reason(self) -> str:
+    def replica(self) -> str:
+        """Its name."""
+        return self.score.replica
+
+    @property
+    def reason(self) -> Reason:
+        """What decided."""
+        if not self.others:
+            return Reason.ONLY
+        cached = [score.cached_tokens for score in self.others]
+        if max(cached) > self.score.cached_tokens:
+            return Reason.SPREAD
+        if self.num_equals:
+            return Reason.TIE
+        return Reason.CACHE if min(cached) < self.score.cached_tokens else Reason.LOAD
+
+    def describe(self) -> str:
         """In words, for a receipt."""
         words = f"{self.score.replica}: {_describe(self.score)}"
         if not self.others:
@@ -169,7 +168,12 @@ def score_prefill(num_tokens: int, candidate: Candidate, costs: Costs, weights: 
 
 
 def score_decode(
-    num_tokens: int, num_new_tokens: int, candidate: Candidate, costs: Costs, weights: DecodeWeights
+    num_tokens: int,
+    num_new_tokens: int,
+    candidate: Candidate,
+    costs: Costs,
+    weights: DecodeWeights,
+    elsewhere: Elsewhere | None = None,
 ) -> Score:
     """What a request costs at a decode replica.
 
@@ -179,8 +183,13 @@ def score_decode(
         candidate: the replica.
         costs: of its pool.
         weights: of the parts.
+        elsewhere: where the prompt is computed if much of it is not here; None: always here.
     """
-    own_s = (num_tokens - candidate.cached_tokens) * costs.token_s
+    num_left = num_tokens - candidate.cached_tokens
+    if elsewhere is None or num_left < elsewhere.min_tokens:
+        own_s = num_left * costs.token_s
+    else:
+        own_s = elsewhere.computing_s + num_left * elsewhere.token_s
     num_needed = -(-(num_tokens + num_new_tokens - candidate.cached_tokens) // candidate.block_size)
     num_beyond = max(0.0, candidate.num_sequences + 1 - candidate.max_sequences)
     missing = max(0.0, num_needed - candidate.num_free_blocks) / candidate.num_blocks  # of all seats as well

@@ -11,12 +11,20 @@ def chain(*blocks: int) -> list[bytes]:
     return [block.to_bytes(16, "big") for block in blocks]
 
 
+def ask(heat: Heat, blocks: list[bytes], now_s: float) -> list[tuple[int, float]]:
+    """As a request does: it looks, and is sent."""
+    parts = heat.look(blocks, now_s)
+    assert heat.look(blocks, now_s) == parts, "who looks and goes elsewhere has not asked"
+    heat.ask(blocks, now_s)
+    return parts
+
+
 def test_the_first_ask_finds_nothing_and_each_counts() -> None:
     heat = Heat()
-    assert heat.ask(chain(1, 2, 3, 4, 5), 0.0) == [(1, 0.0), (2, 0.0), (4, 0.0), (5, 0.0)]
-    assert heat.ask(chain(1, 2, 9), 0.0) == [(1, 1.0), (2, 1.0), (3, 0.0)]
-    assert heat.ask(chain(1, 2, 9), 60.0) == [(1, 1.0), (2, 1.0), (3, 0.5)], "after a minute an ask counts half"
-    assert heat.ask([], 60.0) == []
+    assert ask(heat, chain(1, 2, 3, 4, 5), 0.0) == [(1, 0.0), (2, 0.0), (4, 0.0), (5, 0.0)]
+    assert ask(heat, chain(1, 2, 9), 0.0) == [(1, 1.0), (2, 1.0), (3, 0.0)]
+    assert ask(heat, chain(1, 2, 9), 60.0) == [(1, 1.0), (2, 1.0), (3, 0.5)], "after a minute an ask counts half"
+    assert ask(heat, [], 60.0) == []
 
 
 def test_what_was_asked_for_longest_ago_is_forgotten_first() -> None:
@@ -24,8 +32,8 @@ def test_what_was_asked_for_longest_ago_is_forgotten_first() -> None:
     for block in (1, 2, 1, 3):
         heat.ask(chain(block), 0.0)
     assert len(heat) == 2
-    assert heat.ask(chain(1), 0.0) == [(1, 2.0)]
-    assert heat.ask(chain(2), 0.0) == [(1, 0.0)]
+    assert ask(heat, chain(1), 0.0) == [(1, 2.0)]
+    assert ask(heat, chain(2), 0.0) == [(1, 0.0)]
 
 
 def test_a_system_prompt_is_worth_little_and_the_session_behind_it_all() -> None:

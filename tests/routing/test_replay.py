@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from deployments.routing.router import RoutingSettings
+from deployments.routing.settings import RoutingSettings
 from tests.bench.router.engines import Speed
 from tests.bench.router.policies import BoundedHash, Policy, RandomChoice, RoundRobin, Routers, TwoChoices
 from tests.bench.router.replay import replay

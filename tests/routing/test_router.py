@@ -5,8 +5,9 @@ import pytest
 from deployments.engine.scheduling.cache_log import CacheLog
 from deployments.engine.stats import EngineStats
 from deployments.routing.hashes import PromptHashes
-from deployments.routing.router import Report, Router, RoutingSettings
-from deployments.routing.scoring import Costs, PrefillWeights
+from deployments.routing.router import Report, Router
+from deployments.routing.scoring import Costs
+from deployments.routing.settings import PrefillWeights, RoutingSettings
 
 SIZE = 16
 NAMES = ("a", "b", "c", "d")
@@ -47,7 +48,7 @@ def test_a_prompt_goes_where_its_prefix_is(router: Router) -> None:
     router.update({name: report(holding(prompt(shared)) if name == "c" else None) for name in NAMES}, 1.0, 1.0)
     routed = router.route(prompt(shared, (1, 100)), 1.0)
     assert (routed.replica, routed.cached_tokens) == ("c", 1600)
-    assert routed.choice.reason.startswith("c: 1600 tokens cached")
+    assert routed.choice.describe().startswith("c: 1600 tokens cached")
 
 
 def test_it_does_not_where_too_much_waits(router: Router) -> None:

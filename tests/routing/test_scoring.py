@@ -6,12 +6,11 @@ from hypothesis import given
 from deployments.routing.scoring import (
     Candidate,
     Costs,
-    DecodeWeights,
-    PrefillWeights,
     choose,
     score_decode,
     score_prefill,
 )
+from deployments.routing.settings import DecodeWeights, PrefillWeights
 
 COSTS = Costs(token_s=0.001, sequence_s=0.0005, seat_s=2.0)
 sizes = st.integers(1, 100_000)
@@ -140,11 +139,11 @@ def test_a_receipt_says_what_was_chosen_and_what_was_passed_over() -> None:
     weights = PrefillWeights(compute=1.0)
     near = score_prefill(3000, Candidate("near", 2048, queued_tokens=9000.0), COSTS, weights)
     far = score_prefill(3000, Candidate("far"), COSTS, weights)
-    reason = choose([near, far], 0.0, b"").reason
+    reason = choose([near, far], 0.0, b"").describe()
     assert reason.startswith("far: 0 tokens cached, 3.000 s for the rest, 0.000 s of waiting")
     assert "not near, which has more: 2048 tokens cached, 0.952 s for the rest, 9.000 s of waiting" in reason
-    assert choose([far], 0.0, b"").reason.endswith("the only replica")
-    assert "next far" in choose([replace_cost(near, 0.1), far], 0.0, b"").reason
+    assert choose([far], 0.0, b"").describe().endswith("the only replica")
+    assert "next far" in choose([replace_cost(near, 0.1), far], 0.0, b"").describe()
 
 
 def replace_cost(score, cost: float):

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from deployments.routing.router import RoutingSettings
+from deployments.routing.settings import RoutingSettings
 from tests.bench.router.decisions import Timings, time_decisions
 from tests.bench.router.engines import Speed
 from tests.bench.router.policies import BoundedHash, Policy, RandomChoice, RoundRobin, Routers, TwoChoices

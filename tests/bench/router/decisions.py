@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from deployments.engine.scheduling.cache_log import CacheLog
 from deployments.engine.stats import EngineStats
 from deployments.routing.hashes import PromptHashes
-from deployments.routing.router import Report, Router, RoutingSettings
+from deployments.routing.router import Report, Router
+from deployments.routing.settings import RoutingSettings
 
 _NUM_SESSIONS_PER_REPLICA = 20
 

@@ -8,7 +8,8 @@ from hashlib import blake2b
 from typing import Protocol
 
 from deployments.routing.hashes import PromptHashes
-from deployments.routing.router import Report, Routed, Router, RoutingSettings
+from deployments.routing.router import Report, Routed, Router
+from deployments.routing.settings import RoutingSettings
 from tests.bench.router.engines import ModelledEngine
 from tests.bench.router.trace import BLOCK_SIZE, Arrival
 

@@ -1,0 +1,112 @@
+"""What requests cost at decode replicas, learned from what both pools say of themselves, one reading after the other.
+
+Owns four means: what a prompt token takes in a decode engine's own steps, what it takes to bring one from a prefill
+engine, by how much a sequence makes the steps of the others longer, and how much a request generates. Pure: no clock.
+"""
+
+from collections.abc import Mapping
+
+from deployments.engine.stats import EngineStats
+from deployments.load.outlook import PoolReadings
+from deployments.load.step_cost import StepCost
+from deployments.replica_stats import HandoffStats
+from deployments.routing.scoring import Costs
+
+_STEP_HALF_LIFE_S = 10.0
+_OUTPUT_HALF_LIFE = 32.0  # finished sequences
+_HANDOFF_HALF_LIFE = 8192.0  # tokens
+# A seat is taken to be held for so long until a sequence was seen to leave one.
+_UNMEASURED_SEAT_S = 1.0
+
+
+class Mean:
+    """A mean of the recent past.
+
+    Args:
+        half_life: count after which what was added before counts half.
+    """
+
+    def __init__(self, half_life: float) -> None:
+        self._half_life = half_life
+        self._total = self._count = 0.0
+
+    def add(self, total: float, count: float) -> None:
+        """So much, over so many more. Without any of them: nothing."""
+        if count > 0 and total >= 0:
+            keep = 0.5 ** (count / self._half_life)
+            self._total, self._count = keep * self._total + total, keep * self._count + count
+
+    @property
+    def value(self) -> float | None:
+        """None: nothing was added."""
+        return self._total / self._count if self._count else None
+
+
+class DecodeCosts:
+    """See the module."""
+
+    def __init__(self) -> None:
+        self._readings = PoolReadings(counts_hits=False)
+        self._engines: dict[str, EngineStats] = {}
+        self._handoffs: dict[str, HandoffStats] = {}
+        self._steps = StepCost(_STEP_HALF_LIFE_S)
+        self._output = Mean(_OUTPUT_HALF_LIFE)
+        self._handoff = Mean(_HANDOFF_HALF_LIFE)
+
+    def update(
+        self, engines: Mapping[str, EngineStats], handoffs: Mapping[str, HandoffStats], block_size: int, as_of_s: float
+    ) -> None:
+        """Take a reading.
+
+        Args:
+            engines: of each decode replica, by its name.
+            handoffs: of each prefill replica, likewise.
+            block_size: tokens per block.
+            as_of_s: what they say was true then or later.
+        """
+        self._readings.update(engines, as_of_s)
+        for name, now in engines.items():
+            before = self._engines.get(name, EngineStats())
+            self._learn_steps(now, before)
+            self._output.add(now.generated_tokens - before.generated_tokens, now.finished - before.finished)
+        for name, handoff in handoffs.items():
+            old = self._handoffs.get(name, HandoffStats())
+            num_tokens = (handoff.num_blocks - old.num_blocks) * block_size
+            self._handoff.add(handoff.seconds.total - old.seconds.total, num_tokens)
+        self._engines, self._handoffs = dict(engines), dict(handoffs)
+
+    def costs(self, token_s: float) -> Costs:
+        """Of the decode pool.
+
+        Args:
+            token_s: that a prompt token is taken to cost until one was measured there.
+        """
+        tokens = self._readings.tokens_per_step
+        measured_s = self._readings.cost.seconds(1.0, tokens).best / tokens
+        token_s = measured_s or token_s
+        # As much as is sure, for batches that were all of one size tell nothing; but no less than a prompt token, which
+        # is as much to compute: 0.026 ms of a step of 128 sequences, 0.025 ms of a prompt (Llama-3.1-8B, one H100,
+        # docs/measured.md).
+        sequence_s = max(token_s, self._steps.seconds(0.0, 1.0).low)
+        held = self._readings.held
+        return Costs(token_s, sequence_s, held.best if held else _UNMEASURED_SEAT_S)
+
+    @property
+    def handoff_token_s(self) -> float:
+        """To bring the KV of a prompt token; 0 until it was measured."""
+        return self._handoff.value or 0.0
+
+    def num_new_tokens(self, max_tokens: int) -> int:
+        """That a request is expected to generate, which may generate so many."""
+        mean = self._output.value
+        return max_tokens if mean is None else min(max_tokens, round(mean))
+
+    def _learn_steps(self, now: EngineStats, before: EngineStats) -> None:
+        """From the gaps between tokens: each step makes one for each sequence that runs, with a prompt in it or not."""
+        steps, prefill_steps = now.steps - before.steps, now.prefill_steps - before.prefill_steps
+        num_gaps = sum(now.itl_s.counts) - sum(before.itl_s.counts)
+        if not 0 <= prefill_steps < steps or num_gaps <= 0:
+            return
+        batch = num_gaps / steps
+        seconds = (now.itl_s.total - before.itl_s.total) / batch - (now.prefill_s - before.prefill_s)
+        self._steps.add(steps - prefill_steps, batch * (steps - prefill_steps), seconds)

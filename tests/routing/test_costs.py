@@ -1,0 +1,85 @@
+"""What requests cost at decode replicas is learned from the numbers that engines keep anyway."""
+
+import pytest
+
+from deployments.engine.stats import EngineStats
+from deployments.replica_stats import HandoffStats
+from deployments.routing.costs import DecodeCosts, Mean
+
+STEP_S, SEQUENCE_S, PREFILL_STEP_S = 0.005, 0.0004, 0.2
+
+
+class Engine:
+    """Decodes batches, with a step that computes a prompt now and then, and counts as engines do."""
+
+    def __init__(self) -> None:
+        self.stats = EngineStats(max_num_batched_tokens=1000, max_num_seqs=64, num_blocks=100, block_size=16)
+
+    def run(self, batch: int, num_steps: int, num_prompts: int = 0) -> None:
+        """So many decode steps and, with prompts of a full step each in them, so many more."""
+        step_s = STEP_S + batch * SEQUENCE_S
+        for seconds, times in ((step_s, num_steps), (PREFILL_STEP_S, num_prompts)):
+            self.stats.itl_s.observe(seconds, batch * times)
+        self.stats.steps += num_steps + num_prompts
+        self.stats.generated_tokens += batch * (num_steps + num_prompts)
+        self.stats.prefill_steps += num_prompts
+        self.stats.prefill_s += PREFILL_STEP_S * num_prompts
+        self.stats.prompt_tokens += 1000 * num_prompts
+
+
+def learn(costs: DecodeCosts, batches: list[int], num_prompts: int = 0) -> None:
+    engine = Engine()
+    costs.update({"d": engine.stats.copy()}, {}, 16, 0.0)
+    for second, batch in enumerate(batches, start=1):
+        engine.run(batch, 100, num_prompts)
+        costs.update({"d": engine.stats.copy()}, {}, 16, float(second))
+
+
+@pytest.mark.parametrize("num_prompts", [0, 5])
+def test_what_a_sequence_adds_to_a_step_is_told_by_batches_of_different_sizes(num_prompts: int) -> None:
+    costs = DecodeCosts()
+    learn(costs, [1, 4, 16, 2, 32, 8] * 20, num_prompts)
+    assert costs.costs(0.0001).sequence_s == pytest.approx(SEQUENCE_S, rel=0.15)
+
+
+def test_as_long_as_all_batches_were_alike_a_sequence_is_taken_to_add_what_a_prompt_token_costs() -> None:
+    costs = DecodeCosts()
+    assert costs.costs(0.0001).sequence_s == 0.0001
+    learn(costs, [1] * 50)
+    assert costs.costs(0.0001).sequence_s == 0.0001
+
+
+def test_a_prompt_token_costs_what_it_does_here_once_one_was_computed_here() -> None:
+    costs = DecodeCosts()
+    assert costs.costs(0.001).token_s == 0.001
+    learn(costs, [1] * 60, num_prompts=5)
+    assert costs.costs(0.001).token_s == pytest.approx(PREFILL_STEP_S / 1000, rel=0.05)
+
+
+def test_a_request_is_expected_to_generate_as_many_tokens_as_others_did() -> None:
+    costs = DecodeCosts()
+    assert costs.num_new_tokens(4000) == 4000
+    before, now = EngineStats(), EngineStats(generated_tokens=5000, finished=50)
+    costs.update({"d": before}, {}, 16, 0.0)
+    costs.update({"d": now}, {}, 16, 1.0)
+    assert costs.num_new_tokens(4000) == 100
+    assert costs.num_new_tokens(20) == 20
+
+
+def test_a_hand_off_costs_what_chunks_took() -> None:
+    costs, handoff = DecodeCosts(), HandoffStats()
+    assert costs.handoff_token_s == 0.0
+    for second in range(5):
+        handoff.observe(num_blocks=10, num_bytes=1, seconds=0.016)
+        costs.update({}, {"p": handoff.copy()}, 16, float(second))
+    assert costs.handoff_token_s == pytest.approx(0.0001)
+
+
+def test_a_mean_is_of_what_was_added_lately() -> None:
+    mean = Mean(half_life=10.0)
+    assert mean.value is None
+    mean.add(5.0, 0)
+    assert mean.value is None
+    mean.add(1000.0, 100)
+    mean.add(100.0, 100)
+    assert mean.value == pytest.approx(1.0, rel=0.05)

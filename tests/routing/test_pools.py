@@ -1,0 +1,170 @@
+"""Both replicas of a request are chosen at once: where the prompt is computed depends on what decode lacks of it."""
+
+from dataclasses import replace
+
+import pytest
+
+from deployments.engine.scheduling.cache_log import CacheLog
+from deployments.engine.scheduling.positions import SwitchedPositions
+from deployments.engine.stats import EngineStats
+from deployments.load.reading import DECODE, PREFILL, Reading
+from deployments.messages import ANYWHERE, GenerateRequest, SamplingParams
+from deployments.replica_stats import HandoffStats, ReplicaStats
+from deployments.routing.hashes import PromptHashes
+from deployments.routing.pools import PoolRouters
+from deployments.routing.scoring import Reason
+from deployments.routing.settings import RoutingSettings
+
+SIZE = 16
+MIN_REMOTE = 256
+IDLE = EngineStats(num_blocks=1000, block_size=SIZE, max_num_seqs=64, max_num_batched_tokens=8192)
+SESSION = tuple(range(1600))
+
+
+def request(tokens: tuple[int, ...], **fields: object) -> GenerateRequest:
+    return GenerateRequest("r", tokens, SamplingParams(max_tokens=100), **fields)  # type: ignore[arg-type]
+
+
+class Pools:
+    """What two pools of two say of themselves."""
+
+    def __init__(self, mode: str = "disaggregated", settings: RoutingSettings | None = None, **options: object) -> None:
+        self.now_s = 1000.0
+        names = {DECODE: ("d0", "d1")} | ({PREFILL: ("p0", "p1")} if mode == "disaggregated" else {})
+        self.engines = {pool: dict.fromkeys(of, IDLE) for pool, of in names.items()}
+        self.logs = {name: CacheLog() for of in names.values() for name in of}
+        min_tokens = MIN_REMOTE if mode == "disaggregated" else None
+        clock = lambda: self.now_s  # noqa: E731
+        self.routers = PoolRouters(settings or RoutingSettings(), min_tokens, clock=clock, **options)  # type: ignore[arg-type]
+
+    def holds(self, name: str, prompt: PromptHashes) -> None:
+        for block in prompt.of(SIZE):
+            self.logs[name].published(block)
+
+    def read(self) -> None:
+        self.now_s += 1.0
+        replicas = {}
+        for pool, engines in self.engines.items():
+            read = self.routers.positions(pool)
+            caches = {name: None if read is None else self.logs[name].since(read.get(name)) for name in engines}
+            replicas[pool] = [
+                ReplicaStats(name, engine, HandoffStats(), cache=caches[name]) for name, engine in engines.items()
+            ]
+        self.routers.update(Reading.of(replicas, self.now_s))
+
+    def know(self) -> None:
+        """Who the replicas are is read first, and then what they have."""
+        self.read()
+        self.read()
+
+
+def test_a_session_goes_on_where_it_is_and_no_prefill_replica_counts_it() -> None:
+    pools = Pools()
+    pools.holds("d1", PromptHashes(SESSION))
+    pools.know()
+    for number in range(8):
+        routed = pools.routers.route(request((*SESSION, *[number] * 100)))
+        assert routed.route.decode == "d1"
+        assert routed.route.prefill, "should the decode replica have forgotten it"
+    assert pools.routers.choices == {(DECODE, Reason.CACHE): 8}
+    assert pools.routers.promised_tokens == {DECODE: 8 * 1600, PREFILL: 0}
+
+
+def test_a_prompt_that_decode_lacks_goes_to_the_prefill_replica_that_has_it() -> None:
+    pools = Pools()
+    pools.holds("p1", PromptHashes(SESSION))
+    pools.know()
+    assert pools.routers.route(request((*SESSION, *range(300)))).route.prefill == "p1"
+    assert pools.routers.promised_tokens == {DECODE: 0, PREFILL: 1600}
+
+
+def test_where_decode_has_little_and_prefill_all_the_little_is_not_worth_a_wait() -> None:
+    pools = Pools()
+    pools.holds("d1", PromptHashes(SESSION[:160]))
+    pools.holds("p1", PromptHashes(SESSION))
+    pools.engines[DECODE]["d1"] = replace(IDLE, num_running=64, num_waiting=20)
+    pools.engines[DECODE]["d0"] = replace(IDLE, num_running=1)
+    pools.know()
+    assert pools.routers.route(request((*SESSION, *range(100)))).route.decode == "d0"
+
+
+def test_requests_that_were_just_sent_count_at_once_and_no_more_when_they_have_ended() -> None:
+    pools = Pools(mode="colocated")
+    pools.know()
+    others = [pools.routers.route(request(tuple(range(i, i + 20)))) for i in range(0, 4000, 100)]
+    sent = [routed.route.decode for routed in others]
+    assert sent.count("d0") == sent.count("d1")
+    for routed in others:
+        routed.first_token()
+        routed.ended()
+        routed.ended()
+    assert pools.routers.route(request(tuple(range(5000, 5020)))).route.decode in ("d0", "d1")
+
+
+def test_blocks_of_a_request_that_was_lost_before_its_first_token_are_not_expected() -> None:
+    pools = Pools(mode="colocated")
+    pools.know()
+    pools.routers.route(request(SESSION)).ended()
+    pools.routers.route(request(SESSION)).ended()
+    assert pools.routers.promised_tokens[DECODE] == 0
+    routed = pools.routers.route(request(SESSION))
+    routed.first_token()
+    routed.ended()
+    assert pools.routers.route(request((*SESSION, 7))).route.decode == routed.route.decode
+    assert pools.routers.promised_tokens[DECODE] == 1600
+
+
+def test_a_decode_replica_that_is_gone_is_not_chosen_until_it_is_heard_of() -> None:
+    pools = Pools()
+    pools.holds("d1", PromptHashes(SESSION))
+    pools.know()
+    lost = pools.routers.route(request(SESSION))
+    pools.routers.lost(lost.route)
+    assert pools.routers.route(request(SESSION)).route.decode == "d0"
+    pools.know()
+    assert pools.routers.route(request(SESSION)).route.decode in ("d0", "d1")
+
+
+@pytest.mark.parametrize("salt", ["", "tenant"])
+def test_kv_of_another_tenant_is_not_looked_for(salt: str) -> None:
+    pools = Pools(mode="colocated")
+    pools.holds("d1", PromptHashes(SESSION, cache_salt="tenant"))
+    pools.know()
+    pools.routers.route(request(SESSION, cache_salt=salt))
+    assert (pools.routers.promised_tokens[DECODE] > 0) == (salt == "tenant")
+
+
+def test_what_was_generated_before_a_request_was_lost_is_part_of_its_prompt() -> None:
+    pools = Pools(mode="colocated")
+    pools.holds("d1", PromptHashes(SESSION))
+    pools.know()
+    assert pools.routers.route(request(SESSION[:800], generated_token_ids=SESSION[800:])).route.decode == "d1"
+    assert pools.routers.promised_tokens[DECODE] == 1584
+
+
+def test_kv_of_other_positions_has_other_names() -> None:
+    rule = SwitchedPositions(border=1000, stride=4096)
+    pools = Pools(mode="colocated", positions=rule)
+    pools.holds("d1", PromptHashes(SESSION, position_offset=4096))
+    pools.know()
+    assert pools.routers.route(request(SESSION)).route.decode == "d1"
+
+
+def test_one_of_each_is_no_choice_and_nobody_asks_what_it_has_cached() -> None:
+    pools = Pools()
+    for engines in pools.engines.values():
+        engines.popitem()
+    pools.know()
+    assert pools.routers.positions(DECODE) is None
+    assert pools.routers.route(request(SESSION)).route == ANYWHERE
+
+
+def test_engines_that_have_said_nothing_yet_are_not_chosen() -> None:
+    pools = Pools()
+    assert pools.routers.route(request(SESSION)).route == ANYWHERE
+    pools.engines[DECODE]["d0"] = EngineStats()
+    pools.know()
+    assert {pools.routers.route(request((i, *SESSION))).route.decode for i in range(8)} == {"d1"}
+    pools.engines[DECODE]["d1"] = EngineStats()
+    pools.know()
+    assert pools.routers.route(request(SESSION)).route == ANYWHERE
