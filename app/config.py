@@ -12,12 +12,13 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from ray._private.label_utils import validate_label_selector
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from app.arguments import ConfigError, describe_errors, list_arguments, unflatten
 from deployments.api.body import MAX_BODY_BYTES
 from deployments.engine.config import EngineConfig
 from deployments.load.admission import Bounds
+from deployments.routing.settings import RoutingSettings
 
 Pool = Literal["prefill", "decode"]
 
@@ -29,6 +30,8 @@ HEALTH_CHECK_TIMEOUT_S = 20.0
 HEALTH_CHECK_SPARE_S = 5.0
 # The asynchronous front of an engine: it passes messages on and never computes.
 FRONT_NUM_CPUS = 0.1
+# Ray Serve loads it by this name.
+ROUTER_CLASS = "deployments.request_router.NamedReplicaRouter"
 
 
 class EngineSettings(EngineConfig):
@@ -178,6 +181,7 @@ class AppConfig(BaseModel):
         mode: `disaggregated` has a prefill pool; `colocated` lets the decode pool do both.
         min_remote_prefill_tokens: prompts with fewer uncached tokens are prefilled by the decode engine itself.
         parity_check: a decode replica starts only if a prompt that was handed over is continued as without.
+        routing: how replicas are chosen.
         engine: settings of all engines.
         ingress: the deployment that speaks HTTP.
         prefill: the engines that compute prompts; with `mode=colocated` there are none.
@@ -195,6 +199,7 @@ class AppConfig(BaseModel):
     mode: Literal["disaggregated", "colocated"] = "disaggregated"
     min_remote_prefill_tokens: int = Field(default=256, ge=0)
     parity_check: bool = True
+    routing: RoutingSettings = Field(default_factory=RoutingSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     ingress: IngressConfig = Field(default_factory=IngressConfig)
     prefill: PoolConfig = Field(default_factory=PoolConfig)
@@ -214,6 +219,7 @@ class AppConfig(BaseModel):
     def _check_pools(self) -> None:
         if self.mode == "colocated":
             idle = {"prefill", "min_remote_prefill_tokens", "parity_check"} & self.model_fields_set
+            idle |= {"routing.prefill"} if "prefill" in self.routing.model_fields_set else set()
             if idle:
                 raise ConfigError(f"mode=colocated has no prefill pool; leave out {' and '.join(sorted(idle))}")
             return
@@ -249,8 +255,10 @@ class AppConfig(BaseModel):
         """Return the options of one deployment, as `Deployment.options` takes them."""
         if deployment == "ingress":
             return self.ingress.deployment_options()
+        router: dict[str, Any] = {"request_router_class": ROUTER_CLASS, "request_router_kwargs": {"pool": deployment}}
         check_s = max(HEALTH_CHECK_TIMEOUT_S, self.engine_config(deployment).max_silence_s + HEALTH_CHECK_SPARE_S)
-        return self.pool(deployment).deployment_options() | {"health_check_timeout_s": check_s}
+        special = {"health_check_timeout_s": check_s, "request_router_config": RequestRouterConfig(**router)}
+        return self.pool(deployment).deployment_options() | special
 
     def max_num_cpus(self) -> float:
         """CPUs that Ray reserves when every deployment has all its replicas."""

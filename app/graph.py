@@ -40,6 +40,7 @@ def ingress_settings(args: AppConfig) -> IngressSettings:
         max_unread_tokens=args.ingress.max_unread_tokens,
         resume_timeout_s=args.ingress.resume_timeout_s,
         bounds=args.admission_bounds(),
+        routing=args.routing,
     )
 
 

@@ -7,6 +7,7 @@ not pass through here: the engines send them to the ingress.
 
 import asyncio
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -15,7 +16,7 @@ from deployments.engine_client import EventQueue
 from deployments.engine_info import EngineInfo
 from deployments.errors import brief, was_cancelled
 from deployments.front import EngineReplica, FrontSource
-from deployments.messages import GenerateRequest, Placed, ReplyAddress
+from deployments.messages import ANYWHERE, GenerateRequest, Placed, ReplyAddress
 from deployments.parity import check_parity
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Each with a replica that Serve chooses anew; one that has died is not chosen again.
+# The first with the replica that the ingress chose, each other with one that Serve chooses; one that has died is not
+# chosen again.
 _MAX_PREFILLS = 3
 _PREFILL_RETRY_S = 1.0
 
@@ -137,7 +139,9 @@ class Decode(EngineReplica):
         for attempt in range(_MAX_PREFILLS):
             if attempt and not await engine.handle.renew(request_id):
                 return  # the lease ran out, and the engine computes it
-            call: Any = self._prefill.handle.prefill.remote(request, first_block, engine.handle, reply_to)
+            # Again not by the replica that has failed, if Serve finds another.
+            asked = replace(request, route=ANYWHERE) if attempt else request
+            call: Any = self._prefill.handle.prefill.remote(asked, first_block, engine.handle, reply_to)
             try:
                 has_finished = await call
             except (Exception, asyncio.CancelledError) as error:

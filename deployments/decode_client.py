@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from deployments.errors import EngineDeadError, OverloadedError, TransferError, brief, was_cancelled
 from deployments.messages import GenerateRequest, resumed_id
 from deployments.ray_errors import as_ours
+from deployments.routing.pools import PoolRouters
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class DecodeClient:
         tokens: where the engines send the tokens.
         resume_timeout_s: a request that was lost and has had no new token for so long fails.
         on_resume: called for each time that a request is resumed.
+        routers: choose the replicas.
     """
 
     def __init__(
@@ -49,11 +51,13 @@ class DecodeClient:
         tokens: TokenReceiver,
         resume_timeout_s: float,
         on_resume: Callable[[], None],
+        routers: PoolRouters,
     ) -> None:
         self._decode = decode
         self._tokens = tokens
         self._resume_timeout_s = resume_timeout_s
         self._on_resume = on_resume
+        self._routers = routers
 
     async def serve(self, request: GenerateRequest, stream: TokenStream) -> None:
         """Have a request served until its last token is in the stream, or fail the stream.
@@ -88,18 +92,26 @@ class DecodeClient:
             KvRelayError: what else went wrong there.
         """
         call: Any = None
+        routed = self._routers.route(request)
+        stream.call_on_next(routed.first_token)
         try:
-            call = self._decode.generate.remote(request, self._tokens.address)
+            call = self._decode.generate.remote(replace(request, route=routed.route), self._tokens.address)
             await (self._first_progress(call, stream) if is_resumed else call)
             await asyncio.sleep(_LAST_TOKEN_TIMEOUT_S)  # cancelled as soon as the reader has the last token
         except asyncio.CancelledError:
             if not was_cancelled():
+                self._routers.lost(routed.route)
                 raise EngineDeadError("the replica ended the call") from None
             if not stream.has_finished:
                 call.cancel()
             raise
         except Exception as error:
-            raise as_ours(error) from error
+            ours = as_ours(error)
+            if isinstance(ours, EngineDeadError):
+                self._routers.lost(routed.route)
+            raise ours from error
+        finally:
+            routed.ended()
         if not stream.has_ended:
             raise TransferError(f"the last token did not arrive within {_LAST_TOKEN_TIMEOUT_S:.0f} s")
 

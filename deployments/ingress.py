@@ -7,7 +7,7 @@ the engines directly, to the `TokenReceiver` of this replica. What HTTP looks li
 import asyncio
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,11 +27,13 @@ from deployments.engine_info import EngineInfo
 from deployments.load.admission import Admission, Bounds, Ticket
 from deployments.load.pool_health import PoolHealth
 from deployments.load.pool_watch import watch_pools
-from deployments.load.reading import DECODE, PREFILL
+from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import GenerateRequest, ModelInfo
-from deployments.metrics import AdmissionMetrics, ClientMetrics, render
+from deployments.metrics import AdmissionMetrics, ClientMetrics, RoutingMetrics, render
 from deployments.ray_errors import as_ours
-from deployments.replica_stats import ReplicaStats
+from deployments.replica_stats import Positions, ReplicaStats
+from deployments.routing.pools import PoolRouters
+from deployments.routing.settings import RoutingSettings
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class PoolBackend:
         prefill: handle of the prefill deployment; None: colocated.
         tokens: where the engines send the tokens of this replica's requests.
         admission: lets calls in.
+        routers: choose the replicas.
         resume_timeout_s: see `DecodeClient`.
     """
 
@@ -59,15 +62,18 @@ class PoolBackend:
         prefill: "DeploymentHandle[Any] | None",
         tokens: TokenReceiver,
         admission: Admission,
+        routers: PoolRouters,
         resume_timeout_s: float,
     ) -> None:
         self._pools = {DECODE: decode} if prefill is None else {PREFILL: prefill, DECODE: decode}
         self.pool_health = PoolHealth({name: partial(_be_ready, handle) for name, handle in self._pools.items()})
         self._tokens = tokens
         self._admission = admission
+        self._routers = routers
         self.clients = ClientMetrics()
-        self._decode = DecodeClient(decode, tokens, resume_timeout_s, self.clients.request_resumed)
+        self._decode = DecodeClient(decode, tokens, resume_timeout_s, self.clients.request_resumed, routers)
         self.clients.registry.register(AdmissionMetrics(admission))
+        self.clients.registry.register(RoutingMetrics(routers))
 
     def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
         """Let a call in; see `Admission.admit`."""
@@ -90,12 +96,21 @@ class PoolBackend:
         return self.pool_health.state()
 
     async def metrics(self) -> bytes:
-        return render(await self.read_pools(), self.clients)
+        return render(await self._read_pools(dict.fromkeys(self._pools)), self.clients)
 
     async def read_pools(self) -> dict[str, list[ReplicaStats]]:
-        """The numbers of every replica, by the name of its pool."""
+        """The numbers of every replica, by the name of its pool, and what its cache has to tell the routers."""
+        return await self._read_pools({name: self._routers.positions(name) for name in self._pools})
+
+    def take(self, reading: Reading) -> None:
+        """Whoever decides by it is told of a reading."""
+        self._admission.update(reading)
+        self._routers.update(reading)
+
+    async def _read_pools(self, read: Mapping[str, Positions | None]) -> dict[str, list[ReplicaStats]]:
         # A failure waits for the other pool's answer, so that whoever asks again has asked once at a time.
-        readings = await asyncio.gather(*map(self._stats, self._pools.values()), return_exceptions=True)
+        asked = [self._stats(handle, read[name]) for name, handle in self._pools.items()]
+        readings = await asyncio.gather(*asked, return_exceptions=True)
         pools: dict[str, list[ReplicaStats]] = {}
         for name, reading in zip(self._pools, readings, strict=True):
             if isinstance(reading, BaseException):
@@ -103,8 +118,8 @@ class PoolBackend:
             pools[name] = reading
         return pools
 
-    async def _stats(self, handle: "DeploymentHandle[Any]") -> list[ReplicaStats]:
-        stats: list[ReplicaStats] = await handle.broadcast("stats").results_async(timeout_s=_STATS_TIMEOUT_S)
+    async def _stats(self, handle: "DeploymentHandle[Any]", read: Positions | None) -> list[ReplicaStats]:
+        stats: list[ReplicaStats] = await handle.broadcast("stats", read).results_async(timeout_s=_STATS_TIMEOUT_S)
         return stats
 
 
@@ -126,6 +141,7 @@ class IngressSettings:
         max_unread_tokens: a client that leaves more tokens unread is dropped.
         resume_timeout_s: how long a request whose decode replica was lost may wait for another.
         bounds: of admission.
+        routing: see there.
     """
 
     model: str
@@ -134,6 +150,7 @@ class IngressSettings:
     max_unread_tokens: int
     resume_timeout_s: float
     bounds: Bounds
+    routing: RoutingSettings
 
 
 @serve.ingress()
@@ -158,8 +175,9 @@ class Ingress:
         self._info = describe_served(engine, self._codec, settings.served_model_name)
         tokens = await TokenReceiver.start(ray.util.get_node_ip_address(), settings.max_unread_tokens)
         admission = Admission(settings.bounds)
-        self._backend = PoolBackend(decode, prefill, tokens, admission, settings.resume_timeout_s)
-        self._watch = asyncio.create_task(watch_pools(self._backend.read_pools, admission.update))
+        routers = PoolRouters(settings.routing, settings.bounds.min_remote_tokens, engine.positions)
+        self._backend = PoolBackend(decode, prefill, tokens, admission, routers, settings.resume_timeout_s)
+        self._watch = asyncio.create_task(watch_pools(self._backend.read_pools, self._backend.take))
         self._health_watch = asyncio.create_task(self._backend.pool_health.watch())
         # What is loaded by now stays. To look through it for garbage takes 0.3 s (450,000 objects, 2 busy cores of a
         # Zen 4 machine, 2026-11-27), in which no token goes out and nobody is refused.

@@ -13,6 +13,7 @@ from prometheus_client.registry import Collector
 from deployments.engine.stats import Histogram
 from deployments.load.admission import Admission
 from deployments.replica_stats import ReplicaStats
+from deployments.routing.pools import PoolRouters
 
 _PREFIX = "kvrelay_"
 _LABELS = ("pool", "replica")
@@ -117,6 +118,32 @@ class AdmissionMetrics(Collector):
                 if value is not None:
                     gauge.add_metric((pool,), value)
             yield gauge
+
+
+class RoutingMetrics(Collector):
+    """How this ingress replica chose the replicas of requests. What they had cached is told by the engines."""
+
+    def __init__(self, routers: PoolRouters) -> None:
+        self._routers = routers
+
+    def collect(self) -> Iterator[Metric]:
+        choices = CounterMetricFamily(
+            f"{_PREFIX}routing_choices", "Replicas chosen, by what decided.", labels=("pool", "reason")
+        )
+        for (pool, reason), count in sorted(self._routers.choices.items()):
+            choices.add_metric((pool, reason.value), count)
+        yield choices
+        promised = CounterMetricFamily(
+            f"{_PREFIX}routing_promised_tokens",
+            "Prompt tokens that the chosen replicas were taken to have cached; prefix_hit_tokens are those they had.",
+            labels=("pool",),
+        )
+        for pool, num_tokens in self._routers.promised_tokens.items():
+            promised.add_metric((pool,), num_tokens)
+        yield promised
+        yield CounterMetricFamily(
+            f"{_PREFIX}routing_seconds", "Seconds that the choices took.", value=self._routers.seconds
+        )
 
 
 class _PoolCollector(Collector):

@@ -33,7 +33,10 @@ async def watch_pools(
             pools = await read()
         except Exception as error:
             if not is_failing:  # once, and not every second
-                logger.warning("the pools cannot be read, so admission goes by what it let in itself: %r", error)
+                logger.warning(
+                    "the pools cannot be read, so admission and routing go by what they sent there themselves: %r",
+                    error,
+                )
             is_failing = True
         else:
             is_failing = False

@@ -57,6 +57,7 @@ class TokenStream:
         self._finish_reason: FinishReason | None = None
         self._error: Exception | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._on_next: Callable[[], None] | None = None
 
     @property
     def has_finished(self) -> bool:
@@ -90,10 +91,17 @@ class TokenStream:
         self.token_ids += output.token_ids
         self._finish_reason = output.finish_reason
         self._unread.append(output)
+        if self._on_next is not None:
+            on_next, self._on_next = self._on_next, None
+            on_next()
         if len(self.token_ids) - self._num_read > self._max_unread_tokens:
             self._overflow()
         else:
             self._wake()
+
+    def call_on_next(self, on_next: Callable[[], None]) -> None:
+        """Call this once, when the next token arrives."""
+        self._on_next = on_next
 
     def continue_as(self, name: str) -> None:
         """From now on tokens come under another name; called by the receiver."""

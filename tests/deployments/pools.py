@@ -1,6 +1,7 @@
 """Ingress and both fronts in one process: real engines on a tiny model, a real token channel, plain calls for Serve."""
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -13,8 +14,11 @@ from deployments.engine_client import EngineClient
 from deployments.front import EngineFront
 from deployments.ingress import PoolBackend
 from deployments.load.admission import Admission, Bounds
+from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import GenerateRequest, TokenOutput
 from deployments.prefill import Prefill
+from deployments.routing.pools import PoolRouters
+from deployments.routing.settings import RoutingSettings
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 from tests.deployments.faulty_engine import FaultyEngine
 from tests.engine.families import random_prompt
@@ -32,6 +36,7 @@ STATS_TIMEOUT_S = 3.0
 class Replica:
     """One replica of a pool: a `Prefill` or `Decode`, and what it is made of."""
 
+    name: str
     deployment: Any
     front: EngineFront
     engine: FaultyEngine
@@ -52,18 +57,36 @@ class Call:
 
 
 class Handle:
-    """A Serve handle: a call goes to the first replica that is not known to be dead."""
+    """A Serve handle: a call goes to the replica that it is meant for, else to the first one not known to be dead."""
 
-    def __init__(self, replicas: list[Replica], method: str = "") -> None:
+    def __init__(self, replicas: list[Replica], pool: str, method: str = "") -> None:
         self._replicas = replicas
+        self._pool = pool
         self._method = method
 
     def __getattr__(self, method: str) -> "Handle":
-        return Handle(self._replicas, method)
+        return Handle(self._replicas, self._pool, method)
 
     def remote(self, *args: Any) -> Call:
         alive = [replica for replica in self._replicas if not replica.front.engine.is_dead]
-        return Call(getattr((alive or self._replicas)[0].deployment, self._method)(*args))
+        name = getattr(args[0].route, self._pool) if args and isinstance(args[0], GenerateRequest) else ""
+        named = [replica for replica in alive if replica.name == name]
+        return Call(getattr((named or alive or self._replicas)[0].deployment, self._method)(*args))
+
+    def broadcast(self, method: str, *args: Any) -> "Answers":
+        alive = [replica for replica in self._replicas if not replica.front.engine.is_dead]
+        return Answers([getattr(replica.deployment, method)(*args) for replica in alive])
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What all replicas say."""
+
+    coroutines: list[Coroutine[Any, Any, Any]]
+
+    async def results_async(self, timeout_s: float) -> list[Any]:
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.gather(*self.coroutines)
 
 
 @dataclass(frozen=True)
@@ -71,13 +94,14 @@ class LocalFront:
     """Brings an engine in this process into being; remembers its front for the test."""
 
     engine: FaultyEngine
+    name: str
     fronts: list[EngineFront]
     max_silence_s: float
     stats_timeout_s: float
 
     async def start(self) -> EngineFront:
         client = EngineClient(self.engine, await self.engine.info(), on_death=lambda: None)
-        self.fronts.append(EngineFront(client, self.max_silence_s, "r", self.stats_timeout_s))
+        self.fronts.append(EngineFront(client, self.max_silence_s, self.name, self.stats_timeout_s))
         return self.fronts[-1]
 
 
@@ -94,6 +118,7 @@ class Pools:
     decodes: list[Replica]
     engines: list[FaultyEngine]
     tokens: TokenReceiver
+    routers: PoolRouters
     backend: PoolBackend
 
     @classmethod
@@ -107,24 +132,28 @@ class Pools:
         num_decode: int = 1,
         max_silence_s: float = MAX_SILENCE_S,
         stats_timeout_s: float = STATS_TIMEOUT_S,
+        routing: RoutingSettings | None = None,
         **overrides: object,
     ) -> "Pools":
         pools = cls()
 
-        async def replica(build: Any, *args: object) -> Replica:
-            front = LocalFront(FaultyEngine(**overrides), [], max_silence_s, stats_timeout_s)
+        async def replica(name: str, build: Any, *args: object) -> Replica:
+            front = LocalFront(FaultyEngine(**overrides), name, [], max_silence_s, stats_timeout_s)
             deployment = build.__new__(build)
             await deployment.__init__(front, *args)  # as Serve does with an async constructor
-            return Replica(deployment, front.fronts[0], front.engine)
+            return Replica(name, deployment, front.fronts[0], front.engine)
 
-        pools.prefills = [await replica(Prefill) for _ in range(num_prefill)]
-        prefill_handle: Any = Handle(pools.prefills)
-        pools.decodes = [await replica(Decode, prefill_handle, min_tokens, False) for _ in range(num_decode)]
-        decode_handle: Any = Handle(pools.decodes)
+        pools.prefills = [await replica(f"p{i}", Prefill) for i in range(num_prefill)]
+        prefill_handle: Any = Handle(pools.prefills, PREFILL)
+        pools.decodes = [await replica(f"d{i}", Decode, prefill_handle, min_tokens, False) for i in range(num_decode)]
+        decode_handle: Any = Handle(pools.decodes, DECODE)
         pools.engines = [replica.engine for replica in pools.prefills + pools.decodes]
         pools.tokens = await TokenReceiver.start("127.0.0.1", max_unread_tokens)
         admission = Admission(Bounds(max_ttft_s=30.0, max_queued_tokens=10_000, min_remote_tokens=min_tokens))
-        pools.backend = PoolBackend(decode_handle, prefill_handle, pools.tokens, admission, resume_timeout_s)
+        pools.routers = PoolRouters(routing or RoutingSettings(), min_tokens)
+        pools.backend = PoolBackend(
+            decode_handle, prefill_handle, pools.tokens, admission, pools.routers, resume_timeout_s
+        )
         return pools
 
     def generate(self, request: GenerateRequest, on_overflow: Callable[[], None] = lambda: None) -> TokenStream:
@@ -135,6 +164,11 @@ class Pools:
         """All that a client gets."""
         async with aclosing(self.generate(request)) as outputs:
             return [output async for output in outputs]
+
+    async def read(self) -> None:
+        """One reading of the pools, as the ingress takes one each second."""
+        taken_s = time.monotonic()
+        self.backend.take(Reading.of(await self.backend.read_pools(), taken_s))
 
     @property
     def prefill(self) -> Replica:

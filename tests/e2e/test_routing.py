@@ -1,0 +1,103 @@
+"""Two replicas of each pool: a conversation goes on where its KV is, a hot prefix is spread, a death costs a retry."""
+
+import copy
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+
+from app.config import AppConfig
+from app.graph import graph
+from deployments.engine.model.resolve import resolve_model
+from tests.api.fakes import build_tokenizer
+from tests.e2e.conftest import MODEL_NAME, Service
+from tests.e2e.waiting import wait_idle
+from tests.engine.families import build_model
+
+BLOCK_SIZE = 16
+MIN_REMOTE_TOKENS = 64
+FIRST_TURN = 400  # tokens
+NUM_CONVERSATIONS = 6
+
+
+@pytest.fixture(scope="module")
+def routed(services: dict[str, Service], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """In the Ray of the other tests, with a model that takes no time."""
+    folder = tmp_path_factory.mktemp("tiny")
+    copy.deepcopy(build_model("llama")).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    replicas = {f"{pool}.{bound}": 2 for pool in ("prefill", "decode") for bound in ("min_replicas", "max_replicas")}
+    small = {"engine.num_blocks": 2000, "engine.block_size": BLOCK_SIZE, "ingress.max_ttft_s": 600}
+    values: dict[str, Any] = {"min_remote_prefill_tokens": MIN_REMOTE_TOKENS, "parity_check": False} | replicas | small
+    args = AppConfig(model=resolve_model(str(folder)), served_model_name=MODEL_NAME, **values)
+    serve.run(graph(args), name="routed", route_prefix="/routed")
+    url = services["disaggregated"].url.removesuffix("disaggregated") + "routed"
+    try:
+        yield Service("disaggregated", url, name="routed")
+    finally:
+        serve.delete("routed")
+
+
+def prompt(num_tokens: int, seed: int) -> list[int]:
+    draw = random.Random(seed)
+    return [draw.randrange(256) for _ in range(num_tokens)]
+
+
+def ask(service: Service, client: httpx.Client, tokens: list[int] | list[list[int]]) -> dict[str, Any]:
+    body = {"model": MODEL_NAME, "prompt": tokens, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    answer: dict[str, Any] = client.post(f"{service.url}/v1/completions", json=body).raise_for_status().json()
+    return answer
+
+
+def num_handed_over(service: Service) -> int:
+    return sum(row.handoff.num_requests for row in service.stats("Prefill"))
+
+
+def wait_for_a_reading(service: Service, client: httpx.Client) -> None:
+    """What the engines know by now the ingress knows as well."""
+    wait_idle(service, 60)
+    time.sleep(2.5)  # it reads each second, and says nothing of it
+
+
+def test_next_turns_go_where_the_kv_is_until_that_replica_dies(routed: Service, client: httpx.Client) -> None:
+    firsts = [prompt(FIRST_TURN, seed) for seed in range(NUM_CONVERSATIONS)]
+    seconds = [first + prompt(40, seed + 100) for seed, first in enumerate(firsts)]
+    for first in firsts:
+        assert ask(routed, client, first)["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert num_handed_over(routed) == NUM_CONVERSATIONS
+    wait_for_a_reading(routed, client)
+    answers = [ask(routed, client, second) for second in seconds]
+    cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+    assert cached == [FIRST_TURN // BLOCK_SIZE * BLOCK_SIZE] * NUM_CONVERSATIONS
+    assert num_handed_over(routed) == NUM_CONVERSATIONS, "decode had all but their last 40 tokens"
+    wait_for_a_reading(routed, client)
+    victim = routed.pool("Decode").broadcast("engine_info").results(timeout_s=30)[0].pid
+    os.kill(victim, signal.SIGKILL)
+    again = [ask(routed, client, second) for second in seconds]
+    assert [a["choices"][0]["text"] for a in again] == [a["choices"][0]["text"] for a in answers]
+
+
+def test_a_hot_prefix_is_spread_over_both_pools(routed: Service, client: httpx.Client) -> None:
+    prefix = prompt(FIRST_TURN, seed=50)
+    before = {row.replica: row.engine.prompt_tokens for row in routed.stats("Prefill")}
+    with ThreadPoolExecutor(16) as threads:
+        many = [prefix + prompt(100, seed) for seed in range(1000, 1048)]
+        for answer in threads.map(lambda tokens: ask(routed, client, tokens), many):
+            assert answer["usage"]["completion_tokens"] == 8
+    computed = [row.engine.prompt_tokens - before[row.replica] for row in routed.stats("Prefill")]
+    assert min(computed) > sum(computed) / 4
+
+
+def test_prompts_of_one_call_that_wait_for_replicas_at_once_all_come(routed: Service, client: httpx.Client) -> None:
+    answer = ask(routed, client, [prompt(150, seed) for seed in range(70, 74)])
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    text = client.get(f"{routed.url}/metrics").text
+    assert 'kvrelay_routing_choices_total{pool="decode",reason="' in text
+    assert 'kvrelay_routing_promised_tokens_total{pool="prefill"}' in text
