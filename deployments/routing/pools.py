@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from deployments.engine.scheduling.positions import FIXED, PositionRule
+from deployments.load.outlook import MAX_AGE_S
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import ANYWHERE, GenerateRequest, Route
 from deployments.replica_stats import Positions, ReplicaStats
@@ -87,16 +88,14 @@ class PoolRouters:
         self.seconds = 0.0
 
     def positions(self, pool: str) -> Positions | None:
-        """What to ask the replicas of a pool with; None: there are not several to choose from."""
-        router = self._routers[pool]
-        return router.positions() if self._is_on and len(router.replicas) > 1 else None
+        """What to ask the replicas of a pool with; None: there is nothing to choose, so what they have is all one."""
+        return self._routers[pool].positions() if self._has_choice else None
 
     def update(self, reading: Reading) -> None:
         """Take a reading, on the clock of this object."""
         now_s = self._clock()
-        # An engine that has not answered yet has said nothing.
         pools = {
-            pool: {replica.replica: replica for replica in replicas if replica.engine.block_size}
+            pool: {replica.replica: replica for replica in replicas if _is_heard(replica)}
             for pool, replicas in reading.replicas.items()
         }
         decode, prefill = pools[DECODE], pools.get(PREFILL, {})
@@ -112,9 +111,7 @@ class PoolRouters:
 
     def route(self, request: GenerateRequest) -> RoutedRequest:
         """Choose the replicas for a request; it counts as sent there. Where there is one of each, that is no choice."""
-        if not self._is_on or all(len(router.replicas) < 2 for router in self._routers.values()):
-            return RoutedRequest(ANYWHERE, (), self._clock)
-        if not self._decode.replicas:
+        if not self._has_choice or not self._decode.replicas:
             return RoutedRequest(ANYWHERE, (), self._clock)
         begun_s = time.perf_counter()
         now_s = self._clock()
@@ -134,6 +131,10 @@ class PoolRouters:
         self.seconds += time.perf_counter() - begun_s
         return RoutedRequest(route, tuple(routed), self._clock)
 
+    @property
+    def _has_choice(self) -> bool:
+        return self._is_on and any(len(router.replicas) > 1 for router in self._routers.values())
+
     def lost(self, route: Route) -> None:
         """The decode replica that a request was sent to is gone, until it is heard of again."""
         self._decode.leave(route.decode)
@@ -151,6 +152,11 @@ class PoolRouters:
         self.promised_tokens[pool] += choice.score.cached_tokens
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s: %s replica %s", request.request_id, pool, choice.describe())
+
+
+def _is_heard(replica: ReplicaStats) -> bool:
+    """Whether its engine has said anything, and not too long ago: one that hangs is given nothing more."""
+    return replica.engine.block_size > 0 and replica.age_s <= MAX_AGE_S
 
 
 def _reports(replicas: Mapping[str, ReplicaStats]) -> dict[str, Report]:

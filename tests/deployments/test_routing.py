@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from deployments.load.reading import DECODE, PREFILL
+from deployments.load.reading import DECODE
 from deployments.messages import ANYWHERE
 from deployments.routing.scoring import Reason
 from deployments.routing.settings import RoutingSettings
@@ -53,7 +53,11 @@ async def test_the_next_turn_goes_to_the_decode_replica_that_has_the_kv(start: S
     assert num_handed_over(pools) == 1, "the few new tokens were computed there"
     assert sorted(await decoded_by(pools)) == [0, 2 * NUM_TOKENS - 1]
     assert pools.routers.choices[DECODE, Reason.CACHE] == 1
-    assert pools.routers.promised_tokens == {DECODE: WHOLE_BLOCKS, PREFILL: 0}
+    (holder,) = [r for r in pools.decodes if (await r.engine.stats()).generated_tokens]
+    text = (await pools.backend.metrics()).decode()
+    assert 'kvrelay_routing_choices_total{pool="decode",reason="cache"} 1.0' in text
+    assert f'kvrelay_routing_promised_tokens_total{{pool="decode"}} {WHOLE_BLOCKS}.0' in text
+    assert f'kvrelay_prefix_hit_tokens_total{{pool="decode",replica="{holder.name}"}} {WHOLE_BLOCKS}.0' in text
 
 
 async def test_what_was_just_sent_counts_before_any_replica_has_told_of_it(start: StartPools) -> None:

@@ -32,6 +32,7 @@ class Pools:
         self.now_s = 1000.0
         names = {DECODE: ("d0", "d1")} | ({PREFILL: ("p0", "p1")} if mode == "disaggregated" else {})
         self.engines = {pool: dict.fromkeys(of, IDLE) for pool, of in names.items()}
+        self.ages: dict[str, float] = {}
         self.logs = {name: CacheLog() for of in names.values() for name in of}
         min_tokens = MIN_REMOTE if mode == "disaggregated" else None
         clock = lambda: self.now_s  # noqa: E731
@@ -48,7 +49,8 @@ class Pools:
             read = self.routers.positions(pool)
             caches = {name: None if read is None else self.logs[name].since(read.get(name)) for name in engines}
             replicas[pool] = [
-                ReplicaStats(name, engine, HandoffStats(), cache=caches[name]) for name, engine in engines.items()
+                ReplicaStats(name, engine, HandoffStats(), self.ages.get(name, 0.0), caches[name])
+                for name, engine in engines.items()
             ]
         self.routers.update(Reading.of(replicas, self.now_s))
 
@@ -157,6 +159,20 @@ def test_one_of_each_is_no_choice_and_nobody_asks_what_it_has_cached() -> None:
     pools.know()
     assert pools.routers.positions(DECODE) is None
     assert pools.routers.route(request(SESSION)).route == ANYWHERE
+    pools.engines[PREFILL]["new"], pools.logs["new"] = IDLE, CacheLog()
+    pools.know()
+    assert pools.routers.positions(DECODE) is not None, "what decode has tells who computes"
+    assert pools.routers.route(request(SESSION)).route.decode == "d0"
+
+
+def test_an_engine_that_hangs_is_given_nothing_more() -> None:
+    pools = Pools()
+    pools.holds("d1", PromptHashes(SESSION))
+    pools.know()
+    assert pools.routers.route(request(SESSION)).route.decode == "d1"
+    pools.ages["d1"] = 11.0
+    pools.know()
+    assert pools.routers.route(request(SESSION)).route.decode == "d0"
 
 
 def test_engines_that_have_said_nothing_yet_are_not_chosen() -> None:

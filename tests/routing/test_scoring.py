@@ -1,11 +1,15 @@
 """More cached is never worse, more waiting is never better; of equals, all routers choose the same."""
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given
 
 from deployments.routing.scoring import (
     Candidate,
     Costs,
+    Elsewhere,
+    Reason,
+    Score,
     choose,
     score_decode,
     score_prefill,
@@ -143,7 +147,30 @@ def test_a_receipt_says_what_was_chosen_and_what_was_passed_over() -> None:
     assert reason.startswith("far: 0 tokens cached, 3.000 s for the rest, 0.000 s of waiting")
     assert "not near, which has more: 2048 tokens cached, 0.952 s for the rest, 9.000 s of waiting" in reason
     assert choose([far], 0.0, b"").describe().endswith("the only replica")
+    assert choose([far, near], 0.0, b"").reason is Reason.SPREAD
+    assert choose([far], 0.0, b"").reason is Reason.ONLY
     assert "next far" in choose([replace_cost(near, 0.1), far], 0.0, b"").describe()
+
+
+def test_what_decided_is_told_apart() -> None:
+    def reason(*scores: Score, tie_s: float = 0.0) -> Reason:
+        return choose(scores, tie_s, b"").reason
+
+    busy, idle = prefill(1000, queued_tokens=500.0), prefill(1000)
+    assert reason(busy, idle) is Reason.LOAD
+    assert reason(busy, idle, tie_s=100.0) is Reason.TIE
+    assert reason(prefill(1000, cached_tokens=512), idle) is Reason.CACHE
+    assert reason(prefill(1000, cached_tokens=512, queued_tokens=9000.0), idle) is Reason.SPREAD
+
+
+def test_what_is_computed_elsewhere_costs_the_wait_there_and_the_way_back() -> None:
+    def cost(cached_tokens: int) -> float:
+        candidate = changed(Candidate("a"), cached_tokens=cached_tokens, num_free_blocks=1e6, num_blocks=10**6)
+        return score_decode(1000, 0, candidate, COSTS, DecodeWeights(), Elsewhere(256, 0.5, 0.0001)).own_s
+
+    assert cost(745) == pytest.approx(0.255), "computed here"
+    assert cost(744) == pytest.approx(0.5 + 0.0256)
+    assert cost(0) == pytest.approx(0.5 + 0.1)
 
 
 def replace_cost(score, cost: float):

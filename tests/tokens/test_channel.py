@@ -64,6 +64,20 @@ async def read(stream: TokenStream) -> list[int]:
         return [token_id async for output in stream for token_id in output.token_ids]
 
 
+async def test_whoever_waits_for_the_next_token_is_called_once_and_not_for_one_that_came_before(
+    receiver: TokenReceiver,
+) -> None:
+    stream, calls = receiver.open("r", ignore, ignore_close), []
+    stream.call_on_next(lambda: calls.append(list(stream.token_ids)))
+    for index in (0, 1):
+        stream.push(token("r", index))
+    stream.call_on_next(lambda: calls.append(list(stream.token_ids)))  # it was resumed
+    for index in (1, 2, 3):
+        stream.push(token("r", index))
+    assert calls == [[0], [0, 1, 2]]
+    await stream.aclose()
+
+
 async def test_many_requests_share_one_channel_per_engine(receiver: TokenReceiver, losses: Losses) -> None:
     senders = [TokenSender(losses) for _ in range(3)]
     names = {f"{i}-{j}": sender for i, sender in enumerate(senders) for j in range(20)}
