@@ -84,8 +84,12 @@ class OwnShare:
             drained: since then by the engines, at most.
             num_replicas: that let in; the others are taken to do as this one does.
         """
-        given_up = sum(e.amount for e in self._left if not e.is_drained and e.entered_s <= self._read_s)
-        unseen = sum(e.amount for e in self._entries if e.left_s == math.inf)
+        # Asked for each replica of a pool, of which most have been sent nothing lately.
+        given_up = unseen = 0
+        if self._left:
+            given_up = sum(e.amount for e in self._left if not e.is_drained and e.entered_s <= self._read_s)
+        if self._entries:
+            unseen = sum(e.amount for e in self._entries if e.left_s == math.inf)
         counted = max(0.0, seen - given_up - drained) + unseen
         # A reading may contain what entered while it was made, and what it contains may be done since: but of what is
         # this replica's own there is no more than it has.

@@ -9,6 +9,7 @@ Memory is bounded: of each replica, as many blocks of either kind as its engine 
 `max_blocks_per_replica`. Knows no load. Not thread-safe, no clock of its own.
 """
 
+import math
 from collections.abc import Hashable, Iterable, Mapping
 from typing import TypeVar
 
@@ -64,6 +65,7 @@ class PrefixIndex:
         self._holders: dict[bytes, int] = {}  # a mask of replicas for each block that any of them has
         self._block_sizes: dict[str, int] = {}
         self._by_size: dict[int, int] = {}  # a mask of replicas for each size of blocks
+        self._first_expiry_s = math.inf  # nothing that is expected is given up before
 
     @property
     def replicas(self) -> Iterable[str]:
@@ -144,6 +146,7 @@ class PrefixIndex:
             return
         self._expire(now_s)
         until_s = now_s + self._expected_for_s
+        self._first_expiry_s = min(self._first_expiry_s, until_s)
         for block in prompt.of(replica.block_size):
             if block in replica.known:
                 continue
@@ -240,10 +243,14 @@ class PrefixIndex:
         replica.position = replica.read = None
 
     def _expire(self, now_s: float) -> None:
+        if now_s < self._first_expiry_s:
+            return
+        self._first_expiry_s = math.inf
         for replica in self._replicas.values():
             while replica.expected:
                 block, until_s = next(iter(replica.expected.items()))
                 if until_s > now_s:
+                    self._first_expiry_s = min(self._first_expiry_s, until_s)
                     break
                 self._unexpect(replica, block)
 

@@ -1,18 +1,24 @@
-"""What a decision costs: one router, no engine."""
+"""What a decision costs: one router of one pool, and all that an ingress does for a request; no engine."""
 
 import gc
 import random
 import time
 import tracemalloc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deployments.engine.scheduling.cache_log import CacheLog
 from deployments.engine.stats import EngineStats
+from deployments.load.reading import DECODE, PREFILL, Reading
+from deployments.messages import GenerateRequest, SamplingParams
+from deployments.replica_stats import HandoffStats, ReplicaStats
 from deployments.routing.hashes import PromptHashes
+from deployments.routing.pools import PoolRouters
 from deployments.routing.router import Report, Router
 from deployments.routing.settings import RoutingSettings
 
 _NUM_SESSIONS_PER_REPLICA = 20
+# A reading comes each second.
+_REQUESTS_PER_READING = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +29,8 @@ class Timings:
         hashing_s: of the blocks of each prompt: CPU time.
         routing_s: from there to a replica: likewise.
         wall_s: of both, on whatever machine this is, with whatever else runs there.
+        request_s: of all that is done for a request, as CPU time: hashes of its blocks, a decode and a prefill replica,
+            each of a pool of that size, until it has ended.
         bytes_per_block: of what the router knows.
         num_blocks: that it knows.
     """
@@ -30,6 +38,7 @@ class Timings:
     hashing_s: tuple[float, ...]
     routing_s: tuple[float, ...]
     wall_s: tuple[float, ...]
+    request_s: tuple[float, ...]
     bytes_per_block: float
     num_blocks: int
 
@@ -83,4 +92,55 @@ def time_decisions(
         routing_s.append(routed_s - hashed_s)
         routed.computed(now_s)
         routed.ended(now_s)
-    return Timings(tuple(hashing_s), tuple(routing_s), tuple(wall_s), taken / known, known)
+    request_s = time_requests(
+        logs, sessions, replace(stats, block_size=block_size), num_decisions, num_new_tokens, draw
+    )
+    return Timings(tuple(hashing_s), tuple(routing_s), tuple(wall_s), request_s, taken / known, known)
+
+
+def time_requests(
+    logs: dict[str, CacheLog],
+    sessions: list[list[int]],
+    stats: EngineStats,
+    num_requests: int,
+    num_new_tokens: int,
+    draw: random.Random,
+) -> tuple[float, ...]:
+    """CPU seconds of each request at an ingress, with two pools that have cached the same.
+
+    Args:
+        logs: of the caches, by replica.
+        sessions: the prompts.
+        stats: of each engine.
+        num_requests: that are timed.
+        num_new_tokens: of a turn.
+        draw: what turns are made of.
+    """
+    now_s = 0.0
+    routers = PoolRouters(RoutingSettings(), min_remote_tokens=256, clock=lambda: now_s)
+
+    def read() -> None:
+        replicas = {}
+        for pool in (DECODE, PREFILL):
+            known = routers.positions(pool)
+            replicas[pool] = [
+                ReplicaStats(name, stats, HandoffStats(), 0.0, None if known is None else log.since(known.get(name)))
+                for name, log in logs.items()
+            ]
+        routers.update(Reading.of(replicas, now_s))
+
+    read()  # who is there comes first, then what they have
+    taken_s = []
+    for number in range(num_requests):
+        if number % _REQUESTS_PER_READING == 0:
+            read()
+        now_s += 1.0 / _REQUESTS_PER_READING
+        tokens = draw.choice(sessions) + draw.choices(range(50_000), k=num_new_tokens)
+        request = GenerateRequest(str(number), tuple(tokens), SamplingParams(max_tokens=100))
+        begun_s = time.thread_time()
+        routed = routers.route(request)
+        routed.first_token()
+        routed.ended()
+        taken_s.append(time.thread_time() - begun_s)
+    assert min(routers.promised_tokens.values()) > 0, "nothing was found"
+    return tuple(taken_s)
