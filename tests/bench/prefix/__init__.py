@@ -1,0 +1,1 @@
+"""What routing by cached prefixes is worth to clients; see `bench_prefix.py`."""
