@@ -17,6 +17,9 @@ WHOLE_BLOCKS = len(PROMPT) // BLOCK_SIZE * BLOCK_SIZE
 NEXT_TURN = PROMPT + random_prompt(8, seed=4)  # fewer than are handed over
 
 
+KNOWS_WHAT_IT_IS_TOLD = RoutingSettings(expected_for_s=1e-6)
+
+
 async def two_each(start: StartPools, **options: object) -> Pools:
     pools = await start(num_prefill=2, num_decode=2, **options)
     await pools.read()
@@ -42,7 +45,7 @@ def num_handed_over(pools: Pools) -> int:
 
 @pytest.mark.parametrize("swap", [False, True])
 async def test_the_next_turn_goes_to_the_decode_replica_that_has_the_kv(start: StartPools, swap: bool) -> None:
-    pools = await two_each(start)
+    pools = await two_each(start, routing=KNOWS_WHAT_IT_IS_TOLD)
     assert await serve(pools, "first") == 0
     if swap:  # whoever asks for any replica is given another one now
         pools.decodes.reverse()
@@ -67,7 +70,7 @@ async def test_what_was_just_sent_counts_before_any_replica_has_told_of_it(start
 
 
 async def test_a_prompt_is_computed_by_the_prefill_replica_that_has_most_of_it(start: StartPools) -> None:
-    pools = await two_each(start)
+    pools = await two_each(start, routing=KNOWS_WHAT_IT_IS_TOLD)
     other_end = PROMPT[:120] + random_prompt(60, seed=5)
     await serve(pools, "first")
     await pools.read()
@@ -89,6 +92,16 @@ async def test_a_replica_that_dies_costs_a_retry_and_is_asked_no_more(start: Sta
     assert pools.routers.route(greedy("next", NEXT_TURN, 4)).route.decode != victim.name, "before the next reading"
     await pools.read()
     assert await serve(pools, "next", NEXT_TURN) == WHOLE_BLOCKS, "the one that went on with it has all of it"
+
+
+async def test_a_hand_off_that_failed_is_tried_with_another_prefill_replica(start: StartPools) -> None:
+    pools = await two_each(start)
+    named = pools.routers.route(greedy("asked before", PROMPT, 4)).route.prefill
+    pools.prefills.sort(key=lambda replica: replica.name == named)
+    for replica in pools.decodes:
+        replica.engine.fail_receives = 1
+    assert await serve(pools, "first") == 0
+    assert [replica.front.handoff.num_requests for replica in pools.prefills] == [1, 0]
 
 
 async def test_a_replica_that_forgot_its_cache_is_still_right(start: StartPools) -> None:
