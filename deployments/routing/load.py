@@ -85,6 +85,11 @@ class ReplicaLoad:
         """It is new, and is to be taken for one that was given so much: else all would go there until it was."""
         self._recent_tokens, self._recent_s = recent_tokens, now_s
 
+    @property
+    def num_open(self) -> int:
+        """Requests that this router has sent there and that have not ended."""
+        return self._sequences.total
+
     def queued_tokens(self, now_s: float, tokens_per_s: float, num_routers: int) -> float:
         """Prompt tokens that it has to compute, without those that are cached.
 

@@ -91,6 +91,11 @@ class PoolRouters:
         """What to ask the replicas of a pool with; None: there is nothing to choose, so what they have is all one."""
         return self._routers[pool].positions() if self._has_choice else None
 
+    @property
+    def num_open(self) -> int:
+        """Requests that were routed and have not ended, counted once for each pool."""
+        return sum(router.num_open for router in self._routers.values())
+
     def update(self, reading: Reading) -> None:
         """Take a reading, on the clock of this object."""
         now_s = self._clock()

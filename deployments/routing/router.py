@@ -240,6 +240,11 @@ class Router:
     def replicas(self) -> Collection[str]:
         return self._loads.keys()
 
+    @property
+    def num_open(self) -> int:
+        """Requests that this router has sent and that have not ended, at the replicas that are there."""
+        return sum(load.num_open for load in self._loads.values())
+
     def positions(self) -> dict[str, Position | None]:
         """How far the changes of each replica's cache were read; None: all that it has is to be told."""
         return {name: self._index.position(name) for name in self._index.replicas}

@@ -67,6 +67,8 @@ async def test_what_was_just_sent_counts_before_any_replica_has_told_of_it(start
     pools = await two_each(start)
     assert await serve(pools, "first") == 0
     assert await serve(pools, "next", NEXT_TURN) == WHOLE_BLOCKS
+    assert pools.routers.promised_tokens[DECODE] == WHOLE_BLOCKS
+    assert pools.routers.num_open == 0, "what has ended does not count"
 
 
 async def test_a_prompt_is_computed_by_the_prefill_replica_that_has_most_of_it(start: StartPools) -> None:
@@ -89,7 +91,10 @@ async def test_a_replica_that_dies_costs_a_retry_and_is_asked_no_more(start: Sta
     victim = pools.decodes[counts.index(max(counts))]
     victim.engine.die()
     assert tokens_of(await reading) == reference("llama", PROMPT, MANY_TOKENS)
-    assert pools.routers.route(greedy("next", NEXT_TURN, 4)).route.decode != victim.name, "before the next reading"
+    others = [pools.routers.route(greedy(f"r{i}", random_prompt(50, seed=i), 4)) for i in range(8)]
+    assert victim.name not in {routed.route.decode for routed in others}, "before the next reading"
+    for routed in others:
+        routed.ended()
     await pools.read()
     assert await serve(pools, "next", NEXT_TURN) == WHOLE_BLOCKS, "the one that went on with it has all of it"
 

@@ -60,9 +60,13 @@ def test_pools_with_blocks_of_other_sizes_are_matched_each_by_its_own() -> None:
 def test_what_was_sent_counts_at_once_and_is_forgotten_if_it_is_never_told_of() -> None:
     index = PrefixIndex(expected_for_s=60.0)
     index.join("a", SIZE, 8)
+    index.join("b", SIZE, 8)
     index.expect("a", prompt(*range(8)), 100.0)
-    assert index.match(prompt(*range(9)), 159.0) == {"a": 8}
-    assert index.match(prompt(*range(9)), 160.0) == {}
+    index.expect("b", prompt(*range(8)), 110.0)
+    assert index.match(prompt(*range(9)), 159.0) == {"a": 8, "b": 8}
+    assert index.match(prompt(*range(9)), 160.0) == {"b": 8}
+    assert index.match(prompt(*range(9)), 169.0) == {"b": 8}
+    assert index.match(prompt(*range(9)), 170.0) == {}
     assert index.num_blocks == 0
 
 

@@ -90,6 +90,31 @@ def test_where_decode_has_little_and_prefill_all_the_little_is_not_worth_a_wait(
     assert pools.routers.route(request((*SESSION, *range(100)))).route.decode == "d0"
 
 
+def test_what_prefill_has_anyway_makes_little_of_what_decode_has() -> None:
+    pools = Pools()
+    pools.holds("d1", PromptHashes(SESSION[:800]))
+    pools.engines[DECODE]["d1"] = replace(IDLE, num_running=5)
+    pools.know()
+    assert pools.routers.route(request((*SESSION, *range(100)))).route.decode == "d1"
+    pools.holds("p1", PromptHashes(SESSION))
+    pools.now_s += 3600.0  # and what was sent is not expected any more
+    pools.know()
+    assert pools.routers.route(request((*SESSION, *range(100)))).route.decode == "d0"
+
+
+def test_a_request_weighs_as_others_turned_out_to_and_not_as_it_may() -> None:
+    pools = Pools(mode="colocated")
+    pools.holds("d1", PromptHashes(SESSION[:320]))
+    pools.engines[DECODE]["d1"] = replace(IDLE, num_running=5)
+    pools.know()
+    assert pools.routers.route(request(SESSION)).route.decode == "d0", "5 others slow down 100 tokens"
+    for name, engine in pools.engines[DECODE].items():
+        pools.engines[DECODE][name] = replace(engine, generated_tokens=1000, finished=100)
+    pools.now_s += 3600.0
+    pools.know()
+    assert pools.routers.route(request(SESSION)).route.decode == "d1", "and 10 tokens less"
+
+
 def test_requests_that_were_just_sent_count_at_once_and_no_more_when_they_have_ended() -> None:
     pools = Pools(mode="colocated")
     pools.know()
