@@ -15,6 +15,8 @@ from deployments.routing.scoring import Costs
 _STEP_HALF_LIFE_S = 10.0
 _OUTPUT_HALF_LIFE = 32.0  # finished sequences
 _HANDOFF_HALF_LIFE = 8192.0  # tokens
+# To bring the KV of a token, as a part of what it takes to compute, until it was measured.
+_UNMEASURED_HANDOFF = 0.05
 # A seat is taken to be held for so long until a sequence was seen to leave one.
 _UNMEASURED_SEAT_S = 1.0
 
@@ -91,10 +93,10 @@ class DecodeCosts:
         held = self._readings.held
         return Costs(token_s, sequence_s, held.best if held else _UNMEASURED_SEAT_S)
 
-    @property
-    def handoff_token_s(self) -> float:
-        """To bring the KV of a prompt token; 0 until it was measured."""
-        return self._handoff.value or 0.0
+    def handoff_token_s(self, token_s: float) -> float:
+        """To bring the KV of a prompt token, which takes so long to compute."""
+        measured_s = self._handoff.value
+        return token_s * _UNMEASURED_HANDOFF if measured_s is None else measured_s
 
     def num_new_tokens(self, max_tokens: int) -> int:
         """That a request is expected to generate, which may generate so many."""

@@ -150,7 +150,8 @@ class PoolRouters:
             return None, None
         choice = self._prefill.choose(prompt, now_s)
         computing_s = choice.score.wait_s + choice.score.own_s
-        return Elsewhere(self._min_remote_tokens, computing_s, self._costs.handoff_token_s), choice
+        handoff_s = self._costs.handoff_token_s(self._prefill.costs.token_s)
+        return Elsewhere(self._min_remote_tokens, computing_s, handoff_s), choice
 
     def _note(self, pool: str, request: GenerateRequest, choice: Choice) -> None:
         self.choices[pool, choice.reason] += 1

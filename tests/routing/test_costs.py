@@ -68,11 +68,11 @@ def test_a_request_is_expected_to_generate_as_many_tokens_as_others_did() -> Non
 
 def test_a_hand_off_costs_what_chunks_took() -> None:
     costs, handoff = DecodeCosts(), HandoffStats()
-    assert costs.handoff_token_s == 0.0
+    assert costs.handoff_token_s(0.001) == pytest.approx(0.00005)
     for second in range(5):
         handoff.observe(num_blocks=10, num_bytes=1, seconds=0.016)
         costs.update({}, {"p": handoff.copy()}, 16, float(second))
-    assert costs.handoff_token_s == pytest.approx(0.0001)
+    assert costs.handoff_token_s(0.001) == pytest.approx(0.0001)
 
 
 def test_a_mean_is_of_what_was_added_lately() -> None:

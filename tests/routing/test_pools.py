@@ -92,10 +92,10 @@ def test_where_decode_has_little_and_prefill_all_the_little_is_not_worth_a_wait(
 
 def test_what_prefill_has_anyway_makes_little_of_what_decode_has() -> None:
     pools = Pools()
-    pools.holds("d1", PromptHashes(SESSION[:800]))
+    pools.holds("d1", PromptHashes(SESSION[:1504]))
     pools.engines[DECODE]["d1"] = replace(IDLE, num_running=5)
     pools.know()
-    assert pools.routers.route(request((*SESSION, *range(100)))).route.decode == "d1"
+    assert pools.routers.route(request((*SESSION, *range(100)))).route.decode == "d1", "it need only compute 196 tokens"
     pools.holds("p1", PromptHashes(SESSION))
     pools.now_s += 3600.0  # and what was sent is not expected any more
     pools.know()
