@@ -62,6 +62,6 @@ async def test_calls_that_wait_at_once_get_each_their_own_replica() -> None:
     first, second = (PendingRequest([REQUEST], {}, metadata) for metadata in (object(), object()))  # type: ignore[arg-type]
     made._pending_requests_to_fulfill = [first, second]  # type: ignore[assignment]
     assert made._get_pending_request_matching_metadata(second.metadata) is second
-    second.future.set_result("replica")  # type: ignore[arg-type]
+    second.future.set_result("replica")
     assert made._get_pending_request_matching_metadata(second.metadata) is None
     assert made._get_pending_request_matching_metadata(first.metadata) is first
