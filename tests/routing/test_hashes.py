@@ -16,7 +16,7 @@ def computed(manager: BlockManager, tokens: list[int], position_offset: int, sal
     request = GenerateRequest("r", tuple(tokens), SamplingParams(max_tokens=1), cache_salt=salt)
     sequence = Sequence(request, Role.EXPORT, 0.0, position_offset=position_offset)
     assert manager.admit(sequence)
-    sequence.num_computed_tokens = len(tokens)
+    sequence.receive(len(tokens))
     manager.publish(sequence)
     return sequence
 

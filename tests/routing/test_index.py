@@ -152,7 +152,7 @@ class Caches(RuleBasedStateMachine):
         blocks = self.engines[name].blocks
         sequence = Sequence(GenerateRequest("r", tuple(tokens), SamplingParams(max_tokens=1)), Role.EXPORT, 0.0)
         if blocks.admit(sequence):
-            sequence.num_computed_tokens = len(tokens)
+            sequence.receive(len(tokens))
             blocks.publish(sequence)
             blocks.free(sequence)
 

@@ -6,6 +6,7 @@ its last token into a block of its own, so that no block ever has to be copied.
 Source: PagedAttention (Kwon et al., SOSP 2023); automatic prefix caching as in vLLM's design documents.
 """
 
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 

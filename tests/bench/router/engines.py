@@ -92,7 +92,7 @@ class ModelledEngine:
         stats.prefill_steps += steps
         stats.prefill_s += seconds
         stats.finished += 1
-        sequence.num_computed_tokens = sequence.num_prompt_tokens
+        sequence.receive(sequence.num_prompt_tokens)
         self.blocks.publish(sequence)
         self.blocks.free(sequence)
         self.running, self.num_running_tokens = None, 0
