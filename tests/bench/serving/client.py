@@ -64,7 +64,8 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.reply.pieces.append((time.monotonic(), data))
-        if data.endswith(b"0\r\n\r\n"):
+        # The last chunk, and not a header that ends with a 0.
+        if data == b"0\r\n\r\n" or data.endswith(b"\r\n0\r\n\r\n"):
             self.reply.done.set()
             self.transport.close()
 
