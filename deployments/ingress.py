@@ -26,7 +26,7 @@ from deployments.engine.model.resolve import resolve_model
 from deployments.engine_info import EngineInfo
 from deployments.load.admission import Admission, Bounds, Ticket
 from deployments.load.pool_health import PoolHealth
-from deployments.load.pool_watch import watch_pools
+from deployments.load.pool_watch import PoolWatch
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import GenerateRequest, ModelInfo
 from deployments.metrics import AdmissionMetrics, ClientMetrics, RoutingMetrics, render
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _STATS_TIMEOUT_S = 10.0
+# A call that is in doubt waits no longer for a fresh reading; an engine answers between two of its steps.
+_REFRESH_TIMEOUT_S = 0.5
 
 
 class PoolBackend:
@@ -70,15 +72,18 @@ class PoolBackend:
         self._tokens = tokens
         self._admission = admission
         self._routers = routers
+        self.watch = PoolWatch(self.read_pools, self.take)
         self.clients = ClientMetrics()
         self._decode = DecodeClient(decode, tokens, resume_timeout_s, self.clients.request_resumed, routers)
         self.clients.registry.register(AdmissionMetrics(admission))
         self.clients.registry.register(RoutingMetrics(routers))
 
-    def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
-        """Let a call in; see `Admission.admit`."""
-        sizes = [len(request.prompt_token_ids) for request in requests]
-        return self._admission.admit(sizes, requests[0].priority, key)
+    async def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
+        """Let a call in; see `Admission.admit`. Before others' requests have it refused, the pools are read anew."""
+        sizes, priority = [len(request.prompt_token_ids) for request in requests], requests[0].priority
+        if self._admission.is_in_doubt(sizes, priority, key):
+            await self.watch.refresh(_REFRESH_TIMEOUT_S)
+        return self._admission.admit(sizes, priority, key)
 
     def generate(self, request: GenerateRequest, on_overflow: Callable[[], None]) -> TokenStream:
         """Tokens of a request; closing the stream ends the request on every pool."""
@@ -177,7 +182,7 @@ class Ingress:
         admission = Admission(settings.bounds)
         routers = PoolRouters(settings.routing, settings.bounds.min_remote_tokens, engine.positions)
         self._backend = PoolBackend(decode, prefill, tokens, admission, routers, settings.resume_timeout_s)
-        self._watch = asyncio.create_task(watch_pools(self._backend.read_pools, self._backend.take))
+        self._watch = asyncio.create_task(self._backend.watch.run())
         self._health_watch = asyncio.create_task(self._backend.pool_health.watch())
         # What is loaded by now stays. To look through it for garbage takes 0.3 s (450,000 objects, 2 busy cores of a
         # Zen 4 machine, 2026-11-27), in which no token goes out and nobody is refused.

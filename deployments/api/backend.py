@@ -22,7 +22,7 @@ class Ticket(Protocol):
 class Backend(Protocol):
     """The pools behind the API."""
 
-    def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
+    async def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
         """Let a call in, before any of its requests is run. What comes back is closed, whatever happens.
 
         Args:

@@ -128,7 +128,7 @@ class Exchange:
         try:
             caller = read_caller(Headers(scope=self._scope))
             call = await self._read_call(body, caller.priority)
-            with closing(self._service.backend.admit(call.requests, caller.key)) as ticket:
+            with closing(await self._service.backend.admit(call.requests, caller.key)) as ticket:
                 self._stopwatch.on_first = ticket.first_token
                 await self._generate(call)
         except ClientDisconnect:

@@ -43,6 +43,8 @@ SHARES = {Priority.LOW: 0.5, Priority.NORMAL: 0.8, Priority.HIGH: 1.0}
 _FAIR_ABOVE = 0.5
 # A key counts as active for so long after its last call.
 _KEY_MEMORY_S = 60.0
+# A reading that is no older tells of the other ingress replicas as they are.
+_FRESH_S = 0.1
 # What a client is told to wait while no cost was measured.
 _UNKNOWN_RETRY_S = 1.0
 
@@ -159,17 +161,24 @@ class Admission:
         self._forget_old(now_s)
         self._last_call_s.pop(key, None)
         self._last_call_s[key] = now_s
-        pools = [self._pool_of(size) for size in sizes]
-        for pool in self.pools:
-            if own := [size for of, size in zip(pools, sizes, strict=True) if of == pool]:
-                self._check(_Part(pool, sum(own), max(own), priority, key, self.outlook(pool, len(own))))
+        if refusal := self._refusal(sizes, priority, key):
+            self.refusals[refusal.reason, priority] += 1
+            raise refusal
         waiting = {
             index: _Waiting(pool, self.own_tokens[pool].enter(size, now_s))
-            for index, (pool, size) in enumerate(zip(pools, sizes, strict=True))
+            for index, (pool, size) in enumerate((self._pool_of(size), size) for size in sizes)
         }
         for prompt in waiting.values():
             self.waiting[prompt.pool, key] += prompt.entry.amount
         return Ticket(self, key, self.own_sequences.enter(len(sizes), now_s), waiting)
+
+    def is_in_doubt(self, sizes: Sequence[int], priority: Priority, key: bytes) -> bool:
+        """Whether a call would be refused for what others had queued a while ago: a fresh reading may show otherwise.
+
+        Others are the other ingress replicas; what this one's own callers have done is known here at once.
+        """
+        age_s = self._clock() - min(readings.as_of_s for readings in self.pools.values())
+        return self._num_ingresses > 1 and age_s > _FRESH_S and self._refusal(sizes, priority, key) is not None
 
     def outlook(self, pool: str, num_sequences: int = 1) -> Outlook:
         """What the last of so many prompts meets that come to a pool now."""
@@ -199,7 +208,17 @@ class Admission:
         threshold = self.bounds.min_remote_tokens
         return DECODE if threshold is None or size < threshold else PREFILL
 
-    def _check(self, part: "_Part") -> None:
+    def _refusal(self, sizes: Sequence[int], priority: Priority, key: bytes) -> "Refusal | None":
+        """Why a call may not come in, if so."""
+        pools = [self._pool_of(size) for size in sizes]
+        for pool in self.pools:
+            if own := [size for of, size in zip(pools, sizes, strict=True) if of == pool]:
+                part = _Part(pool, sum(own), max(own), priority, key, self.outlook(pool, len(own)))
+                if refusal := self._check(part):
+                    return refusal
+        return None
+
+    def _check(self, part: "_Part") -> "Refusal | None":
         bound = self.bounds.max_queued_tokens * part.ahead.num_engines
         if part.own_tokens > bound:
             raise RequestTooLargeError(
@@ -209,29 +228,28 @@ class Admission:
         total, max_tokens = queued + part.own_tokens, part.share * bound
         if queued > 0 and total > max_tokens:
             retry_after_s = part.drain_s(min(queued, total - max_tokens))
-            self._refuse(part, Reason.QUEUED_TOKENS, f"at most {max_tokens:.0f} prompt tokens may wait", retry_after_s)
+            return Refusal(
+                part, Reason.QUEUED_TOKENS, f"at most {max_tokens:.0f} prompt tokens may wait", retry_after_s
+            )
         max_ttft_s, ttft = part.share * self.bounds.max_ttft_s, part.ttft
         if part.ahead.is_queue and ttft.low > max_ttft_s:
             message = (
                 f"the first token may take {ttft.best:.1f} s, {ttft.low:.1f} s by the optimistic end of the estimate; "
                 f"at most {max_ttft_s:.1f} s are allowed"
             )
-            self._refuse(part, Reason.TTFT, message, part.relief_s(ttft.low - max_ttft_s))
-        self._check_fair(part, total, max(total / max_tokens, ttft.low / max_ttft_s))
+            return Refusal(part, Reason.TTFT, message, part.relief_s(ttft.low - max_ttft_s))
+        return self._check_fair(part, total, max(total / max_tokens, ttft.low / max_ttft_s))
 
-    def _check_fair(self, part: "_Part", total: float, fullness: float) -> None:
+    def _check_fair(self, part: "_Part", total: float, fullness: float) -> "Refusal | None":
         """Once the queue is half full, no key that has something waiting gets more of it than every other could."""
         held, num_keys = self.waiting[part.pool, part.key], len(self.active_keys)
         if fullness <= _FAIR_ABOVE or num_keys == 1 or held == 0:
-            return
+            return None
         fair = total / fullness / self._num_ingresses / num_keys
         if held + part.own_tokens > fair:
             message = f"this API key has {held} prompt tokens waiting, each of {num_keys} keys may have {fair:.0f}"
-            self._refuse(part, Reason.FAIR_SHARE, message, part.drain_s(min(held, held + part.own_tokens - fair)))
-
-    def _refuse(self, part: "_Part", reason: Reason, message: str, retry_after_s: float) -> None:
-        self.refusals[reason, part.priority] += 1
-        raise OverloadedError(f"overloaded: {message}; {part.describe()}", retry_after_s)
+            return Refusal(part, Reason.FAIR_SHARE, message, part.drain_s(min(held, held + part.own_tokens - fair)))
+        return None
 
     def _forget_old(self, now_s: float) -> None:
         for own in self._all_own:
@@ -299,3 +317,15 @@ class _Part:
             f"{ahead.queued_tokens:.0f} prompt tokens for {ahead.num_engines} engine(s) {known}, and "
             f"{ahead.seat_wait.best:.1f} s until a decode engine has room"
         )
+
+
+class Refusal(OverloadedError):
+    """A call that may not come in.
+
+    Attributes:
+        reason: which rule it is.
+    """
+
+    def __init__(self, part: _Part, reason: Reason, message: str, retry_after_s: float) -> None:
+        super().__init__(f"overloaded: {message}; {part.describe()}", retry_after_s)
+        self.reason = reason

@@ -99,7 +99,7 @@ class FakeBackend:
     num_outputs: Counter[str] = field(default_factory=Counter)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
-    def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> FakeTicket:
+    async def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> FakeTicket:
         self.calls.append((tuple(requests), key))
         if self.refusal is not None:
             raise self.refusal

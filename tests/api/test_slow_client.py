@@ -27,7 +27,7 @@ class Fountain:
         self.overflowed: set[str] = set()
         self.num_pushed = 0
 
-    def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> FakeTicket:
+    async def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> FakeTicket:
         return FakeTicket()
 
     def generate(self, request: GenerateRequest, on_overflow: Callable[[], None]) -> TokenStream:

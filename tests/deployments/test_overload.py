@@ -1,13 +1,20 @@
 """What the ingress adds to admission: its numbers, and Serve's own limits as an overload like any other."""
 
+import asyncio
+import time
+
 import pytest
 from ray.serve.exceptions import BackPressureError
 
+from deployments.engine.stats import EngineStats
 from deployments.errors import OverloadedError
 from deployments.load.admission import Admission, Bounds
+from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import Priority
 from deployments.metrics import AdmissionMetrics, ClientMetrics, render
 from deployments.ray_errors import as_ours
+from deployments.replica_stats import HandoffStats, ReplicaStats
+from tests.deployments.conftest import StartPools
 from tests.deployments.pools import Pools
 from tests.engine.driving import greedy
 from tests.engine.families import random_prompt
@@ -36,7 +43,7 @@ async def test_a_reading_of_real_engines_gives_the_speed_of_each_pool() -> None:
     pools = await Pools.start(min_tokens=50)
     for name, length in (("long", 100), ("short", 20)):
         request = greedy(name, random_prompt(length, seed=length), 2)
-        ticket = pools.backend.admit([request], b"")
+        ticket = await pools.backend.admit([request], b"")
         async for _ in pools.generate(request):
             pass
         ticket.close()
@@ -46,3 +53,16 @@ async def test_a_reading_of_real_engines_gives_the_speed_of_each_pool() -> None:
     assert (prefill.prefill_steps, decode.prefill_steps) == (1, 1)
     assert (decode.finished, decode.num_remote_prompt_tokens) == (2, 0)
     await pools.stop()
+
+
+async def test_what_a_neighbour_has_given_up_since_the_last_reading_refuses_nobody(start: StartPools) -> None:
+    pools = await start()
+    request = greedy("ours", random_prompt(100, seed=1), 2)
+    full = EngineStats(num_queued_prompt_tokens=10_000, max_num_batched_tokens=32, num_receivers=2)
+    said = {PREFILL: [ReplicaStats("p0", full, HandoffStats())], DECODE: [ReplicaStats("d0", full, HandoffStats())]}
+    pools.backend.take(Reading.of(said, time.monotonic() - 0.5))
+    with pytest.raises(OverloadedError, match="at most 8000 prompt tokens may wait"):
+        await pools.backend.admit([request], b"")  # nobody reads
+    watch = asyncio.create_task(pools.backend.watch.run())
+    (await pools.backend.admit([request], b"")).close()
+    watch.cancel()

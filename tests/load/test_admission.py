@@ -480,3 +480,25 @@ def test_a_client_that_waits_as_told_is_let_in_if_nobody_else_came(queued, own, 
 
 def test_high_priority_may_use_all_of_the_bounds() -> None:
     assert SHARES == {Priority.LOW: 0.5, Priority.NORMAL: 0.8, Priority.HIGH: 1.0}
+
+
+def test_what_another_ingress_has_queued_is_doubted_until_it_is_read_again() -> None:
+    pools = build()
+    pools.decode["d"] = replace(IDLE, num_receivers=2)
+    pools.queue(2_000)
+    assert not pools.admission.is_in_doubt([500], Priority.NORMAL, A)  # just read
+    pools.now_s += 0.5
+    assert pools.admission.is_in_doubt([500], Priority.NORMAL, A)
+    assert not pools.admission.is_in_doubt([50], Priority.NORMAL, A)  # the decode pool's, where nothing waits
+    assert not pools.admission.refusals
+    pools.queue(0)
+    pools.admit(500)
+
+
+def test_a_lone_ingress_has_nothing_to_doubt() -> None:
+    pools = build()
+    pools.queue(2_000)
+    pools.now_s += 0.5
+    assert not pools.admission.is_in_doubt([500], Priority.NORMAL, A)
+    pools.refusal(500)
+    assert pools.admission.refusals == {(Reason.TTFT, Priority.NORMAL): 1}

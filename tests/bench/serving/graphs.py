@@ -105,7 +105,7 @@ class OrdinaryBackend:
     def __init__(self, decode: Any) -> None:
         self._decode = decode
 
-    def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
+    async def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
         return Admission(Bounds(1.0, 2**30, None)).admit([1], requests[0].priority, key)  # everybody
 
     async def generate(
