@@ -29,6 +29,7 @@ from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_
 from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
 from tests.bench.gpu_profile import gpu_seconds
 from tests.bench.gpu_shapes import SHAPES, VLLM_VERSION, Shape
+from tests.engine.insides import forget_step_in_flight, model_of
 
 PROMPT_TOKENS = 256
 MEASURED_STEPS = 100
@@ -82,7 +83,7 @@ class Driver:
         for number in range(self._begun_at, self._count + 1):
             self.engine.abort(f"r{number}")
         self._begun_at = self._count + 1
-        self.engine._in_flight = None
+        forget_step_in_flight(self.engine)
 
     def step(self) -> list[TokenOutput]:
         return [event for event in self.engine.step() if isinstance(event, TokenOutput)]
@@ -159,7 +160,7 @@ def weight_bytes(engine: Engine, batch_size: int) -> float:
     """What a decode step reads of the model; of its experts those that are chosen if all are as likely."""
     from deployments.engine.layers.cuda_experts import FusedExperts  # only where there is a GPU
 
-    model = engine._runner._model  # type: ignore[attr-defined]
+    model = model_of(engine)
     weights = sum(m.num_bytes for m in model.modules() if isinstance(m, LinearLayer))
     experts = sum(m.num_bytes for m in model.modules() if isinstance(m, FusedExperts))
     if not experts:

@@ -29,6 +29,7 @@ from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.messages import GenerateRequest, SamplingParams
 from tests.bench.bench_engine import commit, cpu_model
 from tests.engine.families import load
+from tests.engine.insides import replace_runner, runner_of
 
 MAX_NUM_SEQS, MAX_MODEL_LEN, BUDGET = 256, 1024, 16_384
 NUM_PROMPT_TOKENS = 700
@@ -85,7 +86,7 @@ def build_engine(block_size: int) -> Engine:
         max_model_len=MAX_MODEL_LEN,
     )
     engine = Engine(load("llama"), config, is_pipelined=True)
-    engine._runner = LayoutRunner(engine._runner.cache)
+    replace_runner(engine, LayoutRunner(runner_of(engine).cache))
     return engine
 
 

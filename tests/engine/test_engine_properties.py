@@ -26,6 +26,7 @@ from deployments.messages import (
 )
 from tests.engine.driving import FakeClock, Transcript, build_engine, generate, greedy, prefill_all, run
 from tests.engine.families import CPU, small_model
+from tests.engine.insides import is_between_engines, scheduler_of
 
 LEASE_S = 15.0  # as by default
 BLOCK_SIZE, MAX_PROMPT, MAX_TOKENS, VOCAB_SIZE = 4, 30, 10, 64
@@ -107,7 +108,7 @@ class Relay(RuleBasedStateMachine):
     @precondition(lambda self: self.decode.has_work)
     @rule()
     def step_decode(self) -> None:
-        decoding = [s for s in self.decode._scheduler.running if s.is_decoding]
+        decoding = [s for s in scheduler_of(self.decode).running if s.is_decoding]
         if self.is_pipelined:  # then tokens come of what was started before
             decoding = [s for s in decoding if s.num_pending_tokens]
         preemptions = {s.request_id: s.num_preemptions for s in decoding}
@@ -151,7 +152,7 @@ class Relay(RuleBasedStateMachine):
     def deliver_again(self, data: st.DataObject) -> None:
         item = data.draw(st.sampled_from(self.arrived))
         assert item.tensor is not None
-        if item.chunk.request_id in self.decode._scheduler.reserved:
+        if item.chunk.request_id in scheduler_of(self.decode).reserved:
             self.note(self.decode.import_chunk(item.chunk, item.tensor))
         else:
             assert self.decode.import_chunk(item.chunk, item.tensor) == []
@@ -167,7 +168,7 @@ class Relay(RuleBasedStateMachine):
     @rule(data=st.data())
     def prefill_locally(self, data: st.DataObject) -> None:
         request_id = data.draw(st.sampled_from(sorted(self.requests)))
-        waits = request_id in self.decode._scheduler.reserved
+        waits = request_id in scheduler_of(self.decode).reserved
         assert self.decode.prefill_locally(request_id) is waits
 
     @rule(seconds=st.sampled_from([1.0, LEASE_S / 2, LEASE_S]))
@@ -238,7 +239,7 @@ class Relay(RuleBasedStateMachine):
             engine.check_integrity()
             assert engine.num_sequences == 0
             assert engine.num_free_blocks == POOL_BLOCKS
-            assert engine._outbox.num_blocks == 0 and not len(engine._outbox) and not len(engine._inbox)
+            assert not is_between_engines(engine)
             assert not engine.has_work
 
 
@@ -255,7 +256,7 @@ for case in (TestRelay, TestPipelinedRelay):
 
 
 def decoding(engine: Engine) -> list[Sequence]:
-    return [s for s in engine._scheduler.running if s.is_decoding]
+    return [s for s in scheduler_of(engine).running if s.is_decoding]
 
 
 def test_running_decodes_get_a_token_in_every_step_of_a_long_prompt() -> None:
@@ -266,7 +267,7 @@ def test_running_decodes_get_a_token_in_every_step_of_a_long_prompt() -> None:
         engine.step()
     engine.add(greedy("long", [5] * 60, 1))
     num_steps = 0
-    while "long" in engine._scheduler:
+    while "long" in scheduler_of(engine):
         got = {e.request_id for e in engine.step() if isinstance(e, TokenOutput)}
         assert got >= {"r0", "r1", "r2"}
         num_steps += 1

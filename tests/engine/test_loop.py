@@ -13,6 +13,8 @@ from deployments.errors import EngineDeadError, InvalidRequestError
 from deployments.messages import EngineEvent, TokenOutput
 from tests.engine.driving import build_engine, greedy
 from tests.engine.families import load, random_prompt, reference
+from tests.engine.insides import num_commands
+from tests.waiting import wait_until
 
 TIMEOUT_S = 30
 
@@ -135,7 +137,7 @@ def test_a_step_that_raises_ends_the_loop_and_fails_pending_and_later_commands(
         engine.add(greedy("r", (1, 2), 2))
 
     loop.call(doom, TIMEOUT_S)
-    loop._thread.join(TIMEOUT_S)
+    wait_until(lambda: not loop.is_alive)
     assert not loop.is_alive
     for future in (*pending, loop.submit(lambda engine: carried_out.append("later"))):
         with pytest.raises(EngineDeadError, match="the device is gone"):
@@ -150,7 +152,7 @@ def test_a_listener_that_raises_ends_the_loop_too() -> None:
 
     loop = EngineLoop(build_engine(load("llama")), emit)
     loop.call(lambda engine: engine.add(greedy("r", (1, 2), 2)), TIMEOUT_S)
-    loop._thread.join(TIMEOUT_S)
+    wait_until(lambda: not loop.is_alive)
     with pytest.raises(EngineDeadError, match="nobody listens"):
         loop.call(lambda engine: None, TIMEOUT_S)
 
@@ -161,7 +163,7 @@ def test_after_a_stop_commands_are_refused_and_pending_ones_fail() -> None:
     stopper = threading.Thread(target=loop.stop)
     before = loop.submit(lambda engine: engine.num_sequences)
     stopper.start()
-    while loop._inbox.qsize() < 2:  # the stop is behind the command
+    while num_commands(loop) < 2:  # the stop is behind the command
         stopper.join(0.001)
     cancelled, after = loop.submit(lambda engine: "cancelled"), loop.submit(lambda engine: "after")
     cancelled.cancel()

@@ -15,6 +15,7 @@ from deployments.engine.scheduling.sequence import Sequence
 from deployments.messages import FinishReason, GenerateRequest, SamplingParams, TokenOutput
 from tests.engine.driving import BLOCK_SIZE, Transcript, build_engine, greedy, run
 from tests.engine.families import load, random_prompt, reference
+from tests.engine.insides import blocks_of, preempt, replace_runner, runner_of, scheduler_of, sequence_of
 
 PROMPT = random_prompt(13, seed=13)
 NUM_TOKENS = 20
@@ -38,7 +39,7 @@ class CountingRunner:
 
 def counting(is_pipelined: bool = False, **overrides: Any) -> Engine:
     engine = build_engine(load("llama"), is_pipelined=is_pipelined, **overrides)
-    engine._runner = CountingRunner(engine._runner.cache)
+    replace_runner(engine, CountingRunner(runner_of(engine).cache))
     return engine
 
 
@@ -46,17 +47,17 @@ def add(engine: Engine, max_tokens: int = NUM_TOKENS, stops: tuple[int, ...] = (
     """A request whose first token is there; the next ones are 14, 15, 16, ..."""
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0, stop_token_ids=stops)
     engine.add(GenerateRequest("r", PROMPT, sampling))
-    while len(engine._scheduler["r"].token_ids) == len(PROMPT):
+    while len(sequence_of(engine, "r").token_ids) == len(PROMPT):
         engine.step()
-    engine._scheduler["r"].hold()
+    sequence_of(engine, "r").hold()
     while engine.has_work:
         engine.step()
-    return engine._scheduler["r"]
+    return sequence_of(engine, "r")
 
 
 def try_drafts(engine: Engine, *drafts: int) -> TokenOutput:
     """Let the sequence run once with these drafts."""
-    sequence = engine._scheduler["r"]
+    sequence = sequence_of(engine, "r")
     sequence.propose(drafts)
     sequence.release()
     outputs: list[TokenOutput] = []
@@ -127,7 +128,7 @@ def test_drafts_never_take_blocks_or_budget_from_others() -> None:
     engine = counting(max_num_seqs=2, max_num_batched_tokens=4)
     sequence = add(engine)
     try_drafts(engine, *range(50))
-    assert engine._runner.num_tokens == 4, "the budget of a step"  # type: ignore[attr-defined]
+    assert runner_of(engine).num_tokens == 4, "the budget of a step"
     engine = counting(num_blocks=5, max_num_seqs=2)
     sequence = add(engine)
     engine.add(greedy("other", range(20), 4))
@@ -143,10 +144,10 @@ def test_a_request_that_loses_its_blocks_while_drafts_are_in_flight_keeps_what_t
     next_token = len(sequence.token_ids)
     sequence.release()
     item = ScheduledSequence.of(sequence, 1, (next_token, 99))
-    assert engine._blocks.append(sequence, 2)
+    assert blocks_of(engine).append(sequence, 2)
     sequence.begin(item)
-    engine._scheduler._preempt(sequence)
-    (_, draws), *_ = engine._runner.launch([item]).collect()
+    preempt(engine, sequence)
+    (_, draws), *_ = runner_of(engine).launch([item]).collect()
     assert len(sequence.conclude(item, draws)) == 2
     assert sequence.num_computed_tokens == 0
     transcript = Transcript()
@@ -164,7 +165,7 @@ class Guessing:
 
     def run(self, transcript: Transcript) -> None:
         while self.engine.has_work:
-            for sequence in self.engine._scheduler.running:
+            for sequence in scheduler_of(self.engine).running:
                 if sequence.num_generated_tokens:
                     sequence.propose(self.guess(sequence.num_generated_tokens))
             transcript.note(self.engine.step())

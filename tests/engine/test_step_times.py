@@ -6,6 +6,7 @@ import pytest
 
 from tests.engine.driving import Transcript, build_engine, greedy, run
 from tests.engine.families import load, random_prompt
+from tests.engine.insides import pretend_idle
 
 
 @pytest.mark.parametrize("is_pipelined", [False, True])
@@ -33,5 +34,5 @@ def test_time_without_work_does_not_count() -> None:
         begun_s, before_s = time.monotonic(), engine.stats().prefill_s
         run(engine)
         run_one_prompt_s.append((engine.stats().prefill_s - before_s, time.monotonic() - begun_s))
-        engine._step_timer._ended_s -= 100.0  # as if it had been idle for so long
+        pretend_idle(engine, 100.0)
     assert all(counted_s <= elapsed_s for counted_s, elapsed_s in run_one_prompt_s)

@@ -16,6 +16,7 @@ from deployments.engine.kv.cache import KVCache
 from deployments.errors import InvalidRequestError
 from tests.engine.driving import build_engine, generate, greedy
 from tests.engine.families import CPU, load, random_prompt, reference
+from tests.engine.insides import runner_of
 
 LIMITS = EngineLimits(
     max_model_len=100, block_size=8, num_blocks=2, max_num_seqs=5, max_num_batched_tokens=40
@@ -49,7 +50,7 @@ def test_the_steps_run_beside_a_pool_that_could_not_hold_them(family: str) -> No
 
 def test_an_engine_gives_the_same_tokens_after_them() -> None:
     engine = build_engine(load("llama"))
-    rehearse(engine._runner, engine.limits)
+    rehearse(runner_of(engine), engine.limits)
     prompt = random_prompt(23)
     assert generate(engine, [greedy("r", prompt, 12)]) == [reference("llama", prompt, 12)]
 

@@ -9,6 +9,7 @@ from deployments.engine.scheduling.block_manager import BlockManager
 from deployments.engine.scheduling.scheduler import Schedule, Scheduler
 from deployments.engine.scheduling.sequence import Role, Sequence, Status
 from deployments.messages import DrawnToken, GenerateRequest, Placed, Priority, SamplingParams
+from tests.engine.insides import blocks_of
 
 BLOCK_SIZE = 4
 
@@ -234,7 +235,7 @@ def test_cached_tokens_do_not_count_towards_the_threshold() -> None:
     scheduler = build(prefix_caching=True)
     first = add(scheduler, "first", 12)
     step(scheduler)
-    scheduler._blocks.publish(first)
+    blocks_of(scheduler).publish(first)
     scheduler.remove("first")
     add(scheduler, "again", 12, remote_threshold=5)
     assert scheduler.schedule().placed == [Placed("again", False, 8)]
@@ -304,7 +305,7 @@ def test_removal_frees_the_blocks_in_every_state(status: Status) -> None:
     assert scheduler.remove("r") is chosen
     assert scheduler.remove("r") is None
     scheduler.check_integrity()
-    assert scheduler._blocks.num_free_blocks == 8
+    assert blocks_of(scheduler).num_free_blocks == 8
     assert scheduler.num_sequences == 0 and not scheduler.has_work
 
 
@@ -337,11 +338,11 @@ def test_everything_finishes_and_no_decode_ever_waits(
             assert ran.get(chosen.request_id) == 1 or chosen.status is Status.WAITING, f"{chosen} got no token"
         execute(schedule)
         for item in schedule.scheduled:
-            scheduler._blocks.publish(item.sequence)
+            blocks_of(scheduler).publish(item.sequence)
             if item.sequence.num_generated_tokens >= outputs:
                 scheduler.remove(item.sequence.request_id)
         scheduler.check_integrity()
         if not todo and not scheduler.num_sequences:
             break
     assert scheduler.num_sequences == 0, "not all finished"
-    assert scheduler._blocks.num_free_blocks == num_blocks
+    assert blocks_of(scheduler).num_free_blocks == num_blocks

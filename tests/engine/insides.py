@@ -1,0 +1,64 @@
+"""Looks into an engine where a test needs what nobody else asks it for: the one place that knows its parts by name."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from deployments.engine.engine import Engine
+from deployments.engine.execution.base import Runner
+from deployments.engine.loop import EngineLoop
+from deployments.engine.scheduling.block_manager import BlockManager
+from deployments.engine.scheduling.scheduler import Scheduler
+from deployments.engine.scheduling.sequence import Sequence
+
+
+def scheduler_of(engine: Engine) -> Scheduler:
+    return engine._scheduler
+
+
+def sequence_of(engine: Engine, request_id: str) -> Sequence:
+    return engine._scheduler[request_id]
+
+
+def blocks_of(owner: Engine | Scheduler) -> BlockManager:
+    return owner._blocks
+
+
+def runner_of(engine: Engine) -> Any:
+    return engine._runner
+
+
+def model_of(engine: Engine) -> PreTrainedModel:
+    """The model that its runner runs."""
+    model: PreTrainedModel = runner_of(engine)._model
+    return model
+
+
+def replace_runner(engine: Engine, runner: Runner) -> None:
+    """Have its steps run by something else."""
+    engine._runner = runner
+
+
+def preempt(engine: Engine, sequence: Sequence) -> None:
+    """Take a sequence's blocks away, as for want of free ones."""
+    engine._scheduler._preempt(sequence)
+
+
+def is_between_engines(engine: Engine) -> bool:
+    """Whether it holds or awaits anything of a hand-off."""
+    return bool(engine._outbox.num_blocks or len(engine._outbox) or len(engine._inbox))
+
+
+def forget_step_in_flight(engine: Engine) -> None:
+    """After a step that failed."""
+    engine._in_flight = None
+
+
+def pretend_idle(engine: Engine, seconds: float) -> None:
+    """As if its last step had ended so much earlier."""
+    engine._step_timer._ended_s -= seconds
+
+
+def num_commands(loop: EngineLoop) -> int:
+    """That wait for the loop's thread."""
+    return loop._inbox.qsize()
