@@ -51,8 +51,8 @@ stop: ## Stop the server and everything it started.
 status: ## Say whether the server runs.
 	@test -x $(PY) || { echo "no server runs"; exit 1; }; $(PY) -m app.local status
 
-test: $(DEV) $(LOAD) ## Run the tests that need no GPU. ARGS= is passed on to pytest.
-	@$(PY) -m pytest $(ARGS)
+test: $(DEV) $(LOAD) ## Run the tests that need no GPU, in two processes. ARGS= is passed on to pytest.
+	@$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 check: $(DEV) ## Formatting, lint and types.
 	@$(VENV)/bin/ruff format --check $(SOURCES)

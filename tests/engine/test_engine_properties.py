@@ -251,8 +251,7 @@ class PipelinedRelay(Relay):
 
 TestRelay = Relay.TestCase
 TestPipelinedRelay = PipelinedRelay.TestCase
-for case in (TestRelay, TestPipelinedRelay):
-    case.settings = settings(max_examples=80, stateful_step_count=50)
+TestRelay.settings = TestPipelinedRelay.settings = settings(max_examples=80, stateful_step_count=50)
 
 
 def decoding(engine: Engine) -> list[Sequence]:
