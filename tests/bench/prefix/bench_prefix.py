@@ -5,6 +5,8 @@ to it: some groups share a system prompt, each turn repeats all before it, its a
 its last line, one JSON object. "reuse" is of the tokens that one infinite cache would have had: of each turn all of the
 conversation before, of each first turn the system prompt of its group if it was asked for before.
 
+Before, some prompts of their own meet every engine: the first contact of two takes seconds.
+
 Nothing is judged: what routing is worth depends on how busy the engines are, and two cores are shared by four.
 """
 
@@ -15,7 +17,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from app.local import down, up
@@ -38,6 +40,7 @@ class Turn:
 
     Attributes:
         number: within its conversation, from 0.
+        sent_s: since the conversations began.
         ttft_s: from sending to the first token.
         num_tokens: of its prompt.
         num_reusable: that one infinite cache would have had.
@@ -45,6 +48,7 @@ class Turn:
     """
 
     number: int
+    sent_s: float
     ttft_s: float
     num_tokens: int
     num_reusable: int
@@ -59,10 +63,23 @@ class Clients:
         self._draw = random.Random(args.seed)
         self._systems = [self._tokens(args.system_tokens) for _ in range(args.groups)]
         self._asked: set[int] = set()
+        self._begun_s = 0.0
         self.turns: list[Turn] = []
+
+    async def warm_up(self) -> None:
+        """Prompts that share nothing, so that every engine has met every other."""
+        seats = asyncio.Semaphore(self._args.streams)
+
+        async def ask(prompt: list[int]) -> None:
+            async with seats:
+                await self._ask(0, prompt, 0)
+
+        await asyncio.gather(*[ask(self._tokens(self._args.system_tokens)) for _ in range(self._args.warm_up)])
+        self.turns.clear()
 
     async def play(self) -> None:
         """All of them; each with pauses between its turns, in which its user reads and types."""
+        self._begun_s = time.monotonic()
         order = [number % self._args.groups for number in range(self._args.conversations)]
         seats = asyncio.Semaphore(self._args.streams)
         async with asyncio.TaskGroup() as group:
@@ -91,7 +108,8 @@ class Clients:
         choices = [(at_s, event["choices"][0]) for at_s, event in events if event.get("choices")]
         usage = events[-1][1]["usage"]
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-        self.turns.append(Turn(number, choices[0][0] - reply.sent_s, len(prompt), num_known, cached))
+        sent_s = reply.sent_s - self._begun_s
+        self.turns.append(Turn(number, sent_s, choices[0][0] - reply.sent_s, len(prompt), num_known, cached))
         return [token for _, choice in choices for token in choice["token_ids"]]
 
     def _tokens(self, count: int) -> list[int]:
@@ -103,11 +121,18 @@ def run(args: argparse.Namespace, settings: Sequence[str]) -> tuple[list[Turn], 
     up(FOLDER, "app:graph", args.port, None, 600, [*ARGUMENTS, *settings])
     try:
         time.sleep(args.settle_s)
-        clients, begun_s = Clients(args), time.monotonic()
-        asyncio.run(clients.play())
-        return clients.turns, time.monotonic() - begun_s
+        clients = Clients(args)
+        return clients.turns, asyncio.run(_warm_up_and_play(clients))
     finally:
         down(FOLDER)
+
+
+async def _warm_up_and_play(clients: Clients) -> float:
+    """How long the conversations took, in seconds."""
+    await clients.warm_up()
+    begun_s = time.monotonic()
+    await clients.play()
+    return time.monotonic() - begun_s
 
 
 def summarise(way: str, turns: Sequence[Turn], seconds: float) -> dict[str, float | str]:
@@ -129,6 +154,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2, help="of both ways, every second one in reverse order")
     parser.add_argument("--conversations", type=int, default=12)
     parser.add_argument("--groups", type=int, default=3, help="of conversations with one system prompt")
+    parser.add_argument("--warm-up", type=int, default=16, help="prompts before the conversations")
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--streams", type=int, default=3, help="requests at a time")
     parser.add_argument("--system-tokens", type=int, default=400)
@@ -152,7 +178,8 @@ def main() -> int:
             f"{row['way']:12}{row['first_ttft_p50_s']:16.2f}{row['first_ttft_p90_s']:8.2f}{row['next_ttft_p50_s']:17.2f}"
             f"{row['next_ttft_p90_s']:8.2f}   {row['computed_tokens']:11}{row['prompt_tokens']:9}{row['reuse']:8.2f}"
         )
-    print(json.dumps({"arguments": vars(args), "ways": rows}))
+    turns = {way: [asdict(turn) for turn in found[way]] for way in WAYS}
+    print(json.dumps({"arguments": vars(args), "ways": rows, "turns": turns}))
     return 0
 
 
