@@ -94,6 +94,13 @@ def plain(family: str) -> PreTrainedModel:
 
 
 @cache
+def exact(family: str) -> PreTrainedModel:
+    """The same weights in float32."""
+    model: PreTrainedModel = copy.deepcopy(plain(family)).float()
+    return model
+
+
+@cache
 def loaded(family: str) -> LoadedModel:
     """The same weights with the engine's layers."""
     model = copy.deepcopy(plain(family))

@@ -5,17 +5,13 @@ by more than roundings do: of these models transformers' own in bfloat16 misses 
 than a tie in 1% (GLM-4-MoE) to 13% (Mixtral, 2 of 8) of all places. So the engine is compared with how often that does.
 """
 
-import copy
-from functools import cache
-
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from tests.engine.driving import greedy, run
 from tests.gpu.driving import LENGTHS, NUM_TOKENS, TIE, build, prompt
-from tests.gpu.models import EXPERTS, loaded, plain
+from tests.gpu.models import EXPERTS, exact, loaded, plain
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -24,12 +20,6 @@ if not torch.cuda.is_available():
 from deployments.engine.layers.cuda_experts import FusedExperts, FusedRouter  # noqa: E402
 
 every_family = pytest.mark.parametrize("family", sorted(EXPERTS))
-
-
-@cache
-def exact(family: str) -> PreTrainedModel:
-    model: PreTrainedModel = copy.deepcopy(plain(family)).float()
-    return model
 
 
 @torch.inference_mode()
