@@ -185,50 +185,18 @@ def _grouped(
     assignment = tl.load(order + row, mask=is_row, other=0).to(tl.int64)
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < num_columns
-    at = tl.arange(0, BLOCK)
     num_parts: tl.constexpr = 2 if GATED else 1
     # Where an expert has several blocks, they read its weights one after the other.
     POLICY: tl.constexpr = "evict_first" if ROWS <= 16 else ""
     of_weight = weight + (expert * num_parts * num_columns + tl.minimum(column, num_columns - 1)) * DEPTH
     if not GATED:
         wait_for_earlier(OVERLAPS)
-    of_x = x + assignment // divisor * DEPTH
-    if WEIGHT_FIRST:
-        of_weight, of_x = of_weight[:, None] + at[None, :], of_x[None, :] + at[:, None]
-        total = tl.zeros((COLUMNS, ROWS), tl.float32)
-    else:
-        of_weight, of_x = of_weight[None, :] + at[:, None], of_x[:, None] + at[None, :]
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
-    of_up = num_columns.to(tl.int64) * DEPTH
-    total_up = total
-    for start in range(0, DEPTH, BLOCK):
-        if DEPTH % BLOCK == 0:
-            part = tl.load(of_weight + start, eviction_policy=POLICY)
-            if GATED:
-                part_up = tl.load(of_weight + of_up + start, eviction_policy=POLICY)
-            factors = tl.load(of_x + start)
-        else:
-            inside = start + at < DEPTH
-            weight_mask = inside[None, :] if WEIGHT_FIRST else inside[:, None]
-            x_mask = inside[:, None] if WEIGHT_FIRST else inside[None, :]
-            part = tl.load(of_weight + start, mask=weight_mask, other=0.0, eviction_policy=POLICY)
-            if GATED:
-                part_up = tl.load(of_weight + of_up + start, mask=weight_mask, other=0.0, eviction_policy=POLICY)
-            factors = tl.load(of_x + start, mask=x_mask, other=0.0)
-        if WEIGHT_FIRST:
-            total = tl.dot(part, factors, total)
-            if GATED:
-                total_up = tl.dot(part_up, factors, total_up)
-        else:
-            total = tl.dot(factors, part, total)
-            if GATED:
-                total_up = tl.dot(factors, part_up, total_up)
-    if WEIGHT_FIRST:
-        column, is_column = column[:, None], is_column[:, None]
-        assignment, is_row = assignment[None, :], is_row[None, :]
-    else:
-        column, is_column = column[None, :], is_column[None, :]
-        assignment, is_row = assignment[:, None], is_row[:, None]
+    of_weight, of_x = _laid_out(of_weight, x + assignment // divisor * DEPTH, WEIGHT_FIRST)
+    total, total_up = _accumulate(
+        of_weight, num_columns.to(tl.int64) * DEPTH, of_x, COLUMNS, ROWS, DEPTH, BLOCK, GATED, WEIGHT_FIRST, POLICY
+    )
+    column, assignment = _laid_out(column, assignment, WEIGHT_FIRST)
+    is_column, is_row = _laid_out(is_column, is_row, WEIGHT_FIRST)
     if HAS_BIAS:
         of_bias = bias + expert * num_parts * num_columns + column
         total += tl.load(of_bias, mask=is_column, other=0.0).to(tl.float32)
@@ -237,6 +205,64 @@ def _grouped(
     if GATED:
         total = gated(total, total_up, limit, alpha, CLAMPS)
     tl.store(out + assignment * num_columns + column, total.to(out.dtype.element_ty), mask=is_row & is_column)
+
+
+@triton.jit
+def _laid_out(columns, rows, WEIGHT_FIRST: tl.constexpr):
+    """What belongs to columns and to rows, along the axes that they have in the product."""
+    if WEIGHT_FIRST:
+        columns, rows = columns[:, None], rows[None, :]
+    else:
+        columns, rows = columns[None, :], rows[:, None]
+    return columns, rows
+
+
+@triton.jit
+def _accumulate(
+    of_weight,
+    of_up,
+    of_x,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATED: tl.constexpr,
+    WEIGHT_FIRST: tl.constexpr,
+    POLICY: tl.constexpr,
+):
+    """Sum up, over the depth, the product with the columns at `of_weight`, and with those `of_up` behind if GATED."""
+    at = tl.arange(0, BLOCK)
+    # In each operand the depth lies along the other one's axis.
+    at_of_x, at_of_weight = _laid_out(at, at, WEIGHT_FIRST)
+    of_weight, of_x = of_weight + at_of_weight, of_x + at_of_x
+    total = tl.zeros((COLUMNS, ROWS) if WEIGHT_FIRST else (ROWS, COLUMNS), tl.float32)
+    total_up = total
+    IS_WHOLE: tl.constexpr = DEPTH % BLOCK == 0
+    for start in range(0, DEPTH, BLOCK):
+        inside = start + at < DEPTH
+        is_in_x, is_in_weight = _laid_out(inside, inside, WEIGHT_FIRST)
+        part = _load(of_weight + start, is_in_weight, IS_WHOLE, POLICY)
+        if GATED:
+            part_up = _load(of_weight + of_up + start, is_in_weight, IS_WHOLE, POLICY)
+        factors = _load(of_x + start, is_in_x, IS_WHOLE, "")
+        total = _dot(part, factors, total, WEIGHT_FIRST)
+        if GATED:
+            total_up = _dot(part_up, factors, total_up, WEIGHT_FIRST)
+    return total, total_up
+
+
+@triton.jit
+def _load(place, inside, IS_WHOLE: tl.constexpr, POLICY: tl.constexpr):
+    if IS_WHOLE:
+        part = tl.load(place, eviction_policy=POLICY)
+    else:
+        part = tl.load(place, mask=inside, other=0.0, eviction_policy=POLICY)
+    return part
+
+
+@triton.jit
+def _dot(part, factors, total, WEIGHT_FIRST: tl.constexpr):
+    return tl.dot(part, factors, total) if WEIGHT_FIRST else tl.dot(factors, part, total)
 
 
 @triton.jit
