@@ -1,8 +1,6 @@
 """Attention of decodes over a paged pool on a GPU, in Triton; bfloat16 and float16."""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -10,19 +8,21 @@ from torch import Tensor
 
 from deployments.engine.kernels.arguments import Scores
 from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
+from deployments.engine.kernels.cuda_scores import (
+    Tile,
+    add_sink,
+    empty_softmax,
+    factors,
+    normalised,
+    slots_of_tile,
+    squash,
+    switches,
+    weigh,
+)
 
 _MAX_SPLITS = 32
 # A decode attention of fewer programs than this leaves multiprocessors idle (H100: 132).
 _ENOUGH_PROGRAMS = 264
-LOG2_E = 1.4426950408889634
-
-
-class Tile(NamedTuple):
-    """How a program walks along the keys."""
-
-    num_tokens: int
-    num_warps: int
-    num_stages: int
 
 
 def decode_tile(head_dim: int) -> Tile:
@@ -55,14 +55,14 @@ def decode_attention(
     group = num_heads // num_kv_heads
     tile = decode_tile(head_dim)
     max_tokens = tables.shape[1] * keys.shape[1]
-    window = scores.window if scores.window is not None and scores.window < max_tokens else None
-    if window is not None:
-        max_tokens = min(max_tokens, window + tile.num_tokens)
+    if scores.window is not None and scores.window >= max_tokens:
+        scores = scores._replace(window=None)
+    if scores.window is not None:
+        max_tokens = min(max_tokens, scores.window + tile.num_tokens)
     num_splits = choose_splits(num_seqs * num_kv_heads, max_tokens)
     out = torch.empty_like(queries)
     parts = torch.empty((num_seqs, num_heads, num_splits, head_dim), dtype=torch.float32, device=queries.device)
     stats = torch.empty((num_seqs, num_heads, num_splits, 2), dtype=torch.float32, device=queries.device)
-    dims = triton.next_power_of_2(head_dim)
     _decode_attention[(num_seqs, num_kv_heads, num_splits)](
         queries,
         keys,
@@ -73,56 +73,49 @@ def decode_attention(
         out,
         parts,
         stats,
-        scores.scaling * LOG2_E,
-        (scores.softcap or 0.0) * LOG2_E,
-        window or 0,
+        *factors(scores),
         tables.stride(0),
         num_kv_heads,
         num_splits,
         GROUP=group,
         ROWS=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
-        DIMS=dims,
+        DIMS=triton.next_power_of_2(head_dim),
         BLOCK_SIZE=keys.shape[1],
         TILE=tile.num_tokens,
         WHOLE=num_splits == 1,
-        HAS_WINDOW=window is not None,
-        HAS_SOFTCAP=scores.softcap is not None,
-        HAS_SINKS=scores.sinks is not None,
+        **switches(scores),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **OVERLAPPING,
     )
     if num_splits > 1:
-        _merge_splits[(num_seqs * num_heads,)](
-            parts,
-            stats,
-            scores.sinks,
-            out,
-            num_heads,
-            num_splits,
-            HEAD_DIM=head_dim,
-            DIMS=dims,
-            SPLITS=triton.next_power_of_2(num_splits),
-            HAS_SINKS=scores.sinks is not None,
-            num_warps=2,
-            **OVERLAPPING,
-        )
+        _merge(parts, stats, scores.sinks, out)
     return out
+
+
+def _merge(parts: Tensor, stats: Tensor, sinks: Tensor | None, out: Tensor) -> None:
+    num_seqs, num_heads, num_splits, head_dim = parts.shape
+    _merge_splits[(num_seqs * num_heads,)](
+        parts,
+        stats,
+        sinks,
+        out,
+        num_heads,
+        num_splits,
+        HEAD_DIM=head_dim,
+        DIMS=triton.next_power_of_2(head_dim),
+        SPLITS=triton.next_power_of_2(num_splits),
+        HAS_SINKS=sinks is not None,
+        num_warps=2,
+        **OVERLAPPING,
+    )
 
 
 def choose_splits(num_programs: int, max_tokens: int) -> int:
     """Parts that each sequence is cut into, so that enough programs run; fixed by shapes, as a CUDA graph needs it."""
     wanted = -(-_ENOUGH_PROGRAMS // num_programs)
     return max(1, min(wanted, -(-max_tokens // 64), _MAX_SPLITS))
-
-
-@triton.jit
-def squash(scores, softcap):
-    """Softcap times the hyperbolic tangent of scores / softcap; both in powers of two."""
-    # tanh(x) = 1 - 2 / (exp(2 x) + 1), right at both ends; 2.885... = 2 / ln 2.
-    power = tl.exp2(scores / softcap * 2.8853900817779268)
-    return softcap * (1 - 2 / (power + 1))
 
 
 @triton.jit
@@ -165,18 +158,54 @@ def _decode_attention(
     per_split = tl.cdiv(tl.cdiv(length, TILE) - first_tile, num_splits)
     start = (first_tile + split * per_split) * TILE
     end = tl.minimum(length, start + per_split * TILE)
-    g, dims, tokens = tl.arange(0, ROWS), tl.arange(0, DIMS), tl.arange(0, TILE)
+    g, dims = tl.arange(0, ROWS), tl.arange(0, DIMS)
     kept = (g < GROUP)[:, None]
     if HEAD_DIM != DIMS:
         kept &= (dims < HEAD_DIM)[None, :]
     head = (sequence.to(tl.int64) * num_kv_heads + kv_head) * GROUP + g
     query = tl.load(queries + head[:, None] * HEAD_DIM + dims[None, :], mask=kept, other=0.0)
-    peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    result = tl.zeros((ROWS, DIMS), tl.float32)
+    peak, total, result = _attend(
+        query, keys, values, tables + sequence * table_stride, begin, start, end, kv_head, num_kv_heads,
+        scaling, softcap, HEAD_DIM, DIMS, BLOCK_SIZE, TILE, HAS_WINDOW, HAS_SOFTCAP,
+    )  # fmt: skip
+    if WHOLE:
+        if HAS_SINKS:
+            sink = tl.load(sinks + kv_head * GROUP + g, mask=g < GROUP, other=0.0)
+            total, result = add_sink(sink, peak, total, result)
+        mean = normalised(result, total).to(out.dtype.element_ty)
+        tl.store(out + head[:, None] * HEAD_DIM + dims[None, :], mean, mask=kept)
+    else:
+        place = head * num_splits + split
+        tl.store(parts + place[:, None] * HEAD_DIM + dims[None, :], result, mask=kept)
+        tl.store(stats + place * 2, peak, mask=g < GROUP)
+        tl.store(stats + place * 2 + 1, total, mask=g < GROUP)
+
+
+@triton.jit
+def _attend(
+    query,
+    keys,
+    values,
+    table,
+    begin,
+    start,
+    end,
+    kv_head,
+    num_kv_heads,
+    scaling,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Tiles from `start` to `end`, but for keys before `begin`: peak and total of the scores, and the weighted sum."""
+    dims, tokens = tl.arange(0, DIMS), tl.arange(0, TILE)
+    peak, total, result = empty_softmax(query.shape[0], DIMS)
     for first in range(start, end, TILE):
-        block = tl.load(tables + sequence * table_stride + first // BLOCK_SIZE).to(tl.int64)
-        slots = block * BLOCK_SIZE + first % BLOCK_SIZE + tokens
+        slots = slots_of_tile(table, first, tokens, BLOCK_SIZE)
         at = (slots[:, None] * num_kv_heads + kv_head) * HEAD_DIM + dims[None, :]
         inside = first + tokens < end
         if HAS_WINDOW:
@@ -189,27 +218,10 @@ def _decode_attention(
         if HAS_SOFTCAP:
             scores = squash(scores, softcap)
         scores = tl.where(inside[None, :], scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - higher[:, None])
-        shrink = tl.exp2(peak - higher)
-        total = total * shrink + tl.sum(weights, axis=1)
+        peak, total, weights, shrink = weigh(scores, peak, total, MAY_SEE_NOTHING=False)
         value = tl.load(values + at, mask=loaded, other=0.0)
         result = tl.dot(weights.to(value.dtype), value, result * shrink[:, None])
-        peak = higher
-    if WHOLE:
-        if HAS_SINKS:
-            sink = tl.load(sinks + kv_head * GROUP + g, mask=g < GROUP, other=0.0).to(tl.float32) * 1.4426950408889634
-            higher = tl.maximum(peak, sink)
-            shrink = tl.exp2(peak - higher)
-            total = total * shrink + tl.exp2(sink - higher)
-            result = result * shrink[:, None]
-        normalised = result / tl.where(total > 0, total, 1.0)[:, None]
-        tl.store(out + head[:, None] * HEAD_DIM + dims[None, :], normalised.to(out.dtype.element_ty), mask=kept)
-    else:
-        place = head * num_splits + split
-        tl.store(parts + place[:, None] * HEAD_DIM + dims[None, :], result, mask=kept)
-        tl.store(stats + place * 2, peak, mask=g < GROUP)
-        tl.store(stats + place * 2 + 1, total, mask=g < GROUP)
+    return peak, total, result
 
 
 @triton.jit

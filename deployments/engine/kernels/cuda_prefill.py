@@ -10,12 +10,29 @@ import triton.language as tl
 from torch import Tensor
 
 from deployments.engine.kernels.arguments import Scores
-from deployments.engine.kernels.cuda_attention import LOG2_E, Tile, squash
+from deployments.engine.kernels.cuda_scores import (
+    Tile,
+    add_sink,
+    empty_softmax,
+    factors,
+    normalised,
+    slots_of_tile,
+    squash,
+    switches,
+    weigh,
+)
 
 
 def prefill_tile(head_dim: int) -> tuple[int, Tile]:
     """Rows of a program, and how it walks along the keys: the best of those tried on an H100 (docs/log.md)."""
     return (64, Tile(64, 4, 3)) if head_dim <= 128 else (128, Tile(64, 8, 2))
+
+
+def _fitting_tile(head_dim: int, max_rows: int) -> tuple[int, Tile]:
+    """As `prefill_tile`, but for no more rows than there are."""
+    most_rows, tile = prefill_tile(head_dim)
+    rows = min(most_rows, max(16, triton.next_power_of_2(max_rows)))
+    return rows, tile if rows >= 64 else tile._replace(num_warps=4)
 
 
 def prefill_attention(
@@ -50,12 +67,10 @@ def prefill_attention(
     num_heads, head_dim = queries.shape[1:]
     num_kv_heads = keys.shape[-2]
     group = num_heads // num_kv_heads
-    rows, tile = prefill_tile(head_dim)
-    rows = min(rows, max(16, triton.next_power_of_2(max_queries * group)))
+    rows, tile = _fitting_tile(head_dim, max_queries * group)
     out = torch.empty_like(queries)
     is_paged = tables is not None
-    grid = triton.cdiv(max_queries * group, rows), num_kv_heads, len(starts) - 1
-    _prefill_attention[grid](
+    _prefill_attention[(triton.cdiv(max_queries * group, rows), num_kv_heads, len(starts) - 1)](
         queries,
         keys,
         values,
@@ -64,9 +79,7 @@ def prefill_attention(
         tables,
         scores.sinks,
         out,
-        scores.scaling * LOG2_E,
-        (scores.softcap or 0.0) * LOG2_E,
-        scores.window or 0,
+        *factors(scores),
         0 if tables is None else tables.stride(0),
         keys.stride(-3),
         values.stride(-3),
@@ -78,10 +91,8 @@ def prefill_attention(
         BLOCK_SIZE=keys.shape[1] if is_paged else 0,
         TILE=tile.num_tokens,
         IS_PAGED=is_paged,
-        HAS_WINDOW=scores.window is not None,
-        HAS_SOFTCAP=scores.softcap is not None,
-        HAS_SINKS=scores.sinks is not None,
-        num_warps=tile.num_warps if rows >= 64 else 4,
+        **switches(scores),
+        num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
     return out
@@ -132,9 +143,46 @@ def _prefill_attention(
     place = (start + row // GROUP).to(tl.int64) * (num_kv_heads * GROUP) + kv_head * GROUP + row % GROUP
     kept = (row < num_queries * GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     query = tl.load(queries + place[:, None] * HEAD_DIM + dims[None, :], mask=kept, other=0.0)
-    peak = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    result = tl.zeros((ROWS, DIMS), tl.float32)
+    if IS_PAGED:
+        tables += sequence * table_stride
+        keys += kv_head * HEAD_DIM
+        values += kv_head * HEAD_DIM
+    else:
+        keys += start.to(tl.int64) * key_stride + kv_head * HEAD_DIM
+        values += start.to(tl.int64) * value_stride + kv_head * HEAD_DIM
+    peak, total, result = _attend(
+        query, keys, values, tables, position, earliest, latest, scaling, softcap, window, key_stride, value_stride,
+        HEAD_DIM, DIMS, BLOCK_SIZE, TILE, IS_PAGED, HAS_WINDOW, HAS_SOFTCAP,
+    )  # fmt: skip
+    if HAS_SINKS:
+        total, result = add_sink(tl.load(sinks + kv_head * GROUP + row % GROUP), peak, total, result)
+    mean = normalised(result, total).to(out.dtype.element_ty)
+    tl.store(out + place[:, None] * HEAD_DIM + dims[None, :], mean, mask=kept)
+
+
+@triton.jit
+def _attend(
+    query,
+    keys,
+    values,
+    tables,
+    position,
+    earliest,
+    latest,
+    scaling,
+    softcap,
+    window,
+    key_stride,
+    value_stride,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    IS_PAGED: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """All keys that rows at `position`, from `earliest` to `latest`, see: peak and total, and the weighted sum."""
     # Tiles that the window cuts, those that every row sees whole, and those that the diagonal cuts.
     begin = 0
     whole_from = 0
@@ -145,33 +193,19 @@ def _prefill_attention(
     end = latest + 1
     whole_from = tl.minimum(whole_from, end)
     whole_to = tl.maximum(whole_to, whole_from)
-    if IS_PAGED:
-        tables += sequence * table_stride
-        keys += kv_head * HEAD_DIM
-        values += kv_head * HEAD_DIM
-    else:
-        keys += start.to(tl.int64) * key_stride + kv_head * HEAD_DIM
-        values += start.to(tl.int64) * value_stride + kv_head * HEAD_DIM
     num_whole, num_before = (whole_to - whole_from) // TILE, tl.cdiv(whole_from - begin, TILE)
     num_cut = num_before + tl.cdiv(end - whole_to, TILE)
+    peak, total, result = empty_softmax(query.shape[0], DIMS)
     peak, total, result = _attend_tiles(
         query, keys, values, tables, peak, total, result, num_whole, num_whole, whole_from, whole_from, end, position,
         scaling, softcap, window, key_stride, value_stride,
         HEAD_DIM, DIMS, BLOCK_SIZE, TILE, IS_PAGED, HAS_WINDOW, HAS_SOFTCAP, False,
     )  # fmt: skip
-    peak, total, result = _attend_tiles(
+    return _attend_tiles(
         query, keys, values, tables, peak, total, result, num_cut, num_before, begin, whole_to, end, position,
         scaling, softcap, window, key_stride, value_stride,
         HEAD_DIM, DIMS, BLOCK_SIZE, TILE, IS_PAGED, HAS_WINDOW, HAS_SOFTCAP, True,
     )  # fmt: skip
-    if HAS_SINKS:
-        sink = tl.load(sinks + kv_head * GROUP + row % GROUP).to(tl.float32) * 1.4426950408889634
-        higher = tl.maximum(peak, sink)
-        shrink = tl.exp2(peak - higher)
-        total = total * shrink + tl.exp2(sink - higher)
-        result = result * shrink[:, None]
-    normalised = result / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(out + place[:, None] * HEAD_DIM + dims[None, :], normalised.to(out.dtype.element_ty), mask=kept)
 
 
 @triton.jit
@@ -209,20 +243,11 @@ def _attend_tiles(
         first = before + number * TILE
         if IS_CUT:
             first = tl.where(number < num_before, first, behind + (number - num_before) * TILE)
-        if IS_PAGED:
-            block = tl.load(tables + first // BLOCK_SIZE).to(tl.int64)
-            slots = block * BLOCK_SIZE + first % BLOCK_SIZE + tokens
-        else:
-            slots = (first + tokens).to(tl.int64)
+        slots = slots_of_tile(tables, first, tokens, BLOCK_SIZE) if IS_PAGED else (first + tokens).to(tl.int64)
         of_key = keys + slots[None, :] * key_stride + dims[:, None]
         of_value = values + slots[:, None] * value_stride + dims[None, :]
         inside = first + tokens < end
-        if IS_CUT:
-            key = tl.load(of_key, mask=inside[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
-        elif HEAD_DIM == DIMS:
-            key = tl.load(of_key)
-        else:
-            key = tl.load(of_key, mask=(dims < HEAD_DIM)[:, None], other=0.0)
+        key = _load(of_key, inside[None, :], (dims < HEAD_DIM)[:, None], IS_CUT, HEAD_DIM == DIMS)
         scores = tl.dot(query, key) * scaling
         if HAS_SOFTCAP:
             scores = squash(scores, softcap)
@@ -231,18 +256,19 @@ def _attend_tiles(
             if HAS_WINDOW:
                 seen &= position[:, None] - window < (first + tokens)[None, :]
             scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, axis=1))
-        # A row that has seen nothing yet has no peak, and -inf less itself is no number.
-        base = tl.where(higher == float("-inf"), 0.0, higher) if IS_CUT else higher
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(peak - base)
-        total = total * shrink + tl.sum(weights, axis=1)
-        if IS_CUT:
-            value = tl.load(of_value, mask=inside[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
-        elif HEAD_DIM == DIMS:
-            value = tl.load(of_value)
-        else:
-            value = tl.load(of_value, mask=(dims < HEAD_DIM)[None, :], other=0.0)
+        peak, total, weights, shrink = weigh(scores, peak, total, MAY_SEE_NOTHING=IS_CUT)
+        value = _load(of_value, inside[:, None], (dims < HEAD_DIM)[None, :], IS_CUT, HEAD_DIM == DIMS)
         result = tl.dot(weights.to(value.dtype), value, result * shrink[:, None])
-        peak = higher
     return peak, total, result
+
+
+@triton.jit
+def _load(place, is_token, is_dim, IS_CUT: tl.constexpr, HAS_ALL_DIMS: tl.constexpr):
+    """Keys or values of a tile: of tokens only where some of a cut tile do not exist, likewise of dimensions."""
+    if IS_CUT:
+        part = tl.load(place, mask=is_token & is_dim, other=0.0)
+    elif HAS_ALL_DIMS:
+        part = tl.load(place)
+    else:
+        part = tl.load(place, mask=is_dim, other=0.0)
+    return part
