@@ -37,20 +37,40 @@ def rotate_and_write(
         The rotated queries, (T, H, head_dim), contiguous, and the rotated keys, (T, H_kv, head_dim), or None.
     """
     queries, keys, values = (_with_contiguous_heads(part) for part in (queries, keys, values))
-    num_tokens, num_heads, head_dim = queries.shape
-    num_kv_heads = keys.shape[1]
-    heads = min(8, triton.next_power_of_2(max(num_heads, num_kv_heads)))
-    parts = triton.cdiv(num_heads, heads), triton.cdiv(num_kv_heads, heads)
     if rotation is None:
-        parts = 0, parts[1]
-        out, new_keys, cos, sin, num_dims = queries.contiguous(), None, None, None, 0
+        out, new_keys = queries.contiguous(), None
     else:
         out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
         new_keys = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device) if keep_keys else None
-        cos, sin, num_dims = rotation.cos[0].contiguous(), rotation.sin[0].contiguous(), rotation.num_dims
-    norms = None if rotation is None else rotation.norms
+    _launch(queries, keys, values, rotation, key_pool, value_pool, slots, out, new_keys)
+    return out, keys if rotation is None else new_keys
+
+
+def _with_contiguous_heads(part: Tensor) -> Tensor:
+    return part if part.stride()[1:] == (part.shape[2], 1) else part.contiguous()
+
+
+def _launch(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rotation: Rotation | None,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    slots: Tensor,
+    out: Tensor,
+    new_keys: Tensor | None,
+) -> None:
+    num_tokens, num_heads, head_dim = queries.shape
+    num_kv_heads = keys.shape[1]
+    heads = min(8, triton.next_power_of_2(max(num_heads, num_kv_heads)))
+    query_parts = 0 if rotation is None else triton.cdiv(num_heads, heads)
+    kv_parts = triton.cdiv(num_kv_heads, heads)
+    cos, sin, num_dims, norms = (None, None, 0, None) if rotation is None else rotation
     assert norms is None or num_dims == head_dim, "norms are of whole heads"
-    _rotate_and_write[(num_tokens, parts[0] + 2 * parts[1])](
+    if cos is not None and sin is not None:
+        cos, sin = cos[0].contiguous(), sin[0].contiguous()
+    _rotate_and_write[(num_tokens, query_parts + 2 * kv_parts)](
         queries,
         keys,
         values,
@@ -68,8 +88,8 @@ def rotate_and_write(
         0 if cos is None else cos.stride(0),
         num_heads,
         num_kv_heads,
-        parts[0],
-        parts[1],
+        query_parts,
+        kv_parts,
         HEADS=heads,
         HEAD_DIM=head_dim,
         ROTATED=num_dims,
@@ -79,11 +99,6 @@ def rotate_and_write(
         num_warps=4 if heads * head_dim >= 512 else 1,
         **OVERLAPPING,
     )
-    return out, keys if rotation is None else new_keys
-
-
-def _with_contiguous_heads(part: Tensor) -> Tensor:
-    return part if part.stride()[1:] == (part.shape[2], 1) else part.contiguous()
 
 
 @triton.jit
@@ -129,6 +144,61 @@ def _rotate_and_write(
     """One token and some heads: of the queries, then of the keys, then of the values."""
     wait_for_earlier(OVERLAPS)
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    source, target, heads, inside, written = _heads_of_part(
+        part, token, slots, queries, keys, values, key_pool, value_pool, out, query_stride, key_stride, value_stride,
+        num_heads, num_kv_heads, query_parts, kv_parts, HEADS, HEAD_DIM,
+    )  # fmt: skip
+    is_query, is_key = part < query_parts, (part >= query_parts) & (part < query_parts + kv_parts)
+    kept = new_keys + (token * num_kv_heads + heads) * HEAD_DIM if KEEP_KEYS else new_keys
+    if ROTATED > 0:
+        j = tl.arange(0, HALF)[None, :]
+        low = j < ROTATED // 2
+        a = tl.load(source + j, mask=inside & low, other=0.0)
+        b = tl.load(source + ROTATED // 2 + j, mask=inside & low, other=0.0)
+        cos, sin = cos + token * cos_stride, sin + token * cos_stride
+        if part < query_parts + kv_parts:
+            a, b = _rotated(a, b, cos, sin, j, low, query_norm, key_norm, eps, is_query, ROTATED, HEAD_DIM)
+        if KEEP_KEYS:  # noqa: SIM102  # Triton decides this one when it compiles, the next one on the GPU
+            if is_key:
+                tl.store(kept + j, a, mask=inside & low)
+                tl.store(kept + ROTATED // 2 + j, b, mask=inside & low)
+        tl.store(target + j, a, mask=written & low)
+        tl.store(target + ROTATED // 2 + j, b, mask=written & low)
+    if ROTATED < HEAD_DIM:
+        j = ROTATED + tl.arange(0, REST)[None, :]
+        rest = tl.load(source + j, mask=inside & (j < HEAD_DIM), other=0.0)
+        if KEEP_KEYS:  # noqa: SIM102
+            if is_key:
+                tl.store(kept + j, rest, mask=inside & (j < HEAD_DIM))
+        tl.store(target + j, rest, mask=written & (j < HEAD_DIM))
+
+
+@triton.jit
+def _heads_of_part(
+    part,
+    token,
+    slots,
+    queries,
+    keys,
+    values,
+    key_pool,
+    value_pool,
+    out,
+    query_stride,
+    key_stride,
+    value_stride,
+    num_heads,
+    num_kv_heads,
+    query_parts,
+    kv_parts,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Where a part's heads are read and written, which they are, which of them exist and which are written.
+
+    Returns:
+        source, target, heads, inside, written; (HEADS, 1) each.
+    """
     slot = tl.load(slots + token).to(tl.int64)
     if part < query_parts:
         heads = (part * HEADS + tl.arange(0, HEADS))[:, None]
@@ -145,37 +215,32 @@ def _rotate_and_write(
         source = values + token * value_stride + heads * HEAD_DIM
         target = value_pool + (slot * num_kv_heads + heads) * HEAD_DIM
         inside = heads < num_kv_heads
-    is_key = (part >= query_parts) & (part < query_parts + kv_parts)
-    written = inside & ((part < query_parts) | (slot >= 0))
-    if ROTATED > 0:
-        j = tl.arange(0, HALF)[None, :]
-        low = j < ROTATED // 2
-        a = tl.load(source + j, mask=inside & low, other=0.0)
-        b = tl.load(source + ROTATED // 2 + j, mask=inside & low, other=0.0)
-        if part < query_parts + kv_parts:
-            c = tl.load(cos + token * cos_stride + j, mask=low, other=0.0).to(tl.float32)
-            s = tl.load(sin + token * cos_stride + j, mask=low, other=0.0).to(tl.float32)
-            first, second = a.to(tl.float32), b.to(tl.float32)
-            if query_norm is not None:
-                squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
-                scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
-                weight = query_norm if part < query_parts else key_norm
-                first = _scaled(first * scale, weight + j, low, a.dtype)
-                second = _scaled(second * scale, weight + ROTATED // 2 + j, low, a.dtype)
-            a = (first * c - second * s).to(a.dtype)
-            b = (second * c + first * s).to(b.dtype)
-        if KEEP_KEYS:  # noqa: SIM102  # Triton decides this one when it compiles, the next one on the GPU
-            if is_key:
-                kept = new_keys + (token * num_kv_heads + heads) * HEAD_DIM
-                tl.store(kept + j, a, mask=inside & low)
-                tl.store(kept + ROTATED // 2 + j, b, mask=inside & low)
-        tl.store(target + j, a, mask=written & low)
-        tl.store(target + ROTATED // 2 + j, b, mask=written & low)
-    if ROTATED < HEAD_DIM:
-        j = ROTATED + tl.arange(0, REST)[None, :]
-        rest = tl.load(source + j, mask=inside & (j < HEAD_DIM), other=0.0)
-        if KEEP_KEYS:  # noqa: SIM102
-            if is_key:
-                kept = new_keys + (token * num_kv_heads + heads) * HEAD_DIM
-                tl.store(kept + j, rest, mask=inside & (j < HEAD_DIM))
-        tl.store(target + j, rest, mask=written & (j < HEAD_DIM))
+    return source, target, heads, inside, inside & ((part < query_parts) | (slot >= 0))
+
+
+@triton.jit
+def _rotated(
+    a,
+    b,
+    cos,
+    sin,
+    j,
+    low,
+    query_norm,
+    key_norm,
+    eps,
+    is_query,
+    ROTATED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """The first and the second halves `a` and `b` of heads, their elements `j`: normalised and rotated."""
+    c = tl.load(cos + j, mask=low, other=0.0).to(tl.float32)
+    s = tl.load(sin + j, mask=low, other=0.0).to(tl.float32)
+    first, second = a.to(tl.float32), b.to(tl.float32)
+    if query_norm is not None:
+        squares = tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)
+        scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+        weight = query_norm if is_query else key_norm
+        first = _scaled(first * scale, weight + j, low, a.dtype)
+        second = _scaled(second * scale, weight + ROTATED // 2 + j, low, a.dtype)
+    return (first * c - second * s).to(a.dtype), (second * c + first * s).to(b.dtype)
