@@ -174,12 +174,7 @@ def _linear_of_rows(
     of_weight = weight + tl.minimum(columns, num_columns - 1).to(tl.int64)[:, None] * depth
     of_x = x + tl.minimum(rows, num_rows - 1)[None, :] * depth
     total = tl.zeros((COLUMNS, ROWS), tl.float32)
-    for start in range(0, depth, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < depth
-        part = tl.load(of_weight + at[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-        factors = tl.load(of_x + at[:, None], mask=inside[:, None], other=0.0)
-        total = tl.dot(part, factors, total)
+    total = add_products(of_weight, of_x, 0, depth, total, BLOCK, "evict_first", "tf32")
     if HAS_BIAS:
         total += tl.load(bias + columns, mask=columns < num_columns, other=0.0).to(tl.float32)[:, None]
     places = out + rows[None, :].to(tl.int64) * num_columns + columns[:, None]
@@ -187,3 +182,24 @@ def _linear_of_rows(
     if ADDS:
         total += tl.load(places, mask=inside, other=0.0).to(tl.float32)
     tl.store(places, total, mask=inside)
+
+
+@triton.jit
+def add_products(
+    of_weight,
+    of_x,
+    first,
+    end,
+    total,
+    BLOCK: tl.constexpr,
+    POLICY: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add products over the depth from `first` to `end`: of (columns, 1) and (1, rows) pointers, to (columns, rows)."""
+    for start in range(first, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < end
+        part = tl.load(of_weight + at[None, :], mask=inside[None, :], other=0.0, eviction_policy=POLICY)
+        factors = tl.load(of_x + at[:, None], mask=inside[:, None], other=0.0)
+        total = tl.dot(part, factors.to(part.dtype), total, input_precision=PRECISION)
+    return total

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deployments.engine.kernels.cuda_matmul import add_products
 from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
 
 _CHUNK = 4096
@@ -195,12 +196,7 @@ def _logits(
     total = tl.zeros((COLUMNS, ROWS), tl.float32)
     first = tl.program_id(2) * part_depth
     end = tl.minimum(depth, first + part_depth)
-    for start in range(first, end, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        inside = at < end
-        part = tl.load(of_weight + at[None, :], mask=inside[None, :], other=0.0)
-        factors = tl.load(of_x + at[:, None], mask=inside[:, None], other=0.0)
-        total = tl.dot(part, factors.to(part.dtype), total, input_precision="ieee")
+    total = add_products(of_weight, of_x, first, end, total, BLOCK, "", "ieee")
     if HAS_BIAS:
         is_added = (expert < num_experts) & (tl.program_id(2) == 0)
         total += tl.load(bias + expert, mask=is_added, other=0.0).to(tl.float32)[:, None]
@@ -256,8 +252,8 @@ def _route(
     for index in tl.static_range(TOP_K):
         best = tl.minimum(tl.argmax(choice, axis=0), num_experts - 1)
         chosen = tl.where(place == index, best, chosen)
-        chosen_scores = tl.where(place == index, tl.sum(tl.where(at == best, score, 0.0), axis=0), chosen_scores)
-        choice = tl.where(at == best, float("-inf"), choice)
+        chosen_scores = tl.where(place == index, _sum_of(score, at == best), chosen_scores)
+        choice = _without(choice, at == best)
     if RENORMALIZE:
         chosen_scores /= tl.sum(chosen_scores, axis=0) + 1e-20
     tl.store(weights + token * TOP_K + place, chosen_scores * scale, mask=place < TOP_K)
@@ -272,14 +268,25 @@ def _keep_best_groups(choice, at, group_size, EXPERTS: tl.constexpr, GROUPS: tl.
     for index in tl.static_range(GROUPS):
         members = tl.where(group == index, choice, float("-inf"))
         best = tl.max(members, axis=0)
-        second = tl.max(tl.where(at == tl.argmax(members, axis=0), float("-inf"), members), axis=0)
+        second = tl.max(_without(members, at == tl.argmax(members, axis=0)), axis=0)
         group_score = tl.where(at == index, best + second, group_score)
     kept = tl.full((EXPERTS,), float("-inf"), tl.float32)
     for _ in tl.static_range(TOP_GROUPS):
         best_group = tl.argmax(group_score, axis=0)
         kept = tl.where(group == best_group, choice, kept)
-        group_score = tl.where(at == best_group, float("-inf"), group_score)
+        group_score = _without(group_score, at == best_group)
     return kept
+
+
+@triton.jit
+def _without(scores, excluded):
+    """Scores of which some cannot be the best."""
+    return tl.where(excluded, float("-inf"), scores)
+
+
+@triton.jit
+def _sum_of(values, included):
+    return tl.sum(tl.where(included, values, 0), axis=0)
 
 
 @triton.jit(do_not_specialize=["count"])  # or every batch size would compile its own
@@ -322,20 +329,27 @@ def _plan(
         of_chunks = tl.load(counts + index * EXPERTS + each[None, :], mask=index < num_chunks, other=0)
         totals = tl.sum(of_chunks, axis=0)
         before = tl.sum(tl.sum(tl.where((index < chunk) & (each[None, :] == expert), of_chunks, 0), axis=1), axis=0)
-    first = tl.sum(tl.where(each < expert, totals, 0), axis=0)
+    first = _sum_of(totals, each < expert)
     mine = (chosen == expert).to(tl.int32)
     tl.store(order + first + before + tl.cumsum(mine, axis=0) - 1, at, mask=mine > 0)
     if chunk == 0:
-        end = first + tl.sum(tl.where(each == expert, totals, 0), axis=0)
-        first_block = tl.sum(tl.where(each < expert, (totals + ROWS - 1) // ROWS, 0), axis=0)
-        num_blocks = (end - first + ROWS - 1) // ROWS
-        for start in range(0, num_blocks, CHUNK):
-            block = start + in_chunk
-            place, inside = blocks + first_block + block, block < num_blocks
-            tl.store(place, tl.zeros((CHUNK,), tl.int32) + expert, mask=inside)
-            tl.store(place + max_blocks, first + block * ROWS, mask=inside)
-            tl.store(place + 2 * max_blocks, tl.minimum(first + (block + 1) * ROWS, end), mask=inside)
+        end = first + _sum_of(totals, each == expert)
+        first_block = _sum_of((totals + ROWS - 1) // ROWS, each < expert)
+        num_blocks = _write_blocks(blocks + first_block, max_blocks, expert, first, end, ROWS, CHUNK)
         if expert == num_experts - 1:
             for start in range(first_block + num_blocks, max_blocks, CHUNK):
                 block = start + in_chunk
                 tl.store(blocks + block, tl.full((CHUNK,), -1, tl.int32), mask=block < max_blocks)
+
+
+@triton.jit
+def _write_blocks(blocks, max_blocks, expert, first, end, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """One expert's blocks, of its rows from `first` to `end` in the order; how many they are."""
+    num_blocks = (end - first + ROWS - 1) // ROWS
+    for start in range(0, num_blocks, CHUNK):
+        block = start + tl.arange(0, CHUNK)
+        place, inside = blocks + block, block < num_blocks
+        tl.store(place, tl.zeros((CHUNK,), tl.int32) + expert, mask=inside)
+        tl.store(place + max_blocks, first + block * ROWS, mask=inside)
+        tl.store(place + 2 * max_blocks, tl.minimum(first + (block + 1) * ROWS, end), mask=inside)
+    return num_blocks
