@@ -165,19 +165,13 @@ def _attend(
         sums: (T, group): of the weights.
         out: (T, group, head_dim).
     """
-    num_tokens, group, head_dim = queries.shape
-    num_rows = num_tokens * group
-    rows = np.empty((num_rows, head_dim), _FLOAT)
-    for t in range(num_tokens):
-        for g in range(group):
-            row, query = rows[t * group + g], queries[t, g]
-            for d in range(head_dim):
-                row[d] = query[d] * scaling
+    num_tokens, group = queries.shape[:2]
+    rows = _scale(queries, scaling)
     if is_first:
         totals[:] = _FLOAT(0)
         sums[:] = _FLOAT(0)
         peaks[:] = _NOTHING
-    scores, zeros = np.empty((num_rows, PORTION), _FLOAT), np.zeros(_KEYS, _FLOAT)
+    scores, zeros = np.empty((num_tokens * group, PORTION), _FLOAT), np.zeros(_KEYS, _FLOAT)
     for portion in range(count):
         start = (first + portion) * PORTION
         if start >= position + num_tokens or start + PORTION <= position - window + 1:
@@ -193,11 +187,31 @@ def _attend(
                     scores[r] = _FLOAT(0)
         _accumulate(scores, group, value_panels[portion], start, position, totals)
     if is_last:
-        for t in range(num_tokens):
-            for g in range(group):
-                total, result, share = totals[t * group + g], out[t, g], _FLOAT(1) / sums[t, g]
-                for d in range(head_dim):
-                    result[d] = total[d] * share
+        _normalise(totals, sums, out)
+
+
+@njit(fastmath=True, inline="never")
+def _scale(queries, scaling):
+    """Queries (T, group, head_dim) as rows (T * group, head_dim), scaled."""
+    num_tokens, group, head_dim = queries.shape
+    rows = np.empty((num_tokens * group, head_dim), _FLOAT)
+    for t in range(num_tokens):
+        for g in range(group):
+            row, query = rows[t * group + g], queries[t, g]
+            for d in range(head_dim):
+                row[d] = query[d] * scaling
+    return rows
+
+
+@njit(fastmath=True, inline="never")
+def _normalise(totals, sums, out):
+    """Fill out (T, group, head_dim) with the totals (T * group, width), divided by the sums of their weights."""
+    num_tokens, group, head_dim = out.shape
+    for t in range(num_tokens):
+        for g in range(group):
+            total, result, share = totals[t * group + g], out[t, g], _FLOAT(1) / sums[t, g]
+            for d in range(head_dim):
+                result[d] = total[d] * share
 
 
 @njit(fastmath=True, inline="never")
