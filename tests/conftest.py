@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 STARTS_RAY = ("tests/e2e/", "tests/kv_transfer/test_direct.py", "tests/test_local.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(place in item.path.as_posix() for place in STARTS_RAY):
