@@ -52,7 +52,7 @@ status: ## Say whether the server runs.
 	@test -x $(PY) || { echo "no server runs"; exit 1; }; $(PY) -m app.local status
 
 test: $(DEV) $(LOAD) ## Run the tests that need no GPU, in two processes. ARGS= is passed on to pytest.
-	@$(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(PY) -m pytest -n 2 $(ARGS)
 
 check: $(DEV) ## Formatting, lint and types.
 	@$(VENV)/bin/ruff format --check $(SOURCES)

@@ -7,6 +7,7 @@ shared, so hypothesis sets tests no bound of time either.
 """
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +23,17 @@ if not torch.cuda.is_available():
 STARTS_RAY = ("tests/e2e/", "tests/kv_transfer/test_direct.py", "tests/test_local.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if any(place in item.path.as_posix() for place in STARTS_RAY):
-            item.add_marker(pytest.mark.xdist_group("ray"))
+@pytest.hookimpl(optionalhook=True)  # on a machine with GPUs pytest-xdist may be missing
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+    class OneProcessForRay(LoadScopeScheduling):  # type: ignore[misc]  # untyped
+        """Whole files, and all that start Ray as if they were one."""
+
+        def _split_scope(self, nodeid: str) -> str:
+            return "ray" if nodeid.startswith(STARTS_RAY) else nodeid.partition("::")[0]
+
+    return OneProcessForRay(config, log)
 
 
 @pytest.fixture(autouse=True, scope="session")

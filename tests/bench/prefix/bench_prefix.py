@@ -178,8 +178,8 @@ def main() -> int:
             f"{row['way']:12}{row['first_ttft_p50_s']:16.2f}{row['first_ttft_p90_s']:8.2f}{row['next_ttft_p50_s']:17.2f}"
             f"{row['next_ttft_p90_s']:8.2f}   {row['computed_tokens']:11}{row['prompt_tokens']:9}{row['reuse']:8.2f}"
         )
-    turns = {way: [asdict(turn) for turn in found[way]] for way in WAYS}
-    print(json.dumps({"arguments": vars(args), "ways": rows, "turns": turns}))
+    raw = {way: [asdict(turn) for turn in found[way]] for way in WAYS}
+    print(json.dumps({"arguments": vars(args), "ways": rows, "turns": raw}))
     return 0
 
 
