@@ -9,6 +9,11 @@ from enum import IntEnum, StrEnum
 
 import msgspec
 
+# Bounds of adjustments: OpenAI's, and for the repetition penalty what keeps every logit a number.
+MAX_PENALTY = 2.0
+MAX_LOGIT_BIAS = 100.0
+REPETITION_PENALTIES = 0.1, 10.0
+
 # Between a request's id and the number of its attempt.
 _RESUMED = "~"
 
@@ -29,6 +34,28 @@ class Priority(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Adjustments:
+    """What changes the logits of the next token before it is drawn, in the order of the attributes.
+
+    Tokens that were generated before a request was handed over or resumed count as generated.
+
+    Attributes:
+        logit_bias: token ids, each once, and what is added to their logits.
+        repetition_penalty: divides the logit, or multiplies one below 0, of each token of the prompt and of what was
+            generated; 1 is off.
+        presence_penalty: is taken from the logit of each token that was generated; 0 is off.
+        frequency_penalty: likewise, as many times as the token was generated; 0 is off.
+        min_tokens: before so many tokens are generated none of `SamplingParams.stop_token_ids` is drawn.
+    """
+
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is drawn and when to stop.
 
@@ -40,6 +67,7 @@ class SamplingParams:
         min_p: drop tokens less likely than this share of the most likely one; 0 is off.
         seed: with the position it fixes the draw, whichever engine makes it.
         stop_token_ids: ids that end the sequence with `FinishReason.STOP`; the id itself is emitted.
+        adjustments: of the logits; None: they are the model's.
     """
 
     max_tokens: int
@@ -49,6 +77,7 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    adjustments: Adjustments | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ Owns what OpenAI's fields mean to the engines. Knows nothing of HTTP; `exchange.
 
 import re
 import reprlib
-import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +16,10 @@ from pydantic import ValidationError
 
 from deployments.api.choices import TextRules
 from deployments.api.openai import ChatBody, CompletionBody, GenerateBody, explain
+from deployments.api.sampling import read_sampling
 from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError, RequestTooLargeError
-from deployments.messages import GenerateRequest, ModelInfo, Priority, SamplingParams
+from deployments.messages import GenerateRequest, ModelInfo, Priority
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 # The longest tokens of common vocabularies (Llama 3's, Qwen's) are runs of up to 128 spaces: a longer text fits no
@@ -180,30 +180,7 @@ def _build_request(
             f"{info.max_model_len} tokens, which leaves {info.max_model_len - len(token_ids)} for {limit}",
             limit,
         )
-    # More than there are tokens bounds nothing, and might be more than an engine's number holds.
-    top_k, top_p = body.top_k if 0 < body.top_k < info.vocab_size else 0, body.top_p
-    if top_p == 0:  # no mass is enough for no token: like the peers that take 0, keep the most likely one
-        top_k, top_p = 1, 1.0
-    sampling = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=body.temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=body.min_p,
-        seed=secrets.randbits(63) if body.seed is None else body.seed,
-        stop_token_ids=_stop_token_ids(body, info),
-    )
-    return GenerateRequest(request_id, tuple(token_ids), sampling, priority)
-
-
-def _stop_token_ids(body: GenerateBody, info: ModelInfo) -> tuple[int, ...]:
-    """Ids that end each choice: the model's own unless they are ignored, and those asked for, which never are."""
-    for token_id in body.stop_token_ids:
-        if not 0 <= token_id < info.vocab_size:
-            message = f"stop_token_ids must be 0 to {info.vocab_size - 1}, got {token_id}"
-            raise InvalidRequestError(message, "stop_token_ids")
-    own = () if body.ignore_eos else info.eos_token_ids
-    return tuple(dict.fromkeys(own + body.stop_token_ids))
+    return GenerateRequest(request_id, tuple(token_ids), read_sampling(body, max_tokens, info), priority)
 
 
 def _build_call(
@@ -219,6 +196,7 @@ def _build_call(
             stops=body.stop,
             include_stop=body.include_stop_str_in_output,
             skip_special_tokens=body.skip_special_tokens,
+            min_tokens=body.min_tokens,
         ),
         stream=body.stream,
         include_usage=body.stream_options.include_usage,

@@ -68,12 +68,14 @@ class TextRules:
         stops: strings that end a choice, and are not part of its text.
         include_stop: what ended a choice, string or token, is part of its text.
         skip_special_tokens: special tokens are not shown. A stop string that names one finds it all the same.
+        min_tokens: no stop string is looked for in the text of so many tokens.
     """
 
     continues_prompt: bool
     stops: tuple[str, ...] = ()
     include_stop: bool = False
     skip_special_tokens: bool = True
+    min_tokens: int = 0
 
 
 class ChoiceText:
@@ -98,6 +100,7 @@ class ChoiceText:
             StopChecker(rules.stops, self._hidden.values(), include_stop=rules.include_stop) if rules.stops else None
         )
         self._num_tokens = 0
+        self._num_unchecked = rules.min_tokens
 
     def push(self, output: TokenOutput) -> TextEvent:
         """Take the next output; after an event with a finish reason there is no other."""
@@ -115,8 +118,10 @@ class ChoiceText:
 
     def _push_checked(self, output: TokenOutput, visible: Sequence[int], checker: StopChecker) -> TextEvent:
         """Token by token, because the tokens after a stop string do not count."""
-        text = ""
-        for num_tokens, token_id in enumerate(output.token_ids, start=1):
+        num_unchecked = min(self._num_unchecked, len(visible))
+        self._num_unchecked -= num_unchecked
+        text = self._detokenizer.push(visible[:num_unchecked])
+        for num_tokens, token_id in enumerate(output.token_ids[num_unchecked:], start=num_unchecked + 1):
             piece, is_hit = checker.push(self._detokenizer.push((token_id,)) if num_tokens <= len(visible) else "")
             text += piece
             if not is_hit and token_id in self._hidden:

@@ -23,6 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from deployments.errors import InvalidRequestError
+from deployments.messages import MAX_LOGIT_BIAS, MAX_PENALTY, REPETITION_PENALTIES
 
 MAX_PROMPTS = 1024
 # OpenAI allows 4, some peers any number; each costs a step per character of output.
@@ -30,6 +31,8 @@ MAX_STOPS = 32
 MAX_STOP_CHARACTERS = 1024
 # Each is compared with every token.
 MAX_STOP_TOKEN_IDS = 128
+# Each is a number more to send to the device with every token.
+MAX_LOGIT_BIASES = 1024
 
 Prompt = str | tuple[int, ...]
 Part = dict[str, object]
@@ -39,11 +42,6 @@ _NoOps = Mapping[str, tuple[object, ...]]
 # Fields not supported yet, with the values that ask for nothing; null is always one of them.
 _NO_OPS: _NoOps = {
     "n": (1,),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
-    "min_tokens": (0,),
-    "logit_bias": ({},),
     "logprobs": (False,),
     "response_format": ({"type": "text"},),
     "metadata": ({},),
@@ -127,6 +125,21 @@ def _as_stop_token_ids(value: object) -> object:
     return token_ids
 
 
+def _as_logit_bias(value: object) -> object:
+    """By token id, which JSON writes as text."""
+    if not isinstance(value, dict) or not all(_is_decimal(key) for key in value):
+        raise PydanticCustomError("logit_bias", "must be an object from token ids to numbers")
+    if len(value) > MAX_LOGIT_BIASES:
+        raise PydanticCustomError("logit_bias", f"must be of at most {MAX_LOGIT_BIASES} token ids")
+    if not all(type(bias) in (int, float) and abs(bias) <= MAX_LOGIT_BIAS for bias in value.values()):
+        raise PydanticCustomError("logit_bias", f"must be numbers from {-MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}")
+    return tuple({int(key): float(bias) for key, bias in value.items()}.items())
+
+
+def _is_decimal(key: str) -> bool:
+    return key.isascii() and key.isdecimal() and len(key) < 10
+
+
 def _as_prompts(value: object) -> tuple[Prompt, ...]:
     if isinstance(value, str):
         prompts: list[Prompt] = [value]
@@ -184,8 +197,9 @@ class StreamOptions(_Strict):
 class GenerateBody(_Strict):
     """What both endpoints take.
 
-    `top_k` (0 and -1 are off), `min_p`, `stop_token_ids`, `ignore_eos`, `include_stop_str_in_output`,
-    `skip_special_tokens` and `return_token_ids` are extensions, named as in vLLM and with its meaning.
+    `top_k` (0 and -1 are off), `min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`,
+    `include_stop_str_in_output`, `skip_special_tokens` and `return_token_ids` are extensions, named as in vLLM and with
+    its meaning.
     """
 
     model: str
@@ -194,6 +208,11 @@ class GenerateBody(_Strict):
     top_k: int = Field(default=0, ge=-1)
     min_p: float = Field(default=0.0, ge=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    presence_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
+    frequency_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
+    repetition_penalty: float = Field(default=1.0, ge=REPETITION_PENALTIES[0], le=REPETITION_PENALTIES[1])
+    logit_bias: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_as_logit_bias)] = ()
+    min_tokens: int = Field(default=0, ge=0)
     stop: Annotated[tuple[str, ...], BeforeValidator(_as_stops)] = ()
     stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_as_stop_token_ids)] = ()
     include_stop_str_in_output: bool = False

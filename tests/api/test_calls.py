@@ -9,6 +9,7 @@ from deployments.api.calls import Call, ModelNotFoundError, read_chat, read_comp
 from deployments.api.choices import TextRules
 from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError, RequestTooLargeError
+from deployments.messages import Adjustments
 from tests.api.fakes import END_ID, INFO, build_codec, build_tokenizer
 
 CODEC = build_codec()
@@ -47,6 +48,22 @@ def test_every_sampling_field_reaches_the_engine():
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (0.5, 0.9, 40, 0.1)
     assert (sampling.seed, sampling.max_tokens, sampling.stop_token_ids) == (-7, 3, ())
     assert call.text.stops == ("x",)
+
+
+@pytest.mark.parametrize("read", [completion, chat])
+def test_what_changes_logits_reaches_the_engine_only_where_it_was_asked_for(read: Any):
+    neutral = {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1, "logit_bias": {}}
+    assert read(**neutral, min_tokens=0).requests[0].sampling.adjustments is None
+    call = read(
+        presence_penalty=0.5,
+        frequency_penalty=-1,
+        repetition_penalty=1.1,
+        logit_bias={"5": 1, "9": -2.5},
+        min_tokens=3,
+        max_tokens=9,
+    )
+    wanted = Adjustments(((5, 1.0), (9, -2.5)), 1.1, 0.5, -1.0, 3)
+    assert call.requests[0].sampling.adjustments == wanted and call.text.min_tokens == 3
 
 
 @pytest.mark.parametrize(
@@ -214,13 +231,9 @@ def test_the_endpoints_own_no_ops_are_accepted():
 UNSUPPORTED: list[tuple[str, object]] = [
     ("n", 2),
     ("n", True),
-    ("presence_penalty", 0.5),
-    ("frequency_penalty", -1),
-    ("logit_bias", {"5": 1}),
     ("logprobs", True),
     ("response_format", {"type": "json_object"}),
     ("metadata", {"a": "b"}),
-    ("min_tokens", 3),
 ]
 
 
@@ -252,6 +265,18 @@ def test_an_unsupported_field_is_refused_by_name(read: Any, field: str, value: o
         (completion, {"top_p": -0.1}, "top_p", "greater than or equal to 0, got -0.1"),
         (completion, {"top_k": -2}, "top_k", "greater than or equal to -1, got -2"),
         (completion, {"min_p": 1.5}, "min_p", "less than or equal to 1, got 1.5"),
+        (chat, {"presence_penalty": 2.1}, "presence_penalty", "less than or equal to 2, got 2.1"),
+        (completion, {"frequency_penalty": -3}, "frequency_penalty", "greater than or equal to -2, got -3"),
+        (completion, {"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.1, got 0"),
+        (completion, {"repetition_penalty": 11.0}, "repetition_penalty", "less than or equal to 10, got 11.0"),
+        (completion, {"min_tokens": -1}, "min_tokens", "greater than or equal to 0, got -1"),
+        (completion, {"min_tokens": 4, "max_tokens": 3}, "min_tokens", "at most the 3 tokens to generate, got 4"),
+        (completion, {"logit_bias": {"257": 1}}, "logit_bias", "must be 0 to 256, got 257"),
+        (completion, {"logit_bias": {"-1": 1}}, "logit_bias", "from token ids to numbers"),
+        (completion, {"logit_bias": {"1": 100.5}}, "logit_bias", "must be numbers from -100 to 100"),
+        (completion, {"logit_bias": {"1": "2"}}, "logit_bias", "must be numbers from -100 to 100"),
+        (completion, {"logit_bias": [1]}, "logit_bias", "from token ids to numbers"),
+        (chat, {"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "at most 1024 token ids"),
         (completion, {"max_tokens": 0}, "max_tokens", "greater than or equal to 1, got 0"),
         (completion, {"max_tokens": "9"}, "max_tokens", "valid integer, got '9'"),
         (

@@ -48,6 +48,22 @@ async def test_a_choice_ends_where_it_should(steps: list[Step], stops: Sequence[
     assert summary(await events_of(playing(*steps), rules)) == expected
 
 
+@pytest.mark.parametrize(
+    ("min_tokens", "steps", "expected"),
+    [
+        (3, ["ab", "cxd", "x", FinishReason.LENGTH], ("abc", 4, "stop")),
+        (4, ["ab", "cxd", "x", FinishReason.LENGTH], ("abcxd", 6, "stop")),
+        (4, ["abcxdx", FinishReason.LENGTH], ("abcxd", 6, "stop")),
+        (9, ["ab", "x", FinishReason.LENGTH], ("abx", 3, "length")),
+    ],
+)
+async def test_a_stop_string_within_the_first_min_tokens_ends_nothing(
+    min_tokens: int, steps: list[Step], expected: tuple[str, int, str]
+):
+    rules = TextRules(continues_prompt=True, stops=("x",), min_tokens=min_tokens)
+    assert summary(await events_of(playing(*steps), rules)) == expected
+
+
 END = "<end>"
 
 

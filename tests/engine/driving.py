@@ -107,8 +107,14 @@ def hand_over(
     prefill: Engine, decode: Engine, prompts: Iterable[tuple[int, ...]], num_tokens: int
 ) -> list[tuple[int, ...]]:
     """Compute prompts in one engine and go on in the other, greedily; the tokens of each prompt."""
-    transcript, requests = Transcript(), [greedy(f"r{i}", prompt, num_tokens) for i, prompt in enumerate(prompts)]
+    return hand_over_all(prefill, decode, [greedy(f"r{i}", prompt, num_tokens) for i, prompt in enumerate(prompts)])
+
+
+def hand_over_all(prefill: Engine, decode: Engine, requests: Iterable[GenerateRequest]) -> list[tuple[int, ...]]:
+    """Compute prompts in one engine and go on in the other; the tokens of each, those it came with included."""
+    requests, transcript = list(requests), Transcript()
     for request in requests:
+        transcript.tokens[request.request_id] += request.generated_token_ids
         decode.add(request, remote_threshold=0)
         while decode.stats().num_reserved == 0:  # not in a step in which another sequence outgrows its KV
             transcript.note(decode.step())

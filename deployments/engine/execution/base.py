@@ -10,6 +10,7 @@ from torch import Tensor
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.batch.build import build_arrays, order_for_batch, rows_of
 from deployments.engine.kv.cache import KVCache
+from deployments.engine.sampling.adjusting import Adjusting, build_adjusting
 from deployments.engine.sampling.sampler import SamplingBatch, SamplingPreparation
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.messages import DrawnToken, Draws
@@ -23,11 +24,13 @@ class PreparedStep:
         items: what runs, in the batch's order.
         arrays: the same as numbers.
         sampling: how its S draws are made; None: there are none.
+        adjusting: what is done to their logits before; None: nothing.
     """
 
     items: list[ScheduledSequence]
     arrays: StepArrays
     sampling: SamplingBatch | None
+    adjusting: Adjusting | None
 
 
 class Preparation:
@@ -47,11 +50,13 @@ class Preparation:
         items = order_for_batch(scheduled)
         arrays = build_arrays(items, self.block_size, self._row_of)
         self._row_of = rows_of(items)
-        sampling = None
+        sampling = adjusting = None
         if len(arrays.draw_rows):
             params = [item.sequence.request.sampling for item in items for _ in range(item.num_draws)]
             sampling = self._sampling.prepare(params, arrays.draw_positions)
-        return PreparedStep(items, arrays, sampling)
+            if sampling.columns.is_adjusted:
+                adjusting = build_adjusting(items, arrays.sources)
+        return PreparedStep(items, arrays, sampling, adjusting)
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,8 @@ class CudaRunner:
         self._turn ^= 1
         step = self._preparation.prepare(scheduled)
         arrays, sampling = step.arrays, step.sampling
+        # Before the step: a graph puts its own draws where those of the step before are.
+        adjusting = None if step.adjusting is None else step.adjusting.on(self._device, self._drawn)
         is_drawn = arrays.num_decodes == arrays.num_runs <= self._max_graph_batch
         if is_drawn:
             logits = self._run_graph(arrays)
@@ -86,8 +88,9 @@ class CudaRunner:
         num_draws = len(arrays.draw_rows)
         result = self._results[self._turn][:num_draws]
         if sampling is not None:
-            if not (is_drawn and sampling.is_greedy):
-                self._drawn[:num_draws] = sample(logits[:num_draws], sampling)
+            logits = logits[:num_draws] if adjusting is None else adjusting.apply(logits[:num_draws])
+            if not (is_drawn and sampling.is_greedy) or adjusting is not None:
+                self._drawn[:num_draws] = sample(logits, sampling)
             result.copy_(self._drawn[:num_draws], non_blocking=True)
         done = torch.cuda.Event()
         done.record()

@@ -40,7 +40,7 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep:
         step = self._preparation.prepare(scheduled)
-        arrays = step.arrays
+        arrays, drawn = step.arrays, self._drawn
         logits = self._model(
             input_ids=self._token_ids(step).unsqueeze(0),
             position_ids=upload(arrays.positions, self._device).unsqueeze(0),
@@ -48,6 +48,8 @@ class ModelRunner:
             logits_to_keep=upload(arrays.draw_rows, self._device),
             paged_step=SdpaStep(self.cache, arrays),
         ).logits[0]
+        if step.adjusting is not None:
+            logits = step.adjusting.on(self._device, drawn).apply(logits)
         self._drawn = torch.empty(0, dtype=torch.int64) if step.sampling is None else sample(logits, step.sampling)
         done = torch.cuda.current_stream().record_event() if self._device.type == "cuda" else None
         return LaunchedStep(step.items, self._drawn, done)

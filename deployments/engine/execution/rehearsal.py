@@ -17,10 +17,12 @@ from deployments.engine.kv.cache import KVCache
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Role, Sequence, block_array, token_array
-from deployments.messages import GenerateRequest, SamplingParams
+from deployments.messages import Adjustments, GenerateRequest, SamplingParams
 
-# Bounds of every kind, which take the most memory.
-_SAMPLING = SamplingParams(max_tokens=1, temperature=1.0, top_k=50, top_p=0.9, min_p=0.01)
+# Bounds of every kind, and logits that are changed, which take the most memory.
+_SAMPLING = SamplingParams(
+    max_tokens=1, temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, adjustments=Adjustments(logit_bias=((0, 1.0),))
+)
 
 
 def build_rehearsed(loaded: LoadedModel, limits: EngineLimits) -> Runner:

@@ -21,9 +21,13 @@ class SamplingColumns:
 
     Args:
         params: of each draw's sequence.
+
+    Attributes:
+        is_adjusted: some of them have logits changed before the draw; see `adjusting.py`.
     """
 
     def __init__(self, params: list[SamplingParams]) -> None:
+        self.is_adjusted = any(p.adjustments is not None for p in params)
         temperature = np.array([p.temperature for p in params], dtype=np.float64)
         self.drawing = np.flatnonzero(temperature)
         self.is_greedy = not len(self.drawing)

@@ -4,7 +4,14 @@ import math
 
 from deployments.engine.config import EngineLimits
 from deployments.errors import InvalidRequestError, RequestTooLargeError
-from deployments.messages import GenerateRequest, SamplingParams
+from deployments.messages import (
+    MAX_LOGIT_BIAS,
+    MAX_PENALTY,
+    REPETITION_PENALTIES,
+    Adjustments,
+    GenerateRequest,
+    SamplingParams,
+)
 
 
 def check_request(request: GenerateRequest, limits: EngineLimits, vocab_size: int) -> None:
@@ -50,6 +57,24 @@ def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         "seed": (-(2**63), 2**64 - 1),
     }
     for name, (least, most) in bounds.items():
-        value = getattr(sampling, name)
-        if not (least <= value <= most and value < math.inf):
-            raise InvalidRequestError(f"{name} is {value}, must be from {least} to {most}", name)
+        _check_bounds(name, getattr(sampling, name), least, most)
+    if sampling.adjustments is not None:
+        _check_adjustments(sampling.adjustments, sampling.max_tokens, vocab_size)
+
+
+def _check_adjustments(adjustments: Adjustments, max_tokens: int, vocab_size: int) -> None:
+    least, most = REPETITION_PENALTIES
+    _check_bounds("repetition_penalty", adjustments.repetition_penalty, least, most)
+    for name in ("presence_penalty", "frequency_penalty"):
+        _check_bounds(name, getattr(adjustments, name), -MAX_PENALTY, MAX_PENALTY)
+    _check_bounds("min_tokens", adjustments.min_tokens, 0, max_tokens)
+    for token_id, bias in adjustments.logit_bias:
+        _check_bounds("logit_bias", bias, -MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
+        if not 0 <= token_id < vocab_size:
+            message = f"logit_bias: token id {token_id} is not in the vocabulary (0 to {vocab_size - 1})"
+            raise InvalidRequestError(message, "logit_bias")
+
+
+def _check_bounds(name: str, value: float, least: float, most: float) -> None:
+    if not (least <= value <= most and value < math.inf):
+        raise InvalidRequestError(f"{name} is {value}, must be from {least} to {most}", name)
