@@ -14,6 +14,9 @@ MAX_PENALTY = 2.0
 MAX_LOGIT_BIAS = 100.0
 REPETITION_PENALTIES = 0.1, 10.0
 
+# The likeliest tokens that are told beside each token, at most.
+MAX_LOGPROBS = 20
+
 # Between a request's id and the number of its attempt.
 _RESUMED = "~"
 
@@ -68,6 +71,7 @@ class SamplingParams:
         seed: with the position it fixes the draw, whichever engine makes it.
         stop_token_ids: ids that end the sequence with `FinishReason.STOP`; the id itself is emitted.
         adjustments: of the logits; None: they are the model's.
+        num_logprobs: each token is told with its logprob and with so many of the likeliest tokens; None: without.
     """
 
     max_tokens: int
@@ -78,6 +82,7 @@ class SamplingParams:
     seed: int = 0
     stop_token_ids: tuple[int, ...] = ()
     adjustments: Adjustments | None = None
+    num_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,8 @@ class GenerateRequest:
         generated_token_ids: what was generated of it already, before it was lost and resumed; the next token follows.
         cache_salt: KV is shared only among requests with the same one.
         route: where it is to go.
+        num_prompt_logprobs: as `SamplingParams.num_logprobs`, of the tokens of the prompt; they come with the first
+            output. Such a prompt is computed from its first token, by the engine that decodes it.
     """
 
     request_id: str
@@ -117,6 +124,7 @@ class GenerateRequest:
     generated_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
     route: Route = ANYWHERE
+    num_prompt_logprobs: int | None = None
 
     @property
     def given_token_ids(self) -> tuple[int, ...]:
@@ -144,15 +152,21 @@ def resumed_id(request_id: str, attempt: int) -> str:
 
 
 class DrawnToken(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """A token that was drawn, and what is known of the draw.
+    """A token that was drawn, or one of a prompt, and how likely it was there.
+
+    Logprobs are those of the model's own distribution: before adjustments, temperature, and the bounds of sampling.
 
     Attributes:
         token_id: the token.
         logprob: natural logarithm of its probability; None: nobody asked.
+        rank: 1 if no token was likelier, and so on; 0: nobody asked.
+        top: the likeliest tokens with their logprobs, likeliest first, as many as were asked for.
     """
 
     token_id: int
     logprob: float | None = None
+    rank: int = 0
+    top: tuple[tuple[int, float], ...] = ()
 
 
 # What one run of a sequence has drawn: nothing for a chunk in the middle of a prompt.
@@ -170,6 +184,8 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
         finish_reason: set on the last output of a request.
         num_cached_tokens: leading prompt tokens whose KV was found in a prefix cache and that nobody has computed for
             this request, as far as the engine knows that says so. The least that is said in its course is true.
+        draws: the same tokens with their logprobs, where those were asked for.
+        prompt: in the first output, where it was asked for: the prompt's tokens behind its first, with their logprobs.
     """
 
     request_id: str
@@ -177,6 +193,8 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
+    draws: Draws = ()
+    prompt: Draws = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,6 +149,8 @@ class Engine:
             RequestTooLargeError, InvalidRequestError: see `check_request`; or the id is in use.
         """
         self.check(request)
+        if request.num_prompt_logprobs is not None:
+            remote_threshold = None  # what a prefill engine hands over is KV and one token
         self._enter(Sequence(request, Role.LOCAL, time.monotonic(), remote_threshold=remote_threshold))
 
     def prefill(self, request: GenerateRequest, first_block: int) -> None:
@@ -310,6 +312,8 @@ class Engine:
     def _conclude(self, ending: LaunchedStep) -> list[TokenOutput]:
         """Wait for a step: what it computed counts, and what it drew is told."""
         collected, outputs, now_s = ending.collect(), [], time.monotonic()
+        for run, scores in ending.collect_prompts():
+            run.sequence.add_scores(run, scores)
         for run, draws in collected:
             sequence = run.sequence
             if sequence.status is _FINISHED:

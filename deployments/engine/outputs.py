@@ -34,6 +34,8 @@ class Outputs:
             (draws[0].token_id,) if num_tokens == 1 else tuple([token.token_id for token in draws]),
             sequence.finish_reason,
             sequence.num_cached_tokens,
+            draws if sequence.request.sampling.num_logprobs is not None else (),
+            sequence.take_scores() if sequence.wants_scores else (),
         )
 
     def end(self, now_s: float) -> None:

@@ -247,9 +247,13 @@ class _Connection(asyncio.Protocol):
 
 
 def _without_first(output: TokenOutput, num_tokens: int) -> TokenOutput:
-    token_ids = output.token_ids[num_tokens:]
     return TokenOutput(
-        output.request_id, output.index + num_tokens, token_ids, output.finish_reason, output.num_cached_tokens
+        output.request_id,
+        output.index + num_tokens,
+        output.token_ids[num_tokens:],
+        output.finish_reason,
+        output.num_cached_tokens,
+        output.draws[num_tokens:],  # and not what comes with the first
     )
 
 
@@ -257,4 +261,7 @@ def _join(outputs: list[TokenOutput]) -> TokenOutput:
     first, last = outputs[0], outputs[-1]
     token_ids = tuple(token_id for output in outputs for token_id in output.token_ids)
     num_cached_tokens = min(output.num_cached_tokens for output in outputs)
-    return TokenOutput(first.request_id, first.index, token_ids, last.finish_reason, num_cached_tokens)
+    draws = tuple(draw for output in outputs for draw in output.draws)
+    return TokenOutput(
+        first.request_id, first.index, token_ids, last.finish_reason, num_cached_tokens, draws, first.prompt
+    )

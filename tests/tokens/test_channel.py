@@ -8,7 +8,7 @@ import pytest
 import pytest_asyncio
 
 from deployments.errors import EngineDeadError, SlowReaderError
-from deployments.messages import FinishReason, ReplyAddress, TokenOutput
+from deployments.messages import DrawnToken, FinishReason, ReplyAddress, TokenOutput
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 from deployments.tokens.sender import TokenSender
 
@@ -120,6 +120,35 @@ async def test_a_token_that_comes_twice_is_read_once(receiver: TokenReceiver, lo
     assert await read(stream) == [1, 2]
     for engine in (prefill, decode):
         await asyncio.to_thread(engine.stop)
+
+
+def drawn(*token_ids: int) -> tuple[DrawnToken, ...]:
+    return tuple(DrawnToken(token_id, -0.5 - token_id, 1, ((token_id, -0.5),)) for token_id in token_ids)
+
+
+async def test_logprobs_come_with_their_tokens_however_those_are_joined_and_cut(receiver: TokenReceiver) -> None:
+    stream = receiver.open("r", ignore, ignore_close)
+    both = TokenOutput("r", 0, (0, 1), draws=drawn(0, 1), prompt=drawn(8, 9))
+    last = TokenOutput("r", 2, (2,), FinishReason.LENGTH, draws=drawn(2))
+    stream.push(TokenOutput("r", 0, (0,), draws=drawn(0), prompt=drawn(8, 9)))
+    first = await anext(stream)
+    assert (first.draws, first.prompt) == (drawn(0), drawn(8, 9))
+    stream.push(both)
+    stream.push(last)
+    rest = await anext(stream)
+    assert (rest.token_ids, rest.draws, rest.prompt) == ((1, 2), drawn(1, 2), ())
+    other = receiver.open("other", ignore, ignore_close)
+    other.push(both)
+    other.push(last)
+    assert (await anext(other)).prompt == drawn(8, 9)
+
+
+async def test_logprobs_cross_the_wire(sender: TokenSender, receiver: TokenReceiver) -> None:
+    stream = receiver.open("r", ignore, ignore_close)
+    sender.register("r", receiver.address)
+    sent = TokenOutput("r", 0, (3,), FinishReason.LENGTH, draws=drawn(3), prompt=drawn(8, 9))
+    sender.send([sent])
+    assert await anext(stream) == sent
 
 
 async def test_what_came_while_the_reader_was_away_is_one_output(receiver: TokenReceiver) -> None:

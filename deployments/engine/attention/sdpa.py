@@ -63,15 +63,22 @@ class _DecodePlan:
 
 
 class SdpaStep:
-    """One step's attention; plans are made once and shared by all layers with the same window."""
+    """One step's attention; plans are made once and shared by all layers with the same window.
 
-    def __init__(self, cache: KVCache, arrays: StepArrays) -> None:
+    Args:
+        cache: the pool.
+        arrays: the step.
+        logit_rows: places in the batch of the tokens whose logits are wanted; None: of those that draw.
+    """
+
+    def __init__(self, cache: KVCache, arrays: StepArrays, logit_rows: np.ndarray | None = None) -> None:
         use_torch_threads()
         self.cache = cache
         self.slots = upload(arrays.slots, cache.blocks.device)
         # On a CPU alone: layers there leave the other rows in place, those of a GPU drop them.
-        is_dropping = cache.blocks.device.type == "cpu" and len(arrays.draw_rows) < arrays.num_tokens
-        self.rows = torch.from_numpy(arrays.draw_rows) if is_dropping else None
+        rows = arrays.draw_rows if logit_rows is None else logit_rows
+        is_dropping = cache.blocks.device.type == "cpu" and len(rows) < arrays.num_tokens
+        self.rows = torch.from_numpy(rows) if is_dropping else None
         self._arrays = arrays
         self._chunks = _cut_chunks(arrays, cache.block_size, cache.blocks.device)
         self._decode_plans: dict[int | None, _DecodePlan] = {}

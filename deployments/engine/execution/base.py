@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from deployments.engine.batch.build import build_arrays, order_for_batch, rows_o
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.sampling.adjusting import Adjusting, build_adjusting
 from deployments.engine.sampling.sampler import SamplingBatch, SamplingPreparation
+from deployments.engine.sampling.scoring import Scores, Scoring, build_scoring
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.messages import DrawnToken, Draws
 
@@ -25,12 +27,21 @@ class PreparedStep:
         arrays: the same as numbers.
         sampling: how its S draws are made; None: there are none.
         adjusting: what is done to their logits before; None: nothing.
+        scoring: which tokens are told with logprobs; None: none.
     """
 
     items: list[ScheduledSequence]
     arrays: StepArrays
     sampling: SamplingBatch | None
     adjusting: Adjusting | None
+    scoring: Scoring | None
+
+    @property
+    def logit_rows(self) -> np.ndarray:
+        """Places in the batch of the tokens whose logits are wanted: (S,) that draw, then those that score."""
+        if self.scoring is None:
+            return self.arrays.draw_rows
+        return np.concatenate((self.arrays.draw_rows, self.scoring.rows))
 
 
 class Preparation:
@@ -50,13 +61,17 @@ class Preparation:
         items = order_for_batch(scheduled)
         arrays = build_arrays(items, self.block_size, self._row_of)
         self._row_of = rows_of(items)
-        sampling = adjusting = None
+        sampling = adjusting = scoring = None
         if len(arrays.draw_rows):
             params = [item.sequence.request.sampling for item in items for _ in range(item.num_draws)]
             sampling = self._sampling.prepare(params, arrays.draw_positions)
             if sampling.columns.is_adjusted:
                 adjusting = build_adjusting(items, arrays.sources)
-        return PreparedStep(items, arrays, sampling, adjusting)
+            if sampling.columns.is_scored:
+                scoring = build_scoring(items)
+        if scoring is None and len(items) > arrays.num_decodes and any(item.num_scored for item in items):
+            scoring = build_scoring(items)
+        return PreparedStep(items, arrays, sampling, adjusting, scoring)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +83,29 @@ class LaunchedStep:
         tokens: (S,) int64 what they draw, one behind the other; on the host once the step has ended, or still on the
             device.
         done: when it has ended; None where `launch` returns no earlier.
+        scores: of what it draws and of prompts; None: nobody asked.
     """
 
     items: list[ScheduledSequence]
     tokens: Tensor
     done: torch.cuda.Event | None
+    scores: Scores | None = None
 
     def collect(self) -> list[tuple[ScheduledSequence, Draws]]:
         """Wait for it: what ran, each with those of its draws that count."""
         if self.done is not None:
             self.done.synchronize()
-        drawn = map(DrawnToken, self.tokens.tolist())
+        tokens = self.tokens.tolist()
+        drawn = map(DrawnToken, tokens) if self.scores is None else iter(self.scores.of_draws(tokens))
         collected = []
         for item in self.items:
             draws = (next(drawn),) if item.num_draws == 1 else tuple(islice(drawn, item.num_draws))
             collected.append((item, item.accept(draws) if item.drafts else draws))
         return collected
+
+    def collect_prompts(self) -> list[tuple[ScheduledSequence, Draws]]:
+        """After `collect`: runs that scored tokens of their prompts, each with those behind its tokens."""
+        return [] if self.scores is None else self.scores.of_prompts(self.items)
 
 
 class Runner(Protocol):

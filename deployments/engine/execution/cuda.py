@@ -81,20 +81,21 @@ class CudaRunner:
         is_drawn = arrays.num_decodes == arrays.num_runs <= self._max_graph_batch
         if is_drawn:
             logits = self._run_graph(arrays)
-        elif self._is_short_prompt(arrays):
+        elif self._is_short_prompt(arrays) and (step.scoring is None or not len(step.scoring.rows)):
             logits = self._run_prompt_graph(arrays)
         else:
-            logits = self._run_eagerly(arrays)
+            logits = self._run_eagerly(arrays, step.logit_rows)
         num_draws = len(arrays.draw_rows)
         result = self._results[self._turn][:num_draws]
         if sampling is not None:
-            logits = logits[:num_draws] if adjusting is None else adjusting.apply(logits[:num_draws])
+            to_draw = logits[:num_draws] if adjusting is None else adjusting.apply(logits[:num_draws])
             if not (is_drawn and sampling.is_greedy) or adjusting is not None:
-                self._drawn[:num_draws] = sample(logits, sampling)
+                self._drawn[:num_draws] = sample(to_draw, sampling)
             result.copy_(self._drawn[:num_draws], non_blocking=True)
+        scores = None if step.scoring is None else step.scoring.score(logits, self._drawn[:num_draws])
         done = torch.cuda.Event()
         done.record()
-        return LaunchedStep(step.items, result, done)
+        return LaunchedStep(step.items, result, done, scores)
 
     def _run_graph(self, arrays: StepArrays) -> Tensor:
         graph = self._graphs[padded_batch(arrays.num_decodes, self._max_graph_batch)]
@@ -136,10 +137,10 @@ class CudaRunner:
         assert graph.logits is not None
         return graph.logits
 
-    def _run_eagerly(self, arrays: StepArrays) -> Tensor:
+    def _run_eagerly(self, arrays: StepArrays, logit_rows: np.ndarray) -> Tensor:
         upload, num_decodes = self._prompt_uploads[self._turn], arrays.num_decodes
         writer = Writer(upload.values)
-        flat = (arrays.token_ids, arrays.positions, arrays.slots, arrays.sources, arrays.decode_lens, arrays.draw_rows)
+        flat = (arrays.token_ids, arrays.positions, arrays.slots, arrays.sources, arrays.decode_lens, logit_rows)
         token_ids, positions, slots, sources, lens, last = (writer.write(values) for values in flat)
         tables = self._write_tables(writer, arrays, 0, num_decodes)
         prompts = self._write_prompts(writer, arrays)

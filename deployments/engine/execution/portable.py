@@ -40,19 +40,21 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep:
         step = self._preparation.prepare(scheduled)
-        arrays, drawn = step.arrays, self._drawn
+        arrays, logit_rows, drawn = step.arrays, step.logit_rows, self._drawn
         logits = self._model(
             input_ids=self._token_ids(step).unsqueeze(0),
             position_ids=upload(arrays.positions, self._device).unsqueeze(0),
             use_cache=False,
-            logits_to_keep=upload(arrays.draw_rows, self._device),
-            paged_step=SdpaStep(self.cache, arrays),
+            logits_to_keep=upload(logit_rows, self._device),
+            paged_step=SdpaStep(self.cache, arrays, logit_rows),
         ).logits[0]
+        to_draw = logits if step.scoring is None else logits[: len(arrays.draw_rows)]
         if step.adjusting is not None:
-            logits = step.adjusting.on(self._device, drawn).apply(logits)
-        self._drawn = torch.empty(0, dtype=torch.int64) if step.sampling is None else sample(logits, step.sampling)
+            to_draw = step.adjusting.on(self._device, drawn).apply(to_draw)
+        self._drawn = torch.empty(0, dtype=torch.int64) if step.sampling is None else sample(to_draw, step.sampling)
+        scores = None if step.scoring is None else step.scoring.score(logits, self._drawn)
         done = torch.cuda.current_stream().record_event() if self._device.type == "cuda" else None
-        return LaunchedStep(step.items, self._drawn, done)
+        return LaunchedStep(step.items, self._drawn, done, scores)
 
     def _token_ids(self, step: PreparedStep) -> Tensor:
         """With what the step before drew, without waiting for it."""

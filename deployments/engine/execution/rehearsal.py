@@ -16,12 +16,19 @@ from deployments.engine.execution.portable import build_runner
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.scheduling.run import ScheduledSequence
+from deployments.engine.scheduling.scheduler import MAX_SCORED_TOKENS
 from deployments.engine.scheduling.sequence import Role, Sequence, block_array, token_array
-from deployments.messages import Adjustments, GenerateRequest, SamplingParams
+from deployments.messages import MAX_LOGPROBS, Adjustments, GenerateRequest, SamplingParams
 
-# Bounds of every kind, and logits that are changed, which take the most memory.
+# Bounds of every kind, logits that are changed, and logprobs, which take the most memory.
 _SAMPLING = SamplingParams(
-    max_tokens=1, temperature=1.0, top_k=50, top_p=0.9, min_p=0.01, adjustments=Adjustments(logit_bias=((0, 1.0),))
+    max_tokens=1,
+    temperature=1.0,
+    top_k=50,
+    top_p=0.9,
+    min_p=0.01,
+    adjustments=Adjustments(logit_bias=((0, 1.0),)),
+    num_logprobs=MAX_LOGPROBS,
 )
 
 
@@ -98,6 +105,13 @@ def rehearse(runner: Runner, limits: EngineLimits) -> None:
     prompt = _sequence(0, 0, limits.max_model_len, token_ids, table)
     chunk = min(limits.max_num_batched_tokens, limits.max_model_len - 1)
     runner.launch([ScheduledSequence.of(prompt, chunk)]).collect()
+    # As many logits as one step may want.
+    longest = limits.max_model_len
+    decodes = [_sequence(number, longest - 1, longest, token_ids, table) for number in range(1, limits.max_num_seqs)]
+    room = min(MAX_SCORED_TOKENS, limits.max_num_batched_tokens - len(decodes), longest - 1)
+    items = [ScheduledSequence.of(sequence, 1) for sequence in decodes]
+    scored = _sequence(0, 0, room + 1, token_ids, table, num_prompt_logprobs=MAX_LOGPROBS)
+    runner.launch([*items, ScheduledSequence.of(scored, room)]).collect()
 
 
 def worst_steps(limits: EngineLimits) -> list[list[tuple[int, int]]]:
@@ -131,10 +145,17 @@ def _fill(budget: int, longest: int, num_seqs: int) -> list[int]:
     return counts
 
 
-def _sequence(number: int, start: int, end: int, token_ids: "array[int]", table: "array[int]") -> Sequence:
+def _sequence(
+    number: int,
+    start: int,
+    end: int,
+    token_ids: "array[int]",
+    table: "array[int]",
+    num_prompt_logprobs: int | None = None,
+) -> Sequence:
     """One that has `start` of `end` tokens behind it; arrays are shared, since nothing is added to them."""
     return Sequence(
-        GenerateRequest(f"rehearsal-{number}", (0,), _SAMPLING),
+        GenerateRequest(f"rehearsal-{number}", (0,), _SAMPLING, num_prompt_logprobs=num_prompt_logprobs),
         Role.LOCAL,
         time.monotonic(),
         token_ids=token_ids if end == len(token_ids) else token_ids[:end],

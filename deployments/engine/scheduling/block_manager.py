@@ -148,7 +148,7 @@ class BlockManager:
         return num_new + num_shared_free + num_spare_blocks <= self.num_free_blocks
 
     def _match(self, sequence: Sequence) -> list[int]:
-        if not self._prefix_caching:
+        if not self._prefix_caching or sequence.wants_scores:
             return []
         max_blocks = (sequence.num_tokens - 1) // self.block_size  # the last token is always computed
         blocks: list[int] = []

@@ -6,6 +6,7 @@ from deployments.engine.config import EngineLimits
 from deployments.errors import InvalidRequestError, RequestTooLargeError
 from deployments.messages import (
     MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
     MAX_PENALTY,
     REPETITION_PENALTIES,
     Adjustments,
@@ -23,6 +24,8 @@ def check_request(request: GenerateRequest, limits: EngineLimits, vocab_size: in
             of sampling out of bounds.
     """
     _check_sampling(request.sampling, vocab_size)
+    if request.num_prompt_logprobs is not None:
+        _check_bounds("prompt_logprobs", request.num_prompt_logprobs, 0, MAX_LOGPROBS)
     prompt, given, max_tokens = request.prompt_token_ids, request.given_token_ids, request.sampling.max_tokens
     if not prompt:
         raise InvalidRequestError("the prompt is empty; it needs at least 1 token", "prompt")
@@ -58,6 +61,8 @@ def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     }
     for name, (least, most) in bounds.items():
         _check_bounds(name, getattr(sampling, name), least, most)
+    if sampling.num_logprobs is not None:
+        _check_bounds("logprobs", sampling.num_logprobs, 0, MAX_LOGPROBS)
     if sampling.adjustments is not None:
         _check_adjustments(sampling.adjustments, sampling.max_tokens, vocab_size)
 

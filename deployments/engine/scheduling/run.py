@@ -17,6 +17,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
         num_draws: so many of its last tokens draw the one behind them: none in the middle of a prompt, one at its end.
         drafts: the last of its tokens, guessed and not yet part of the sequence. A draw counts if all drafts before it
             were guessed right.
+        num_scored: so many of its first tokens tell how likely the known token behind each was.
     """
 
     sequence: Sequence
@@ -24,6 +25,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     num_tokens: int
     num_draws: int
     drafts: tuple[int, ...] = ()
+    num_scored: int = 0
 
     @classmethod
     def of(cls, sequence: Sequence, num_tokens: int, drafts: tuple[int, ...] = ()) -> "ScheduledSequence":
@@ -31,7 +33,8 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
         is_newest = num_tokens == sequence.num_remaining_tokens
         assert is_newest or not drafts, f"{sequence.request_id}: drafts in the middle"
         num_draws = 1 + len(drafts) if is_newest else 0
-        return cls(sequence, sequence.num_launched_tokens, num_tokens + len(drafts), num_draws, drafts)
+        num_scored = num_tokens - num_draws if sequence.wants_scores else 0
+        return cls(sequence, sequence.num_launched_tokens, num_tokens + len(drafts), num_draws, drafts, num_scored)
 
     @classmethod
     def decode(cls, sequence: Sequence, drafts: tuple[int, ...] = ()) -> "ScheduledSequence":

@@ -26,6 +26,9 @@ _WATERMARK = 0.01
 # Tokens of higher priority that overtake a prompt count one in so many.
 _URGENCY = 16
 
+# Of a step, over all its prompts: the logits of each are of the whole vocabulary, 150 MB in bfloat16 of 150,000 tokens.
+MAX_SCORED_TOKENS = 512
+
 _RUNNING = Status.RUNNING  # asked of each sequence in every step; see `sequence.py`
 
 
@@ -103,10 +106,16 @@ class Scheduler:
         others = [s for s in self.running[num_running:] if s.has_work]
         if len(decoding) < len(runnable):
             others += [s for s in runnable if s.status is _RUNNING and not s.is_decoding]
+        num_scores_left = MAX_SCORED_TOKENS
         for sequence in sorted(others, key=_precedence):
             num_tokens = min(sequence.num_remaining_tokens, budget)
             if num_tokens == 0:
                 break
+            if sequence.wants_scores:
+                num_tokens = min(num_tokens, num_scores_left)
+                num_scores_left -= num_tokens
+                if num_tokens == 0:
+                    continue
             scheduled.append(ScheduledSequence.of(sequence, num_tokens))
             budget -= num_tokens
         return Schedule(scheduled, placed)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
-from deployments.messages import Draws, FinishReason, GenerateRequest
+from deployments.messages import DrawnToken, Draws, FinishReason, GenerateRequest
 
 if TYPE_CHECKING:
     from deployments.engine.scheduling.run import ScheduledSequence
@@ -70,6 +70,8 @@ class Sequence:
         block_hashes: chained hash of each full block of `token_ids`, filled on demand.
         num_published_blocks: leading blocks that were offered to the prefix cache.
         drafts: guesses of the tokens behind the newest one, for the next step.
+        wants_scores: logprobs of its prompt were asked for and are not told yet; nothing is shared with it until then.
+        prompt_scores: those that are known, of the tokens behind the first.
         is_held: it waits for the host, and no step computes it.
         last_token_s: monotonic time when its newest token was told; None: none was.
         finish_reason: why its last token was the last one; None: more may come.
@@ -98,6 +100,8 @@ class Sequence:
     num_published_blocks: int = 0
     drafts: tuple[int, ...] = ()
     is_held: bool = False
+    wants_scores: bool = False
+    prompt_scores: list[DrawnToken] = field(default_factory=list)
     last_token_s: float | None = None
     finish_reason: FinishReason | None = None
     # What is asked of each sequence in every step stands in fields, not in properties.
@@ -114,6 +118,8 @@ class Sequence:
         self.max_num_tokens = self.num_prompt_tokens + self.request.max_new_tokens
         self.num_tokens = len(self.token_ids)
         self.num_launched_tokens = self.num_computed_tokens
+        # Those of a resumed request were told with its first token.
+        self.wants_scores = self.request.num_prompt_logprobs is not None and not self.request.generated_token_ids
 
     @property
     def priority(self) -> int:
@@ -196,6 +202,16 @@ class Sequence:
         """Tokens of it are told; gives back when the ones before were, None if these are the first."""
         before, self.last_token_s = self.last_token_s, now_s
         return before
+
+    def add_scores(self, run: "ScheduledSequence", scores: Draws) -> None:
+        """The step that scored tokens of its prompt has ended; those of an earlier pass are as good and give way."""
+        assert len(self.prompt_scores) >= run.start, f"{self.request_id}: scores of {run} are out of turn"
+        self.prompt_scores[run.start :] = scores
+
+    def take_scores(self) -> Draws:
+        """What is known of its prompt, to be told; from now on it is as others are."""
+        scores, self.prompt_scores, self.wants_scores = tuple(self.prompt_scores), [], False
+        return scores
 
     def hold(self) -> None:
         """Leave it out of steps until `release`: what it needs for the next one is not there yet."""

@@ -24,6 +24,7 @@ from deployments.errors import InvalidRequestError
 from deployments.messages import Adjustments, GenerateRequest, SamplingParams, TokenOutput
 from tests.engine.driving import build_engine, generate, hand_over_all, run
 from tests.engine.families import VOCAB_SIZE, build_model, load, random_prompt, reference
+from tests.engine.insides import scheduler_of
 
 NUM_TOKENS = 24
 PROMPTS = tuple(random_prompt(length, seed=length) for length in (1, 5, 8, 23, 40))
@@ -155,7 +156,7 @@ class Guessing:
     def run(self) -> list[int]:
         tokens: list[int] = []
         while self.engine.has_work:
-            for sequence in self.engine._scheduler.running:
+            for sequence in scheduler_of(self.engine).running:
                 sequence.propose((*self.whole[len(tokens) :][:2], 0, 0) if tokens else ())
             tokens += [t for e in self.engine.step() if isinstance(e, TokenOutput) for t in e.token_ids]
         return tokens
