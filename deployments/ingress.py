@@ -80,7 +80,7 @@ class PoolBackend:
 
     async def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
         """Let a call in; see `Admission.admit`. Before others' requests have it refused, the pools are read anew."""
-        sizes, priority = [len(request.prompt_token_ids) for request in requests], requests[0].priority
+        sizes, priority = _sizes(requests), requests[0].priority
         if self._admission.is_in_doubt(sizes, priority, key):
             await self.watch.refresh(_REFRESH_TIMEOUT_S)
         return self._admission.admit(sizes, priority, key)
@@ -126,6 +126,12 @@ class PoolBackend:
     async def _stats(self, handle: "DeploymentHandle[Any]", read: Positions | None) -> list[ReplicaStats]:
         stats: list[ReplicaStats] = await handle.broadcast("stats", read).results_async(timeout_s=_STATS_TIMEOUT_S)
         return stats
+
+
+def _sizes(requests: Sequence[GenerateRequest]) -> list[int]:
+    """Tokens of each prompt that are to be computed; one that is sampled again finds what its first sample left."""
+    prompts = [request.prompt_token_ids for request in requests]
+    return [1 if n and prompt is prompts[n - 1] else len(prompt) for n, prompt in enumerate(prompts)]
 
 
 async def _be_ready(handle: "DeploymentHandle[Any]") -> None:

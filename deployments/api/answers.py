@@ -4,11 +4,20 @@ One class per endpoint, with the same methods. Knows what the shapes are, not ho
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NotRequired, Protocol, TypedDict
 
 from deployments.api.calls import Call
 from deployments.api.choices import TextEvent
+from deployments.api.scores import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    CompletionScores,
+    PromptLogprobs,
+    ScoredToken,
+    shape_chat,
+    shape_prompt,
+)
 from deployments.messages import FinishReason, ModelInfo
 
 
@@ -32,10 +41,11 @@ class CompletionChoice(TypedDict):
 
     index: int
     text: str
-    logprobs: None
+    logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
     token_ids: NotRequired[Sequence[int]]
     prompt_token_ids: NotRequired[Sequence[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class Completion(TypedDict):
@@ -62,7 +72,7 @@ class ChatChoice(TypedDict):
 
     index: int
     message: ChatMessage
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
     token_ids: NotRequired[Sequence[int]]
 
@@ -77,6 +87,7 @@ class ChatCompletion(TypedDict):
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: NotRequired[Sequence[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
 
 
 class Delta(TypedDict, total=False):
@@ -91,7 +102,7 @@ class ChatChunkChoice(TypedDict):
 
     index: int
     delta: Delta
-    logprobs: None
+    logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
     token_ids: NotRequired[Sequence[int]]
 
@@ -119,15 +130,18 @@ class Model(TypedDict):
 
 
 class Tally:
-    """What a call has used so far, over all its choices."""
+    """What a call has used so far, over all its samples; a prompt that is sampled several times counts once."""
 
     def __init__(self, call: Call) -> None:
-        self._num_prompt_tokens = sum(len(request.prompt_token_ids) for request in call.requests)
+        self._call = call
+        self._num_prompt_tokens = sum(len(r.prompt_token_ids) for r in call.requests[:: call.num_samples])
         self._num_generated_tokens = 0
         self._num_cached_tokens: dict[int, int] = {}
 
     def add(self, event: TextEvent) -> None:
         self._num_generated_tokens += event.num_tokens
+        if self._call.lead_of(event.choice) != event.choice:
+            return  # what it found is what the first of the same prompt has left
         # What one engine found another may have had to compute, after a death: the least is true.
         known = self._num_cached_tokens.get(event.choice, event.num_cached_tokens)
         self._num_cached_tokens[event.choice] = min(known, event.num_cached_tokens)
@@ -166,11 +180,30 @@ class ChoiceResult:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    scores: list[ScoredToken] = field(default_factory=list)
+    prompt: tuple[ScoredToken, ...] = ()
 
     def add(self, event: TextEvent) -> None:
         self.text += event.text
         self.token_ids += event.token_ids
         self.finish_reason = event.finish_reason
+        self.scores += event.scores
+        self.prompt = self.prompt or event.prompt
+
+    @property
+    def mean_logprob(self) -> float:
+        return sum(token.logprob or 0.0 for token in self.scores) / max(1, len(self.scores))
+
+
+def choose_best(call: Call, samples: Sequence[ChoiceResult]) -> list[ChoiceResult]:
+    """Of each prompt's samples those of the greatest mean logprob, as many as are asked for; all with the prompt's."""
+    chosen: list[ChoiceResult] = []
+    for lead in range(0, len(samples), call.num_samples):
+        group = samples[lead : lead + call.num_samples]
+        if call.num_choices < call.num_samples:
+            group = sorted(group, key=lambda sample: sample.mean_logprob, reverse=True)[: call.num_choices]
+        chosen += [replace(sample, prompt=samples[lead].prompt) for sample in group]
+    return chosen
 
 
 class CompletionAnswer:
@@ -180,34 +213,57 @@ class CompletionAnswer:
         self._call = call
         self._tally = tally
         self._open: set[int] = set()
+        self._prompts: dict[int, tuple[ScoredToken, ...]] = {}
+        self._shapes: dict[int, CompletionScores] = {}
 
     def chunks(self, event: TextEvent) -> list[Completion]:
-        if not event.text and event.finish_reason is None and not self._call.return_token_ids:
+        call, is_first = self._call, event.choice not in self._open
+        if event.prompt:
+            self._prompts[event.choice] = event.prompt
+        prompt = self._prompts.get(call.lead_of(event.choice), ()) if is_first else ()
+        shows_more = call.return_token_ids or call.num_logprobs is not None
+        if not event.text and event.finish_reason is None and not shows_more:
             return []
-        choice = self._choice(event.choice, event.text, event.finish_reason, event.token_ids)
-        if event.choice in self._open:
-            choice.pop("prompt_token_ids", None)
         self._open.add(event.choice)
+        choice = self._choice(
+            event.choice, ChoiceResult(event.text, [*event.token_ids], event.finish_reason, [*event.scores], prompt)
+        )
+        if not is_first:
+            choice.pop("prompt_token_ids", None)
         chunk = self._build([choice])
-        if self._call.include_usage or self._call.continuous_usage:
-            chunk["usage"] = self._tally.usage() if self._call.continuous_usage else None
+        if call.include_usage or call.continuous_usage:
+            chunk["usage"] = self._tally.usage() if call.continuous_usage else None
         return [chunk]
 
     def usage_chunk(self) -> Completion:
         return self._build([]) | {"usage": self._tally.usage()}
 
     def whole(self, choices: Sequence[ChoiceResult]) -> Completion:
-        built = [self._choice(i, c.text, c.finish_reason, c.token_ids) for i, c in enumerate(choices)]
+        built = [self._choice(i, choice) for i, choice in enumerate(choose_best(self._call, choices))]
         return self._build(built) | {"usage": self._tally.usage()}
 
-    def _choice(
-        self, index: int, text: str, finish_reason: FinishReason | None, token_ids: Sequence[int]
-    ) -> CompletionChoice:
-        choice: CompletionChoice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
-        if self._call.return_token_ids:
-            choice["token_ids"] = token_ids
-            choice["prompt_token_ids"] = self._call.requests[index].prompt_token_ids
+    def _choice(self, index: int, result: ChoiceResult) -> CompletionChoice:
+        call = self._call
+        choice: CompletionChoice = {
+            "index": index,
+            "text": result.text,
+            "logprobs": self._logprobs(index, result),
+            "finish_reason": result.finish_reason,
+        }
+        if call.return_token_ids:
+            choice["token_ids"] = result.token_ids
+            # All samples of a prompt have the same.
+            choice["prompt_token_ids"] = call.requests[index // call.num_choices * call.num_samples].prompt_token_ids
+        if call.prompt_logprobs:
+            choice["prompt_logprobs"] = shape_prompt(result.prompt)
         return choice
+
+    def _logprobs(self, index: int, result: ChoiceResult) -> CompletionLogprobs | None:
+        call = self._call
+        if call.num_logprobs is None:
+            return None
+        shape = self._shapes.setdefault(index, CompletionScores(call.num_logprobs))
+        return shape.shape([*result.prompt, *result.scores] if call.echo else result.scores)
 
     def _build(self, choices: list[CompletionChoice]) -> Completion:
         return {
@@ -220,24 +276,27 @@ class CompletionAnswer:
 
 
 class ChatAnswer:
-    """Shapes of `/v1/chat/completions`: a stream opens with the role and ends with an empty delta."""
+    """Shapes of `/v1/chat/completions`: each choice of a stream opens with the role and ends with an empty delta."""
 
     def __init__(self, call: Call, tally: Tally) -> None:
         self._call = call
         self._tally = tally
-        self._is_open = False
+        self._open: set[int] = set()
 
     def chunks(self, event: TextEvent) -> list[ChatChunk]:
         chunks: list[ChatChunk] = []
-        if not self._is_open:
+        call = self._call
+        if event.choice not in self._open:
             chunks.append(self._chunk(event.choice, {"role": "assistant", "content": ""}, None, event.num_tokens))
-            if self._call.return_token_ids:
-                chunks[0]["prompt_token_ids"] = self._call.requests[event.choice].prompt_token_ids
-            self._is_open = True
-        if event.text or self._call.return_token_ids:
+            if call.return_token_ids:
+                chunks[0]["prompt_token_ids"] = call.requests[event.choice].prompt_token_ids
+            self._open.add(event.choice)
+        if event.text or call.return_token_ids or call.num_logprobs is not None:
             chunks.append(self._chunk(event.choice, {"content": event.text}, None))
-            if self._call.return_token_ids:
-                chunks[-1]["choices"][0]["token_ids"] = event.token_ids
+            choice = chunks[-1]["choices"][0]
+            choice["logprobs"] = None if call.num_logprobs is None else shape_chat(event.scores)
+            if call.return_token_ids:
+                choice["token_ids"] = event.token_ids
         if event.finish_reason is not None:
             chunks.append(self._chunk(event.choice, {}, event.finish_reason))
         return chunks
@@ -246,27 +305,31 @@ class ChatAnswer:
         return self._build([]) | {"usage": self._tally.usage()}
 
     def whole(self, choices: Sequence[ChoiceResult]) -> ChatCompletion:
+        call = self._call
         response: ChatCompletion = {
-            "id": self._call.call_id,
+            "id": call.call_id,
             "object": "chat.completion",
-            "created": self._call.created,
-            "model": self._call.model,
-            "choices": [
-                {
-                    "index": index,
-                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                    "logprobs": None,
-                    "finish_reason": choice.finish_reason,
-                }
-                for index, choice in enumerate(choices)
-            ],
+            "created": call.created,
+            "model": call.model,
+            "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
             "usage": self._tally.usage(),
         }
-        if self._call.return_token_ids:
-            (request,), (choice,) = self._call.requests, choices
-            response["prompt_token_ids"] = request.prompt_token_ids
-            response["choices"][0]["token_ids"] = choice.token_ids
+        if call.return_token_ids:
+            response["prompt_token_ids"] = call.requests[0].prompt_token_ids
+        if call.prompt_logprobs:
+            response["prompt_logprobs"] = shape_prompt(choices[0].prompt)
         return response
+
+    def _choice(self, index: int, result: ChoiceResult) -> ChatChoice:
+        choice: ChatChoice = {
+            "index": index,
+            "message": {"role": "assistant", "content": result.text, "refusal": None},
+            "logprobs": None if self._call.num_logprobs is None else shape_chat(result.scores),
+            "finish_reason": result.finish_reason,
+        }
+        if self._call.return_token_ids:
+            choice["token_ids"] = result.token_ids
+        return choice
 
     def _chunk(self, index: int, delta: Delta, finish_reason: FinishReason | None, num_untold: int = 0) -> ChatChunk:
         chunk = self._build([{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}])

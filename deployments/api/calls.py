@@ -8,15 +8,15 @@ import re
 import reprlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import orjson
 from pydantic import ValidationError
 
 from deployments.api.choices import TextRules
-from deployments.api.openai import ChatBody, CompletionBody, GenerateBody, explain
-from deployments.api.sampling import read_sampling
+from deployments.api.openai import ChatBody, CompletionBody, GenerateBody, Prompt, explain
+from deployments.api.sampling import read_sampling, seed_of
 from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError, RequestTooLargeError
 from deployments.messages import GenerateRequest, ModelInfo, Priority
@@ -41,12 +41,18 @@ class Call:
         call_id: the id of the response; its requests' ids begin with it.
         created: Unix time in seconds.
         model: the name to answer with.
-        requests: one per choice.
+        requests: one per sample: those of the first prompt, then those of the next.
+        num_samples: of each prompt; the first's tokens tell that its KV can be found by the others.
+        num_choices: of each prompt in the answer: the best of its samples.
+        prefixes: what each sample's text begins with.
         text: how the tokens of every choice become text.
         stream: answer with server-sent events.
         include_usage: streaming: send the usage at the end.
         continuous_usage: streaming: send the usage so far with every chunk.
         return_token_ids: send the ids of prompt and output beside the text.
+        num_logprobs: send logprobs, with those of so many of the likeliest tokens; None: none.
+        echo: the answer begins with the prompt, text and logprobs.
+        prompt_logprobs: send those of the prompt apart.
         user: who asked, for the operator's log.
     """
 
@@ -54,12 +60,22 @@ class Call:
     created: int
     model: str
     requests: tuple[GenerateRequest, ...]
+    num_samples: int
+    num_choices: int
+    prefixes: tuple[str, ...]
     text: TextRules
     stream: bool
     include_usage: bool
     continuous_usage: bool
     return_token_ids: bool
+    num_logprobs: int | None
+    echo: bool
+    prompt_logprobs: bool
     user: str | None
+
+    def lead_of(self, sample: int) -> int:
+        """Number of the first sample of the same prompt."""
+        return sample - sample % self.num_samples
 
 
 B = TypeVar("B", bound=GenerateBody)
@@ -74,15 +90,23 @@ def read_completion(
         InvalidRequestError: names the field, its value and the bound.
     """
     body = _parse(data, CompletionBody, info)
-    requests = []
-    for index, prompt in enumerate(body.prompt):
+    requests: list[GenerateRequest] = []
+    prefixes: list[str] = []
+    for prompt in body.prompt:
         if isinstance(prompt, str):
             _check_length(len(prompt), "prompt", info)
         token_ids = codec.encode(prompt) if isinstance(prompt, str) else prompt
         num_left = _check_prompt(token_ids, "prompt", info)
-        max_tokens = body.max_tokens or min(DEFAULT_COMPLETION_TOKENS, num_left)
-        requests.append(_build_request(f"{call_id}-{index}", token_ids, max_tokens, body, "max_tokens", info, priority))
-    return _build_call(call_id, requests, body, info)
+        max_tokens = min(DEFAULT_COMPLETION_TOKENS, num_left) if body.max_tokens is None else body.max_tokens
+        request = _build_request(
+            f"{call_id}-{len(requests)}", token_ids, max(1, max_tokens), body, "max_tokens", info, priority
+        )
+        if body.echo and body.logprobs is not None:
+            request = replace(request, num_prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0))
+        requests += _build_samples(request, call_id, len(requests), body.num_samples)
+        prefix = _prompt_text(prompt, codec, body) if body.echo else ""
+        prefixes += [prefix] * body.num_samples
+    return _build_call(call_id, requests, body, info, tuple(prefixes))
 
 
 def read_chat(
@@ -106,7 +130,7 @@ def read_chat(
     max_tokens = body.max_completion_tokens or body.max_tokens or num_left
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     request = _build_request(f"{call_id}-0", token_ids, max_tokens, body, limit, info, priority)
-    return _build_call(call_id, [request], body, info)
+    return _build_call(call_id, _build_samples(request, call_id, 0, body.num_samples), body, info)
 
 
 def _parse(data: bytes, kind: type[B], info: ModelInfo) -> B:
@@ -180,27 +204,66 @@ def _build_request(
             f"{info.max_model_len} tokens, which leaves {info.max_model_len - len(token_ids)} for {limit}",
             limit,
         )
-    return GenerateRequest(request_id, tuple(token_ids), read_sampling(body, max_tokens, info), priority)
+    return GenerateRequest(
+        request_id,
+        tuple(token_ids),
+        read_sampling(body, max_tokens, info),
+        priority,
+        num_prompt_logprobs=body.prompt_logprobs,
+    )
+
+
+def _build_samples(request: GenerateRequest, call_id: str, first: int, num_samples: int) -> list[GenerateRequest]:
+    """A prompt as often as it is sampled, the first as it is; `first`: its number in the call."""
+    others = [
+        replace(
+            request,
+            request_id=f"{call_id}-{first + sample}",
+            sampling=replace(request.sampling, seed=seed_of(request.sampling.seed, sample)),
+            num_prompt_logprobs=None,  # the first has told them
+        )
+        for sample in range(1, num_samples)
+    ]
+    return [request, *others]
+
+
+def _prompt_text(prompt: Prompt, codec: TextCodec, body: CompletionBody) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    detokenizer = codec.detokenizers.build(skip_special_tokens=body.skip_special_tokens)
+    return detokenizer.push(prompt) + detokenizer.flush()
 
 
 def _build_call(
-    call_id: str, requests: Sequence[GenerateRequest], body: CompletionBody | ChatBody, info: ModelInfo
+    call_id: str,
+    requests: Sequence[GenerateRequest],
+    body: CompletionBody | ChatBody,
+    info: ModelInfo,
+    prefixes: tuple[str, ...] = (),
 ) -> Call:
+    echo = isinstance(body, CompletionBody) and body.echo
     return Call(
         call_id=call_id,
         created=int(time.time()),
         model=info.name,
         requests=tuple(requests),
+        num_samples=body.num_samples,
+        num_choices=body.n,
+        prefixes=prefixes or ("",) * len(requests),
         text=TextRules(
             continues_prompt=isinstance(body, CompletionBody) or body.continue_final_message,
             stops=body.stop,
             include_stop=body.include_stop_str_in_output,
             skip_special_tokens=body.skip_special_tokens,
             min_tokens=body.min_tokens,
+            shows_output=body.max_tokens != 0,
         ),
         stream=body.stream,
         include_usage=body.stream_options.include_usage,
         continuous_usage=body.stream_options.continuous_usage_stats,
         return_token_ids=body.return_token_ids,
+        num_logprobs=body.num_logprobs,
+        echo=echo,
+        prompt_logprobs=body.prompt_logprobs is not None,
         user=body.user,
     )

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
+from deployments.api.scores import ScoredToken, score
 from deployments.api.stop import StopChecker
 from deployments.api.text import TextCodec
 from deployments.errors import EngineDeadError
@@ -42,9 +43,11 @@ class TextEvent(msgspec.Struct, frozen=True, gc=False):
     Attributes:
         choice: index of the choice in the call.
         text: new text; empty while a character or a stop string is incomplete.
-        token_ids: generated for it, at least 1; those after a stop string do not count.
+        token_ids: generated for it, at least 1 where any are shown; those after a stop string do not count.
         finish_reason: set on the last event of a choice.
         num_cached_tokens: see `TokenOutput`.
+        scores: of the generated tokens, where logprobs were asked for.
+        prompt: in the first event, where logprobs of the prompt were asked for: all of its tokens.
     """
 
     choice: int
@@ -52,6 +55,8 @@ class TextEvent(msgspec.Struct, frozen=True, gc=False):
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     num_cached_tokens: int
+    scores: tuple[ScoredToken, ...] = ()
+    prompt: tuple[ScoredToken, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -69,6 +74,7 @@ class TextRules:
         include_stop: what ended a choice, string or token, is part of its text.
         skip_special_tokens: special tokens are not shown. A stop string that names one finds it all the same.
         min_tokens: no stop string is looked for in the text of so many tokens.
+        shows_output: what is generated is part of the answer; else the answer is about the prompt alone.
     """
 
     continues_prompt: bool
@@ -76,6 +82,7 @@ class TextRules:
     include_stop: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = 0
+    shows_output: bool = True
 
 
 class ChoiceText:
@@ -86,10 +93,25 @@ class ChoiceText:
         codec: of the model.
         prompt_token_ids: what the tokens follow.
         rules: of the call.
+        prefix: what its text begins with.
+        scores_prompt: the prompt's logprobs come with the first output.
     """
 
-    def __init__(self, choice: int, codec: TextCodec, prompt_token_ids: Sequence[int], rules: TextRules) -> None:
+    def __init__(
+        self,
+        choice: int,
+        codec: TextCodec,
+        prompt_token_ids: Sequence[int],
+        rules: TextRules,
+        prefix: str = "",
+        scores_prompt: bool = False,
+    ) -> None:
         self._choice = choice
+        self._prefix = prefix
+        self._shows_output = rules.shows_output
+        self._scores_prompt = scores_prompt
+        self._prompt_token_ids = prompt_token_ids
+        self._text_of = codec.detokenizers.text_of
         self._include_stop = rules.include_stop
         self._detokenizer = codec.detokenizers.build(
             prompt_token_ids if rules.continues_prompt else (), skip_special_tokens=rules.skip_special_tokens
@@ -106,6 +128,8 @@ class ChoiceText:
         """Take the next output; after an event with a finish reason there is no other."""
         assert output.index == self._num_tokens, (output, self._num_tokens)
         self._num_tokens += len(output.token_ids)
+        if not self._shows_output:
+            return self._event(output, "", (), FinishReason.LENGTH)
         # The id that ended the sequence is a signal, not text, even where it is no special token.
         is_cut = output.finish_reason is FinishReason.STOP and not self._include_stop
         visible = output.token_ids[:-1] if is_cut else output.token_ids
@@ -147,7 +171,20 @@ class ChoiceText:
     def _event(
         self, output: TokenOutput, text: str, token_ids: tuple[int, ...], finish_reason: FinishReason | None
     ) -> TextEvent:
-        return TextEvent(self._choice, text, token_ids, finish_reason, output.num_cached_tokens)
+        if self._prefix:
+            text, self._prefix = self._prefix + text, ""
+        event = TextEvent(self._choice, text, token_ids, finish_reason, output.num_cached_tokens)
+        if not output.draws and not (self._scores_prompt and output.index == 0):
+            return event
+        scores = tuple([score(draw, self._text_of) for draw in output.draws[: len(token_ids)]])
+        return msgspec.structs.replace(event, scores=scores, prompt=self._score_prompt(output))
+
+    def _score_prompt(self, output: TokenOutput) -> tuple[ScoredToken, ...]:
+        """All of the prompt's tokens, with its first output; the first of them follows nothing."""
+        if not self._scores_prompt or output.index:
+            return ()
+        first = self._prompt_token_ids[0]
+        return ScoredToken(first, self._text_of(first)), *[score(draw, self._text_of) for draw in output.prompt]
 
 
 async def stream_choice(
@@ -168,6 +205,31 @@ async def stream_choice(
         else:
             raise EngineDeadError(f"the tokens of {request.request_id} ended without a finish reason")
     yield event
+
+
+async def lead(stream: AsyncGenerator[TextEvent, None], is_ahead: asyncio.Event) -> AsyncGenerator[TextEvent, None]:
+    """Say when others with the same prompt find its KV: behind the second token, or the end.
+
+    The first token may come from the engine that computed the prompt, before the one that decodes has its KV.
+    """
+    num_tokens = 0
+    try:
+        async with aclosing(stream):
+            async for event in stream:
+                num_tokens += event.num_tokens
+                if num_tokens > 1:
+                    is_ahead.set()
+                yield event
+    finally:
+        is_ahead.set()
+
+
+async def follow(stream: AsyncGenerator[TextEvent, None], is_ahead: asyncio.Event) -> AsyncGenerator[TextEvent, None]:
+    """Begin once the first sample of the same prompt is ahead."""
+    async with aclosing(stream):
+        await is_ahead.wait()
+        async for event in stream:
+            yield event
 
 
 def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:

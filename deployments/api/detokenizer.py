@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from enum import Enum, auto
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
@@ -79,6 +80,10 @@ class DetokenizerFactory:
         vocabulary = self._skipping if skip_special_tokens else self._showing
         return vocabulary.detokenizer(prompt_token_ids)
 
+    def text_of(self, token_id: int) -> bytes:
+        """UTF-8 of one token as it stands within a text, special or not; perhaps no whole character."""
+        return self._showing.text_of(token_id)
+
     def special_texts(self, strings: Collection[str]) -> Mapping[int, str]:
         """Those special tokens that occur in any of the strings, with how they are written."""
         return {
@@ -107,6 +112,9 @@ class _TokenBytes(dict[int, bytes]):
 
     def detokenizer(self, prompt_token_ids: Sequence[int]) -> Detokenizer:
         return _ByteLevelDetokenizer(self, prompt_token_ids)
+
+    def text_of(self, token_id: int) -> bytes:
+        return self[token_id]
 
 
 class _ByteLevelDetokenizer:
@@ -156,6 +164,10 @@ class _Pieces(dict[int, _Kind]):
         self._widths: dict[int, int] = {}
         self.neutral = self._find_neutral() if self._has_byte_tokens else []
 
+    @cached_property
+    def _before(self) -> list[int]:
+        return self.neutral or self._find_neutral()
+
     def __missing__(self, token_id: int) -> _Kind:
         token = None if token_id in self._hidden else self._backend.id_to_token(token_id)
         if token is None:
@@ -180,6 +192,16 @@ class _Pieces(dict[int, _Kind]):
         if width is None:
             width = self._widths[token_id] = len(self.decode([token_id]))
         return width
+
+    def text_of(self, token_id: int) -> bytes:
+        """Behind something else: the first token of a text alone loses its space."""
+        kind = self[token_id]
+        if kind is _Kind.HIDDEN:
+            return b""
+        if kind is _Kind.BYTE:
+            return bytes([self.byte(token_id)])
+        before = self._before
+        return self.decode([*before, token_id])[sum(map(self.width, before)) :].encode()
 
     def byte(self, token_id: int) -> int:
         match = _BYTE_TOKEN.fullmatch(self._backend.id_to_token(token_id) or "")

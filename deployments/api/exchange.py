@@ -24,7 +24,7 @@ from deployments.api.body import read_body
 from deployments.api.caller import read_caller
 from deployments.api.calls import Call
 from deployments.api.chat_template import TemplateLimitError
-from deployments.api.choices import ChoiceText, TextEvent, merge, stream_choice
+from deployments.api.choices import ChoiceText, TextEvent, follow, lead, merge, stream_choice
 from deployments.api.failures import failure_of
 from deployments.api.observer import Observer, Outcome, Stopwatch
 from deployments.api.text import TextCodec
@@ -149,16 +149,31 @@ class Exchange:
         self._user = call.user
         tally = Tally(call)
         answer = self._endpoint.build_answer(call, tally)
-        generate, codec = partial(self._service.backend.generate, on_overflow=self._stall), self._service.codec
-        choices = [
-            stream_choice(generate, request, ChoiceText(index, codec, request.prompt_token_ids, call.text))
-            for index, request in enumerate(call.requests)
-        ]
+        choices = self._open_choices(call)
         async with aclosing(merge(choices)) as events:
             if call.stream:
                 await self._stream(events, answer, tally, call.include_usage)
             else:
                 await self._collect(events, answer, tally, len(choices))
+
+    def _open_choices(self, call: Call) -> list[AsyncGenerator[TextEvent, None]]:
+        """Where a prompt is sampled several times, the others begin when the first has left its KV to be found."""
+        generate, codec = partial(self._service.backend.generate, on_overflow=self._stall), self._service.codec
+        choices: list[AsyncGenerator[TextEvent, None]] = []
+        is_ahead = asyncio.Event()
+        for index, request in enumerate(call.requests):
+            scores_prompt = request.num_prompt_logprobs is not None
+            prefix = call.prefixes[index]
+            text = ChoiceText(index, codec, request.prompt_token_ids, call.text, prefix, scores_prompt)
+            choice = stream_choice(generate, request, text)
+            if call.num_samples == 1:
+                choices.append(choice)
+            elif call.lead_of(index) == index:
+                is_ahead = asyncio.Event()
+                choices.append(lead(choice, is_ahead))
+            else:
+                choices.append(follow(choice, is_ahead))
+        return choices
 
     async def _stream(
         self, events: AsyncGenerator[TextEvent, None], answer: Answer, tally: Tally, include_usage: bool

@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from deployments.errors import InvalidRequestError
-from deployments.messages import MAX_LOGIT_BIAS, MAX_PENALTY, REPETITION_PENALTIES
+from deployments.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_PENALTY, REPETITION_PENALTIES
 
 MAX_PROMPTS = 1024
 # OpenAI allows 4, some peers any number; each costs a step per character of output.
@@ -31,6 +31,8 @@ MAX_STOPS = 32
 MAX_STOP_CHARACTERS = 1024
 # Each is compared with every token.
 MAX_STOP_TOKEN_IDS = 128
+# OpenAI's.
+MAX_SAMPLES = 128
 # Each is a number more to send to the device with every token.
 MAX_LOGIT_BIASES = 1024
 
@@ -41,8 +43,6 @@ _NoOps = Mapping[str, tuple[object, ...]]
 
 # Fields not supported yet, with the values that ask for nothing; null is always one of them.
 _NO_OPS: _NoOps = {
-    "n": (1,),
-    "logprobs": (False,),
     "response_format": ({"type": "text"},),
     "metadata": ({},),
     "store": (False,),
@@ -50,10 +50,9 @@ _NO_OPS: _NoOps = {
     "safety_identifier": (),
     "prompt_cache_key": (),
 }
-_COMPLETION_NO_OPS: _NoOps = {**_NO_OPS, "best_of": (1,), "echo": (False,), "suffix": ("",)}
+_COMPLETION_NO_OPS: _NoOps = {**_NO_OPS, "suffix": ("",)}
 _CHAT_NO_OPS: _NoOps = {
     **_NO_OPS,
-    "top_logprobs": (0,),
     "tools": ([],),
     "tool_choice": ("none",),
     "parallel_tool_calls": (True,),
@@ -123,6 +122,11 @@ def _as_stop_token_ids(value: object) -> object:
     if len(token_ids) > MAX_STOP_TOKEN_IDS:
         raise PydanticCustomError("stop_token_ids", f"must be at most {MAX_STOP_TOKEN_IDS} token ids")
     return token_ids
+
+
+def _none_if_false(value: object) -> object:
+    """Chats say so that they want no logprobs, and some clients say it in completions."""
+    return None if value is False else value
 
 
 def _as_logit_bias(value: object) -> object:
@@ -211,10 +215,14 @@ class GenerateBody(_Strict):
     presence_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
     frequency_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
     repetition_penalty: float = Field(default=1.0, ge=REPETITION_PENALTIES[0], le=REPETITION_PENALTIES[1])
-    logit_bias: Annotated[tuple[tuple[int, float], ...], BeforeValidator(_as_logit_bias)] = ()
+    logit_bias: Annotated[
+        tuple[tuple[int, float], ...], BeforeValidator(_as_logit_bias, json_schema_input_type=dict[str, float])
+    ] = ()
     min_tokens: int = Field(default=0, ge=0)
     stop: Annotated[tuple[str, ...], BeforeValidator(_as_stops)] = ()
     stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_as_stop_token_ids)] = ()
+    n: int = Field(default=1, ge=1, le=MAX_SAMPLES)
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     max_tokens: int | None = Field(default=None, ge=1)
@@ -224,6 +232,22 @@ class GenerateBody(_Strict):
     stream_options: StreamOptions = StreamOptions()
     user: str | None = Field(default=None, max_length=256)
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told beside each generated one; None: no logprobs."""
+        raise NotImplementedError
+
+    @property
+    def num_samples(self) -> int:
+        """Choices that are generated of each prompt."""
+        return self.n
+
+    @model_validator(mode="after")
+    def _check_prompt_logprobs(self) -> Self:
+        if self.stream and self.prompt_logprobs is not None:
+            raise PydanticCustomError("prompt_logprobs", "not with stream", {"field": "prompt_logprobs"})
+        return self
+
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
         if "stream_options" in self.model_fields_set and not self.stream:
@@ -232,11 +256,46 @@ class GenerateBody(_Strict):
 
 
 class CompletionBody(GenerateBody):
-    """`POST /v1/completions`: one choice per prompt."""
+    """`POST /v1/completions`: `n` choices per prompt, the best of `best_of`.
+
+    `logprobs` is how many of the likeliest tokens are told beside each; with `echo` those of the prompt as well.
+    """
 
     no_ops = _COMPLETION_NO_OPS
 
     prompt: Annotated[tuple[Prompt, ...], PlainValidator(_as_prompts)]
+    max_tokens: int | None = Field(default=None, ge=0)
+    best_of: int | None = Field(default=None, ge=1, le=MAX_SAMPLES)
+    echo: bool = False
+    logprobs: Annotated[int | None, BeforeValidator(_none_if_false)] = Field(default=None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def num_samples(self) -> int:
+        return self.best_of or self.n
+
+    @model_validator(mode="after")
+    def _check_number_of_choices(self) -> Self:
+        if self.num_samples < self.n:
+            message = f"must be at least n, which is {self.n}, got {self.num_samples}"
+            raise PydanticCustomError("best_of", message, {"field": "best_of"})
+        if self.stream and self.num_samples > self.n:
+            message = "above n it cannot be streamed: the best are known at the end"
+            raise PydanticCustomError("best_of", message, {"field": "best_of"})
+        if len(self.prompt) * self.num_samples > MAX_PROMPTS:
+            message = f"{len(self.prompt)} prompts times {self.num_samples} are more than {MAX_PROMPTS} choices"
+            raise PydanticCustomError("n", message, {"field": "n"})
+        return self
+
+    @model_validator(mode="after")
+    def _check_no_output(self) -> Self:
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
+            message = "must be at least 1, or 0 with echo or prompt_logprobs: else there is no answer"
+            raise PydanticCustomError("max_tokens", message, {"field": "max_tokens"})
+        return self
 
 
 class Message(_Strict):
@@ -275,7 +334,7 @@ class Message(_Strict):
 
 
 class ChatBody(GenerateBody):
-    """`POST /v1/chat/completions`: one choice. `max_tokens` is the older name of `max_completion_tokens`.
+    """`POST /v1/chat/completions`: `n` choices. `max_tokens` is the older name of `max_completion_tokens`.
 
     `add_generation_prompt` and `continue_final_message` are extensions, named as in vLLM.
     """
@@ -286,6 +345,12 @@ class ChatBody(GenerateBody):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
 
     @property
     def opens_turn(self) -> bool:
@@ -297,6 +362,12 @@ class ChatBody(GenerateBody):
         if self.continue_final_message and self.add_generation_prompt:
             message = "cannot go with add_generation_prompt: the last message goes on, or a new one begins"
             raise PydanticCustomError("continue_final_message", message, {"field": "continue_final_message"})
+        return self
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("top_logprobs", "only allowed with logprobs", {"field": "top_logprobs"})
         return self
 
     @model_validator(mode="after")

@@ -11,7 +11,7 @@ from deployments.messages import Adjustments, ModelInfo, SamplingParams
 
 
 def read_sampling(body: GenerateBody, max_tokens: int, info: ModelInfo) -> SamplingParams:
-    """How the choices of a body are drawn.
+    """How the first choice of a prompt is drawn; see `seed_of` for the others.
 
     Raises:
         InvalidRequestError: names the field, its value and the bound.
@@ -29,7 +29,17 @@ def read_sampling(body: GenerateBody, max_tokens: int, info: ModelInfo) -> Sampl
         seed=secrets.randbits(63) if body.seed is None else body.seed,
         stop_token_ids=_read_stop_token_ids(body, info),
         adjustments=_read_adjustments(body, max_tokens, info),
+        # The best of several are those of the greatest mean logprob.
+        num_logprobs=0 if body.num_logprobs is None and body.num_samples > body.n else body.num_logprobs,
     )
+
+
+def seed_of(seed: int, sample: int) -> int:
+    """The seed of a prompt's choice of this number, so that a call by itself can draw it: the seed plus the number.
+
+    Within 64 bits with a sign, as bodies have them.
+    """
+    return (seed + sample + 2**63) % 2**64 - 2**63
 
 
 def _read_adjustments(body: GenerateBody, max_tokens: int, info: ModelInfo) -> Adjustments | None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from deployments.api.http import build_app
 from deployments.api.observer import Outcome
 from deployments.api.text import TextCodec
-from deployments.messages import FinishReason, GenerateRequest, ModelInfo, TokenOutput
+from deployments.messages import DrawnToken, Draws, FinishReason, GenerateRequest, ModelInfo, TokenOutput
 
 END_ID = 256  # special: shows no text
 PLAIN_END_ID = ord("!")  # a stop id that is ordinary text
@@ -137,7 +137,8 @@ class FakeBackend:
                     ids = tuple(step.encode()) if isinstance(step, str) else tuple(step)
                     following = steps[place + 1] if place + 1 < len(steps) else None
                     reason = following if isinstance(following, FinishReason) else None
-                    yield TokenOutput(request.request_id, index, ids, reason, self.num_cached_tokens)
+                    draws, prompt = scores_of(request, ids, index)
+                    yield TokenOutput(request.request_id, index, ids, reason, self.num_cached_tokens, draws, prompt)
                     index += len(ids)
 
     async def _tell(self) -> None:
@@ -155,6 +156,25 @@ class FakeBackend:
 
     async def metrics(self) -> bytes:
         return b"# TYPE up gauge\nup 1\n"
+
+
+def scores_of(request: GenerateRequest, ids: tuple[int, ...], index: int) -> tuple[Draws, Draws]:
+    """Logprobs of tokens and, with the first of them, of the prompt, as far as they were asked for."""
+    num_top, num_prompt_top = request.sampling.num_logprobs, request.num_prompt_logprobs
+    draws = () if num_top is None else tuple(scored(token_id, num_top) for token_id in ids)
+    if index or num_prompt_top is None:
+        return draws, ()
+    return draws, tuple(scored(token_id, num_prompt_top) for token_id in request.prompt_token_ids[1:])
+
+
+def scored(token_id: int, num_top: int) -> DrawnToken:
+    """The n-th likeliest of all tokens is n - 1, whatever stands before."""
+    top = tuple((other, logprob_of(other)) for other in range(num_top))
+    return DrawnToken(token_id, logprob_of(token_id), token_id + 1, top)
+
+
+def logprob_of(token_id: int) -> float:
+    return -0.5 - token_id / 128
 
 
 def playing(*steps: Step) -> FakeBackend:

@@ -229,9 +229,6 @@ def test_the_endpoints_own_no_ops_are_accepted():
 
 
 UNSUPPORTED: list[tuple[str, object]] = [
-    ("n", 2),
-    ("n", True),
-    ("logprobs", True),
     ("response_format", {"type": "json_object"}),
     ("metadata", {"a": "b"}),
 ]
@@ -248,9 +245,22 @@ def test_an_unsupported_field_is_refused_by_name(read: Any, field: str, value: o
 @pytest.mark.parametrize(
     ("read", "fields", "param", "message"),
     [
-        (completion, {"echo": True}, "echo", "echo is not supported yet"),
-        (completion, {"logprobs": 0}, "logprobs", "not supported yet"),
-        (completion, {"best_of": 2}, "best_of", "not supported yet"),
+        (completion, {"suffix": "x"}, "suffix", "suffix is not supported yet"),
+        (completion, {"n": 0}, "n", "greater than or equal to 1, got 0"),
+        (chat, {"n": 129}, "n", "less than or equal to 128, got 129"),
+        (chat, {"n": True}, "n", "got true"),
+        (completion, {"n": 100, "prompt": ["a"] * 11}, "n", "11 prompts times 100 are more than 1024 choices"),
+        (completion, {"n": 3, "best_of": 2}, "best_of", "must be at least n, which is 3, got 2"),
+        (completion, {"best_of": 2, "stream": True}, "best_of", "cannot be streamed"),
+        (chat, {"best_of": 2}, "best_of", "unknown field"),
+        (completion, {"logprobs": 21}, "logprobs", "less than or equal to 20, got 21"),
+        (completion, {"logprobs": True}, "logprobs", "got true"),
+        (chat, {"logprobs": 1}, "logprobs", "valid boolean, got 1"),
+        (chat, {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20, got 21"),
+        (chat, {"top_logprobs": 1}, "top_logprobs", "only allowed with logprobs"),
+        (chat, {"prompt_logprobs": -1}, "prompt_logprobs", "greater than or equal to 0, got -1"),
+        (completion, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "not with stream"),
+        (completion, {"max_tokens": 0}, "max_tokens", "at least 1, or 0 with echo or prompt_logprobs"),
         (chat, {"tools": [{"type": "function"}]}, "tools", "not supported yet"),
         (chat, {"tool_choice": "auto"}, "tool_choice", "not supported yet"),
         (chat, {"messages": [USER | {"tool_calls": [{}]}]}, "messages.0.tool_calls", "not supported yet"),
@@ -277,7 +287,8 @@ def test_an_unsupported_field_is_refused_by_name(read: Any, field: str, value: o
         (completion, {"logit_bias": {"1": "2"}}, "logit_bias", "must be numbers from -100 to 100"),
         (completion, {"logit_bias": [1]}, "logit_bias", "from token ids to numbers"),
         (chat, {"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "at most 1024 token ids"),
-        (completion, {"max_tokens": 0}, "max_tokens", "greater than or equal to 1, got 0"),
+        (chat, {"max_tokens": 0}, "max_tokens", "greater than or equal to 1, got 0"),
+        (completion, {"max_tokens": -1}, "max_tokens", "greater than or equal to 0, got -1"),
         (completion, {"max_tokens": "9"}, "max_tokens", "valid integer, got '9'"),
         (
             completion,

@@ -1,30 +1,21 @@
 """Biases, penalties and barred tokens: as transformers' own processors have them, however a request is served."""
 
 from dataclasses import replace
-from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinNewTokensLengthLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-)
 
 from deployments.engine.engine import Engine
 from deployments.engine.sampling.adjusting import Cells
 from deployments.errors import InvalidRequestError
 from deployments.messages import Adjustments, GenerateRequest, SamplingParams, TokenOutput
 from tests.engine.driving import build_engine, generate, hand_over_all, run
-from tests.engine.families import VOCAB_SIZE, build_model, load, random_prompt, reference
+from tests.engine.families import VOCAB_SIZE, load, random_prompt, reference
 from tests.engine.insides import scheduler_of
+from tests.engine.processors import continue_adjusted
 
 NUM_TOKENS = 24
 PROMPTS = tuple(random_prompt(length, seed=length) for length in (1, 5, 8, 23, 40))
@@ -41,46 +32,13 @@ every_adjustment = pytest.mark.parametrize("name", ADJUSTMENTS)
 either = pytest.mark.parametrize("is_pipelined", [False, True])
 
 
-class OpenAIPenalties(LogitsProcessor):
-    """The formula of OpenAI's reference; transformers has no such processor."""
-
-    def __init__(self, num_prompt_tokens: int, presence: float, frequency: float) -> None:
-        self.num_prompt_tokens, self.presence, self.frequency = num_prompt_tokens, presence, frequency
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        generated = input_ids[0, self.num_prompt_tokens :]
-        counts = torch.bincount(generated, minlength=scores.shape[1]).float()
-        return scores - counts * self.frequency - (counts > 0) * self.presence
-
-
-def processors(wanted: Adjustments, num_prompt_tokens: int, stops: tuple[int, ...] = ()) -> LogitsProcessorList:
-    found = LogitsProcessorList()
-    if wanted.logit_bias:
-        found.append(SequenceBiasLogitsProcessor([[[token], bias] for token, bias in wanted.logit_bias]))
-    if wanted.repetition_penalty != 1:
-        found.append(RepetitionPenaltyLogitsProcessor(wanted.repetition_penalty))
-    found.append(OpenAIPenalties(num_prompt_tokens, wanted.presence_penalty, wanted.frequency_penalty))
-    if wanted.min_tokens:
-        found.append(MinNewTokensLengthLogitsProcessor(num_prompt_tokens, wanted.min_tokens, list(stops)))
-    return found
-
-
-@cache
-def transformers_tokens(prompt: tuple[int, ...], wanted: Adjustments, stops: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """What `generate` with the processors continues the prompt with; nothing ends it early."""
-    model: Any = build_model("llama")
-    found = processors(wanted, len(prompt), stops)
-    output = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NUM_TOKENS, logits_processor=found)
-    return tuple(output[0, len(prompt) :].tolist())
-
-
 def requests_of(wanted: Adjustments | None, **sampling: float) -> list[GenerateRequest]:
     params = SamplingParams(**({"max_tokens": NUM_TOKENS, "temperature": 0.0, "adjustments": wanted} | sampling))  # type: ignore[arg-type]  # a test's shorthand
     return [GenerateRequest(f"r{i}", prompt, params) for i, prompt in enumerate(PROMPTS)]
 
 
 def expected(wanted: Adjustments) -> list[tuple[int, ...]]:
-    return [transformers_tokens(prompt, wanted) for prompt in PROMPTS]
+    return [continue_adjusted(prompt, wanted, NUM_TOKENS) for prompt in PROMPTS]
 
 
 @every_adjustment
@@ -130,7 +88,7 @@ def test_requests_with_and_without_adjustments_share_a_batch(is_pipelined: bool)
         for request, name in zip(requests_of(None), names, strict=True)
     ]
     alone = [
-        transformers_tokens(prompt, Adjustments() if name is None else ADJUSTMENTS[name])
+        continue_adjusted(prompt, Adjustments() if name is None else ADJUSTMENTS[name], NUM_TOKENS)
         for prompt, name in zip(PROMPTS, names, strict=True)
     ]
     assert generate(build_engine(load("llama"), is_pipelined=is_pipelined), requests) == alone
@@ -165,7 +123,7 @@ class Guessing:
 @every_adjustment
 def test_drafts_before_a_draw_count_as_generated(name: str) -> None:
     request = requests_of(ADJUSTMENTS[name])[3]
-    whole = transformers_tokens(request.prompt_token_ids, ADJUSTMENTS[name])
+    whole = continue_adjusted(request.prompt_token_ids, ADJUSTMENTS[name], NUM_TOKENS)
     engine = build_engine(load("llama"))
     engine.add(request)
     assert tuple(Guessing(engine, whole).run()) == whole
@@ -178,7 +136,7 @@ def test_no_stop_token_comes_before_min_tokens(is_pipelined: bool, num_generated
     prompt = PROMPTS[3]
     plain = reference("llama", prompt, NUM_TOKENS)
     stops, least = plain[4:6], 8
-    whole = transformers_tokens(prompt, Adjustments(min_tokens=least), stops)
+    whole = continue_adjusted(prompt, Adjustments(min_tokens=least), NUM_TOKENS, stops)
     end = next((i for i, token in enumerate(whole) if token in stops), NUM_TOKENS - 1)
     assert end >= least > plain.index(stops[0])
     sampling = SamplingParams(NUM_TOKENS, 0.0, stop_token_ids=stops, adjustments=Adjustments(min_tokens=least))
