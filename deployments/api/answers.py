@@ -134,7 +134,7 @@ class Tally:
 
     def __init__(self, call: Call) -> None:
         self._call = call
-        self._num_prompt_tokens = sum(len(r.prompt_token_ids) for r in call.requests[:: call.num_samples])
+        self._num_prompt_tokens = call.num_prompt_tokens
         self._num_generated_tokens = 0
         self._num_cached_tokens: dict[int, int] = {}
 

@@ -7,7 +7,7 @@ Owns what OpenAI's fields mean to the engines. Knows nothing of HTTP; `exchange.
 import re
 import reprlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -15,7 +15,7 @@ import orjson
 from pydantic import ValidationError
 
 from deployments.api.choices import TextRules
-from deployments.api.openai import ChatBody, CompletionBody, GenerateBody, Prompt, explain
+from deployments.api.openai import ChatBody, CompletionBody, GenerateBody, explain
 from deployments.api.sampling import read_sampling, seed_of
 from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError, RequestTooLargeError
@@ -26,6 +26,8 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 # context and is not worth encoding. The smallest bound leaves room for the words of a chat template.
 MAX_CHARACTERS_PER_TOKEN = 128
 MIN_CHARACTERS = 2**16
+# What a caller may say of a call that changes nothing.
+_LABELS = "safety_identifier", "metadata", "prompt_cache_key"
 _TOO_LARGE_NUMBER = re.compile(r"-?\d[\d.eE+-]*")
 
 
@@ -54,6 +56,7 @@ class Call:
         echo: the answer begins with the prompt, text and logprobs.
         prompt_logprobs: send those of the prompt apart.
         user: who asked, for the operator's log.
+        labels: what else the caller says of the call, for the operator's log.
     """
 
     call_id: str
@@ -72,6 +75,12 @@ class Call:
     echo: bool
     prompt_logprobs: bool
     user: str | None
+    labels: Mapping[str, object]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all prompts; one that is sampled several times counts once."""
+        return sum(len(request.prompt_token_ids) for request in self.requests[:: self.num_samples])
 
     def lead_of(self, sample: int) -> int:
         """Number of the first sample of the same prompt."""
@@ -84,7 +93,7 @@ B = TypeVar("B", bound=GenerateBody)
 def read_completion(
     data: bytes, call_id: str, codec: TextCodec, info: ModelInfo, priority: Priority = Priority.NORMAL
 ) -> Call:
-    """Read the body of a completion request and encode its prompts; `priority` is that of all of them.
+    """Read the body of a completion request and encode its prompts; all are of this priority, unless it says another.
 
     Raises:
         InvalidRequestError: names the field, its value and the bound.
@@ -95,7 +104,8 @@ def read_completion(
     for prompt in body.prompt:
         if isinstance(prompt, str):
             _check_length(len(prompt), "prompt", info)
-        token_ids = codec.encode(prompt) if isinstance(prompt, str) else prompt
+        given = codec.encode(prompt) if isinstance(prompt, str) else prompt
+        token_ids = _truncate(given, body, body.max_tokens, info)
         num_left = _check_prompt(token_ids, "prompt", info)
         max_tokens = min(DEFAULT_COMPLETION_TOKENS, num_left) if body.max_tokens is None else body.max_tokens
         request = _build_request(
@@ -104,7 +114,7 @@ def read_completion(
         if body.echo and body.logprobs is not None:
             request = replace(request, num_prompt_logprobs=max(body.logprobs, body.prompt_logprobs or 0))
         requests += _build_samples(request, call_id, len(requests), body.num_samples)
-        prefix = _prompt_text(prompt, codec, body) if body.echo else ""
+        prefix = _prompt_text(prompt if len(token_ids) == len(given) else token_ids, codec, body) if body.echo else ""
         prefixes += [prefix] * body.num_samples
     return _build_call(call_id, requests, body, info, tuple(prefixes))
 
@@ -120,12 +130,14 @@ def read_chat(
     """
     body = _parse(data, ChatBody, info)
     _check_length(sum(message.num_characters for message in body.messages), "messages", info)
-    token_ids = codec.encode_chat(
+    encoded = codec.encode_chat(
         [message.for_template() for message in body.messages],
         add_generation_prompt=body.opens_turn,
         continue_final_message=body.continue_final_message,
         max_characters=_max_characters(info),
+        variables=body.chat_template_kwargs,
     )
+    token_ids = _truncate(encoded, body, body.max_completion_tokens or body.max_tokens, info)
     num_left = _check_prompt(token_ids, "messages", info)
     max_tokens = body.max_completion_tokens or body.max_tokens or num_left
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -188,6 +200,24 @@ def _check_prompt(token_ids: Sequence[int], param: str, info: ModelInfo) -> int:
     return num_left
 
 
+def _truncate(token_ids: Sequence[int], body: GenerateBody, max_tokens: int | None, info: ModelInfo) -> Sequence[int]:
+    """The last tokens of a prompt, as many as are asked for; -1: as many as leave room for the output."""
+    num_kept = body.truncate_prompt_tokens
+    if num_kept is None:
+        return token_ids
+    if num_kept == -1:
+        num_kept = max(1, info.max_model_len - max(1, max_tokens or 1))
+    return token_ids[-num_kept:]
+
+
+def _priority_of(body: GenerateBody, otherwise: Priority) -> Priority:
+    """What the body says, else what the header says."""
+    if body.priority is not None:
+        # vLLM's: the lower, the sooner.
+        return Priority.HIGH if body.priority < 0 else Priority.LOW if body.priority > 0 else Priority.NORMAL
+    return {"flex": Priority.LOW, "priority": Priority.HIGH}.get(body.service_tier or "", otherwise)
+
+
 def _build_request(
     request_id: str,
     token_ids: Sequence[int],
@@ -208,7 +238,8 @@ def _build_request(
         request_id,
         tuple(token_ids),
         read_sampling(body, max_tokens, info),
-        priority,
+        _priority_of(body, priority),
+        cache_salt=body.cache_salt or "",
         num_prompt_logprobs=body.prompt_logprobs,
     )
 
@@ -227,7 +258,7 @@ def _build_samples(request: GenerateRequest, call_id: str, first: int, num_sampl
     return [request, *others]
 
 
-def _prompt_text(prompt: Prompt, codec: TextCodec, body: CompletionBody) -> str:
+def _prompt_text(prompt: str | Sequence[int], codec: TextCodec, body: CompletionBody) -> str:
     if isinstance(prompt, str):
         return prompt
     detokenizer = codec.detokenizers.build(skip_special_tokens=body.skip_special_tokens)
@@ -266,4 +297,5 @@ def _build_call(
         echo=echo,
         prompt_logprobs=body.prompt_logprobs is not None,
         user=body.user,
+        labels={name: getattr(body, name) for name in _LABELS if name in body.model_fields_set},
     )

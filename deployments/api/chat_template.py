@@ -8,6 +8,7 @@ message is left open, and that whatever goes wrong in a template is told as one 
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from jinja2 import nodes
 from jinja2.exceptions import TemplateError
+from jinja2.meta import find_undeclared_variables
 
 from deployments.api.template_meter import LimitError, Limits, SizeLimitError
 from deployments.api.template_sandbox import BoundedEnvironment, render
@@ -29,6 +31,8 @@ LIMITS = Limits(cpu_s=2.0, max_size=2**27)
 # What may stop an event loop. A template that needs more is rendered in a thread.
 BRIEF_LIMITS = Limits(cpu_s=0.003, max_size=2**14)
 _MAX_REASON_CHARACTERS = 1000
+_OWN_VARIABLES = frozenset(("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"))
+_NO_VARIABLES: Mapping[str, object] = {}
 
 
 class TemplateLimitError(InvalidRequestError):
@@ -107,6 +111,7 @@ class ChatTemplate:
         try:
             tree = environment.parse(source)
             self._knows_developer = any(node.value == "developer" for node in tree.find_all(nodes.Const))
+            self._read_variables = frozenset(find_undeclared_variables(tree)) - environment.globals.keys()
             self._template = environment.build(tree)
         except (TemplateError, SyntaxError, RecursionError) as error:
             raise _unusable(f"this model's chat template cannot be compiled: {error}") from None
@@ -124,6 +129,7 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         limits: Limits = LIMITS,
+        variables: Mapping[str, object] = _NO_VARIABLES,
     ) -> str:
         """Write the conversation.
 
@@ -132,27 +138,47 @@ class ChatTemplate:
             add_generation_prompt: end where the assistant's turn begins.
             continue_final_message: end within the last message, after its text; never with a generation prompt.
             limits: of time and size.
+            variables: what else the template reads, `enable_thinking` for one.
 
         Raises:
             TemplateLimitError: the template went over one of the limits.
             InvalidRequestError: the template refuses these messages.
         """
         assert not (add_generation_prompt and continue_final_message)
+        self._check_variables(variables)
         shaped = [self._shape(message) for message in messages]
         if not continue_final_message:
-            return self._render(shaped, add_generation_prompt, limits)
+            return self._render(shaped, add_generation_prompt, limits, variables)
         marked, last_text = _with_mark(shaped[-1])
-        return _before_mark(self._render([*shaped[:-1], marked], False, limits), last_text)
+        return _before_mark(self._render([*shaped[:-1], marked], False, limits, variables), last_text)
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool, limits: Limits) -> str:
-        variables = self._special_tokens | {
+    def _check_variables(self, variables: Mapping[str, object]) -> None:
+        """Refuse what the server itself sets, and what would have no effect."""
+        for name in variables:
+            if name in _OWN_VARIABLES:
+                raise InvalidRequestError(f"chat_template_kwargs must not set {name!r}", "chat_template_kwargs")
+            if name not in self._read_variables:
+                known = ", ".join(sorted(self._read_variables - _OWN_VARIABLES)) or "none"
+                message = f"chat_template_kwargs: the model's chat template does not read {reprlib.repr(name)}"
+                raise InvalidRequestError(f"{message}; it reads: {known}", "chat_template_kwargs")
+
+    def _render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool,
+        limits: Limits,
+        variables: Mapping[str, object] = _NO_VARIABLES,
+    ) -> str:
+        known = {
+            **self._special_tokens,
+            **variables,
             "messages": messages,
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return render(self._template, variables, limits)
+            return render(self._template, known, limits)
         except SizeLimitError as error:
             raise TemplateSizeError(_refusal(str(error)), "messages") from None
         except LimitError as error:

@@ -147,6 +147,8 @@ class Exchange:
 
     async def _generate(self, call: Call) -> None:
         self._user = call.user
+        if call.labels:
+            logger.info("%s: %r", self._call_id, call.labels)
         tally = Tally(call)
         answer = self._endpoint.build_answer(call, tally)
         choices = self._open_choices(call)

@@ -1,8 +1,9 @@
 """OpenAI's request bodies: which fields exist and what they may hold.
 
 Every field that is accepted takes effect. A field of OpenAI's API that is not supported yet is accepted only with the
-value that changes nothing (`n: 1`), and refused by name with any other; an unknown field is refused by name.
-`user` is the exception by nature: it goes to the operator's log and never changes an answer.
+value that changes nothing (`tools: []`), and refused by name with any other; an unknown field is refused by name.
+The exceptions go to the operator's log and never change an answer: `user`, `safety_identifier`, `metadata`, and
+`prompt_cache_key`, which tells other routers what the one here finds by itself.
 Knows nothing of tokens or HTTP; `calls.py` reads bodies with it.
 """
 
@@ -22,8 +23,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from deployments.api.fields import Metadata, as_logit_bias, none_if_false
 from deployments.errors import InvalidRequestError
-from deployments.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_PENALTY, REPETITION_PENALTIES
+from deployments.messages import MAX_LOGPROBS, MAX_PENALTY, REPETITION_PENALTIES
 
 MAX_PROMPTS = 1024
 # OpenAI allows 4, some peers any number; each costs a step per character of output.
@@ -33,8 +35,6 @@ MAX_STOP_CHARACTERS = 1024
 MAX_STOP_TOKEN_IDS = 128
 # OpenAI's.
 MAX_SAMPLES = 128
-# Each is a number more to send to the device with every token.
-MAX_LOGIT_BIASES = 1024
 
 Prompt = str | tuple[int, ...]
 Part = dict[str, object]
@@ -44,11 +44,7 @@ _NoOps = Mapping[str, tuple[object, ...]]
 # Fields not supported yet, with the values that ask for nothing; null is always one of them.
 _NO_OPS: _NoOps = {
     "response_format": ({"type": "text"},),
-    "metadata": ({},),
     "store": (False,),
-    "service_tier": ("auto", "default"),
-    "safety_identifier": (),
-    "prompt_cache_key": (),
 }
 _COMPLETION_NO_OPS: _NoOps = {**_NO_OPS, "suffix": ("",)}
 _CHAT_NO_OPS: _NoOps = {
@@ -124,26 +120,6 @@ def _as_stop_token_ids(value: object) -> object:
     return token_ids
 
 
-def _none_if_false(value: object) -> object:
-    """Chats say so that they want no logprobs, and some clients say it in completions."""
-    return None if value is False else value
-
-
-def _as_logit_bias(value: object) -> object:
-    """By token id, which JSON writes as text."""
-    if not isinstance(value, dict) or not all(_is_decimal(key) for key in value):
-        raise PydanticCustomError("logit_bias", "must be an object from token ids to numbers")
-    if len(value) > MAX_LOGIT_BIASES:
-        raise PydanticCustomError("logit_bias", f"must be of at most {MAX_LOGIT_BIASES} token ids")
-    if not all(type(bias) in (int, float) and abs(bias) <= MAX_LOGIT_BIAS for bias in value.values()):
-        raise PydanticCustomError("logit_bias", f"must be numbers from {-MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}")
-    return tuple({int(key): float(bias) for key, bias in value.items()}.items())
-
-
-def _is_decimal(key: str) -> bool:
-    return key.isascii() and key.isdecimal() and len(key) < 10
-
-
 def _as_prompts(value: object) -> tuple[Prompt, ...]:
     if isinstance(value, str):
         prompts: list[Prompt] = [value]
@@ -202,8 +178,9 @@ class GenerateBody(_Strict):
     """What both endpoints take.
 
     `top_k` (0 and -1 are off), `min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`,
-    `include_stop_str_in_output`, `skip_special_tokens` and `return_token_ids` are extensions, named as in vLLM and with
-    its meaning.
+    `include_stop_str_in_output`, `skip_special_tokens`, `return_token_ids`, `prompt_logprobs`, `cache_salt`,
+    `truncate_prompt_tokens` and `priority` (the lower, the sooner) are extensions, named as in vLLM and with its
+    meaning.
     """
 
     model: str
@@ -216,7 +193,7 @@ class GenerateBody(_Strict):
     frequency_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
     repetition_penalty: float = Field(default=1.0, ge=REPETITION_PENALTIES[0], le=REPETITION_PENALTIES[1])
     logit_bias: Annotated[
-        tuple[tuple[int, float], ...], BeforeValidator(_as_logit_bias, json_schema_input_type=dict[str, float])
+        tuple[tuple[int, float], ...], BeforeValidator(as_logit_bias, json_schema_input_type=dict[str, float])
     ] = ()
     min_tokens: int = Field(default=0, ge=0)
     stop: Annotated[tuple[str, ...], BeforeValidator(_as_stops)] = ()
@@ -230,7 +207,14 @@ class GenerateBody(_Strict):
     return_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
+    prompt_cache_key: str | None = Field(default=None, max_length=256)
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
     user: str | None = Field(default=None, max_length=256)
+    safety_identifier: str | None = Field(default=None, max_length=256)
+    metadata: Metadata = {}
 
     @property
     def num_logprobs(self) -> int | None:
@@ -241,6 +225,20 @@ class GenerateBody(_Strict):
     def num_samples(self) -> int:
         """Choices that are generated of each prompt."""
         return self.n
+
+    @model_validator(mode="after")
+    def _check_truncation(self) -> Self:
+        if self.truncate_prompt_tokens == 0:
+            message = "must be at least 1, or -1 for as many tokens as fit, got 0"
+            raise PydanticCustomError("truncate_prompt_tokens", message, {"field": "truncate_prompt_tokens"})
+        return self
+
+    @model_validator(mode="after")
+    def _check_priority(self) -> Self:
+        if self.priority is not None and self.service_tier in ("flex", "priority"):
+            message = "means the same as service_tier; give one of them"
+            raise PydanticCustomError("priority", message, {"field": "priority"})
+        return self
 
     @model_validator(mode="after")
     def _check_prompt_logprobs(self) -> Self:
@@ -267,7 +265,7 @@ class CompletionBody(GenerateBody):
     max_tokens: int | None = Field(default=None, ge=0)
     best_of: int | None = Field(default=None, ge=1, le=MAX_SAMPLES)
     echo: bool = False
-    logprobs: Annotated[int | None, BeforeValidator(_none_if_false)] = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    logprobs: Annotated[int | None, BeforeValidator(none_if_false)] = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -336,7 +334,7 @@ class Message(_Strict):
 class ChatBody(GenerateBody):
     """`POST /v1/chat/completions`: `n` choices. `max_tokens` is the older name of `max_completion_tokens`.
 
-    `add_generation_prompt` and `continue_final_message` are extensions, named as in vLLM.
+    `add_generation_prompt`, `continue_final_message` and `chat_template_kwargs` are extensions, named as in vLLM.
     """
 
     no_ops = _CHAT_NO_OPS
@@ -345,6 +343,7 @@ class ChatBody(GenerateBody):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
+    chat_template_kwargs: dict[str, object] = {}
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -77,12 +77,14 @@ class TextCodec:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         max_characters: int = 2**24,
+        variables: Mapping[str, object] | None = None,
     ) -> list[int]:
         """Token ids of a conversation, up to where the assistant speaks.
 
         Args:
             messages: as `ChatTemplate.render` takes them, with its two choices of an end.
             max_characters: a template that writes more is refused.
+            variables: what else the template may read.
 
         Raises:
             InvalidRequestError: the model has no chat template, or its template refuses these messages.
@@ -95,6 +97,7 @@ class TextCodec:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             limits=replace(limits, max_size=min(limits.max_size, max_characters)),
+            variables=variables or {},
         )
         # The template has written the special tokens already.
         return self._encode(text, add_special_tokens=False)

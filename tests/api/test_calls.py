@@ -9,21 +9,21 @@ from deployments.api.calls import Call, ModelNotFoundError, read_chat, read_comp
 from deployments.api.choices import TextRules
 from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError, RequestTooLargeError
-from deployments.messages import Adjustments
+from deployments.messages import Adjustments, Priority
 from tests.api.fakes import END_ID, INFO, build_codec, build_tokenizer
 
 CODEC = build_codec()
 USER = {"role": "user", "content": "hi"}
 
 
-def completion(**fields: Any) -> Call:
+def completion(header: Any = Priority.NORMAL, **fields: Any) -> Call:
     body = {"model": INFO.name, "prompt": "abc"} | fields
-    return read_completion(orjson.dumps(body), "cmpl-1", CODEC, INFO)
+    return read_completion(orjson.dumps(body), "cmpl-1", CODEC, INFO, header)
 
 
-def chat(**fields: Any) -> Call:
+def chat(header: Any = Priority.NORMAL, **fields: Any) -> Call:
     body = {"model": INFO.name, "messages": [USER]} | fields
-    return read_chat(orjson.dumps(body), "chatcmpl-1", CODEC, INFO)
+    return read_chat(orjson.dumps(body), "chatcmpl-1", CODEC, INFO, header)
 
 
 def test_a_completion_has_openais_defaults():
@@ -230,7 +230,7 @@ def test_the_endpoints_own_no_ops_are_accepted():
 
 UNSUPPORTED: list[tuple[str, object]] = [
     ("response_format", {"type": "json_object"}),
-    ("metadata", {"a": "b"}),
+    ("store", True),
 ]
 
 
@@ -245,6 +245,18 @@ def test_an_unsupported_field_is_refused_by_name(read: Any, field: str, value: o
 @pytest.mark.parametrize(
     ("read", "fields", "param", "message"),
     [
+        (chat, {"metadata": {"a": 1}}, "metadata.a", "valid string, got 1"),
+        (chat, {"metadata": {str(i): "x" for i in range(17)}}, "metadata", "at most 16 items"),
+        (completion, {"metadata": {"a": "x" * 513}}, "metadata.a", "at most 512 characters"),
+        (completion, {"cache_salt": ""}, "cache_salt", "at least 1 character"),
+        (completion, {"service_tier": "scale"}, "service_tier", "'flex' or 'priority', got 'scale'"),
+        (completion, {"priority": 1, "service_tier": "flex"}, "priority", "give one of them"),
+        (completion, {"priority": 0.5}, "priority", "valid integer"),
+        (completion, {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "at least 1, or -1 for as many"),
+        (completion, {"truncate_prompt_tokens": -2}, "truncate_prompt_tokens", "greater than or equal to -1"),
+        (completion, {"chat_template_kwargs": {}}, "chat_template_kwargs", "unknown field"),
+        (chat, {"chat_template_kwargs": {"mood": 1}}, "chat_template_kwargs", "does not read 'mood'; it reads: none"),
+        (chat, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "must not set 'messages'"),
         (completion, {"suffix": "x"}, "suffix", "suffix is not supported yet"),
         (completion, {"n": 0}, "n", "greater than or equal to 1, got 0"),
         (chat, {"n": 129}, "n", "less than or equal to 128, got 129"),
@@ -442,3 +454,63 @@ def test_a_body_that_is_no_json_object_is_refused(body: bytes):
 def test_a_body_that_is_refused_whole_says_what_is_wrong_with_it(body: bytes, message: str):
     with pytest.raises(InvalidRequestError, match=message):
         read_completion(body, "cmpl-1", CODEC, INFO)
+
+
+@pytest.mark.parametrize("read", [completion, chat])
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, Priority.HIGH),
+        ({"service_tier": "auto"}, Priority.HIGH),
+        ({"service_tier": "default"}, Priority.HIGH),
+        ({"service_tier": "flex"}, Priority.LOW),
+        ({"priority": 3}, Priority.LOW),
+        ({"priority": 0}, Priority.NORMAL),
+        ({"priority": -1, "service_tier": "auto"}, Priority.HIGH),
+    ],
+)
+def test_a_body_says_how_urgent_it_is_else_the_header_does(read: Any, fields: dict[str, object], expected: Priority):
+    assert read(**fields, header=Priority.HIGH).requests[0].priority is expected
+    if not fields:
+        assert read(service_tier="priority").requests[0].priority is Priority.HIGH
+
+
+@pytest.mark.parametrize("read", [completion, chat])
+def test_a_salt_reaches_the_engines_and_a_cache_key_does_not(read: Any):
+    assert read(cache_salt="theirs").requests[0].cache_salt == "theirs"
+    assert read(prompt_cache_key="theirs").requests[0].cache_salt == ""
+
+
+@pytest.mark.parametrize("read", [completion, chat])
+def test_what_callers_say_of_a_call_is_kept_for_the_log(read: Any):
+    said = {"safety_identifier": "u1", "metadata": {"team": "a"}, "prompt_cache_key": "k"}
+    assert read(**said, store=False).labels == said
+    assert read(metadata=None).labels == {}
+
+
+def test_a_prompt_is_truncated_to_its_last_tokens():
+    assert completion(truncate_prompt_tokens=2).requests[0].prompt_token_ids == tuple(b"bc")
+    assert completion(truncate_prompt_tokens=9).requests[0].prompt_token_ids == tuple(b"abc")
+    assert bytes(chat(truncate_prompt_tokens=4).requests[0].prompt_token_ids) == b"i;a:"
+    call = completion(prompt=["abcd", "x"], truncate_prompt_tokens=3, echo=True)
+    assert call.prefixes == ("bcd", "x") and call.requests[0].prompt_token_ids == tuple(b"bcd")
+
+
+def test_a_prompt_may_be_truncated_to_what_leaves_room_for_the_output():
+    long = "x" * (INFO.max_model_len + 9)
+    call = completion(prompt=long, truncate_prompt_tokens=-1, max_tokens=10)
+    assert len(call.requests[0].prompt_token_ids) == INFO.max_model_len - 10
+    assert (
+        len(completion(prompt=long, truncate_prompt_tokens=-1).requests[0].prompt_token_ids) == INFO.max_model_len - 1
+    )
+
+
+def test_a_template_is_given_the_variables_that_it_reads():
+    template = "{% if loud is defined and loud %}HEY {% endif %}{{ messages[0].content }}{{ bos_token }}"
+    codec = TextCodec(build_tokenizer(template))
+    body = {"model": INFO.name, "messages": [USER], "chat_template_kwargs": {"loud": True}}
+    call = read_chat(orjson.dumps(body), "chatcmpl-1", codec, INFO)
+    assert bytes(call.requests[0].prompt_token_ids) == b"HEY hi"
+    wrong = orjson.dumps(body | {"chat_template_kwargs": {"quiet": True}})
+    with pytest.raises(InvalidRequestError, match=r"does not read 'quiet'; it reads: bos_token, loud$"):
+        read_chat(wrong, "chatcmpl-1", codec, INFO)

@@ -240,3 +240,16 @@ def test_a_codec_loads_the_template_in_a_processors_file(tmp_path: Path):
     build_tokenizer(None).save_pretrained(tmp_path)
     (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }}!"}))
     assert bytes(TextCodec(read_tokenizer(str(tmp_path))).encode_chat([USER])) == b"hi!"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("{% if not x is defined %}{% set x = '26 Jul' %}{% endif %}{{ x }}{{ messages[0].content }}", "x"),
+        ("{% macro say(m) %}{{ m.content }}{{ x }}{% endmacro %}{{ say(messages[0]) }}", "x"),
+        ("{% for m in messages %}{% if x %}{{ x }}{% endif %}{{ m.content }}{% endfor %}", "x"),
+    ],
+)
+def test_variables_of_a_template_are_those_of_transformers(source: str, name: str):
+    text = build(source).render([USER], variables={name: "known"})
+    assert "known" in text and text == by_transformers(source, [USER], add_generation_prompt=True, x="known")
