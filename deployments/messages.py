@@ -16,6 +16,8 @@ REPETITION_PENALTIES = 0.1, 10.0
 
 # The likeliest tokens that are told beside each token, at most.
 MAX_LOGPROBS = 20
+# Logprobs of one prompt, those of the likeliest tokens included: 0.9 MB on the wire, within one frame.
+MAX_PROMPT_SCORES = 2**16
 
 # Between a request's id and the number of its attempt.
 _RESUMED = "~"
@@ -125,6 +127,12 @@ class GenerateRequest:
     cache_salt: str = ""
     route: Route = ANYWHERE
     num_prompt_logprobs: int | None = None
+
+    @property
+    def num_prompt_scores(self) -> int:
+        """Logprobs of the prompt that are asked for: of each token, and of the likeliest beside it."""
+        num_top = self.num_prompt_logprobs
+        return 0 if num_top is None else len(self.prompt_token_ids) * (num_top + 1)
 
     @property
     def given_token_ids(self) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from deployments.api.scores import (
     CompletionLogprobs,
     CompletionScores,
     PromptLogprobs,
+    PromptScores,
     ScoredToken,
     shape_chat,
     shape_prompt,
@@ -158,7 +159,7 @@ class Tally:
 
 
 class Answer(Protocol):
-    """How one call is answered, in one of OpenAI's two shapes."""
+    """How one call is answered, in one of OpenAI's two shapes. Logprobs of a long prompt take it a while."""
 
     def chunks(self, event: TextEvent) -> Sequence[Mapping[str, object]]:
         """The chunks of a stream that this event makes; none while it has nothing to show."""
@@ -181,7 +182,7 @@ class ChoiceResult:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     scores: list[ScoredToken] = field(default_factory=list)
-    prompt: tuple[ScoredToken, ...] = ()
+    prompt: PromptScores | None = None
 
     def add(self, event: TextEvent) -> None:
         self.text += event.text
@@ -213,14 +214,14 @@ class CompletionAnswer:
         self._call = call
         self._tally = tally
         self._open: set[int] = set()
-        self._prompts: dict[int, tuple[ScoredToken, ...]] = {}
+        self._prompts: dict[int, PromptScores] = {}
         self._shapes: dict[int, CompletionScores] = {}
 
     def chunks(self, event: TextEvent) -> list[Completion]:
         call, is_first = self._call, event.choice not in self._open
-        if event.prompt:
+        if event.prompt is not None:
             self._prompts[event.choice] = event.prompt
-        prompt = self._prompts.get(call.lead_of(event.choice), ()) if is_first else ()
+        prompt = self._prompts.get(call.lead_of(event.choice)) if is_first else None
         shows_more = call.return_token_ids or call.num_logprobs is not None
         if not event.text and event.finish_reason is None and not shows_more:
             return []
@@ -254,8 +255,8 @@ class CompletionAnswer:
             choice["token_ids"] = result.token_ids
             # All samples of a prompt have the same.
             choice["prompt_token_ids"] = call.requests[index // call.num_choices * call.num_samples].prompt_token_ids
-        if call.prompt_logprobs:
-            choice["prompt_logprobs"] = shape_prompt(result.prompt)
+        if call.num_prompt_logprobs is not None:
+            choice["prompt_logprobs"] = shape_prompt(result.prompt, call.num_prompt_logprobs)
         return choice
 
     def _logprobs(self, index: int, result: ChoiceResult) -> CompletionLogprobs | None:
@@ -263,7 +264,8 @@ class CompletionAnswer:
         if call.num_logprobs is None:
             return None
         shape = self._shapes.setdefault(index, CompletionScores(call.num_logprobs))
-        return shape.shape([*result.prompt, *result.scores] if call.echo else result.scores)
+        prompt = [] if result.prompt is None or not call.echo else result.prompt.read(call.num_logprobs)
+        return shape.shape(prompt + result.scores)
 
     def _build(self, choices: list[CompletionChoice]) -> Completion:
         return {
@@ -316,8 +318,8 @@ class ChatAnswer:
         }
         if call.return_token_ids:
             response["prompt_token_ids"] = call.requests[0].prompt_token_ids
-        if call.prompt_logprobs:
-            response["prompt_logprobs"] = shape_prompt(choices[0].prompt)
+        if call.num_prompt_logprobs is not None:
+            response["prompt_logprobs"] = shape_prompt(choices[0].prompt, call.num_prompt_logprobs)
         return response
 
     def _choice(self, index: int, result: ChoiceResult) -> ChatChoice:

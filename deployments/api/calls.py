@@ -19,13 +19,15 @@ from deployments.api.openai import ChatBody, CompletionBody, GenerateBody, expla
 from deployments.api.sampling import read_sampling, seed_of
 from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError, RequestTooLargeError
-from deployments.messages import GenerateRequest, ModelInfo, Priority
+from deployments.messages import MAX_PROMPT_SCORES, GenerateRequest, ModelInfo, Priority
 
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 # The longest tokens of common vocabularies (Llama 3's, Qwen's) are runs of up to 128 spaces: a longer text fits no
 # context and is not worth encoding. The smallest bound leaves room for the words of a chat template.
 MAX_CHARACTERS_PER_TOKEN = 128
 MIN_CHARACTERS = 2**16
+# Logprobs of prompts: some megabytes of JSON, made in a second.
+MAX_CALL_SCORES = 4 * MAX_PROMPT_SCORES
 # What a caller may say of a call that changes nothing.
 _LABELS = "safety_identifier", "metadata", "prompt_cache_key"
 _TOO_LARGE_NUMBER = re.compile(r"-?\d[\d.eE+-]*")
@@ -54,7 +56,7 @@ class Call:
         return_token_ids: send the ids of prompt and output beside the text.
         num_logprobs: send logprobs, with those of so many of the likeliest tokens; None: none.
         echo: the answer begins with the prompt, text and logprobs.
-        prompt_logprobs: send those of the prompt apart.
+        num_prompt_logprobs: send those of the prompt apart, likewise.
         user: who asked, for the operator's log.
         labels: what else the caller says of the call, for the operator's log.
     """
@@ -73,7 +75,7 @@ class Call:
     return_token_ids: bool
     num_logprobs: int | None
     echo: bool
-    prompt_logprobs: bool
+    num_prompt_logprobs: int | None
     user: str | None
     labels: Mapping[str, object]
 
@@ -81,6 +83,11 @@ class Call:
     def num_prompt_tokens(self) -> int:
         """Of all prompts; one that is sampled several times counts once."""
         return sum(len(request.prompt_token_ids) for request in self.requests[:: self.num_samples])
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Whether logprobs of prompts come with the first tokens."""
+        return self.requests[0].num_prompt_logprobs is not None
 
     def lead_of(self, sample: int) -> int:
         """Number of the first sample of the same prompt."""
@@ -273,6 +280,13 @@ def _build_call(
     prefixes: tuple[str, ...] = (),
 ) -> Call:
     echo = isinstance(body, CompletionBody) and body.echo
+    num_scores = sum(request.num_prompt_scores for request in requests)
+    if num_scores > MAX_CALL_SCORES or max(request.num_prompt_scores for request in requests) > MAX_PROMPT_SCORES:
+        raise InvalidRequestError(
+            f"{num_scores} logprobs of prompts are asked for, at most {MAX_PROMPT_SCORES} may be of one prompt and "
+            f"{MAX_CALL_SCORES} of a call",
+            "logprobs" if body.prompt_logprobs is None else "prompt_logprobs",
+        )
     return Call(
         call_id=call_id,
         created=int(time.time()),
@@ -295,7 +309,7 @@ def _build_call(
         return_token_ids=body.return_token_ids,
         num_logprobs=body.num_logprobs,
         echo=echo,
-        prompt_logprobs=body.prompt_logprobs is not None,
+        num_prompt_logprobs=body.prompt_logprobs,
         user=body.user,
         labels={name: getattr(body, name) for name in _LABELS if name in body.model_fields_set},
     )

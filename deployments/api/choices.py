@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from deployments.api.scores import ScoredToken, score
+from deployments.api.scores import PromptScores, ScoredToken, score
 from deployments.api.stop import StopChecker
 from deployments.api.text import TextCodec
 from deployments.errors import EngineDeadError
@@ -47,7 +47,7 @@ class TextEvent(msgspec.Struct, frozen=True, gc=False):
         finish_reason: set on the last event of a choice.
         num_cached_tokens: see `TokenOutput`.
         scores: of the generated tokens, where logprobs were asked for.
-        prompt: in the first event, where logprobs of the prompt were asked for: all of its tokens.
+        prompt: in the first event, where logprobs of the prompt were asked for.
     """
 
     choice: int
@@ -56,7 +56,7 @@ class TextEvent(msgspec.Struct, frozen=True, gc=False):
     finish_reason: FinishReason | None
     num_cached_tokens: int
     scores: tuple[ScoredToken, ...] = ()
-    prompt: tuple[ScoredToken, ...] = ()
+    prompt: PromptScores | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -177,14 +177,10 @@ class ChoiceText:
         if not output.draws and not (self._scores_prompt and output.index == 0):
             return event
         scores = tuple([score(draw, self._text_of) for draw in output.draws[: len(token_ids)]])
-        return msgspec.structs.replace(event, scores=scores, prompt=self._score_prompt(output))
-
-    def _score_prompt(self, output: TokenOutput) -> tuple[ScoredToken, ...]:
-        """All of the prompt's tokens, with its first output; the first of them follows nothing."""
-        if not self._scores_prompt or output.index:
-            return ()
-        first = self._prompt_token_ids[0]
-        return ScoredToken(first, self._text_of(first)), *[score(draw, self._text_of) for draw in output.prompt]
+        prompt = None
+        if self._scores_prompt and output.index == 0:
+            prompt = PromptScores(self._prompt_token_ids[0], output.prompt, self._text_of)
+        return msgspec.structs.replace(event, scores=scores, prompt=prompt)
 
 
 async def stream_choice(

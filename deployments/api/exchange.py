@@ -5,7 +5,7 @@ Knows the backend as a Protocol alone, and errors as `failures.py` has them; `ht
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -156,7 +156,7 @@ class Exchange:
             if call.stream:
                 await self._stream(events, answer, tally, call.include_usage)
             else:
-                await self._collect(events, answer, tally, len(choices))
+                await self._collect(events, answer, tally, call)
 
     def _open_choices(self, call: Call) -> list[AsyncGenerator[TextEvent, None]]:
         """Where a prompt is sampled several times, the others begin when the first has left its KV to be found."""
@@ -186,7 +186,9 @@ class Exchange:
             if is_first:
                 await self._start(HTTPStatus.OK, "text/event-stream; charset=utf-8", {"x-accel-buffering": "no"})
             tally.add(event)
-            if frames := b"".join(sse.frame(chunk) for chunk in answer.chunks(event)):
+            # Thousands of logprobs take long enough to stop other streams.
+            chunks = answer.chunks(event) if event.prompt is None else await asyncio.to_thread(answer.chunks, event)
+            if frames := b"".join(sse.frame(chunk) for chunk in chunks):
                 if not is_first:
                     # The other streams of the same engine step make their text first, and then all write in a row: the
                     # proxy behind is woken once, not for each of them. 174 -> 152 us of CPU per token in all processes,
@@ -197,17 +199,15 @@ class Exchange:
         ending = sse.frame(answer.usage_chunk()) if include_usage else b""
         await self._send_body(ending + sse.DONE)
 
-    async def _collect(
-        self, events: AsyncGenerator[TextEvent, None], answer: Answer, tally: Tally, num_choices: int
-    ) -> None:
-        choices = [ChoiceResult() for _ in range(num_choices)]
+    async def _collect(self, events: AsyncGenerator[TextEvent, None], answer: Answer, tally: Tally, call: Call) -> None:
+        choices = [ChoiceResult() for _ in call.requests]
         async for event in events:
             tally.add(event)
             choices[event.choice].add(event)
             self._stopwatch.lap(event)
-        response = answer.whole(choices)
+        body = await asyncio.to_thread(_to_body, answer, choices) if call.scores_prompts else _to_body(answer, choices)
         await self._start(HTTPStatus.OK, "application/json")
-        await self._send_body(sse.to_json(response))
+        await self._send_body(body)
 
     async def _fail(self, error: Exception) -> Outcome:
         failure = failure_of(error)
@@ -233,3 +233,7 @@ class Exchange:
             await self._send_message(message)
         except OSError as error:  # what ASGI servers raise when the client is gone
             raise ClientDisconnect from error
+
+
+def _to_body(answer: Answer, choices: Sequence[ChoiceResult]) -> bytes:
+    return sse.to_json(answer.whole(choices))

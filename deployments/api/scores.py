@@ -5,13 +5,14 @@
 
 import codecs
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
 # Before Python 3.12 pydantic describes these alone.
 from typing_extensions import TypedDict
 
-from deployments.messages import DrawnToken
+from deployments.messages import MAX_LOGPROBS, DrawnToken, Draws
 
 # JSON has no infinity; vLLM and OpenAI write the same.
 _LEAST_LOGPROB = -9999.0
@@ -35,14 +36,34 @@ class ScoredToken(msgspec.Struct, frozen=True, gc=False):
     top: tuple["ScoredToken", ...] = ()
 
 
-def score(draw: DrawnToken, text_of: Callable[[int], bytes]) -> ScoredToken:
+def score(draw: DrawnToken, text_of: Callable[[int], bytes], num_top: int = MAX_LOGPROBS) -> ScoredToken:
     """What an engine tells of a token, with its text and that of those beside it."""
     top = tuple(
         ScoredToken(token_id, text_of(token_id), max(logprob, _LEAST_LOGPROB), rank)
-        for rank, (token_id, logprob) in enumerate(draw.top, 1)
+        for rank, (token_id, logprob) in enumerate(draw.top[:num_top], 1)
     )
     own = None if draw.logprob is None else max(draw.logprob, _LEAST_LOGPROB)
     return ScoredToken(draw.token_id, text_of(draw.token_id), own, draw.rank, top)
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """What an engine tells of a prompt; long ones take a while to read, so a thread does.
+
+    Attributes:
+        first: its first token.
+        draws: those behind it.
+        text_of: UTF-8 of a token alone.
+    """
+
+    first: int
+    draws: Draws
+    text_of: Callable[[int], bytes]
+
+    def read(self, num_top: int) -> list[ScoredToken]:
+        """All of its tokens, with so many of the likeliest beside each."""
+        first = ScoredToken(self.first, self.text_of(self.first))
+        return [first, *[score(draw, self.text_of, num_top) for draw in self.draws]]
 
 
 class TopLogprob(TypedDict):
@@ -94,11 +115,11 @@ def shape_chat(scores: Sequence[ScoredToken]) -> ChatLogprobs:
     return {"content": content, "refusal": None}
 
 
-def shape_prompt(scores: Sequence[ScoredToken]) -> PromptLogprobs:
+def shape_prompt(prompt: PromptScores | None, num_top: int) -> PromptLogprobs:
     """As vLLM has those of a prompt: by token id, the likeliest and the prompt's own; nothing for the first token."""
     return [
         None if own.logprob is None else {str(token.token_id): _shape_placed(token) for token in (own, *own.top)}
-        for own in scores
+        for own in (() if prompt is None else prompt.read(num_top))
     ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import orjson
 import pytest
 
+from deployments.api import calls
 from deployments.api.text import TextCodec
 from deployments.messages import FinishReason
 from tests.api.fakes import CHAT, COMPLETIONS, END_ID, FakeBackend, events_of, logprob_of, playing, post
@@ -147,6 +148,32 @@ async def test_prompt_logprobs_have_vllms_form() -> None:
     answer = await whole(CHAT, playing("d", LENGTH), prompt_logprobs=0)
     assert len(answer["prompt_logprobs"]) == len("u:hi;a:")
     assert "prompt_logprobs" not in await whole(CHAT, playing("d", LENGTH))
+
+
+async def test_a_prompts_logprobs_are_as_many_as_each_field_asks_for() -> None:
+    fields = {"prompt": "ab", "echo": True, "logprobs": 1, "prompt_logprobs": 3}
+    choice = (await whole(COMPLETIONS, playing("d", LENGTH), **fields))["choices"][0]
+    assert [len(place) for place in choice["logprobs"]["top_logprobs"][1:]] == [2, 2]
+    assert len(choice["prompt_logprobs"][1]) == 4
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"echo": True, "logprobs": 1, "prompt": "abcd"}, "logprobs"),
+        ({"prompt_logprobs": 1, "prompt": "abcd"}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "prompt": ["abc"] * 4}, "prompt_logprobs"),
+    ],
+)
+async def test_more_logprobs_of_prompts_than_are_sent_are_a_400(
+    fields: dict[str, Any], param: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calls, "MAX_PROMPT_SCORES", 6)
+    monkeypatch.setattr(calls, "MAX_CALL_SCORES", 18)
+    answer = await post(playing("d", LENGTH), COMPLETIONS, **fields)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+    assert "at most 6 may be of one prompt and 18 of a call" in answer.json()["error"]["message"]
+    await whole(COMPLETIONS, playing("d", LENGTH), prompt=["abc"] * 3, prompt_logprobs=1)
 
 
 KINDS: dict[str, Callable[[], TextCodec]] = {

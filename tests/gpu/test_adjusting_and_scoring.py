@@ -1,6 +1,7 @@
 """Beside graphs and pipelining, changed logits and logprobs are those of transformers' own model on the same GPU."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_each_token_is_the_likeliest_after_the_processors(name: str) -> None:
         given, drawn = prompt(length), tokens[f"r{length}"]
         ids = torch.tensor([[*given, *drawn]], device="cuda")
         rows = logits_before(given, drawn)
-        found = processors(wanted, len(given))
+        found: Any = processors(wanted, len(given))
         changed = torch.cat([found(ids[:, : len(given) + n], row.unsqueeze(0)) for n, row in enumerate(rows)])
         behind = changed.amax(-1) - changed.gather(-1, torch.tensor([drawn], device="cuda").T).squeeze(-1)
         # A penalty multiplies what rounding has changed.

@@ -8,6 +8,7 @@ from deployments.messages import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
     MAX_PENALTY,
+    MAX_PROMPT_SCORES,
     REPETITION_PENALTIES,
     Adjustments,
     GenerateRequest,
@@ -26,6 +27,11 @@ def check_request(request: GenerateRequest, limits: EngineLimits, vocab_size: in
     _check_sampling(request.sampling, vocab_size)
     if request.num_prompt_logprobs is not None:
         _check_bounds("prompt_logprobs", request.num_prompt_logprobs, 0, MAX_LOGPROBS)
+        if request.num_prompt_scores > MAX_PROMPT_SCORES:
+            message = (
+                f"{request.num_prompt_scores} logprobs of a prompt are asked for, at most {MAX_PROMPT_SCORES} may be"
+            )
+            raise InvalidRequestError(message, "prompt_logprobs")
     prompt, given, max_tokens = request.prompt_token_ids, request.given_token_ids, request.sampling.max_tokens
     if not prompt:
         raise InvalidRequestError("the prompt is empty; it needs at least 1 token", "prompt")

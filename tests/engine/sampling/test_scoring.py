@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.engine import Engine
-from deployments.engine.scheduling import scheduler
+from deployments.engine.scheduling import checks, scheduler
 from deployments.errors import InvalidRequestError
 from deployments.messages import Adjustments, DrawnToken, EngineEvent, GenerateRequest, SamplingParams, TokenOutput
 from tests.engine.driving import BLOCK_SIZE, build_engine, generate, greedy, prefill_all, run
@@ -210,6 +210,14 @@ def test_a_number_of_logprobs_out_of_bounds_is_refused(number: int) -> None:
         engine.add(request(PROMPTS[0], num_logprobs=number))
     with pytest.raises(InvalidRequestError, match=f"^prompt_logprobs is {number}, must be from 0 to 20$"):
         engine.add(request(PROMPTS[0], num_prompt=number))
+
+
+def test_more_logprobs_of_a_prompt_than_a_frame_should_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "MAX_PROMPT_SCORES", 3 * len(PROMPTS[4]))
+    engine = build_engine(load("llama"))
+    engine.add(request(PROMPTS[4], num_prompt=2))
+    with pytest.raises(InvalidRequestError, match=r"^92 logprobs of a prompt are asked for, at most 69 may be$"):
+        engine.add(request(PROMPTS[4], "more", num_prompt=3))
 
 
 def _all_events(engine: Engine) -> list[EngineEvent]:
