@@ -1,7 +1,8 @@
 """Two engines and everything that may happen between them, in any order: nothing is lost, and no token is wrong."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from deployments.engine.handoff.states import Clock
 from deployments.engine.model.load import LoadedModel, prepare_model
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.messages import (
+    Adjustments,
     ChunkReady,
     EngineEvent,
     GenerateRequest,
@@ -58,6 +60,20 @@ def alone(prompt: tuple[int, ...], sampling: SamplingParams) -> tuple[int, ...]:
     return tokens
 
 
+@cache
+def logprobs_of(tokens: tuple[int, ...]) -> list[float]:
+    """Of all but the first of them, scored by an engine of its own."""
+    engine = build_small(num_blocks=64)
+    engine.add(GenerateRequest("scored", tokens, SamplingParams(max_tokens=1), num_prompt_logprobs=0))
+    told = [event for event in iter_events(engine) if isinstance(event, TokenOutput)]
+    return [token.logprob or 0.0 for token in told[0].prompt]
+
+
+def iter_events(engine: Engine) -> Iterator[EngineEvent]:
+    while engine.has_work:
+        yield from engine.step()
+
+
 # Few prompts that begin alike, so that prefixes meet; drawn tokens depend on the seed and so on every logit.
 prompts = st.builds(
     lambda length, last: (*((i * 7) % VOCAB_SIZE for i in range(length - 1)), last),
@@ -70,6 +86,8 @@ samplings = st.builds(
     temperature=st.sampled_from([0.0, 1.0]),
     seed=st.integers(0, 1),
     stop_token_ids=st.sampled_from([(), (3, 17, 40)]),
+    adjustments=st.sampled_from([None, None, Adjustments(((5, 2.0),), 1.3, 1.0, 0.5, min_tokens=1)]),
+    num_logprobs=st.sampled_from([None, None, 2]),
 )
 
 
@@ -98,9 +116,16 @@ class Relay(RuleBasedStateMachine):
         self.arrived: list[InFlight] = []
         self.unreleased: list[ChunkReady] = []
 
-    @rule(prompt=prompts, sampling=samplings, threshold=st.sampled_from([None, 0, 0, 9]))
-    def add(self, prompt: tuple[int, ...], sampling: SamplingParams, threshold: int | None) -> None:
-        request = GenerateRequest(f"r{len(self.requests)}", prompt, sampling)
+    @rule(
+        prompt=prompts,
+        sampling=samplings,
+        threshold=st.sampled_from([None, 0, 0, 9]),
+        num_scored=st.sampled_from([None, None, None, 1]),
+    )
+    def add(
+        self, prompt: tuple[int, ...], sampling: SamplingParams, threshold: int | None, num_scored: int | None
+    ) -> None:
+        request = GenerateRequest(f"r{len(self.requests)}", prompt, sampling, num_prompt_logprobs=num_scored)
         self.requests[request.request_id] = request
         self.tokens[request.request_id] = []
         self.decode.add(request, threshold)
@@ -205,7 +230,8 @@ class Relay(RuleBasedStateMachine):
                 assert event.request_id not in self.ended, f"{event} after the end"
                 assert event.index == len(tokens)
                 tokens += event.token_ids
-                whole = alone(request.prompt_token_ids, request.sampling)
+                check_scores(request, event)
+                whole = alone(request.prompt_token_ids, replace(request.sampling, num_logprobs=None))
                 assert tuple(tokens) == whole[: len(tokens)], "other tokens than alone"
                 assert (event.finish_reason is not None) is (len(tokens) == len(whole))
                 if event.finish_reason is not None:
@@ -215,7 +241,8 @@ class Relay(RuleBasedStateMachine):
         """The first token also comes from the prefill engine; if it is the last one too, nobody sends any KV."""
         request = self.requests[event.request_id]
         assert event.index == 0
-        assert event.token_ids == alone(request.prompt_token_ids, request.sampling)[:1]
+        check_scores(request, event)
+        assert event.token_ids == alone(request.prompt_token_ids, replace(request.sampling, num_logprobs=None))[:1]
         if event.finish_reason is not None:
             self.end(event.request_id)
 
@@ -241,6 +268,19 @@ class Relay(RuleBasedStateMachine):
             assert engine.num_free_blocks == POOL_BLOCKS
             assert not is_between_engines(engine)
             assert not engine.has_work
+
+
+def check_scores(request: GenerateRequest, event: TokenOutput) -> None:
+    """Logprobs are there where they were asked for, and of the right tokens."""
+    prompt, is_asked = request.prompt_token_ids, request.sampling.num_logprobs is not None
+    assert tuple(draw.token_id for draw in event.draws) == (event.token_ids if is_asked else ())
+    is_scored = request.num_prompt_logprobs is not None and event.index == 0
+    assert tuple(token.token_id for token in event.prompt) == (prompt[1:] if is_scored else ())
+    if is_asked and event.index == 0:
+        *_, expected = logprobs_of((*prompt, event.token_ids[0]))
+        assert event.draws[0].logprob == pytest.approx(expected, abs=1e-4)
+    if is_scored:
+        assert [token.logprob for token in event.prompt] == pytest.approx(logprobs_of(prompt), abs=1e-4)
 
 
 class PipelinedRelay(Relay):
