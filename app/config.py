@@ -8,14 +8,23 @@ deployment options. Starts nothing and does not know the deployment classes. `ap
 import math
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 from ray._private.label_utils import validate_label_selector
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from app.arguments import ConfigError, describe_errors, list_arguments, unflatten
 from deployments.api.body import MAX_BODY_BYTES
+from deployments.api.keys import check_source
 from deployments.engine.config import EngineConfig
 from deployments.load.admission import Bounds
 from deployments.routing.settings import RoutingSettings
@@ -123,6 +132,8 @@ class IngressConfig(ReplicaConfig):
         max_ttft_s: a request is refused with 429 if its first token is estimated to take more seconds than its priority
             may use of this: 100% high, 80% normal, 50% low.
         max_queued_tokens: the same for prompt tokens that wait, per engine that computes prompts.
+        api_keys: file with the keys that callers must have, absolute and on the ingress's node, or `env:NAME` for a
+            variable there that holds the same; without it everybody may call. See docs/security.md.
     """
 
     num_cpus: float = Field(default=0.1, ge=0)
@@ -131,6 +142,7 @@ class IngressConfig(ReplicaConfig):
     resume_timeout_s: float = Field(default=60.0, gt=0)
     max_ttft_s: float = Field(default=60.0, gt=0)
     max_queued_tokens: int = Field(default=1_000_000, ge=1)
+    api_keys: Annotated[str, AfterValidator(check_source)] | None = None
 
     def deployment_options(self) -> dict[str, Any]:
         """Return the options of this deployment, as `Deployment.options` takes them."""

@@ -41,6 +41,8 @@ def ingress_settings(args: AppConfig) -> IngressSettings:
         resume_timeout_s=args.ingress.resume_timeout_s,
         bounds=args.admission_bounds(),
         routing=args.routing,
+        api_keys=args.ingress.api_keys,
+        max_replicas=args.ingress.max_replicas,
     )
 
 

@@ -27,6 +27,7 @@ from app.config import AppConfig
 from app.haproxy import LOOPBACK_VARIABLE
 from app.local_process import RunFolder, Server
 from app.local_server import HOST, RUNS, STAGE_MARK
+from deployments.api.keys import KeyRing, KeysError
 from deployments.engine.model.files import check_model
 from deployments.errors import UnsupportedModelError
 
@@ -65,11 +66,14 @@ def up(folder: RunFolder, app: str, port: int, num_cpus: int | None, timeout_s: 
     Raises:
         ConfigError: an argument is wrong; nothing was started.
         UnsupportedModelError: there is no such model, or it is not whole; nothing was started.
+        KeysError: the API keys cannot be read; nothing was started.
         LocalError: it runs already, the port is taken, or it did not start.
     """
     config = parse_arguments(pairs)
     if app == APP:  # what another one does with the name, only it knows
         check_model(config.model)
+        if config.ingress.api_keys is not None:
+            KeyRing(config.ingress.api_keys)
     num_cpus = num_cpus or max(os.cpu_count() or 1, math.ceil(config.max_num_cpus()))
     started = time.monotonic()
     with folder.locked():
@@ -85,7 +89,7 @@ def up(folder: RunFolder, app: str, port: int, num_cpus: int | None, timeout_s: 
         folder.forget()
         raise
     print(f"\n{config.served_model_name} is served at {server.url} (log: {folder.log}; stop with: make stop). Try:\n")
-    print(f"  {_curl(server, config.served_model_name)}\n")
+    print(f"  {_curl(server, config.served_model_name, needs_key=config.ingress.api_keys is not None)}\n")
 
 
 def _check_port(port: int) -> None:
@@ -207,11 +211,12 @@ def _last_lines(log: Path) -> str:
     return "\n".join([*lines[-_NUM_ERROR_LINES:], f"\n(the whole log: {log})"])
 
 
-def _curl(server: Server, model: str) -> str:
+def _curl(server: Server, model: str, needs_key: bool) -> str:
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     body = json.dumps({"model": model, "messages": messages, "max_tokens": 32, "temperature": 0})
-    header = "Content-Type: application/json"
-    return f"curl {server.url}/v1/chat/completions -H {shlex.quote(header)} -d {shlex.quote(body)}"
+    headers = ["Content-Type: application/json", *(["Authorization: Bearer YOUR_KEY"] if needs_key else [])]
+    options = " ".join(f"-H {shlex.quote(header)}" for header in headers)
+    return f"curl {server.url}/v1/chat/completions {options} -d {shlex.quote(body)}"
 
 
 def down(folder: RunFolder) -> None:
@@ -276,7 +281,7 @@ def main() -> int:
             down(folder)
         else:
             status(folder)
-    except (ConfigError, LocalError, UnsupportedModelError) as error:
+    except (ConfigError, KeysError, LocalError, UnsupportedModelError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

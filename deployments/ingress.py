@@ -18,7 +18,9 @@ from ray import serve
 from starlette.applications import Starlette
 
 from deployments.apart import call_apart
+from deployments.api.accounts import Sharers
 from deployments.api.http import build_app
+from deployments.api.keys import KeyRing
 from deployments.api.text import TextCodec
 from deployments.api.tokenizer import read_tokenizer
 from deployments.decode_client import DecodeClient
@@ -34,6 +36,7 @@ from deployments.ray_errors import as_ours
 from deployments.replica_stats import Positions, ReplicaStats
 from deployments.routing.pools import PoolRouters
 from deployments.routing.settings import RoutingSettings
+from deployments.serve_state import http_host, is_loopback, num_replicas
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 
 if TYPE_CHECKING:
@@ -44,6 +47,8 @@ logger = logging.getLogger(__name__)
 _STATS_TIMEOUT_S = 10.0
 # A call that is in doubt waits no longer for a fresh reading; an engine answers between two of its steps.
 _REFRESH_TIMEOUT_S = 0.5
+# Between two looks at how many ingress replicas count for the limits of a key.
+_SHARERS_PERIOD_S = 10.0
 
 
 class PoolBackend:
@@ -153,6 +158,8 @@ class IngressSettings:
         resume_timeout_s: how long a request whose decode replica was lost may wait for another.
         bounds: of admission.
         routing: see there.
+        api_keys: where the keys are that let in, as `check_source` takes it; None: everybody may come in.
+        max_replicas: of this deployment.
     """
 
     model: str
@@ -162,6 +169,8 @@ class IngressSettings:
     resume_timeout_s: float
     bounds: Bounds
     routing: RoutingSettings
+    api_keys: str | None
+    max_replicas: int
 
 
 @serve.ingress()
@@ -180,8 +189,9 @@ class Ingress:
         prefill: "DeploymentHandle[Any] | None",
         settings: IngressSettings,
     ) -> None:
-        engine: EngineInfo = await decode.engine_info.remote()
         self._settings = settings
+        self._keys = await self._open_keys()
+        engine: EngineInfo = await decode.engine_info.remote()
         self._codec = await asyncio.to_thread(load_codec, engine.path, settings.model)
         self._info = describe_served(engine, self._codec, settings.served_model_name)
         tokens = await TokenReceiver.start(ray.util.get_node_ip_address(), settings.max_unread_tokens)
@@ -195,6 +205,18 @@ class Ingress:
         gc.collect()
         gc.freeze()
 
+    async def _open_keys(self) -> KeyRing | None:
+        source = self._settings.api_keys
+        if source is None:
+            warn_if_open(await asyncio.to_thread(http_host))
+            return None
+        # Strict until it is known how many run.
+        sharers = Sharers(self._settings.max_replicas)
+        keys = await asyncio.to_thread(KeyRing, source, sharers)
+        self._keys_watch = asyncio.create_task(keys.watch())
+        self._sharers_watch = asyncio.create_task(_watch_sharers(sharers))
+        return keys
+
     def __serve_build_asgi_app__(self) -> Starlette:
         return build_app(
             self._backend,
@@ -203,7 +225,28 @@ class Ingress:
             observer=self._backend.clients,
             max_body_bytes=self._settings.max_request_bytes,
             server_sends_ids=True,
+            keys=self._keys,
         )
+
+
+def warn_if_open(host: str | None) -> None:
+    """Without keys: say so where the address on which the API listens is for others than this machine."""
+    if not is_loopback(host):
+        logger.warning(
+            "NO API KEYS: the API listens on %s, and whoever reaches it may use it and read /metrics. Set "
+            "ingress.api_keys, or let only a proxy that authenticates reach it (docs/security.md).",
+            host,
+        )
+
+
+async def _watch_sharers(sharers: Sharers) -> None:
+    """Keep up with how many replicas share the limits of keys; while Serve does not say, the last number holds."""
+    while True:
+        try:
+            sharers.count = await asyncio.to_thread(num_replicas)
+        except Exception as error:
+            logger.warning("Serve does not say how many ingress replicas run: %r", error)
+        await asyncio.sleep(_SHARERS_PERIOD_S)
 
 
 def describe_served(engine: EngineInfo, codec: TextCodec, name: str) -> ModelInfo:

@@ -60,10 +60,16 @@ class ClientMetrics(Collector):
         self._resumed = Counter(
             f"{_PREFIX}requests_resumed", "Times that a lost request went on.", registry=self.registry
         )
+        self._denied = Counter(
+            f"{_PREFIX}requests_denied", "Requests refused for their key.", ["reason"], registry=self.registry
+        )
         self._in_flight = Gauge(f"{_PREFIX}requests_in_flight", "Calls not yet answered.", registry=self.registry)
 
     def request_started(self) -> None:
         self._in_flight.inc()
+
+    def request_denied(self, reason: str) -> None:
+        self._denied.labels(reason).inc()
 
     def request_resumed(self) -> None:
         """Its decode replica was lost, and another goes on with it."""

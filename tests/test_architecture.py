@@ -64,6 +64,7 @@ PLACES = (
     "replica_stats",
     "apart",
     "ray_errors",
+    "serve_state",
     "kv_transfer",
     "tokens",
     "load",

@@ -87,6 +87,10 @@ def test_any_values_of_known_arguments_are_accepted_or_refused_in_words(values):
         ),
         ("prefill.autoscaling_config.max_replicas=2", ["autoscaling_config.max_replicas: set `max_replicas` beside"]),
         ("decode.node_labels.pool=a@b", ["decode: node_labels: Invalid label selector value `a@b`"]),
+        (
+            "ingress.api_keys=keys.toml",
+            ["ingress.api_keys=keys.toml: must be the absolute path of a file, or env:NAME"],
+        ),
         ("mode.x=1", ["mode", "'disaggregated' or 'colocated'"]),
     ],
 )

@@ -157,6 +157,16 @@ def test_a_model_that_is_not_there_is_refused_in_one_line_before_anything_starts
     assert not folder.log.exists()
 
 
+def test_api_keys_that_cannot_be_read_are_refused_before_anything_starts(folder, port, tmp_path):
+    keys = tmp_path / "keys.toml"
+    keys.write_text("[alice]\nkey = 'too short'\n")
+    refused = run(folder, "up", "--port", str(port), f"ingress.api_keys={keys}")
+    assert refused.returncode == 1
+    assert f"API keys in {keys}: [alice] key: a key is 16 to" in refused.stderr
+    assert "too short" not in refused.stderr
+    assert not folder.log.exists()
+
+
 def test_make_serve_hands_on_a_model_whose_path_has_spaces_and_quotes(tmp_path):
     echo = tmp_path / "python"
     echo.write_text("#!/bin/bash\nprintf '%s\\n' \"$@\"\n")

@@ -36,14 +36,17 @@ def read_caller(headers: Headers) -> Caller:
     Raises:
         InvalidRequestError: there is no such priority.
     """
-    return Caller(_read_key(headers), _read_priority(headers))
+    return Caller(read_key(headers), _read_priority(headers))
 
 
-def _read_key(headers: Headers) -> bytes:
-    scheme, _, token = headers.get("authorization", "").strip().partition(" ")
+def read_key(headers: Headers) -> bytes:
+    """SHA-256 of the API key, or `ANONYMOUS`; of two headers `Authorization` none counts, for who is meant?"""
+    given = headers.getlist("authorization")
+    scheme, _, token = (given[0] if len(given) == 1 else "").strip().partition(" ")
     key = token.strip() if scheme.lower() == "bearer" else ""
     key = key or headers.get("x-api-key", "").strip()
-    return hashlib.sha256(key.encode()).digest() if key else ANONYMOUS
+    # As they were sent: Starlette makes a character of each byte.
+    return hashlib.sha256(key.encode("latin-1")).digest() if key else ANONYMOUS
 
 
 def _read_priority(headers: Headers) -> Priority:

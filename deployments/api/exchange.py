@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from http import HTTPStatus
 
@@ -17,11 +17,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
 from deployments.api import sse
+from deployments.api.accounts import NO_ACCOUNT, Account
 from deployments.api.answers import Answer, ChoiceResult, Tally
 from deployments.api.asgi import until_disconnect
-from deployments.api.backend import Backend
+from deployments.api.backend import Backend, Ticket
 from deployments.api.body import read_body
-from deployments.api.caller import read_caller
+from deployments.api.caller import Caller, read_caller
 from deployments.api.calls import Call
 from deployments.api.chat_template import TemplateLimitError
 from deployments.api.choices import ChoiceText, TextEvent, follow, lead, merge, stream_choice
@@ -81,6 +82,7 @@ class Exchange:
         self._given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._is_stalled = False
         self._user: str | None = None
+        self._account: Account = scope["state"].get("account", NO_ACCOUNT)
 
     async def run(self) -> None:
         """Read, generate, answer; a client that leaves ends all of it at once."""
@@ -92,10 +94,11 @@ class Exchange:
             self._service.observer.request_finished(outcome)
             elapsed_s = self._stopwatch.elapsed_s()
             logger.info(
-                "%s: %s after %.3f s, user %r, X-Request-Id %s",
+                "%s: %s after %.3f s, key %r, user %r, X-Request-Id %s",
                 self._call_id,
                 outcome,
                 elapsed_s,
+                self._account.name,
                 self._user,
                 self._request_id,
             )
@@ -127,8 +130,8 @@ class Exchange:
     async def _respond(self, body: bytes) -> Outcome:
         try:
             caller = read_caller(Headers(scope=self._scope))
-            call = await self._read_call(body, caller.priority)
-            with closing(await self._service.backend.admit(call.requests, caller.key)) as ticket:
+            call = self._own(await self._read_call(body, caller.priority))
+            with closing(await self._admit(call, caller)) as ticket:
                 self._stopwatch.on_first = ticket.first_token
                 await self._generate(call)
         except ClientDisconnect:
@@ -144,6 +147,25 @@ class Exchange:
             with suppress(TemplateLimitError):
                 return read(body, self._call_id, codec.brief, info, priority)
         return await asyncio.to_thread(read, body, self._call_id, codec, info, priority)
+
+    async def _admit(self, call: Call, caller: Caller) -> Ticket:
+        """Have the call let in; its prompts count for the caller's limit, unless it is not."""
+        num_tokens = sum(len(request.prompt_token_ids) for request in call.requests)
+        self._account.check_tokens(num_tokens)
+        self._account.take_tokens(num_tokens)
+        try:
+            return await self._service.backend.admit(call.requests, self._account.key or caller.key)
+        except BaseException:
+            self._account.take_tokens(-num_tokens)
+            raise
+
+    def _own(self, call: Call) -> Call:
+        """The call with KV that only callers of the same cache find."""
+        cache = self._account.terms.cache
+        if not cache:
+            return call
+        salted = (replace(request, cache_salt=f"{cache}\0{request.cache_salt}") for request in call.requests)
+        return replace(call, requests=tuple(salted))
 
     async def _generate(self, call: Call) -> None:
         self._user = call.user
@@ -186,6 +208,7 @@ class Exchange:
             if is_first:
                 await self._start(HTTPStatus.OK, "text/event-stream; charset=utf-8", {"x-accel-buffering": "no"})
             tally.add(event)
+            self._account.take_tokens(event.num_tokens)
             # Thousands of logprobs take long enough to stop other streams.
             chunks = answer.chunks(event) if event.prompt is None else await asyncio.to_thread(answer.chunks, event)
             if frames := b"".join(sse.frame(chunk) for chunk in chunks):
@@ -203,6 +226,7 @@ class Exchange:
         choices = [ChoiceResult() for _ in call.requests]
         async for event in events:
             tally.add(event)
+            self._account.take_tokens(event.num_tokens)
             choices[event.choice].add(event)
             self._stopwatch.lap(event)
         body = await asyncio.to_thread(_to_body, answer, choices) if call.scores_prompts else _to_body(answer, choices)

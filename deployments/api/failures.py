@@ -7,7 +7,9 @@ from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
 
+from deployments.api.accounts import RateLimitedError
 from deployments.api.calls import ModelNotFoundError
+from deployments.api.keys import ForbiddenError, UnauthorizedError
 from deployments.api.observer import Outcome
 from deployments.errors import (
     EngineDeadError,
@@ -23,7 +25,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error as a client sees it, in OpenAI's shape; `retry_after_s` is when the same request could succeed."""
+    """An error as a client sees it, in OpenAI's shape.
+
+    Attributes:
+        retry_after_s: when the same request could succeed.
+        challenge: what a client has to bring to be let in.
+    """
 
     status: HTTPStatus
     message: str
@@ -31,6 +38,7 @@ class Failure:
     param: str | None = None
     code: str | None = None
     retry_after_s: float | None = None
+    challenge: str | None = None
 
     @property
     def outcome(self) -> Outcome:
@@ -41,8 +49,11 @@ class Failure:
         return Outcome.FAILED if self.status >= HTTPStatus.INTERNAL_SERVER_ERROR else Outcome.INVALID
 
     def headers(self) -> dict[str, str]:
-        """`Retry-After` in whole seconds, at least 1, where trying again helps."""
-        return {} if self.retry_after_s is None else {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
+        """`Retry-After` in whole seconds, at least 1, where trying again helps; `WWW-Authenticate` where a key does."""
+        headers = {} if self.challenge is None else {"www-authenticate": self.challenge}
+        if self.retry_after_s is not None:
+            headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
+        return headers
 
     def body(self) -> dict[str, dict[str, str | None]]:
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
@@ -71,6 +82,20 @@ def failure_of(error: Exception) -> Failure:
                 code="overloaded",
                 retry_after_s=error.retry_after_s,
             )
+        case RateLimitedError():
+            return Failure(
+                HTTPStatus.TOO_MANY_REQUESTS,
+                str(error),
+                error.unit,  # as OpenAI has it
+                code="rate_limit_exceeded",
+                retry_after_s=error.retry_after_s,
+            )
+        case UnauthorizedError():
+            # RFC 6750: only who brought a key is told that it is not good.
+            challenge = 'Bearer realm="kvrelay"' + (', error="invalid_token"' if error.is_wrong else "")
+            return Failure(HTTPStatus.UNAUTHORIZED, str(error), code="invalid_api_key", challenge=challenge)
+        case ForbiddenError():
+            return Failure(HTTPStatus.FORBIDDEN, str(error), code="insufficient_permissions")
         case SlowReaderError():
             return Failure(HTTPStatus.REQUEST_TIMEOUT, str(error), code="client_too_slow")
         case EngineDeadError() | TransferError():

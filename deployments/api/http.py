@@ -23,6 +23,8 @@ from deployments.api.body import MAX_BODY_BYTES
 from deployments.api.calls import ModelNotFoundError, read_chat, read_completion
 from deployments.api.exchange import Endpoint, Service
 from deployments.api.failures import failure_of
+from deployments.api.guard import Guard
+from deployments.api.keys import KeyRing
 from deployments.api.observer import Observer, SilentObserver
 from deployments.api.text import TextCodec
 from deployments.errors import KvRelayError
@@ -42,6 +44,7 @@ def build_app(
     max_body_bytes: int = MAX_BODY_BYTES,
     body_timeout_s: float = BODY_TIMEOUT_S,
     server_sends_ids: bool = False,
+    keys: KeyRing | None = None,
 ) -> Starlette:
     """Build the application.
 
@@ -53,9 +56,14 @@ def build_app(
         max_body_bytes: a longer request body is refused with 413.
         body_timeout_s: a request body that takes longer to arrive is refused with 408.
         server_sends_ids: see `RequestIds`.
+        keys: those that let in; None: everybody is.
     """
-    service = Service(backend, codec, info, observer or SilentObserver(), max_body_bytes, body_timeout_s)
+    observer = observer or SilentObserver()
+    service = Service(backend, codec, info, observer, max_body_bytes, body_timeout_s)
     pages = _Pages(backend, info)
+    middleware = [Middleware(RequestIds, is_sent_by_server=server_sends_ids), Middleware(ClosesUnread)]
+    if keys is not None:
+        middleware.append(Middleware(Guard, keys=keys, refused=observer.request_denied))
     return Starlette(
         routes=[
             Route("/v1/completions", Endpoint(service, "cmpl", read_completion, CompletionAnswer), methods=["POST"]),
@@ -65,7 +73,7 @@ def build_app(
             Route("/health", pages.health),
             Route("/metrics", pages.metrics),
         ],
-        middleware=[Middleware(RequestIds, is_sent_by_server=server_sends_ids), Middleware(ClosesUnread)],
+        middleware=middleware,
         exception_handlers={HTTPException: _refuse, KvRelayError: _refuse, Exception: _refuse},
     )
 

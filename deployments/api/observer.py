@@ -29,6 +29,10 @@ class Observer(Protocol):
         """A call to a generate endpoint arrived."""
         ...
 
+    def request_denied(self, reason: str) -> None:
+        """A request was not let in for its key, or for want of one; none of the other methods hears of it."""
+        ...
+
     def first_token(self, seconds: float) -> None:
         """TTFT of one choice: arrival of the call until its first output was sent, or collected if not streaming."""
         ...
@@ -46,6 +50,8 @@ class SilentObserver:
     """Records nothing."""
 
     def request_started(self) -> None: ...
+
+    def request_denied(self, reason: str) -> None: ...
 
     def first_token(self, seconds: float) -> None: ...
 

@@ -187,6 +187,7 @@ class Recorder:
     """An observer that keeps what it is told."""
 
     num_started: int = 0
+    denied: list[str] = field(default_factory=list)
     first_s: list[float] = field(default_factory=list)
     gaps: list[tuple[float, int]] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
@@ -196,6 +197,9 @@ class Recorder:
     def request_started(self) -> None:
         self.num_started += 1
         self.has_started.set()
+
+    def request_denied(self, reason: str) -> None:
+        self.denied.append(reason)
 
     def first_token(self, seconds: float) -> None:
         self.first_s.append(seconds)

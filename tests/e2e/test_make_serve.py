@@ -1,4 +1,4 @@
-"""The server as `make serve` starts it, with two ingress replicas: HAProxy, gRPC between replicas, the real model."""
+"""The server as `make serve` starts it, with API keys: two ingress replicas, HAProxy, the real model."""
 
 import json
 import os
@@ -27,11 +27,28 @@ from tests.waiting import wait_until
 
 PROMPT_NAMES = ("plain-1", "plain-33", "plain-300", "plain-511", "plain-1025", "chat-0", "chat-1", "chat-3")
 STOP_TIMEOUT_S = 240.0
+KEY, LIMITED_KEY = "sk-tests-0123456789", "sk-limited-0123456789"
+LIMIT = 6000
+KEYS = f"""
+[tests]
+key = "{KEY}"
+metrics = true
+[limited]
+key = "{LIMITED_KEY}"
+requests_per_minute = {LIMIT}
+"""
 HELD = ("running_sequences", "waiting_sequences", "reserved_sequences", "kv_blocks_used", "exported_blocks")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("keys") / "keys.toml"
+    file.write_text(KEYS)
+    return file
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, keys_file: Path) -> Iterator[Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -39,6 +56,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     pairs = ["ingress.min_replicas=2", "ingress.max_replicas=2", f"served_model_name={MODEL_NAME}"]
     pairs.append("ingress.max_ttft_s=600")  # nothing shall be refused for being slow on cores that others use, too
     pairs.append("engine.num_blocks=512")  # and not what is free just now of a machine that others use, too
+    pairs.append(f"ingress.api_keys={keys_file}")
     command = [sys.executable, "-m", "app.local", "--run-dir", str(folder.path), "up", "--port", str(port), *pairs]
     subprocess.run(command, check=True, timeout=600)
     server = folder.server()
@@ -53,6 +71,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture
 def local(server: Server) -> Service:
     return Service("disaggregated", server.url)
+
+
+@pytest.fixture
+def client() -> Iterator[httpx.Client]:
+    with httpx.Client(timeout=300, headers=bearing(KEY)) as client:
+        yield client
+
+
+def bearing(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
 
 
 def processes(server: Server, name: str) -> list[psutil.Process]:
@@ -109,7 +137,7 @@ def test_tokens_equal_transformers_through_both_ingress_replicas(
 
 
 def test_openai_client_streams_what_it_gets_whole(local: Service) -> None:
-    with openai.OpenAI(base_url=f"{local.url}/v1", api_key="none", max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{local.url}/v1", api_key=KEY, max_retries=0) as client:
         options: dict[str, Any] = {
             "model": MODEL_NAME,
             "messages": [{"role": "user", "content": "What is the capital of France?"}],
@@ -177,13 +205,14 @@ def test_clients_that_leave_before_an_answer_free_both_pools(
         "stream": stream,
         "model": MODEL_NAME,
     }
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n".encode()
     sockets = []
     for index in range(num_clients):
         prompt = [1000 + index, *range(2000, 2000 + num_prompt_tokens - 1)]
         data = json.dumps(fields | {"prompt": prompt}).encode()
         one = socket.create_connection(("127.0.0.1", int(local.url.rpartition(":")[2])))
         one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        one.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(data))
+        one.sendall(head + b"content-length: %d\r\n\r\n" % len(data))
         time.sleep(0.005)
         one.sendall(data)
         sockets.append(one)
@@ -195,7 +224,7 @@ def test_clients_that_leave_before_an_answer_free_both_pools(
 
 def test_openais_client_that_has_no_patience_frees_both_pools(client: httpx.Client, local: Service) -> None:
     options: Any = {"model": MODEL_NAME, "prompt": "Once upon a time", "extra_body": {"ignore_eos": True}}
-    with openai.OpenAI(base_url=f"{local.url}/v1", api_key="none", max_retries=0, timeout=0.5) as impatient:
+    with openai.OpenAI(base_url=f"{local.url}/v1", api_key=KEY, max_retries=0, timeout=0.5) as impatient:
         for _ in range(3):
             with pytest.raises(openai.APITimeoutError):
                 impatient.completions.create(**options, max_tokens=2000)
@@ -216,6 +245,52 @@ def test_health_runs_no_model_and_every_answer_has_one_request_id(client: httpx.
             answer = client.get(local.url + path, headers=headers)
             (request_id,) = answer.headers.get_list("x-request-id")
             assert (request_id == "mine") is bool(headers)
+
+
+def test_a_stranger_gets_nothing_but_the_health(local: Service) -> None:
+    with httpx.Client(base_url=local.url) as stranger:
+        assert stranger.get("/health").status_code == 200
+        for headers in ({}, bearing("sk-nobody-0123456789")):
+            for method, path in (
+                ("GET", "/v1/models"),
+                ("POST", "/v1/completions"),
+                ("GET", "/metrics"),
+                ("GET", "/x"),
+            ):
+                answer = stranger.request(method, path, headers=headers)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+                assert answer.headers["www-authenticate"].startswith("Bearer")
+
+
+def test_both_ingress_replicas_count_for_one_limit(local: Service) -> None:
+    def num_left() -> int:
+        answer = httpx.get(f"{local.url}/v1/models", headers=bearing(LIMITED_KEY))
+        assert answer.headers["x-ratelimit-limit-requests"] == str(LIMIT)
+        return int(answer.headers["x-ratelimit-remaining-requests"])
+
+    # Each counts what it serves twice, once it knows of the other, and fills 100 a second.
+    wait_until(lambda: num_left() == LIMIT - 2, 60)
+
+
+def test_a_key_is_good_and_bad_again_without_a_restart(local: Service, keys_file: Path) -> None:
+    new = "sk-new-0123456789"
+
+    def statuses() -> set[int]:
+        return {httpx.get(f"{local.url}/v1/models", headers=bearing(new)).status_code for _ in range(6)}
+
+    assert statuses() == {401}
+    draft = keys_file.with_suffix(".draft")
+    for text, status in ((f'{KEYS}\n[new]\nkey = "{new}"\n', 200), (KEYS, 401)):
+        draft.write_text(text)
+        draft.replace(keys_file)
+        wait_until(lambda: statuses() == {status}, 30)  # noqa: B023
+
+
+def test_no_log_holds_a_key(server: Server) -> None:
+    logs = [path for path in Path(server.temp_dir).rglob("*") if path.suffix in (".log", ".out", ".err")]
+    assert len(logs) > 5
+    keys = KEY.encode(), LIMITED_KEY.encode()
+    assert [path for path in logs if any(key in path.read_bytes() for key in keys)] == []
 
 
 def engine_at_work(server: Server) -> psutil.Process:
