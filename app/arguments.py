@@ -151,7 +151,7 @@ def _nested_model(field: FieldInfo | None) -> type[BaseModel] | None:
 
 
 def _default(field: FieldInfo) -> str:
-    if field.default_factory is not None or field.default is None:
+    if field.default_factory is not None or field.default in (None, ()):
         return "-"
     return _show(field.default)
 

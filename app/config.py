@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -24,6 +25,7 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from app.arguments import ConfigError, describe_errors, list_arguments, unflatten
 from deployments.api.body import MAX_BODY_BYTES
+from deployments.api.cors import check_origin
 from deployments.api.keys import check_source
 from deployments.engine.config import EngineConfig
 from deployments.load.admission import Bounds
@@ -121,6 +123,10 @@ class ReplicaConfig(BaseModel):
         }
 
 
+def _split_at_commas(value: object) -> object:
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
 class IngressConfig(ReplicaConfig):
     """The deployment that speaks HTTP; it needs no GPU.
 
@@ -134,6 +140,7 @@ class IngressConfig(ReplicaConfig):
         max_queued_tokens: the same for prompt tokens that wait, per engine that computes prompts.
         api_keys: file with the keys that callers must have, absolute and on the ingress's node, or `env:NAME` for a
             variable there that holds the same; without it everybody may call. See docs/security.md.
+        cors_origins: origins, with commas between them, whose pages may use the API from a browser; `*`: all.
     """
 
     num_cpus: float = Field(default=0.1, ge=0)
@@ -143,6 +150,9 @@ class IngressConfig(ReplicaConfig):
     max_ttft_s: float = Field(default=60.0, gt=0)
     max_queued_tokens: int = Field(default=1_000_000, ge=1)
     api_keys: Annotated[str, AfterValidator(check_source)] | None = None
+    cors_origins: Annotated[
+        tuple[Annotated[str, AfterValidator(check_origin)], ...], BeforeValidator(_split_at_commas)
+    ] = ()
 
     def deployment_options(self) -> dict[str, Any]:
         """Return the options of this deployment, as `Deployment.options` takes them."""

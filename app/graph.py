@@ -43,6 +43,7 @@ def ingress_settings(args: AppConfig) -> IngressSettings:
         routing=args.routing,
         api_keys=args.ingress.api_keys,
         max_replicas=args.ingress.max_replicas,
+        cors_origins=args.ingress.cors_origins,
     )
 
 

@@ -160,6 +160,7 @@ class IngressSettings:
         routing: see there.
         api_keys: where the keys are that let in, as `check_source` takes it; None: everybody may come in.
         max_replicas: of this deployment.
+        cors_origins: whose pages may use the API from a browser.
     """
 
     model: str
@@ -171,6 +172,7 @@ class IngressSettings:
     routing: RoutingSettings
     api_keys: str | None
     max_replicas: int
+    cors_origins: tuple[str, ...]
 
 
 @serve.ingress()
@@ -226,6 +228,7 @@ class Ingress:
             max_body_bytes=self._settings.max_request_bytes,
             server_sends_ids=True,
             keys=self._keys,
+            cors_origins=self._settings.cors_origins,
         )
 
 

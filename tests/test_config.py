@@ -55,6 +55,13 @@ def test_nested_and_dotted_arguments_merge_and_the_callers_mapping_stays_as_it_w
     assert given_values["prefill"] == {"node_labels": {"pool": "prefill"}}
 
 
+def test_origins_are_separated_by_commas_or_a_list():
+    origins = ("https://a.example", "http://localhost:3000")
+    assert read("ingress.cors_origins=https://a.example, http://localhost:3000").ingress.cors_origins == origins
+    assert AppConfig.model_validate({"ingress": {"cors_origins": list(origins)}}).ingress.cors_origins == origins
+    assert read("ingress.cors_origins=*").ingress.cors_origins == ("*",)
+
+
 def test_an_argument_given_twice_is_refused():
     with pytest.raises(ConfigError, match=r"decode\.max_replicas is given twice: 2 and '3'"):
         AppConfig.model_validate({"decode": {"max_replicas": 2}, "decode.max_replicas": "3"})
@@ -91,6 +98,11 @@ def test_any_values_of_known_arguments_are_accepted_or_refused_in_words(values):
             "ingress.api_keys=keys.toml",
             ["ingress.api_keys=keys.toml: must be the absolute path of a file, or env:NAME"],
         ),
+        (
+            "ingress.cors_origins=https://a.b/",
+            ["ingress.cors_origins.0=https://a.b/: 'https://a.b/' must be an origin"],
+        ),
+        ("ingress.cors_origins=", ["ingress.cors_origins.0=: '' must be an origin"]),
         ("mode.x=1", ["mode", "'disaggregated' or 'colocated'"]),
     ],
 )

@@ -43,12 +43,16 @@ def _length(headers: Headers) -> float:
 
 
 def _check_type(headers: Headers) -> None:
-    """Refuse what is not JSON as it stands. A body that says nothing of its type is taken for JSON.
+    """Refuse what is not JSON as it stands. A body that does not say what it is counts as JSON, but not from a page.
 
-    Forms and plain text are what a page of another origin can make a browser send without asking the server first. A
-    compressed body is not unpacked: a few bytes could become gigabytes.
+    Forms, plain text and bodies of no type are what a page of another origin can make a browser send without asking the
+    server first. A compressed body is not unpacked: a few bytes could become gigabytes.
     """
-    content_type = headers.get("content-type", "").strip() or _JSON
+    content_type = headers.get("content-type", "").strip()
+    if not content_type:
+        if "origin" in headers:
+            _refuse("content-type", content_type, _JSON)
+        content_type = _JSON
     essence = content_type.partition(";")[0].strip().lower()
     if essence != _JSON and not (essence.startswith("application/") and essence.endswith("+json")):
         _refuse("content-type", content_type, _JSON)

@@ -6,6 +6,7 @@ builds the app with `build_app` and lets Ray Serve, or any ASGI server, run it.
 
 import reprlib
 import time
+from collections.abc import Sequence
 from http import HTTPStatus
 
 from starlette.applications import Starlette
@@ -21,6 +22,7 @@ from deployments.api.asgi import REQUEST_ID_HEADER, ClosesUnread, RequestIds
 from deployments.api.backend import Backend
 from deployments.api.body import MAX_BODY_BYTES
 from deployments.api.calls import ModelNotFoundError, read_chat, read_completion
+from deployments.api.cors import build_cors
 from deployments.api.exchange import Endpoint, Service
 from deployments.api.failures import failure_of
 from deployments.api.guard import Guard
@@ -45,6 +47,7 @@ def build_app(
     body_timeout_s: float = BODY_TIMEOUT_S,
     server_sends_ids: bool = False,
     keys: KeyRing | None = None,
+    cors_origins: Sequence[str] = (),
 ) -> Starlette:
     """Build the application.
 
@@ -57,11 +60,14 @@ def build_app(
         body_timeout_s: a request body that takes longer to arrive is refused with 408.
         server_sends_ids: see `RequestIds`.
         keys: those that let in; None: everybody is.
+        cors_origins: whose pages may use the API from a browser.
     """
     observer = observer or SilentObserver()
     service = Service(backend, codec, info, observer, max_body_bytes, body_timeout_s)
     pages = _Pages(backend, info)
     middleware = [Middleware(RequestIds, is_sent_by_server=server_sends_ids), Middleware(ClosesUnread)]
+    if cors_origins:  # before keys: a browser asks without one
+        middleware.append(build_cors(cors_origins))
     if keys is not None:
         middleware.append(Middleware(Guard, keys=keys, refused=observer.request_denied))
     return Starlette(

@@ -29,6 +29,13 @@ async def test_json_is_taken_and_so_is_a_body_that_does_not_say_what_it_is(conte
     assert (await post(BODY, {} if content_type is None else {"content-type": content_type}))[0] == 200
 
 
+@pytest.mark.parametrize("headers", [{}, {"content-type": ""}, {"content-type": " "}])
+async def test_a_page_cannot_make_a_browser_send_what_does_not_say_that_it_is_json(headers: dict[str, str]):
+    status, body = await post(BODY, headers | {"origin": "https://evil.example"})
+    assert status == 415
+    assert body["error"]["message"].startswith("the header content-type is ''")
+
+
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
 async def test_another_content_type_is_refused_by_name(path: str, content_type: str):
