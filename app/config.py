@@ -217,7 +217,7 @@ class AppConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(default=EngineConfig.model_fields["model"].default, min_length=1)
-    served_model_name: str = Field(default_factory=lambda values: _api_name(values.get("model", "")), min_length=1)
+    served_model_name: str = Field(default_factory=lambda values: api_name(values.get("model", "")), min_length=1)
     mode: Literal["disaggregated", "colocated"] = "disaggregated"
     min_remote_prefill_tokens: int = Field(default=256, ge=0)
     parity_check: bool = True
@@ -289,7 +289,8 @@ class AppConfig(BaseModel):
         return engines + self.ingress.max_replicas * self.ingress.num_cpus
 
 
-def _api_name(model: str) -> str:
+def api_name(model: str) -> str:
+    """A model's name without the folder where it lies."""
     is_path = model.startswith(("/", ".", "~")) or model.endswith(".gguf")
     path = PurePath(model)
     return (path.stem if path.suffix == ".gguf" else path.name) if is_path else model

@@ -7,7 +7,7 @@ from typing import Literal
 from ray import serve
 from ray.serve import Application, Deployment
 
-from app.config import AppConfig, Pool
+from app.config import AppConfig, Pool, api_name
 from deployments.decode import Decode
 from deployments.engine_info import EngineResources
 from deployments.front import SpawnedEngine
@@ -36,6 +36,7 @@ def ingress_settings(args: AppConfig) -> IngressSettings:
     return IngressSettings(
         model=args.model,
         served_model_name=args.served_model_name,
+        model_root=api_name(args.model),
         max_request_bytes=args.ingress.max_request_bytes,
         max_unread_tokens=args.ingress.max_unread_tokens,
         resume_timeout_s=args.ingress.resume_timeout_s,

@@ -153,6 +153,7 @@ class IngressSettings:
     Attributes:
         model: as the engines were given it.
         served_model_name: the model's name in the API.
+        model_root: its name where it comes from.
         max_request_bytes: larger bodies are refused.
         max_unread_tokens: a client that leaves more tokens unread is dropped.
         resume_timeout_s: how long a request whose decode replica was lost may wait for another.
@@ -165,6 +166,7 @@ class IngressSettings:
 
     model: str
     served_model_name: str
+    model_root: str
     max_request_bytes: int
     max_unread_tokens: int
     resume_timeout_s: float
@@ -195,7 +197,7 @@ class Ingress:
         self._keys = await self._open_keys()
         engine: EngineInfo = await decode.engine_info.remote()
         self._codec = await asyncio.to_thread(load_codec, engine.path, settings.model)
-        self._info = describe_served(engine, self._codec, settings.served_model_name)
+        self._info = describe_served(engine, self._codec, settings.served_model_name, settings.model_root)
         tokens = await TokenReceiver.start(ray.util.get_node_ip_address(), settings.max_unread_tokens)
         admission = Admission(settings.bounds)
         routers = PoolRouters(settings.routing, settings.bounds.min_remote_tokens, engine.positions)
@@ -252,7 +254,7 @@ async def _watch_sharers(sharers: Sharers) -> None:
         await asyncio.sleep(_SHARERS_PERIOD_S)
 
 
-def describe_served(engine: EngineInfo, codec: TextCodec, name: str) -> ModelInfo:
+def describe_served(engine: EngineInfo, codec: TextCodec, name: str, root: str = "") -> ModelInfo:
     """What the API must know of the model: what its engines say of it, and its tokenizer."""
     return ModelInfo(
         name=name,
@@ -260,6 +262,7 @@ def describe_served(engine: EngineInfo, codec: TextCodec, name: str) -> ModelInf
         max_model_len=min(engine.max_model_len, engine.num_blocks * engine.block_size),
         vocab_size=engine.vocab_size,
         eos_token_ids=tuple(sorted({*engine.eos_token_ids, *codec.end_token_ids})),
+        root=root,
     )
 
 

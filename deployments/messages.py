@@ -302,6 +302,7 @@ class ModelInfo:
         max_model_len: longest prompt plus output, in tokens, that the model takes and an engine's KV pool holds.
         vocab_size: ids are below this.
         eos_token_ids: ids that end a sequence unless the request says otherwise.
+        root: what it is called where it comes from, without its folder; empty: as `name`.
     """
 
     name: str
@@ -309,3 +310,4 @@ class ModelInfo:
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    root: str = ""

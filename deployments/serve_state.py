@@ -6,6 +6,7 @@ The ingress asks, from a thread: the answers come from Serve's controller.
 from ipaddress import ip_address
 
 from ray import serve
+from ray.serve._private.common import ReplicaState
 from ray.serve.context import _get_global_client  # nothing public tells of the host
 
 
@@ -29,4 +30,5 @@ def num_replicas() -> int:
     """How many replicas of the asking replica's deployment run, at least one."""
     context = serve.get_replica_context()
     deployment = serve.status().applications[context.app_name].deployments[context.deployment]
-    return max(1, deployment.replica_states.get("RUNNING", 0))
+    num_running: int = deployment.replica_states.get(ReplicaState.RUNNING, 0)
+    return max(1, num_running)

@@ -5,7 +5,10 @@ One class per endpoint, with the same methods. Knows what the shapes are, not ho
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NotRequired, Protocol, TypedDict
+from typing import Literal, NotRequired, Protocol
+
+# Before Python 3.12 pydantic describes these alone (openapi.py).
+from typing_extensions import TypedDict
 
 from deployments.api.calls import Call
 from deployments.api.choices import TextEvent
@@ -121,13 +124,35 @@ class ChatChunk(TypedDict):
 
 
 class Model(TypedDict):
-    """One entry of `/v1/models`."""
+    """One entry of `/v1/models`; `root`, `parent` and `max_model_len` are extensions, named as in vLLM."""
 
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
+    root: str
+    parent: None
     max_model_len: int
+
+
+class Models(TypedDict):
+    """Answer of `/v1/models`."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(TypedDict):
+    """Answer of `/health`; the reason is there where the service cannot serve."""
+
+    status: Literal["ok", "unavailable"]
+    reason: NotRequired[str]
+
+
+class Version(TypedDict):
+    """Answer of `/version`."""
+
+    version: str
 
 
 class Tally:
@@ -350,11 +375,13 @@ class ChatAnswer:
 
 
 def describe_model(info: ModelInfo, created: int) -> Model:
-    """The model's entry in `/v1/models`; `max_model_len` is an extension that clients use to size prompts."""
+    """The model's entry in `/v1/models`: clients use `max_model_len` to size prompts, `root` to find a tokenizer."""
     return {
         "id": info.name,
         "object": "model",
         "created": created,
         "owned_by": "kvrelay",
+        "root": info.root or info.name,
+        "parent": None,
         "max_model_len": info.max_model_len,
     }

@@ -1,8 +1,9 @@
-"""Reads a request's body: its headers say whether it can be what the API takes. `exchange.py` is its caller.
+"""Reads a request's body: its headers say whether it can be what the API takes. `exchange.py` and `pages.py` call it.
 
-Owns what a body may claim to be and how long it may get. Knows nothing of what stands in it.
+Owns what a body may claim to be, how long it may get and how long that may take. Knows nothing of what stands in it.
 """
 
+import asyncio
 from http import HTTPStatus
 
 from starlette.datastructures import Headers
@@ -14,13 +15,22 @@ MAX_BODY_BYTES = 4 * 2**20
 _JSON = "application/json"
 
 
-async def read_body(request: Request, max_bytes: int) -> bytes:
+async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
     """Read the whole body.
 
     Raises:
-        HTTPException: 400, 413 or 415, with the header or the bound that was broken.
+        HTTPException: 400, 408, 413 or 415, with the header or the bound that was broken.
         ClientDisconnect: the client left before its end.
     """
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _read(request, max_bytes)
+    except TimeoutError:
+        late = f"the body was not complete after {timeout_s:g} s"
+        raise HTTPException(HTTPStatus.REQUEST_TIMEOUT, late) from None
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
     _check_type(request.headers)
     too_long = HTTPException(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body must be at most {max_bytes} bytes")
     if _length(request.headers) > max_bytes:

@@ -15,7 +15,7 @@ import orjson
 from pydantic import ValidationError
 
 from deployments.api.choices import TextRules
-from deployments.api.openai import ChatBody, CompletionBody, GenerateBody, explain
+from deployments.api.openai import ChatBody, CompletionBody, GenerateBody, ModelBody, explain
 from deployments.api.sampling import read_sampling, seed_of
 from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError, RequestTooLargeError
@@ -94,7 +94,7 @@ class Call:
         return sample - sample % self.num_samples
 
 
-B = TypeVar("B", bound=GenerateBody)
+B = TypeVar("B", bound=ModelBody)
 
 
 def read_completion(
@@ -105,12 +105,12 @@ def read_completion(
     Raises:
         InvalidRequestError: names the field, its value and the bound.
     """
-    body = _parse(data, CompletionBody, info)
+    body = parse_body(data, CompletionBody, info)
     requests: list[GenerateRequest] = []
     prefixes: list[str] = []
     for prompt in body.prompt:
         if isinstance(prompt, str):
-            _check_length(len(prompt), "prompt", info)
+            check_length(len(prompt), "prompt", info)
         given = codec.encode(prompt) if isinstance(prompt, str) else prompt
         token_ids = _truncate(given, body, body.max_tokens, info)
         num_left = _check_prompt(token_ids, "prompt", info)
@@ -135,13 +135,13 @@ def read_chat(
         InvalidRequestError: names the field, its value and the bound.
         TemplateLimitError: with `codec.brief`: the template takes longer than an event loop may wait.
     """
-    body = _parse(data, ChatBody, info)
-    _check_length(sum(message.num_characters for message in body.messages), "messages", info)
+    body = parse_body(data, ChatBody, info)
+    check_length(sum(message.num_characters for message in body.messages), "messages", info)
     encoded = codec.encode_chat(
         [message.for_template() for message in body.messages],
         add_generation_prompt=body.opens_turn,
         continue_final_message=body.continue_final_message,
-        max_characters=_max_characters(info),
+        max_characters=max_characters(info),
         variables=body.chat_template_kwargs,
     )
     token_ids = _truncate(encoded, body, body.max_completion_tokens or body.max_tokens, info)
@@ -152,7 +152,12 @@ def read_chat(
     return _build_call(call_id, _build_samples(request, call_id, 0, body.num_samples), body, info)
 
 
-def _parse(data: bytes, kind: type[B], info: ModelInfo) -> B:
+def parse_body(data: bytes, kind: type[B], info: ModelInfo) -> B:
+    """Read a body's JSON and check its fields.
+
+    Raises:
+        InvalidRequestError: names the field, its value and the bound.
+    """
     try:
         fields = orjson.loads(data)
     except orjson.JSONDecodeError as error:
@@ -161,7 +166,7 @@ def _parse(data: bytes, kind: type[B], info: ModelInfo) -> B:
         body = kind.model_validate(fields)
     except ValidationError as error:
         raise explain(error) from None
-    if body.model != info.name:
+    if body.model not in (None, info.name):
         raise ModelNotFoundError(f"the model {reprlib.repr(body.model)} does not exist; {info.name!r} does", "model")
     return body
 
@@ -176,16 +181,17 @@ def _explain_json(data: bytes, error: orjson.JSONDecodeError) -> str:
     return f"the body is not valid JSON: {error}"
 
 
-def _max_characters(info: ModelInfo) -> int:
+def max_characters(info: ModelInfo) -> int:
+    """Of a text that is worth encoding."""
     return max(MIN_CHARACTERS, info.max_model_len * MAX_CHARACTERS_PER_TOKEN)
 
 
-def _check_length(num_characters: int, param: str, info: ModelInfo) -> None:
+def check_length(num_characters: int, param: str, info: ModelInfo) -> None:
     """Refuse a text before seconds are spent on encoding it."""
-    if num_characters > _max_characters(info):
+    if num_characters > max_characters(info):
         raise RequestTooLargeError(
             f"{param} of {num_characters} characters are too long: the model's context of {info.max_model_len} tokens "
-            f"holds {_max_characters(info)} at most",
+            f"holds {max_characters(info)} at most",
             param,
         )
 

@@ -12,7 +12,6 @@ from functools import partial
 from http import HTTPStatus
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
@@ -104,14 +103,11 @@ class Exchange:
             )
 
     async def _serve(self) -> Outcome:
+        request, service = Request(self._scope, self._receive), self._service
         try:
-            async with asyncio.timeout(self._service.body_timeout_s):
-                body = await read_body(Request(self._scope, self._receive), self._service.max_body_bytes)
+            body = await read_body(request, service.max_body_bytes, service.body_timeout_s)
         except ClientDisconnect:
             return Outcome.ABORTED
-        except TimeoutError:
-            late = f"the body was not complete after {self._service.body_timeout_s:g} s"
-            return await self._fail(HTTPException(HTTPStatus.REQUEST_TIMEOUT, late))
         except Exception as error:
             return await self._fail(error)
         outcome = await until_disconnect(self._receive, self._respond(body), self._given_up)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 
 from starlette.exceptions import HTTPException
+from typing_extensions import TypedDict
 
 from deployments.api.accounts import RateLimitedError
 from deployments.api.calls import ModelNotFoundError
@@ -21,6 +22,21 @@ from deployments.errors import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+class ErrorDetails(TypedDict):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(TypedDict):
+    """An error in OpenAI's shape."""
+
+    error: ErrorDetails
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +71,7 @@ class Failure:
             headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
         return headers
 
-    def body(self) -> dict[str, dict[str, str | None]]:
+    def body(self) -> ErrorBody:
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     def log(self, call_id: str, error: Exception) -> None:

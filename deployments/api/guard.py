@@ -16,8 +16,9 @@ from deployments.api.caller import ANONYMOUS, read_key
 from deployments.api.failures import failure_of
 from deployments.api.keys import ForbiddenError, KeyRing, UnauthorizedError
 
-# Load balancers ask these, and they tell no more than whether the service works.
-OPEN_PATHS = frozenset({"/health"})
+# Load balancers ask the first two, which tell no more than whether the service works. The others are the same
+# everywhere, and a browser that opens them has no key.
+OPEN_PATHS = frozenset({"/health", "/ping", "/docs", "/openapi.json"})
 # These tell of everybody's calls.
 METRICS_PATHS = frozenset({"/metrics"})
 

@@ -1,13 +1,11 @@
-"""The HTTP application: its routes, the pages that only look, and errors outside a call.
+"""The HTTP application: its routes, what stands before them, and errors outside a call.
 
-Only it, `exchange.py`, which has the calls, and `failures.py`, which has the errors, know status codes. The ingress
+Only it, `exchange.py`, which has the calls, `pages.py`, which has the rest, and `failures.py`, which has the errors,
+know status codes. The ingress
 builds the app with `build_app` and lets Ray Serve, or any ASGI server, run it.
 """
 
-import reprlib
-import time
 from collections.abc import Sequence
-from http import HTTPStatus
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -16,25 +14,24 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from deployments.api import sse
-from deployments.api.answers import ChatAnswer, CompletionAnswer, describe_model
+from deployments.api.answers import ChatAnswer, CompletionAnswer
 from deployments.api.asgi import REQUEST_ID_HEADER, ClosesUnread, RequestIds
 from deployments.api.backend import Backend
 from deployments.api.body import MAX_BODY_BYTES
-from deployments.api.calls import ModelNotFoundError, read_chat, read_completion
+from deployments.api.calls import read_chat, read_completion
 from deployments.api.cors import build_cors
 from deployments.api.exchange import Endpoint, Service
 from deployments.api.failures import failure_of
 from deployments.api.guard import Guard
 from deployments.api.keys import KeyRing
 from deployments.api.observer import Observer, SilentObserver
+from deployments.api.pages import Pages, to_response
 from deployments.api.text import TextCodec
 from deployments.errors import KvRelayError
 from deployments.messages import ModelInfo
 
 # Of a request; what takes longer is refused with 408. 4 MiB in it are 0.6 Mbit/s.
 BODY_TIMEOUT_S = 60.0
-_METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 def build_app(
@@ -64,7 +61,7 @@ def build_app(
     """
     observer = observer or SilentObserver()
     service = Service(backend, codec, info, observer, max_body_bytes, body_timeout_s)
-    pages = _Pages(backend, info)
+    pages = Pages(service)
     middleware = [Middleware(RequestIds, is_sent_by_server=server_sends_ids), Middleware(ClosesUnread)]
     if cors_origins:  # before keys: a browser asks without one
         middleware.append(build_cors(cors_origins))
@@ -76,7 +73,13 @@ def build_app(
             Route("/v1/chat/completions", Endpoint(service, "chatcmpl", read_chat, ChatAnswer), methods=["POST"]),
             Route("/v1/models", pages.models),
             Route("/v1/models/{model_id:path}", pages.model),
+            Route("/tokenize", pages.tokenize, methods=["POST"]),
+            Route("/detokenize", pages.detokenize, methods=["POST"]),
             Route("/health", pages.health),
+            Route("/ping", pages.ping, methods=["GET", "POST"]),
+            Route("/version", pages.version),
+            Route("/openapi.json", pages.openapi),
+            Route("/docs", pages.docs),
             Route("/metrics", pages.metrics),
         ],
         middleware=middleware,
@@ -84,47 +87,15 @@ def build_app(
     )
 
 
-class _Pages:
-    """The routes that only look."""
-
-    def __init__(self, backend: Backend, info: ModelInfo) -> None:
-        self._backend = backend
-        self._info = info
-        self._model = describe_model(info, created=int(time.time()))
-
-    async def models(self, _: Request) -> Response:
-        return _json({"object": "list", "data": [self._model]})
-
-    async def model(self, request: Request) -> Response:
-        model_id = request.path_params["model_id"]
-        if model_id != self._info.name:
-            shown = reprlib.repr(model_id)
-            raise ModelNotFoundError(f"the model {shown} does not exist; {self._info.name!r} does", "model")
-        return _json(self._model)
-
-    async def health(self, _: Request) -> Response:
-        is_healthy, reason = await self._backend.health()
-        if is_healthy:
-            return _json({"status": "ok"})
-        return _json({"status": "unavailable", "reason": reason}, HTTPStatus.SERVICE_UNAVAILABLE)
-
-    async def metrics(self, _: Request) -> Response:
-        return Response(await self._backend.metrics(), headers={"content-type": _METRICS_CONTENT_TYPE})
-
-
 def _refuse(request: Request, error: Exception) -> Response:
-    """Answer for the routes that are no `Endpoint`: unknown paths, wrong methods, models, health, metrics."""
+    """Answer for the routes that are no `Endpoint`: unknown paths, wrong methods, health, tokens."""
     failure = failure_of(error)
     request_id = request.scope["state"]["request_id"]
     failure.log(request_id, error)
-    response = _json(failure.body(), failure.status)
+    response = to_response(failure.body(), failure.status)
     if isinstance(error, HTTPException):
         response.headers.update(error.headers or {})
     if request.scope["state"]["sends_id"]:
         # A 500 is sent from outside the middleware that adds the id to all other responses.
         response.headers[REQUEST_ID_HEADER] = request_id
     return response
-
-
-def _json(value: object, status: HTTPStatus = HTTPStatus.OK) -> Response:
-    return Response(sse.to_json(value), status_code=status, media_type="application/json")

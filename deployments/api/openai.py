@@ -9,7 +9,7 @@ Knows nothing of tokens or HTTP; `calls.py` reads bodies with it.
 
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import (
     BaseModel,
@@ -17,11 +17,14 @@ from pydantic import (
     ConfigDict,
     FailFast,
     Field,
+    GetJsonSchemaHandler,
     PlainValidator,
     ValidationError,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+from typing_extensions import TypedDict
 
 from deployments.api.fields import Metadata, as_logit_bias, none_if_false
 from deployments.errors import InvalidRequestError
@@ -40,6 +43,19 @@ Prompt = str | tuple[int, ...]
 Part = dict[str, object]
 Content = str | tuple[Part, ...]
 _NoOps = Mapping[str, tuple[object, ...]]
+
+# What JSON may hold for a field that is read by a function of ours, for the description of the API.
+_Text = Annotated[str, Field(min_length=1)]
+_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_Prompts = (
+    _Text
+    | Annotated[list[_Text], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | _Ids
+    | Annotated[list[_Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
+)
+_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
+_Stops = _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)]
+_StopIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS)]
 
 # Fields not supported yet, with the values that ask for nothing; null is always one of them.
 _NO_OPS: _NoOps = {
@@ -89,6 +105,20 @@ class _Strict(BaseModel):
             elif value is not None or name not in cls.model_fields:
                 kept[name] = value
         return kept
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """As pydantic has it, with null for what may be left out, and with the fields that may only ask for nothing."""
+        described = handler.resolve_ref_schema(handler(schema))
+        fields: dict[str, Any] = described.setdefault("properties", {})
+        for name, field in fields.items():
+            if name not in described.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+                outer = {key: field.pop(key) for key in ("default", "title") if key in field}
+                fields[name] = {"anyOf": [field, {"type": "null"}], **outer}
+        for name, no_ops in cls.no_ops.items():
+            values = [value for index, value in enumerate(no_ops) if value not in no_ops[:index]]  # 0 and 0.0 are one
+            fields[name] = {"enum": [*values, None], "x-unsupported": True}
+        return described
 
 
 def _asks_for_nothing(value: object, no_ops: tuple[object, ...]) -> bool:
@@ -165,6 +195,27 @@ def _as_text_part(part: object) -> Part:
     return part | {"type": "text", "text": text}
 
 
+class _TextPart(TypedDict):
+    """A part of a message; templates may read further keys."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+
+
+class _RefusalPart(TypedDict):
+    """A part in which an assistant refused."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+_Contents = str | list[_TextPart | _RefusalPart]
+
+
 class StreamOptions(_Strict):
     """`include_usage` is about the end of a stream; `continuous_usage_stats`, an extension, about each chunk."""
 
@@ -174,7 +225,13 @@ class StreamOptions(_Strict):
     continuous_usage_stats: bool = False
 
 
-class GenerateBody(_Strict):
+class ModelBody(_Strict):
+    """Names the model; it may be left out, since one is served."""
+
+    model: str | None = None
+
+
+class GenerateBody(ModelBody):
     """What both endpoints take.
 
     `top_k` (0 and -1 are off), `min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`,
@@ -183,7 +240,6 @@ class GenerateBody(_Strict):
     meaning.
     """
 
-    model: str
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, ge=0, le=1)
     top_k: int = Field(default=0, ge=-1)
@@ -196,8 +252,10 @@ class GenerateBody(_Strict):
         tuple[tuple[int, float], ...], BeforeValidator(as_logit_bias, json_schema_input_type=dict[str, float])
     ] = ()
     min_tokens: int = Field(default=0, ge=0)
-    stop: Annotated[tuple[str, ...], BeforeValidator(_as_stops)] = ()
-    stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_as_stop_token_ids)] = ()
+    stop: Annotated[tuple[str, ...], BeforeValidator(_as_stops, json_schema_input_type=_Stops)] = ()
+    stop_token_ids: Annotated[
+        tuple[int, ...], BeforeValidator(_as_stop_token_ids, json_schema_input_type=_StopIds)
+    ] = ()
     n: int = Field(default=1, ge=1, le=MAX_SAMPLES)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     include_stop_str_in_output: bool = False
@@ -261,7 +319,7 @@ class CompletionBody(GenerateBody):
 
     no_ops = _COMPLETION_NO_OPS
 
-    prompt: Annotated[tuple[Prompt, ...], PlainValidator(_as_prompts)]
+    prompt: Annotated[tuple[Prompt, ...], PlainValidator(_as_prompts, json_schema_input_type=_Prompts)]
     max_tokens: int | None = Field(default=None, ge=0)
     best_of: int | None = Field(default=None, ge=1, le=MAX_SAMPLES)
     echo: bool = False
@@ -305,7 +363,7 @@ class Message(_Strict):
     no_ops = _MESSAGE_NO_OPS
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Content | None, PlainValidator(_as_content)] = None
+    content: Annotated[Content | None, PlainValidator(_as_content, json_schema_input_type=_Contents)] = None
     refusal: str | None = None
     name: str | None = None
     tool_call_id: str | None = None

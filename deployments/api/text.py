@@ -66,9 +66,9 @@ class TextCodec:
         token_id = None if end is None else self.backend.token_to_id(str(end))
         return () if token_id is None else (token_id,)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a plain prompt, with the special tokens that the tokenizer adds by itself."""
-        return self._encode(text, add_special_tokens=True)
+        return self._encode(text, add_special_tokens)
 
     def encode_chat(
         self,
@@ -76,6 +76,7 @@ class TextCodec:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        add_special_tokens: bool = False,
         max_characters: int = 2**24,
         variables: Mapping[str, object] | None = None,
     ) -> list[int]:
@@ -83,6 +84,7 @@ class TextCodec:
 
         Args:
             messages: as `ChatTemplate.render` takes them, with its two choices of an end.
+            add_special_tokens: those of a plain prompt, although templates write what is needed.
             max_characters: a template that writes more is refused.
             variables: what else the template may read.
 
@@ -99,8 +101,7 @@ class TextCodec:
             limits=replace(limits, max_size=min(limits.max_size, max_characters)),
             variables=variables or {},
         )
-        # The template has written the special tokens already.
-        return self._encode(text, add_special_tokens=False)
+        return self._encode(text, add_special_tokens)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # As a batch of one: only that lets other threads run. `encode` stopped every stream for 300 ms with a prompt of

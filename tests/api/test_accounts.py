@@ -15,8 +15,9 @@ class Clock:
         return self.now_s
 
 
-def account(clock: Clock, num_sharers: int = 1, **terms: int) -> Account:
-    return Account("alice", Terms(**terms), Sharers(num_sharers), clock)
+def account(clock: Clock, num_sharers: int = 1, **limits: int) -> Account:
+    terms = Terms(limits.get("requests_per_minute"), limits.get("tokens_per_minute"))
+    return Account("alice", terms, Sharers(num_sharers), clock)
 
 
 STEPS = st.lists(st.tuples(st.floats(0, 90), st.integers(1, 300)), max_size=60)

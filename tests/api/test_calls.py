@@ -335,7 +335,7 @@ def test_an_unsupported_field_is_refused_by_name(read: Any, field: str, value: o
         (completion, {"prompt": [257]}, "prompt", "must be 0 to 256, got 257"),
         (completion, {"prompt": [-1]}, "prompt", "must be 0 to 256, got -1"),
         (completion, {"prompt": ["a"] * 1025}, "prompt", "at most 1024 prompts"),
-        (completion, {"model": None}, "model", "model is required"),
+        (completion, {"model": 3}, "model", "valid string, got 3"),
         (chat, {"messages": []}, "messages", "at least 1 item"),
         (chat, {"messages": "hi"}, "messages", "valid list, got 'hi'"),
         (chat, {"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "got 'robot'"),

@@ -44,7 +44,8 @@ def keys(tmp_path: Path) -> KeyRing:
 
 
 def allowed(answer: httpx.Response) -> str | None:
-    return answer.headers.get("access-control-allow-origin")
+    origin: str | None = answer.headers.get("access-control-allow-origin")
+    return origin
 
 
 async def test_by_default_no_page_is_allowed_anything() -> None:

@@ -303,7 +303,7 @@ async def test_only_long_bodies_are_read_in_another_thread(length: int, is_inlin
     threads: list[int] = []
 
     class Spy(TextCodec):
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
             threads.append(threading.get_ident())
             return [1]
 

@@ -5,8 +5,8 @@ import pytest
 from deployments.ingress import warn_if_open
 from deployments.serve_state import is_loopback
 
-LOCAL = [None, "localhost", "127.0.0.1", "127.3.4.5", "::1"]
-OPEN = ["0.0.0.0", "::", "10.0.0.7", "", "gpu-node-1"]
+LOCAL: list[str | None] = [None, "localhost", "127.0.0.1", "127.3.4.5", "::1"]
+OPEN: list[str | None] = ["0.0.0.0", "::", "10.0.0.7", "", "gpu-node-1"]
 
 
 @pytest.mark.parametrize("host", LOCAL + OPEN)
