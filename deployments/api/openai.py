@@ -231,6 +231,22 @@ class ModelBody(_Strict):
     model: str | None = None
 
 
+# Said to those who read the description; the checks are `_check_stream_options` and `_check_content`.
+_OPTIONS_ONLY_WITH_STREAM: dict[str, Any] = {
+    "if": {"properties": {"stream_options": {"type": "object"}}, "required": ["stream_options"]},
+    "then": {"properties": {"stream": {"const": True}}, "required": ["stream"]},
+}
+_NOT_EMPTY: dict[str, Any] = {"type": ["string", "array"], "minLength": 1, "minItems": 1}
+_CONTENT_UNLESS_ASSISTANT: dict[str, Any] = {
+    "if": {"properties": {"role": {"const": "assistant"}}},
+    "then": {"not": {"properties": {"content": _NOT_EMPTY, "refusal": _NOT_EMPTY}, "required": ["content", "refusal"]}},
+    "else": {
+        "properties": {"content": {"type": ["string", "array"]}, "refusal": {"enum": [None, ""]}},
+        "required": ["content"],
+    },
+}
+
+
 class GenerateBody(ModelBody):
     """What both endpoints take.
 
@@ -239,6 +255,8 @@ class GenerateBody(ModelBody):
     `truncate_prompt_tokens` and `priority` (the lower, the sooner) are extensions, named as in vLLM and with its
     meaning.
     """
+
+    model_config = ConfigDict(json_schema_extra=_OPTIONS_ONLY_WITH_STREAM)
 
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, ge=0, le=1)
@@ -360,6 +378,7 @@ class Message(_Strict):
     Only an assistant's may be without content, which then is empty, or what it said in refusing.
     """
 
+    model_config = ConfigDict(json_schema_extra=_CONTENT_UNLESS_ASSISTANT)
     no_ops = _MESSAGE_NO_OPS
 
     role: Literal["system", "developer", "user", "assistant", "tool"]

@@ -133,7 +133,7 @@ def _responses(operation: Operation, schemas: dict[Any, dict[str, Any]]) -> dict
     if operation.chunk is not None:
         name = operation.chunk.__name__
         success["description"] = f"with `stream`, server-sent events: each a {name} in JSON, and `[DONE]` at the end"
-        success["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        success["content"]["text/event-stream"] = {}
     responses = {"200": success}
     for status in operation.errors:
         body = schemas[operation.answer] if operation.path == "/health" else schemas[ErrorBody]

@@ -3,9 +3,9 @@
 Owns what their bodies hold and what is answered. Knows nothing of HTTP and runs no model; `pages.py` calls it.
 """
 
-from typing import NotRequired, Self
+from typing import Annotated, Any, NotRequired, Self
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
@@ -23,6 +23,21 @@ _NO_OPS: dict[str, tuple[object, ...]] = {
 }
 
 
+# Said to those who read the description; the check is `_check_text`.
+_EITHER: dict[str, Any] = {
+    "if": {"properties": {"messages": {"type": "array"}}, "required": ["messages"]},
+    "then": {"properties": {"prompt": {"type": "null"}}},
+    "else": {
+        "properties": {
+            "prompt": {"type": "string"},
+            "add_generation_prompt": {"type": "null"},
+            "continue_final_message": {"type": "null"},
+        },
+        "required": ["prompt"],
+    },
+}
+
+
 class TokenizeBody(ModelBody):
     """`POST /tokenize`: a prompt as completions have it, or messages as chats have them.
 
@@ -30,6 +45,7 @@ class TokenizeBody(ModelBody):
     templates write them. `return_token_strs` asks for the tokens as the vocabulary writes them.
     """
 
+    model_config = ConfigDict(json_schema_extra=_EITHER)
     no_ops = _NO_OPS
 
     prompt: str | None = None
@@ -64,7 +80,7 @@ class Tokens(TypedDict):
 class DetokenizeBody(ModelBody):
     """`POST /detokenize`: token ids as `/tokenize` gives them."""
 
-    tokens: list[int]
+    tokens: list[Annotated[int, Field(ge=0)]]
 
 
 class Text(TypedDict):
@@ -111,6 +127,6 @@ def detokenize(data: bytes, codec: TextCodec, info: ModelInfo) -> Text:
     """
     body = parse_body(data, DetokenizeBody, info)
     for token_id in body.tokens:
-        if not 0 <= token_id < info.vocab_size:
+        if token_id >= info.vocab_size:
             raise InvalidRequestError(f"tokens must be 0 to {info.vocab_size - 1}, got {token_id}", "tokens")
     return {"prompt": codec.backend.decode(body.tokens, skip_special_tokens=False)}

@@ -113,7 +113,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ("/detokenize", {}, "tokens", "required"),
     ("/detokenize", {"tokens": "a"}, "tokens", "valid list"),
     ("/detokenize", {"tokens": [1.5]}, "tokens.0", "valid integer"),
-    ("/detokenize", {"tokens": [-1]}, "tokens", "0 to 256, got -1"),
+    ("/detokenize", {"tokens": [-1]}, "tokens.0", "greater than or equal to 0, got -1"),
     ("/detokenize", {"tokens": [257]}, "tokens", "0 to 256, got 257"),
     ("/detokenize", {"tokens": [2**63]}, "tokens", "0 to 256"),
     ("/detokenize", {"tokens": [1], "prompt": "x"}, "prompt", "unknown field"),
