@@ -37,6 +37,9 @@ metrics = true
 key = "{LIMITED_KEY}"
 requests_per_minute = {LIMIT}
 """
+HEAD = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n".encode()
+SMUGGLED = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n"
+
 HELD = ("running_sequences", "waiting_sequences", "reserved_sequences", "kv_blocks_used", "exported_blocks")
 
 
@@ -205,14 +208,13 @@ def test_clients_that_leave_before_an_answer_free_both_pools(
         "stream": stream,
         "model": MODEL_NAME,
     }
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEY}\r\n".encode()
     sockets = []
     for index in range(num_clients):
         prompt = [1000 + index, *range(2000, 2000 + num_prompt_tokens - 1)]
         data = json.dumps(fields | {"prompt": prompt}).encode()
         one = socket.create_connection(("127.0.0.1", int(local.url.rpartition(":")[2])))
         one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        one.sendall(head + b"content-length: %d\r\n\r\n" % len(data))
+        one.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(data))
         time.sleep(0.005)
         one.sendall(data)
         sockets.append(one)
@@ -284,6 +286,46 @@ def test_a_key_is_good_and_bad_again_without_a_restart(local: Service, keys_file
         draft.write_text(text)
         draft.replace(keys_file)
         wait_until(lambda: statuses() == {status}, 30)  # noqa: B023
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"content-length: 4\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"transfer-encoding: chunked\r\ncontent-length: 4\r\n\r\n0\r\n\r\n",
+        b"transfer-encoding: xchunked\r\n\r\n0\r\n\r\n",
+        b"content-length: 0\r\ncontent-length: 40\r\n\r\n",
+        b"content-length : 0\r\n\r\n",
+        b"x: a\x00b\r\ncontent-length: 0\r\n\r\n",
+        b"x: " + b"a" * 100_000 + b"\r\ncontent-length: 0\r\n\r\n",
+        b"".join(b"x-%d: a\r\n" % number for number in range(1000)) + b"content-length: 0\r\n\r\n",
+    ],
+    ids=["length and chunks", "chunks and length", "unknown coding", "two lengths", "space", "NUL", "long", "many"],
+)
+def test_nothing_rides_on_the_key_of_a_request_before_it(local: Service, rest: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", int(local.url.rpartition(":")[2])), timeout=20) as one:
+        one.sendall(HEAD + rest + SMUGGLED)
+        answers = b""
+        with suppress(TimeoutError, ConnectionResetError):
+            one.settimeout(3)
+            while data := one.recv(65536):
+                answers += data
+    statuses = re.findall(rb"HTTP/1\.[01] (\d+)", answers)
+    # The second is one of its own for all who read it, or it is nobody's.
+    assert statuses in ([], [b"400"], [b"408"], [b"422"], [b"431"], [b"501"], [b"400", b"401"]), answers
+    assert b'"object":"list"' not in answers
+
+
+def test_the_service_describes_itself(local: Service, client: httpx.Client) -> None:
+    with httpx.Client(base_url=local.url) as stranger:
+        assert "/v1/completions" in stranger.get("/openapi.json").json()["paths"]
+        assert stranger.get("/docs").headers["content-security-policy"].startswith("default-src 'none'")
+        assert stranger.get("/ping").status_code == 200
+    (model,) = client.get(f"{local.url}/v1/models").json()["data"]
+    assert (model["id"], model["root"]) == (MODEL_NAME, "smollm2-135m-instruct")
+    tokens = client.post(f"{local.url}/tokenize", json={"prompt": "Hello 👋 <|im_end|>"}).json()["tokens"]
+    text = client.post(f"{local.url}/detokenize", json={"tokens": tokens}).json()["prompt"]
+    assert text == "Hello 👋 <|im_end|>"
 
 
 def test_no_log_holds_a_key(server: Server) -> None:
