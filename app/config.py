@@ -25,6 +25,7 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from app.arguments import ConfigError, describe_errors, list_arguments, unflatten
 from deployments.api.body import MAX_BODY_BYTES
+from deployments.api.control_tokens import ControlPolicy
 from deployments.api.cors import check_origin
 from deployments.api.keys import check_source
 from deployments.engine.config import EngineConfig
@@ -141,6 +142,7 @@ class IngressConfig(ReplicaConfig):
         api_keys: file with the keys that callers must have, absolute and on the ingress's node, or `env:NAME` for a
             variable there that holds the same; without it everybody may call. See docs/security.md.
         cors_origins: origins, with commas between them, whose pages may use the API from a browser; `*`: all.
+        control_tokens: of the model, in messages of chats: `allow` them, `refuse` the call, or read them as `text`.
     """
 
     num_cpus: float = Field(default=0.1, ge=0)
@@ -153,6 +155,7 @@ class IngressConfig(ReplicaConfig):
     cors_origins: Annotated[
         tuple[Annotated[str, AfterValidator(check_origin)], ...], BeforeValidator(_split_at_commas)
     ] = ()
+    control_tokens: ControlPolicy = "allow"
 
     def deployment_options(self) -> dict[str, Any]:
         """Return the options of this deployment, as `Deployment.options` takes them."""

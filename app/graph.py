@@ -45,6 +45,7 @@ def ingress_settings(args: AppConfig) -> IngressSettings:
         api_keys=args.ingress.api_keys,
         max_replicas=args.ingress.max_replicas,
         cors_origins=args.ingress.cors_origins,
+        control_tokens=args.ingress.control_tokens,
     )
 
 

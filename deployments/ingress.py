@@ -19,6 +19,7 @@ from starlette.applications import Starlette
 
 from deployments.apart import call_apart
 from deployments.api.accounts import Sharers
+from deployments.api.control_tokens import ControlPolicy
 from deployments.api.http import build_app
 from deployments.api.keys import KeyRing
 from deployments.api.text import TextCodec
@@ -162,6 +163,7 @@ class IngressSettings:
         api_keys: where the keys are that let in, as `check_source` takes it; None: everybody may come in.
         max_replicas: of this deployment.
         cors_origins: whose pages may use the API from a browser.
+        control_tokens: what becomes of those that users write in messages.
     """
 
     model: str
@@ -175,6 +177,7 @@ class IngressSettings:
     api_keys: str | None
     max_replicas: int
     cors_origins: tuple[str, ...]
+    control_tokens: ControlPolicy
 
 
 @serve.ingress()
@@ -196,7 +199,7 @@ class Ingress:
         self._settings = settings
         self._keys = await self._open_keys()
         engine: EngineInfo = await decode.engine_info.remote()
-        self._codec = await asyncio.to_thread(load_codec, engine.path, settings.model)
+        self._codec = await asyncio.to_thread(load_codec, engine.path, settings.model, settings.control_tokens)
         self._info = describe_served(engine, self._codec, settings.served_model_name, settings.model_root)
         tokens = await TokenReceiver.start(ray.util.get_node_ip_address(), settings.max_unread_tokens)
         admission = Admission(settings.bounds)
@@ -266,7 +269,7 @@ def describe_served(engine: EngineInfo, codec: TextCodec, name: str, root: str =
     )
 
 
-def load_codec(path: str, model: str) -> TextCodec:
+def load_codec(path: str, model: str, control_tokens: ControlPolicy = "allow") -> TextCodec:
     """Load the tokenizer of the engines' model; in other processes, which load what this one shall not."""
     if Path(path).is_absolute() and not Path(path).exists():
         # The engine's node converted the model into its own cache; this node has to do the same.
@@ -274,4 +277,4 @@ def load_codec(path: str, model: str) -> TextCodec:
     # If transformers finds torch it imports it, and no tokenizer needs it: 5.8 s and 310 MB, without 2.7 s and 95 MB
     # (SmolLM2's tokenizer, 2 cores of a shared Xeon, 2026-11-28).
     quietly = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
-    return TextCodec(call_apart(read_tokenizer, path, without=["torch"], environment=quietly))
+    return TextCodec(call_apart(read_tokenizer, path, without=["torch"], environment=quietly), control_tokens)

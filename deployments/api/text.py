@@ -21,6 +21,7 @@ from deployments.api.chat_template import (
     NoChatTemplateError,
     choose_template,
 )
+from deployments.api.control_tokens import ControlPolicy, ControlTokens, PlainEncoder
 from deployments.api.detokenizer import DetokenizerFactory
 from deployments.errors import InvalidRequestError
 
@@ -35,13 +36,17 @@ class TextCodec:
 
     Args:
         tokenizer: as `read_tokenizer` gives it.
+        control_tokens: what becomes of those that users write in messages.
+
+    Raises:
+        UnsupportedModelError: the tokenizer cannot do with them what is asked for.
 
     Attributes:
         backend: the tokenizers library's own object.
         detokenizers: build what turns its ids back into text.
     """
 
-    def __init__(self, tokenizer: AnyTokenizer) -> None:
+    def __init__(self, tokenizer: AnyTokenizer, control_tokens: ControlPolicy = "allow") -> None:
         self._tokenizer = tokenizer
         self.backend = tokenizer.backend_tokenizer
         # A saved truncation or padding would silently change prompts.
@@ -50,6 +55,8 @@ class TextCodec:
         self.detokenizers = DetokenizerFactory(self.backend)
         self._chat_template = _compile_template(tokenizer)
         self._template_limits = LIMITS
+        self._refused = ControlTokens(self.backend) if control_tokens == "refuse" else None
+        self._plain = PlainEncoder(self.backend) if control_tokens == "text" else None
 
     @cached_property
     def brief(self) -> TextCodec:
@@ -89,18 +96,24 @@ class TextCodec:
             variables: what else the template may read.
 
         Raises:
-            InvalidRequestError: the model has no chat template, or its template refuses these messages.
+            InvalidRequestError: the model has no chat template, its template refuses these messages, or they hold
+                control tokens that are not allowed.
         """
         if isinstance(self._chat_template, NoChatTemplateError):
             raise InvalidRequestError(str(self._chat_template), "messages")
+        if self._refused is not None:
+            self._refused.refuse(messages)
+        masked = None if self._plain is None else self._plain.mask(messages)
         limits = self._template_limits
         text = self._chat_template.render(
-            messages,
+            messages if masked is None else masked,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             limits=replace(limits, max_size=min(limits.max_size, max_characters)),
             variables=variables or {},
         )
+        if self._plain is not None and masked is not None:
+            return self._plain.encode(text)
         return self._encode(text, add_special_tokens)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
