@@ -146,7 +146,7 @@ class Exchange:
 
     async def _admit(self, call: Call, caller: Caller) -> Ticket:
         """Have the call let in; its prompts count for the caller's limit, unless it is not."""
-        num_tokens = sum(len(request.prompt_token_ids) for request in call.requests)
+        num_tokens = call.num_prompt_tokens
         self._account.check_tokens(num_tokens)
         self._account.take_tokens(num_tokens)
         try:
