@@ -104,6 +104,9 @@ class TextCodec:
         if self._refused is not None:
             self._refused.refuse(messages)
         masked = None if self._plain is None else self._plain.mask(messages)
+        if masked is not None and add_special_tokens:
+            message = "cannot go with control tokens in messages, which are read as text"
+            raise InvalidRequestError(f"add_special_tokens {message}", "add_special_tokens")
         limits = self._template_limits
         text = self._chat_template.render(
             messages if masked is None else masked,

@@ -132,6 +132,13 @@ def test_a_message_that_goes_on_may_hold_them_as_text() -> None:
     assert END_ID in chat(build_codec())
 
 
+def test_special_tokens_are_not_added_to_messages_that_are_encoded_piece_by_piece() -> None:
+    codec = TextCodec(build_tokenizer(), "text")
+    codec.encode_chat(say("a"), add_special_tokens=True)
+    with pytest.raises(InvalidRequestError, match="add_special_tokens cannot go with control tokens"):
+        codec.encode_chat(say("a <end>"), add_special_tokens=True)
+
+
 def test_a_prompt_of_a_completion_is_read_as_ever() -> None:
     assert TextCodec(build_tokenizer(), "text").encode("a<end>") == [97, END_ID]
 
