@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from deployments.messages import MAX_LOGIT_BIAS
@@ -12,6 +12,18 @@ MAX_LOGIT_BIASES = 1024
 # OpenAI's bounds.
 Metadata = Annotated[
     dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
+# What JSON may hold for `as_logit_bias`.
+LogitBias = Annotated[
+    dict[str, float],
+    WithJsonSchema(
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+            "additionalProperties": {"type": "number", "minimum": -MAX_LOGIT_BIAS, "maximum": MAX_LOGIT_BIAS},
+            "maxProperties": MAX_LOGIT_BIASES,
+        }
+    ),
 ]
 
 

@@ -26,7 +26,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 from typing_extensions import TypedDict
 
-from deployments.api.fields import Metadata, as_logit_bias, none_if_false
+from deployments.api.fields import LogitBias, Metadata, as_logit_bias, none_if_false
 from deployments.errors import InvalidRequestError
 from deployments.messages import MAX_LOGPROBS, MAX_PENALTY, REPETITION_PENALTIES
 
@@ -267,7 +267,7 @@ class GenerateBody(ModelBody):
     frequency_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
     repetition_penalty: float = Field(default=1.0, ge=REPETITION_PENALTIES[0], le=REPETITION_PENALTIES[1])
     logit_bias: Annotated[
-        tuple[tuple[int, float], ...], BeforeValidator(as_logit_bias, json_schema_input_type=dict[str, float])
+        tuple[tuple[int, float], ...], BeforeValidator(as_logit_bias, json_schema_input_type=LogitBias)
     ] = ()
     min_tokens: int = Field(default=0, ge=0)
     stop: Annotated[tuple[str, ...], BeforeValidator(_as_stops, json_schema_input_type=_Stops)] = ()
@@ -341,7 +341,9 @@ class CompletionBody(GenerateBody):
     max_tokens: int | None = Field(default=None, ge=0)
     best_of: int | None = Field(default=None, ge=1, le=MAX_SAMPLES)
     echo: bool = False
-    logprobs: Annotated[int | None, BeforeValidator(none_if_false)] = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    logprobs: Annotated[
+        int | None, BeforeValidator(none_if_false, json_schema_input_type=int | Literal[False] | None)
+    ] = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
     @property
     def num_logprobs(self) -> int | None:
