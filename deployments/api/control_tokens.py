@@ -41,8 +41,8 @@ class ControlTokens:
         self.texts = sorted(self.tokens, key=len, reverse=True)
         self._written = _any_of(map(re.escape, self.texts))
 
-    def refuse(self, messages: Sequence[Mapping[str, object]]) -> None:
-        """Let messages without control tokens pass.
+    def refuse(self, messages: Sequence[Mapping[str, object]], variables: Mapping[str, object] | None = None) -> None:
+        """Let messages and a template's variables without control tokens pass.
 
         Raises:
             InvalidRequestError: names the message and the token.
@@ -56,6 +56,8 @@ class ControlTokens:
         for number, message in enumerate(messages):
             param = f"messages.{number}"
             _change_texts(message, check)
+        param = "chat_template_kwargs"
+        _change_texts({param: variables}, check)
 
     def occur_in(self, messages: Sequence[Mapping[str, object]]) -> bool:
         """Whether a user wrote one."""

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from deployments.api.chat_template import (
     BRIEF_LIMITS,
@@ -28,6 +28,8 @@ from deployments.errors import InvalidRequestError
 if TYPE_CHECKING:
     from deployments.api.tokenizer import AnyTokenizer
 
+# Under which a template's variables go with the messages.
+_VARIABLES = "variables"
 logger = logging.getLogger(__name__)
 
 
@@ -102,18 +104,18 @@ class TextCodec:
         if isinstance(self._chat_template, NoChatTemplateError):
             raise InvalidRequestError(str(self._chat_template), "messages")
         if self._refused is not None:
-            self._refused.refuse(messages)
-        masked = None if self._plain is None else self._plain.mask(messages)
+            self._refused.refuse(messages, variables)
+        masked = None if self._plain is None else self._plain.mask([*messages, {_VARIABLES: variables or {}}])
         if masked is not None and add_special_tokens:
             message = "cannot go with control tokens in messages, which are read as text"
             raise InvalidRequestError(f"add_special_tokens {message}", "add_special_tokens")
         limits = self._template_limits
         text = self._chat_template.render(
-            messages if masked is None else masked,
+            messages if masked is None else masked[:-1],
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             limits=replace(limits, max_size=min(limits.max_size, max_characters)),
-            variables=variables or {},
+            variables=variables or {} if masked is None else cast(dict[str, object], masked[-1][_VARIABLES]),
         )
         if self._plain is not None and masked is not None:
             return self._plain.encode(text)

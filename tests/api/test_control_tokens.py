@@ -125,6 +125,14 @@ def chat(codec: TextCodec, **fields: Any) -> tuple[int, ...]:
     return read_chat(body, "chatcmpl-1", codec, INFO).requests[0].prompt_token_ids
 
 
+def test_what_a_template_is_told_besides_messages_is_treated_alike() -> None:
+    template = "{{ note }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(InvalidRequestError, match="chat_template_kwargs holds the control token"):
+        TextCodec(build_tokenizer(template), "refuse").encode_chat(say("a"), variables={"note": "<end>"})
+    tokens = TextCodec(build_tokenizer(template), "text").encode_chat(say("a"), variables={"note": ["<end>", 1]})
+    assert bytes(tokens) == b"['<end>', 1]a"
+
+
 def test_a_message_that_goes_on_may_hold_them_as_text() -> None:
     codec = TextCodec(build_tokenizer(), "text")
     assert chat(codec) == tuple(b"u:a <end>;a:")

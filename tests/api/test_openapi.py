@@ -92,8 +92,8 @@ VALUES = st.one_of(
 )
 # What JSON Schema cannot say, or says otherwise: fields that do not go together, and 1.0, which to it is an integer.
 BEYOND = re.compile(
-    r"cannot go with|means the same|got 1\.0|is too large|not with stream|only with|must be at least|cannot be streamed|"
-    r"are more than|there is no answer"
+    r"cannot go with|means the same|got 1\.0|is too large|not with stream|only allowed with logprobs|must be at least|"
+    r"cannot be streamed|are more than|there is no answer"
 )
 
 
