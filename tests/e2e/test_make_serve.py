@@ -274,6 +274,20 @@ def test_both_ingress_replicas_count_for_one_limit(local: Service) -> None:
     wait_until(lambda: num_left() == LIMIT - 2, 60)
 
 
+def test_kv_is_found_by_the_key_that_left_it_and_by_no_other(local: Service) -> None:
+    body = {"model": MODEL_NAME, "prompt": list(range(3000, 3400)), "max_tokens": 1}
+
+    def num_cached(key: str) -> int:
+        answer = httpx.post(f"{local.url}/v1/completions", json=body, headers=bearing(key), timeout=300).json()
+        cached: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return cached
+
+    assert num_cached(KEY) == 0
+    assert num_cached(KEY) > 300
+    assert num_cached(LIMITED_KEY) == 0, "neither its engines nor its router know of the other's"
+    assert num_cached(LIMITED_KEY) > 300
+
+
 def test_a_key_is_good_and_bad_again_without_a_restart(local: Service, keys_file: Path) -> None:
     new = "sk-new-0123456789"
 
