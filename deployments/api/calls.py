@@ -15,6 +15,7 @@ import orjson
 from pydantic import ValidationError
 
 from deployments.api.choices import TextRules
+from deployments.api.json_bounds import check_containers
 from deployments.api.openai import ChatBody, CompletionBody, GenerateBody, ModelBody, explain
 from deployments.api.sampling import read_sampling, seed_of
 from deployments.api.text import TextCodec
@@ -158,6 +159,7 @@ def parse_body(data: bytes, kind: type[B], info: ModelInfo) -> B:
     Raises:
         InvalidRequestError: names the field, its value and the bound.
     """
+    check_containers(data)
     try:
         fields = orjson.loads(data)
     except orjson.JSONDecodeError as error:
