@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from deployments.api.calls import read_chat
-from deployments.api.control_tokens import PlainEncoder
+from deployments.api.control_tokens import ControlTokens, PlainEncoder
 from deployments.api.http import build_app
 from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError, UnsupportedModelError
@@ -79,6 +79,18 @@ def test_spaces_that_a_control_token_takes_with_it_go_with_it() -> None:
     encoder = PlainEncoder(backend)
     for text in ("a<r>  b", "a  <l>b", "a <r> <l> b", "<r>\n\n<r>", "a <end> b"):
         assert encoder.encode(text) == backend.encode(text, add_special_tokens=False).ids
+
+
+WORDS = st.lists(st.text(alphabet="<|ab>", min_size=1, max_size=5), min_size=1, max_size=8, unique=True)
+
+
+@given(WORDS, st.text(alphabet="<|ab>", max_size=30))
+def test_the_longest_control_token_at_a_place_is_found_as_tokenizers_find_it(words: list[str], text: str) -> None:
+    backend = build_tokenizer().backend_tokenizer
+    backend.add_special_tokens([AddedToken(word, special=True) for word in words])
+    found = [match[0] for match in ControlTokens(backend).written.finditer(text)]
+    encoded = backend.encode(text, add_special_tokens=False)
+    assert found == [token for token in encoded.tokens if token in words]
 
 
 PIECES = st.sampled_from(
