@@ -283,7 +283,7 @@ class GenerateBody(ModelBody):
     return_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    truncate_prompt_tokens: int | None = Field(default=None, ge=-1)
+    truncate_prompt_tokens: int | None = Field(default=None, ge=-1, json_schema_extra={"not": {"const": 0}})
     cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
     prompt_cache_key: str | None = Field(default=None, max_length=256)
     service_tier: Literal["auto", "default", "flex", "priority"] | None = None
