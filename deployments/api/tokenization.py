@@ -17,7 +17,6 @@ from deployments.messages import ModelInfo
 
 _NO_OPS: dict[str, tuple[object, ...]] = {
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "mm_processor_kwargs": ({},),
     "tools": ([],),
 }
@@ -32,6 +31,7 @@ _EITHER: dict[str, Any] = {
             "prompt": {"type": "string"},
             "add_generation_prompt": {"type": "null"},
             "continue_final_message": {"type": "null"},
+            "chat_template_kwargs": {"type": "null"},
         },
         "required": ["prompt"],
     },
@@ -52,6 +52,7 @@ class TokenizeBody(ModelBody):
     messages: list[Message] | None = Field(default=None, min_length=1)
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
+    chat_template_kwargs: dict[str, object] = Field(default_factory=dict)
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
 
@@ -59,7 +60,7 @@ class TokenizeBody(ModelBody):
     def _check_text(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise PydanticCustomError("prompt", "give either prompt or messages", {"field": "prompt"})
-        for field in ("add_generation_prompt", "continue_final_message"):
+        for field in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
             if self.messages is None and field in self.model_fields_set:
                 raise PydanticCustomError("messages", "only allowed with messages", {"field": field})
         if self.continue_final_message and self.add_generation_prompt:
@@ -116,6 +117,7 @@ def _encode(body: TokenizeBody, codec: TextCodec, info: ModelInfo) -> list[int]:
         continue_final_message=body.continue_final_message,
         add_special_tokens=body.add_special_tokens is True,
         max_characters=max_characters(info),
+        variables=body.chat_template_kwargs,
     )
 
 

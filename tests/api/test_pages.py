@@ -17,7 +17,7 @@ from deployments.api.http import build_app
 from deployments.api.text import TextCodec
 from deployments.api.tokenization import detokenize, tokenize
 from deployments.messages import FinishReason, ModelInfo
-from tests.api.fakes import END_ID, INFO, FakeBackend, build_codec, client_of, playing
+from tests.api.fakes import END_ID, INFO, FakeBackend, build_codec, build_tokenizer, client_of, playing
 
 CODEC = build_codec()
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -76,6 +76,13 @@ async def test_messages_are_encoded_as_chats_encode_them(fields: dict[str, Any],
     assert bytes(answer.json()["tokens"]).decode() == text
 
 
+async def test_a_chat_template_is_told_what_a_chat_tells_it() -> None:
+    codec = TextCodec(build_tokenizer("{{ tone }}:{{ messages[0].content }}"))
+    body = {"messages": MESSAGES, "chat_template_kwargs": {"tone": "kind"}}
+    async with client_for(codec=codec) as client:
+        assert bytes((await client.post("/tokenize", json=body)).json()["tokens"]) == b"kind:hi"
+
+
 async def test_a_text_that_is_longer_than_the_context_is_encoded_too() -> None:
     answer = (await post("/tokenize", prompt="a" * 1000)).json()
     assert answer["count"] == 1000 > answer["max_model_len"]
@@ -108,6 +115,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ),
     ("/tokenize", {"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools", "not supported yet"),
     ("/tokenize", {"prompt": "a", "chat_template": "{{ 1 }}"}, "chat_template", "not supported yet"),
+    ("/tokenize", {"prompt": "a", "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "only allowed with"),
     ("/tokenize", {"prompt": "a" * 70_000}, "prompt", "too long"),
     ("/tokenize", {"messages": [{"role": "tool", "content": "x"}]}, "messages", "no tools here"),
     ("/detokenize", {}, "tokens", "required"),
