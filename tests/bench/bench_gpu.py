@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
 from deployments.engine.layers.base import LinearLayer
+from deployments.engine.layers.fp8 import quantize_weights
 from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
 from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
 from tests.bench.gpu_profile import gpu_seconds
@@ -35,11 +36,13 @@ PROMPT_TOKENS = 256
 MEASURED_STEPS = 100
 
 
-def load_random(config: PretrainedConfig) -> LoadedModel:
+def load_random(shape: Shape) -> LoadedModel:
     """A model with random weights, the same each time, as `load_model` would have prepared it."""
     with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(shape.config(), dtype=torch.bfloat16)
     fill_random(model)
+    if shape.quantization == "fp8":
+        quantize_weights(model)
     loaded = prepare_model(model, "random", torch.device("cuda"))
     return replace(loaded, has_cuda_layers=optimize_layers(model))
 
@@ -53,13 +56,13 @@ def fill_random(model: PreTrainedModel) -> None:
                 parameter.normal_(0, 0.02, generator=generator)
 
 
-def build(config: PretrainedConfig, max_num_seqs: int) -> Engine:
+def build(shape: Shape, max_num_seqs: int) -> Engine:
     """An engine with random weights."""
-    longest = min(12288, int(config.max_position_embeddings))
+    longest = min(12288, int(shape.config().max_position_embeddings))
     settings = EngineConfig(
         max_num_seqs=max_num_seqs, max_num_batched_tokens=16384, max_model_len=longest, hands_over=False
     )
-    return Engine(load_random(config), settings)
+    return Engine(load_random(shape), settings)
 
 
 class Driver:
@@ -198,10 +201,10 @@ def decode_bytes(engine: Engine) -> tuple[float, float]:
     )
 
 
-def profile_throughput(name: str, config: PretrainedConfig, bandwidth: float) -> dict[str, dict[str, float]]:
+def profile_throughput(name: str, shape: Shape, bandwidth: float) -> dict[str, dict[str, float]]:
     """Seconds of the GPU by kind of kernel, printed: steps with prompts, those with decodes alone, and their floor."""
-    engine = build(config, max_num_seqs=256)
-    driver = Driver(engine, config.vocab_size)
+    engine = build(shape, max_num_seqs=256)
+    driver = Driver(engine, shape.config().vocab_size)
     rate = repeated(partial(throughput, driver), 1)[0]
     add_lengths(driver)
 
@@ -254,7 +257,7 @@ def main() -> int:
     print(f"{result['device']}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
     for name in options.shapes:
         if options.profile:
-            found = profile_throughput(name, SHAPES[name].config(), bandwidth)
+            found = profile_throughput(name, SHAPES[name], bandwidth)
         else:
             found = measure_model(name, SHAPES[name], bandwidth, options)
         result["models"][name] = found
@@ -269,7 +272,7 @@ def measure_model(name: str, shape: Shape, bandwidth: float, options: argparse.N
     begun = time.perf_counter()
     config = shape.config()
     try:
-        engine = build(config, max_num_seqs=256)
+        engine = build(shape, max_num_seqs=256)
     except (RuntimeError, ValueError) as error:
         print(f"\n{name}: does not start: {_reason(error)}", flush=True)
         return {"failed": _reason(error)}

@@ -96,7 +96,7 @@ class TimedEngine(EngineActor):
 
 def build(config: EngineConfig) -> BuiltEngine:
     """An engine with random weights, the same in every process."""
-    return assemble_engine(load_random(SHAPES[MODEL].config()), config)
+    return assemble_engine(load_random(SHAPES[MODEL]), config)
 
 
 def start(rank: int, share_kv: bool, max_num_batched_tokens: int, num_gpus: float) -> DrivenEngine:

@@ -11,13 +11,14 @@ IDLE = "no kernel"
 KINDS = {
     "attention of decodes": ("_decode_attention", "_merge_splits"),
     "attention of prompts": ("flash", "fmha", "sdpa", "_prefill_attention", "_merge_rows", "_scale_rows"),
-    "products": ("gemm", "nvjet", "cutlass", "_linear_of_row", "splitk", "gemv"),
+    "products": ("gemm", "nvjet", "cutlass", "_linear_of_row", "_fp8_", "splitk", "gemv"),
     "experts": ("_grouped", "_of_few", "_combine"),
     "routing": ("_route", "_plan", "_count", "_logits"),
     "norms": ("_rms_norm", "_add_norm"),
-    "activations": ("_gated_mul",),
+    "activations": ("_gated_mul", "_gated_quantized"),
     "rotary embedding, writing of KV": ("_rotate_and_write",),
     "drawing of tokens": ("reduce_kernel", "_gumbel", "_best_within", "argmax"),
+    "rounding to FP8": ("_quantize_rows",),
     "copies": ("memcpy", "memset"),
 }
 

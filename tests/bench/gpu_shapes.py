@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers import (
     Gemma2Config,
@@ -25,12 +26,14 @@ class Shape:
         tpot_ms: of each batch size; None: vLLM was not measured.
         prefill_ms: of (prompts, their tokens).
         throughput: output tokens per second.
+        quantization: of its weights, as `engine.quantization`.
     """
 
     config: Callable[[], PretrainedConfig]
     tpot_ms: dict[int, float | None]
     prefill_ms: dict[tuple[int, int], float | None]
     throughput: float | None
+    quantization: Literal["fp8"] | None = None
 
 
 def llama_8b() -> PretrainedConfig:
@@ -137,6 +140,13 @@ SHAPES = {
         {1: 6.66, 8: 6.54, 32: 7.72, 128: 9.49, 256: 13.78},
         {(1, 512): 16.2, (1, 2048): 51.7, (1, 8192): 221.0, (16, 1024): 389.0},
         8305.0,
+    ),
+    "llama-8b-fp8": Shape(
+        llama_8b,
+        {1: 4.27, 8: 4.39, 32: 5.08, 128: 8.11, 256: 12.88},
+        {(1, 512): 17.7, (1, 2048): 36.1, (1, 8192): 148.0, (16, 1024): 272.0},
+        10083.0,
+        quantization="fp8",
     ),
     "qwen3-0.6b": Shape(
         qwen3_600m,

@@ -115,7 +115,7 @@ def _num_warps(block: int) -> int:
 
 
 @triton.jit
-def _normalised(value, weight, at, inside, eps, size, dtype: tl.constexpr):
+def normalised(value, weight, at, inside, eps, size, dtype: tl.constexpr):
     """A row of float32, normalised, scaled and rounded."""
     scaled = value * tl.rsqrt(tl.sum(value * value, axis=0) / size + eps)
     factor = tl.load(weight + at, mask=inside, other=0.0)
@@ -132,7 +132,7 @@ def _rms_norm(
     at = tl.arange(0, BLOCK)
     inside = at < size
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    normed = _normalised(value, weight, at, inside, eps, size, out.dtype.element_ty)
+    normed = normalised(value, weight, at, inside, eps, size, out.dtype.element_ty)
     tl.store(out + row * size + at, normed, mask=inside)
 
 
@@ -144,11 +144,11 @@ def _add_norm(residual, x, weight, next_weight, out, eps, next_eps, size, BLOCK:
     inside = at < size
     value = tl.load(x + row + at, mask=inside, other=0.0).to(tl.float32)
     before = tl.load(residual + row + at, mask=inside, other=0.0)
-    normed = _normalised(value, weight, at, inside, eps, size, before.dtype)
+    normed = normalised(value, weight, at, inside, eps, size, before.dtype)
     total = before + normed
     tl.store(residual + row + at, total, mask=inside)
     if next_weight is not None:
-        normed = _normalised(total.to(tl.float32), next_weight, at, inside, next_eps, size, before.dtype)
+        normed = normalised(total.to(tl.float32), next_weight, at, inside, next_eps, size, before.dtype)
         tl.store(out + row + at, normed, mask=inside)
 
 

@@ -75,7 +75,7 @@ class Given:
 
 
 @torch.inference_mode()
-def given_to_layers(model: PreTrainedModel) -> dict[nn.Module, Given]:
+def given_to_layers(model: PreTrainedModel, num_tokens: int = PROBE_ROWS) -> dict[nn.Module, Given]:
     """Run a few tokens through a model and keep what each of its decoder layers was called with.
 
     What that is differs by family: of rotary embeddings gpt-oss gives half the width that others do, Gemma 3 another
@@ -93,7 +93,7 @@ def given_to_layers(model: PreTrainedModel) -> dict[nn.Module, Given]:
         for layer in model.modules()
         if all(isinstance(getattr(layer, name, None), nn.Module) for name in ("self_attn", "mlp"))
     ]
-    positions = torch.arange(PROBE_ROWS, device=model.device).unsqueeze(0)
+    positions = torch.arange(num_tokens, device=model.device).unsqueeze(0)
     try:
         model(input_ids=positions, position_ids=positions, use_cache=False, logits_to_keep=1, paged_step=_Echo())
     finally:

@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,10 +69,11 @@ class FusedGatedMLP(nn.Module):
     def __init__(self, activation: Callable[[Tensor], Tensor], gate_up: nn.Module, down_proj: nn.Module) -> None:
         super().__init__()
         self.gate_up, self.down_proj = gate_up, down_proj
-        self._activation = activation
+        # What it gives is for `down_proj` alone, and may be of a form that only that knows.
+        self.activation: Callable[[Tensor], Any] = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self._activation(self.gate_up(x)))
+        out: Tensor = self.down_proj(self.activation(self.gate_up(x)))
         return out
 
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.layers.base import LinearLayer
+from deployments.engine.layers.fp8 import are_read, scales_of
 from deployments.engine.layers.packed import PackedLinear, compile_packed
 
 
@@ -50,9 +51,21 @@ def _build_skinny(layer: nn.Linear) -> LinearLayer:
     return SkinnyLinear(layer)
 
 
+def _fits_fp8(layer: nn.Linear, config: EngineConfig) -> bool:
+    scales = scales_of(layer)
+    return scales is not None and _fits_skinny(layer, config) and are_read(scales, layer.weight.shape)
+
+
+def _build_fp8(layer: nn.Linear) -> LinearLayer:
+    from deployments.engine.layers.cuda_fp8 import Fp8Linear  # Triton is there only where a GPU is
+
+    return Fp8Linear(layer)
+
+
 # The first that fits is taken. A layer that none fits stays plain: torch multiplies it.
 LINEAR_KINDS = (
     LinearKind("packed", _fits_packed, PackedLinear, compile_packed),
+    LinearKind("fp8", _fits_fp8, _build_fp8),
     LinearKind("skinny", _fits_skinny, _build_skinny),
 )
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from deployments.engine.layers.fp8 import note_joined
+
 # Attributes of one module, in the order in which its `forward` calls them.
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -39,6 +41,7 @@ class MergedLinear(nn.Module):
         self.linear.weight = nn.Parameter(weight, requires_grad=False)
         if linears[0].bias is not None:
             self.linear.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]), False)
+        note_joined(self.linear, linears)
         self._last = len(linears) - 1
         self.memo = _Memo()
 

@@ -36,12 +36,15 @@ def replace_layers(model: PreTrainedModel, config: EngineConfig, kv_shape: KVSha
 
 
 def _fuse_on_cuda(model: PreTrainedModel, attention_rotates: bool) -> None:
-    from deployments.engine.layers import cuda, cuda_decoder, cuda_experts  # Triton is there only where a GPU is
+    # Triton is there only where a GPU is.
+    from deployments.engine.layers import cuda, cuda_decoder, cuda_experts, cuda_fp8
 
     fuse_layers(model, cuda.KERNELS if attention_rotates else cuda.KERNELS_WITHOUT_ROTARY)
     has_experts = cuda_experts.fuse_experts(model) > 0
     # Decoder layers add to their residuals in kernels of their blocks, which are to be in place.
     cuda_decoder.fuse_residuals(model)
+    # What a decoder layer's products take in FP8 is rounded by the kernel before them.
+    cuda_fp8.round_in_norms(model)
     # Last, since it is the whole model that is tried.
     if attention_rotates:
         cuda.keep_rotary_where_it_is_wanted(model)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from deployments.engine.attention.base import IMPLEMENTATION, register
 from deployments.engine.config import EngineConfig
 from deployments.engine.kv.cache import KVShape
+from deployments.engine.layers.fp8 import quantize_weights
 from deployments.engine.layers.replace import replace_layers
 from deployments.engine.model.config import check_config, read_config
 from deployments.engine.model.end_tokens import end_token_ids, read_end_token_ids
@@ -71,6 +72,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     check_config(hf_config)
     dtype: torch.dtype | str = _DTYPES.get(config.dtype, torch.float32 if device.type == "cpu" else "auto")
     model = load_weights(path, hf_config, dtype=dtype, device_map=device, attn_implementation=IMPLEMENTATION)
+    if config.quantization == "fp8":
+        quantize_weights(model)
     loaded = prepare_model(model, path, device)
     end_ids = read_end_token_ids(path, loaded.vocab_size)
     return replace(loaded, eos_token_ids=end_ids, has_cuda_layers=optimize_layers(model, config))

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from deployments.engine.model.config import blamed, build_empty, read_values
+from deployments.engine.model.quantized import apply_scales, take_scheme
 from deployments.errors import UnsupportedModelError, brief
 
 logger = logging.getLogger(__name__)
@@ -24,17 +25,18 @@ _BUFFERS = re.compile(r"\.(inv_freq|masked_bias|position_ids|(attn|attention)\.b
 
 
 def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
-    """Load a checkpoint.
+    """Load a checkpoint; one in FP8 with the numbers that its codes stand for.
 
     Args:
         path: folder or hub id.
-        config: its configuration.
+        config: its configuration; what is said there of FP8 is taken out.
         options: for transformers' `from_pretrained`.
 
     Raises:
         UnsupportedModelError: a parameter is missing or has another shape, or the checkpoint has a layer, a bias or
-            the like that its configuration does not: names them.
+            the like that its configuration does not: names them. Or it is quantized in a way that is not read.
     """
+    scheme = take_scheme(path, config)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -50,6 +52,8 @@ def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrai
     except Exception as error:
         raise _explained(path, config, error) from error
     model, found = loaded
+    if scheme is not None:
+        found["unexpected_keys"] = set(found["unexpected_keys"]) - apply_scales(path, model, scheme)
     check_complete(path, model, found)
     return cast(PreTrainedModel, model)
 
