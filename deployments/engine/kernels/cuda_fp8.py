@@ -50,9 +50,8 @@ def few_rows(x: Tensor, weight: Fp8Weight, bias: Tensor | None, out: Tensor, *, 
         _of_rows(x, weight, bias, out, num_rows, adds)
 
 
-def row_tile(num_columns: int) -> tuple[int, int, int]:
-    """Columns and depth of a program's tile, and its warps, for one row: the best of those tried on an H100."""
-    return (4, 1024, 4) if num_columns >= 16384 else (2, 2048, 4)
+# Columns and depth of a program's tile, and its warps, for one row: the best of those tried on an H100 (docs/log.md).
+_ROW_TILE = 2, 1024, 2
 
 
 def rows_tile(num_columns: int, num_rows: int) -> tuple[int, int, int, int]:
@@ -71,7 +70,7 @@ def rows_tile(num_columns: int, num_rows: int) -> tuple[int, int, int, int]:
 
 def _of_row(x: Tensor, weight: Fp8Weight, bias: Tensor | None, out: Tensor, adds: bool) -> None:
     num_columns, depth = weight.codes.shape
-    columns, block, num_warps = row_tile(num_columns)
+    columns, block, num_warps = _ROW_TILE
     _fp8_of_row[(triton.cdiv(num_columns, columns),)](
         x,
         weight.codes,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from triton import next_power_of_2
 
 from deployments.engine.kernels.cuda import gelu_mul, silu_mul
 from deployments.engine.kernels.cuda_fp8 import Fp8Weight, few_rows
@@ -99,12 +100,21 @@ def prompt_tile(num_columns: int, num_rows: int, *, has_blocks: bool) -> Tile:
     """The best tile of those tried on an H100 (docs/log.md)."""
     if has_blocks:
         return Tile(64 if num_rows <= 64 else 128, 128, 128, 4, 8, stays=False)
-    is_narrow = num_columns < 16384
-    if num_rows <= 64:
-        return Tile(64, 32, 256, 4, 4, stays=False) if is_narrow else Tile(64, 128, 256, 3, 4, stays=False)
+    if num_rows <= 128:
+        return _tile_of_step(num_columns, max(32, next_power_of_2(num_rows)))
     if num_rows <= 256:
-        return Tile(64, 64, 256, 4, 4, stays=False) if is_narrow else Tile(128, 256, 128, 3, 8, stays=False)
+        return Tile(64, 64, 256, 4, 4, stays=False) if num_columns < 16384 else Tile(128, 256, 128, 3, 8, stays=False)
     return Tile(128, 128, 128, 5, 4) if num_rows <= 1024 else Tile(128, 256, 128, 3, 8)
+
+
+def _tile_of_step(num_columns: int, rows: int) -> Tile:
+    """Of a step of decodes: the weight is read once, in tiles of all rows."""
+    columns, depth, num_stages, num_warps = 64, 256, 4, 4
+    if num_columns <= 4096:  # few programs, each with more under way
+        depth, num_stages = (128, 8) if rows == 128 else (256, 6)
+    elif num_columns >= 16384 and rows >= 64:
+        columns, depth, num_stages, num_warps = (128, 256, 4, 8) if rows == 64 else (128, 128, 6, 4)
+    return Tile(rows, columns, depth, num_stages, num_warps, stays=False, weight_first=True)
 
 
 class NormForFp8(nn.Module):
