@@ -11,12 +11,10 @@ from triton import next_power_of_2
 
 from deployments.engine.kernels.cuda import gelu_mul, silu_mul
 from deployments.engine.kernels.cuda_fp8 import Fp8Weight, few_rows
-from deployments.engine.kernels.cuda_fp8_prompts import (
+from deployments.engine.kernels.cuda_fp8_prompts import Tile, many_rows, many_rows_of_library
+from deployments.engine.kernels.cuda_fp8_rows import (
     Fp8Rows,
-    Tile,
     gelu_mul_quantized,
-    many_rows,
-    many_rows_of_library,
     quantize_rows,
     rms_norm_quantized,
     silu_mul_quantized,

@@ -15,11 +15,10 @@ from tests.engine.interpreted import DEVICE  # before the kernels
 
 from deployments.engine.kernels.cuda import rms_norm  # isort: skip
 from deployments.engine.kernels.cuda_fp8 import Fp8Weight, few_rows  # isort: skip
-from deployments.engine.kernels.cuda_fp8_prompts import (  # isort: skip
+from deployments.engine.kernels.cuda_fp8_prompts import Tile, many_rows  # isort: skip
+from deployments.engine.kernels.cuda_fp8_rows import (  # isort: skip
     Fp8Rows,
-    Tile,
     gelu_mul_quantized,
-    many_rows,
     quantize_rows,
     rms_norm_quantized,
     silu_mul_quantized,
