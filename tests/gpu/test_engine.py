@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from deployments.engine.execution import parts
 from deployments.engine.model.load import optimize_layers, prepare_model
 from deployments.messages import SamplingParams
 from tests.engine.driving import Transcript, greedy, prefill_all, run
+from tests.engine.insides import runner_of
 from tests.gpu.driving import LENGTHS, NUM_TOKENS, TIE, build, prompt
 from tests.gpu.models import CONFIGS, exact, loaded, plain
 
@@ -143,6 +145,24 @@ def test_a_prompt_alone_takes_the_graph_of_its_length(length: int) -> None:
     engine = build("llama")
     engine.add(greedy("r", prompt(length), 4))
     check_greedy("llama", prompt(length), run(engine).tokens["r"])
+
+
+@every_family
+@pytest.mark.parametrize("is_recorded", [False, True], ids=["as a whole", "recorded"])
+def test_prompts_beside_decodes(family: str, is_recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build(family)
+    monkeypatch.setattr(parts, "MAX_PROMPT_TOKENS", 4096)
+    monkeypatch.setattr(parts, "MAX_PROMPTS", 8 if is_recorded else 0)
+    monkeypatch.delattr(type(runner_of(engine)), "_run_eagerly" if is_recorded else "_replay_parts")
+    transcript, lengths = Transcript(), (40, 256, 255, 2, 700, 16)
+    for beginning in (lengths[:2], lengths[2:3], lengths[3:]):  # two beside nothing, one beside two, three beside three
+        for length in beginning:
+            engine.add(greedy(f"r{length}", prompt(length), NUM_TOKENS))
+        for _ in range(3):
+            transcript.note(engine.step())
+    for name, tokens in run(engine, transcript).tokens.items():
+        assert len(tokens) == NUM_TOKENS
+        check_greedy(family, prompt(int(name[1:])), tokens)
 
 
 def test_the_canary_runs_while_nothing_else_does_and_changes_no_token() -> None:

@@ -1,4 +1,7 @@
-"""Runs scheduled steps on a GPU without ever waiting for it: decodes as CUDA graphs, steps with prompts as they are.
+"""Runs scheduled steps on a GPU without ever waiting for it: as CUDA graphs, or launched as a whole.
+
+Decodes alone and a whole prompt alone are recorded. Both in one step are replayed one after the other where there is
+little to compute (`parts.py`).
 
 The host prepares a step in pinned memory while the GPU runs the one before. Drawn tokens stay on the GPU, where the
 next step finds them; their copies for the host arrive by themselves and are waited for one step later.
@@ -16,7 +19,7 @@ from transformers import PreTrainedModel
 from deployments.engine.attention.cuda import LONG_CHUNK, CudaStep, Prompts
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.config import EngineLimits
-from deployments.engine.execution.base import LaunchedStep, Preparation
+from deployments.engine.execution.base import LaunchedStep, Preparation, PreparedStep
 from deployments.engine.execution.graphs import (
     MAX_GRAPH_BATCH,
     PROMPT_LENGTHS,
@@ -27,6 +30,7 @@ from deployments.engine.execution.graphs import (
     padded_batch,
     record,
 )
+from deployments.engine.execution.parts import fill_decodes, fill_prompt, recorded_prompts
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.layers.cuda import can_drop_rows
 from deployments.engine.model.load import LoadedModel
@@ -50,6 +54,7 @@ class CudaRunner:
         self._model: PreTrainedModel = loaded.model
         self._device = loaded.device
         self._drops_rows = can_drop_rows(loaded.model)
+        self._kv_token_bytes = loaded.kv_shape.bytes_per_token
         self.cache = cache
         self._limits = limits
         self._max_blocks = -(-limits.max_model_len // cache.block_size)
@@ -61,7 +66,7 @@ class CudaRunner:
         self._decode_uploads = [Upload(flat) for _ in range(2)]
         self._decode_inputs = torch.zeros(flat, dtype=torch.int32, device=self._device)
         self._decode_inputs[3 * num_seqs : 4 * num_seqs] = -1
-        prompt_values = 4 * limits.max_num_batched_tokens + num_seqs * (2 * self._max_blocks + 16) + 64
+        prompt_values = 6 * limits.max_num_batched_tokens + num_seqs * (2 * self._max_blocks + 16) + 64
         self._prompt_uploads = [Upload(prompt_values) for _ in range(2)]
         self._results = [torch.empty(max_draws, dtype=torch.int64, pin_memory=True) for _ in range(2)]
         self._drawn = torch.zeros(max_draws, dtype=torch.int64, device=self._device)
@@ -80,9 +85,9 @@ class CudaRunner:
         adjusting = None if step.adjusting is None else step.adjusting.on(self._device, self._drawn)
         is_drawn = arrays.num_decodes == arrays.num_runs <= self._max_graph_batch
         if is_drawn:
-            logits = self._run_graph(arrays)
-        elif self._is_short_prompt(arrays) and (step.scoring is None or not len(step.scoring.rows)):
-            logits = self._run_prompt_graph(arrays)
+            logits = self._replay_decodes(arrays).logits
+        elif (lengths := self._recorded_lengths(step)) is not None:
+            logits = self._replay_parts(arrays, lengths)
         else:
             logits = self._run_eagerly(arrays, step.logit_rows)
         num_draws = len(arrays.draw_rows)
@@ -97,45 +102,47 @@ class CudaRunner:
         done.record()
         return LaunchedStep(step.items, result, done, scores)
 
-    def _run_graph(self, arrays: StepArrays) -> Tensor:
+    def _replay_decodes(self, arrays: StepArrays) -> DecodeGraph:
         graph = self._graphs[padded_batch(arrays.num_decodes, self._max_graph_batch)]
-        upload = self._decode_uploads[self._turn]
-        self._fill_decodes(upload.values, arrays, graph.batch_size)
-        upload.to(self._decode_inputs, 5 * self._limits.max_num_seqs + graph.batch_size * self._max_blocks)
+        upload, num_columns = self._decode_uploads[self._turn], 5 * self._limits.max_num_seqs
+        columns = upload.values[:num_columns].reshape(5, -1)
+        tables = upload.values[num_columns:].reshape(-1, self._max_blocks)
+        fill_decodes(columns, tables, arrays, graph.batch_size)
+        upload.to(self._decode_inputs, num_columns + graph.batch_size * self._max_blocks)
         graph.graph.replay()
-        return graph.logits
+        return graph
 
-    def _fill_decodes(self, values: np.ndarray, arrays: StepArrays, batch_size: int) -> None:
-        num_seqs, count = self._limits.max_num_seqs, arrays.num_decodes
-        token_ids, sources, positions, slots, lens = values[: 5 * num_seqs].reshape(5, num_seqs)
-        tables = values[5 * num_seqs :].reshape(num_seqs, self._max_blocks)
-        token_ids[:count], sources[:count] = arrays.token_ids, arrays.sources
-        positions[:count], slots[:count] = arrays.positions, arrays.slots
-        lens[:count] = arrays.decode_lens
-        tables[:count, : arrays.tables.shape[1]] = arrays.tables
-        token_ids[count:batch_size] = positions[count:batch_size] = lens[count:batch_size] = 0
-        sources[count:batch_size] = slots[count:batch_size] = -1
+    def _recorded_lengths(self, step: PreparedStep) -> list[int] | None:
+        """Lengths of the graphs that a step's prompts take; None: it is launched as a whole."""
+        if step.scoring is not None and len(step.scoring.rows):
+            return None  # more logits of a prompt are wanted than a graph gives
+        counts = recorded_prompts(step.arrays, self._kv_token_bytes)
+        if not counts or max(counts) > max(self._prompt_graphs, default=0):
+            return None
+        if step.arrays.num_decodes > self._max_graph_batch:
+            return None
+        return [min(length for length in self._prompt_graphs if length >= count) for count in counts]
 
-    def _is_short_prompt(self, arrays: StepArrays) -> bool:
-        """Whether one whole prompt runs alone, and a graph is long enough for it."""
-        if arrays.num_runs > 1 or arrays.num_decodes or len(arrays.draw_rows) != 1:
-            return False
-        return arrays.starts[0] == 0 and arrays.num_tokens <= max(self._prompt_graphs, default=0)
-
-    def _run_prompt_graph(self, arrays: StepArrays) -> Tensor:
-        count = arrays.num_tokens
-        graph = self._prompt_graphs[min(length for length in self._prompt_graphs if length >= count)]
-        upload = self._prompt_uploads[self._turn]
-        flat = upload.values[: 3 * graph.length + 1]
-        token_ids, positions, slots = flat[:-1].reshape(3, graph.length)
-        token_ids[:count], slots[:count] = arrays.token_ids, arrays.slots
-        positions[:] = arrays.positions[0] + np.arange(graph.length)
-        token_ids[count:], slots[count:] = 0, -1
-        flat[-1] = count - 1
-        upload.to(graph.inputs, len(flat))
-        graph.graph.replay()
-        assert graph.logits is not None
-        return graph.logits
+    def _replay_parts(self, arrays: StepArrays, lengths: list[int]) -> Tensor:
+        """Decodes, then each whole prompt, each as the graph of its size; logits of all that draw."""
+        first, upload = arrays.num_decodes, self._prompt_uploads[self._turn]
+        writer = Writer(upload.values)
+        spans = [writer.take(3 * length + 1) for length in lengths]
+        for run, span in enumerate(spans, first):
+            fill_prompt(span.array, arrays, run)
+        inputs = upload.to(torch.empty(writer.num_values, dtype=torch.int32, device=self._device), writer.num_values)
+        # Copied at once: graphs share their memory, so the next one may write over what the last one gave.
+        recorded = self._graphs[self._max_graph_batch].logits
+        logits = recorded.new_empty((arrays.num_runs, recorded.shape[1]))
+        if first:
+            logits[:first] = self._replay_decodes(arrays).logits[:first]
+        for row, (length, span) in enumerate(zip(lengths, spans, strict=True), first):
+            graph = self._prompt_graphs[length]
+            graph.inputs.copy_(span.on(inputs))
+            graph.graph.replay()
+            assert graph.logits is not None
+            logits[row] = graph.logits[0]
+        return logits
 
     def _run_eagerly(self, arrays: StepArrays, logit_rows: np.ndarray) -> Tensor:
         upload, num_decodes = self._prompt_uploads[self._turn], arrays.num_decodes
