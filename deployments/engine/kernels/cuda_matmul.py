@@ -135,11 +135,15 @@ def _linear_of_row(
     BLOCK: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    wait_for_earlier(OVERLAPS)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     rows = weight + tl.minimum(columns, num_columns - 1).to(tl.int64)[:, None] * depth
-    total = tl.zeros((COLUMNS, BLOCK), tl.float32)
-    for start in range(0, depth, BLOCK):
+    at = tl.arange(0, BLOCK)
+    inside = at < depth
+    # Nothing but x comes from earlier kernels: the first part of the weight is on its way while they end.
+    part = tl.load(rows + at[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first")
+    wait_for_earlier(OVERLAPS)
+    total = part.to(tl.float32) * tl.load(x + at, mask=inside, other=0.0).to(tl.float32)[None, :]
+    for start in range(BLOCK, depth, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < depth
         part = tl.load(rows + at[None, :], mask=inside[None, :], other=0.0, eviction_policy="evict_first")
