@@ -44,6 +44,11 @@ def test_the_layers_are_replaced(family: str) -> None:
     assert all("forward" in vars(layer.self_attn) for layer in layers), "attention rotates"
 
 
+def test_attention_normalises_heads_where_it_rotates_them() -> None:
+    layers = loaded("qwen3").model.model.layers
+    assert all(layer.self_attn.kvrelay_rotary.norms is not None for layer in layers)
+
+
 def test_attention_that_does_something_with_what_it_rotated_rotates_itself() -> None:
     layers = loaded("hunyuan").model.model.layers
     assert loaded("hunyuan").has_cuda_layers

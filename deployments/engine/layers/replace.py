@@ -40,7 +40,7 @@ def _fuse_on_cuda(model: PreTrainedModel, attention_rotates: bool) -> None:
     from deployments.engine.layers import cuda, cuda_decoder, cuda_experts, cuda_fp8
 
     fuse_layers(model, cuda.KERNELS if attention_rotates else cuda.KERNELS_WITHOUT_ROTARY)
-    has_experts = cuda_experts.fuse_experts(model) > 0
+    cuda_experts.fuse_experts(model)
     # Decoder layers add to their residuals in kernels of their blocks, which are to be in place.
     cuda_decoder.fuse_residuals(model)
     # What a decoder layer's products take in FP8 is rounded by the kernel before them.
@@ -48,5 +48,4 @@ def _fuse_on_cuda(model: PreTrainedModel, attention_rotates: bool) -> None:
     # Last, since it is the whole model that is tried.
     if attention_rotates:
         cuda.keep_rotary_where_it_is_wanted(model)
-        if has_experts:  # where it was written for; dense models have not been measured with it
-            cuda.leave_norms_to_attention(model)
+        cuda.leave_norms_to_attention(model)
