@@ -29,6 +29,7 @@ class Tile:
         stays: a program goes on with another tile, so that there are no more of them than processors.
         weight_first: the weight is the product's left operand, of which the tensor cores take no fewer than 64 rows: so
             there may be fewer rows of x.
+        ahead: of each of the weight's rows so many codes are asked for while earlier kernels end; a multiple of 128.
     """
 
     rows: int
@@ -39,6 +40,7 @@ class Tile:
     group: int = 8
     stays: bool = True
     weight_first: bool = False
+    ahead: int = 0
 
 
 def many_rows(x: Fp8Rows, weight: Fp8Weight, bias: Tensor | None, out: Tensor, tile: Tile, *, adds: bool) -> None:
@@ -58,8 +60,9 @@ def many_rows(x: Fp8Rows, weight: Fp8Weight, bias: Tensor | None, out: Tensor, t
     num_tiles = triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_columns, tile.columns)
     num_programs = min(num_tiles, _num_processors(x.codes.device)) if tile.stays else num_tiles
     _fp8_by_fp8[(num_programs,)](
-        TensorDescriptor.from_tensor(x.codes, [tile.rows, tile.depth]),
+        TensorDescriptor.from_tensor(x.padded, [tile.rows, tile.depth]),
         TensorDescriptor.from_tensor(weight.codes, [tile.columns, tile.depth]),
+        weight.codes,
         x.scales,
         weight.scales.values,
         bias,
@@ -78,6 +81,7 @@ def many_rows(x: Fp8Rows, weight: Fp8Weight, bias: Tensor | None, out: Tensor, t
         GROUP=tile.group,
         STAYS=tile.stays,
         WEIGHT_FIRST=tile.weight_first,
+        AHEAD=0 if tile.stays or depth < tile.ahead else tile.ahead,
         num_stages=tile.num_stages,
         num_warps=tile.num_warps,
         **OVERLAPPING,
@@ -117,6 +121,7 @@ def _place(tile, tiles_down, tiles_across, GROUP: tl.constexpr):
 def _fp8_by_fp8(
     x,
     weight,
+    codes,
     of_rows,
     of_columns,
     bias,
@@ -135,10 +140,15 @@ def _fp8_by_fp8(
     GROUP: tl.constexpr,
     STAYS: tl.constexpr,
     WEIGHT_FIRST: tl.constexpr,
+    AHEAD: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    wait_for_earlier(OVERLAPS)
     tiles_down, tiles_across = tl.cdiv(num_rows, ROWS), tl.cdiv(num_columns, COLUMNS)
+    if OVERLAPS and AHEAD:
+        _, across = _place(tl.program_id(0), tiles_down, tiles_across, GROUP)
+        columns = tl.minimum(across * COLUMNS + tl.arange(0, COLUMNS), num_columns - 1).to(tl.int64)
+        _ask_for(codes + columns[:, None] * depth + tl.arange(0, AHEAD // 128)[None, :] * 128)
+    wait_for_earlier(OVERLAPS)
     if STAYS:
         for tile in tl.range(tl.program_id(0), tiles_down * tiles_across, tl.num_programs(0), flatten=True):
             _tile(
@@ -151,6 +161,19 @@ def _fp8_by_fp8(
             num_columns, depth, scales_across, HAS_BIAS, ADDS, ROWS_PER_SCALE, HAS_BLOCKS, ROWS, COLUMNS, BLOCK, GROUP,
             WEIGHT_FIRST,
         )  # fmt: skip
+
+
+@triton.jit
+def _ask_for(pointers):
+    """Bring lines of memory into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit

@@ -90,6 +90,7 @@ def test_rows_are_rounded_each_on_its_own_grid() -> None:
     assert rows.shape == x.shape and rows.dtype == x.dtype
     check_codes(rows, x.view(6, 80).float())
     assert (rows.codes[1].float() == 0).all(), "a row of zeros"
+    assert len(rows.padded) == 16 and (rows.padded[6:].float() == 0).all()
 
 
 def check_codes(rows: Fp8Rows, expected: Tensor) -> None:
