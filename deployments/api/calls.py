@@ -16,8 +16,9 @@ from pydantic import ValidationError
 
 from deployments.api.choices import TextRules
 from deployments.api.json_bounds import check_containers
-from deployments.api.openai import ChatBody, CompletionBody, GenerateBody, ModelBody, explain
+from deployments.api.openai import ChatBody, CompletionBody, GenerateBody, ModelBody
 from deployments.api.sampling import read_sampling, seed_of
+from deployments.api.strict import explain
 from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError, RequestTooLargeError
 from deployments.messages import MAX_PROMPT_SCORES, GenerateRequest, ModelInfo, Priority

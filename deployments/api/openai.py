@@ -7,63 +7,33 @@ The exceptions go to the operator's log and never change an answer: `user`, `saf
 Knows nothing of tokens or HTTP; `calls.py` reads bodies with it.
 """
 
-import reprlib
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    FailFast,
-    Field,
-    GetJsonSchemaHandler,
-    PlainValidator,
-    ValidationError,
-    model_validator,
+from pydantic import ConfigDict, FailFast, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from deployments.api.fields import (
+    MAX_PROMPTS,
+    LogitBias,
+    LogprobCount,
+    Metadata,
+    OptionalContent,
+    Prompts,
+    Stops,
+    StopTokenIds,
 )
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
-from typing_extensions import TypedDict
-
-from deployments.api.fields import LogitBias, Metadata, as_logit_bias, none_if_false
-from deployments.errors import InvalidRequestError
+from deployments.api.strict import NoOps, Strict
 from deployments.messages import MAX_LOGPROBS, MAX_PENALTY, REPETITION_PENALTIES
 
-MAX_PROMPTS = 1024
-# OpenAI allows 4, some peers any number; each costs a step per character of output.
-MAX_STOPS = 32
-MAX_STOP_CHARACTERS = 1024
-# Each is compared with every token.
-MAX_STOP_TOKEN_IDS = 128
 # OpenAI's.
 MAX_SAMPLES = 128
 
-Prompt = str | tuple[int, ...]
-Part = dict[str, object]
-Content = str | tuple[Part, ...]
-_NoOps = Mapping[str, tuple[object, ...]]
-
-# What JSON may hold for a field that is read by a function of ours, for the description of the API.
-_Text = Annotated[str, Field(min_length=1)]
-_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-_Prompts = (
-    _Text
-    | Annotated[list[_Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-    | _Ids
-    | Annotated[list[_Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
-)
-_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-_Stops = _Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)]
-_StopIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKEN_IDS)]
-
-# Fields not supported yet, with the values that ask for nothing; null is always one of them.
-_NO_OPS: _NoOps = {
+_NO_OPS: NoOps = {
     "response_format": ({"type": "text"},),
     "store": (False,),
 }
-_COMPLETION_NO_OPS: _NoOps = {**_NO_OPS, "suffix": ("",)}
-_CHAT_NO_OPS: _NoOps = {
+_COMPLETION_NO_OPS: NoOps = {**_NO_OPS, "suffix": ("",)}
+_CHAT_NO_OPS: NoOps = {
     **_NO_OPS,
     "tools": ([],),
     "tool_choice": ("none",),
@@ -77,7 +47,7 @@ _CHAT_NO_OPS: _NoOps = {
     "verbosity": (),
     "web_search_options": (),
 }
-_MESSAGE_NO_OPS: _NoOps = {
+_MESSAGE_NO_OPS: NoOps = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
@@ -86,146 +56,16 @@ _MESSAGE_NO_OPS: _NoOps = {
 }
 
 
-class _Strict(BaseModel):
-    """Refuses unknown fields and unsupported ones; null means that a field was left out."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-    no_ops: ClassVar[_NoOps] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_asks_for_nothing(cls, fields: object) -> object:
-        if not isinstance(fields, dict):
-            return fields
-        kept: dict[str, object] = {}
-        for name, value in fields.items():
-            if name in cls.no_ops:
-                if not _asks_for_nothing(value, cls.no_ops[name]):
-                    raise PydanticCustomError("unsupported", "not supported yet", {"field": name})
-            elif value is not None or name not in cls.model_fields:
-                kept[name] = value
-        return kept
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """As pydantic has it, with null for what may be left out, and with the fields that may only ask for nothing."""
-        described = handler.resolve_ref_schema(handler(schema))
-        fields: dict[str, Any] = described.setdefault("properties", {})
-        for name, field in fields.items():
-            if name not in described.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
-                outer = {key: field.pop(key) for key in ("default", "title") if key in field}
-                fields[name] = {"anyOf": [field, {"type": "null"}], **outer}
-        for name, no_ops in cls.no_ops.items():
-            values = [value for index, value in enumerate(no_ops) if value not in no_ops[:index]]  # 0 and 0.0 are one
-            fields[name] = {"enum": [*values, None], "x-unsupported": True}
-        return described
-
-
-def _asks_for_nothing(value: object, no_ops: tuple[object, ...]) -> bool:
-    # Compare types as well: to Python `True` is 1.
-    return value is None or any(type(value) is type(no_op) and value == no_op for no_op in no_ops)
-
-
-def _as_stops(value: object) -> object:
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise PydanticCustomError("stop", "must be a string or a list of strings")
-    if len(stops) > MAX_STOPS:
-        raise PydanticCustomError("stop", f"must be at most {MAX_STOPS} strings")
-    if not all(0 < len(stop) <= MAX_STOP_CHARACTERS for stop in stops):
-        raise PydanticCustomError("stop", f"must be strings of 1 to {MAX_STOP_CHARACTERS} characters")
-    return tuple(stops)
-
-
-def _is_id_list(value: object) -> bool:
-    return isinstance(value, list) and all(type(token_id) is int for token_id in value)
-
-
-def _as_stop_token_ids(value: object) -> object:
-    if not _is_id_list(value):
-        raise PydanticCustomError("stop_token_ids", "must be a list of token ids")
-    token_ids = tuple(cast(list[int], value))
-    if len(token_ids) > MAX_STOP_TOKEN_IDS:
-        raise PydanticCustomError("stop_token_ids", f"must be at most {MAX_STOP_TOKEN_IDS} token ids")
-    return token_ids
-
-
-def _as_prompts(value: object) -> tuple[Prompt, ...]:
-    if isinstance(value, str):
-        prompts: list[Prompt] = [value]
-    elif isinstance(value, list) and all(isinstance(item, str) for item in value):
-        prompts = value
-    elif _is_id_list(value):
-        prompts = [tuple(cast(list[int], value))]
-    elif isinstance(value, list) and all(_is_id_list(item) for item in value):
-        prompts = [tuple(item) for item in value]
-    else:
-        raise PydanticCustomError(
-            "prompt", "must be a string, a list of strings, of token ids, or of lists of token ids"
-        )
-    if not prompts or not all(prompts):
-        raise PydanticCustomError("prompt", "must not be empty")
-    if len(prompts) > MAX_PROMPTS:
-        raise PydanticCustomError("prompt", f"must be at most {MAX_PROMPTS} prompts")
-    return tuple(prompts)
-
-
-def _as_content(value: object) -> Content:
-    """A text, or parts that hold text."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        return tuple(_as_text_part(part) for part in value)
-    raise PydanticCustomError("content", "must be a list of parts or a valid string")
-
-
-# Kinds of parts that hold text, and where. The last two are those of OpenAI's newer API, and mean the same.
-_TEXT_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
-
-
-def _as_text_part(part: object) -> Part:
-    """A part as `type` and `text`; what else it holds (`cache_control`, a language) is for the template to read."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(part, dict) or not isinstance(kind, str) or kind not in _TEXT_PARTS:
-        named = reprlib.repr(kind) if isinstance(kind, str) else "without a type"
-        raise PydanticCustomError("content", f"content part {named} is not supported, only 'text' is")
-    text = part.get(_TEXT_PARTS[kind])
-    if not isinstance(text, str):
-        raise PydanticCustomError("content", f"a part of type '{kind}' must hold a string '{_TEXT_PARTS[kind]}'")
-    return part | {"type": "text", "text": text}
-
-
-class _TextPart(TypedDict):
-    """A part of a message; templates may read further keys."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-
-    type: Literal["text", "input_text", "output_text"]
-    text: str
-
-
-class _RefusalPart(TypedDict):
-    """A part in which an assistant refused."""
-
-    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
-
-    type: Literal["refusal"]
-    refusal: str
-
-
-_Contents = str | list[_TextPart | _RefusalPart]
-
-
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """`include_usage` is about the end of a stream; `continuous_usage_stats`, an extension, about each chunk."""
 
-    no_ops = {"include_obfuscation": (False,)}
+    no_ops: ClassVar[NoOps] = {"include_obfuscation": (False,)}
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
 
 
-class ModelBody(_Strict):
+class ModelBody(Strict):
     """Names the model; it may be left out, since one is served."""
 
     model: str | None = None
@@ -266,14 +106,10 @@ class GenerateBody(ModelBody):
     presence_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
     frequency_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
     repetition_penalty: float = Field(default=1.0, ge=REPETITION_PENALTIES[0], le=REPETITION_PENALTIES[1])
-    logit_bias: Annotated[
-        tuple[tuple[int, float], ...], BeforeValidator(as_logit_bias, json_schema_input_type=LogitBias)
-    ] = ()
+    logit_bias: LogitBias = ()
     min_tokens: int = Field(default=0, ge=0)
-    stop: Annotated[tuple[str, ...], BeforeValidator(_as_stops, json_schema_input_type=_Stops)] = ()
-    stop_token_ids: Annotated[
-        tuple[int, ...], BeforeValidator(_as_stop_token_ids, json_schema_input_type=_StopIds)
-    ] = ()
+    stop: Stops = ()
+    stop_token_ids: StopTokenIds = ()
     n: int = Field(default=1, ge=1, le=MAX_SAMPLES)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     include_stop_str_in_output: bool = False
@@ -290,7 +126,7 @@ class GenerateBody(ModelBody):
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
     user: str | None = Field(default=None, max_length=256)
     safety_identifier: str | None = Field(default=None, max_length=256)
-    metadata: Metadata = {}
+    metadata: Metadata = Field(default_factory=dict)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -337,13 +173,11 @@ class CompletionBody(GenerateBody):
 
     no_ops = _COMPLETION_NO_OPS
 
-    prompt: Annotated[tuple[Prompt, ...], PlainValidator(_as_prompts, json_schema_input_type=_Prompts)]
+    prompt: Prompts
     max_tokens: int | None = Field(default=None, ge=0)
     best_of: int | None = Field(default=None, ge=1, le=MAX_SAMPLES)
     echo: bool = False
-    logprobs: Annotated[
-        int | None, BeforeValidator(none_if_false, json_schema_input_type=int | Literal[False] | None)
-    ] = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    logprobs: LogprobCount = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -374,7 +208,7 @@ class CompletionBody(GenerateBody):
         return self
 
 
-class Message(_Strict):
+class Message(Strict):
     """One turn; the model's template decides what it does with the role, the name and the tool_call_id.
 
     Only an assistant's may be without content, which then is empty, or what it said in refusing.
@@ -384,7 +218,7 @@ class Message(_Strict):
     no_ops = _MESSAGE_NO_OPS
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[Content | None, PlainValidator(_as_content, json_schema_input_type=_Contents)] = None
+    content: OptionalContent = None
     refusal: str | None = None
     name: str | None = None
     tool_call_id: str | None = None
@@ -422,7 +256,7 @@ class ChatBody(GenerateBody):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, object] = {}
+    chat_template_kwargs: dict[str, object] = Field(default_factory=dict)
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
 
@@ -454,38 +288,3 @@ class ChatBody(GenerateBody):
             message = "means the same as max_completion_tokens; give one of them"
             raise PydanticCustomError("max_tokens", message, {"field": "max_tokens"})
         return self
-
-
-class _JsonRepr(reprlib.Repr):
-    """Shows a value in short, and what JSON calls otherwise than Python by JSON's name."""
-
-    def repr_NoneType(self, value: None, level: int) -> str:
-        return "null"
-
-    def repr_bool(self, value: bool, level: int) -> str:
-        return "true" if value else "false"
-
-
-_JSON_REPR = _JsonRepr()
-
-
-def explain(error: ValidationError) -> InvalidRequestError:
-    """Say what is wrong with the first faulty field, by its path (`messages.0.content`)."""
-    fault = error.errors(include_url=False)[0]
-    # A check of several fields has the whole body as its input, and names the field itself.
-    field = fault.get("ctx", {}).get("field")
-    param = ".".join(str(part) for part in (*fault["loc"], field) if part is not None)
-    match fault["type"]:
-        case "extra_forbidden":
-            return InvalidRequestError(f"unknown field {reprlib.repr(param)}", param[:100])
-        case "missing":
-            return InvalidRequestError(f"{param} is required", param)
-        case "unsupported":
-            return InvalidRequestError(f"{param} is not supported yet", param)
-        case "model_type":
-            fault["msg"] = "must be a JSON object"  # pydantic's own words name a class of ours
-        case "int_type" if isinstance(fault["input"], float) and abs(fault["input"]) >= 2**63:
-            # JSON's integers of more than 64 bits arrive so.
-            fault["msg"] = "is too large, must be an integer of at most 64 bits"
-    value = "" if field is not None else f", got {_JSON_REPR.repr(fault['input'])}"
-    return InvalidRequestError(f"{param or 'the body'}: {fault['msg']}{value}", param or None)

@@ -1,0 +1,89 @@
+"""Bodies that refuse what they do not know, and the words in which a client is told what was wrong. Knows no field."""
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
+
+from deployments.errors import InvalidRequestError
+
+# Fields that are not supported yet, with the values that ask for nothing; null is always one of them.
+NoOps = Mapping[str, tuple[object, ...]]
+
+
+class Strict(BaseModel):
+    """Refuses unknown fields and unsupported ones; null means that a field was left out."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    no_ops: ClassVar[NoOps] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, fields: object) -> object:
+        if not isinstance(fields, dict):
+            return fields
+        kept: dict[str, object] = {}
+        for name, value in fields.items():
+            if name in cls.no_ops:
+                if not _asks_for_nothing(value, cls.no_ops[name]):
+                    raise PydanticCustomError("unsupported", "not supported yet", {"field": name})
+            elif value is not None or name not in cls.model_fields:
+                kept[name] = value
+        return kept
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """As pydantic has it, with null for what may be left out, and with the fields that may only ask for nothing."""
+        described = handler.resolve_ref_schema(handler(schema))
+        fields: dict[str, Any] = described.setdefault("properties", {})
+        for name, field in fields.items():
+            if name not in described.get("required", ()) and {"type": "null"} not in field.get("anyOf", ()):
+                outer = {key: field.pop(key) for key in ("default", "title") if key in field}
+                fields[name] = {"anyOf": [field, {"type": "null"}], **outer}
+        for name, no_ops in cls.no_ops.items():
+            values = [value for index, value in enumerate(no_ops) if value not in no_ops[:index]]  # 0 and 0.0 are one
+            fields[name] = {"enum": [*values, None], "x-unsupported": True}
+        return described
+
+
+def _asks_for_nothing(value: object, no_ops: tuple[object, ...]) -> bool:
+    # Compare types as well: to Python `True` is 1.
+    return value is None or any(type(value) is type(no_op) and value == no_op for no_op in no_ops)
+
+
+class _JsonRepr(reprlib.Repr):
+    """Shows a value in short, and what JSON calls otherwise than Python by JSON's name."""
+
+    def repr_NoneType(self, value: None, level: int) -> str:
+        return "null"
+
+    def repr_bool(self, value: bool, level: int) -> str:
+        return "true" if value else "false"
+
+
+_JSON_REPR = _JsonRepr()
+
+
+def explain(error: ValidationError) -> InvalidRequestError:
+    """Say what is wrong with the first faulty field, by its path (`messages.0.content`)."""
+    fault = error.errors(include_url=False)[0]
+    # A check of several fields has the whole body as its input, and names the field itself.
+    field = fault.get("ctx", {}).get("field")
+    param = ".".join(str(part) for part in (*fault["loc"], field) if part is not None)
+    match fault["type"]:
+        case "extra_forbidden":
+            return InvalidRequestError(f"unknown field {reprlib.repr(param)}", param[:100])
+        case "missing":
+            return InvalidRequestError(f"{param} is required", param)
+        case "unsupported":
+            return InvalidRequestError(f"{param} is not supported yet", param)
+        case "model_type":
+            fault["msg"] = "must be a JSON object"  # pydantic's own words name a class of ours
+        case "int_type" if isinstance(fault["input"], float) and abs(fault["input"]) >= 2**63:
+            # JSON's integers of more than 64 bits arrive so.
+            fault["msg"] = "is too large, must be an integer of at most 64 bits"
+    value = "" if field is not None else f", got {_JSON_REPR.repr(fault['input'])}"
+    return InvalidRequestError(f"{param or 'the body'}: {fault['msg']}{value}", param or None)
