@@ -10,8 +10,8 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema
 
-from deployments.api.answers import ChatChunk, ChatCompletion, Completion, Health, Model, Models, Version
 from deployments.api.failures import ErrorBody
+from deployments.api.forms import ChatChunk, ChatCompletion, Completion, Health, Model, Models, Version
 from deployments.api.openai import ChatBody, CompletionBody
 from deployments.api.tokenization import DetokenizeBody, Text, TokenizeBody, Tokens
 

@@ -17,11 +17,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from deployments.api import sse
-from deployments.api.answers import Health, Model, Models, Version, describe_model
 from deployments.api.body import read_body
 from deployments.api.calls import ModelNotFoundError
 from deployments.api.docs_page import HEADERS, render_page
 from deployments.api.exchange import Service
+from deployments.api.forms import Health, Model, Models, Version
 from deployments.api.openapi import describe_api
 from deployments.api.text import TextCodec
 from deployments.api.tokenization import detokenize, tokenize
@@ -48,7 +48,17 @@ class Pages:
         return to_response(self._model())
 
     def _model(self) -> Model:
-        return describe_model(self.service.info, self.created)
+        """Clients use `max_model_len` to size prompts, and `root` to find a tokenizer."""
+        info = self.service.info
+        return {
+            "id": info.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "kvrelay",
+            "root": info.root or info.name,
+            "parent": None,
+            "max_model_len": info.max_model_len,
+        }
 
     async def tokenize(self, request: Request) -> Response:
         return await self._convert(request, tokenize)

@@ -270,17 +270,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot; its histograms are copies."""
-        scheduler, stats = self._scheduler, self._stats
-        stats.num_queued_prompt_tokens = scheduler.num_queued_prompt_tokens
-        stats.num_remote_prompt_tokens = scheduler.num_remote_prompt_tokens
-        stats.num_waiting = len(scheduler.waiting)
-        stats.num_reserved = len(scheduler.reserved)
-        stats.num_running = len(scheduler.running)
-        stats.num_used_blocks = self._blocks.num_held_blocks
-        stats.num_exported_blocks = self._outbox.num_blocks
-        stats.preemptions = scheduler.num_preemptions
-        stats.finished = scheduler.num_finished
-        return stats.copy()
+        return self._outputs.snapshot(self._scheduler, self._blocks.num_held_blocks, self._outbox.num_blocks)
 
     def cache_changes(self, read: Position | None) -> CacheEvents:
         """What changed in the prefix cache since somebody has read of it; None: all that is there."""

@@ -1,7 +1,8 @@
-"""What an engine says of new tokens, and how long they took. Knows sequences, nothing of steps and tensors."""
+"""What an engine says of new tokens, how long they took, and how it is. Knows nothing of steps and tensors."""
 
 from collections import Counter
 
+from deployments.engine.scheduling.scheduler import Scheduler
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.engine.stats import EngineStats
 from deployments.messages import Draws, TokenOutput
@@ -44,3 +45,17 @@ class Outputs:
             if num_tokens:
                 self._stats.itl_s.observe((now_s - before_s) / num_tokens, num_tokens * times)
         self._gaps.clear()
+
+    def snapshot(self, scheduler: Scheduler, num_used_blocks: int, num_exported_blocks: int) -> EngineStats:
+        """All numbers as they are now; histograms are copies."""
+        stats = self._stats
+        stats.num_queued_prompt_tokens = scheduler.num_queued_prompt_tokens
+        stats.num_remote_prompt_tokens = scheduler.num_remote_prompt_tokens
+        stats.num_waiting = len(scheduler.waiting)
+        stats.num_reserved = len(scheduler.reserved)
+        stats.num_running = len(scheduler.running)
+        stats.num_used_blocks = num_used_blocks
+        stats.num_exported_blocks = num_exported_blocks
+        stats.preemptions = scheduler.num_preemptions
+        stats.finished = scheduler.num_finished
+        return stats.copy()

@@ -11,7 +11,8 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
 from deployments.engine.kernels.cuda_experts import Gate  # noqa: E402
-from deployments.engine.kernels.cuda_routing import Routing, route, router_logits  # noqa: E402
+from deployments.engine.kernels.cuda_router import router_logits  # noqa: E402
+from deployments.engine.kernels.cuda_routing import Routing, route  # noqa: E402
 from deployments.engine.layers.cuda_experts import FusedExperts  # noqa: E402
 
 # Experts, of which chosen, sizes of tokens and within: Qwen3-30B-A3B; Mixtral, narrower; 60 as Qwen2-MoE has, of sizes

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from deployments.engine.kernels.cuda_experts import Gate, Tile, combine, down, gate_up
 from deployments.engine.kernels.cuda_few_experts import down_of_few, gate_up_of_few
-from deployments.engine.kernels.cuda_routing import Routing, plan_blocks, route, router_logits
+from deployments.engine.kernels.cuda_router import router_logits
+from deployments.engine.kernels.cuda_routing import Routing, plan_blocks, route
 from deployments.engine.layers.owed import Owed
 from deployments.engine.layers.trial import PROBE_ROWS, is_near
 

@@ -1,0 +1,140 @@
+"""The forms of answers, as OpenAI and vLLM have them. The description of the API is made of them (`openapi.py`)."""
+
+from collections.abc import Sequence
+from typing import Literal, NotRequired
+
+# Before Python 3.12 pydantic describes these alone (openapi.py).
+from typing_extensions import TypedDict
+
+from deployments.api.scores import ChatLogprobs, CompletionLogprobs, PromptLogprobs
+from deployments.messages import FinishReason
+
+
+class PromptTokensDetails(TypedDict):
+    """`usage.prompt_tokens_details`."""
+
+    cached_tokens: int
+
+
+class Usage(TypedDict):
+    """Tokens of the whole call, over all its choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class CompletionChoice(TypedDict):
+    """One of `choices` of a completion, whole or chunk."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+    token_ids: NotRequired[Sequence[int]]
+    prompt_token_ids: NotRequired[Sequence[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
+
+
+class Completion(TypedDict):
+    """Whole response and chunk alike; a chunk has usage only where it was asked for."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: NotRequired[Usage | None]
+
+
+class ChatMessage(TypedDict):
+    """`choices[].message`."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(TypedDict):
+    """One of `choices` of a whole chat response."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    token_ids: NotRequired[Sequence[int]]
+
+
+class ChatCompletion(TypedDict):
+    """The whole response of `/v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    prompt_token_ids: NotRequired[Sequence[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
+
+
+class Delta(TypedDict, total=False):
+    """What a chunk adds to the message; the first one brings the role, the last one is empty."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChunkChoice(TypedDict):
+    """One of `choices` of a chat chunk."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+    token_ids: NotRequired[Sequence[int]]
+
+
+class ChatChunk(TypedDict):
+    """One event of a chat stream; it has usage only where it was asked for."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[Usage | None]
+    prompt_token_ids: NotRequired[Sequence[int]]
+
+
+class Model(TypedDict):
+    """One entry of `/v1/models`; `root`, `parent` and `max_model_len` are extensions, named as in vLLM."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    max_model_len: int
+
+
+class Models(TypedDict):
+    """Answer of `/v1/models`."""
+
+    object: Literal["list"]
+    data: list[Model]
+
+
+class Health(TypedDict):
+    """Answer of `/health`; the reason is there where the service cannot serve."""
+
+    status: Literal["ok", "unavailable"]
+    reason: NotRequired[str]
+
+
+class Version(TypedDict):
+    """Answer of `/version`."""
+
+    version: str
