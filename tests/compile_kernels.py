@@ -1,0 +1,20 @@
+"""Compiles the kernels of a CPU once, where several processes would each do it. CI runs it before the tests.
+
+Run: `python -m tests.compile_kernels`. Takes a minute from nothing; numba keeps what it has compiled beside the source.
+"""
+
+from deployments.engine.config import EngineConfig
+from deployments.engine_builder import build_engine
+from deployments.messages import GenerateRequest, SamplingParams
+
+
+def main() -> None:
+    """Generate a few tokens with the bundled model."""
+    engine = build_engine(EngineConfig()).engine
+    engine.add(GenerateRequest("r", tuple(range(1, 40)), SamplingParams(max_tokens=3, temperature=0.7, top_p=0.9)))
+    while engine.has_work:
+        engine.step()
+
+
+if __name__ == "__main__":
+    main()
