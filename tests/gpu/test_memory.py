@@ -72,5 +72,7 @@ def test_a_pool_that_does_not_fit_is_refused_with_its_size() -> None:
 
 
 def test_steps_that_do_not_fit_are_refused_with_the_limits() -> None:
-    with pytest.raises(ValueError, match=r"steps beside .* max_num_batched_tokens \(12000000\).*out of memory"):
-        Engine(loaded("llama"), EngineConfig(max_num_batched_tokens=12_000_000, max_num_seqs=20_000))
+    # A token takes about 11 KB of a step.
+    num_tokens = torch.cuda.get_device_properties(0).total_memory // 6_600
+    with pytest.raises(ValueError, match=rf"steps beside .* max_num_batched_tokens \({num_tokens}\).*out of memory"):
+        Engine(loaded("llama"), EngineConfig(max_num_batched_tokens=num_tokens, max_num_seqs=20_000))
