@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 IDLE = "no kernel"
 # The first kind of which a part is in a kernel's name: of cuBLAS, cuDNN, FlashAttention, torch or our own.
 KINDS = {
-    "attention of decodes": ("_decode_attention", "_merge_splits"),
+    "attention of decodes": ("_decode_attention", "_plan_splits"),
     "attention of prompts": ("flash", "fmha", "sdpa", "_prefill_attention", "_merge_rows", "_scale_rows"),
     "products": ("gemm", "nvjet", "cutlass", "_linear_of_row", "_fp8_", "splitk", "gemv"),
     "experts": ("_grouped", "_of_few", "_combine"),

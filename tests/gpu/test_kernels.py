@@ -13,9 +13,10 @@ if not torch.cuda.is_available():
 from deployments.engine.kernels import cpu_sampling, cuda_sampling  # noqa: E402
 from deployments.engine.kernels.arguments import Rotation, Scores  # noqa: E402
 from deployments.engine.kernels.cuda import add_norm, gelu_mul, rms_norm, silu_mul  # noqa: E402
-from deployments.engine.kernels.cuda_attention import decode_attention  # noqa: E402
+from deployments.engine.kernels.cuda_attention import decode_attention, decode_tile  # noqa: E402
 from deployments.engine.kernels.cuda_matmul import add_linear, linear  # noqa: E402
 from deployments.engine.kernels.cuda_rotary import rotate_and_write  # noqa: E402
+from deployments.engine.kernels.cuda_splits import plan_splits  # noqa: E402
 from tests.gpu.expected import expected_attention  # noqa: E402
 
 BLOCK_SIZE = 256
@@ -165,7 +166,11 @@ def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
     [(None, None, False), (100, None, True), (700, 2.0, False), (None, 2.0, True)],
     ids=["plain", "window-sinks", "window-softcap", "softcap-sinks"],
 )
-@pytest.mark.parametrize("lens", [[1], [0, 256], [5, 64, 65, 2000], [320] * 40, [100, 9000]], ids=lambda x: f"{x[:4]}")
+@pytest.mark.parametrize(
+    "lens",
+    [[1], [0, 256], [5, 64, 65, 2000], [320] * 40, [100, 9000], [*range(300, 660, 5), 9000]],
+    ids=lambda x: f"{x[:4]}",
+)
 def test_decode_attention(
     lens: list[int], scores: tuple[int | None, float | None, bool], heads: tuple[int, int, int]
 ) -> None:
@@ -179,8 +184,11 @@ def test_decode_attention(
         row[:count] = torch.tensor([ids.pop() for _ in range(count)])
     queries = randn(len(lens), num_heads, head_dim)
     asked = Scores(head_dim**-0.5, window, softcap, randn(num_heads) if has_sinks else None)
-    on_gpu = tables.cuda(), torch.tensor(lens, dtype=torch.int32, device="cuda")
-    out = decode_attention(queries, keys, values, *on_gpu, asked)
+    on_gpu = torch.tensor(lens, dtype=torch.int32, device="cuda")
+    tile, max_tokens = decode_tile(head_dim).num_tokens, tables.shape[1] * BLOCK_SIZE
+    splits = plan_splits(on_gpu, num_kv_heads, tile, max_tokens, window)
+    out = decode_attention(queries, keys, values, tables.cuda(), splits, asked)
+    assert not splits.finished.any(), "the next layer would count on"
     for query, table, length, result in zip(queries, tables, lens, out, strict=True):
         if length == 0:
             assert not result.any()

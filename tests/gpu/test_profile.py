@@ -19,7 +19,7 @@ def test_nothing_takes_no_time() -> None:
     [
         ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "products"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention of prompts"),
-        ("_merge_splits", "attention of decodes"),
+        ("_plan_splits", "attention of decodes"),
         ("_gate_up_of_few", "experts"),
         ("_logits", "routing"),
         ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<c10::BFloat16, ArgMaxOps>>", "drawing of tokens"),

@@ -19,9 +19,10 @@ from deployments.engine.attention import flash3
 from deployments.engine.attention.base import LayerAttention
 from deployments.engine.attention.windows import Pieces, WindowPlan, first_key, plan_window
 from deployments.engine.kernels.arguments import Scores
-from deployments.engine.kernels.cuda_attention import decode_attention
+from deployments.engine.kernels.cuda_attention import decode_attention, decode_tile
 from deployments.engine.kernels.cuda_prefill import prefill_attention
 from deployments.engine.kernels.cuda_rotary import rotate_and_write
+from deployments.engine.kernels.cuda_splits import Splits, plan_splits
 from deployments.engine.kv.cache import KVCache, KVShape
 
 _CAUSAL = (-1, 0)
@@ -106,6 +107,7 @@ class CudaStep:
         self._cache, self._slots = cache, slots
         self._tables, self._lens = decode_tables, decode_lens
         self._prompts = prompts
+        self._splits: dict[int | None, Splits] = {}
         self.rows = rows
 
     def attend(self, asked: LayerAttention) -> Tensor:
@@ -118,11 +120,10 @@ class CudaStep:
         )
         num_decodes = len(self._lens)
         if not self._prompts:
-            return decode_attention(rotated, key_pool, value_pool, self._tables, self._lens, scores)
+            return self._attend_decodes(rotated, key_pool, value_pool, scores)
         parts = []
         if num_decodes:
-            decodes = rotated[:num_decodes]
-            parts.append(decode_attention(decodes, key_pool, value_pool, self._tables, self._lens, scores))
+            parts.append(self._attend_decodes(rotated[:num_decodes], key_pool, value_pool, scores))
         for prompts in self._prompts:
             span = slice(prompts.start, prompts.start + prompts.num_tokens)
             seen = scores
@@ -134,6 +135,17 @@ class CudaStep:
             else:
                 parts.append(_attend_context(prompts, rotated[span], self._cache, layer, seen))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend_decodes(self, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
+        max_tokens = self._tables.shape[1] * self._cache.block_size
+        if scores.window is not None and scores.window >= max_tokens:
+            scores = scores._replace(window=None)
+        splits = self._splits.get(scores.window)
+        if splits is None:
+            tile = decode_tile(queries.shape[-1]).num_tokens
+            splits = plan_splits(self._lens, keys.shape[2], tile, max_tokens, scores.window)
+            self._splits[scores.window] = splits
+        return decode_attention(queries, keys, values, self._tables, splits, scores)
 
 
 def _attend_whole(prompts: Prompts, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:

@@ -19,10 +19,7 @@ from deployments.engine.kernels.cuda_scores import (
     switches,
     weigh,
 )
-
-_MAX_SPLITS = 32
-# A decode attention of fewer programs than this leaves multiprocessors idle (H100: 132).
-_ENOUGH_PROGRAMS = 264
+from deployments.engine.kernels.cuda_splits import MAX_SPLITS, Splits
 
 
 def decode_tile(head_dim: int) -> Tile:
@@ -33,7 +30,7 @@ def decode_tile(head_dim: int) -> Tile:
 
 
 def decode_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lens: Tensor, scores: Scores
+    queries: Tensor, keys: Tensor, values: Tensor, tables: Tensor, splits: Splits, scores: Scores
 ) -> Tensor:
     """Attention of one query per sequence over a paged pool.
 
@@ -42,7 +39,8 @@ def decode_attention(
         keys: (num_blocks, block_size, H_kv, head_dim), contiguous; block_size a multiple of 64.
         values: as the keys.
         tables: (D, max_blocks) int32 block ids; only those within the window are read.
-        lens: (D,) int32 tokens, the new one included; sequences of length 0 are padding and give zeros.
+        splits: of sequences whose lengths include the new token; those of length 0 are padding and give zeros.
+            Planned with the tile of `decode_tile` and the window of `scores`.
         scores: what becomes of them.
 
     Returns:
@@ -50,72 +48,60 @@ def decode_attention(
 
     Source: PagedAttention (Kwon et al., SOSP 2023); splits and their merging from Flash-Decoding (Dao et al., 2023).
     """
-    num_seqs, num_heads, head_dim = queries.shape
-    num_kv_heads = keys.shape[2]
+    num_heads, head_dim = queries.shape[1:]
+    num_items, num_kv_heads = len(splits.items), keys.shape[2]
     group = num_heads // num_kv_heads
     tile = decode_tile(head_dim)
-    max_tokens = tables.shape[1] * keys.shape[1]
-    if scores.window is not None and scores.window >= max_tokens:
-        scores = scores._replace(window=None)
-    if scores.window is not None:
-        max_tokens = min(max_tokens, scores.window + tile.num_tokens)
-    num_splits = choose_splits(num_seqs * num_kv_heads, max_tokens)
     out = torch.empty_like(queries)
-    parts = torch.empty((num_seqs, num_heads, num_splits, head_dim), dtype=torch.float32, device=queries.device)
-    stats = torch.empty((num_seqs, num_heads, num_splits, 2), dtype=torch.float32, device=queries.device)
-    _decode_attention[(num_seqs, num_kv_heads, num_splits)](
+    parts = torch.empty((num_items, num_heads, head_dim), dtype=torch.float32, device=queries.device)
+    stats = torch.empty((num_items, num_heads, 2), dtype=torch.float32, device=queries.device)
+    # All heads of an item run beside each other: they read the same lines of memory.
+    _decode_attention[(num_kv_heads, num_items)](
         queries,
         keys,
         values,
         tables,
-        lens,
+        splits.items,
+        splits.spans,
+        splits.finished,
         scores.sinks,
         out,
         parts,
         stats,
-        *factors(scores),
+        *factors(scores)[:2],
         tables.stride(0),
         num_kv_heads,
-        num_splits,
         GROUP=group,
         ROWS=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
         DIMS=triton.next_power_of_2(head_dim),
         BLOCK_SIZE=keys.shape[1],
         TILE=tile.num_tokens,
-        WHOLE=num_splits == 1,
+        WIDTH=splits.items.shape[1],
+        SPLITS=MAX_SPLITS,
+        # Where most sequences are cut, heads are merged side by side; else by whoever ends last, without a launch.
+        MERGES=not splits.is_cut,
         **switches(scores),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **OVERLAPPING,
     )
-    if num_splits > 1:
-        _merge(parts, stats, scores.sinks, out)
+    if splits.is_cut:
+        _merge_parts[(len(queries), num_heads)](
+            parts,
+            stats,
+            splits.spans,
+            scores.sinks,
+            out,
+            num_heads,
+            HEAD_DIM=head_dim,
+            DIMS=triton.next_power_of_2(head_dim),
+            SPLITS=MAX_SPLITS,
+            HAS_SINKS=scores.sinks is not None,
+            num_warps=2,
+            **OVERLAPPING,
+        )
     return out
-
-
-def _merge(parts: Tensor, stats: Tensor, sinks: Tensor | None, out: Tensor) -> None:
-    num_seqs, num_heads, num_splits, head_dim = parts.shape
-    _merge_splits[(num_seqs * num_heads,)](
-        parts,
-        stats,
-        sinks,
-        out,
-        num_heads,
-        num_splits,
-        HEAD_DIM=head_dim,
-        DIMS=triton.next_power_of_2(head_dim),
-        SPLITS=triton.next_power_of_2(num_splits),
-        HAS_SINKS=sinks is not None,
-        num_warps=2,
-        **OVERLAPPING,
-    )
-
-
-def choose_splits(num_programs: int, max_tokens: int) -> int:
-    """Parts that each sequence is cut into, so that enough programs run; fixed by shapes, as a CUDA graph needs it."""
-    wanted = -(-_ENOUGH_PROGRAMS // num_programs)
-    return max(1, min(wanted, -(-max_tokens // 64), _MAX_SPLITS))
 
 
 @triton.jit
@@ -124,40 +110,40 @@ def _decode_attention(
     keys,
     values,
     tables,
-    lens,
+    items,
+    spans,
+    finished,
     sinks,
     out,
     parts,
     stats,
     scaling,
     softcap,
-    window,
     table_stride,
     num_kv_heads,
-    num_splits,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MERGES: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One sequence, one KV head with its group of queries, one split. Scores are in powers of two."""
+    """One item of the plan, one KV head with its group of queries. Scores are in powers of two."""
     wait_for_earlier(OVERLAPS)
-    sequence, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    length = tl.load(lens + sequence)
-    begin = 0
-    if HAS_WINDOW:
-        begin = tl.maximum(length - window, 0)
-    first_tile = begin // TILE
-    per_split = tl.cdiv(tl.cdiv(length, TILE) - first_tile, num_splits)
-    start = (first_tile + split * per_split) * TILE
-    end = tl.minimum(length, start + per_split * TILE)
+    kv_head, item = tl.program_id(0), tl.program_id(1)
+    row = items + item * WIDTH
+    sequence, begin, start, end = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
+    if sequence < 0:
+        return
+    start = tl.multiple_of(start, TILE)
+    count = tl.load(spans + sequence * 2 + 1)
     g, dims = tl.arange(0, ROWS), tl.arange(0, DIMS)
     kept = (g < GROUP)[:, None]
     if HEAD_DIM != DIMS:
@@ -168,17 +154,29 @@ def _decode_attention(
         query, keys, values, tables + sequence * table_stride, begin, start, end, kv_head, num_kv_heads,
         scaling, softcap, HEAD_DIM, DIMS, BLOCK_SIZE, TILE, HAS_WINDOW, HAS_SOFTCAP,
     )  # fmt: skip
-    if WHOLE:
+    if count == 1:
         if HAS_SINKS:
             sink = tl.load(sinks + kv_head * GROUP + g, mask=g < GROUP, other=0.0)
             total, result = add_sink(sink, peak, total, result)
         mean = normalised(result, total).to(out.dtype.element_ty)
         tl.store(out + head[:, None] * HEAD_DIM + dims[None, :], mean, mask=kept)
     else:
-        place = head * num_splits + split
+        place = (item.to(tl.int64) * num_kv_heads + kv_head) * GROUP + g
         tl.store(parts + place[:, None] * HEAD_DIM + dims[None, :], result, mask=kept)
         tl.store(stats + place * 2, peak, mask=g < GROUP)
         tl.store(stats + place * 2 + 1, total, mask=g < GROUP)
+        if MERGES:
+            # All threads have stored before one of them counts; the last program sees what the others stored.
+            tl.debug_barrier()
+            counter = finished + sequence * num_kv_heads + kv_head
+            if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1:
+                tl.store(counter, 0)
+                first, num_heads = tl.load(spans + sequence * 2), num_kv_heads * GROUP
+                for number in range(GROUP):
+                    _merge_head(
+                        parts, stats, sinks, out, sequence, kv_head * GROUP + number, first, count, num_heads,
+                        HEAD_DIM, DIMS, SPLITS, HAS_SINKS,
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -225,13 +223,13 @@ def _attend(
 
 
 @triton.jit
-def _merge_splits(
+def _merge_parts(
     parts,
     stats,
+    spans,
     sinks,
     out,
     num_heads,
-    num_splits,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -240,21 +238,48 @@ def _merge_splits(
 ):
     """One head of one sequence."""
     wait_for_earlier(OVERLAPS)
-    head = tl.program_id(0).to(tl.int64)
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    first, count = tl.load(spans + sequence * 2), tl.load(spans + sequence * 2 + 1)
+    if count > 1:
+        _merge_head(
+            parts, stats, sinks, out, sequence, head, first, count, num_heads, HEAD_DIM, DIMS, SPLITS, HAS_SINKS
+        )
+
+
+@triton.jit
+def _merge_head(
+    parts,
+    stats,
+    sinks,
+    out,
+    sequence,
+    head,
+    first,
+    count,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """One head of one sequence from its items, always in their order."""
     split, dims = tl.arange(0, SPLITS), tl.arange(0, DIMS)
-    inside = split < num_splits
-    place = head * num_splits + split
-    peaks = tl.load(stats + place * 2, mask=inside, other=float("-inf"))
-    totals = tl.load(stats + place * 2 + 1, mask=inside, other=0.0)
-    peak = tl.maximum(tl.max(peaks, axis=0), -1e30)  # of padding every peak is -inf, and -inf less itself no number
+    inside = split < count
+    place = (first + split).to(tl.int64) * num_heads + head
+    # Not from the L1 cache, which does not see what other multiprocessors have stored.
+    peaks = tl.load(stats + place * 2, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    totals = tl.load(stats + place * 2 + 1, mask=inside, other=0.0, cache_modifier=".cg")
+    loaded = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    at = place[:, None] * HEAD_DIM + dims[None, :]
+    part = tl.load(parts + at, mask=loaded, other=0.0, cache_modifier=".cg")
+    peak = tl.max(peaks, axis=0)
     share = 0.0
     if HAS_SINKS:
-        sink = tl.load(sinks + head % num_heads).to(tl.float32) * 1.4426950408889634
+        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
         peak = tl.maximum(peak, sink)
         share = tl.exp2(sink - peak)
     weights = tl.exp2(peaks - peak)
     total = tl.sum(weights * totals, axis=0) + share
-    loaded = inside[:, None] & (totals > 0)[:, None] & (dims < HEAD_DIM)[None, :]
-    part = tl.load(parts + place[:, None] * HEAD_DIM + dims[None, :], mask=loaded, other=0.0)
-    merged = tl.sum(part * weights[:, None], axis=0) / tl.where(total > 0, total, 1.0)
-    tl.store(out + head * HEAD_DIM + dims, merged.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
+    merged = tl.sum(part * weights[:, None], axis=0) / total
+    to = (sequence.to(tl.int64) * num_heads + head) * HEAD_DIM + dims
+    tl.store(out + to, merged.to(out.dtype.element_ty), mask=dims < HEAD_DIM)

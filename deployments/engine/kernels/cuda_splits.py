@@ -1,0 +1,148 @@
+"""Which program of a decode attention computes what, in Triton: long sequences in parts, so that programs end together.
+
+Lengths are known on the GPU alone when a CUDA graph is replayed, so the plan is made there, once for all layers.
+"""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
+
+MAX_SPLITS = 32
+# Fewer programs than these leave multiprocessors idle (132 of them, H100 and H200), if all sequences are equally long.
+_ENOUGH_PROGRAMS = 400
+# More programs than these are not worth their merging, if there are enough.
+_MOST_PROGRAMS = 528
+_WIDTH = 4
+_ITEMS_PER_PROGRAM = 16
+
+
+class Splits(NamedTuple):
+    """A plan for sequences of D decodes.
+
+    Attributes:
+        items: (N, 4) int32, a row for each KV head's program: sequence (negative: nothing to do), first key within the
+            window, first and end of the keys to attend to.
+        spans: (D, 2) int32, of each sequence the first item and how many there are.
+        finished: (D, H_kv) int32 zeros, in which items are counted as they end. Whoever counts leaves it as it was.
+        is_cut: most sequences are cut, since without that too few programs would run.
+    """
+
+    items: Tensor
+    spans: Tensor
+    finished: Tensor
+    is_cut: bool
+
+
+def plan_splits(lens: Tensor, num_kv_heads: int, tile: int, max_tokens: int, window: int | None) -> Splits:
+    """Cut sequences into parts that are as long as what each program would get of all keys, or shorter.
+
+    Args:
+        lens: (D,) int32 tokens of each sequence.
+        num_kv_heads: programs that each item becomes.
+        tile: tokens; parts begin at multiples of it.
+        max_tokens: that a sequence may have.
+        window: of the layers; None: all keys are seen.
+
+    Source: after the scheduler of FlashAttention 3 (Shah et al., 2024) for sequences of several lengths.
+    """
+    num_seqs = len(lens)
+    if window is not None:
+        max_tokens = min(max_tokens, window + tile)
+    max_splits = max(1, min(-(-max_tokens // 64), MAX_SPLITS))
+    parts = -(-_ENOUGH_PROGRAMS // (num_seqs * num_kv_heads))  # of each, were they equally long
+    target = num_seqs * parts if parts > 1 else min(num_seqs, -(-_MOST_PROGRAMS // num_kv_heads))
+    num_items = min(num_seqs + target, num_seqs * max_splits)
+    items = torch.empty((num_items, _WIDTH), dtype=torch.int32, device=lens.device)
+    spans = torch.empty((num_seqs, 2), dtype=torch.int32, device=lens.device)
+    finished = torch.empty((num_seqs, num_kv_heads), dtype=torch.int32, device=lens.device)
+    _plan_splits[(-(-num_items // _ITEMS_PER_PROGRAM),)](
+        lens,
+        items,
+        spans,
+        finished,
+        num_seqs,
+        num_items,
+        target,
+        max_splits,
+        window or 0,
+        num_kv_heads,
+        SEQS=max(16, triton.next_power_of_2(num_seqs)),
+        ITEMS=_ITEMS_PER_PROGRAM,
+        WIDTH=_WIDTH,
+        HEADS=triton.next_power_of_2(num_kv_heads),
+        TILE=tile,
+        HAS_WINDOW=window is not None,
+        **OVERLAPPING,
+    )
+    return Splits(items, spans, finished, is_cut=parts > 1)
+
+
+@triton.jit
+def _plan_splits(
+    lens,
+    items,
+    spans,
+    finished,
+    num_seqs,
+    num_items,
+    target,
+    max_splits,
+    window,
+    num_kv_heads,
+    SEQS: tl.constexpr,
+    ITEMS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEADS: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Rows of some items; each program looks at all lengths. There are items enough: target, and one a sequence."""
+    wait_for_earlier(OVERLAPS)
+    sequences = tl.arange(0, SEQS)
+    is_there = sequences < num_seqs
+    length = tl.load(lens + sequences, mask=is_there, other=0)
+    begin = tl.zeros_like(length)
+    if HAS_WINDOW:
+        begin = tl.maximum(length - window, 0)
+    first_tile = begin // TILE
+    num_tiles = tl.cdiv(length, TILE) - first_tile
+    longest = tl.maximum(tl.cdiv(tl.sum(num_tiles), target), tl.cdiv(tl.max(num_tiles), max_splits))
+    count = tl.where(is_there, tl.maximum(tl.cdiv(num_tiles, tl.maximum(longest, 1)), 1), 0)
+    end = tl.cumsum(count)
+
+    item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
+    is_behind = (end[None, :] <= item[:, None]) & is_there[None, :]
+    sequence = tl.sum(is_behind.to(tl.int32), axis=1)
+    is_own = sequences[None, :] == sequence[:, None]
+    own_first = _of_own(is_own, end - count)
+    own_count = _of_own(is_own, count)
+    own_length = _of_own(is_own, length)
+    num_own_tiles = tl.cdiv(_of_own(is_own, num_tiles), tl.maximum(own_count, 1))
+    start = (_of_own(is_own, first_tile) + (item - own_first) * num_own_tiles) * TILE
+    row = items + item * WIDTH
+    is_item = item < num_items
+    tl.store(row, tl.where(sequence < num_seqs, sequence, -1), mask=is_item)
+    tl.store(row + 1, _of_own(is_own, begin), mask=is_item)
+    tl.store(row + 2, start, mask=is_item)
+    tl.store(row + 3, tl.minimum(own_length, start + num_own_tiles * TILE), mask=is_item)
+
+    # Of each sequence, by the program that has the item of its number: there are no fewer items than sequences.
+    is_here = (sequences // ITEMS == tl.program_id(0)) & is_there
+    tl.store(spans + sequences * 2, end - count, mask=is_here)
+    tl.store(spans + sequences * 2 + 1, count, mask=is_here)
+    heads = tl.arange(0, HEADS)
+    counter = finished + item[:, None] * num_kv_heads + heads[None, :]
+    tl.store(counter, 0, mask=(item < num_seqs)[:, None] & (heads < num_kv_heads)[None, :])
+
+
+@triton.jit
+def _of_own(is_own, values):
+    """Of each item, the value of its sequence."""
+    return tl.sum(tl.where(is_own, values[None, :], 0), axis=1)
