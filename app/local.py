@@ -110,8 +110,14 @@ def _spawn(
     command += ["--num-cpus", str(num_cpus), "--temp-dir", temp_dir, "--", *pairs]
     environment = _serve_environment(temp_dir) | os.environ
     environment.pop("RAY_ADDRESS", None)
-    with open(folder.log, "wb") as log:
-        process = subprocess.Popen(
+    process = _start_detached(command, environment, folder.log)
+    return Server(process.pid, psutil.Process(process.pid).create_time(), port, temp_dir), process
+
+
+def _start_detached(command: list[str], environment: dict[str, str], log_path: Path) -> subprocess.Popen[bytes]:
+    """Start a session of its own, which neither reads from this terminal nor writes to it."""
+    with open(log_path, "wb") as log:
+        return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -119,7 +125,6 @@ def _spawn(
             env=environment,
             start_new_session=True,
         )
-    return Server(process.pid, psutil.Process(process.pid).create_time(), port, temp_dir), process
 
 
 def read_settings(path: Path) -> dict[str, str]:
@@ -182,9 +187,7 @@ def _wait_until_healthy(
     runs = False
     with open(folder.log, errors="replace") as log:
         while True:
-            for stage in _stages(log):
-                print(f"{time.monotonic() - started:6.1f} s  {stage}", flush=True)
-                runs = runs or stage == RUNS
+            runs = RUNS in _print_stages(log, started) or runs
             elapsed = time.monotonic() - started
             if process.poll() is not None:
                 raise LocalError(f"the server ended with status {process.returncode}:\n\n{_last_lines(folder.log)}")
@@ -195,6 +198,15 @@ def _wait_until_healthy(
             if elapsed > timeout_s:
                 raise LocalError(f"not ready after {timeout_s:g} s:\n\n{_last_lines(folder.log)}")
             time.sleep(_POLL_S)
+
+
+def _print_stages(log: Iterator[str], started: float) -> list[str]:
+    """What new log lines tell, which is printed."""
+    stages = []
+    for stage in _stages(log):
+        print(f"{time.monotonic() - started:6.1f} s  {stage}", flush=True)
+        stages.append(stage)
+    return stages
 
 
 def _stages(log: Iterator[str]) -> Iterator[str]:
@@ -268,6 +280,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _run(options: argparse.Namespace, folder: RunFolder) -> None:
+    if options.command == "up":
+        up(folder, options.app, options.port, options.num_cpus, options.timeout, options.arguments)
+    elif options.command == "down":
+        down(folder)
+    else:
+        status(folder)
+
+
 def main() -> int:
     """Run one command; 0 when done, 1 when it could not be, 130 after Ctrl-C."""
     options = _parser().parse_args()
@@ -275,12 +296,7 @@ def main() -> int:
     # `kill` on a waiting `up` stops what it started, as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        if options.command == "up":
-            up(folder, options.app, options.port, options.num_cpus, options.timeout, options.arguments)
-        elif options.command == "down":
-            down(folder)
-        else:
-            status(folder)
+        _run(options, folder)
     except (ConfigError, KeysError, LocalError, UnsupportedModelError) as error:
         print(error, file=sys.stderr)
         return 1

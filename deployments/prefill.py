@@ -107,15 +107,10 @@ class Prefill(EngineReplica):
 
     async def _send(self, chunk: ChunkReady, target: EngineHandle, events: EventQueue) -> None:
         source, started_s = self._front.engine, time.monotonic()
-
-        def submit() -> "tuple[Awaitable[Tensor], Awaitable[None]]":
-            taken = source.handle.take_chunk(chunk.request_id, chunk.index)
-            return taken, target.receive_kv(chunk, taken)
-
         try:
             # In a thread: the first contact of two engines can hold up the call.
             # `taken` keeps the chunk until it has arrived.
-            taken, received = await asyncio.to_thread(submit)
+            taken, received = await asyncio.to_thread(_submit, chunk, source.handle, target)
             await received
         except Exception as error:
             events.put(error)
@@ -125,3 +120,11 @@ class Prefill(EngineReplica):
         self._front.handoff.observe(chunk.num_blocks, num_bytes, time.monotonic() - started_s)
         source.handle.release_chunk(chunk.request_id, chunk.index)
         events.put(ChunkArrived(chunk.request_id))
+
+
+def _submit(
+    chunk: ChunkReady, source: EngineHandle, target: EngineHandle
+) -> "tuple[Awaitable[Tensor], Awaitable[None]]":
+    """What becomes the chunk at its source, and of its arrival at the target."""
+    taken = source.take_chunk(chunk.request_id, chunk.index)
+    return taken, target.receive_kv(chunk, taken)

@@ -55,6 +55,10 @@ class RequestIds:
         await self._app(scope, receive, send if self._is_sent_by_server else send_with_id)
 
 
+def _has_body(headers: Headers) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
+
 class ClosesUnread:
     """Middleware that closes a connection whose request was answered before all of its body had come.
 
@@ -68,8 +72,7 @@ class ClosesUnread:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        is_unread = "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+        is_unread = _has_body(Headers(scope=scope))
 
         async def read() -> Message:
             nonlocal is_unread

@@ -107,6 +107,17 @@ class PlainEncoder:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of what a template wrote of masked messages."""
+        pieces, ids = self._split(text)
+        first, later = self._plain
+        # As batches: only these let other threads run.
+        (opening,) = first.encode_batch(pieces[:1], add_special_tokens=False)
+        token_ids = list(opening.ids)
+        for token_id, encoding in zip(ids, later.encode_batch(pieces[1:], add_special_tokens=False), strict=True):
+            token_ids += [token_id, *encoding.ids]
+        return token_ids
+
+    def _split(self, text: str) -> tuple[list[str], list[int]]:
+        """Unmasked pieces, and the control tokens between them."""
         pieces: list[str] = []
         ids: list[int] = []
         end = 0
@@ -119,13 +130,7 @@ class PlainEncoder:
             ids.append(token_id)
             end, takes_spaces = border.end(), token.rstrip
         pieces.append(self._unmask(text[end:].lstrip() if takes_spaces else text[end:]))
-        first, later = self._plain
-        # As batches: only these let other threads run.
-        (opening,) = first.encode_batch(pieces[:1], add_special_tokens=False)
-        token_ids = list(opening.ids)
-        for token_id, encoding in zip(ids, later.encode_batch(pieces[1:], add_special_tokens=False), strict=True):
-            token_ids += [token_id, *encoding.ids]
-        return token_ids
+        return pieces, ids
 
     def _unmask(self, piece: str) -> str:
         return self._marks.sub(lambda mark: self._control.texts[int(mark[1])], piece)

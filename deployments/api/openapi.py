@@ -78,9 +78,6 @@ OPERATIONS = (
 def describe_api() -> dict[str, Any]:
     """The whole document, but for where the service is mounted. Do not change what comes back."""
     schemas, named = _schemas()
-    paths: dict[str, dict[str, Any]] = {}
-    for operation in OPERATIONS:
-        paths.setdefault(operation.path, {})[operation.method] = _describe(operation, schemas)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -89,12 +86,19 @@ def describe_api() -> dict[str, Any]:
             "summary": "OpenAI's API for the one model that is served",
             "description": "A field takes effect, or the answer is a 400 that names it; null means left out.",
         },
-        "paths": paths,
+        "paths": _paths(schemas),
         "components": {
             "schemas": named,
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "if the service has keys"}},
         },
     }
+
+
+def _paths(schemas: dict[Any, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in OPERATIONS:
+        paths.setdefault(operation.path, {})[operation.method] = _describe(operation, schemas)
+    return paths
 
 
 def _schemas() -> tuple[dict[Any, dict[str, Any]], dict[str, Any]]:

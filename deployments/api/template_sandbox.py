@@ -48,16 +48,19 @@ def render(template: Template, variables: Mapping[str, object], limits: Limits) 
     meter = Meter(limits)
     token = METER.set(meter)
     try:
-        pieces: list[str] = []
-        size = 0
-        for piece in template.generate(variables):
-            size += len(piece)
-            if size > limits.max_size:
-                meter.charge(size)
-            pieces.append(piece)
-        return "".join(pieces)
+        return "".join(_within_size(template.generate(variables), meter, limits.max_size))
     finally:
         METER.reset(token)
+
+
+def _within_size(pieces: Iterator[str], meter: Meter, max_size: int) -> Iterator[str]:
+    """The pieces, as long as all of them together are allowed."""
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        if size > max_size:
+            meter.charge(size)
+        yield piece
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -77,12 +80,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.filters = {name: _metered(name, function) for name, function in self.filters.items()}
         self.filters |= {"tojson": _metered("tojson", _to_json), _PACED: _paced, _CONCATENATED: _concatenated}
         del self.globals["lipsum"]
-        self.globals |= {
-            "raise_exception": _raise_exception,
-            "strftime_now": _strftime_now,
-            "dict": _TemplateDict(),
-            "namespace": _TemplateNamespace,
-        }
+        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        self.globals |= {"dict": _TemplateDict(), "namespace": _TemplateNamespace}
         # Joins what a macro, a `set` block or a `filter` block has written.
         self.concat = _join_pieces  # type: ignore[method-assign]
 

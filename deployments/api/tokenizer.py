@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from deployments.api.chat_template import read_legacy_template
 from deployments.errors import UnsupportedModelError
@@ -58,13 +58,17 @@ def read_tokenizer(path: str) -> ReadTokenizer:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise UnsupportedModelError(f"{type(tokenizer).__name__} is not backed by the tokenizers library")
     end = tokenizer.eos_token
     return ReadTokenizer(
-        backend_tokenizer=backend,
+        backend_tokenizer=_backend_of(tokenizer),
         chat_template=tokenizer.chat_template or read_legacy_template(path),
         special_tokens_map=tokenizer.special_tokens_map,
         eos_token=None if end is None else str(end),
     )
+
+
+def _backend_of(tokenizer: Any) -> Tokenizer:
+    backend: Tokenizer | None = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UnsupportedModelError(f"{type(tokenizer).__name__} is not backed by the tokenizers library")
+    return backend

@@ -137,12 +137,11 @@ class PoolReadings:
         """
         elapsed_s = max(0.0, as_of_s - self.as_of_s) if self._engines else 0.0
         for name, now in engines.items():
-            before = self._engines.get(name)
-            if before is None:
+            if (before := self._engines.get(name)) is not None:
+                self._learn(now, before)
+                self._held.add(_seated(now) * elapsed_s, now.finished - before.finished)
+            else:
                 self._learn_history(now)
-                continue
-            self._learn(now, before)
-            self._held.add(_seated(now) * elapsed_s, now.finished - before.finished)
         self._engines = dict(engines)
         self.as_of_s = as_of_s
         if full := max((engine.max_num_batched_tokens for engine in engines.values()), default=0):

@@ -63,11 +63,14 @@ class PoolWatch:
                 is_failing = True
             else:
                 is_failing = False
-                self._tell(Reading.of(pools, taken_s))
-                self._last_taken_s = taken_s
-                async with self._told:
-                    self._told.notify_all()
+                await self._announce(Reading.of(pools, taken_s), taken_s)
             await self._pause()
+
+    async def _announce(self, reading: Reading, taken_s: float) -> None:
+        self._tell(reading)
+        self._last_taken_s = taken_s
+        async with self._told:
+            self._told.notify_all()
 
     async def refresh(self, timeout_s: float) -> bool:
         """Whether a reading was told that was taken after this call, within a time."""

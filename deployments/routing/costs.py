@@ -71,11 +71,14 @@ class DecodeCosts:
             before = self._engines.get(name, EngineStats())
             self._learn_steps(now, before)
             self._output.add(now.generated_tokens - before.generated_tokens, now.finished - before.finished)
+        self._learn_handoffs(handoffs, block_size)
+        self._engines, self._handoffs = dict(engines), dict(handoffs)
+
+    def _learn_handoffs(self, handoffs: Mapping[str, HandoffStats], block_size: int) -> None:
         for name, handoff in handoffs.items():
             old = self._handoffs.get(name, HandoffStats())
             num_tokens = (handoff.num_blocks - old.num_blocks) * block_size
             self._handoff.add(handoff.seconds.total - old.seconds.total, num_tokens)
-        self._engines, self._handoffs = dict(engines), dict(handoffs)
 
     def costs(self, token_s: float) -> Costs:
         """Of the decode pool.

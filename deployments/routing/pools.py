@@ -78,10 +78,8 @@ class PoolRouters:
         self._positions = positions
         self._clock = clock
         self._decode = Router.for_decode(settings, Costs(UNMEASURED_TOKEN_S))
-        self._routers = {DECODE: self._decode}
-        self._prefill: Router | None = None
-        if min_remote_tokens is not None:
-            self._prefill = self._routers[PREFILL] = Router.for_prefill(settings)
+        self._prefill = None if min_remote_tokens is None else Router.for_prefill(settings)
+        self._routers = {DECODE: self._decode} | ({} if self._prefill is None else {PREFILL: self._prefill})
         self._costs = DecodeCosts()
         self.choices: Counter[tuple[str, Reason]] = Counter()
         self.promised_tokens = dict.fromkeys(self._routers, 0)

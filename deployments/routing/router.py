@@ -267,10 +267,13 @@ class Router:
             if report.events is not None:
                 self._index.apply(name, report.events)
         if self._readings is not None:
-            self._readings.update({name: report.stats for name, report in reports.items()}, as_of_s)
-            steps, tokens = 1.0, self._readings.tokens_per_step
-            if token_s := self._readings.cost.seconds(steps, tokens).best / tokens:
-                self.costs = replace(self.costs, token_s=token_s)
+            self._learn_costs(self._readings, reports, as_of_s)
+
+    def _learn_costs(self, readings: PoolReadings, reports: Mapping[str, Report], as_of_s: float) -> None:
+        readings.update({name: report.stats for name, report in reports.items()}, as_of_s)
+        steps, tokens = 1.0, readings.tokens_per_step
+        if token_s := readings.cost.seconds(steps, tokens).best / tokens:
+            self.costs = replace(self.costs, token_s=token_s)
 
     def leave(self, name: str) -> None:
         """A replica is gone."""

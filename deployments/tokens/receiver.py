@@ -220,23 +220,27 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if not self._is_known:
-            self._said += data
-            if len(self._said) < KEY_BYTES:
-                return
-            if not secrets.compare_digest(self._said[:KEY_BYTES], self.receiver.address.key):
-                logger.warning("token channel: %s did not know the key", self._transport.get_extra_info("peername"))
-                self.abort()
-                return
-            self._deadline.cancel()
-            self._is_known = True
-            self.receiver._connections.add(self)
-            data = self._said[KEY_BYTES:]
+            data = self._read_key(data)
         try:
             for outputs in self._reader.feed(data):
                 self.receiver._deliver(outputs)
         except WireError:
             logger.exception("token channel: closed")
             self.abort()
+
+    def _read_key(self, data: bytes) -> bytes:
+        """What comes behind the key; nothing while it is not there, or is another."""
+        self._said += data
+        if len(self._said) < KEY_BYTES:
+            return b""
+        if not secrets.compare_digest(self._said[:KEY_BYTES], self.receiver.address.key):
+            logger.warning("token channel: %s did not know the key", self._transport.get_extra_info("peername"))
+            self.abort()
+            return b""
+        self._deadline.cancel()
+        self._is_known = True
+        self.receiver._connections.add(self)
+        return self._said[KEY_BYTES:]
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._deadline.cancel()

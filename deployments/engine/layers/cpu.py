@@ -164,17 +164,21 @@ def _parts_of(layer: Any) -> _Parts | None:
     first = getattr(attention, "q_proj", None)
     qkv = first.group.linear if isinstance(first, LinearPart) else getattr(attention, "qkv_proj", None)
     linears: list[Any] = [qkv, getattr(attention, "o_proj", None), mlp.gate_up, mlp.down_proj]
-    norms: list[Any] = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
-    norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
-    if not all(isinstance(linear, PackedLinear) for linear in linears):
+    norms = _norms_of(layer)
+    if norms is None or not all(isinstance(linear, PackedLinear) for linear in linears):
         return None
+    return _Parts(*norms, *(linear.packed for linear in linears))
+
+
+def _norms_of(layer: Any) -> tuple[_Norm, _Norm, _Norm, _Norm] | None:
+    """Before attention and MLP, and of queries and keys; None: a norm is of another kind."""
+    norms: list[Any] = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
+    norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(layer.self_attn, name, None)) is not None]
     if not all(isinstance(norm, FusedRMSNorm) for norm in norms) or len(norms) == 3:
         return None
     before_attention, before_mlp, *heads = map(_Norm.of, norms)
     query_heads, key_heads = heads or (_NO_NORM, _NO_NORM)
-    if query_heads.eps != key_heads.eps:
-        return None
-    return _Parts(before_attention, before_mlp, query_heads, key_heads, *(linear.packed for linear in linears))
+    return None if query_heads.eps != key_heads.eps else (before_attention, before_mlp, query_heads, key_heads)
 
 
 class _Recorder(SdpaStep):

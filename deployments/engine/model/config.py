@@ -113,6 +113,10 @@ def blamed(
     return UnsupportedModelError(f"model {path!r}: {where}{reason}")
 
 
+def _layer_types(config: PretrainedConfig) -> set[str]:
+    return set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
+
+
 def check_config(config: PretrainedConfig) -> None:
     """Refuse what can be seen from the configuration alone.
 
@@ -125,12 +129,9 @@ def check_config(config: PretrainedConfig) -> None:
     inputs = [part for part in ("vision_config", "audio_config") if getattr(config, part, None) is not None]
     if inputs:
         raise UnsupportedModelError(f"{name} takes multimodal inputs ({', '.join(inputs)}); only text can be served")
-    layer_types = set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
-    other = sorted(layer_types - _SERVED_LAYERS)
-    if other:
-        raise UnsupportedModelError(
-            f"{name} has layers of type {', '.join(other)}; only attention layers can be served"
-        )
+    if other := sorted(_layer_types(config) - _SERVED_LAYERS):
+        kinds = ", ".join(other)
+        raise UnsupportedModelError(f"{name} has layers of type {kinds}; only attention layers can be served")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(f"{name} is not a causal language model known to transformers")
 

@@ -105,13 +105,17 @@ def check_files(model: str) -> None:
         if model.endswith(".gguf"):
             for shard in gguf_shards(path):
                 _check_gguf(model, shard)
-        elif not path.exists():
-            raise _refusal(model, "no such folder")
-        elif not path.is_dir():
-            raise _refusal(model, "neither a folder nor a .gguf file")
         else:
-            read_json(model, path / "config.json")
-            _check_weights(model, path)
+            _check_folder(model, path)
+
+
+def _check_folder(model: str, path: Path) -> None:
+    if not path.exists():
+        raise _refusal(model, "no such folder")
+    if not path.is_dir():
+        raise _refusal(model, "neither a folder nor a .gguf file")
+    read_json(model, path / "config.json")
+    _check_weights(model, path)
 
 
 def read_json(model: str, file: Path) -> dict[str, Any]:

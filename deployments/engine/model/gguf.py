@@ -151,6 +151,9 @@ class _Source:
             lost = self._lost(get_gguf_hf_weights_map(model, processor))
         if lost and lost != ["output.weight"]:  # which some architectures are given by hand
             raise self.refusal(f"tensors that transformers does not read: {', '.join(lost[:5])} ({len(lost)} in all)")
+        self._check_rotated(model)
+
+    def _check_rotated(self, model: Any) -> None:
         turned = {2 * len(module.inv_freq) for module in model.modules() if hasattr(module, "inv_freq")}
         wanted = self._of_architecture("rope.dimension_count")
         if wanted is not None and turned and turned != {wanted}:

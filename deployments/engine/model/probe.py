@@ -5,6 +5,7 @@ what we say they are. Both are tried out here, once per start, for the price of 
 """
 
 import inspect
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -85,20 +86,22 @@ def _kv_shape(model: PreTrainedModel, probe: _Probe) -> KVShape:
         raise UnsupportedModelError(f"{name}: layers {missing} do not use attention but {_mixers(model, missing)}")
     if sorted(probe.calls) != list(range(num_layers)):
         raise UnsupportedModelError(f"{name} has {num_layers} layers, but attention ran in layers {probe.calls}")
-    layers_of: dict[tuple[int, int], list[int]] = {}
-    for i in range(num_layers):
-        num_kv_heads, key_dim, value_dim = probe.layers[i]
-        if key_dim != value_dim:
-            raise UnsupportedModelError(
-                f"{name}: heads of keys and values must have one size, those of layer {i} have {key_dim} and"
-                f" {value_dim}"
-            )
-        layers_of.setdefault((num_kv_heads, key_dim), []).append(i)
-    groups = tuple(KVGroup(tuple(layers), *heads) for heads, layers in layers_of.items())
     try:
-        return KVShape(groups, probe.dtype)
+        return KVShape(_group(probe.layers), probe.dtype)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{name}: {error}") from None
+
+
+def _group(layers: Mapping[int, tuple[int, int, int]]) -> tuple[KVGroup, ...]:
+    """Put layers whose KV has one shape together."""
+    layers_of: dict[tuple[int, int], list[int]] = {}
+    for i, (num_kv_heads, key_dim, value_dim) in sorted(layers.items()):
+        if key_dim != value_dim:
+            raise UnsupportedModelError(
+                f"heads of keys and values must have one size, those of layer {i} have {key_dim} and {value_dim}"
+            )
+        layers_of.setdefault((num_kv_heads, key_dim), []).append(i)
+    return tuple(KVGroup(tuple(layers), *heads) for heads, layers in layers_of.items())
 
 
 def _check_windows(model: PreTrainedModel, probe: _Probe) -> None:
