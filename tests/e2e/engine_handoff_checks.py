@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from ray.exceptions import RayError
 
 from deployments.errors import TransferError
 from deployments.kv_transfer import direct
+from deployments.kv_transfer.base import TransferStats
 from tests.e2e.handoff_engines import BLOCK_SIZE, NUM_GPUS, VOCAB_SIZE, WatchedEngine
 from tests.engine_pair import DrivenEngine, hand_over, random_prompt
 from tests.waiting import wait_until
@@ -43,17 +45,32 @@ def start(rank: int, share_kv: bool) -> Any:
     return actor_class.options(**options).remote(share_kv)
 
 
-@pytest.fixture(params=[True, False], ids=["shared memory", "group of two"])
-def share_kv(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
+class Pair:
+    """A source and a target for all tests, since starting an engine takes seconds; the dead are replaced."""
+
+    def __init__(self, share_kv: bool) -> None:
+        self.share_kv = share_kv
+        self._ranks = count()
+        self.engines = [DrivenEngine(actor) for actor in (self._start(), self._start())]
+
+    def _start(self) -> Any:
+        return start(next(self._ranks), self.share_kv)
+
+    def replace(self, dead: DrivenEngine) -> None:
+        """Put a new engine into the dead one's place."""
+        self.engines[self.engines.index(dead)] = DrivenEngine(self._start())
+
+    def stats(self) -> list[TransferStats]:
+        found: list[TransferStats] = ray.get([engine.actor.transfer_stats.remote() for engine in self.engines])
+        return found
 
 
-@pytest.fixture
-def engines(share_kv: bool) -> Iterator[list[DrivenEngine]]:
-    actors = [start(rank, share_kv) for rank in range(2)]
-    yield [DrivenEngine(actor) for actor in actors]
-    for actor in actors:
-        ray.kill(actor)
+@pytest.fixture(scope="module", params=[True, False], ids=["shared memory", "group of two"])
+def pair(request: pytest.FixtureRequest, cluster: None) -> Iterator[Pair]:
+    pair = Pair(request.param)
+    yield pair
+    for engine in pair.engines:
+        ray.kill(engine.actor)
 
 
 def check_tokens(source: DrivenEngine, target: DrivenEngine, name: str) -> None:
@@ -66,24 +83,26 @@ def check_tokens(source: DrivenEngine, target: DrivenEngine, name: str) -> None:
             assert found.num_bytes == -(-length // BLOCK_SIZE) * source.info.bytes_per_block
 
 
-def test_tokens_are_those_of_one_engine(engines, share_kv):
-    source, target = engines
+def test_tokens_are_those_of_one_engine(pair):
+    source, target = pair.engines
+    before = pair.stats()
     check_tokens(source, target, "first")
-    received = ray.get(target.actor.transfer_stats.remote())
-    in_place = received.num_received if share_kv else 0
-    num_sent = received.num_received - in_place
+    num_received = 2 * sum(-(-length // BLOCK_SIZE) for length in LENGTHS)
+    num_in_place = num_received if pair.share_kv else 0
+    num_sent = num_received - num_in_place
     # What is sent counts behind its arrival.
-    wait_until(lambda: ray.get(source.actor.transfer_stats.remote()).num_sent >= num_sent, 60)
-    sent = ray.get(source.actor.transfer_stats.remote())
-    assert (sent.num_failed, received.num_failed) == (0, 0)
-    assert (received.num_read_in_place, sent.num_sent) == (in_place, num_sent)
-    assert received.num_received == 2 * sum(-(-length // BLOCK_SIZE) for length in LENGTHS)
+    wait_until(lambda: pair.stats()[0].num_sent >= before[0].num_sent + num_sent, 60)
+    sent, received = pair.stats()
+    assert (sent.num_failed, received.num_failed) == (before[0].num_failed, before[1].num_failed)
+    assert received.num_received - before[1].num_received == num_received
+    assert received.num_read_in_place - before[1].num_read_in_place == num_in_place
+    assert sent.num_sent - before[0].num_sent == num_sent
 
 
 @pytest.mark.parametrize("killed", ["source", "target"])
-def test_a_death_amid_transfers_leaves_the_other_serving(engines, share_kv, killed):
-    source, target = engines
-    hand_over(source, target, random_prompt(BLOCK_SIZE, 1, VOCAB_SIZE), "before")
+def test_a_death_amid_transfers_leaves_the_other_serving(pair, killed):
+    source, target = pair.engines
+    hand_over(source, target, random_prompt(BLOCK_SIZE, 1, VOCAB_SIZE), f"before-{killed}")
     victim, survivor = (source, target) if killed == "source" else (target, source)
     pid = ray.get(victim.actor.pid.remote())
     died = []
@@ -94,12 +113,11 @@ def test_a_death_amid_transfers_leaves_the_other_serving(engines, share_kv, kill
             died.append(time.monotonic())
 
     with pytest.raises((TransferError, RayError)):
-        hand_over(source, target, random_prompt(30 * BLOCK_SIZE, 2, VOCAB_SIZE), "dying", NUM_TOKENS, kill)
+        hand_over(source, target, random_prompt(30 * BLOCK_SIZE, 2, VOCAB_SIZE), f"dying-{killed}", NUM_TOKENS, kill)
     assert time.monotonic() - died[0] < SOON_S
-    ray.get(survivor.actor.abort.remote("dying", None))
-    other = DrivenEngine(start(2, share_kv))
-    new_source, new_target = (other, survivor) if killed == "source" else (survivor, other)
-    check_tokens(new_source, new_target, "after")
-    ray.kill(other.actor)
+    ray.get(survivor.actor.abort.remote(f"dying-{killed}", None))
+    pair.replace(victim)
+    source, target = pair.engines
+    check_tokens(source, target, f"after-{killed}")
     stats = ray.get(survivor.actor.stats.remote())
     assert (stats.num_used_blocks, stats.num_exported_blocks) == (0, 0)
