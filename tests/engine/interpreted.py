@@ -10,9 +10,10 @@ triton = pytest.importorskip("triton")
 if DEVICE.type == "cpu" and not triton.__version__.startswith("3.6."):
     pytest.skip(f"Triton {triton.__version__} has another interpreter than 3.6", allow_module_level=True)
 
+from triton import language  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
-_patch_lang_tensor = interpreter._patch_lang_tensor
+_patch_lang, _patch_lang_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
 
 
 def _patch_index_too(tensor: type, scope: Any) -> None:
@@ -22,3 +23,14 @@ def _patch_index_too(tensor: type, scope: Any) -> None:
 
 
 interpreter._patch_lang_tensor = _patch_index_too
+
+
+def _patch_once(function: Any) -> Any:
+    """A function that a kernel calls finds the language patched; to patch it for each call is half of the time."""
+    used = [value for value in function.__globals__.values() if value is language or value is language.core]
+    if any(language.core.is_builtin(of.load) for of in used):
+        return _patch_lang(function)
+    return interpreter._LangPatchScope()
+
+
+interpreter._patch_lang = _patch_once

@@ -67,8 +67,8 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, adds: 
 
 def _product_of_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, adds: bool) -> None:
     num_columns, depth = weight.shape
-    block, num_warps = (1024, 4) if depth <= 1024 else (2048, 8)
-    _linear_of_row[(triton.cdiv(num_columns, 2),)](
+    columns, block, num_warps = row_tile(depth)
+    _linear_of_row[(triton.cdiv(num_columns, columns),)](
         x,
         weight,
         bias,
@@ -77,7 +77,7 @@ def _product_of_row(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor,
         depth,
         HAS_BIAS=bias is not None,
         ADDS=adds,
-        COLUMNS=2,
+        COLUMNS=columns,
         BLOCK=block,
         num_warps=num_warps,
         **OVERLAPPING,
@@ -105,6 +105,11 @@ def _product_of_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
         num_warps=num_warps,
         **OVERLAPPING,
     )
+
+
+def row_tile(depth: int) -> tuple[int, int, int]:
+    """Columns and depth of a program's tile, and its warps, where there is one row."""
+    return (2, 1024, 4) if depth <= 1024 else (2, 2048, 8)
 
 
 def skinny_tile(num_columns: int, num_rows: int) -> tuple[int, int, int, int]:

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.engine.interpreted import DEVICE  # before the kernels
 
+from deployments.engine.kernels import cuda_matmul  # isort: skip
 from deployments.engine.layers.cuda import KERNELS, can_drop_rows, keep_rotary_where_it_is_wanted  # isort: skip
 from deployments.engine.layers.cuda_decoder import fuse_residuals, given_to_layers  # isort: skip
 from deployments.engine.layers.cuda_experts import fuse_experts  # isort: skip
@@ -23,9 +24,15 @@ FAMILIES = ("llama", "qwen3", "gemma2", "gemma3", "phi3", "gpt_oss", "qwen2_moe"
 WITH_EXPERTS = ("gpt_oss", "qwen2_moe")
 
 
+@pytest.fixture(autouse=True)
+def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of many columns are few programs, each of which is interpreted."""
+    monkeypatch.setattr(cuda_matmul, "row_tile", lambda depth: (64, 64, 4))
+
+
 def build(family: str) -> PreTrainedModel:
     config = build_config(family)
-    # Narrow ones: columns of a product are programs, and each is interpreted.
+    # Small, and so with few programs.
     config.vocab_size, config.intermediate_size = 32, 16
     if family in WITH_EXPERTS:
         config.intermediate_size = config.moe_intermediate_size = config.shared_expert_intermediate_size = 8
