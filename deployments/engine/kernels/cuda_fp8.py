@@ -34,7 +34,7 @@ class Fp8Weight:
 
 
 # Columns and depth of a program's tile, and its warps: the best of those tried on an H100 (docs/log.md).
-_TILE = 2, 1024, 2
+ROW_TILE = 2, 1024, 2
 
 
 def one_row(x: Tensor, weight: Fp8Weight, bias: Tensor | None, out: Tensor, *, adds: bool) -> None:
@@ -48,7 +48,7 @@ def one_row(x: Tensor, weight: Fp8Weight, bias: Tensor | None, out: Tensor, *, a
         adds: add to what is there.
     """
     num_columns, depth = weight.codes.shape
-    columns, block, num_warps = _TILE
+    columns, block, num_warps = ROW_TILE
     if not x.numel():
         return
     _fp8_of_row[(triton.cdiv(num_columns, columns),)](

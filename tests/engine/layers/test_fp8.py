@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwe
 
 from tests.engine.interpreted import DEVICE  # before the kernels
 
+from deployments.engine.kernels import cuda_fp8 as fp8_kernels, cuda_matmul  # isort: skip
 from deployments.engine.kernels.cuda_fp8_prompts import Tile  # isort: skip
 from deployments.engine.layers import cuda, cuda_fp8  # isort: skip
 from deployments.engine.layers.cuda_decoder import fuse_residuals  # isort: skip
@@ -27,7 +28,7 @@ from tests.engine.families import randomize
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
-    "hidden_size": 32,  # columns of a product are programs, and each is interpreted
+    "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
@@ -82,9 +83,12 @@ def optimize(model: PreTrainedModel) -> int:
 
 
 @pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def other_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of one row are of many columns: so there are few programs, each of which is interpreted."""
     tile = Tile(rows=16, columns=16, depth=32, num_stages=2, num_warps=4)
     monkeypatch.setattr(cuda_fp8, "prompt_tile", lambda *_, **__: tile)
+    monkeypatch.setattr(cuda_matmul, "row_tile", lambda depth: (64, 64, 4))
+    monkeypatch.setattr(fp8_kernels, "ROW_TILE", (64, 64, 4))
 
 
 # With a bias on queries, keys and values, too.
