@@ -1,6 +1,7 @@
 """One thread of torch for all tests: the models are tiny, and threads that wait for each other only slow them.
 
-`make test` runs two processes. One of them has all tests that start Ray, one after the other.
+`make test` runs two processes. One of them has all tests that start Ray, one after the other, and begins with them:
+they take as long as all others together.
 
 Where there is no GPU Triton's kernels run in its interpreter; it must know before anything imports it. Machines are
 shared, so hypothesis sets tests no bound of time either.
@@ -23,6 +24,11 @@ if not torch.cuda.is_available():
 STARTS_RAY = ("tests/e2e/", "tests/kv_transfer/test_direct.py", "tests/test_local.py")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes, which get whole scopes in this order
+        items.sort(key=lambda item: not item.nodeid.startswith(STARTS_RAY))
+
+
 @pytest.hookimpl(optionalhook=True)  # on a machine with GPUs pytest-xdist may be missing
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
@@ -33,6 +39,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
         def _split_scope(self, nodeid: str) -> str:
             return "ray" if nodeid.startswith(STARTS_RAY) else nodeid.partition("::")[0]
 
+    config.option.loadscopereorder = False  # it would begin with the files of the most tests
     return OneProcessForRay(config, log)
 
 
