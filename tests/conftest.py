@@ -21,12 +21,19 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+NICENESS_OF_RAY = 15  # as by default
 STARTS_RAY = ("tests/e2e/", "tests/kv_transfer/test_direct.py", "tests/test_local.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if hasattr(config, "workerinput"):  # one of several processes, which get whole scopes in this order
         items.sort(key=lambda item: not item.nodeid.startswith(STARTS_RAY))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Ray's workers are nice to others. So that these do not hold up what takes longest, they are as nice."""
+    if hasattr(item.config, "workerinput") and not item.nodeid.startswith(STARTS_RAY):
+        os.nice(max(0, NICENESS_OF_RAY - os.nice(0)))
 
 
 @pytest.hookimpl(optionalhook=True)  # on a machine with GPUs pytest-xdist may be missing
