@@ -14,6 +14,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from deployments.engine.kernels.cpu import start_threads
+
 settings.register_profile("kvrelay", deadline=None)
 settings.load_profile("kvrelay")
 
@@ -52,4 +54,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
+    # First: else the first kernel that runs gives torch all of the cores, which other processes use: three files of
+    # tests/engine took 190 s so, and 60 s with one thread (2 shared cores, 2026-11-28).
+    start_threads()
     torch.set_num_threads(1)

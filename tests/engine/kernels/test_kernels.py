@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deployments.engine.kernels.cpu import silu_mul, use_torch_threads
 from deployments.engine.kernels.cpu_attention import decode_attention
 from deployments.engine.kernels.cpu_matmul import PackedWeight, linear
 
@@ -13,6 +14,12 @@ GENERATOR = torch.Generator().manual_seed(0)
 
 def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=GENERATOR)
+
+
+def test_torch_has_one_thread_in_tests_whatever_kernel_has_run() -> None:
+    use_torch_threads()  # as an engine does before each step
+    silu_mul(randn(2, 8))
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize(("num_columns", "depth"), [(1, 1), (3, 7), (48, 16), (77, 100), (130, 1600), (96, 768)])
