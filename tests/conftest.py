@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
 
 
 NICENESS_OF_RAY = 15  # as by default
-STARTS_RAY = ("tests/e2e/", "tests/kv_transfer/test_direct.py", "tests/test_local.py")
+STARTS_RAY = ("tests/e2e/", "tests/kv_transfer/test_direct.py", "tests/local/test_server.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

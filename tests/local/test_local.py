@@ -1,129 +1,23 @@
-"""The background server: it comes up, says why when it does not, and goes away whole and alone."""
+"""What of the background server needs no Ray: refusals, and which processes are its own."""
 
 import contextlib
-import json
 import os
-import signal
 import socket
 import subprocess
 import sys
-import urllib.request
-from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
 
 import psutil
 import pytest
 
 from app import local
 from app.local import LocalError, up
-from app.local_process import RunFolder, Server
+from app.local_process import Server
+from tests.local.commands import ROOT, is_alive, run
 from tests.waiting import wait_until
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        number: int = probe.getsockname()[1]
-        return number
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[RunFolder]:
-    folder = RunFolder(tmp_path / "run")
-    yield folder
-    if (left := folder.server()) is not None:
-        left.stop()
-
-
-@pytest.fixture
-def bystander() -> Iterator[psutil.Process]:
-    """A process of somebody else that has a Ray process's name."""
-    with subprocess.Popen(["bash", "-c", "exec -a ray::Idle sleep 300"], start_new_session=True) as process:
-        yield psutil.Process(process.pid)
-        process.kill()
-
-
-def command(folder: RunFolder, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", "app.local", "--run-dir", str(folder.path), *arguments]
-
-
-def run(folder: RunFolder, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(folder, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
-    )
-
-
-def remembered(folder: RunFolder) -> Server:
-    server = folder.server()
-    assert server is not None
-    return server
-
-
-def is_alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def session(leader: subprocess.Popen[bytes]) -> Server:
     return Server(leader.pid, psutil.Process(leader.pid).create_time(), 0, "/nonexistent")
-
-
-@pytest.mark.e2e
-def test_a_server_comes_up_answers_and_goes_away_whole_and_alone(folder, port, bystander):
-    started = run(folder, "up", "--app", "tests.tiny_graphs:healthy", "--port", str(port), "model=some/model")
-    assert started.returncode == 0, started.stderr
-    assert "converting the model (the first time only)" in started.stdout
-    assert f"curl http://127.0.0.1:{port}/v1/chat/completions" in started.stdout
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as response:
-        assert json.load(response) == {"model": "some/model"}
-
-    server = remembered(folder)
-    members = server.processes()
-    assert len(members) > 3
-    assert f"at {server.url} answers" in run(folder, "status").stdout
-    again = run(folder, "up", "--app", "tests.tiny_graphs:healthy", "--port", str(port))
-    assert again.returncode == 1
-    assert f"already runs at {server.url}" in again.stderr
-
-    assert run(folder, "down").returncode == 0
-    assert [process for process in members if is_alive(process)] == []
-    assert server.processes() == []
-    assert not Path(server.temp_dir).exists()
-    assert bystander.is_running()
-    assert run(folder, "down").stderr.strip() == "no server runs"
-    assert run(folder, "status").returncode == 1
-
-
-@pytest.mark.e2e
-def test_a_graph_that_cannot_start_is_reported_with_its_cause_and_leaves_nothing(folder, port):
-    failed = run(folder, "up", "--app", "tests.tiny_graphs:broken", "--port", str(port))
-    assert failed.returncode == 1
-    assert "ValueError: layer 7 cannot be run" in failed.stderr
-    assert folder.server() is None
-
-
-@pytest.mark.e2e
-def test_interrupting_the_start_stops_what_was_started(folder, port):
-    arguments = command(folder, "up", "--app", "tests.tiny_graphs:healthy", "--port", str(port))
-    # Tests that run in the background of a script are born with the signal ignored, and so are their children.
-    heed_interrupts = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(
-        arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts
-    ) as process:
-        assert process.stdout is not None
-        assert any("starting Ray" in line for line in process.stdout)
-        server = remembered(folder)
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=90)
-        assert process.returncode == 130
-    assert server.processes() == []
-    assert folder.server() is None
 
 
 def test_a_taken_port_is_refused_before_anything_starts(folder):
