@@ -84,17 +84,23 @@ class OwnShare:
             drained: since then by the engines, at most.
             num_replicas: that let in; the others are taken to do as this one does.
         """
-        # Asked for each replica of a pool, of which most have been sent nothing lately.
-        given_up = unseen = 0
-        if self._left:
-            given_up = sum(e.amount for e in self._left if not e.is_drained and e.entered_s <= self._read_s)
-        if self._entries:
-            unseen = sum(e.amount for e in self._entries if e.left_s == math.inf)
+        given_up, unseen = self._given_up(), self._unseen()
         counted = max(0.0, seen - given_up - drained) + unseen
         # A reading may contain what entered while it was made, and what it contains may be done since: but of what is
         # this replica's own there is no more than it has.
         of_others = max(0.0, seen - self._in_reading)
         return min(counted, of_others + self.total) + unseen * (num_replicas - 1)
+
+    # Both are asked for each replica of a pool, of which most have been sent nothing lately.
+    def _given_up(self) -> float:
+        if not self._left:
+            return 0
+        return sum(e.amount for e in self._left if not e.is_drained and e.entered_s <= self._read_s)
+
+    def _unseen(self) -> float:
+        if not self._entries:
+            return 0
+        return sum(e.amount for e in self._entries if e.left_s == math.inf)
 
     def _forget(self, at_s: float) -> None:
         while self._entries and self._entries[0].entered_s <= at_s:

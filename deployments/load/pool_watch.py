@@ -11,6 +11,7 @@ from deployments.load.reading import Pools, Reading
 
 logger = logging.getLogger(__name__)
 
+_CANNOT_READ = "the pools cannot be read, so admission and routing go by what they sent there themselves: %r"
 PERIOD_S = 1.0
 # However many ask for a reading, the engines are asked no more often.
 MIN_PAUSE_S = 0.1
@@ -56,10 +57,7 @@ class PoolWatch:
                 pools = await self._read()
             except Exception as error:
                 if not is_failing:  # once, and not every second
-                    logger.warning(
-                        "the pools cannot be read, so admission and routing go by what they sent there themselves: %r",
-                        error,
-                    )
+                    logger.warning(_CANNOT_READ, error)
                 is_failing = True
             else:
                 is_failing = False

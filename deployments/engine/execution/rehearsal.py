@@ -45,17 +45,17 @@ def build_rehearsed(loaded: LoadedModel, limits: EngineLimits) -> Runner:
         if loaded.device.type == "cuda":
             rehearse(runner, limits)
     except torch.OutOfMemoryError as error:
-        beside = "a KV pool" if cache is None else "the largest steps beside the model and a KV pool"
-        raise ValueError(
-            f"{beside} of {_describe_pool(loaded, limits)} does not fit into the GPU's memory: lower"
-            f" {name_limits(limits)} or the pool's size. {str(error).split(' If reserved')[0]}"
-        ) from None
+        what = "a KV pool" if cache is None else "the largest steps beside the model and a KV pool"
+        raise ValueError(_too_large(what, loaded, limits, error)) from None
     return runner
 
 
-def _describe_pool(loaded: LoadedModel, limits: EngineLimits) -> str:
-    num_bytes = limits.num_blocks * loaded.kv_shape.bytes_per_block(limits.block_size)
-    return f"{limits.num_blocks} blocks ({num_bytes / 2**30:.2f} GiB)"
+def _too_large(what: str, loaded: LoadedModel, limits: EngineLimits, error: torch.OutOfMemoryError) -> str:
+    pool = limits.num_blocks * loaded.kv_shape.bytes_per_block(limits.block_size) / 2**30
+    return (
+        f"{what} of {limits.num_blocks} blocks ({pool:.2f} GiB) does not fit into the GPU's memory: lower"
+        f" {name_limits(limits)} or the pool's size. {str(error).split(' If reserved')[0]}"
+    )
 
 
 def free_beside_largest_steps(loaded: LoadedModel, limits: EngineLimits) -> int:

@@ -138,15 +138,19 @@ def fuse_experts(model: nn.Module) -> int:
         experts = getattr(parent, "experts", None)
         if not isinstance(experts, nn.Module) or not hasattr(experts, "is_concatenated"):
             continue
-        for name, child in list(parent.named_children()):
-            router = _fused_router(child)
-            if router is not None:
-                setattr(parent, name, router)
+        _replace_routers(parent)
         fused = _fused_experts(experts)
         if fused is not None:
             parent.experts = fused
             num_fused += 1
     return num_fused
+
+
+def _replace_routers(parent: nn.Module) -> None:
+    for name, child in list(parent.named_children()):
+        router = _fused_router(child)
+        if router is not None:
+            setattr(parent, name, router)
 
 
 def _fused_router(router: nn.Module) -> FusedRouter | None:
