@@ -105,10 +105,10 @@ def test_a_death_amid_transfers_leaves_the_other_serving(pair, killed):
     hand_over(source, target, random_prompt(BLOCK_SIZE, 1, VOCAB_SIZE), f"before-{killed}")
     victim, survivor = (source, target) if killed == "source" else (target, source)
     pid = ray.get(victim.actor.pid.remote())
-    died = []
+    num_before, died = count(), []
 
-    def kill(index: int) -> None:
-        if index == 4:
+    def kill(_: int) -> None:
+        if next(num_before) == 4:
             os.kill(pid, signal.SIGKILL)
             died.append(time.monotonic())
 
