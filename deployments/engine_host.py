@@ -25,6 +25,7 @@ from deployments.messages import (
     EngineEvent,
     FrontEvent,
     GenerateRequest,
+    GivenUp,
     HandoffExpired,
     Placed,
     ReplyAddress,
@@ -131,6 +132,7 @@ class EngineHost:
             self._tokens.send(outputs)
         losses: dict[str, str | None] = {o.request_id: None for o in outputs if o.finish_reason is not None}
         losses |= {event.request_id: _EXPIRED for event in events if isinstance(event, HandoffExpired)}
+        losses |= {event.request_id: event.reason for event in events if isinstance(event, GivenUp)}
         self._tell_front([event for event in events if isinstance(event, Placed | ChunkReady)], losses)
 
     def _give_up(self, request_id: str, reason: str) -> None:

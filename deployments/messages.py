@@ -61,6 +61,21 @@ class Adjustments:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like.
+
+    Attributes:
+        source: in llguidance's own form, as `grammars.py` takes it.
+        end_token_ids: may be drawn where the answer is whole, and nowhere else; each ends it.
+        field: the API's name of what asked for it.
+    """
+
+    source: str
+    end_token_ids: tuple[int, ...]
+    field: str
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is drawn and when to stop.
 
@@ -74,6 +89,7 @@ class SamplingParams:
         stop_token_ids: ids that end the sequence with `FinishReason.STOP`; the id itself is emitted.
         adjustments: of the logits; None: they are the model's.
         num_logprobs: each token is told with its logprob and with so many of the likeliest tokens; None: without.
+        grammar: of the text that is generated; None: any.
     """
 
     max_tokens: int
@@ -85,6 +101,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     adjustments: Adjustments | None = None
     num_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +262,19 @@ class HandoffExpired:
 
 
 @dataclass(frozen=True, slots=True)
+class GivenUp:
+    """An engine cannot go on with a request, and has ended it.
+
+    Attributes:
+        request_id: the request.
+        reason: why.
+    """
+
+    request_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Placed:
     """A decode engine gave a request its KV blocks and says who computes the prompt; again, if that changes.
 
@@ -287,7 +317,7 @@ class ChunkArrived:
     request_id: str
 
 
-EngineEvent = TokenOutput | Placed | ChunkReady | HandoffExpired
+EngineEvent = TokenOutput | Placed | ChunkReady | HandoffExpired | GivenUp
 # What a front hears of its engine: how requests ended, too. Tokens are not among it: they go to the ingress directly.
 FrontEvent = Placed | ChunkReady | ChunkArrived | Ended
 

@@ -26,6 +26,7 @@ from deployments.api.calls import Call
 from deployments.api.chat_template import TemplateLimitError
 from deployments.api.choices import ChoiceText, TextEvent, follow, lead, merge, stream_choice
 from deployments.api.failures import failure_of
+from deployments.api.grammar_check import GrammarCheck
 from deployments.api.observer import Observer, Outcome, Stopwatch
 from deployments.api.text import TextCodec
 from deployments.messages import ModelInfo, Priority
@@ -49,6 +50,7 @@ class Service:
     observer: Observer
     max_body_bytes: int
     body_timeout_s: float
+    grammars: GrammarCheck
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +129,8 @@ class Exchange:
         try:
             caller = read_caller(Headers(scope=self._scope))
             call = self._own(await self._read_call(body, caller.priority))
+            if (grammar := call.requests[0].sampling.grammar) is not None:
+                await self._service.grammars.check(grammar)
             with closing(await self._admit(call, caller)) as ticket:
                 self._stopwatch.on_first = ticket.first_token
                 await self._generate(call)

@@ -22,6 +22,7 @@ from deployments.api.calls import read_chat, read_completion
 from deployments.api.cors import build_cors
 from deployments.api.exchange import Endpoint, Service
 from deployments.api.failures import failure_of
+from deployments.api.grammar_check import GrammarCheck
 from deployments.api.guard import Guard
 from deployments.api.keys import KeyRing
 from deployments.api.observer import Observer, SilentObserver
@@ -60,7 +61,8 @@ def build_app(
         cors_origins: whose pages may use the API from a browser.
     """
     observer = observer or SilentObserver()
-    service = Service(backend, codec, info, observer, max_body_bytes, body_timeout_s)
+    grammars = GrammarCheck(codec, info.vocab_size)
+    service = Service(backend, codec, info, observer, max_body_bytes, body_timeout_s, grammars)
     pages = Pages(service)
     middleware = [Middleware(RequestIds, is_sent_by_server=server_sends_ids), Middleware(ClosesUnread)]
     if cors_origins:  # before keys: a browser asks without one

@@ -23,13 +23,13 @@ from deployments.api.fields import (
     StopTokenIds,
 )
 from deployments.api.strict import NoOps, Strict
+from deployments.api.structured import ONE_AT_MOST, StructuredFields, fields_that_ask
 from deployments.messages import MAX_LOGPROBS, MAX_PENALTY, REPETITION_PENALTIES
 
 # OpenAI's.
 MAX_SAMPLES = 128
 
 _NO_OPS: NoOps = {
-    "response_format": ({"type": "text"},),
     "store": (False,),
 }
 _COMPLETION_NO_OPS: NoOps = {**_NO_OPS, "suffix": ("",)}
@@ -87,16 +87,16 @@ _CONTENT_UNLESS_ASSISTANT: dict[str, Any] = {
 }
 
 
-class GenerateBody(ModelBody):
+class GenerateBody(ModelBody, StructuredFields):
     """What both endpoints take.
 
     `top_k` (0 and -1 are off), `min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`,
     `include_stop_str_in_output`, `skip_special_tokens`, `return_token_ids`, `prompt_logprobs`, `cache_salt`,
-    `truncate_prompt_tokens` and `priority` (the lower, the sooner) are extensions, named as in vLLM and with its
-    meaning.
+    `truncate_prompt_tokens`, `priority` (the lower, the sooner), `structured_outputs` and `guided_*` are extensions,
+    named as in vLLM and with its meaning.
     """
 
-    model_config = ConfigDict(json_schema_extra=_OPTIONS_ONLY_WITH_STREAM)
+    model_config = ConfigDict(json_schema_extra=_OPTIONS_ONLY_WITH_STREAM | {"allOf": ONE_AT_MOST})
 
     temperature: float = Field(default=1.0, ge=0, le=2)
     top_p: float = Field(default=1.0, ge=0, le=1)
@@ -143,6 +143,14 @@ class GenerateBody(ModelBody):
         if self.truncate_prompt_tokens == 0:
             message = "must be at least 1, or -1 for as many tokens as fit, got 0"
             raise PydanticCustomError("truncate_prompt_tokens", message, {"field": "truncate_prompt_tokens"})
+        return self
+
+    @model_validator(mode="after")
+    def _check_structure(self) -> Self:
+        asked = fields_that_ask(self)
+        if len(asked) > 1:
+            message = f"cannot go with {asked[0]}: an answer has one form"
+            raise PydanticCustomError("structure", message, {"field": asked[1]})
         return self
 
     @model_validator(mode="after")

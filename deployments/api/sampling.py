@@ -6,8 +6,9 @@
 import secrets
 
 from deployments.api.openai import GenerateBody
+from deployments.api.structured import read_grammar
 from deployments.errors import InvalidRequestError
-from deployments.messages import Adjustments, ModelInfo, SamplingParams
+from deployments.messages import Adjustments, Grammar, ModelInfo, SamplingParams
 
 
 def read_sampling(body: GenerateBody, max_tokens: int, info: ModelInfo) -> SamplingParams:
@@ -20,6 +21,7 @@ def read_sampling(body: GenerateBody, max_tokens: int, info: ModelInfo) -> Sampl
     top_k, top_p = body.top_k if 0 < body.top_k < info.vocab_size else 0, body.top_p
     if top_p == 0:  # no mass is enough for no token: like the peers that take 0, keep the most likely one
         top_k, top_p = 1, 1.0
+    grammar = _read_grammar(body, info)
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=body.temperature,
@@ -31,6 +33,7 @@ def read_sampling(body: GenerateBody, max_tokens: int, info: ModelInfo) -> Sampl
         adjustments=_read_adjustments(body, max_tokens, info),
         # The best of several are those of the greatest mean logprob.
         num_logprobs=0 if body.num_logprobs is None and body.num_samples > body.n else body.num_logprobs,
+        grammar=grammar,
     )
 
 
@@ -56,6 +59,15 @@ def _read_adjustments(body: GenerateBody, max_tokens: int, info: ModelInfo) -> A
         min_tokens=body.min_tokens,
     )
     return None if adjustments == Adjustments() else adjustments
+
+
+def _read_grammar(body: GenerateBody, info: ModelInfo) -> Grammar | None:
+    grammar = read_grammar(body, info.eos_token_ids)
+    if grammar is not None and (body.ignore_eos or body.min_tokens):
+        field = "ignore_eos" if body.ignore_eos else "min_tokens"
+        message = f"{field} cannot go with {grammar.field}: the answer ends where its grammar does"
+        raise InvalidRequestError(message, field)
+    return grammar
 
 
 def _read_stop_token_ids(body: GenerateBody, info: ModelInfo) -> tuple[int, ...]:

@@ -26,11 +26,12 @@ class Strict(BaseModel):
         if not isinstance(fields, dict):
             return fields
         kept: dict[str, object] = {}
+        known = {field.alias or name for name, field in cls.model_fields.items()}
         for name, value in fields.items():
             if name in cls.no_ops:
                 if not _asks_for_nothing(value, cls.no_ops[name]):
                     raise PydanticCustomError("unsupported", "not supported yet", {"field": name})
-            elif value is not None or name not in cls.model_fields:
+            elif value is not None or name not in known:
                 kept[name] = value
         return kept
 

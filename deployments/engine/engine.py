@@ -25,6 +25,7 @@ from deployments.engine.execution.base import LaunchedStep
 from deployments.engine.execution.canary import Canary
 from deployments.engine.execution.rehearsal import build_rehearsed
 from deployments.engine.execution.sizing import choose_limits, export_room
+from deployments.engine.grammar.guides import Guides
 from deployments.engine.handoff.exporter import Exporter
 from deployments.engine.handoff.importer import Importer
 from deployments.engine.handoff.states import Clock, Inbox, Outbox
@@ -93,6 +94,7 @@ class Engine:
         self._hands_over = config.hands_over
         self._in_flight: LaunchedStep | None = None
         self._vocab_size = loaded.vocab_size
+        self._guides = Guides(loaded.path, loaded.vocab_size)
         self._canary = Canary(self._runner, self._blocks)
         self._stats = EngineStats(
             num_blocks=self.limits.num_blocks,
@@ -106,8 +108,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether `step` could make progress now."""
-        has_steps = self._in_flight is not None or self._scheduler.has_work or self._exporter.has_work
-        return has_steps or self.next_expiry_s == 0
+        return self._has_steps or self._guides.is_busy or self.next_expiry_s == 0
 
     @property
     def next_expiry_s(self) -> float | None:
@@ -199,6 +200,7 @@ class Engine:
         self._scheduler.activate(sequence)
         draws = sequence.receive(sequence.num_prompt_tokens, (first_token,))
         self._blocks.publish(sequence)
+        self._guides.advance([sequence])
         now_s = time.monotonic()
         output = self._tell(sequence, sequence.num_prompt_tokens, draws, now_s)
         self._outputs.end(now_s)
@@ -225,6 +227,7 @@ class Engine:
         self._exporter.discard(request_id)
         self._outbox.drop(request_id)
         self._importer.discard(request_id)
+        self._guides.drop(request_id)
 
     def run_canary(self) -> bool:
         """Run one token through the model, if nothing else does; see `Canary`."""
@@ -249,6 +252,7 @@ class Engine:
         """
         begun_s = time.monotonic()
         events = self._end_leases()
+        events += self._collect_masks()
         schedule = self._scheduler.schedule()
         for placed in schedule.placed:
             events.append(placed)
@@ -280,7 +284,7 @@ class Engine:
         """Assert that no block, sequence or chunk is lost or counted twice."""
         self._scheduler.check_integrity()
         self._outbox.check_integrity()
-        strangers = {r for r in [*self._exporter, *self._inbox] if r not in self._scheduler}
+        strangers = {r for r in [*self._exporter, *self._inbox, *self._guides] if r not in self._scheduler}
         assert not strangers, f"kept for requests that are gone: {strangers}"
         reserved, awaited = set(self._scheduler.reserved), set(self._inbox)
         assert awaited == reserved, f"{reserved} are reserved, {awaited} awaited"
@@ -290,6 +294,18 @@ class Engine:
         if request_id in self._scheduler or request_id in self._outbox:
             raise InvalidRequestError(f"request id {request_id!r} is already in use", "request_id")
         self._scheduler.add(sequence)
+        self._guides.add(sequence)
+
+    @property
+    def _has_steps(self) -> bool:
+        return self._in_flight is not None or self._scheduler.has_work or self._exporter.has_work
+
+    def _collect_masks(self) -> list[EngineEvent]:
+        """Have those sequences run again whose next tokens are known, and end those that cannot go on."""
+        lost = self._guides.collect(is_idle=not self._has_steps)
+        for given_up in lost:
+            self.abort(given_up.request_id)
+        return [*lost]
 
     def _launch(self, scheduled: list[ScheduledSequence], begun_s: float) -> LaunchedStep:
         self._stats.steps += 1
@@ -297,6 +313,8 @@ class Engine:
         launched = self._runner.launch(scheduled)
         for item in scheduled:
             item.sequence.begin(item)
+        if self._guides:
+            self._guides.hold(scheduled)
         return launched
 
     def _conclude(self, ending: LaunchedStep) -> list[TokenOutput]:
@@ -318,6 +336,8 @@ class Engine:
                 if sequence.role is not _EXPORT or self._outbox.set_first_token(sequence.request_id, draws[0]):
                     outputs.append(self._tell(sequence, run.first_draw, draws, now_s))
         self._outputs.end(now_s)
+        if self._guides:
+            self._guides.advance(run.sequence for run, draws in collected if draws)
         return outputs
 
     def _tell(self, sequence: Sequence, place: int, draws: Draws, now_s: float) -> TokenOutput:
@@ -333,6 +353,7 @@ class Engine:
             events.append(chunk)
             if chunk.first_token is not None:
                 self._scheduler.remove(chunk.request_id)
+                self._guides.drop(chunk.request_id)
         return events
 
     def _end_leases(self) -> list[EngineEvent]:

@@ -12,6 +12,7 @@ from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.batch.build import build_arrays, order_for_batch, rows_of
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.sampling.adjusting import Adjusting, build_adjusting
+from deployments.engine.sampling.masking import Masking, build_masking
 from deployments.engine.sampling.sampler import SamplingBatch, SamplingPreparation
 from deployments.engine.sampling.scoring import Scores, Scoring, build_scoring
 from deployments.engine.scheduling.run import ScheduledSequence
@@ -27,6 +28,7 @@ class PreparedStep:
         arrays: the same as numbers.
         sampling: how its S draws are made; None: there are none.
         adjusting: what is done to their logits before; None: nothing.
+        masking: which tokens are barred from them after that; None: none.
         scoring: which tokens are told with logprobs; None: none.
     """
 
@@ -34,6 +36,7 @@ class PreparedStep:
     arrays: StepArrays
     sampling: SamplingBatch | None
     adjusting: Adjusting | None
+    masking: Masking | None
     scoring: Scoring | None
 
     @property
@@ -61,17 +64,19 @@ class Preparation:
         items = order_for_batch(scheduled)
         arrays = build_arrays(items, self.block_size, self._row_of)
         self._row_of = rows_of(items)
-        sampling = adjusting = scoring = None
+        sampling = adjusting = masking = scoring = None
         if len(arrays.draw_rows):
             params = [item.sequence.request.sampling for item in items for _ in range(item.num_draws)]
             sampling = self._sampling.prepare(params, arrays.draw_positions)
             if sampling.columns.is_adjusted:
                 adjusting = build_adjusting(items, arrays.sources)
+            if sampling.columns.is_guided:
+                masking = build_masking(items)
             if sampling.columns.is_scored:
                 scoring = build_scoring(items)
         if scoring is None and len(items) > arrays.num_decodes and any(item.num_scored for item in items):
             scoring = build_scoring(items)
-        return PreparedStep(items, arrays, sampling, adjusting, scoring)
+        return PreparedStep(items, arrays, sampling, adjusting, masking, scoring)
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,7 +94,9 @@ class CudaRunner:
         result = self._results[self._turn][:num_draws]
         if sampling is not None:
             to_draw = logits[:num_draws] if adjusting is None else adjusting.apply(logits[:num_draws])
-            if not (is_drawn and sampling.is_greedy) or adjusting is not None:
+            if step.masking is not None:
+                to_draw = step.masking.apply(to_draw)
+            if not (is_drawn and sampling.is_greedy) or adjusting is not None or step.masking is not None:
                 self._drawn[:num_draws] = sample(to_draw, sampling)
             result.copy_(self._drawn[:num_draws], non_blocking=True)
         scores = None if step.scoring is None else step.scoring.score(logits, self._drawn[:num_draws])

@@ -24,11 +24,13 @@ class SamplingColumns:
 
     Attributes:
         is_adjusted: some of them have logits changed before the draw; see `adjusting.py`.
+        is_guided: some of them have a grammar; see `masking.py`.
         is_scored: some of them are told with logprobs; see `scoring.py`.
     """
 
     def __init__(self, params: list[SamplingParams]) -> None:
         self.is_adjusted = any(p.adjustments is not None for p in params)
+        self.is_guided = any(p.grammar is not None for p in params)
         self.is_scored = any(p.num_logprobs is not None for p in params)
         temperature = np.array([p.temperature for p in params], dtype=np.float64)
         self.drawing = np.flatnonzero(temperature)

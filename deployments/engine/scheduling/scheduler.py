@@ -180,8 +180,8 @@ class Scheduler:
         """As many as may become tokens, without taking anything from others: budget, blocks, or the lead in length."""
         drafts = sequence.drafts[: max(0, min(room, sequence.max_num_tokens - sequence.num_tokens - 1))]
         offset = self._offset(sequence, sequence.num_tokens + len(drafts))
-        if sequence.num_pending_tokens or offset != sequence.position_offset:
-            return ()
+        if sequence.mask is not None or sequence.num_pending_tokens or offset != sequence.position_offset:
+            return ()  # behind a draft other tokens may be drawn than behind the newest one
         return drafts if self._blocks.append(sequence, len(drafts)) else ()
 
     @staticmethod

@@ -73,6 +73,7 @@ class Sequence:
         wants_scores: logprobs of its prompt were asked for and are not told yet; nothing is shared with it until then.
         prompt_scores: those that are known, of the tokens behind the first.
         is_held: it waits for the host, and no step computes it.
+        mask: which tokens may be drawn next, one bit each, the lowest first; None: all.
         last_token_s: monotonic time when its newest token was told; None: none was.
         finish_reason: why its last token was the last one; None: more may come.
         request_id: of the request.
@@ -100,6 +101,7 @@ class Sequence:
     num_published_blocks: int = 0
     drafts: tuple[int, ...] = ()
     is_held: bool = False
+    mask: bytes | None = None
     wants_scores: bool = False
     prompt_scores: list[DrawnToken] = field(default_factory=list)
     last_token_s: float | None = None
@@ -217,8 +219,9 @@ class Sequence:
         """Leave it out of steps until `release`: what it needs for the next one is not there yet."""
         self.is_held = True
 
-    def release(self) -> None:
-        self.is_held = False
+    def release(self, mask: bytes | None = None) -> None:
+        """What it needs is there; `mask`: of its next draw."""
+        self.is_held, self.mask = False, mask
 
     def propose(self, drafts: tuple[int, ...]) -> None:
         """Guess the tokens behind the newest one; the next step tries as many as fit, and the guess is gone then."""

@@ -1,0 +1,1 @@
+"""Grammars of answers inside an engine."""

@@ -1,0 +1,64 @@
+"""Bars tokens before a draw that a grammar does not allow. Steps without grammars never come here.
+
+The host has the masks of the sequences as bits (`grammar/`); they go to the device as such, for all sequences of a step
+at once, and become places there.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deployments.engine.scheduling.run import ScheduledSequence
+from deployments.engine.upload import upload
+
+
+@dataclass(frozen=True, slots=True)
+class Masking:
+    """The masks of M of a step's draws.
+
+    Attributes:
+        draws: (M,) int64 rows.
+        allowed: (M, W) uint8 one bit for each token, the lowest first; bits behind the vocabulary count for nothing.
+    """
+
+    draws: np.ndarray
+    allowed: np.ndarray
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """The logits, minus infinity where a token must not be drawn.
+
+        Args:
+            logits: (S, vocab_size), any float dtype; left as they are.
+
+        Returns:
+            (S, vocab_size) of the same dtype.
+        """
+        vocab_size = logits.shape[1]
+        if logits.is_cuda:
+            packed = upload(self.allowed, logits.device)
+            bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=logits.device)
+            barred = (bits & 1).flatten(1)[:, :vocab_size] == 0
+        else:
+            allowed = np.unpackbits(self.allowed, axis=1, count=vocab_size, bitorder="little")
+            barred = torch.from_numpy(allowed).logical_not_()
+        rows = upload(self.draws, logits.device)
+        return logits.index_copy(0, rows, logits[rows].masked_fill_(barred.bool(), -torch.inf))
+
+
+def build_masking(items: list[ScheduledSequence]) -> Masking | None:
+    """The masks of a step with these, in the batch's order; None: there is none."""
+    draws: list[int] = []
+    masks: list[bytes] = []
+    draw = 0
+    for item in items:
+        mask = item.sequence.mask
+        if mask is not None and item.num_draws:
+            assert item.num_draws == 1, f"{item.sequence.request_id}: a mask is of one draw"
+            draws.append(draw)
+            masks.append(mask)
+        draw += item.num_draws
+    if not draws:
+        return None
+    return Masking(np.array(draws), np.frombuffer(b"".join(masks), np.uint8).reshape(len(draws), -1))

@@ -1,0 +1,165 @@
+"""Grammars of answers: compiled for a vocabulary, they say after each token which ones may be next.
+
+The ingress compiles each to tell what is wrong with it, the engines compile it to go by it. Both do it with the same
+bounds, which llguidance counts in work and not in seconds: what one takes the other takes, however busy it is. Nothing
+here blocks other threads, for llguidance lets go of the interpreter's lock. Knows no torch; loads llguidance when it is
+asked for.
+"""
+
+from collections import OrderedDict
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from deployments.errors import InvalidRequestError
+from deployments.messages import Grammar
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+# A schema of so many characters takes at most 1 s to compile (2 busy cores of a shared Xeon, 2026-11-28).
+MAX_SOURCE_CHARACTERS = 2**16
+# llguidance's own bounds of work, tightened where a grammar of `MAX_SOURCE_CHARACTERS` has no use for more.
+_MAX_GRAMMAR_SIZE, _MAX_LEXER_STATES = 250_000, 100_000
+_MAX_CACHED = 64
+_MAX_REASON_CHARACTERS = 500
+
+
+class Guide:
+    """What may follow the tokens of one answer. Used by one thread at a time.
+
+    Args:
+        matcher: at the beginning of the answer.
+        num_mask_bytes: of its masks.
+    """
+
+    def __init__(self, matcher: "LLMatcher", num_mask_bytes: int) -> None:
+        self._matcher = matcher
+        self._num_mask_bytes = num_mask_bytes
+        self.num_tokens = 0
+
+    def take(self, token_ids: list[int]) -> None:
+        """The answer goes on with these; they are allowed, and none of them ends it."""
+        self._matcher.consume_tokens(token_ids)
+        self.num_tokens += len(token_ids)
+
+    def mask(self) -> bytes:
+        """Which tokens may be next: one bit each, the lowest first, in whole words of 32 bits.
+
+        Raises:
+            GrammarError: none may, or the grammar has grown out of its bounds.
+        """
+        mask: bytes = self._matcher.compute_bitmask()[: self._num_mask_bytes]
+        if self._matcher.is_error():
+            raise GrammarError(_brief(self._matcher.get_error()))
+        if not any(mask):
+            raise GrammarError("no token may follow")
+        return mask
+
+
+class GrammarError(Exception):
+    """A grammar cannot be compiled, or cannot go on; the message says why."""
+
+
+class Vocabulary:
+    """The tokens of a model, as grammars see them; from any thread.
+
+    Args:
+        tokenizer_json: what `tokenizer.json` holds.
+        vocab_size: of the model.
+        end_token_ids: of the grammars.
+
+    Raises:
+        GrammarError: the tokenizer is of a kind that llguidance does not know.
+    """
+
+    def __init__(self, tokenizer_json: str, vocab_size: int, end_token_ids: tuple[int, ...]) -> None:
+        self._tokenizer = _build_tokenizer(tokenizer_json, vocab_size, end_token_ids)
+        self._num_mask_bytes = -(-vocab_size // 32) * 4
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = Lock()
+
+    def compile(self, grammar: Grammar) -> Guide:
+        """A guide for one answer, at its beginning.
+
+        Raises:
+            GrammarError: says what is wrong with the grammar.
+        """
+        with self._lock:
+            matcher = self._compiled.get(grammar.source)
+        if matcher is None:
+            matcher = self._compile(grammar.source)
+            with self._lock:
+                self._compiled[grammar.source] = matcher
+                if len(self._compiled) > _MAX_CACHED:
+                    self._compiled.popitem(last=False)
+        return Guide(matcher.deep_copy(), self._num_mask_bytes)
+
+    def _compile(self, source: str) -> "LLMatcher":
+        from llguidance import LLMatcher, LLParserLimits
+
+        if len(source) > MAX_SOURCE_CHARACTERS:
+            raise GrammarError(f"it has {len(source)} characters, at most {MAX_SOURCE_CHARACTERS} may be")
+        limits = LLParserLimits(
+            max_grammar_size=_MAX_GRAMMAR_SIZE, max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False
+        )
+        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise GrammarError(_brief(matcher.get_error()))
+        return matcher
+
+
+def read_vocabulary(folder: str, vocab_size: int, end_token_ids: tuple[int, ...]) -> Vocabulary:
+    """Of the model in a folder.
+
+    Raises:
+        GrammarError: it has no `tokenizer.json`, or one of a kind that llguidance does not know.
+    """
+    try:
+        tokenizer_json = (Path(folder) / "tokenizer.json").read_text(encoding="utf-8")
+    except OSError as error:
+        raise GrammarError(f"the model's folder has no tokenizer.json: {error}") from None
+    return Vocabulary(tokenizer_json, vocab_size, end_token_ids)
+
+
+class _PlainTokenizer:
+    """How llguidance sees the tokens, and encodes text that a grammar forces: as text, control tokens in it too.
+
+    llguidance's own way turns text like `<|im_end|>` in a schema into the control token, which then nothing may follow.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: "LLTokenizer", vocab_size: int) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = tokenizer.eos_token
+        self.tokens = [tokenizer.decode_bytes([token_id]) for token_id in range(vocab_size)]
+        self.special_token_ids = [n for n in range(vocab_size) if tokenizer.is_special_token(n)]
+        self._special = [self.tokens[token_id] for token_id in self.special_token_ids if self.tokens[token_id]]
+
+    def __call__(self, text: bytes) -> list[int]:
+        if any(special in text for special in self._special):
+            return self._tokenizer.greedy_tokenize(text.decode("utf-8", "replace"))
+        return self._tokenizer.tokenize_bytes(text)
+
+
+def _build_tokenizer(tokenizer_json: str, vocab_size: int, end_token_ids: tuple[int, ...]) -> "LLTokenizer":
+    from llguidance import LLTokenizer, TokenizerWrapper
+
+    ends = list(end_token_ids)
+    try:
+        own = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=ends)
+        return LLTokenizer(TokenizerWrapper(_PlainTokenizer(own, vocab_size)), n_vocab=vocab_size, eos_token=ends)
+    except ValueError as error:
+        raise GrammarError(f"llguidance does not know such a tokenizer: {error}") from None
+
+
+def _brief(message: str) -> str:
+    """What llguidance says, without the state that it may add."""
+    lines = message.partition("<state>")[0].strip().splitlines()
+    return " ".join(line.strip() for line in lines if line.strip())[:_MAX_REASON_CHARACTERS]
+
+
+def explain(grammar: Grammar, error: GrammarError) -> InvalidRequestError:
+    """The same for whoever asked for the grammar."""
+    return InvalidRequestError(f"{grammar.field} cannot be followed: {error}", grammar.field)

@@ -1,0 +1,143 @@
+"""Answers with a grammar: they follow it however their request is served, and nobody else's tokens change."""
+
+import re
+from concurrent.futures import Future
+from dataclasses import replace
+
+import pytest
+
+from deployments.engine.engine import Engine
+from deployments.messages import Adjustments, GenerateRequest, GivenUp, Grammar, SamplingParams
+from tests.engine.driving import Transcript, build_engine, generate, greedy, hand_over_all, run
+from tests.engine.families import random_prompt, reference
+from tests.engine.grammars import END, load_with_tokenizer, regex, text_of
+from tests.engine.insides import preempt, sequence_of
+
+PROMPT = random_prompt(21, seed=5)
+PATTERN = r"[a-c]{1,3}(-[0-9]{2,4}){2,6}"
+GRAMMAR = regex(PATTERN)
+NUM_TOKENS = 64
+
+either = pytest.mark.parametrize("is_pipelined", [False, True])
+
+
+def build(is_pipelined: bool = False, **overrides: object) -> Engine:
+    return build_engine(load_with_tokenizer("llama"), is_pipelined=is_pipelined, **overrides)
+
+
+def guided(request_id: str, seed: int = 0, *, grammar: Grammar = GRAMMAR, temperature: float = 1.0) -> GenerateRequest:
+    sampling = SamplingParams(NUM_TOKENS, temperature=temperature, seed=seed, stop_token_ids=(END,), grammar=grammar)
+    return GenerateRequest(request_id, PROMPT, sampling)
+
+
+def unbroken(seed: int) -> tuple[int, ...]:
+    return generate(build(), [guided("r", seed)])[0]
+
+
+@either
+def test_answers_follow_their_grammar_and_end_where_it_does(is_pipelined: bool) -> None:
+    answers = generate(build(is_pipelined), [guided(f"r{seed}", seed) for seed in range(8)])
+    assert all(re.fullmatch(PATTERN, text_of(tokens)) for tokens in answers)
+    assert len(set(answers)) > 1, "the model chooses among what is allowed"
+    assert answers[3] == unbroken(3)
+
+
+@either
+def test_others_in_the_batch_draw_as_ever(is_pipelined: bool) -> None:
+    requests = [greedy("plain", PROMPT, 30), guided("r"), greedy("other", PROMPT[:7], 30)]
+    plain, answer, other = generate(build(is_pipelined), requests)
+    assert plain == reference("llama", PROMPT, 30) and other == reference("llama", PROMPT[:7], 30)
+    assert re.fullmatch(PATTERN, text_of(answer))
+
+
+@either
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_hand_off_changes_nothing(is_pipelined: bool, seed: int) -> None:
+    prefill, decode = build(is_pipelined), build(is_pipelined)
+    assert hand_over_all(prefill, decode, [guided("r", seed)]) == [unbroken(seed)]
+    assert prefill.num_sequences == decode.num_sequences == 0
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 5])
+def test_a_resumed_answer_goes_on_where_it_was(num_tokens: int) -> None:
+    tokens = unbroken(1)
+    request = replace(guided("r", 1), generated_token_ids=tokens[:num_tokens])
+    assert generate(build(), [request]) == [tokens]
+    assert hand_over_all(build(), build(), [replace(request, request_id="h")]) == [tokens]
+
+
+@either
+def test_a_preempted_answer_goes_on_where_it_was(is_pipelined: bool) -> None:
+    engine, transcript = build(is_pipelined), Transcript()
+    engine.add(guided("r", 1))
+    while len(transcript.tokens["r"]) < 5:
+        transcript.note(engine.step())
+    preempt(engine, sequence_of(engine, "r"))
+    run(engine, transcript)
+    assert tuple(transcript.tokens["r"]) == unbroken(1)
+
+
+def test_drafts_of_an_answer_with_a_grammar_are_not_tried() -> None:
+    engine, transcript = build(), Transcript()
+    engine.add(guided("r", 1))
+    while "r" not in transcript.finished:
+        sequence_of(engine, "r").propose((ord("x"), ord("y")))
+        transcript.note(engine.step())
+    assert tuple(transcript.tokens["r"]) == unbroken(1)
+
+
+def test_a_grammar_goes_before_penalties_and_biases() -> None:
+    pushed = Adjustments(logit_bias=((ord("x"), 100.0), (END, 100.0)), frequency_penalty=1.5)
+    request = guided("r", 1)
+    (tokens,) = generate(build(), [replace(request, sampling=replace(request.sampling, adjustments=pushed))])
+    assert re.fullmatch(PATTERN, text_of(tokens)) and text_of(tokens).count("-") == 2, "it ends as soon as it may"
+
+
+def test_a_grammar_that_fails_ends_its_request_alone() -> None:
+    engine, events = build(), []
+    engine.add(guided("bad", grammar=Grammar('{"grammars":[{"lark_grammar":"start: nothing"}]}', (END,), "grammar")))
+    engine.add(greedy("plain", PROMPT, 12))
+    while engine.has_work:
+        events += engine.step()
+        engine.check_integrity()
+    (lost,) = [event for event in events if isinstance(event, GivenUp)]
+    assert lost.request_id == "bad" and "nothing" in lost.reason
+    tokens = [e.token_ids[0] for e in events if getattr(e, "token_ids", ())]
+    assert tuple(tokens) == reference("llama", PROMPT, 12) and engine.num_free_blocks == engine.limits.num_blocks
+
+
+def test_a_model_without_a_tokenizer_gives_the_request_up() -> None:
+    engine = build_engine(replace(load_with_tokenizer("llama"), path=""))
+    engine.add(guided("r"))
+    events = [event for _ in range(10_000) if engine.has_work for event in engine.step()]
+    assert any(isinstance(event, GivenUp) and "tokenizer.json" in event.reason for event in events)
+
+
+@either
+def test_others_run_while_a_grammar_is_compiled(is_pipelined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end: Future[None] = Future()
+    engine, transcript = build(is_pipelined), Transcript()
+    compile_grammar = engine._guides._begin
+
+    def compile_slowly(grammar: Grammar, token_ids: list[int]) -> object:
+        may_end.result()
+        return compile_grammar(grammar, token_ids)
+
+    monkeypatch.setattr(engine._guides, "_begin", compile_slowly)
+    engine.add(guided("r", 1))
+    engine.add(greedy("plain", PROMPT, 40))
+    while "plain" not in transcript.finished:
+        transcript.note(engine.step())
+    assert tuple(transcript.tokens["plain"]) == reference("llama", PROMPT, 40) and not transcript.tokens["r"]
+    may_end.set_result(None)
+    run(engine, transcript)
+    assert tuple(transcript.tokens["r"]) == unbroken(1)
+
+
+def test_an_aborted_answer_leaves_nothing() -> None:
+    engine = build()
+    engine.add(guided("r"))
+    engine.abort("r")
+    engine.check_integrity()
+    assert not list(engine._guides)
+    assert re.fullmatch(PATTERN, text_of(generate(engine, [guided("r")])[0]))
