@@ -13,7 +13,7 @@ from deployments.engine_info import EngineInfo
 from deployments.local_engine import Answer, LocalEngine
 from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyAddress
 from tests.engine.driving import build_engine
-from tests.engine.families import load
+from tests.engine.grammars import load_with_tokenizer
 
 
 class FaultyEngine(LocalEngine):
@@ -34,7 +34,7 @@ class FaultyEngine(LocalEngine):
     """
 
     def __init__(self, **overrides: Any) -> None:
-        self._engine = build_engine(load("llama"), **overrides)
+        self._engine = build_engine(load_with_tokenizer("llama"), **overrides)
         limits = self._engine.limits
         sizes = limits.block_size, 1024, float(overrides.get("lease_s", 15.0)), os.getpid(), limits.num_blocks
         info = EngineInfo("tiny", limits.max_model_len, 512, (), *sizes)

@@ -1,0 +1,72 @@
+"""OpenAI's own client asks real engines for answers of a form, however they are served.
+
+Disaggregated, colocated, and gone on with by another decode engine after the death of the first.
+"""
+
+import json
+import re
+
+import openai
+import pytest
+from jsonschema import validate
+
+from deployments.api.http import build_app
+from deployments.messages import ModelInfo
+from tests.api.fakes import build_codec, serving
+from tests.deployments.conftest import StartPools
+from tests.engine.families import VOCAB_SIZE
+from tests.engine.grammars import END
+
+# A model that knows no text writes what it may: bounds make that short.
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["a", "bc"]},
+        "parts": {
+            "type": "array",
+            "items": {"type": "string", "pattern": "^[a-z]{3,6}$"},
+            "minItems": 6,
+            "maxItems": 8,
+        },
+    },
+    "required": ["kind", "parts"],
+    "additionalProperties": False,
+}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+PATTERN = "[a-f]{30}(-[0-9]{2}){2}"
+INFO = ModelInfo("tiny", "", max_model_len=512, vocab_size=VOCAB_SIZE, eos_token_ids=(END,))
+QUESTION = "The quick brown fox jumps over the lazy dog, and then it sleeps."
+
+
+@pytest.mark.parametrize("way", ["disaggregated", "colocated", "resumed"])
+async def test_answers_have_their_form_and_are_the_same_however_they_are_served(start: StartPools, way: str) -> None:
+    pools = await start(min_tokens=10_000 if way == "colocated" else 16, num_decode=2)
+    async with (
+        serving(build_app(pools.backend, build_codec(), INFO)) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        stream = await client.completions.create(
+            model="tiny", prompt=QUESTION, max_tokens=60, seed=1, stream=True, extra_body={"guided_regex": PATTERN}
+        )
+        text, reason = "", None
+        async for chunk in stream:
+            text, reason = text + chunk.choices[0].text, chunk.choices[0].finish_reason or reason
+            if way == "resumed" and len(text) > 3 and pools.decode.engine.death is None:
+                pools.decode.engine.die()
+        assert reason == "stop" and re.fullmatch(PATTERN, text)
+        answers = [
+            await client.chat.completions.create(
+                model="tiny",
+                messages=[{"role": "user", "content": QUESTION}],
+                seed=seed,
+                response_format=FORMAT,  # type: ignore[arg-type]
+            )
+            for seed in (1, 1, 2)
+        ]
+    contents = [answer.choices[0].message.content or "" for answer in answers]
+    assert contents[0] == contents[1] != contents[2]
+    for answer, content in zip(answers, contents, strict=True):
+        assert answer.choices[0].finish_reason == "stop"
+        validate(json.loads(content), SCHEMA)
+    resumed = pools.backend.clients.registry.get_sample_value("kvrelay_requests_resumed_total")
+    assert bool(resumed) is (way == "resumed")

@@ -1,0 +1,148 @@
+"""Whatever a guide lets through is what its schema describes: 200 schemas, answers drawn at random from the masks."""
+
+import json
+import random
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+from jsonschema import validate
+
+from deployments.api.openai import ChatBody
+from deployments.api.structured import read_grammar
+from deployments.grammars import GrammarError, Guide, Vocabulary
+from deployments.messages import Grammar
+from tests.api.fakes import END_ID, build_codec
+
+VOCAB_SIZE = 257
+NUM_SCHEMAS = 200
+MAX_TOKENS = 2000
+
+
+@cache
+def vocabulary() -> Vocabulary:
+    return Vocabulary(build_codec().backend.to_str(), VOCAB_SIZE, (END_ID,))
+
+
+def grammar_of(schema: dict[str, Any]) -> Grammar:
+    body = ChatBody.model_validate({"messages": [{"role": "user", "content": "x"}], "guided_json": schema})
+    grammar = read_grammar(body, (END_ID,))
+    assert grammar is not None
+    return grammar
+
+
+def random_schema(random: random.Random, depth: int = 0) -> dict[str, Any]:
+    """Of what clients send: objects, lists, numbers and texts with bounds, choices, references."""
+
+    def bounds(least: str, most: str, span: int) -> dict[str, int]:
+        low = random.randrange(span)
+        return {
+            name: value for name, value in ((least, low), (most, low + random.randrange(span))) if random.random() < 0.7
+        }
+
+    def text() -> dict[str, Any]:
+        kinds: list[dict[str, Any]] = [
+            {"pattern": "^[a-z]+@[a-z]{2,8}\\.(com|org)$"},
+            {"format": random.choice(["date", "date-time", "uuid", "ipv4", "email"])},
+            {**bounds("minLength", "maxLength", 12)},
+        ]
+        return {"type": "string"} | random.choice(kinds)
+
+    def several() -> dict[str, Any]:
+        limits = {"maxItems": 4, "minItems": random.randrange(3)}
+        return {"type": "array", "items": random_schema(random, depth + 1), **limits}
+
+    def thing() -> dict[str, Any]:
+        names = [f"{random.choice('abcdé')}{n}" for n in range(random.randrange(5))]
+        properties = {name: random_schema(random, depth + 1) for name in names}
+        required = [name for name in names if random.random() < 0.6]
+        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+    makers: list[Callable[[], dict[str, Any]]] = [
+        lambda: {"type": "integer", **bounds("minimum", "maximum", 1000)},
+        lambda: {"type": "number", "minimum": -5, "maximum": 5.5},
+        lambda: {"type": random.choice(["boolean", "null"])},
+        lambda: {"enum": random.sample([1, 2.5, "x", None, True, "é\n", [1], {"a": 1}], 3)},
+        lambda: {"const": {"k": [random.randrange(9)]}},
+        text,
+    ]
+    if depth < 3:
+        makers += [
+            thing,
+            thing,
+            several,
+            lambda: {"anyOf": [random_schema(random, depth + 1), random_schema(random, depth + 1)]},
+        ]
+    if depth == 0:
+        inner = random_schema(random, 2)
+        makers = [
+            thing,
+            several,
+            lambda: {"$defs": {"t": inner}, "type": "array", "items": {"$ref": "#/$defs/t"}, "maxItems": 3},
+        ]
+    return random.choice(makers)()
+
+
+def draw(guide: Guide, random: random.Random) -> str | None:
+    """An answer of tokens drawn from those that may follow, ends sooner than not; None: it did not end."""
+    tokens: list[int] = []
+    for _ in range(MAX_TOKENS):
+        mask = guide.mask()
+        allowed = [token for token in range(VOCAB_SIZE) if mask[token // 8] >> token % 8 & 1]
+        closing = [token for token in allowed if token == END_ID or chr(token) in '"]}']
+        token = random.choice(closing if closing and random.random() < 0.3 else allowed)
+        if token == END_ID:
+            return bytes(tokens).decode()
+        tokens.append(token)
+        guide.take([token])
+    return None
+
+
+def test_answers_of_200_schemas_are_what_their_schemas_describe() -> None:
+    source, num_finished = random.Random(0), 0
+    for number in range(NUM_SCHEMAS):
+        schema = random_schema(source)
+        answer = draw(vocabulary().compile(grammar_of(schema)), source)
+        if answer is not None:
+            num_finished += 1
+            try:
+                validate(json.loads(answer), schema)
+            except Exception as error:
+                raise AssertionError(f"{number}: {answer!r} is not of {json.dumps(schema)}") from error
+    assert num_finished > 0.95 * NUM_SCHEMAS
+
+
+@pytest.mark.parametrize("text", ["<end>", "a<end>b", "é<end>"])
+def test_text_that_looks_like_a_control_token_is_written_as_text(text: str) -> None:
+    guide = vocabulary().compile(grammar_of({"const": text}))
+    assert draw(guide, random.Random(0)) == json.dumps(text, ensure_ascii=False)
+
+
+def test_an_answer_may_end_only_where_it_is_whole() -> None:
+    guide = vocabulary().compile(grammar_of({"enum": ["a", "ab"]}))
+    ends = []
+    for token in [*b'"ab"', None]:
+        ends.append(bool(guide.mask()[END_ID // 8] >> END_ID % 8 & 1))
+        guide.take([] if token is None else [token])
+    assert ends == [False, False, False, False, True]
+
+
+def test_guides_of_one_grammar_know_nothing_of_each_other() -> None:
+    grammar = grammar_of({"enum": ["ab", "cd"]})
+    one, other = vocabulary().compile(grammar), vocabulary().compile(grammar)
+    before = other.mask()
+    one.take([*b'"a'])
+    assert one.mask() != before == other.mask()
+
+
+def test_a_guide_says_that_nothing_may_follow() -> None:
+    guide = vocabulary().compile(grammar_of({"enum": ["a"]}))
+    guide.take([*b'"x'])
+    with pytest.raises(GrammarError):
+        guide.mask()
+
+
+def test_a_tokenizer_of_an_unknown_kind_is_told() -> None:
+    with pytest.raises(GrammarError, match="tokenizer"):
+        Vocabulary("{}", VOCAB_SIZE, (END_ID,))
