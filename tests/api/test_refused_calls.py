@@ -38,7 +38,6 @@ def test_the_endpoints_own_no_ops_are_accepted():
 
 
 UNSUPPORTED: list[tuple[str, object]] = [
-    ("response_format", {"type": "json_object"}),
     ("store", True),
 ]
 
