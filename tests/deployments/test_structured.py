@@ -5,6 +5,7 @@ Disaggregated, colocated, and gone on with by another decode engine after the de
 
 import json
 import re
+from typing import Any
 
 import openai
 import pytest
@@ -32,7 +33,7 @@ SCHEMA = {
     "required": ["kind", "parts"],
     "additionalProperties": False,
 }
-FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
 PATTERN = "[a-f]{30}(-[0-9]{2}){2}"
 INFO = ModelInfo("tiny", "", max_model_len=512, vocab_size=VOCAB_SIZE, eos_token_ids=(END,))
 QUESTION = "The quick brown fox jumps over the lazy dog, and then it sleeps."
@@ -59,7 +60,7 @@ async def test_answers_have_their_form_and_are_the_same_however_they_are_served(
                 model="tiny",
                 messages=[{"role": "user", "content": QUESTION}],
                 seed=seed,
-                response_format=FORMAT,  # type: ignore[arg-type]
+                response_format=FORMAT,
             )
             for seed in (1, 1, 2)
         ]

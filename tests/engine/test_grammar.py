@@ -3,11 +3,12 @@
 import re
 from concurrent.futures import Future
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from deployments.engine.engine import Engine
-from deployments.messages import Adjustments, GenerateRequest, GivenUp, Grammar, SamplingParams
+from deployments.messages import Adjustments, GenerateRequest, GivenUp, Grammar, SamplingParams, TokenOutput
 from tests.engine.driving import Transcript, build_engine, generate, greedy, hand_over_all, run
 from tests.engine.families import random_prompt, reference
 from tests.engine.grammars import END, load_with_tokenizer, regex, text_of
@@ -21,7 +22,7 @@ NUM_TOKENS = 64
 either = pytest.mark.parametrize("is_pipelined", [False, True])
 
 
-def build(is_pipelined: bool = False, **overrides: object) -> Engine:
+def build(is_pipelined: bool = False, **overrides: Any) -> Engine:
     return build_engine(load_with_tokenizer("llama"), is_pipelined=is_pipelined, **overrides)
 
 
@@ -102,7 +103,7 @@ def test_a_grammar_that_fails_ends_its_request_alone() -> None:
         engine.check_integrity()
     (lost,) = [event for event in events if isinstance(event, GivenUp)]
     assert lost.request_id == "bad" and "nothing" in lost.reason
-    tokens = [e.token_ids[0] for e in events if getattr(e, "token_ids", ())]
+    tokens = [event.token_ids[0] for event in events if isinstance(event, TokenOutput)]
     assert tuple(tokens) == reference("llama", PROMPT, 12) and engine.num_free_blocks == engine.limits.num_blocks
 
 
