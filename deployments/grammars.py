@@ -17,7 +17,8 @@ from deployments.messages import Grammar
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# A schema of so many characters takes at most 1 s to compile (2 busy cores of a shared Xeon, 2026-11-28).
+# One of 2,200 optional properties, which nearly fills it, takes 1.0 s to compile and for its first mask (2 busy cores
+# of a shared Xeon, 2026-11-28). Whether another takes longer is not known.
 MAX_SOURCE_CHARACTERS = 2**16
 # llguidance's own bounds of work, tightened where a grammar of `MAX_SOURCE_CHARACTERS` has no use for more.
 _MAX_GRAMMAR_SIZE, _MAX_LEXER_STATES = 250_000, 100_000
