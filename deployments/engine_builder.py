@@ -61,7 +61,7 @@ def assemble_engine(loaded: "LoadedModel", config: EngineConfig) -> BuiltEngine:
     limits, shape = engine.limits, engine.kv_shape
     layout = KVLayout(
         model=loaded.fingerprint,
-        dtype=str(shape.dtype).removeprefix("torch."),
+        dtype=shape.form.name,
         block_size=limits.block_size,
         groups=shape.groups,
     )

@@ -18,6 +18,39 @@ _BLOCK_AXIS = 2
 
 
 @dataclass(frozen=True, slots=True)
+class KVForm:
+    """How the numbers of KV are stored in pools and chunks.
+
+    Attributes:
+        name: of the form; engines that hand KV over must agree on it.
+        element: torch's name of the type that tensors of KV have.
+        element_bytes: of one element.
+        scale_elements: that the scale of a head's numbers takes, one for each token's keys and for its values.
+    """
+
+    name: str
+    element: str
+    element_bytes: int
+    scale_elements: int = 0
+
+    def width(self, head_dim: int) -> int:
+        """Elements of a head with its scale."""
+        return head_dim + self.scale_elements
+
+
+FP8 = KVForm("fp8", "uint8", 1, scale_elements=4)
+KV_FORMS = {
+    form.name: form
+    for form in (
+        KVForm("float32", "float32", 4),
+        KVForm("bfloat16", "bfloat16", 2),
+        KVForm("float16", "float16", 2),
+        FP8,
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
 class KVGroup:
     """Layers whose KV is alike.
 
@@ -38,14 +71,17 @@ class KVGroup:
     def num_layers(self) -> int:
         return len(self.layers)
 
-    @property
-    def elements_per_token(self) -> int:
+    def bytes_per_token(self, form: KVForm) -> int:
         """Keys and values of one token in all of these layers."""
-        return self.num_layers * _PARTS * self.num_kv_heads * self.head_dim
+        return self.num_layers * _PARTS * self.num_kv_heads * form.width(self.head_dim) * form.element_bytes
 
-    def chunk_shape(self, num_blocks: int, block_size: int) -> tuple[int, int, int, int, int, int]:
-        """Shape of so many blocks: (layers, key or value, blocks, tokens of a block, KV heads, head)."""
-        return (self.num_layers, _PARTS, num_blocks, block_size, self.num_kv_heads, self.head_dim)
+    def chunk_shape(self, num_blocks: int, block_size: int, form: KVForm) -> tuple[int, int, int, int, int, int]:
+        """Shape of so many blocks: (layers, key or value, blocks, tokens of a block, KV heads, width of a head).
+
+        With scales the last three axes tell a block's size alone: codes come first, (tokens, KV heads, head_dim), then
+        the scales, (KV heads, tokens) float32.
+        """
+        return (self.num_layers, _PARTS, num_blocks, block_size, self.num_kv_heads, form.width(self.head_dim))
 
 
 KVGroups: TypeAlias = tuple[KVGroup, ...]
@@ -56,14 +92,14 @@ def num_blocks_of(chunk_shape: Sequence[int]) -> int:
     return chunk_shape[_BLOCK_AXIS] if len(chunk_shape) > _BLOCK_AXIS else 0
 
 
-def bytes_per_token(groups: KVGroups, bytes_per_element: int) -> int:
+def bytes_per_token(groups: KVGroups, form: KVForm) -> int:
     """Keys and values of one token in all layers."""
-    return sum(group.elements_per_token for group in groups) * bytes_per_element
+    return sum(group.bytes_per_token(form) for group in groups)
 
 
-def bytes_per_block(groups: KVGroups, block_size: int, bytes_per_element: int) -> int:
+def bytes_per_block(groups: KVGroups, block_size: int, form: KVForm) -> int:
     """One block of each group."""
-    return bytes_per_token(groups, bytes_per_element) * block_size
+    return bytes_per_token(groups, form) * block_size
 
 
 def only_group(groups: KVGroups) -> KVGroup:

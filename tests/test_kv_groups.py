@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from deployments.errors import UnsupportedModelError
 from deployments.kv_groups import (
+    FP8,
+    KV_FORMS,
     KVGroup,
     bytes_per_block,
     bytes_per_token,
@@ -17,24 +19,30 @@ from deployments.kv_groups import (
 )
 
 WINDOWED, FULL = KVGroup((0, 2, 4), 2, 128, window=512), KVGroup((1, 3), 4, 64)
+BF16 = KV_FORMS["bfloat16"]
 SIZES = st.integers(1, 64)
 GROUPS = st.builds(KVGroup, st.lists(SIZES, max_size=8, unique=True).map(tuple), SIZES, SIZES)
 
 
-@given(st.lists(GROUPS, min_size=1, max_size=3).map(tuple), SIZES, st.sampled_from([1, 2, 4]))
-def test_a_block_of_every_group_takes_what_its_chunk_does(groups, block_size, bytes_per_element):
-    chunks = [prod(group.chunk_shape(1, block_size)) for group in groups]
-    assert bytes_per_block(groups, block_size, bytes_per_element) == sum(chunks) * bytes_per_element
-    assert bytes_per_token(groups, bytes_per_element) * block_size == sum(chunks) * bytes_per_element
+@given(st.lists(GROUPS, min_size=1, max_size=3).map(tuple), SIZES, st.sampled_from(list(KV_FORMS.values())))
+def test_a_block_of_every_group_takes_what_its_chunk_does(groups, block_size, form):
+    num_bytes = sum(prod(group.chunk_shape(1, block_size, form)) for group in groups) * form.element_bytes
+    assert bytes_per_block(groups, block_size, form) == num_bytes
+    assert bytes_per_token(groups, form) * block_size == num_bytes
 
 
 def test_a_chunk_holds_its_own_layers_alone():
-    assert WINDOWED.chunk_shape(5, 16) == (3, 2, 5, 16, 2, 128)
-    assert FULL.chunk_shape(7, 16) == (2, 2, 7, 16, 4, 64)
+    assert WINDOWED.chunk_shape(5, 16, BF16) == (3, 2, 5, 16, 2, 128)
+    assert FULL.chunk_shape(7, 16, BF16) == (2, 2, 7, 16, 4, 64)
+
+
+def test_numbers_in_fp8_have_a_scale_for_each_token_and_head():
+    assert FULL.bytes_per_token(FP8) == 2 * 2 * 4 * (64 + 4)
+    assert FULL.chunk_shape(7, 16, FP8) == (2, 2, 7, 16, 4, 64 + 4)
 
 
 def test_a_shape_tells_the_blocks_of_its_chunk():
-    assert num_blocks_of(FULL.chunk_shape(7, 16)) == 7
+    assert num_blocks_of(FULL.chunk_shape(7, 16, BF16)) == 7
     assert num_blocks_of((3, 3)) == 0
 
 

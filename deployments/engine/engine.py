@@ -16,6 +16,7 @@ Not thread-safe, but for `check`, `take_chunk` and `release_chunk`; `EngineLoop`
 
 import logging
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -76,6 +77,7 @@ class Engine:
     ) -> None:
         if is_pipelined is None:
             is_pipelined = loaded.device.type == "cuda"
+        loaded = replace(loaded, kv_shape=loaded.kv_shape.stored_as(config.kv_dtype))
         self.limits: EngineLimits = choose_limits(loaded, config)
         self.kv_shape = loaded.kv_shape
         self._runner = build_rehearsed(loaded, self.limits)
@@ -185,7 +187,7 @@ class Engine:
 
         Args:
             chunk: which blocks; the last chunk carries the first token.
-            tensor: (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim); on a GPU it is read until `fence`.
+            tensor: of `KVCache.chunk_shape`; on a GPU it is read until `fence`.
 
         Returns:
             The first token's output once every block is here; nothing for a request that is no longer waiting.

@@ -208,7 +208,7 @@ class Endpoint:
             raise TransferError(f"chunk from engine {chunk.source_id}: {error}") from None
 
     def _view(self, chunk: RemoteChunk, place: Place) -> Tensor | None:
-        tensor = self._neighbours.view(place, chunk.shape, getattr(torch, chunk.layout.dtype))
+        tensor = self._neighbours.view(place, chunk.shape, getattr(torch, chunk.layout.form.element))
         if tensor is not None:
             self._count(num_received=1, num_received_bytes=tensor.nbytes, num_read_in_place=1)
         return tensor
@@ -250,7 +250,7 @@ class Endpoint:
         started = monotonic()
         with suppress(OSError):
             channel.line.say(chunk.object_id)
-        tensor = torch.empty(chunk.shape, dtype=getattr(torch, chunk.layout.dtype), device=chunk.device)
+        tensor = torch.empty(chunk.shape, dtype=getattr(torch, chunk.layout.form.element), device=chunk.device)
         yield
         reply = channel.line.hear(self._config.connect_timeout_s)
         if reply is None:
@@ -311,7 +311,11 @@ def _remove(links: dict[str, Link], link: Link) -> None:
 
 def _check_chunk(tensor: Tensor, layout: KVLayout, device: str) -> None:
     shape = layout.chunk_shape(num_blocks_of(tensor.shape))
-    if tuple(tensor.shape) != shape or tensor.dtype != getattr(torch, layout.dtype) or tensor.device.type != device:
+    if (
+        tuple(tensor.shape) != shape
+        or tensor.dtype != getattr(torch, layout.form.element)
+        or tensor.device.type != device
+    ):
         raise ValueError(
             f"a chunk of KV has shape {shape}, {layout.dtype} on {device};"
             f" got {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"

@@ -3,9 +3,15 @@
 from dataclasses import dataclass
 
 from deployments.errors import LayoutMismatchError
-from deployments.kv_groups import KVGroups, bytes_per_block, bytes_per_token, differences, only_group
-
-_BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
+from deployments.kv_groups import (
+    KV_FORMS,
+    KVForm,
+    KVGroups,
+    bytes_per_block,
+    bytes_per_token,
+    differences,
+    only_group,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +20,7 @@ class KVLayout:
 
     Attributes:
         model: fingerprint of model and weights; KV of another model has the right shape and gives wrong tokens.
-        dtype: of the elements: float32, bfloat16 or float16.
+        dtype: name of the form in which numbers are stored: float32, bfloat16, float16 or fp8.
         block_size: tokens per block.
         groups: of layers.
     """
@@ -25,21 +31,25 @@ class KVLayout:
     groups: KVGroups
 
     def __post_init__(self) -> None:
-        if self.dtype not in _BYTES_PER_ELEMENT:
-            raise ValueError(f"dtype is {self.dtype!r}, must be one of {', '.join(_BYTES_PER_ELEMENT)}")
+        if self.dtype not in KV_FORMS:
+            raise ValueError(f"dtype is {self.dtype!r}, must be one of {', '.join(KV_FORMS)}")
+
+    @property
+    def form(self) -> KVForm:
+        return KV_FORMS[self.dtype]
 
     @property
     def bytes_per_token(self) -> int:
         """Keys and values of one token in all layers."""
-        return bytes_per_token(self.groups, _BYTES_PER_ELEMENT[self.dtype])
+        return bytes_per_token(self.groups, self.form)
 
     @property
     def bytes_per_block(self) -> int:
-        return bytes_per_block(self.groups, self.block_size, _BYTES_PER_ELEMENT[self.dtype])
+        return bytes_per_block(self.groups, self.block_size, self.form)
 
     def chunk_shape(self, num_blocks: int) -> tuple[int, ...]:
         """Shape of a chunk's tensor, see `KVGroup`."""
-        return only_group(self.groups).chunk_shape(num_blocks, self.block_size)
+        return only_group(self.groups).chunk_shape(num_blocks, self.block_size, self.form)
 
     def check_compatible(self, theirs: "KVLayout") -> None:
         """Raise `LayoutMismatchError` that names all in which the other engine's KV differs, the first one first."""

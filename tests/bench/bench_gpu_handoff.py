@@ -27,7 +27,7 @@ from deployments.engine.engine import Engine
 from deployments.engine_actor import EngineActor
 from deployments.engine_builder import BuiltEngine, assemble_engine
 from deployments.engine_host import EngineHost
-from deployments.kv_groups import KVGroup, bytes_per_block
+from deployments.kv_groups import KV_FORMS, KVGroup, bytes_per_block
 from deployments.kv_transfer import direct
 from deployments.kv_transfer.base import TransferStats
 from deployments.messages import ChunkReady
@@ -171,7 +171,7 @@ def measure_bare(lengths: list[int]) -> dict[str, dict[int, float]]:
     config = SHAPES[MODEL].config()
     head_dim = config.hidden_size // config.num_attention_heads
     group = KVGroup(tuple(range(config.num_hidden_layers)), config.num_key_value_heads, head_dim)
-    num_bytes = bytes_per_block((group,), 256, 2)
+    num_bytes = bytes_per_block((group,), 256, KV_FORMS["bfloat16"])
     sizes = [-(-length // 256) * num_bytes for length in lengths]
     found = {"ncclSend": nccl_send_s(sizes), "cudaMemcpyPeer": {size: memcpy_peer_s(size) for size in sizes}}
     for name, seconds in found.items():

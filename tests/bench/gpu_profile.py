@@ -16,7 +16,7 @@ KINDS = {
     "routing": ("_route", "_plan", "_count", "_logits"),
     "norms": ("_rms_norm", "_add_norm"),
     "activations": ("_gated_mul", "_gated_quantized"),
-    "rotary embedding, writing of KV": ("_rotate_and_write",),
+    "rotary embedding, writing of KV": ("_rotate_and_write", "_rotate_and_round"),
     "drawing of tokens": ("reduce_kernel", "_gumbel", "_best_within", "argmax"),
     "rounding to FP8": ("_quantize_rows",),
     "copies": ("memcpy", "memset"),

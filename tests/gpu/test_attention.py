@@ -13,6 +13,7 @@ from deployments.engine.attention import flash3  # noqa: E402
 from deployments.engine.attention.base import LayerAttention  # noqa: E402
 from deployments.engine.attention.cuda import LONG_CHUNK, CudaStep, Prompts  # noqa: E402
 from deployments.engine.kernels.arguments import Scores  # noqa: E402
+from deployments.engine.kernels.fp8_kv import round_heads, widen_heads  # noqa: E402
 from deployments.engine.kv.cache import KVCache, KVShape  # noqa: E402
 from deployments.kv_groups import KVGroup  # noqa: E402
 from tests.gpu.expected import expected_attention  # noqa: E402
@@ -44,6 +45,7 @@ class Step:
         window: of the layer.
         softcap: of the layer.
         has_sinks: whether the layer has them.
+        is_fp8: whether keys and values are rounded.
     """
 
     def __init__(
@@ -54,12 +56,13 @@ class Step:
         window: int | None = None,
         softcap: float | None = None,
         has_sinks: bool = False,
+        is_fp8: bool = False,
     ) -> None:
         num_heads, self.num_kv_heads, self.head_dim = heads
         head_dim = self.head_dim
         sinks = randn(num_heads) if has_sinks else None
         self.scores = Scores(head_dim**-0.5, window, softcap, sinks)
-        shape = KVShape((KVGroup((0,), self.num_kv_heads, head_dim),), torch.bfloat16)
+        shape = KVShape((KVGroup((0,), self.num_kv_heads, head_dim),), torch.bfloat16, is_fp8)
         self.cache = KVCache(shape, NUM_BLOCKS, BLOCK_SIZE, torch.device("cuda"))
         self.free = torch.randperm(NUM_BLOCKS).tolist()
         self.expected: list[Tensor] = []
@@ -81,10 +84,12 @@ class Step:
         queries = randn(new, self.num_heads, self.head_dim)
         table = [self.free.pop() for _ in range(-(-total // BLOCK_SIZE))]
         slots = [table[i // BLOCK_SIZE] * BLOCK_SIZE + i % BLOCK_SIZE for i in range(total)]
-        for pool, part in zip(self.cache.blocks[0], (keys, values), strict=True):
-            pool.view(-1, *pool.shape[2:])[slots[:computed]] = part[:computed]
+        before = torch.tensor(slots[:computed], device="cuda", dtype=torch.int64)
+        self.cache.write(0, before, keys[:computed], values[:computed])
         self.slots += slots[computed:]
         self.new.append((queries, keys[computed:], values[computed:]))
+        if self.cache.is_fp8:
+            keys, values = (widen_heads(*round_heads(part), torch.bfloat16) for part in (keys, values))
         self.expected.append(expected_attention(queries, keys, values, self.scores))
         return table
 
@@ -170,6 +175,22 @@ def test_windows_softcaps_and_sinks(
     heads: tuple[int, int, int],
 ) -> None:
     check(Step(*MIXTURES[mixture], heads, window, softcap, has_sinks))
+
+
+@pytest.mark.parametrize("heads", [(32, 8, 128), (8, 2, 64), (6, 2, 80), (16, 8, 256)], ids=str)
+@pytest.mark.parametrize(
+    ("window", "softcap", "has_sinks"), [(None, None, False), (100, None, True), (2500, 2.0, False)]
+)
+@pytest.mark.parametrize("mixture", ["one whole", "chunks", "all"])
+def test_all_see_rounded_keys_and_values_their_own_as_well(
+    kernel: None,
+    mixture: str,
+    window: int | None,
+    softcap: float | None,
+    has_sinks: bool,
+    heads: tuple[int, int, int],
+) -> None:
+    check(Step(*MIXTURES[mixture], heads, window, softcap, has_sinks, is_fp8=True))
 
 
 def check(step: Step) -> None:

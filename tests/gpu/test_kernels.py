@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
 from deployments.engine.kernels import cpu_sampling, cuda_sampling  # noqa: E402
-from deployments.engine.kernels.arguments import Rotation, Scores  # noqa: E402
+from deployments.engine.kernels.arguments import PagedKV, Rotation, Scores  # noqa: E402
 from deployments.engine.kernels.cuda import add_norm, gelu_mul, rms_norm, silu_mul  # noqa: E402
 from deployments.engine.kernels.cuda_attention import decode_attention, decode_tile  # noqa: E402
 from deployments.engine.kernels.cuda_matmul import add_linear, linear  # noqa: E402
@@ -187,7 +187,7 @@ def test_decode_attention(
     on_gpu = torch.tensor(lens, dtype=torch.int32, device="cuda")
     tile, max_tokens = decode_tile(head_dim).num_tokens, tables.shape[1] * BLOCK_SIZE
     splits = plan_splits(on_gpu, num_kv_heads, tile, max_tokens, window)
-    out = decode_attention(queries, keys, values, tables.cuda(), splits, asked)
+    out = decode_attention(queries, PagedKV(keys, values), tables.cuda(), splits, asked)
     assert not splits.finished.any(), "the next layer would count on"
     for query, table, length, result in zip(queries, tables, lens, out, strict=True):
         if length == 0:

@@ -57,6 +57,14 @@ def test_sizes_of_several_groups_add_up():
     assert (TWO_GROUPS.bytes_per_token, TWO_GROUPS.bytes_per_block) == (2 * of_a_token, 16 * 2 * of_a_token)
 
 
+def test_kv_in_fp8_is_not_handed_to_an_engine_that_keeps_it_otherwise():
+    fp8 = replace(LAYOUT, dtype="fp8")
+    with pytest.raises(LayoutMismatchError, match="dtype: ours 'bfloat16', theirs 'fp8'"):
+        LAYOUT.check_compatible(fp8)
+    assert fp8.bytes_per_token == 30 * 2 * 3 * (64 + 4)
+    assert fp8.chunk_shape(5) == (30, 2, 5, 16, 3, 64 + 4)
+
+
 def test_a_dtype_that_no_engine_has_is_refused():
     with pytest.raises(ValueError, match="float8"):
         replace(LAYOUT, dtype="float8")

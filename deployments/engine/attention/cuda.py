@@ -4,7 +4,10 @@ Whole prompts attend their own keys and values, which are at hand: by FlashAtten
 torch's variable-length attention (2). Without 3 recorded lengths are cuDNN's, which is nearly as fast, but plans anew
 for each length it meets (70 ms, and memory for good). Prompts with computed context read all from the pool; long chunks
 have it copied out of there for FlashAttention 3, which knows no blocks. What none of these has (short windows, sinks
-and softcaps in part) is done by our own kernel.
+and softcaps in part, blocks in FP8) is done by our own kernel.
+
+A pool in FP8 holds rounded keys and values, and prompts attend their own as rounded, too: what a token sees does not
+depend on which tokens came in the same step.
 """
 
 from dataclasses import dataclass, field
@@ -18,8 +21,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from deployments.engine.attention import flash3
 from deployments.engine.attention.base import LayerAttention
 from deployments.engine.attention.windows import Pieces, WindowPlan, first_key, plan_window
-from deployments.engine.kernels.arguments import Scores
+from deployments.engine.kernels.arguments import PagedKV, Rotation, Scores
 from deployments.engine.kernels.cuda_attention import decode_attention, decode_tile
+from deployments.engine.kernels.cuda_fp8_kv import rotate_and_round
 from deployments.engine.kernels.cuda_prefill import prefill_attention
 from deployments.engine.kernels.cuda_rotary import rotate_and_write
 from deployments.engine.kernels.cuda_splits import Splits, plan_splits
@@ -112,18 +116,14 @@ class CudaStep:
 
     def attend(self, asked: LayerAttention) -> Tensor:
         layer, queries, keys, values, scores, rotation = asked
-        key_pool, value_pool = self._cache.blocks[layer]
-        new = queries.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1)
-        pools = key_pool.view(-1, *key_pool.shape[2:]), value_pool.view(-1, *value_pool.shape[2:])
-        rotated, new_keys = rotate_and_write(
-            *new, rotation, *pools, self._slots, keep_keys=any(prompts.tables is None for prompts in self._prompts)
-        )
+        kv = self._cache.paged(layer)
+        rotated, new_keys, new_values = self._write(kv, queries, keys, values, rotation)
         num_decodes = len(self._lens)
         if not self._prompts:
-            return self._attend_decodes(rotated, key_pool, value_pool, scores)
+            return self._attend_decodes(rotated, kv, scores)
         parts = []
         if num_decodes:
-            parts.append(self._attend_decodes(rotated[:num_decodes], key_pool, value_pool, scores))
+            parts.append(self._attend_decodes(rotated[:num_decodes], kv, scores))
         for prompts in self._prompts:
             span = slice(prompts.start, prompts.start + prompts.num_tokens)
             seen = scores
@@ -131,21 +131,33 @@ class CudaStep:
                 seen = scores._replace(window=None)
             if prompts.tables is None:
                 assert new_keys is not None
-                parts.append(_attend_whole(prompts, rotated[span], new_keys[span], new[2][span], seen))
+                parts.append(_attend_whole(prompts, rotated[span], new_keys[span], new_values[span], seen))
             else:
                 parts.append(_attend_context(prompts, rotated[span], self._cache, layer, seen))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _attend_decodes(self, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
+    def _attend_decodes(self, queries: Tensor, kv: PagedKV, scores: Scores) -> Tensor:
         max_tokens = self._tables.shape[1] * self._cache.block_size
         if scores.window is not None and scores.window >= max_tokens:
             scores = scores._replace(window=None)
         splits = self._splits.get(scores.window)
         if splits is None:
-            tile = decode_tile(queries.shape[-1]).num_tokens
-            splits = plan_splits(self._lens, keys.shape[2], tile, max_tokens, scores.window)
+            tile = decode_tile(queries.shape[-1], is_fp8=self._cache.is_fp8).num_tokens
+            splits = plan_splits(self._lens, kv.keys.shape[2], tile, max_tokens, scores.window)
             self._splits[scores.window] = splits
-        return decode_attention(queries, keys, values, self._tables, splits, scores)
+        return decode_attention(queries, kv, self._tables, splits, scores)
+
+    def _write(
+        self, kv: PagedKV, queries: Tensor, keys: Tensor, values: Tensor, rotation: Rotation | None
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Rotate, and write into the pool: rotated queries, and keys and values for prompts that attend their own."""
+        new = queries.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1)
+        keeps = any(prompts.tables is None for prompts in self._prompts)
+        if self._cache.is_fp8:
+            return rotate_and_round(*new, rotation, kv, self._slots, keep=keeps)
+        pools = kv.keys.view(-1, *kv.keys.shape[2:]), kv.values.view(-1, *kv.values.shape[2:])
+        rotated, new_keys = rotate_and_write(*new, rotation, *pools, self._slots, keep_keys=keeps)
+        return rotated, new_keys, new[2]
 
 
 def _attend_whole(prompts: Prompts, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
@@ -155,7 +167,7 @@ def _attend_whole(prompts: Prompts, queries: Tensor, keys: Tensor, values: Tenso
             return flash3.attend_within(queries, keys, values, prompts.plan(scores.window), scores)
         return flash3.attend(queries, keys, values, Pieces(starts, starts, longest, longest), scores)
     if not _is_plain(scores):
-        return prefill_attention(queries, keys, values, prompts.starts, prompts.max_queries, scores)
+        return prefill_attention(queries, PagedKV(keys, values), prompts.starts, prompts.max_queries, scores)
     if prompts.is_recorded:
         query, key, value = (part.unsqueeze(0).transpose(1, 2) for part in (queries, keys, values))
         with sdpa_kernel(_RECORDED, set_priority=True):
@@ -180,14 +192,14 @@ def _attend_context(prompts: Prompts, queries: Tensor, cache: KVCache, layer: in
     is_alone = len(prompts.tables) == 1
     if is_alone and prompts.num_tokens >= LONG_CHUNK and _fits_flash3(queries, scores):
         return _attend_copied_context(prompts, queries, cache, layer, scores)
-    key_pool, value_pool = cache.blocks[layer]
-    if not _is_plain(scores):
+    kv = cache.paged(layer)
+    if cache.is_fp8 or not _is_plain(scores):
         asked = prompts.starts, prompts.max_queries, scores
-        return prefill_attention(queries, key_pool, value_pool, *asked, lens=prompts.lens, tables=prompts.tables)
+        return prefill_attention(queries, kv, *asked, lens=prompts.lens, tables=prompts.tables)
     return varlen_attn(  # type: ignore[return-value]
         queries,
-        key_pool,
-        value_pool,
+        kv.keys,
+        kv.values,
         prompts.starts,
         prompts.capacities,
         prompts.max_queries,

@@ -88,9 +88,10 @@ class SdpaStep:
         layer, queries, keys, values, scores, rotation = asked
         assert rotation is None, "this attention takes queries and keys that are rotated"
         num_decodes = self._arrays.num_decodes
-        self.cache.write(layer, self.slots, keys.transpose(0, 1), values.transpose(0, 1))
+        stored = self.cache.write(layer, self.slots, keys.transpose(0, 1), values.transpose(0, 1))
         if can_attend(self.cache, scores):
             return self.attend_stored(layer, queries.transpose(0, 1), scores)
+        keys, values = (part.transpose(0, 1) for part in stored)
         outputs = []
         if num_decodes:
             outputs.append(self._decode(layer, queries[:, :num_decodes], scores))
@@ -126,7 +127,7 @@ class SdpaStep:
     def _decode(self, layer: int, queries: Tensor, scores: Scores) -> Tensor:
         plan = self._decode_plans.get(scores.window)
         if plan is None:
-            plan = _plan_decodes(self._arrays, self.cache.block_size, scores.window, self.cache.blocks)
+            plan = _plan_decodes(self._arrays, self.cache.block_size, scores.window, queries)
             self._decode_plans[scores.window] = plan
         num_heads, num_decodes, head_dim = queries.shape
         num_kv_heads = self.cache.group.num_kv_heads
@@ -300,7 +301,7 @@ def _cut_chunks(arrays: StepArrays, block_size: int, device: torch.device) -> li
     return chunks
 
 
-def _plan_decodes(arrays: StepArrays, block_size: int, window: int | None, pool: Tensor) -> _DecodePlan:
+def _plan_decodes(arrays: StepArrays, block_size: int, window: int | None, queries: Tensor) -> _DecodePlan:
     lens = arrays.decode_lens
     first = np.zeros_like(lens) if window is None else np.maximum(lens - window, 0) // block_size
     num_blocks = -(-lens // block_size) - first
@@ -319,9 +320,9 @@ def _plan_decodes(arrays: StepArrays, block_size: int, window: int | None, pool:
     mask = None
     if not visible.all():
         mask = torch.from_numpy(np.where(visible, np.float32(0), np.float32("-inf")))[:, None, None, :]
-        mask = mask.to(device=pool.device, dtype=pool.dtype)
+        mask = mask.to(device=queries.device, dtype=queries.dtype)
     return _DecodePlan(
-        block_ids=torch.from_numpy(physical.reshape(-1)).to(pool.device),
+        block_ids=torch.from_numpy(physical.reshape(-1)).to(queries.device),
         mask=mask,
-        owner=torch.from_numpy(owner).to(pool.device) if len(owner) > len(lens) else None,
+        owner=torch.from_numpy(owner).to(queries.device) if len(owner) > len(lens) else None,
     )

@@ -1,4 +1,4 @@
-"""What attention's kernels are told of a layer: how it rotates, and what it makes of the scores."""
+"""What attention's kernels are told of a layer: how it rotates, what it makes of the scores, where its KV is."""
 
 from typing import NamedTuple
 
@@ -52,3 +52,19 @@ class Scores(NamedTuple):
     window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+
+
+class PagedKV(NamedTuple):
+    """Keys and values of one layer in blocks.
+
+    Attributes:
+        keys: (num_blocks, block_size, H_kv, head_dim), each block contiguous; numbers, or codes of FP8.
+        values: as the keys.
+        key_scales: (num_blocks, H_kv, block_size) float32, each block contiguous, of the codes; None: there are none.
+        value_scales: as those of the keys.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Attention of decodes over a paged pool on a GPU, in Triton; bfloat16 and float16."""
+"""Attention of decodes over a paged pool on a GPU, in Triton; bfloat16 and float16, keys and values also in FP8."""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 import torch
@@ -6,11 +6,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deployments.engine.kernels.arguments import Scores
+from deployments.engine.kernels.arguments import PagedKV, Scores
 from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
 from deployments.engine.kernels.cuda_scores import (
     Tile,
     add_sink,
+    codes_of_tile,
     empty_softmax,
     factors,
     normalised,
@@ -22,22 +23,21 @@ from deployments.engine.kernels.cuda_scores import (
 from deployments.engine.kernels.cuda_splits import MAX_SPLITS, Splits
 
 
-def decode_tile(head_dim: int) -> Tile:
+def decode_tile(head_dim: int, *, is_fp8: bool = False) -> Tile:
     """The best of those tried on an H100 (docs/log.md)."""
+    if is_fp8:
+        return Tile(128, 4, 3) if head_dim <= 64 else Tile(64, 2, 3) if head_dim <= 128 else Tile(32, 2, 3)
     if head_dim <= 64:
         return Tile(64, 2, 4)
     return Tile(32, 2, 4) if head_dim <= 128 else Tile(32, 4, 3)
 
 
-def decode_attention(
-    queries: Tensor, keys: Tensor, values: Tensor, tables: Tensor, splits: Splits, scores: Scores
-) -> Tensor:
+def decode_attention(queries: Tensor, kv: PagedKV, tables: Tensor, splits: Splits, scores: Scores) -> Tensor:
     """Attention of one query per sequence over a paged pool.
 
     Args:
         queries: (D, H, head_dim), contiguous.
-        keys: (num_blocks, block_size, H_kv, head_dim), contiguous; block_size a multiple of 64.
-        values: as the keys.
+        kv: its blocks of a multiple of 64 tokens, in FP8 of 128.
         tables: (D, max_blocks) int32 block ids; only those within the window are read.
         splits: of sequences whose lengths include the new token; those of length 0 are padding and give zeros.
             Planned with the tile of `decode_tile` and the window of `scores`.
@@ -49,17 +49,16 @@ def decode_attention(
     Source: PagedAttention (Kwon et al., SOSP 2023); splits and their merging from Flash-Decoding (Dao et al., 2023).
     """
     num_heads, head_dim = queries.shape[1:]
-    num_items, num_kv_heads = len(splits.items), keys.shape[2]
+    num_items, num_kv_heads = len(splits.items), kv.keys.shape[2]
     group = num_heads // num_kv_heads
-    tile = decode_tile(head_dim)
+    tile = decode_tile(head_dim, is_fp8=kv.key_scales is not None)
     out = torch.empty_like(queries)
     parts = torch.empty((num_items, num_heads, head_dim), dtype=torch.float32, device=queries.device)
     stats = torch.empty((num_items, num_heads, 2), dtype=torch.float32, device=queries.device)
     # All heads of an item run beside each other: they read the same lines of memory.
     _decode_attention[(num_kv_heads, num_items)](
         queries,
-        keys,
-        values,
+        *kv,
         tables,
         splits.items,
         splits.spans,
@@ -75,7 +74,7 @@ def decode_attention(
         ROWS=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
         DIMS=triton.next_power_of_2(head_dim),
-        BLOCK_SIZE=keys.shape[1],
+        BLOCK_SIZE=kv.keys.shape[1],
         TILE=tile.num_tokens,
         WIDTH=splits.items.shape[1],
         SPLITS=MAX_SPLITS,
@@ -109,6 +108,8 @@ def _decode_attention(
     queries,
     keys,
     values,
+    key_scales,
+    value_scales,
     tables,
     items,
     spans,
@@ -150,10 +151,17 @@ def _decode_attention(
         kept &= (dims < HEAD_DIM)[None, :]
     head = (sequence.to(tl.int64) * num_kv_heads + kv_head) * GROUP + g
     query = tl.load(queries + head[:, None] * HEAD_DIM + dims[None, :], mask=kept, other=0.0)
-    peak, total, result = _attend(
-        query, keys, values, tables + sequence * table_stride, begin, start, end, kv_head, num_kv_heads,
-        scaling, softcap, HEAD_DIM, DIMS, BLOCK_SIZE, TILE, HAS_WINDOW, HAS_SOFTCAP,
-    )  # fmt: skip
+    if key_scales is None:
+        peak, total, result = _attend(
+            query, keys, values, tables + sequence * table_stride, begin, start, end, kv_head, num_kv_heads,
+            scaling, softcap, HEAD_DIM, DIMS, BLOCK_SIZE, TILE, HAS_WINDOW, HAS_SOFTCAP,
+        )  # fmt: skip
+    else:
+        peak, total, result = _attend_codes(
+            query, keys + kv_head * HEAD_DIM, values + kv_head * HEAD_DIM, key_scales + kv_head * BLOCK_SIZE,
+            value_scales + kv_head * BLOCK_SIZE, tables + sequence * table_stride, begin, start, end,
+            num_kv_heads * HEAD_DIM, scaling, softcap, HEAD_DIM, DIMS, BLOCK_SIZE, TILE, HAS_WINDOW, HAS_SOFTCAP,
+        )  # fmt: skip
     if count == 1:
         if HAS_SINKS:
             sink = tl.load(sinks + kv_head * GROUP + g, mask=g < GROUP, other=0.0)
@@ -219,6 +227,61 @@ def _attend(
         peak, total, weights, shrink = weigh(scores, peak, total, MAY_SEE_NOTHING=False)
         value = tl.load(values + at, mask=loaded, other=0.0)
         result = tl.dot(weights.to(value.dtype), value, result * shrink[:, None])
+    return peak, total, result
+
+
+@triton.jit
+def _attend_codes(
+    query,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    table,
+    begin,
+    start,
+    end,
+    token_stride,
+    scaling,
+    softcap,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """As `_attend`, of codes, which become float16: it holds all of them, and a GPU has instructions for that alone.
+
+    Queries and weights become float16 as well, brought near 1 by powers of 2 before; scales follow after the products.
+    """
+    largest = tl.maximum(tl.max(tl.abs(query.to(tl.float32)), axis=1), 7.888609052210118e-31)
+    unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    query = (query.to(tl.float32) / unit[:, None]).to(tl.float16)
+    unit *= scaling
+    dims, tokens = tl.arange(0, DIMS), tl.arange(0, TILE)
+    peak, total, result = empty_softmax(query.shape[0], DIMS)
+    for first in range(start, end, TILE):
+        code, scale = codes_of_tile(table, first, tokens, token_stride, HEAD_DIM, BLOCK_SIZE)
+        at = code[:, None] + dims[None, :]
+        inside = first + tokens < end
+        if HAS_WINDOW:
+            inside &= first + tokens >= begin
+        loaded = inside[:, None]
+        if HEAD_DIM != DIMS:
+            loaded &= (dims < HEAD_DIM)[None, :]
+        key = tl.load(keys + at, mask=loaded, other=0.0)
+        of_key = tl.load(key_scales + scale, mask=inside, other=0.0)
+        scores = tl.dot(query, tl.trans(key.to(tl.float16))) * (unit[:, None] * of_key[None, :])
+        if HAS_SOFTCAP:
+            scores = squash(scores, softcap)
+        scores = tl.where(inside[None, :], scores, float("-inf"))
+        peak, total, weights, shrink = weigh(scores, peak, total, MAY_SEE_NOTHING=False)
+        value = tl.load(values + at, mask=loaded, other=0.0)
+        of_value = tl.load(value_scales + scale, mask=inside, other=0.0)
+        highest = tl.maximum(tl.max(of_value, axis=0), 7.888609052210118e-31)
+        weights = (weights * (of_value / highest)[None, :]).to(tl.float16)
+        result = result * shrink[:, None] + tl.dot(weights, value.to(tl.float16)) * highest
     return peak, total, result
 
 

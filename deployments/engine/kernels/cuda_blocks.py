@@ -14,9 +14,10 @@ def gather_blocks(pool: Tensor, block_ids: Tensor, out: Tensor) -> None:
     """Copy blocks of every layer out of the pool.
 
     Args:
-        pool: (num_layers, 2, num_blocks, block_size, H_kv, head_dim), contiguous; a block's bytes a multiple of 8.
+        pool: (num_layers, 2, num_blocks, block_size, H_kv, width of a head), contiguous; a block's bytes a multiple
+            of 8.
         block_ids: (N,) int64.
-        out: (num_layers, 2, N, block_size, H_kv, head_dim), contiguous, on the same GPU or one it can reach.
+        out: (num_layers, 2, N, block_size, H_kv, width of a head), contiguous, on the same GPU or one it can reach.
     """
     _copy(pool, block_ids, out, into_pool=False)
 
@@ -31,9 +32,9 @@ def _copy(pool: Tensor, block_ids: Tensor, chunk: Tensor, into_pool: bool) -> No
     words = pool[0, 0, 0].numel() * pool.itemsize // 8
     piece = min(_PIECE_BYTES // 8, triton.next_power_of_2(words))
     _copy_blocks[(triton.cdiv(words, piece), count, num_planes)](
-        pool.view(torch.int64),
+        pool.view(-1).view(torch.int64),
         block_ids,
-        chunk.view(torch.int64),
+        chunk.view(-1).view(torch.int64),
         num_blocks,
         count,
         WORDS=words,

@@ -1,6 +1,7 @@
 """Attention of prompts on a GPU, in Triton, for what other kernels lack: windows, softcaps, sinks, over blocks or not.
 
-All heads that share keys are attended together, so that few queries fill a tile as well. bfloat16 and float16.
+All heads that share keys are attended together, so that few queries fill a tile as well. bfloat16 and float16; keys
+and values in blocks also in FP8: they become what the queries are before they are multiplied.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -9,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deployments.engine.kernels.arguments import Scores
+from deployments.engine.kernels.arguments import PagedKV, Scores
 from deployments.engine.kernels.cuda_scores import (
     Tile,
     add_sink,
+    codes_of_tile,
     empty_softmax,
     factors,
     normalised,
@@ -37,8 +39,7 @@ def _fitting_tile(head_dim: int, max_rows: int) -> tuple[int, Tile]:
 
 def prefill_attention(
     queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    kv: PagedKV,
     starts: Tensor,
     max_queries: int,
     scores: Scores,
@@ -50,9 +51,8 @@ def prefill_attention(
 
     Args:
         queries: (T, H, head_dim), contiguous, of all P sequences, behind each other.
-        keys: (T, H_kv, head_dim), heads contiguous; with tables (num_blocks, block_size, H_kv, head_dim), contiguous,
-            block_size a multiple of 64.
-        values: as the keys.
+        kv: with tables, its blocks of a multiple of 64 tokens; without keys and values are (T, H_kv, head_dim), heads
+            contiguous, and have no scales.
         starts: (P + 1,) int32 where each sequence's queries begin.
         max_queries: of one sequence.
         scores: what becomes of them.
@@ -65,15 +65,14 @@ def prefill_attention(
     Source: FlashAttention-2 (Dao, 2023).
     """
     num_heads, head_dim = queries.shape[1:]
-    num_kv_heads = keys.shape[-2]
+    num_kv_heads = kv.keys.shape[-2]
     group = num_heads // num_kv_heads
     rows, tile = _fitting_tile(head_dim, max_queries * group)
     out = torch.empty_like(queries)
     is_paged = tables is not None
     _prefill_attention[(triton.cdiv(max_queries * group, rows), num_kv_heads, len(starts) - 1)](
         queries,
-        keys,
-        values,
+        *kv,
         starts,
         lens,
         tables,
@@ -81,14 +80,14 @@ def prefill_attention(
         out,
         *factors(scores),
         0 if tables is None else tables.stride(0),
-        keys.stride(-3),
-        values.stride(-3),
+        kv.keys.stride(-3),
+        kv.values.stride(-3),
         num_kv_heads,
         GROUP=group,
         ROWS=rows,
         HEAD_DIM=head_dim,
         DIMS=triton.next_power_of_2(head_dim),
-        BLOCK_SIZE=keys.shape[1] if is_paged else 0,
+        BLOCK_SIZE=kv.keys.shape[1] if is_paged else 0,
         TILE=tile.num_tokens,
         IS_PAGED=is_paged,
         **switches(scores),
@@ -103,6 +102,8 @@ def _prefill_attention(
     queries,
     keys,
     values,
+    key_scales,
+    value_scales,
     starts,
     lens,
     tables,
@@ -147,11 +148,15 @@ def _prefill_attention(
         tables += sequence * table_stride
         keys += kv_head * HEAD_DIM
         values += kv_head * HEAD_DIM
+        if key_scales is not None:
+            key_scales += kv_head * BLOCK_SIZE
+            value_scales += kv_head * BLOCK_SIZE
     else:
         keys += start.to(tl.int64) * key_stride + kv_head * HEAD_DIM
         values += start.to(tl.int64) * value_stride + kv_head * HEAD_DIM
     peak, total, result = _attend(
-        query, keys, values, tables, position, earliest, latest, scaling, softcap, window, key_stride, value_stride,
+        query, keys, values, key_scales, value_scales, tables, position, earliest, latest,
+        scaling, softcap, window, key_stride, value_stride,
         HEAD_DIM, DIMS, BLOCK_SIZE, TILE, IS_PAGED, HAS_WINDOW, HAS_SOFTCAP,
     )  # fmt: skip
     if HAS_SINKS:
@@ -165,6 +170,8 @@ def _attend(
     query,
     keys,
     values,
+    key_scales,
+    value_scales,
     tables,
     position,
     earliest,
@@ -197,13 +204,13 @@ def _attend(
     num_cut = num_before + tl.cdiv(end - whole_to, TILE)
     peak, total, result = empty_softmax(query.shape[0], DIMS)
     peak, total, result = _attend_tiles(
-        query, keys, values, tables, peak, total, result, num_whole, num_whole, whole_from, whole_from, end, position,
-        scaling, softcap, window, key_stride, value_stride,
+        query, keys, values, key_scales, value_scales, tables, peak, total, result,
+        num_whole, num_whole, whole_from, whole_from, end, position, scaling, softcap, window, key_stride, value_stride,
         HEAD_DIM, DIMS, BLOCK_SIZE, TILE, IS_PAGED, HAS_WINDOW, HAS_SOFTCAP, False,
     )  # fmt: skip
     return _attend_tiles(
-        query, keys, values, tables, peak, total, result, num_cut, num_before, begin, whole_to, end, position,
-        scaling, softcap, window, key_stride, value_stride,
+        query, keys, values, key_scales, value_scales, tables, peak, total, result,
+        num_cut, num_before, begin, whole_to, end, position, scaling, softcap, window, key_stride, value_stride,
         HEAD_DIM, DIMS, BLOCK_SIZE, TILE, IS_PAGED, HAS_WINDOW, HAS_SOFTCAP, True,
     )  # fmt: skip
 
@@ -213,6 +220,8 @@ def _attend_tiles(
     query,
     keys,
     values,
+    key_scales,
+    value_scales,
     tables,
     peak,
     total,
@@ -243,11 +252,19 @@ def _attend_tiles(
         first = before + number * TILE
         if IS_CUT:
             first = tl.where(number < num_before, first, behind + (number - num_before) * TILE)
-        slots = slots_of_tile(tables, first, tokens, BLOCK_SIZE) if IS_PAGED else (first + tokens).to(tl.int64)
-        of_key = keys + slots[None, :] * key_stride + dims[:, None]
-        of_value = values + slots[:, None] * value_stride + dims[None, :]
+        if key_scales is None:
+            slots = slots_of_tile(tables, first, tokens, BLOCK_SIZE) if IS_PAGED else (first + tokens).to(tl.int64)
+            of_key = keys + slots[None, :] * key_stride + dims[:, None]
+            of_value = values + slots[:, None] * value_stride + dims[None, :]
+        else:
+            codes, scales = codes_of_tile(tables, first, tokens, key_stride, HEAD_DIM, BLOCK_SIZE)
+            of_key = keys + codes[None, :] + dims[:, None]
+            of_value = values + codes[:, None] + dims[None, :]
         inside = first + tokens < end
         key = _load(of_key, inside[None, :], (dims < HEAD_DIM)[:, None], IS_CUT, HEAD_DIM == DIMS)
+        if key_scales is not None:
+            scale = _load(key_scales + scales, inside, inside, IS_CUT, True)
+            key = (key.to(tl.float32) * scale[None, :]).to(query.dtype)
         scores = tl.dot(query, key) * scaling
         if HAS_SOFTCAP:
             scores = squash(scores, softcap)
@@ -258,6 +275,9 @@ def _attend_tiles(
             scores = tl.where(seen, scores, float("-inf"))
         peak, total, weights, shrink = weigh(scores, peak, total, MAY_SEE_NOTHING=IS_CUT)
         value = _load(of_value, inside[:, None], (dims < HEAD_DIM)[None, :], IS_CUT, HEAD_DIM == DIMS)
+        if value_scales is not None:
+            scale = _load(value_scales + scales, inside, inside, IS_CUT, True)
+            value = (value.to(tl.float32) * scale[:, None]).to(query.dtype)
         result = tl.dot(weights.to(value.dtype), value, result * shrink[:, None])
     return peak, total, result
 

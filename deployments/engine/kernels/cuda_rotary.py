@@ -36,7 +36,7 @@ def rotate_and_write(
     Returns:
         The rotated queries, (T, H, head_dim), contiguous, and the rotated keys, (T, H_kv, head_dim), or None.
     """
-    queries, keys, values = (_with_contiguous_heads(part) for part in (queries, keys, values))
+    queries, keys, values = (with_contiguous_heads(part) for part in (queries, keys, values))
     if rotation is None:
         out, new_keys = queries.contiguous(), None
     else:
@@ -46,7 +46,7 @@ def rotate_and_write(
     return out, keys if rotation is None else new_keys
 
 
-def _with_contiguous_heads(part: Tensor) -> Tensor:
+def with_contiguous_heads(part: Tensor) -> Tensor:
     return part if part.stride()[1:] == (part.shape[2], 1) else part.contiguous()
 
 
@@ -157,7 +157,7 @@ def _rotate_and_write(
         b = tl.load(source + ROTATED // 2 + j, mask=inside & low, other=0.0)
         cos, sin = cos + token * cos_stride, sin + token * cos_stride
         if part < query_parts + kv_parts:
-            a, b = _rotated(a, b, cos, sin, j, low, query_norm, key_norm, eps, is_query, ROTATED, HEAD_DIM)
+            a, b = rotated(a, b, cos, sin, j, low, query_norm, key_norm, eps, is_query, ROTATED, HEAD_DIM)
         if KEEP_KEYS:  # noqa: SIM102  # Triton decides this one when it compiles, the next one on the GPU
             if is_key:
                 tl.store(kept + j, a, mask=inside & low)
@@ -219,7 +219,7 @@ def _heads_of_part(
 
 
 @triton.jit
-def _rotated(
+def rotated(
     a,
     b,
     cos,

@@ -41,6 +41,18 @@ def slots_of_tile(table, first, tokens, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
+def codes_of_tile(table, first, tokens, token_stride, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """As `slots_of_tile`, of a pool in FP8: where a head's codes of these tokens are, and where their scales.
+
+    Both count from where those of the first block are, of the same head; `token_stride` is between tokens' codes.
+    """
+    block = tl.load(table + first // BLOCK_SIZE).to(tl.int64)
+    inner = first % BLOCK_SIZE + tokens
+    block_bytes = BLOCK_SIZE * (token_stride // HEAD_DIM * (HEAD_DIM + 4))
+    return block * block_bytes + inner * token_stride, block * (block_bytes // 4) + inner
+
+
+@triton.jit
 def squash(scores, softcap):
     """Softcap times the hyperbolic tangent of scores / softcap; both in powers of two."""
     # tanh(x) = 1 - 2 / (exp(2 x) + 1), right at both ends; 2.885... = 2 / ln 2.

@@ -1,13 +1,26 @@
 """The KV pool of one engine: a single tensor, allocated once, and copies of blocks in and out of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from deployments.engine.kernels.arguments import PagedKV
+from deployments.engine.kv.rounded import RoundedBlocks
 from deployments.engine.upload import upload
-from deployments.kv_groups import KVGroup, KVGroups, bytes_per_block, bytes_per_token, only_group
+from deployments.errors import UnsupportedModelError
+from deployments.kv_groups import (
+    FP8,
+    KV_FORMS,
+    KVForm,
+    KVGroup,
+    KVGroups,
+    bytes_per_block,
+    bytes_per_token,
+    only_group,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +29,8 @@ class KVShape:
 
     Attributes:
         groups: of layers.
-        dtype: of the elements.
+        dtype: of the numbers, as layers give and attention takes them.
+        is_fp8: whether they are rounded to 8 bits when they are stored; else they are stored as they are.
 
     Raises:
         UnsupportedModelError: no pool keeps such KV, see `only_group`.
@@ -24,9 +38,23 @@ class KVShape:
 
     groups: KVGroups
     dtype: torch.dtype
+    is_fp8: bool = False
 
     def __post_init__(self) -> None:
-        only_group(self.groups)
+        head_dim = only_group(self.groups).head_dim
+        if self.is_fp8 and head_dim % FP8.scale_elements:
+            raise UnsupportedModelError(
+                f"kv_dtype is fp8, which needs heads of a multiple of {FP8.scale_elements} dimensions; these have"
+                f" {head_dim}"
+            )
+
+    def stored_as(self, kv_dtype: Literal["auto", "fp8"]) -> "KVShape":
+        """The same numbers as `EngineConfig.kv_dtype` wants them stored."""
+        return replace(self, is_fp8=kv_dtype == "fp8")
+
+    @property
+    def form(self) -> KVForm:
+        return FP8 if self.is_fp8 else KV_FORMS[str(self.dtype).removeprefix("torch.")]
 
     @property
     def group(self) -> KVGroup:
@@ -34,10 +62,10 @@ class KVShape:
 
     @property
     def bytes_per_token(self) -> int:
-        return bytes_per_token(self.groups, self.dtype.itemsize)
+        return bytes_per_token(self.groups, self.form)
 
     def bytes_per_block(self, block_size: int) -> int:
-        return bytes_per_block(self.groups, block_size, self.dtype.itemsize)
+        return bytes_per_block(self.groups, block_size, self.form)
 
 
 class KVCache:
@@ -45,19 +73,31 @@ class KVCache:
 
     Attributes:
         group: the layers.
-        blocks: (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim); [:, 0] are the keys.
+        dtype: of the numbers, as layers give and attention takes them.
+        is_fp8: whether they are rounded to 8 bits.
+        blocks: (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim); [:, 0] are the keys. In FP8 as
+            `KVGroup.chunk_shape` says.
     """
 
     def __init__(self, shape: KVShape, num_blocks: int, block_size: int, device: torch.device) -> None:
         self.group = shape.group
+        self.dtype, self.is_fp8, self._form = shape.dtype, shape.is_fp8, shape.form
         self.num_blocks = num_blocks
         self.block_size = block_size
         # Zeroed, so that padded gathers never meet a NaN that a mask cannot silence; it also faults the pages in now,
         # when running out of memory is still a clear error at start-up.
-        self.blocks = torch.zeros(self.chunk_shape(num_blocks), dtype=shape.dtype, device=device)
+        element = getattr(torch, self._form.element)
+        self.blocks = torch.zeros(self.chunk_shape(num_blocks), dtype=element, device=device)
         self._slots = self.blocks.flatten(2, 3)
+        self._rounded = RoundedBlocks(self.blocks, self.group.head_dim, self.dtype) if self.is_fp8 else None
 
-    def write(self, layer: int, slot_mapping: Tensor, keys: Tensor, values: Tensor) -> None:
+    def paged(self, layer: int) -> PagedKV:
+        """Keys and values of one layer, as kernels take them."""
+        if self._rounded is not None:
+            return self._rounded.paged(layer)
+        return PagedKV(*self.blocks[layer])
+
+    def write(self, layer: int, slot_mapping: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new tokens of one layer.
 
         Args:
@@ -65,12 +105,20 @@ class KVCache:
             slot_mapping: (T,) int64 slots.
             keys: (T, num_kv_heads, head_dim), also as a strided view.
             values: as the keys.
+
+        Returns:
+            Keys and values as they are read from now on: as they were given, or rounded.
         """
+        if self._rounded is not None:
+            return self._rounded.write(layer, slot_mapping, keys, values)
         self._slots[layer, 0].index_copy_(0, slot_mapping, keys)
         self._slots[layer, 1].index_copy_(0, slot_mapping, values)
+        return keys, values
 
     def gather(self, layer: int, block_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Copy blocks of one layer together: keys and values, each (N, block_size, num_kv_heads, head_dim)."""
+        if self._rounded is not None:
+            return self._rounded.gather(layer, block_ids)
         keys, values = self.blocks[layer]
         return keys.index_select(0, block_ids), values.index_select(0, block_ids)
 
@@ -79,7 +127,7 @@ class KVCache:
 
         Args:
             block_ids: N of them.
-            out: (num_layers, 2, N, block_size, num_kv_heads, head_dim), contiguous.
+            out: of `chunk_shape`, contiguous.
         """
         ids = upload(np.array(block_ids, np.int64), self.blocks.device)
         if self.blocks.is_cuda:
@@ -110,4 +158,4 @@ class KVCache:
 
     def chunk_shape(self, num_blocks: int) -> tuple[int, ...]:
         """Of so many blocks of every layer."""
-        return self.group.chunk_shape(num_blocks, self.block_size)
+        return self.group.chunk_shape(num_blocks, self.block_size, self._form)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from deployments.engine.attention.base import LayerAttention
-from deployments.engine.attention.paged import can_attend
+from deployments.engine.attention.paged import can_attend, has_kernels
 from deployments.engine.attention.sdpa import SdpaStep
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.kernels.arguments import Scores
@@ -92,7 +92,7 @@ def _forward(
     """A decoder layer; writes over its input, and in the last one only over the rows that are wanted.
 
     Args:
-        original: the layer's own forward, for rotary embeddings of a part of a head.
+        original: the layer's own forward, for rotary embeddings of a part of a head, and for KV that is rounded.
         parts: of the layer.
         index: of the layer.
         scores: as its attention asks for them.
@@ -101,7 +101,7 @@ def _forward(
         position_embeddings: cos and sin, (1, T, head_dim).
         paged_step: the step's attention.
     """
-    if position_embeddings[0].shape[-1] != paged_step.cache.group.head_dim:
+    if position_embeddings[0].shape[-1] != paged_step.cache.group.head_dim or not has_kernels(paged_step.cache):
         others |= {"position_embeddings": position_embeddings, "paged_step": paged_step}
         return original(hidden_states, **others)
     hidden = hidden_states[0]

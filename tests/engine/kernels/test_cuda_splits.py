@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.engine.interpreted import DEVICE  # before the kernels
 
-from deployments.engine.kernels.arguments import Scores  # isort: skip
+from deployments.engine.kernels.arguments import PagedKV, Scores  # isort: skip
 from deployments.engine.kernels.cuda_attention import decode_attention, decode_tile  # isort: skip
 from deployments.engine.kernels.cuda_splits import MAX_SPLITS, Splits, plan_splits  # isort: skip
 
@@ -99,7 +99,7 @@ def test_attention_by_parts(
     assert splits.is_cut
     splits = splits._replace(is_cut=is_cut)  # merged by a kernel of its own, or by whoever ends last
     for _ in range(2):  # counters are as they were
-        out = decode_attention(queries, pool[0], pool[1], tables, splits, scores)
+        out = decode_attention(queries, PagedKV(pool[0], pool[1]), tables, splits, scores)
         assert not out[0].any()
         for query, table, length, result in zip(queries[1:], tables, lens[1:], out[1:], strict=False):
             key, value = (part[table.long()].flatten(0, 1)[:length] for part in pool)

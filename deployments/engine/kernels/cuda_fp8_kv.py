@@ -1,0 +1,249 @@
+"""Keys and values in FP8 on a GPU, in Triton: rounded as they enter the pool, widened as they are copied out of it.
+
+What is rounded here is what `fp8_kv.py` rounds, bit for bit.
+"""
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from deployments.engine.kernels.arguments import PagedKV, Rotation
+from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
+from deployments.engine.kernels.cuda_rotary import rotated, with_contiguous_heads
+
+
+def rotate_and_round(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rotation: Rotation | None,
+    kv: PagedKV,
+    slots: Tensor,
+    *,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """As `rotate_and_write`, into a pool in FP8.
+
+    Args:
+        queries: (T, H, head_dim); fastest where heads are contiguous and tokens at equal distances.
+        keys: (T, H_kv, head_dim), as the queries.
+        values: as the keys.
+        rotation: of queries and keys, and their norms; None: they stay as they are.
+        kv: codes and scales of one layer.
+        slots: (T,) int32 or int64; tokens with a negative slot are padding and are not written.
+        keep: give keys and values as they are read from now on back as well.
+
+    Returns:
+        The rotated queries, (T, H, head_dim), contiguous; with `keep` the rotated and rounded keys, and the rounded
+        values, (T, H_kv, head_dim), else None, and the values as they were.
+    """
+    queries, keys, values = (with_contiguous_heads(part) for part in (queries, keys, values))
+    num_tokens, num_heads, head_dim = queries.shape
+    block_size, num_kv_heads = kv.keys.shape[1:3]
+    out = queries.contiguous() if rotation is None else queries.new_empty(queries.shape)
+    kept = [part.new_empty(part.shape) if keep else None for part in (keys, values)]
+    heads = min(8, triton.next_power_of_2(max(num_heads, num_kv_heads)))
+    query_parts = 0 if rotation is None else triton.cdiv(num_heads, heads)
+    kv_parts = triton.cdiv(num_kv_heads, heads)
+    cos, sin, num_dims, norms = (None, None, 0, None) if rotation is None else rotation
+    assert norms is None or num_dims == head_dim, "norms are of whole heads"
+    if cos is not None and sin is not None:
+        cos, sin = cos[0].contiguous(), sin[0].contiguous()
+    _rotate_and_round[(num_tokens, query_parts + 2 * kv_parts)](
+        queries,
+        keys,
+        values,
+        cos,
+        sin,
+        *kv,
+        slots,
+        out,
+        *kept,
+        *(norms or (None, None, 0.0)),
+        queries.stride(0),
+        keys.stride(0),
+        values.stride(0),
+        0 if cos is None else cos.stride(0),
+        num_heads,
+        num_kv_heads,
+        query_parts,
+        kv_parts,
+        HEADS=heads,
+        HEAD_DIM=head_dim,
+        ROTATED=num_dims,
+        HALF=triton.next_power_of_2(max(1, num_dims // 2)),
+        REST=triton.next_power_of_2(max(1, head_dim - num_dims)),
+        BLOCK_SIZE=block_size,
+        KEEP=keep,
+        num_warps=4 if heads * head_dim >= 512 else 1,
+        **OVERLAPPING,
+    )
+    new_keys, new_values = kept
+    return out, new_keys, values if new_values is None else new_values
+
+
+def widen_blocks(codes: Tensor, scales: Tensor, block_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """The numbers of some blocks of keys or values.
+
+    Args:
+        codes: (num_blocks, block_size, H_kv, head_dim) float8_e4m3fn, each block contiguous.
+        scales: (num_blocks, H_kv, block_size) float32, likewise.
+        block_ids: (N,) integer.
+        dtype: of the result.
+
+    Returns:
+        (N, block_size, H_kv, head_dim).
+    """
+    block_size, num_kv_heads, head_dim = codes.shape[1:]
+    out = torch.empty((len(block_ids), *codes.shape[1:]), dtype=dtype, device=codes.device)
+    dims = triton.next_power_of_2(head_dim)
+    rows = max(1, 4096 // dims)
+    _widen_blocks[(triton.cdiv(block_size * num_kv_heads, rows), len(block_ids))](
+        codes,
+        scales,
+        block_ids,
+        out,
+        codes.stride(0),
+        scales.stride(0),
+        num_kv_heads,
+        ROWS=rows,
+        HEAD_DIM=head_dim,
+        DIMS=dims,
+        BLOCK_SIZE=block_size,
+        num_warps=4,
+    )
+    return out
+
+
+@triton.jit
+def _rotate_and_round(
+    queries,
+    keys,
+    values,
+    cos,
+    sin,
+    key_codes,
+    value_codes,
+    key_scales,
+    value_scales,
+    slots,
+    out,
+    new_keys,
+    new_values,
+    query_norm,
+    key_norm,
+    eps,
+    query_stride,
+    key_stride,
+    value_stride,
+    cos_stride,
+    num_heads,
+    num_kv_heads,
+    query_parts,
+    kv_parts,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTATED: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KEEP: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """One token and some heads: of the queries, then of the keys, then of the values."""
+    wait_for_earlier(OVERLAPS)
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    is_query, is_key = part < query_parts, (part >= query_parts) & (part < query_parts + kv_parts)
+    if is_query:
+        heads = (part * HEADS + tl.arange(0, HEADS))[:, None]
+        source, inside = queries + token * query_stride, heads < num_heads
+    elif is_key:
+        heads = ((part - query_parts) * HEADS + tl.arange(0, HEADS))[:, None]
+        source, inside = keys + token * key_stride, heads < num_kv_heads
+    else:
+        heads = ((part - query_parts - kv_parts) * HEADS + tl.arange(0, HEADS))[:, None]
+        source, inside = values + token * value_stride, heads < num_kv_heads
+    source += heads * HEAD_DIM
+    j, r = tl.arange(0, HALF)[None, :], ROTATED + tl.arange(0, REST)[None, :]
+    low, is_rest = inside & (j < ROTATED // 2), inside & (r < HEAD_DIM)
+    largest = tl.zeros((HEADS,), tl.float32)
+    if ROTATED > 0:
+        a = tl.load(source + j, mask=low, other=0.0)
+        b = tl.load(source + ROTATED // 2 + j, mask=low, other=0.0)
+        if part < query_parts + kv_parts:
+            cos, sin = cos + token * cos_stride, sin + token * cos_stride
+            a, b = rotated(a, b, cos, sin, j, j < ROTATED // 2, query_norm, key_norm, eps, is_query, ROTATED, HEAD_DIM)
+        largest = tl.max(tl.maximum(tl.abs(a.to(tl.float32)), tl.abs(b.to(tl.float32))), axis=1)
+    if ROTATED < HEAD_DIM:
+        rest = tl.load(source + r, mask=is_rest, other=0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(rest.to(tl.float32)), axis=1))
+    if is_query:
+        target = out + (token * num_heads + heads) * HEAD_DIM
+        if ROTATED > 0:
+            tl.store(target + j, a, mask=low)
+            tl.store(target + ROTATED // 2 + j, b, mask=low)
+        if ROTATED < HEAD_DIM:
+            tl.store(target + r, rest, mask=is_rest)
+    else:
+        # The exponent of the least power of 2 that keeps the largest number: see `round_heads`.
+        exponent = tl.maximum(((largest.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8, 27)[:, None]
+        scale = (exponent << 23).to(tl.float32, bitcast=True)
+        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        slot = tl.load(slots + token).to(tl.int64)
+        is_written = slot >= 0
+        block, inner = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+        block_bytes = BLOCK_SIZE * num_kv_heads * (HEAD_DIM + 4)
+        codes, scales, kept = value_codes, value_scales, new_values
+        if is_key:
+            codes, scales = key_codes, key_scales
+            if KEEP:
+                kept = new_keys
+        if KEEP:
+            kept += (token * num_kv_heads + heads) * HEAD_DIM
+        place = codes + block * block_bytes + (inner * num_kv_heads + heads) * HEAD_DIM
+        at_scale = scales + block * (block_bytes // 4) + heads * BLOCK_SIZE + inner
+        tl.store(at_scale, scale, mask=inside & is_written)
+        if ROTATED > 0:
+            _store_rounded(a, scale, inverse, place + j, kept, j, low, is_written, KEEP)
+            half = ROTATED // 2 + j
+            _store_rounded(b, scale, inverse, place + half, kept, half, low, is_written, KEEP)
+        if ROTATED < HEAD_DIM:
+            _store_rounded(rest, scale, inverse, place + r, kept, r, is_rest, is_written, KEEP)
+
+
+@triton.jit
+def _store_rounded(value, scale, inverse, place, kept, at, inside, is_written, KEEP: tl.constexpr):
+    codes = (value.to(tl.float32) * inverse).to(place.dtype.element_ty)
+    tl.store(place, codes, mask=inside & is_written)
+    if KEEP:
+        tl.store(kept + at, (codes.to(tl.float32) * scale).to(value.dtype), mask=inside)
+
+
+@triton.jit
+def _widen_blocks(
+    codes,
+    scales,
+    block_ids,
+    out,
+    code_stride,
+    scale_stride,
+    num_kv_heads,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Some rows of one block: heads of tokens, in the order of their codes."""
+    row, dims = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIMS)
+    number = tl.program_id(1).to(tl.int64)
+    block = tl.load(block_ids + number).to(tl.int64)
+    num_rows = BLOCK_SIZE * num_kv_heads
+    inside = row < num_rows
+    kept = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    at = row[:, None] * HEAD_DIM + dims[None, :]
+    code = tl.load(codes + block * code_stride + at, mask=kept, other=0.0)
+    place = row % num_kv_heads * BLOCK_SIZE + row // num_kv_heads
+    scale = tl.load(scales + block * scale_stride + place, mask=inside, other=0.0)
+    tl.store(out + number * num_rows * HEAD_DIM + at, code.to(tl.float32) * scale[:, None], mask=kept)
