@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,13 +24,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
-from deployments.engine.layers.base import LinearLayer
 from deployments.engine.layers.fp8 import quantize_weights
 from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
 from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
+from tests.bench.gpu_floors import copy_bandwidth, decode_bytes, floor, lengths, throughput_bound
 from tests.bench.gpu_profile import gpu_seconds
 from tests.bench.gpu_shapes import SHAPES, VLLM_VERSION, Shape
-from tests.engine.insides import forget_step_in_flight, model_of
+from tests.engine.insides import forget_step_in_flight
 
 PROMPT_TOKENS = 256
 MEASURED_STEPS = 100
@@ -56,11 +56,15 @@ def fill_random(model: PreTrainedModel) -> None:
                 parameter.normal_(0, 0.02, generator=generator)
 
 
-def build(shape: Shape, max_num_seqs: int) -> Engine:
+def build(shape: Shape, max_num_seqs: int, kv_dtype: Literal["auto", "fp8"] = "auto") -> Engine:
     """An engine with random weights."""
     longest = min(12288, int(shape.config().max_position_embeddings))
     settings = EngineConfig(
-        max_num_seqs=max_num_seqs, max_num_batched_tokens=16384, max_model_len=longest, hands_over=False
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=16384,
+        max_model_len=longest,
+        hands_over=False,
+        kv_dtype=kv_dtype,
     )
     return Engine(load_random(shape), settings)
 
@@ -101,19 +105,35 @@ class Driver:
 
 def time_per_output_token(driver: Driver, batch_size: int) -> float:
     """Seconds per step while `batch_size` sequences decode, the prompts' time left out."""
+    return times_with_context(driver, batch_size, PROMPT_TOKENS, 1)[0]
+
+
+def times_with_context(driver: Driver, batch_size: int, prompt_tokens: int, repeats: int) -> list[float]:
+    """Seconds per step while `batch_size` sequences decode behind such prompts, several times without new prompts.
+
+    Raises:
+        RuntimeError: the pool has no room for them.
+    """
+    output_tokens = repeats * MEASURED_STEPS + 40
+    limits = driver.engine.limits
+    needed = batch_size * -(-(prompt_tokens + output_tokens) // limits.block_size)
+    if needed > limits.num_blocks:
+        raise RuntimeError(f"needs {needed} blocks of KV, the pool has {limits.num_blocks}")
     for _ in range(batch_size):
-        driver.add(PROMPT_TOKENS, MEASURED_STEPS + 40)
+        driver.add(prompt_tokens, output_tokens)
     started = 0
     while started < batch_size:  # every prompt has drawn its first token
         started += sum(output.index == 0 for output in driver.step())
     for _ in range(5):
         driver.step()
-    begun = time.perf_counter()
-    for _ in range(MEASURED_STEPS):
-        assert len(driver.step()) == batch_size
-    elapsed = time.perf_counter() - begun
+    times = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        for _ in range(MEASURED_STEPS):
+            assert len(driver.step()) == batch_size
+        times.append((time.perf_counter() - begun) / MEASURED_STEPS)
     driver.drain()
-    return elapsed / MEASURED_STEPS
+    return times
 
 
 def prefill(driver: Driver, count: int, prompt_tokens: int) -> float:
@@ -123,11 +143,6 @@ def prefill(driver: Driver, count: int, prompt_tokens: int) -> float:
     begun = time.perf_counter()
     driver.drain()
     return time.perf_counter() - begun
-
-
-def lengths() -> np.ndarray:
-    """Prompt and output tokens of the 256 requests of `throughput`, uniform: (256, 2)."""
-    return np.random.default_rng(1).integers(100, 1025, (256, 2))
 
 
 def add_lengths(driver: Driver) -> None:
@@ -143,67 +158,11 @@ def throughput(driver: Driver) -> float:
     return driver.drain() / (time.perf_counter() - begun)
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second of a copy on the GPU, those read and those written."""
-    source = torch.randn(2**28, device="cuda")
-    target = torch.empty_like(source)
-    target.copy_(source)
-    times = []
-    for _ in range(5):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return float(2 * source.nbytes / statistics.median(times))
-
-
-def weight_bytes(engine: Engine, batch_size: int) -> float:
-    """What a decode step reads of the model; of its experts those that are chosen if all are as likely."""
-    from deployments.engine.layers.cuda_experts import FusedExperts  # only where there is a GPU
-
-    model = model_of(engine)
-    weights = sum(m.num_bytes for m in model.modules() if isinstance(m, LinearLayer))
-    experts = sum(m.num_bytes for m in model.modules() if isinstance(m, FusedExperts))
-    if not experts:
-        return float(weights)
-    config = model.config
-    num_experts = next(m.num_experts for m in model.modules() if isinstance(m, FusedExperts))
-    chosen = 1 - (1 - config.num_experts_per_tok / num_experts) ** batch_size
-    return float(weights + chosen * experts)
-
-
-def floor(engine: Engine, batch_size: int, bandwidth: float) -> float:
-    """Seconds that reading the weights and the KV once takes."""
-    context = PROMPT_TOKENS + MEASURED_STEPS / 2
-    num_bytes = weight_bytes(engine, batch_size) + batch_size * context * engine.kv_shape.bytes_per_token
-    return float(num_bytes) / bandwidth
-
-
-def throughput_bound(engine: Engine, bandwidth: float, prompt_tokens_per_s: float) -> float:
-    """Tokens per second of `throughput` if decode steps did nothing but read weights and KV at this bandwidth.
-
-    Prompts are counted at the rate at which this engine computes them.
-    """
-    prompts, outputs = lengths().T
-    return float(outputs.sum() / (sum(decode_bytes(engine)) / bandwidth + prompts.sum() / prompt_tokens_per_s))
-
-
-def decode_bytes(engine: Engine) -> tuple[float, float]:
-    """What the decode steps of `throughput` must read: of weights, of KV."""
-    prompts, outputs = lengths().T
-    # The first token is the prompt's; step n of a sequence reads its prompt and n tokens more.
-    contexts = (prompts * (outputs - 1) + outputs * (outputs - 1) / 2).sum()
-    running = (outputs[:, None] > np.arange(1, outputs.max())).sum(0)
-    return sum(weight_bytes(engine, count) for count in running.tolist()), float(
-        contexts * engine.kv_shape.bytes_per_token
-    )
-
-
-def profile_throughput(name: str, shape: Shape, bandwidth: float) -> dict[str, dict[str, float]]:
+def profile_throughput(
+    name: str, shape: Shape, bandwidth: float, kv_dtype: Literal["auto", "fp8"]
+) -> dict[str, dict[str, float]]:
     """Seconds of the GPU by kind of kernel, printed: steps with prompts, those with decodes alone, and their floor."""
-    engine = build(shape, max_num_seqs=256)
+    engine = build(shape, max_num_seqs=256, kv_dtype=kv_dtype)
     driver = Driver(engine, shape.config().vocab_size)
     rate = repeated(partial(throughput, driver), 1)[0]
     add_lengths(driver)
@@ -240,6 +199,15 @@ def main() -> int:
     parser.add_argument(
         "--rows", nargs="+", help="only rows of these labels, as printed: token-1, prefill-1x512, tokens/s"
     )
+    parser.add_argument(
+        "--contexts",
+        nargs="+",
+        default=[],
+        type=_parse_context,
+        metavar="SEQUENCESxTOKENS",
+        help="tokens behind long prompts as well, in rows context-64x8192; of Llama-3.1-8B these take 69 GB of KV",
+    )
+    parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="as engine.kv_dtype")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--profile", action="store_true", help="where the GPU's time goes in the run of 256 requests")
     options = parser.parse_args()
@@ -252,12 +220,13 @@ def main() -> int:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "copy_bandwidth": bandwidth,
+        "kv_dtype": options.kv_dtype,
         "models": {},
     }
     print(f"{result['device']}, torch {torch.__version__}, copy {bandwidth / 1e12:.2f} TB/s")
     for name in options.shapes:
         if options.profile:
-            found = profile_throughput(name, SHAPES[name], bandwidth)
+            found = profile_throughput(name, SHAPES[name], bandwidth, options.kv_dtype)
         else:
             found = measure_model(name, SHAPES[name], bandwidth, options)
         result["models"][name] = found
@@ -267,32 +236,46 @@ def main() -> int:
     return 0
 
 
+def _parse_context(value: str) -> tuple[int, int]:
+    count, tokens = map(int, value.split("x"))
+    return count, tokens
+
+
 def measure_model(name: str, shape: Shape, bandwidth: float, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one model, printed as they come."""
     begun = time.perf_counter()
     config = shape.config()
     try:
-        engine = build(shape, max_num_seqs=256)
+        engine = build(shape, max_num_seqs=256, kv_dtype=options.kv_dtype)
     except (RuntimeError, ValueError) as error:
         print(f"\n{name}: does not start: {_reason(error)}", flush=True)
         return {"failed": _reason(error)}
     print(f"\n{name}: ready in {time.perf_counter() - begun:.1f} s, {engine.limits}", flush=True)
     driver = Driver(engine, config.vocab_size)
-    found: dict[str, Any] = {"tpot": {}, "prefill": {}, "failed": {}}
+    found: dict[str, Any] = {"tpot": {}, "context": {}, "prefill": {}, "failed": {}}
     measure = partial(_measure_row, found["failed"], options)
     print(f"{'':24}{'vLLM ' + VLLM_VERSION:>12}{'engine':>12}{'ratio':>8}{'floor':>10}")
     for batch_size, peer in shape.tpot_ms.items():
-        times = measure(f"token-{batch_size}", driver, partial(time_per_output_token, driver, batch_size))
+        run = partial(time_per_output_token, driver, batch_size)
+        times = measure(f"token-{batch_size}", driver, partial(repeated, run, options.repeats))
         if times:
             found["tpot"][batch_size] = times
-            least = floor(engine, batch_size, bandwidth) * 1e3
+            least = floor(engine, batch_size, bandwidth, PROMPT_TOKENS + MEASURED_STEPS / 2) * 1e3
             _print_row(f"token, batch {batch_size}", peer, statistics.median(times) * 1e3, least)
+    for count, tokens in options.contexts:
+        run_all = partial(times_with_context, driver, count, tokens, options.repeats)
+        times = measure(f"context-{count}x{tokens}", driver, run_all)
+        if times:
+            found["context"][f"{count}x{tokens}"] = times
+            least = floor(engine, count, bandwidth, tokens + options.repeats * MEASURED_STEPS / 2) * 1e3
+            _print_row(f"token, {count} x {tokens}", None, statistics.median(times) * 1e3, least)
     for (count, tokens), peer in shape.prefill_ms.items():
-        times = measure(f"prefill-{count}x{tokens}", driver, partial(prefill, driver, count, tokens))
+        run = partial(prefill, driver, count, tokens)
+        times = measure(f"prefill-{count}x{tokens}", driver, partial(repeated, run, options.repeats))
         if times:
             found["prefill"][f"{count}x{tokens}"] = times
             _print_row(f"prefill {count} x {tokens}", peer, statistics.median(times) * 1e3, None)
-    rates = measure("tokens/s", driver, partial(throughput, driver))
+    rates = measure("tokens/s", driver, partial(repeated, partial(throughput, driver), options.repeats))
     if rates:
         found["throughput"] = rates
         median, peer = statistics.median(rates), shape.throughput
@@ -306,13 +289,13 @@ def measure_model(name: str, shape: Shape, bandwidth: float, options: argparse.N
 
 
 def _measure_row(
-    failed: dict[str, str], options: argparse.Namespace, label: str, driver: Driver, run: Callable[[], float]
+    failed: dict[str, str], options: argparse.Namespace, label: str, driver: Driver, run: Callable[[], list[float]]
 ) -> list[float]:
-    """Several runs of one row; none where it was not asked for, or failed, which is noted and printed."""
+    """All figures of one row; none where it was not asked for, or failed, which is noted and printed."""
     if options.rows and label not in options.rows:
         return []
     try:
-        return repeated(run, options.repeats)
+        return run()
     except RuntimeError as error:
         failed[label] = _reason(error)
         print(f"{label:24}{failed[label]}", flush=True)

@@ -1,0 +1,72 @@
+"""What a GPU would take for nothing but reading: bounds that `bench_gpu` prints beside what it measures."""
+
+import statistics
+
+import numpy as np
+import torch
+
+from deployments.engine.engine import Engine
+from deployments.engine.layers.base import LinearLayer
+from tests.engine.insides import model_of
+
+
+def lengths() -> np.ndarray:
+    """Prompt and output tokens of the 256 requests of `throughput`, uniform: (256, 2)."""
+    return np.random.default_rng(1).integers(100, 1025, (256, 2))
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a copy on the GPU, those read and those written."""
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    target.copy_(source)
+    times = []
+    for _ in range(5):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        target.copy_(source)
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return float(2 * source.nbytes / statistics.median(times))
+
+
+def weight_bytes(engine: Engine, batch_size: int) -> float:
+    """What a decode step reads of the model; of its experts those that are chosen if all are as likely."""
+    from deployments.engine.layers.cuda_experts import FusedExperts  # only where there is a GPU
+
+    model = model_of(engine)
+    weights = sum(m.num_bytes for m in model.modules() if isinstance(m, LinearLayer))
+    experts = sum(m.num_bytes for m in model.modules() if isinstance(m, FusedExperts))
+    if not experts:
+        return float(weights)
+    config = model.config
+    num_experts = next(m.num_experts for m in model.modules() if isinstance(m, FusedExperts))
+    chosen = 1 - (1 - config.num_experts_per_tok / num_experts) ** batch_size
+    return float(weights + chosen * experts)
+
+
+def floor(engine: Engine, batch_size: int, bandwidth: float, context: float) -> float:
+    """Seconds that reading the weights and the KV of so many tokens of each sequence once takes."""
+    num_bytes = weight_bytes(engine, batch_size) + batch_size * context * engine.kv_shape.bytes_per_token
+    return float(num_bytes) / bandwidth
+
+
+def throughput_bound(engine: Engine, bandwidth: float, prompt_tokens_per_s: float) -> float:
+    """Tokens per second of `throughput` if decode steps did nothing but read weights and KV at this bandwidth.
+
+    Prompts are counted at the rate at which this engine computes them.
+    """
+    prompts, outputs = lengths().T
+    return float(outputs.sum() / (sum(decode_bytes(engine)) / bandwidth + prompts.sum() / prompt_tokens_per_s))
+
+
+def decode_bytes(engine: Engine) -> tuple[float, float]:
+    """What the decode steps of `throughput` must read: of weights, of KV."""
+    prompts, outputs = lengths().T
+    # The first token is the prompt's; step n of a sequence reads its prompt and n tokens more.
+    contexts = (prompts * (outputs - 1) + outputs * (outputs - 1) / 2).sum()
+    running = (outputs[:, None] > np.arange(1, outputs.max())).sum(0)
+    return sum(weight_bytes(engine, count) for count in running.tolist()), float(
+        contexts * engine.kv_shape.bytes_per_token
+    )
