@@ -187,10 +187,8 @@ def _rotate_and_round(
         if ROTATED < HEAD_DIM:
             tl.store(target + r, rest, mask=is_rest)
     else:
-        # The exponent of the least power of 2 that keeps the largest number: see `round_heads`.
-        exponent = tl.maximum(((largest.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8, 27)[:, None]
-        scale = (exponent << 23).to(tl.float32, bitcast=True)
-        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        # See `round_heads`; 0.00223... = 1 / 448.
+        scale = tl.maximum(largest * 0.002232142857142857, 7.888609052210118e-31)[:, None]
         slot = tl.load(slots + token).to(tl.int64)
         is_written = slot >= 0
         block, inner = slot // BLOCK_SIZE, slot % BLOCK_SIZE
@@ -206,16 +204,16 @@ def _rotate_and_round(
         at_scale = scales + block * (block_bytes // 4) + heads * BLOCK_SIZE + inner
         tl.store(at_scale, scale, mask=inside & is_written)
         if ROTATED > 0:
-            _store_rounded(a, scale, inverse, place + j, kept, j, low, is_written, KEEP)
+            _store_rounded(a, scale, place + j, kept, j, low, is_written, KEEP)
             half = ROTATED // 2 + j
-            _store_rounded(b, scale, inverse, place + half, kept, half, low, is_written, KEEP)
+            _store_rounded(b, scale, place + half, kept, half, low, is_written, KEEP)
         if ROTATED < HEAD_DIM:
-            _store_rounded(rest, scale, inverse, place + r, kept, r, is_rest, is_written, KEEP)
+            _store_rounded(rest, scale, place + r, kept, r, is_rest, is_written, KEEP)
 
 
 @triton.jit
-def _store_rounded(value, scale, inverse, place, kept, at, inside, is_written, KEEP: tl.constexpr):
-    codes = (value.to(tl.float32) * inverse).to(place.dtype.element_ty)
+def _store_rounded(value, scale, place, kept, at, inside, is_written, KEEP: tl.constexpr):
+    codes = tl.div_rn(value.to(tl.float32), scale).to(place.dtype.element_ty)
     tl.store(place, codes, mask=inside & is_written)
     if KEEP:
         tl.store(kept + at, (codes.to(tl.float32) * scale).to(value.dtype), mask=inside)
