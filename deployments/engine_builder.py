@@ -80,6 +80,6 @@ def assemble_engine(loaded: "LoadedModel", config: EngineConfig) -> BuiltEngine:
     logger.info("engine ready: %s, %s, pid %d", loaded.path, limits, os.getpid())
     arena = None
     if config.share_kv and config.hands_over:
-        arena = Arena(engine.export_room_bytes, loaded.device.type)
+        arena = Arena(engine.export_room.num_bytes, loaded.device.type)
         engine.export_into(arena.allocate)
     return BuiltEngine(engine, info, layout, loaded.device.type, arena)

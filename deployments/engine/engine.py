@@ -35,7 +35,7 @@ from deployments.engine.model.load import LoadedModel
 from deployments.engine.outputs import Outputs
 from deployments.engine.scheduling.block_manager import BlockManager
 from deployments.engine.scheduling.cache_log import CacheEvents, Position
-from deployments.engine.scheduling.checks import check_request
+from deployments.engine.scheduling.checks import check_first_block, check_request
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import Scheduler
 from deployments.engine.scheduling.sequence import Role, Sequence, Status
@@ -75,8 +75,6 @@ class Engine:
         is_pipelined: bool | None = None,
         clock: Clock = time.monotonic,
     ) -> None:
-        if is_pipelined is None:
-            is_pipelined = loaded.device.type == "cuda"
         loaded = replace(loaded, kv_shape=loaded.kv_shape.stored_as(config.kv_dtype))
         self.limits: EngineLimits = choose_limits(loaded, config)
         self.kv_shape = loaded.kv_shape
@@ -85,25 +83,20 @@ class Engine:
         caching = config.enable_prefix_caching
         self._blocks = BlockManager(self.limits.num_blocks, self.limits.block_size, enable_prefix_caching=caching)
         self._scheduler = Scheduler(self._blocks, self.limits, loaded.positions)
-        self._bytes_per_block = loaded.kv_shape.bytes_per_block(self.limits.block_size)
-        self._export_room = export_room(self.limits, self._bytes_per_block, loaded.device, config.hands_over)
+        bytes_per_block = loaded.kv_shape.bytes_per_block(self.limits.block_size)
+        self.export_room = export_room(self.limits, bytes_per_block, loaded.device, config.hands_over)
         self._inbox = Inbox(config.lease_s, clock)
-        self._outbox = Outbox(self._export_room.max_blocks, config.lease_s, clock)
-        block_size, max_chunk_blocks = self.limits.block_size, self._export_room.max_chunk_blocks
-        self._exporter = Exporter(self._outbox, self._copies, block_size, max_chunk_blocks)
+        self._outbox = Outbox(self.export_room.max_blocks, config.lease_s, clock)
+        block_size = self.limits.block_size
+        self._exporter = Exporter(self._outbox, self._copies, block_size, self.export_room.max_chunk_blocks)
         self._importer = Importer(self._inbox, self._copies, block_size)
-        self._is_pipelined = is_pipelined
+        self._is_pipelined = loaded.device.type == "cuda" if is_pipelined is None else is_pipelined
         self._hands_over = config.hands_over
         self._in_flight: LaunchedStep | None = None
         self._vocab_size = loaded.vocab_size
         self._guides = Guides(loaded.path, loaded.vocab_size)
         self._canary = Canary(self._runner, self._blocks)
-        self._stats = EngineStats(
-            num_blocks=self.limits.num_blocks,
-            block_size=self.limits.block_size,
-            max_num_seqs=self.limits.max_num_seqs,
-            max_num_batched_tokens=self.limits.max_num_batched_tokens,
-        )
+        self._stats = EngineStats.begin(self.limits)
         self._step_timer = StepTimer(self._stats)
         self._outputs = Outputs(self._stats)
 
@@ -125,16 +118,6 @@ class Engine:
     @property
     def num_free_blocks(self) -> int:
         return self._blocks.num_free_blocks
-
-    @property
-    def max_export_bytes(self) -> int:
-        """Of all chunks at once that were copied out and not yet released."""
-        return self._outbox.max_blocks * self._bytes_per_block
-
-    @property
-    def export_room_bytes(self) -> int:
-        """Of these, and of some that were released and are still referred to."""
-        return self._export_room.num_blocks * self._bytes_per_block
 
     def export_into(self, allocate: Allocate) -> None:
         """Have chunks copied into memory from `allocate`, as far as it has room; before the first step."""
@@ -171,9 +154,7 @@ class Engine:
         if not self._hands_over:
             raise InvalidRequestError("this engine hands no prompts over: hands_over is false", "hands_over")
         self.check(request)
-        last_block = (request.num_given_tokens - 1) // self.limits.block_size
-        if not 0 <= first_block <= last_block:
-            raise InvalidRequestError(f"first_block is {first_block}, must be from 0 to {last_block}", "first_block")
+        check_first_block(first_block, request.num_given_tokens, self.limits.block_size)
         sequence = Sequence(request, Role.EXPORT, time.monotonic())
         self._enter(sequence)
         self._exporter.add(sequence, first_block)
@@ -253,8 +234,7 @@ class Engine:
             What happened, in order; one `TokenOutput` per sequence that drew a token.
         """
         begun_s = time.monotonic()
-        events = self._end_leases()
-        events += self._collect_masks()
+        events = self._end_leases() + self._collect_masks()
         schedule = self._scheduler.schedule()
         for placed in schedule.placed:
             events.append(placed)
@@ -268,10 +248,7 @@ class Engine:
             events += self._conclude(ending)
         events += self._export()
         if ending is not None:
-            # Prompts are last in a batch, if there are any.
-            has_prompts = ending.items[-1].num_prompt_tokens > 0
-            num_prompt_tokens = sum(item.num_prompt_tokens for item in ending.items) if has_prompts else 0
-            self._step_timer.end(num_prompt_tokens, time.monotonic())
+            self._step_timer.end(ending.num_prompt_tokens, time.monotonic())
         return events
 
     def stats(self) -> EngineStats:

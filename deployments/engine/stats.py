@@ -3,6 +3,9 @@
 from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field, replace
+from typing import Self
+
+from deployments.engine.config import EngineLimits
 
 # Seconds. From one decode step on a GPU to a long prompt on a CPU.
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -80,6 +83,16 @@ class EngineStats:
     num_receivers: int = 0
     ttft_s: Histogram = field(default_factory=Histogram)
     itl_s: Histogram = field(default_factory=Histogram)
+
+    @classmethod
+    def begin(cls, limits: EngineLimits) -> Self:
+        """Of an engine that has done nothing yet."""
+        return cls(
+            num_blocks=limits.num_blocks,
+            block_size=limits.block_size,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+        )
 
     def copy(self) -> "EngineStats":
         """An independent snapshot."""

@@ -122,7 +122,7 @@ def test_chunks_go_where_they_are_told_to_as_far_as_there_is_room() -> None:
     given: list[Tensor] = []
 
     def allocate(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        assert prod(shape) * dtype.itemsize <= prefill.max_export_bytes
+        assert prod(shape) * dtype.itemsize <= prefill.export_room.max_bytes
         if len(given) == 2:
             return None
         given.append(torch.full(shape, torch.nan, dtype=dtype))

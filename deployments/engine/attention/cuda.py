@@ -118,17 +118,14 @@ class CudaStep:
         layer, queries, keys, values, scores, rotation = asked
         kv = self._cache.paged(layer)
         rotated, new_keys, new_values = self._write(kv, queries, keys, values, rotation)
-        num_decodes = len(self._lens)
         if not self._prompts:
             return self._attend_decodes(rotated, kv, scores)
         parts = []
-        if num_decodes:
+        if num_decodes := len(self._lens):
             parts.append(self._attend_decodes(rotated[:num_decodes], kv, scores))
         for prompts in self._prompts:
             span = slice(prompts.start, prompts.start + prompts.num_tokens)
-            seen = scores
-            if scores.window is not None and prompts.max_keys <= scores.window:
-                seen = scores._replace(window=None)
+            seen = _without_idle_window(scores, prompts.max_keys)
             if prompts.tables is None:
                 assert new_keys is not None
                 parts.append(_attend_whole(prompts, rotated[span], new_keys[span], new_values[span], seen))
@@ -138,8 +135,7 @@ class CudaStep:
 
     def _attend_decodes(self, queries: Tensor, kv: PagedKV, scores: Scores) -> Tensor:
         max_tokens = self._tables.shape[1] * self._cache.block_size
-        if scores.window is not None and scores.window >= max_tokens:
-            scores = scores._replace(window=None)
+        scores = _without_idle_window(scores, max_tokens)
         splits = self._splits.get(scores.window)
         if splits is None:
             tile = decode_tile(queries.shape[-1], is_fp8=self._cache.is_fp8).num_tokens
@@ -158,6 +154,13 @@ class CudaStep:
         pools = kv.keys.view(-1, *kv.keys.shape[2:]), kv.values.view(-1, *kv.values.shape[2:])
         rotated, new_keys = rotate_and_write(*new, rotation, *pools, self._slots, keep_keys=keeps)
         return rotated, new_keys, new[2]
+
+
+def _without_idle_window(scores: Scores, max_tokens: int) -> Scores:
+    """Of sequences of so many tokens at most: a window that holds all of them is none."""
+    if scores.window is not None and scores.window >= max_tokens:
+        return scores._replace(window=None)
+    return scores
 
 
 def _attend_whole(prompts: Prompts, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:

@@ -7,8 +7,8 @@ import numpy as np
 
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.kv.slots import slots
+from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
-from deployments.engine.scheduling.sequence import block_array, token_array
 
 _PENDING = -1  # a step in flight draws it
 

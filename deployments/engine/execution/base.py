@@ -96,6 +96,13 @@ class LaunchedStep:
     done: torch.cuda.Event | None
     scores: Scores | None = None
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        # Prompts are last in a batch, if there are any.
+        if not self.items[-1].num_prompt_tokens:
+            return 0
+        return sum(item.num_prompt_tokens for item in self.items)
+
     def collect(self) -> list[tuple[ScheduledSequence, Draws]]:
         """Wait for it: what ran, each with those of its draws that count."""
         if self.done is not None:

@@ -15,9 +15,10 @@ from deployments.engine.execution.base import Runner
 from deployments.engine.execution.portable import build_runner
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.model.load import LoadedModel
+from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import MAX_SCORED_TOKENS
-from deployments.engine.scheduling.sequence import Role, Sequence, block_array, token_array
+from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.messages import MAX_LOGPROBS, Adjustments, GenerateRequest, SamplingParams
 
 # Bounds of every kind, logits that are changed, and logprobs, which take the most memory.

@@ -32,20 +32,30 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ExportRoom:
-    """What hand-offs need beside the pool, in blocks.
+    """What hand-offs need beside the pool.
 
     Attributes:
         max_chunk_blocks: of one chunk.
         max_blocks: of all that may wait for their receivers; one chunk more is let in.
+        bytes_per_block: of one.
     """
 
     max_chunk_blocks: int
     max_blocks: int
+    bytes_per_block: int
 
     @property
     def num_blocks(self) -> int:
         """With those that are on their way into the pool, or dropped and not yet noticed to be."""
         return self.max_blocks + _SPARE_CHUNKS * self.max_chunk_blocks
+
+    @property
+    def max_bytes(self) -> int:
+        return self.max_blocks * self.bytes_per_block
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.bytes_per_block
 
 
 # Chunks of this many steps may wait for their receivers while the next ones are computed. Steps of a GPU are long.
@@ -60,7 +70,8 @@ def export_room(limits: EngineLimits, bytes_per_block: int, device: torch.device
     """For as many chunks as may be under way at once; without handing over, from others to here."""
     step_blocks = max(1, limits.max_num_batched_tokens // limits.block_size)
     max_chunk_blocks = max(1, min(step_blocks, _MAX_CHUNK_BYTES // bytes_per_block))
-    return ExportRoom(max_chunk_blocks, _EXPORT_STEPS[device.type] * step_blocks if hands_over else 0)
+    max_blocks = _EXPORT_STEPS[device.type] * step_blocks if hands_over else 0
+    return ExportRoom(max_chunk_blocks, max_blocks, bytes_per_block)
 
 
 def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
@@ -118,7 +129,7 @@ def _count_cpu_blocks(limits: EngineLimits, bytes_per_block: int) -> int:
 
 def _gpu_pool_bytes(loaded: LoadedModel, limits: EngineLimits, bytes_per_block: int, config: EngineConfig) -> int:
     free = free_beside_largest_steps(loaded, limits)
-    exports = export_room(limits, bytes_per_block, loaded.device, config.hands_over).num_blocks * bytes_per_block
+    exports = export_room(limits, bytes_per_block, loaded.device, config.hands_over).num_bytes
     room = free + limits.num_blocks * bytes_per_block - exports - _MARGIN_BYTES
     found = (
         f"{free / _GIB:.2f} GiB of the GPU's memory are free beside the model and its largest steps; hand-offs take"

@@ -142,11 +142,7 @@ class Guides:
 
     def _conclude(self, guided: _Guided, work: "_Work") -> str | None:
         """A thread is done: the sequence may draw, or has tokens that the mask does not know, or why it is lost."""
-        if guided.guide is None:
-            self._num_compiling -= 1
-        else:
-            self._num_masking -= 1
-        guided.is_busy = False
+        self._note_done(guided)
         if self._by_id.get(guided.sequence.request_id) is not guided:
             return None
         error = work.exception()
@@ -160,6 +156,13 @@ class Guides:
         else:
             guided.sequence.release(mask)
         return None
+
+    def _note_done(self, guided: _Guided) -> None:
+        if guided.guide is None:
+            self._num_compiling -= 1
+        else:
+            self._num_masking -= 1
+        guided.is_busy = False
 
     def _go_on(self, guided: _Guided) -> None:
         assert guided.guide is not None, f"{guided.sequence.request_id} has no guide"

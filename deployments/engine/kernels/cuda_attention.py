@@ -86,21 +86,26 @@ def decode_attention(queries: Tensor, kv: PagedKV, tables: Tensor, splits: Split
         **OVERLAPPING,
     )
     if splits.is_cut:
-        _merge_parts[(len(queries), num_heads)](
-            parts,
-            stats,
-            splits.spans,
-            scores.sinks,
-            out,
-            num_heads,
-            HEAD_DIM=head_dim,
-            DIMS=triton.next_power_of_2(head_dim),
-            SPLITS=MAX_SPLITS,
-            HAS_SINKS=scores.sinks is not None,
-            num_warps=2,
-            **OVERLAPPING,
-        )
+        _merge(parts, stats, splits.spans, scores.sinks, out)
     return out
+
+
+def _merge(parts: Tensor, stats: Tensor, spans: Tensor, sinks: Tensor | None, out: Tensor) -> None:
+    num_seqs, num_heads, head_dim = out.shape
+    _merge_parts[(num_seqs, num_heads)](
+        parts,
+        stats,
+        spans,
+        sinks,
+        out,
+        num_heads,
+        HEAD_DIM=head_dim,
+        DIMS=triton.next_power_of_2(head_dim),
+        SPLITS=MAX_SPLITS,
+        HAS_SINKS=sinks is not None,
+        num_warps=2,
+        **OVERLAPPING,
+    )
 
 
 @triton.jit
@@ -174,17 +179,42 @@ def _decode_attention(
         tl.store(stats + place * 2, peak, mask=g < GROUP)
         tl.store(stats + place * 2 + 1, total, mask=g < GROUP)
         if MERGES:
-            # All threads have stored before one of them counts; the last program sees what the others stored.
-            tl.debug_barrier()
-            counter = finished + sequence * num_kv_heads + kv_head
-            if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1:
-                tl.store(counter, 0)
-                first, num_heads = tl.load(spans + sequence * 2), num_kv_heads * GROUP
-                for number in range(GROUP):
-                    _merge_head(
-                        parts, stats, sinks, out, sequence, kv_head * GROUP + number, first, count, num_heads,
-                        HEAD_DIM, DIMS, SPLITS, HAS_SINKS,
-                    )  # fmt: skip
+            _merge_if_last(
+                parts, stats, spans, finished, sinks, out, sequence, kv_head, count, num_kv_heads,
+                GROUP, HEAD_DIM, DIMS, SPLITS, HAS_SINKS,
+            )  # fmt: skip
+
+
+@triton.jit
+def _merge_if_last(
+    parts,
+    stats,
+    spans,
+    finished,
+    sinks,
+    out,
+    sequence,
+    kv_head,
+    count,
+    num_kv_heads,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """Whoever ends last of a sequence's items merges them, the group of heads one by one."""
+    # All threads have stored before one of them counts; the last program sees what the others stored.
+    tl.debug_barrier()
+    counter = finished + sequence * num_kv_heads + kv_head
+    if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1:
+        tl.store(counter, 0)
+        first, num_heads = tl.load(spans + sequence * 2), num_kv_heads * GROUP
+        for number in range(GROUP):
+            _merge_head(
+                parts, stats, sinks, out, sequence, kv_head * GROUP + number, first, count, num_heads,
+                HEAD_DIM, DIMS, SPLITS, HAS_SINKS,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -35,16 +35,20 @@ class Masking:
         Returns:
             (S, vocab_size) of the same dtype.
         """
-        vocab_size = logits.shape[1]
-        if logits.is_cuda:
-            packed = upload(self.allowed, logits.device)
-            bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=logits.device)
-            barred = (bits & 1).flatten(1)[:, :vocab_size] == 0
-        else:
-            allowed = np.unpackbits(self.allowed, axis=1, count=vocab_size, bitorder="little")
-            barred = torch.from_numpy(allowed).logical_not_()
+        barred = self._barred(logits.shape[1], logits.device)
+        if len(self.draws) == len(logits):
+            return logits.masked_fill(barred, -torch.inf)
         rows = upload(self.draws, logits.device)
-        return logits.index_copy(0, rows, logits[rows].masked_fill_(barred.bool(), -torch.inf))
+        return logits.index_copy(0, rows, logits[rows].masked_fill_(barred, -torch.inf))
+
+    def _barred(self, vocab_size: int, device: torch.device) -> Tensor:
+        """(M, vocab_size) bool, from the bits."""
+        if device.type == "cuda":
+            packed = upload(self.allowed, device)
+            bits = packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=device)
+            return (bits & 1).flatten(1)[:, :vocab_size] == 0
+        barred = np.unpackbits(~self.allowed, axis=1, count=vocab_size, bitorder="little")
+        return torch.from_numpy(barred.view(bool))
 
 
 def build_masking(items: list[ScheduledSequence]) -> Masking | None:

@@ -73,6 +73,15 @@ def _check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         _check_adjustments(sampling.adjustments, sampling.max_tokens, vocab_size)
 
 
+def check_first_block(first_block: int, num_tokens: int, block_size: int) -> None:
+    """Of a prompt for another engine: what it holds already ends before the block of the last token.
+
+    Raises:
+        InvalidRequestError: it does not.
+    """
+    _check_bounds("first_block", first_block, 0, (num_tokens - 1) // block_size)
+
+
 def _check_adjustments(adjustments: Adjustments, max_tokens: int, vocab_size: int) -> None:
     least, most = REPETITION_PENALTIES
     _check_bounds("repetition_penalty", adjustments.repetition_penalty, least, most)

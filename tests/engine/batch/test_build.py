@@ -5,8 +5,9 @@ import numpy as np
 from hypothesis import given
 
 from deployments.engine.batch.build import build_arrays, order_for_batch, rows_of
+from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
-from deployments.engine.scheduling.sequence import Role, Sequence, block_array, token_array
+from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.messages import GenerateRequest, SamplingParams
 
 BLOCK_SIZE = 4

@@ -12,8 +12,9 @@ from deployments.engine.execution.parts import (
     fill_prompt,
     recorded_prompts,
 )
+from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
-from deployments.engine.scheduling.sequence import Role, Sequence, block_array, token_array
+from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.messages import GenerateRequest, SamplingParams
 
 BLOCK_SIZE = 4
