@@ -56,7 +56,7 @@ def _cells(line: str) -> list[str]:
 def panels(measured: str) -> tuple[Panel, Panel]:
     """What the plot shows, from the text of `docs/measured.md`."""
     section = measured.split(_SECTION)[1].split("\n## ")[0]
-    latency, goodput = tables(section)
+    latency, goodput, *_ = tables(section)
     names = ("p50", "p95", "p99")
     disaggregated, colocated = (re.findall(r"[\d.]+", row[3]) for row in latency[1:])
     gaps = tuple(zip(names, disaggregated, colocated, strict=True))

@@ -9,16 +9,17 @@ from deployments.engine.sampling.masking import Masking
 VOCAB_SIZE = 77  # no multiple of a byte
 
 
+@pytest.mark.parametrize("draws", [[0, 2], [0, 1, 2, 3]])  # some have no mask, or all have one
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_barred_tokens_are_minus_infinity_and_the_rest_is_as_it_was(dtype: torch.dtype) -> None:
+def test_barred_tokens_are_minus_infinity_and_the_rest_is_as_it_was(dtype: torch.dtype, draws: list[int]) -> None:
     generator = np.random.default_rng(0)
-    allowed = generator.integers(0, 2, (2, 96)).astype(np.uint8)
-    masking = Masking(np.array([2, 0]), np.packbits(allowed, axis=1, bitorder="little"))
+    allowed = generator.integers(0, 2, (len(draws), 96)).astype(np.uint8)
+    masking = Masking(np.array(draws), np.packbits(allowed, axis=1, bitorder="little"))
     logits = torch.randn(4, VOCAB_SIZE).to(dtype)
     before = logits.clone()
     masked = masking.apply(logits)
     assert masked.dtype is dtype and torch.equal(logits, before)
     expected = before.clone()
-    for row, bits in zip((2, 0), allowed, strict=True):
+    for row, bits in zip(draws, allowed, strict=True):
         expected[row][torch.from_numpy(bits[:VOCAB_SIZE] == 0)] = -torch.inf
     assert torch.equal(masked, expected)
