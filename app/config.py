@@ -28,6 +28,7 @@ from deployments.api.body import MAX_BODY_BYTES
 from deployments.api.control_tokens import ControlPolicy
 from deployments.api.cors import check_origin
 from deployments.api.keys import check_source
+from deployments.api.tools.families import ToolParserName
 from deployments.engine.config import EngineConfig
 from deployments.load.admission import Bounds
 from deployments.routing.settings import RoutingSettings
@@ -143,6 +144,8 @@ class IngressConfig(ReplicaConfig):
             variable there that holds the same; without it everybody may call. See docs/security.md.
         cors_origins: origins, with commas between them, whose pages may use the API from a browser; `*`: all.
         control_tokens: of the model, in messages of chats: `allow` them, `refuse` the call, or read them as `text`.
+        tool_parser: how the model writes calls of tools: `hermes` (Qwen's too), `llama3` or `mistral`; `auto`: as
+            its chat template shows.
     """
 
     num_cpus: float = Field(default=0.1, ge=0)
@@ -156,6 +159,7 @@ class IngressConfig(ReplicaConfig):
         tuple[Annotated[str, AfterValidator(check_origin)], ...], BeforeValidator(_split_at_commas)
     ] = ()
     control_tokens: ControlPolicy = "allow"
+    tool_parser: ToolParserName = "auto"
 
     def deployment_options(self) -> dict[str, Any]:
         """Return the options of this deployment, as `Deployment.options` takes them."""

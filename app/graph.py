@@ -46,6 +46,7 @@ def ingress_settings(args: AppConfig) -> IngressSettings:
         max_replicas=args.ingress.max_replicas,
         cors_origins=args.ingress.cors_origins,
         control_tokens=args.ingress.control_tokens,
+        tool_parser=args.ingress.tool_parser,
     )
 
 

@@ -24,6 +24,7 @@ from deployments.api.http import build_app
 from deployments.api.keys import KeyRing
 from deployments.api.text import TextCodec
 from deployments.api.tokenizer import read_tokenizer
+from deployments.api.tools.families import ToolParserName
 from deployments.decode_client import DecodeClient
 from deployments.engine.model.resolve import resolve_model
 from deployments.engine_info import EngineInfo
@@ -164,6 +165,7 @@ class IngressSettings:
         max_replicas: of this deployment.
         cors_origins: whose pages may use the API from a browser.
         control_tokens: what becomes of those that users write in messages.
+        tool_parser: how the model writes calls of tools.
     """
 
     model: str
@@ -178,6 +180,7 @@ class IngressSettings:
     max_replicas: int
     cors_origins: tuple[str, ...]
     control_tokens: ControlPolicy
+    tool_parser: ToolParserName
 
 
 @serve.ingress()
@@ -199,7 +202,9 @@ class Ingress:
         self._settings = settings
         self._keys = await self._open_keys()
         engine: EngineInfo = await decode.engine_info.remote()
-        self._codec = await asyncio.to_thread(load_codec, engine.path, settings.model, settings.control_tokens)
+        self._codec = await asyncio.to_thread(
+            load_codec, engine.path, settings.model, settings.control_tokens, settings.tool_parser
+        )
         self._info = describe_served(engine, self._codec, settings.served_model_name, settings.model_root)
         tokens = await TokenReceiver.start(ray.util.get_node_ip_address(), settings.max_unread_tokens)
         admission = Admission(settings.bounds)
@@ -269,7 +274,9 @@ def describe_served(engine: EngineInfo, codec: TextCodec, name: str, root: str =
     )
 
 
-def load_codec(path: str, model: str, control_tokens: ControlPolicy = "allow") -> TextCodec:
+def load_codec(
+    path: str, model: str, control_tokens: ControlPolicy = "allow", tool_parser: ToolParserName = "auto"
+) -> TextCodec:
     """Load the tokenizer of the engines' model; in other processes, which load what this one shall not."""
     if Path(path).is_absolute() and not Path(path).exists():
         # The engine's node converted the model into its own cache; this node has to do the same.
@@ -277,4 +284,6 @@ def load_codec(path: str, model: str, control_tokens: ControlPolicy = "allow") -
     # If transformers finds torch it imports it, and no tokenizer needs it: 5.8 s and 310 MB, without 2.7 s and 95 MB
     # (SmolLM2's tokenizer, 2 cores of a shared Xeon, 2026-11-28).
     quietly = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
-    return TextCodec(call_apart(read_tokenizer, path, without=["torch"], environment=quietly), control_tokens)
+    return TextCodec(
+        call_apart(read_tokenizer, path, without=["torch"], environment=quietly), control_tokens, tool_parser
+    )

@@ -14,6 +14,8 @@ from deployments.api.forms import (
     ChatChunk,
     ChatChunkChoice,
     ChatCompletion,
+    ChatFinishReason,
+    ChatMessage,
     Completion,
     CompletionChoice,
     Delta,
@@ -27,6 +29,7 @@ from deployments.api.scores import (
     shape_chat,
     shape_prompt,
 )
+from deployments.api.tools.shapes import MessageShaper
 from deployments.messages import FinishReason
 
 
@@ -184,6 +187,7 @@ class ChatAnswer:
         self._call = call
         self._tally = tally
         self._open: set[int] = set()
+        self._messages: dict[int, MessageShaper] = {}
 
     def chunks(self, event: TextEvent) -> list[ChatChunk]:
         chunks: list[ChatChunk] = []
@@ -193,14 +197,23 @@ class ChatAnswer:
             if call.return_token_ids:
                 chunks[0]["prompt_token_ids"] = call.requests[event.choice].prompt_token_ids
             self._open.add(event.choice)
-        if event.text or call.return_token_ids or call.num_logprobs is not None:
-            chunks.append(self._chunk(event.choice, {"content": event.text}, None))
-            choice = chunks[-1]["choices"][0]
+        finish_reason: ChatFinishReason | None = event.finish_reason
+        deltas: list[Delta] = [{"content": event.text}] if event.text else []
+        if call.tools is not None:
+            message = self._messages.setdefault(event.choice, MessageShaper(call.tools))
+            deltas = message.deltas(event.text, is_last=finish_reason is not None)
+            finish_reason = message.finish_reason(event.finish_reason)
+        if not deltas and (call.return_token_ids or call.num_logprobs is not None):
+            deltas = [{"content": ""}]
+        told = [self._chunk(event.choice, delta, None) for delta in deltas]
+        if told:  # all of the event's tokens go with its first chunk
+            choice = told[0]["choices"][0]
             choice["logprobs"] = None if call.num_logprobs is None else shape_chat(event.scores)
             if call.return_token_ids:
                 choice["token_ids"] = event.token_ids
+        chunks += told
         if event.finish_reason is not None:
-            chunks.append(self._chunk(event.choice, {}, event.finish_reason))
+            chunks.append(self._chunk(event.choice, {}, finish_reason))
         return chunks
 
     def usage_chunk(self) -> ChatChunk:
@@ -223,17 +236,25 @@ class ChatAnswer:
         return response
 
     def _choice(self, index: int, result: ChoiceResult) -> ChatChoice:
+        message: ChatMessage = {"role": "assistant", "content": result.text, "refusal": None}
+        finish_reason: ChatFinishReason | None = result.finish_reason
+        if self._call.tools is not None:
+            shaper = MessageShaper(self._call.tools)
+            message = shaper.whole(result.text)
+            finish_reason = shaper.finish_reason(result.finish_reason)
         choice: ChatChoice = {
             "index": index,
-            "message": {"role": "assistant", "content": result.text, "refusal": None},
+            "message": message,
             "logprobs": None if self._call.num_logprobs is None else shape_chat(result.scores),
-            "finish_reason": result.finish_reason,
+            "finish_reason": finish_reason,
         }
         if self._call.return_token_ids:
             choice["token_ids"] = result.token_ids
         return choice
 
-    def _chunk(self, index: int, delta: Delta, finish_reason: FinishReason | None, num_untold: int = 0) -> ChatChunk:
+    def _chunk(
+        self, index: int, delta: Delta, finish_reason: ChatFinishReason | None, num_untold: int = 0
+    ) -> ChatChunk:
         chunk = self._build([{"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}])
         if self._call.include_usage or self._call.continuous_usage:
             chunk["usage"] = self._tally.usage(num_untold) if self._call.continuous_usage else None

@@ -20,6 +20,7 @@ from deployments.api.openai import ChatBody, CompletionBody, GenerateBody, Model
 from deployments.api.sampling import read_sampling, seed_of
 from deployments.api.strict import explain
 from deployments.api.text import TextCodec
+from deployments.api.tools.rules import ToolRules, read_tools
 from deployments.errors import InvalidRequestError, RequestTooLargeError
 from deployments.messages import MAX_PROMPT_SCORES, GenerateRequest, ModelInfo, Priority
 
@@ -61,6 +62,7 @@ class Call:
         num_prompt_logprobs: send those of the prompt apart, likewise.
         user: who asked, for the operator's log.
         labels: what else the caller says of the call, for the operator's log.
+        tools: how calls of tools are found in the answers; None: none are looked for.
     """
 
     call_id: str
@@ -80,6 +82,7 @@ class Call:
     num_prompt_logprobs: int | None
     user: str | None
     labels: Mapping[str, object]
+    tools: ToolRules | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -139,19 +142,26 @@ def read_chat(
     """
     body = parse_body(data, ChatBody, info)
     check_length(sum(message.num_characters for message in body.messages), "messages", info)
+    rules = read_tools(body, codec.tools, info)
     encoded = codec.encode_chat(
         [message.for_template() for message in body.messages],
         add_generation_prompt=body.opens_turn,
         continue_final_message=body.continue_final_message,
         max_characters=max_characters(info),
         variables=body.chat_template_kwargs,
+        tools=[tool.for_template() for tool in body.offered_tools],
     )
     token_ids = _truncate(encoded, body, body.max_completion_tokens or body.max_tokens, info)
     num_left = _check_prompt(token_ids, "messages", info)
     max_tokens = body.max_completion_tokens or body.max_tokens or num_left
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     request = _build_request(f"{call_id}-0", token_ids, max_tokens, body, limit, info, priority)
-    return _build_call(call_id, _build_samples(request, call_id, 0, body.num_samples), body, info)
+    if rules is not None and rules.grammar is not None:
+        request = replace(request, sampling=replace(request.sampling, grammar=rules.grammar))
+    call = _build_call(call_id, _build_samples(request, call_id, 0, body.num_samples), body, info)
+    if rules is None:
+        return call
+    return replace(call, tools=rules, text=replace(call.text, shown_specials=rules.marker_ids))
 
 
 def parse_body(data: bytes, kind: type[B], info: ModelInfo) -> B:

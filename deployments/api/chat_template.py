@@ -115,6 +115,7 @@ class ChatTemplate:
             self._template = environment.build(tree)
         except (TemplateError, SyntaxError, RecursionError) as error:
             raise _unusable(f"this model's chat template cannot be compiled: {error}") from None
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self._reads = {"user": _Reads(text=True, parts=False)}
         # A template that takes long with a few words is given text; what it is asked for will be refused anyway.
@@ -122,10 +123,21 @@ class ChatTemplate:
             for role in ("user", *_TRIALS):  # the user's first: the others' trials hold messages of a user
                 self._reads[role] = self._try_role(role)
 
+    @property
+    def shows_tools(self) -> bool:
+        """Whether it tells the model of tools."""
+        return "tools" in self._read_variables
+
+    @property
+    def shows_calls(self) -> bool:
+        """Whether it tells the model of calls in earlier turns."""
+        return "tool_calls" in self.source
+
     def render(
         self,
         messages: Sequence[Message],
         *,
+        tools: Sequence[Mapping[str, object]] = (),
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         limits: Limits = LIMITS,
@@ -135,6 +147,7 @@ class ChatTemplate:
 
         Args:
             messages: each with `role` and `content`, and what else the template may read.
+            tools: that the model may call, as OpenAI has them.
             add_generation_prompt: end where the assistant's turn begins.
             continue_final_message: end within the last message, after its text; never with a generation prompt.
             limits: of time and size.
@@ -148,9 +161,9 @@ class ChatTemplate:
         self._check_variables(variables)
         shaped = [self._shape(message) for message in messages]
         if not continue_final_message:
-            return self._render(shaped, add_generation_prompt, limits, variables)
+            return self._render(shaped, add_generation_prompt, limits, variables, tools)
         marked, last_text = _with_mark(shaped[-1])
-        return _before_mark(self._render([*shaped[:-1], marked], False, limits, variables), last_text)
+        return _before_mark(self._render([*shaped[:-1], marked], False, limits, variables, tools), last_text)
 
     def _check_variables(self, variables: Mapping[str, object]) -> None:
         """Refuse what the server itself sets, and what would have no effect."""
@@ -168,12 +181,13 @@ class ChatTemplate:
         add_generation_prompt: bool,
         limits: Limits,
         variables: Mapping[str, object] = _NO_VARIABLES,
+        tools: Sequence[Mapping[str, object]] = (),
     ) -> str:
         known = {
             **self._special_tokens,
             **variables,
             "messages": messages,
-            "tools": None,
+            "tools": list(tools) or None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }

@@ -74,6 +74,7 @@ class TextRules:
         include_stop: what ended a choice, string or token, is part of its text.
         skip_special_tokens: special tokens are not shown. A stop string that names one finds it all the same.
         min_tokens: no stop string is looked for in the text of so many tokens.
+        shown_specials: special tokens that are shown all the same.
         shows_output: what is generated is part of the answer; else the answer is about the prompt alone.
     """
 
@@ -82,6 +83,7 @@ class TextRules:
     include_stop: bool = False
     skip_special_tokens: bool = True
     min_tokens: int = 0
+    shown_specials: frozenset[int] = frozenset()
     shows_output: bool = True
 
 
@@ -114,7 +116,9 @@ class ChoiceText:
         self._text_of = codec.detokenizers.text_of
         self._include_stop = rules.include_stop
         self._detokenizer = codec.detokenizers.build(
-            prompt_token_ids if rules.continues_prompt else (), skip_special_tokens=rules.skip_special_tokens
+            prompt_token_ids if rules.continues_prompt else (),
+            skip_special_tokens=rules.skip_special_tokens,
+            shown=rules.shown_specials,
         )
         # Special tokens that are not shown and yet looked for.
         self._hidden = codec.detokenizers.special_texts(rules.stops) if rules.skip_special_tokens else {}

@@ -45,17 +45,19 @@ class ControlTokens:
         Raises:
             InvalidRequestError: names the message and the token.
         """
+        for number, message in enumerate(messages):
+            self.refuse_in(message, f"messages.{number}")
+        self.refuse_in({"variables": variables}, "chat_template_kwargs")
+
+    def refuse_in(self, holder: Mapping[str, object], param: str) -> None:
+        """Let one message, or what else a template is given, pass; see `refuse`."""
 
         def check(text: str) -> str:
             if found := self.written.search(text):
                 raise InvalidRequestError(f"{param} holds the control token {found[0]!r}, which is not allowed", param)
             return text
 
-        for number, message in enumerate(messages):
-            param = f"messages.{number}"
-            _change_texts(message, check)
-        param = "chat_template_kwargs"
-        _change_texts({param: variables}, check)
+        _change_texts(holder, check)
 
     def occur_in(self, messages: Sequence[Mapping[str, object]]) -> bool:
         """Whether a user wrote one."""

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from enum import Enum, auto
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
@@ -68,16 +68,26 @@ class DetokenizerFactory:
         vocabulary = _TokenBytes if _is_byte_level(backend) else _Pieces
         self._skipping = vocabulary(backend, frozenset(self._special_texts))
         self._showing = vocabulary(backend, frozenset())
+        self._build_showing = cache(lambda shown: vocabulary(backend, frozenset(self._special_texts) - shown))
 
-    def build(self, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
+    def build(
+        self,
+        prompt_token_ids: Sequence[int] = (),
+        *,
+        skip_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
+    ) -> Detokenizer:
         """Build a detokenizer for one sequence.
 
         Args:
             prompt_token_ids: what the text continues; empty: it stands alone, and loses the space that a tokenizer of
                 SentencePiece's kind puts before a text.
             skip_special_tokens: special tokens have no text.
+            shown: those that have one all the same; few different sets, for each is kept.
         """
         vocabulary = self._skipping if skip_special_tokens else self._showing
+        if skip_special_tokens and shown:
+            vocabulary = self._build_showing(shown)
         return vocabulary.detokenizer(prompt_token_ids)
 
     def text_of(self, token_id: int) -> bytes:

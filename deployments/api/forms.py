@@ -9,6 +9,9 @@ from typing_extensions import TypedDict
 from deployments.api.scores import ChatLogprobs, CompletionLogprobs, PromptLogprobs
 from deployments.messages import FinishReason
 
+# A choice that ends with calls of tools has a reason of its own.
+ChatFinishReason = FinishReason | Literal["tool_calls"]
+
 
 class PromptTokensDetails(TypedDict):
     """`usage.prompt_tokens_details`."""
@@ -48,12 +51,28 @@ class Completion(TypedDict):
     usage: NotRequired[Usage | None]
 
 
+class CalledFunction(TypedDict):
+    """The arguments are JSON as the model wrote it, which may be incomplete at the end of an answer."""
+
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    """One of `tool_calls` of a message."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(TypedDict):
-    """`choices[].message`."""
+    """`choices[].message`. The content is null where a message is calls of tools alone."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: NotRequired[list[ToolCall]]
 
 
 class ChatChoice(TypedDict):
@@ -62,7 +81,7 @@ class ChatChoice(TypedDict):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     token_ids: NotRequired[Sequence[int]]
 
 
@@ -79,11 +98,28 @@ class ChatCompletion(TypedDict):
     prompt_logprobs: NotRequired[PromptLogprobs]
 
 
+class FunctionDelta(TypedDict, total=False):
+    """The name comes once; arguments come in pieces."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    """What a chunk adds to the call of this index; its first one brings the id, the type and the name."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionDelta
+
+
 class Delta(TypedDict, total=False):
     """What a chunk adds to the message; the first one brings the role, the last one is empty."""
 
     role: Literal["assistant"]
     content: str
+    tool_calls: list[ToolCallDelta]
 
 
 class ChatChunkChoice(TypedDict):
@@ -92,7 +128,7 @@ class ChatChunkChoice(TypedDict):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason | None
+    finish_reason: ChatFinishReason | None
     token_ids: NotRequired[Sequence[int]]
 
 

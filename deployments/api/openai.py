@@ -1,7 +1,7 @@
 """OpenAI's request bodies: which fields exist and what they may hold.
 
 Every field that is accepted takes effect. A field of OpenAI's API that is not supported yet is accepted only with the
-value that changes nothing (`tools: []`), and refused by name with any other; an unknown field is refused by name.
+value that changes nothing (`functions: []`), and refused by name with any other; an unknown field is refused by name.
 The exceptions go to the operator's log and never change an answer: `user`, `safety_identifier`, `metadata`, and
 `prompt_cache_key`, which tells other routers what the one here finds by itself.
 Knows nothing of tokens or HTTP; `calls.py` reads bodies with it.
@@ -24,10 +24,12 @@ from deployments.api.fields import (
 )
 from deployments.api.strict import NoOps, Strict
 from deployments.api.structured import ONE_AT_MOST, StructuredFields, fields_that_ask
+from deployments.api.tools.fields import ToolCall, ToolFields
 from deployments.messages import MAX_LOGPROBS, MAX_PENALTY, REPETITION_PENALTIES
 
 # OpenAI's.
 MAX_SAMPLES = 128
+MAX_CALLS_OF_TURN = 128
 
 _NO_OPS: NoOps = {
     "store": (False,),
@@ -35,9 +37,6 @@ _NO_OPS: NoOps = {
 _COMPLETION_NO_OPS: NoOps = {**_NO_OPS, "suffix": ("",)}
 _CHAT_NO_OPS: NoOps = {
     **_NO_OPS,
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": ("none",),
     "modalities": (["text"],),
@@ -51,7 +50,6 @@ _MESSAGE_NO_OPS: NoOps = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "tool_calls": ([],),
     "reasoning_content": (),
 }
 
@@ -81,7 +79,11 @@ _CONTENT_UNLESS_ASSISTANT: dict[str, Any] = {
     "if": {"properties": {"role": {"const": "assistant"}}},
     "then": {"not": {"properties": {"content": _NOT_EMPTY, "refusal": _NOT_EMPTY}, "required": ["content", "refusal"]}},
     "else": {
-        "properties": {"content": {"type": ["string", "array"]}, "refusal": {"enum": [None, ""]}},
+        "properties": {
+            "content": {"type": ["string", "array"]},
+            "refusal": {"enum": [None, ""]},
+            "tool_calls": {"enum": [None, []]},
+        },
         "required": ["content"],
     },
 }
@@ -230,6 +232,7 @@ class Message(Strict):
     refusal: str | None = None
     name: str | None = None
     tool_call_id: str | None = None
+    tool_calls: list[ToolCall] = Field(default_factory=list, max_length=MAX_CALLS_OF_TURN)
 
     @model_validator(mode="after")
     def _check_content(self) -> Self:
@@ -238,21 +241,26 @@ class Message(Strict):
         if self.refusal and (self.content or self.role != "assistant"):
             message = "only allowed in place of an assistant's content"
             raise PydanticCustomError("refusal", message, {"field": "refusal"})
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("tool_calls", "only allowed of an assistant", {"field": "tool_calls"})
         return self
 
     @property
     def num_characters(self) -> int:
         """Of its text."""
         content = self.content or self.refusal or ""
-        return len(content) if isinstance(content, str) else sum(len(str(part["text"])) for part in content)
+        length = len(content) if isinstance(content, str) else sum(len(str(part["text"])) for part in content)
+        return length + sum(len(call.function.arguments) for call in self.tool_calls)
 
     def for_template(self) -> dict[str, object]:
         """What the chat template is given."""
         fields = self.model_dump(include={"role", "name", "tool_call_id"}, exclude_none=True)
+        if self.tool_calls:
+            fields["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return fields | {"content": self.content or self.refusal or ""}
 
 
-class ChatBody(GenerateBody):
+class ChatBody(GenerateBody, ToolFields):
     """`POST /v1/chat/completions`: `n` choices. `max_tokens` is the older name of `max_completion_tokens`.
 
     `add_generation_prompt`, `continue_final_message` and `chat_template_kwargs` are extensions, named as in vLLM.
@@ -276,6 +284,13 @@ class ChatBody(GenerateBody):
     def opens_turn(self) -> bool:
         """Does the assistant begin a turn of its own?"""
         return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Self:
+        if self.offered_tools and (asked := fields_that_ask(self)):
+            message = "cannot go with tools, unless tool_choice is 'none'"
+            raise PydanticCustomError("structure", message, {"field": asked[0]})
+        return self
 
     @model_validator(mode="after")
     def _check_ending(self) -> Self:

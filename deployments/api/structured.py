@@ -23,7 +23,7 @@ from deployments.messages import Grammar
 MAX_CHOICES = 1024
 # At a place where JSON allows it a model may write so much white space: else some go on with that for ever.
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{0,16}"
-_FOLLOWED: Any = {"whitespace_flexible": True, "whitespace_pattern": _WHITE_SPACE, "lenient": False}
+FOLLOWED: Any = {"whitespace_flexible": True, "whitespace_pattern": _WHITE_SPACE, "lenient": False}
 
 Schema = dict[str, Any]
 # A schema, or its JSON.
@@ -159,7 +159,7 @@ def _json_source(schema: Schema | str, field: str) -> str:
         text = schema if isinstance(schema, str) else orjson.dumps(schema).decode()
         if len(text) <= MAX_SOURCE_CHARACTERS and not isinstance(orjson.loads(text), dict):
             raise InvalidRequestError(f"{field} must be a JSON schema, an object", field)
-        return LLMatcher.grammar_from_json_schema(text, overrides=_FOLLOWED)
+        return LLMatcher.grammar_from_json_schema(text, overrides=FOLLOWED)
     except (TypeError, ValueError) as error:
         raise InvalidRequestError(f"{field} is not a JSON schema: {error}", field) from None
 
@@ -177,9 +177,14 @@ def _grammar_source(grammar: str, field: str) -> str:
     if len(grammar) > MAX_SOURCE_CHARACTERS:
         return grammar  # refused for its length
     try:
-        return LLMatcher.grammar_from_lark(any_to_lark(grammar))
+        return source_of_lark(any_to_lark(grammar))
     except Exception as error:  # whatever it stumbles over
         raise InvalidRequestError(f"{field} is not a grammar in Lark's notation or GBNF: {error}", field) from None
+
+
+def source_of_lark(grammar: str) -> str:
+    """As engines are given it."""
+    return LLMatcher.grammar_from_lark(grammar)
 
 
 _SOURCES: dict[str, Callable[[Any, str], str]] = {

@@ -23,6 +23,8 @@ from deployments.api.chat_template import (
 )
 from deployments.api.control_tokens import ControlPolicy, ControlTokens, PlainEncoder
 from deployments.api.detokenizer import DetokenizerFactory
+from deployments.api.tools.families import ToolParserName
+from deployments.api.tools.support import ToolSupport
 from deployments.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 # Under which a template's variables go with the messages.
 _VARIABLES = "variables"
+_TOOLS = "tools"
 logger = logging.getLogger(__name__)
 
 
@@ -39,6 +42,7 @@ class TextCodec:
     Args:
         tokenizer: as `read_tokenizer` gives it.
         control_tokens: what becomes of those that users write in messages.
+        tool_parser: how the model writes calls of tools.
 
     Raises:
         UnsupportedModelError: the tokenizer cannot do with them what is asked for.
@@ -46,9 +50,12 @@ class TextCodec:
     Attributes:
         backend: the tokenizers library's own object.
         detokenizers: build what turns its ids back into text.
+        tools: how the model is told of tools, and calls them.
     """
 
-    def __init__(self, tokenizer: AnyTokenizer, control_tokens: ControlPolicy = "allow") -> None:
+    def __init__(
+        self, tokenizer: AnyTokenizer, control_tokens: ControlPolicy = "allow", tool_parser: ToolParserName = "auto"
+    ) -> None:
         self._tokenizer = tokenizer
         self.backend = tokenizer.backend_tokenizer
         # A saved truncation or padding would silently change prompts.
@@ -56,6 +63,7 @@ class TextCodec:
         self.backend.no_padding()
         self.detokenizers = DetokenizerFactory(self.backend)
         self._chat_template = _compile_template(tokenizer)
+        self.tools = ToolSupport(self._chat_template, tool_parser, self.backend)
         self._template_limits = LIMITS
         self._refused = ControlTokens(self.backend) if control_tokens == "refuse" else None
         self._plain = PlainEncoder(self.backend) if control_tokens == "text" else None
@@ -88,6 +96,7 @@ class TextCodec:
         add_special_tokens: bool = False,
         max_characters: int = 2**24,
         variables: Mapping[str, object] | None = None,
+        tools: Sequence[Mapping[str, object]] = (),
     ) -> list[int]:
         """Token ids of a conversation, up to where the assistant speaks.
 
@@ -96,6 +105,7 @@ class TextCodec:
             add_special_tokens: those of a plain prompt, although templates write what is needed.
             max_characters: a template that writes more is refused.
             variables: what else the template may read.
+            tools: that the model may call, as OpenAI has them.
 
         Raises:
             InvalidRequestError: the model has no chat template, its template refuses these messages, or they hold
@@ -105,17 +115,23 @@ class TextCodec:
             raise InvalidRequestError(str(self._chat_template), "messages")
         if self._refused is not None:
             self._refused.refuse(messages, variables)
-        masked = None if self._plain is None else self._plain.mask([*messages, {_VARIABLES: variables or {}}])
+            self._refused.refuse_in({_TOOLS: tools}, _TOOLS)
+        messages, tools = self.tools.write(messages, tools)
+        others: dict[str, object] = {_VARIABLES: variables or {}, _TOOLS: tools}
+        masked = None if self._plain is None else self._plain.mask([*messages, others])
+        if masked is not None:
+            messages, others = masked[:-1], masked[-1]
         if masked is not None and add_special_tokens:
             message = "cannot go with control tokens in messages, which are read as text"
             raise InvalidRequestError(f"add_special_tokens {message}", "add_special_tokens")
         limits = self._template_limits
         text = self._chat_template.render(
-            messages if masked is None else masked[:-1],
+            messages,
+            tools=cast(Sequence[Mapping[str, object]], others[_TOOLS]),
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             limits=replace(limits, max_size=min(limits.max_size, max_characters)),
-            variables=variables or {} if masked is None else cast(dict[str, object], masked[-1][_VARIABLES]),
+            variables=cast(Mapping[str, object], others[_VARIABLES]),
         )
         if self._plain is not None and masked is not None:
             return self._plain.encode(text)

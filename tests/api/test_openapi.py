@@ -62,6 +62,8 @@ KINDS: dict[str, type[ModelBody]] = {
     "TokenizeBody": TokenizeBody,
     "DetokenizeBody": DetokenizeBody,
 }
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+TOOL_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 MESSAGE: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant", "system", "tool", "developer", "nobody"])},
     optional={
@@ -78,7 +80,7 @@ MESSAGE: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         ),
         "refusal": st.sampled_from(["", None, "no"]),
         "name": st.sampled_from(["a", None, 1]),
-        "tool_calls": st.sampled_from([None, [], [{}]]),
+        "tool_calls": st.sampled_from([None, [], [{}], [TOOL_CALL]]),
         "nothing": st.just(1),
     },
 )
@@ -87,6 +89,7 @@ VALUES = st.one_of(
     st.booleans(),
     st.sampled_from([0, 1, 2, 3, -1, 0.5, 1.5, -0.5, 2**62, 2**64, 1e300, "", "a", "a" * 1025, "a" * 257, [], {}]),
     st.lists(st.sampled_from([0, 1, 300, "a", "", -1, 1.5, True, None, [1], ["a"]]), max_size=3),
+    st.sampled_from([[TOOL], [TOOL] * 129, "auto", "none", {"type": "function", "function": {"name": "f"}}]),
     st.sampled_from([["a"] * 33, [1] * 129, {"type": "text"}, {"include_usage": True}, {"include_usage": 1}, {"a": 1}]),
     st.lists(MESSAGE, max_size=2),
 )

@@ -192,7 +192,7 @@ class ToolParser:
         elif self._in_list and character == "]":
             self._in_list = False
             self._raw.clear()
-        elif character == "," and self._in_list or character == ";" and family.is_bare:
+        elif (character == "," and self._in_list) or (character == ";" and family.is_bare):
             self._raw.append(character)
             self._state = _State.OPENED
         elif character == "{" and family.is_bare and not self._in_list:

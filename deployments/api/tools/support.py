@@ -1,0 +1,130 @@
+"""What a model knows of tools: how it is told of them, how it calls them, and what can be asked of it therefore.
+
+Owns which of a template and ourselves writes tools and calls into a prompt. `text.py` builds and uses it; `rules.py`
+asks it what an answer may be.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from deployments.api.chat_template import ChatTemplate, Message, NoChatTemplateError
+from deployments.api.tools.families import FAMILIES, HERMES, Family, ToolParserName, family_of
+from deployments.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+Definition = Mapping[str, object]
+
+
+class ToolSupport:
+    """Of one model.
+
+    Args:
+        template: its own, or why it has none.
+        parser: how it writes calls, as the operator says.
+        backend: its tokenizer.
+    """
+
+    def __init__(
+        self, template: ChatTemplate | NoChatTemplateError, parser: ToolParserName, backend: Tokenizer
+    ) -> None:
+        self._shows_tools = isinstance(template, ChatTemplate) and template.shows_tools
+        self._shows_calls = isinstance(template, ChatTemplate) and template.shows_calls
+        self._is_told = parser != "auto"
+        self._family: Family | None = None
+        if parser != "auto":
+            self._family = FAMILIES[parser]
+        elif isinstance(template, ChatTemplate) and self._shows_tools:
+            self._family = family_of(template.source)
+        self._backend = backend
+
+    def family(self, *, is_forced: bool) -> Family:
+        """How the model writes calls.
+
+        Args:
+            is_forced: a grammar has it write them.
+
+        Raises:
+            InvalidRequestError: it is not known, or nobody taught the model to write any.
+        """
+        if self._family is not None:
+            return self._family
+        if self._shows_tools:
+            message = "how this model writes calls of tools is not known here; its operator may set ingress.tool_parser"
+            raise InvalidRequestError(f"tools: {message}", "tools")
+        if not is_forced:
+            message = "this model's chat template knows no tools"
+            hint = "tool_choice 'required', a tool by name and 'none' are possible"
+            raise InvalidRequestError(f"tools: {message}; {hint}", "tools")
+        return HERMES
+
+    def token_of(self, marker: str) -> int | None:
+        """The token that stands for a marker, if there is one."""
+        token_id = self._backend.token_to_id(marker) if marker else None
+        return None if token_id is None else int(token_id)
+
+    def marker_ids(self, family: Family) -> frozenset[int]:
+        """Tokens that must have a text for calls to be read."""
+        ids = (self.token_of(marker) for marker in (family.opening, family.closing))
+        return frozenset(token_id for token_id in ids if token_id is not None)
+
+    def write(
+        self, messages: Sequence[Message], tools: Sequence[Definition]
+    ) -> tuple[Sequence[Message], Sequence[Definition]]:
+        """What to give to the template: messages, and tools unless they are in the messages.
+
+        What the template does not show is written as text, in the way of the model's family.
+        """
+        family = self._family or HERMES
+        if not self._shows_calls:
+            messages = [_with_calls_as_text(message, family) for message in messages]
+        if tools and not self._shows_tools:
+            return _with_instructions(messages, _instructions(family, tools)), ()
+        return messages, tools
+
+
+def _with_calls_as_text(message: Message, family: Family) -> Message:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list) or not calls:
+        return message
+    others = {name: value for name, value in message.items() if name != "tool_calls"}
+    objects = [{"name": call["function"]["name"], family.arguments: call["function"]["arguments"]} for call in calls]
+    return _append(others, write_calls(family, objects), "\n")
+
+
+def write_calls(family: Family, objects: Sequence[Mapping[str, object]]) -> str:
+    """Calls as a model of the family writes them, with its own words for a name and arguments."""
+    texts = [json.dumps(one, ensure_ascii=False) for one in objects]
+    if family.is_list:
+        return f"{family.opening}[{', '.join(texts)}]{family.closing}"
+    if family.is_bare:
+        return "; ".join(texts)
+    return "\n".join(f"{family.opening}\n{text}\n{family.closing}" for text in texts)
+
+
+def _instructions(family: Family, tools: Sequence[Definition]) -> str:
+    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    example = {"name": "<function name>", family.arguments: {"<parameter name>": "<value>"}}
+    return (
+        f"You may call one or more of these functions, each described as JSON:\n<tools>\n{listed}\n</tools>\n\n"
+        f"To call a function, answer in this form:\n{write_calls(family, [example])}"
+    )
+
+
+def _with_instructions(messages: Sequence[Message], instructions: str) -> list[Message]:
+    """In the first system message, or in one of their own."""
+    if messages and messages[0]["role"] in ("system", "developer"):
+        return [_append(messages[0], instructions, "\n\n"), *messages[1:]]
+    return [{"role": "system", "content": instructions}, *messages]
+
+
+def _append(message: Message, text: str, between: str) -> Message:
+    content = message["content"]
+    if isinstance(content, str):
+        return {**message, "content": f"{content}{between}{text}" if content else text}
+    assert isinstance(content, Sequence)
+    return {**message, "content": [*content, {"type": "text", "text": between + text}]}

@@ -1,0 +1,310 @@
+"""Chats with tools, over a scripted backend: what the model is told, what is read of its text, what must be called."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import openai
+import pytest
+from jsonschema import Draft202012Validator
+from tokenizers import AddedToken
+
+from deployments.api.control_tokens import ControlPolicy
+from deployments.api.http import build_app
+from deployments.api.openapi import describe_api
+from deployments.api.text import TextCodec
+from deployments.api.tools.families import ToolParserName
+from deployments.grammars import Vocabulary
+from deployments.messages import FinishReason, Grammar, ModelInfo
+from tests.api.fakes import (
+    CHAT,
+    END_ID,
+    FakeBackend,
+    Step,
+    body_of,
+    build_tokenizer,
+    client_of,
+    events_of,
+    playing,
+    serving,
+)
+
+STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
+MARKERS = {"[TOOL_CALLS]": True, "<tool_call>": False, "</tool_call>": False}
+MARKER_IDS = {marker: 257 + number for number, marker in enumerate(MARKERS)}
+INFO = ModelInfo("fake/model", "", max_model_len=4096, vocab_size=260, eos_token_ids=(256,))
+# Each reduced to what it says of tools.
+PLAIN = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:"
+HERMES = (
+    "{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}<tool_call>{% endif %}{% for m in messages %}"
+    "{{ m.role[0] }}:{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.arguments | tojson }}"
+    "{% endfor %};{% endfor %}a:"
+)
+LLAMA = HERMES.replace("<tool_call>", "<|python_tag|>")
+MISTRAL = HERMES.replace("<tool_call>", "[TOOL_CALLS]")
+OTHER = HERMES.replace("<tool_call>", "<|call|>")
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+WEATHER: Any = {"type": "function", "function": {"name": "weather", "description": "Look", "parameters": SCHEMA}}
+CLOCK: Any = {"type": "function", "function": {"name": "clock", "strict": True}}
+TOOLS = [WEATHER, CLOCK]
+NAMED: Any = {"type": "function", "function": {"name": "weather"}}
+USER: Any = {"role": "user", "content": "hi"}
+PARIS = '{"city": "Paris"}'
+CALL = f'<tool_call>\n{{"name": "weather", "arguments": {PARIS}}}\n</tool_call>'
+
+
+def codec_of(template: str, parser: ToolParserName = "auto", control: ControlPolicy = "allow") -> TextCodec:
+    tokenizer = build_tokenizer(template)
+    tokenizer.backend_tokenizer.add_special_tokens(
+        [AddedToken(marker, special=True) for marker, special in MARKERS.items() if special]
+    )
+    tokenizer.backend_tokenizer.add_tokens([AddedToken(text) for text, special in MARKERS.items() if not special])
+    codec = TextCodec(tokenizer, control, parser)
+    assert {marker: codec.backend.token_to_id(marker) for marker in MARKERS} == MARKER_IDS
+    return codec
+
+
+def saying(*steps: Step) -> FakeBackend:
+    """A backend that says this, and ends."""
+    return playing(*steps, [END_ID], STOP)
+
+
+async def post(codec: TextCodec, backend: FakeBackend | None = None, **fields: Any) -> tuple[int, Any]:
+    async with client_of(build_app(backend or saying("x"), codec, INFO)) as client:
+        answer = await client.post(CHAT, json=body_of(CHAT, **fields))
+    return answer.status_code, answer.json()
+
+
+def prompt_of(backend: FakeBackend, codec: TextCodec) -> str:
+    return codec.backend.decode(list(backend.requests[0].prompt_token_ids), skip_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("template", "steps"),
+    [
+        (HERMES, ["Let me", " look.\n", *CALL]),
+        (HERMES, ["Let me look.", [MARKER_IDS["<tool_call>"]], *CALL[11:-12], [MARKER_IDS["</tool_call>"]]]),
+        (LLAMA, [f'{{"name": "weather", "parameters": {PARIS}}}']),
+        (MISTRAL, [[MARKER_IDS["[TOOL_CALLS]"]], f' [{{"name": "weather", "arguments": {PARIS}}}]']),
+    ],
+)
+async def test_openais_client_reads_the_calls_of_each_family_whole_and_streamed(
+    template: str, steps: list[Any]
+) -> None:
+    content = "Let me look." if template is HERMES else None
+    asked: Any = {"model": INFO.name, "messages": [USER], "tools": TOOLS}
+    async with (
+        serving(build_app(saying(*steps), codec_of(template), INFO)) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        whole = (await client.chat.completions.create(**asked)).choices[0]
+        chunks = [chunk async for chunk in await client.chat.completions.create(**asked, stream=True)]
+    assert whole.finish_reason == "tool_calls" and whole.message.content == content
+    assert whole.message.tool_calls is not None
+    (call,) = whole.message.tool_calls
+    assert call.type == "function" and (call.function.name, call.function.arguments) == ("weather", PARIS)
+    assert len(call.id) == (9 if template is MISTRAL else 29)
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    first, *others = [piece for delta in deltas for piece in delta.tool_calls or []]
+    assert first.id and first.type == "function" and first.function is not None and first.function.name == "weather"
+    assert {(piece.index, piece.id, piece.type) for piece in others} == {(0, None, None)}
+    assert "".join(piece.function.arguments or "" for piece in others if piece.function) == PARIS
+    assert "".join(delta.content or "" for delta in deltas) == (content or "")
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "expected"),
+    [("No.", STOP, "stop"), (CALL, LENGTH, "length"), (CALL[:40], LENGTH, "length"), (CALL, STOP, "tool_calls")],
+)
+async def test_the_reason_says_whether_an_answer_calls_or_was_cut_off(
+    text: str, reason: FinishReason, expected: str
+) -> None:
+    _, answer = await post(codec_of(HERMES), playing(text, [END_ID], reason), tools=TOOLS)
+    assert answer["choices"][0]["finish_reason"] == expected
+
+
+async def test_without_tools_or_with_the_choice_none_no_call_is_looked_for() -> None:
+    without: list[dict[str, Any]] = [{}, {"tools": TOOLS, "tool_choice": "none"}, {"tools": []}]
+    for fields in without:
+        backend = saying(CALL)
+        status, answer = await post(codec_of(HERMES), backend, **fields)
+        message = answer["choices"][0]["message"]
+        assert status == 200 and message == {"role": "assistant", "content": CALL, "refusal": None}
+        assert prompt_of(backend, codec_of(HERMES)) == "u:hi;a:"
+
+
+async def test_one_call_is_told_where_several_are_not_wanted() -> None:
+    for parallel, num_calls in ((False, 1), (True, 2)):
+        backend = saying(CALL + "\n" + CALL)
+        _, answer = await post(codec_of(HERMES), backend, tools=TOOLS, parallel_tool_calls=parallel)
+        assert len(answer["choices"][0]["message"]["tool_calls"]) == num_calls
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_answers_with_calls_have_the_described_shape(is_streamed: bool) -> None:
+    described = json.loads(json.dumps(describe_api()["components"]))
+    shape = {"$ref": f"#/components/schemas/{'ChatChunk' if is_streamed else 'ChatCompletion'}"}
+    validator = Draft202012Validator(shape | {"components": described})
+    async with client_of(build_app(saying("Look: ", *CALL), codec_of(HERMES), INFO)) as client:
+        answer = await client.post(CHAT, json=body_of(CHAT, tools=TOOLS, stream=is_streamed))
+    events = [event for event in events_of(answer.content) if event != "[DONE]"] if is_streamed else [answer.json()]
+    for event in events:
+        validator.validate(event)
+    assert "tool_calls" in answer.text
+
+
+async def test_logprobs_and_ids_of_held_back_text_are_told_all_the_same() -> None:
+    fields: dict[str, Any] = {"tools": TOOLS, "stream": True, "logprobs": True, "return_token_ids": True}
+    async with client_of(build_app(saying(*CALL), codec_of(HERMES), INFO)) as client:
+        answer = await client.post(CHAT, json=body_of(CHAT, **fields))
+    choices = [event["choices"][0] for event in events_of(answer.content) if event != "[DONE]"]
+    assert bytes(i for choice in choices for i in choice.get("token_ids", []) if i != END_ID) == CALL.encode()
+    assert sum(len(choice["logprobs"]["content"]) for choice in choices if choice["logprobs"]) == len(CALL) + 1
+
+
+async def test_a_template_that_knows_tools_is_given_them_and_earlier_calls() -> None:
+    codec, backend = codec_of(HERMES), saying("x")
+    turn = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {**CALLED}}]}
+    messages = [USER, turn, {"role": "tool", "tool_call_id": "1", "content": "rain"}]
+    status, _ = await post(codec, backend, tools=[CLOCK], messages=messages)
+    assert status == 200
+    told = '{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}'
+    assert prompt_of(backend, codec) == f"{told}<tool_call>u:hi;a:<tool_call>{PARIS};t:rain;a:"
+
+
+CALLED: Any = {"name": "weather", "arguments": PARIS}
+
+
+@pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
+async def test_a_template_that_knows_no_tools_is_given_them_as_text(system: list[Any]) -> None:
+    codec, backend = codec_of(PLAIN), saying(CALL)
+    turn = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {**CALLED}}]}
+    status, answer = await post(
+        codec, backend, tools=TOOLS, tool_choice="required", messages=[*system, USER, turn, USER]
+    )
+    prompt = prompt_of(backend, codec)
+    assert status == 200 and prompt.startswith("s:Be brief.\n\nYou may call" if system else "s:You may call")
+    assert '"name": "weather", "description": "Look"' in prompt and f"a:{CALL};u:hi;a:" in prompt
+    assert answer["choices"][0]["message"]["tool_calls"][0]["function"] == CALLED
+
+
+def allowed(codec: TextCodec, grammar: Grammar, tokens: list[int]) -> bool:
+    """Whether tokens are a whole answer."""
+    guide = Vocabulary(codec.backend.to_str(), INFO.vocab_size, grammar.end_token_ids).compile(grammar)
+    for token in [*tokens, 256]:
+        if not guide.mask()[token // 8] >> token % 8 & 1:
+            return False
+        if token != 256:
+            guide.take([token])
+    return True
+
+
+def as_hermes(*calls: str) -> list[int]:
+    opening, closing = MARKER_IDS["<tool_call>"], MARKER_IDS["</tool_call>"]
+    blocks = [[opening, *f"\n{call}\n".encode(), closing] for call in calls]
+    return blocks[0] + [token for block in blocks[1:] for token in [ord("\n"), *block]]
+
+
+def as_llama(*calls: str) -> list[int]:
+    return list("; ".join(call.replace('"arguments"', '"parameters"') for call in calls).encode())
+
+
+def as_mistral(*calls: str) -> list[int]:
+    return [MARKER_IDS["[TOOL_CALLS]"], *f"[{', '.join(calls)}]".encode()]
+
+
+@pytest.mark.parametrize(
+    ("template", "write"), [(HERMES, as_hermes), (PLAIN, as_hermes), (LLAMA, as_llama), (MISTRAL, as_mistral)]
+)
+async def test_a_forced_call_follows_its_schema_in_the_familys_syntax(
+    template: str, write: Callable[..., list[int]]
+) -> None:
+    paris, clock = f'{{"name": "weather", "arguments": {PARIS}}}', '{"name": "clock", "arguments": {}}'
+    bad = '{"name": "weather", "arguments": {"days": 1}}'
+    many: list[tuple[dict[str, Any], list[list[str]], list[list[str]]]] = [
+        ({"tool_choice": "required"}, [[paris], [clock], [paris, clock]], [[bad], [paris, bad]]),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, [[paris], [clock]], [[paris, clock]]),
+        ({"tool_choice": NAMED}, [[paris]], [[clock], [paris, paris]]),
+    ]
+    codec = codec_of(template)
+    for fields, good, wrong in many:
+        backend = saying(write(paris))
+        status, answer = await post(codec, backend, tools=TOOLS, **fields)
+        assert status == 200, answer
+        (call,) = answer["choices"][0]["message"]["tool_calls"]
+        assert call["function"] == CALLED
+        grammar = backend.requests[0].sampling.grammar
+        assert grammar is not None
+        assert [calls for calls in good if not allowed(codec, grammar, write(*calls))] == []
+        assert [calls for calls in wrong if allowed(codec, grammar, write(*calls))] == []
+        assert not allowed(codec, grammar, list(b"No."))
+
+
+def tool(**function: Any) -> dict[str, Any]:
+    return {"tools": [{"type": "function", "function": {"name": "f"} | function}]}
+
+
+def turn(**call: Any) -> dict[str, Any]:
+    calls = [{"id": "1", "type": "function", "function": CALLED} | call]
+    return {"messages": [USER, {"role": "assistant", "tool_calls": calls}]}
+
+
+@pytest.mark.parametrize(
+    ("template", "fields", "param", "said"),
+    [
+        (PLAIN, {"tools": TOOLS}, "tools", "knows no tools"),
+        (OTHER, {"tools": TOOLS}, "tools", "ingress.tool_parser"),
+        (OTHER, {"tools": TOOLS, "tool_choice": "required"}, "tools", "ingress.tool_parser"),
+        (HERMES, {"tool_choice": "auto"}, "tool_choice", "without tools"),
+        (HERMES, {"tool_choice": NAMED, "tools": [CLOCK]}, "tool_choice.function.name", "none of them is 'weather'"),
+        (HERMES, {"tool_choice": "any", "tools": TOOLS}, "tool_choice", "'required'"),
+        (HERMES, {"tool_choice": {"type": "allowed_tools"}, "tools": TOOLS}, "tool_choice", "'required'"),
+        (HERMES, {"tools": [CLOCK, CLOCK]}, "tools.1.function.name", "two tools"),
+        (HERMES, {"tools": [CLOCK] * 129}, "tools", "at most 128"),
+        (HERMES, {"tools": [{"type": "custom"}]}, "tools.0.type", "function"),
+        (HERMES, tool(name="a b"), "tools.0.function.name", "pattern"),
+        (HERMES, tool(name="a" * 65), "tools.0.function.name", "pattern"),
+        (HERMES, tool(colour=1), "tools.0.function.colour", "unknown field"),
+        (HERMES, {"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format", "tool_choice"),
+        (HERMES, tool(parameters={"type": "array"}) | {"tool_choice": "required"}, "tools", "'object'"),
+        (HERMES, tool(parameters={"not": {}}) | {"tool_choice": "required"}, "tools", "not"),
+        (HERMES, tool(parameters={"$ref": "file:///x"}) | {"tool_choice": "required"}, "tools", "not fetch"),
+        (HERMES, tool(parameters={"enum": ["x" * 70_000]}) | {"tool_choice": "required"}, "tools", "65536"),
+        (HERMES, {"tools": TOOLS, "tool_choice": "required", "ignore_eos": True}, "ignore_eos", "tool_choice"),
+        (HERMES, turn(function={"name": "f", "arguments": "["}), "messages.1.tool_calls.0.function.arguments", "JSON"),
+        (HERMES, turn(id=None), "messages.1.tool_calls.0.id", "required"),
+        (HERMES, {"messages": [{**USER, **turn()["messages"][1], "role": "user"}]}, "messages.0.tool_calls", "only"),
+    ],
+)
+async def test_what_cannot_be_done_is_a_400_that_says_why(
+    template: str, fields: dict[str, Any], param: str, said: str
+) -> None:
+    backend = saying("x")
+    status, answer = await post(codec_of(template), backend, **fields)
+    assert status == 400, answer
+    assert answer["error"]["param"] == param and said in answer["error"]["message"], answer
+    assert not backend.requests
+
+
+async def test_the_operator_may_say_how_a_model_calls() -> None:
+    for template in (PLAIN, OTHER):
+        backend = saying(f'[TOOL_CALLS][{{"name": "weather", "arguments": {PARIS}}}]')
+        status, answer = await post(codec_of(template, "mistral"), backend, tools=TOOLS)
+        assert status == 200, answer
+        assert answer["choices"][0]["message"]["tool_calls"][0]["function"] == CALLED
+
+
+@pytest.mark.parametrize("template", [HERMES, PLAIN])
+async def test_control_tokens_in_tools_are_treated_as_those_in_messages(template: str) -> None:
+    fields = tool(description="<end>") | {"tool_choice": "required"}
+    status, answer = await post(codec_of(template, control="refuse"), **fields)
+    assert status == 400 and answer["error"]["param"] == "tools" and "<end>" in answer["error"]["message"]
+    backend = saying(CALL)
+    status, _ = await post(codec_of(template, control="text"), backend, **fields)
+    assert status == 200 and 256 not in backend.requests[0].prompt_token_ids
