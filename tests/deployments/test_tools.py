@@ -1,0 +1,66 @@
+"""OpenAI's own client has real engines call tools: they must, by a grammar, and so a model that knows none does.
+
+Disaggregated, colocated, and gone on with by another decode engine after the death of the first.
+"""
+
+import json
+from typing import Any
+
+import openai
+import pytest
+from jsonschema import validate
+
+from deployments.api.http import build_app
+from deployments.api.text import TextCodec
+from deployments.messages import ModelInfo
+from tests.api.fakes import build_tokenizer, serving
+from tests.deployments.conftest import StartPools
+from tests.engine.families import VOCAB_SIZE
+from tests.engine.grammars import END
+
+# A model that knows no text writes what it may: bounds make that short.
+SCHEMA = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "pattern": "^[a-z]{20,30}$"}, "days": {"enum": [1, 2, 3]}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TEMPLATE = (
+    "{% for t in tools %}{{ t.function.name }}{% endfor %}<tool_call>{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}
+INFO = ModelInfo("tiny", "", max_model_len=512, vocab_size=VOCAB_SIZE, eos_token_ids=(END,))
+ASKED: Any = {
+    "model": "tiny",
+    "messages": [{"role": "user", "content": "How is it in Paris?"}],
+    "tools": [TOOL],
+    "tool_choice": "required",
+    "parallel_tool_calls": False,
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize("way", ["disaggregated", "colocated", "resumed"])
+async def test_a_forced_call_is_the_same_however_it_is_served(start: StartPools, way: str) -> None:
+    pools = await start(min_tokens=10_000 if way == "colocated" else 16, num_decode=2)
+    async with (
+        serving(build_app(pools.backend, TextCodec(build_tokenizer(TEMPLATE)), INFO)) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        name, arguments, reason = "", "", None
+        async for chunk in await client.chat.completions.create(**ASKED, stream=True):
+            reason = chunk.choices[0].finish_reason or reason
+            for piece in chunk.choices[0].delta.tool_calls or []:
+                assert piece.function is not None and piece.index == 0
+                name += piece.function.name or ""
+                arguments += piece.function.arguments or ""
+            if way == "resumed" and len(arguments) > 12 and pools.decode.engine.death is None:
+                pools.decode.engine.die()
+        whole = (await client.chat.completions.create(**ASKED)).choices[0]
+    assert (name, reason) == ("weather", "tool_calls") and whole.finish_reason == reason
+    validate(json.loads(arguments), SCHEMA)
+    (call,) = whole.message.tool_calls or []
+    assert call.type == "function" and (call.function.name, call.function.arguments) == (name, arguments)
+    assert whole.message.content is None
+    resumed = pools.backend.clients.registry.get_sample_value("kvrelay_requests_resumed_total")
+    assert bool(resumed) is (way == "resumed")
