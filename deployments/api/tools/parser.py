@@ -80,8 +80,14 @@ class ToolParser:
 
     def feed(self, text: str) -> list[Delta]:
         """Take more text; return what is known by now."""
-        for character in text:
-            self._push(character)
+        start = 0
+        while start < len(text):
+            end = self._find_opening(text, start)
+            if end > start:
+                self._show(text[start:end])
+            if end < len(text):
+                self._push(text[end])
+            start = end + 1
         return self._take()
 
     def flush(self) -> list[Delta]:
@@ -94,6 +100,13 @@ class ToolParser:
             self._content += self._spaces
         self._spaces.clear()
         return self._take()
+
+    def _find_opening(self, text: str, start: int) -> int:
+        """Where the next character stands that has to be looked at: within text those are few."""
+        if self._state is not _State.TEXT or self._marker:
+            return start
+        end = text.find(self._family.opening[0], start)
+        return len(text) if end < 0 else end
 
     def _push(self, character: str) -> None:
         match self._state:
@@ -207,24 +220,27 @@ class ToolParser:
 
     def _give_up(self) -> None:
         """What was held back is no call, nor around one: it is text, as what follows is."""
-        held = [*"".join(self._raw), *self._marker]
+        held = "".join(self._raw) + self._marker
         if self._is_begun:
             self._end_call()
         self._reader = None
         self._close()
-        for character in held:
-            self._show(character)
+        self._show(held)
 
-    def _show(self, character: str) -> None:
-        """White space waits for what follows it: none is shown around calls."""
-        if character in _WHITE_SPACE:
-            self._spaces.append(character)
-            return
-        if not self._follows_call:
-            self._content += self._spaces
-        self._spaces.clear()
-        self._follows_call = False
-        self._content.append(character)
+    def _show(self, text: str) -> None:
+        """White space at its end waits for what follows it: none is shown around calls."""
+        shown = text.rstrip(_WHITE_SPACE)
+        spaces = text[len(shown) :]
+        if shown:
+            if self._follows_call:
+                shown = shown.lstrip(_WHITE_SPACE)
+            else:
+                self._content += self._spaces
+            self._spaces.clear()
+            self._follows_call = False
+            self._content.append(shown)
+        if spaces:
+            self._spaces.append(spaces)
 
     def _take(self) -> list[Delta]:
         if self._is_begun:

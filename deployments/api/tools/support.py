@@ -98,7 +98,7 @@ def _with_calls_as_text(message: Message, family: Family) -> Message:
 
 def write_calls(family: Family, objects: Sequence[Mapping[str, object]]) -> str:
     """Calls as a model of the family writes them, with its own words for a name and arguments."""
-    texts = [json.dumps(one, ensure_ascii=False) for one in objects]
+    texts = [_to_json(one) for one in objects]
     if family.is_list:
         return f"{family.opening}[{', '.join(texts)}]{family.closing}"
     if family.is_bare:
@@ -106,8 +106,15 @@ def write_calls(family: Family, objects: Sequence[Mapping[str, object]]) -> str:
     return "\n".join(f"{family.opening}\n{text}\n{family.closing}" for text in texts)
 
 
+def _to_json(value: object) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise InvalidRequestError("tools or their calls are nested too deeply", "tools") from None
+
+
 def _instructions(family: Family, tools: Sequence[Definition]) -> str:
-    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    listed = "\n".join(_to_json(tool) for tool in tools)
     example = {"name": "<function name>", family.arguments: {"<parameter name>": "<value>"}}
     return (
         f"You may call one or more of these functions, each described as JSON:\n<tools>\n{listed}\n</tools>\n\n"

@@ -104,9 +104,10 @@ async def test_openais_client_reads_the_calls_of_each_family_whole_and_streamed(
     ):
         whole = (await client.chat.completions.create(**asked)).choices[0]
         chunks = [chunk async for chunk in await client.chat.completions.create(**asked, stream=True)]
+        (call,) = whole.message.tool_calls or []
+        result: Any = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
+        await client.chat.completions.create(**asked | {"messages": [USER, whole.message, result]})
     assert whole.finish_reason == "tool_calls" and whole.message.content == content
-    assert whole.message.tool_calls is not None
-    (call,) = whole.message.tool_calls
     assert call.type == "function" and (call.function.name, call.function.arguments) == ("weather", PARIS)
     assert len(call.id) == (9 if template is MISTRAL else 29)
     deltas = [chunk.choices[0].delta for chunk in chunks]
@@ -255,6 +256,9 @@ def turn(**call: Any) -> dict[str, Any]:
     return {"messages": [USER, {"role": "assistant", "tool_calls": calls}]}
 
 
+NESTED = '{"a":' * 1000 + "1" + "}" * 1000
+
+
 @pytest.mark.parametrize(
     ("template", "fields", "param", "said"),
     [
@@ -278,6 +282,8 @@ def turn(**call: Any) -> dict[str, Any]:
         (HERMES, tool(parameters={"enum": ["x" * 70_000]}) | {"tool_choice": "required"}, "tools", "65536"),
         (HERMES, {"tools": TOOLS, "tool_choice": "required", "ignore_eos": True}, "ignore_eos", "tool_choice"),
         (HERMES, turn(function={"name": "f", "arguments": "["}), "messages.1.tool_calls.0.function.arguments", "JSON"),
+        (HERMES, turn(function={"name": "f", "arguments": NESTED}), "messages", "recursion"),
+        (PLAIN, turn(function={"name": "f", "arguments": NESTED}), "tools", "nested"),
         (HERMES, turn(id=None), "messages.1.tool_calls.0.id", "required"),
         (HERMES, {"messages": [{**USER, **turn()["messages"][1], "role": "user"}]}, "messages.0.tool_calls", "only"),
     ],
@@ -290,6 +296,15 @@ async def test_what_cannot_be_done_is_a_400_that_says_why(
     assert status == 400, answer
     assert answer["error"]["param"] == param and said in answer["error"]["message"], answer
     assert not backend.requests
+
+
+@pytest.mark.parametrize("template", [HERMES, PLAIN])
+@pytest.mark.parametrize("choice", ["auto", "required"])
+async def test_a_nest_of_parameters_is_refused(template: str, choice: str) -> None:
+    body = json.dumps(body_of(CHAT, **tool(parameters={"x": "NEST"}), tool_choice=choice)).replace('"NEST"', NESTED)
+    async with client_of(build_app(saying("x"), codec_of(template), INFO)) as client:
+        answer = await client.post(CHAT, content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 400, answer.text
 
 
 async def test_the_operator_may_say_how_a_model_calls() -> None:
