@@ -12,13 +12,13 @@ from typing_extensions import TypedDict
 from deployments.api.calls import check_length, max_characters, parse_body
 from deployments.api.openai import Message, ModelBody
 from deployments.api.text import TextCodec
+from deployments.api.tools.fields import MAX_TOOLS, Tool
 from deployments.errors import InvalidRequestError
 from deployments.messages import ModelInfo
 
 _NO_OPS: dict[str, tuple[object, ...]] = {
     "chat_template": (),
     "mm_processor_kwargs": ({},),
-    "tools": ([],),
 }
 
 
@@ -32,6 +32,7 @@ _EITHER: dict[str, Any] = {
             "add_generation_prompt": {"type": "null"},
             "continue_final_message": {"type": "null"},
             "chat_template_kwargs": {"type": "null"},
+            "tools": {"enum": [None, []]},
         },
         "required": ["prompt"],
     },
@@ -53,6 +54,7 @@ class TokenizeBody(ModelBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, object] = Field(default_factory=dict)
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
     add_special_tokens: bool | None = None
     return_token_strs: bool = False
 
@@ -63,6 +65,8 @@ class TokenizeBody(ModelBody):
         for field in ("add_generation_prompt", "continue_final_message", "chat_template_kwargs"):
             if self.messages is None and field in self.model_fields_set:
                 raise PydanticCustomError("messages", "only allowed with messages", {"field": field})
+        if self.tools and self.messages is None:
+            raise PydanticCustomError("messages", "only allowed with messages", {"field": "tools"})
         if self.continue_final_message and self.add_generation_prompt:
             message = "cannot go with add_generation_prompt: the last message goes on, or a new one begins"
             raise PydanticCustomError("messages", message, {"field": "continue_final_message"})
@@ -118,6 +122,7 @@ def _encode(body: TokenizeBody, codec: TextCodec, info: ModelInfo) -> list[int]:
         add_special_tokens=body.add_special_tokens is True,
         max_characters=max_characters(info),
         variables=body.chat_template_kwargs,
+        tools=[tool.for_template() for tool in body.tools],
     )
 
 

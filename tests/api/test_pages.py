@@ -20,6 +20,7 @@ from deployments.messages import FinishReason, ModelInfo
 from tests.api.fakes import END_ID, INFO, FakeBackend, build_codec, build_tokenizer, client_of, playing
 
 CODEC = build_codec()
+TOOL = {"type": "function", "function": {"name": "f"}}
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
@@ -113,7 +114,8 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
         "continue_final_message",
         "cannot go with",
     ),
-    ("/tokenize", {"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools", "not supported yet"),
+    ("/tokenize", {"messages": MESSAGES, "tools": [{"type": "function"}]}, "tools.0.function", "required"),
+    ("/tokenize", {"prompt": "a", "tools": [TOOL]}, "tools", "only allowed with messages"),
     ("/tokenize", {"prompt": "a", "chat_template": "{{ 1 }}"}, "chat_template", "not supported yet"),
     ("/tokenize", {"prompt": "a", "chat_template_kwargs": {"a": 1}}, "chat_template_kwargs", "only allowed with"),
     ("/tokenize", {"prompt": "a" * 70_000}, "prompt", "too long"),

@@ -177,6 +177,9 @@ async def test_a_template_that_knows_tools_is_given_them_and_earlier_calls() -> 
     assert status == 200
     told = '{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}'
     assert prompt_of(backend, codec) == f"{told}<tool_call>u:hi;a:<tool_call>{PARIS};t:rain;a:"
+    async with client_of(build_app(backend, codec, INFO)) as client:
+        tokens = (await client.post("/tokenize", json={"messages": messages, "tools": [CLOCK]})).json()["tokens"]
+    assert tuple(tokens) == backend.requests[0].prompt_token_ids
 
 
 CALLED: Any = {"name": "weather", "arguments": PARIS}
