@@ -1,6 +1,7 @@
-"""Which program of a decode attention computes what, in Triton: long sequences in parts, so that programs end together.
+"""Which program of a decode attention computes what, and how parts become whole, in Triton.
 
-Lengths are known on the GPU alone when a CUDA graph is replayed, so the plan is made there, once for all layers.
+Long sequences are computed in parts, so that programs end together. Lengths are known on the GPU alone when a CUDA
+graph is replayed, so the plan is made there, once for all layers.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -83,6 +84,33 @@ def plan_splits(lens: Tensor, num_kv_heads: int, tile: int, max_tokens: int, win
     return Splits(items, spans, finished, is_cut=parts > 1)
 
 
+def merge(parts: Tensor, stats: Tensor, spans: Tensor, sinks: Tensor | None, out: Tensor) -> None:
+    """Put the parts of each sequence together.
+
+    Args:
+        parts: (N, H, head_dim) float32 weighted sums, a row for each item.
+        stats: (N, H, 2) float32 peak and total of their scores, in powers of two.
+        spans: see `Splits`.
+        sinks: (H,) of the layer; None: it has none.
+        out: (D, H, head_dim), written where a sequence has several parts.
+    """
+    num_seqs, num_heads, head_dim = out.shape
+    _merge_parts[(num_seqs, num_heads)](
+        parts,
+        stats,
+        spans,
+        sinks,
+        out,
+        num_heads,
+        HEAD_DIM=head_dim,
+        DIMS=triton.next_power_of_2(head_dim),
+        SPLITS=MAX_SPLITS,
+        HAS_SINKS=sinks is not None,
+        num_warps=2,
+        **OVERLAPPING,
+    )
+
+
 @triton.jit
 def _plan_splits(
     lens,
@@ -146,3 +174,98 @@ def _plan_splits(
 def _of_own(is_own, values):
     """Of each item, the value of its sequence."""
     return tl.sum(tl.where(is_own, values[None, :], 0), axis=1)
+
+
+@triton.jit
+def merge_if_last(
+    parts,
+    stats,
+    spans,
+    finished,
+    sinks,
+    out,
+    sequence,
+    kv_head,
+    count,
+    num_kv_heads,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """Whoever ends last of a sequence's items merges them, the group of heads one by one."""
+    # All threads have stored before one of them counts; the last program sees what the others stored.
+    tl.debug_barrier()
+    counter = finished + sequence * num_kv_heads + kv_head
+    if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1:
+        tl.store(counter, 0)
+        first, num_heads = tl.load(spans + sequence * 2), num_kv_heads * GROUP
+        for number in range(GROUP):
+            _merge_head(
+                parts, stats, sinks, out, sequence, kv_head * GROUP + number, first, count, num_heads,
+                HEAD_DIM, DIMS, SPLITS, HAS_SINKS,
+            )  # fmt: skip
+
+
+@triton.jit
+def _merge_parts(
+    parts,
+    stats,
+    spans,
+    sinks,
+    out,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """One head of one sequence."""
+    wait_for_earlier(OVERLAPS)
+    sequence, head = tl.program_id(0), tl.program_id(1)
+    first, count = tl.load(spans + sequence * 2), tl.load(spans + sequence * 2 + 1)
+    if count > 1:
+        _merge_head(
+            parts, stats, sinks, out, sequence, head, first, count, num_heads, HEAD_DIM, DIMS, SPLITS, HAS_SINKS
+        )
+
+
+@triton.jit
+def _merge_head(
+    parts,
+    stats,
+    sinks,
+    out,
+    sequence,
+    head,
+    first,
+    count,
+    num_heads,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """One head of one sequence from its items, always in their order."""
+    split, dims = tl.arange(0, SPLITS), tl.arange(0, DIMS)
+    inside = split < count
+    place = (first + split).to(tl.int64) * num_heads + head
+    # Not from the L1 cache, which does not see what other multiprocessors have stored.
+    peaks = tl.load(stats + place * 2, mask=inside, other=float("-inf"), cache_modifier=".cg")
+    totals = tl.load(stats + place * 2 + 1, mask=inside, other=0.0, cache_modifier=".cg")
+    loaded = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    at = place[:, None] * HEAD_DIM + dims[None, :]
+    part = tl.load(parts + at, mask=loaded, other=0.0, cache_modifier=".cg")
+    peak = tl.max(peaks, axis=0)
+    share = 0.0
+    if HAS_SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        peak = tl.maximum(peak, sink)
+        share = tl.exp2(sink - peak)
+    weights = tl.exp2(peaks - peak)
+    total = tl.sum(weights * totals, axis=0) + share
+    merged = tl.sum(part * weights[:, None], axis=0) / total
+    to = (sequence.to(tl.int64) * num_heads + head) * HEAD_DIM + dims
+    tl.store(out + to, merged.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
