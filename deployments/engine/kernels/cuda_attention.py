@@ -10,13 +10,12 @@ from deployments.engine.kernels.arguments import PagedKV, Scores
 from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
 from deployments.engine.kernels.cuda_scores import (
     Tile,
-    add_sink,
     codes_of_tile,
     empty_softmax,
     factors,
-    normalised,
     slots_of_tile,
     squash,
+    store_mean,
     switches,
     weigh,
 )
@@ -130,8 +129,7 @@ def _decode_attention(
     sequence, begin, start, end = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     if sequence < 0:
         return
-    start = tl.multiple_of(start, TILE)
-    count = tl.load(spans + sequence * 2 + 1)
+    start, count = tl.multiple_of(start, TILE), tl.load(spans + sequence * 2 + 1)
     g, dims = tl.arange(0, ROWS), tl.arange(0, DIMS)
     kept = (g < GROUP)[:, None]
     if HEAD_DIM != DIMS:
@@ -149,12 +147,43 @@ def _decode_attention(
             value_scales + kv_head * BLOCK_SIZE, tables + sequence * table_stride, begin, start, end,
             num_kv_heads * HEAD_DIM, scaling, softcap, HEAD_DIM, DIMS, BLOCK_SIZE, TILE, HAS_WINDOW, HAS_SOFTCAP,
         )  # fmt: skip
+    _store(
+        peak, total, result, kept, head, parts, stats, spans, finished, sinks, out, sequence, kv_head, item, count,
+        num_kv_heads, GROUP, ROWS, HEAD_DIM, DIMS, SPLITS, MERGES, HAS_SINKS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store(
+    peak,
+    total,
+    result,
+    kept,
+    head,
+    parts,
+    stats,
+    spans,
+    finished,
+    sinks,
+    out,
+    sequence,
+    kv_head,
+    item,
+    count,
+    num_kv_heads,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    DIMS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MERGES: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """The result of an item: the output, where it is all of its sequence, else a part of it to be merged."""
+    g, dims = tl.arange(0, ROWS), tl.arange(0, DIMS)
     if count == 1:
-        if HAS_SINKS:
-            sink = tl.load(sinks + kv_head * GROUP + g, mask=g < GROUP, other=0.0)
-            total, result = add_sink(sink, peak, total, result)
-        mean = normalised(result, total).to(out.dtype.element_ty)
-        tl.store(out + head[:, None] * HEAD_DIM + dims[None, :], mean, mask=kept)
+        target = out + head[:, None] * HEAD_DIM + dims[None, :]
+        store_mean(target, kept, sinks, kv_head * GROUP + g % GROUP, peak, total, result, HAS_SINKS)
     else:
         place = (item.to(tl.int64) * num_kv_heads + kv_head) * GROUP + g
         tl.store(parts + place[:, None] * HEAD_DIM + dims[None, :], result, mask=kept)

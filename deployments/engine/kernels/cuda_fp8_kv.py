@@ -10,8 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from deployments.engine.kernels.arguments import PagedKV, Rotation
-from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
-from deployments.engine.kernels.cuda_rotary import rotated, with_contiguous_heads
+from deployments.engine.kernels.cuda_overlap import wait_for_earlier
+from deployments.engine.kernels.cuda_rotary import (
+    heads_of_part,
+    launch_parts,
+    load_pairs,
+    load_rest,
+    store_heads,
+    with_contiguous_heads,
+)
 
 
 def rotate_and_round(
@@ -40,46 +47,10 @@ def rotate_and_round(
         values, (T, H_kv, head_dim), else None, and the values as they were.
     """
     queries, keys, values = (with_contiguous_heads(part) for part in (queries, keys, values))
-    num_tokens, num_heads, head_dim = queries.shape
-    block_size, num_kv_heads = kv.keys.shape[1:3]
     out = queries.contiguous() if rotation is None else queries.new_empty(queries.shape)
     kept = [part.new_empty(part.shape) if keep else None for part in (keys, values)]
-    heads = min(8, triton.next_power_of_2(max(num_heads, num_kv_heads)))
-    query_parts = 0 if rotation is None else triton.cdiv(num_heads, heads)
-    kv_parts = triton.cdiv(num_kv_heads, heads)
-    cos, sin, num_dims, norms = (None, None, 0, None) if rotation is None else rotation
-    assert norms is None or num_dims == head_dim, "norms are of whole heads"
-    if cos is not None and sin is not None:
-        cos, sin = cos[0].contiguous(), sin[0].contiguous()
-    _rotate_and_round[(num_tokens, query_parts + 2 * kv_parts)](
-        queries,
-        keys,
-        values,
-        cos,
-        sin,
-        *kv,
-        slots,
-        out,
-        *kept,
-        *(norms or (None, None, 0.0)),
-        queries.stride(0),
-        keys.stride(0),
-        values.stride(0),
-        0 if cos is None else cos.stride(0),
-        num_heads,
-        num_kv_heads,
-        query_parts,
-        kv_parts,
-        HEADS=heads,
-        HEAD_DIM=head_dim,
-        ROTATED=num_dims,
-        HALF=triton.next_power_of_2(max(1, num_dims // 2)),
-        REST=triton.next_power_of_2(max(1, head_dim - num_dims)),
-        BLOCK_SIZE=block_size,
-        KEEP=keep,
-        num_warps=4 if heads * head_dim >= 512 else 1,
-        **OVERLAPPING,
-    )
+    constants = {"BLOCK_SIZE": kv.keys.shape[1]}
+    launch_parts(_rotate_and_round, queries, keys, values, rotation, kv, slots, [out, *kept], constants)
     new_keys, new_values = kept
     return out, new_keys, values if new_values is None else new_values
 
@@ -152,69 +123,99 @@ def _rotate_and_round(
     KEEP: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One token and some heads: of the queries, then of the keys, then of the values."""
+    """As `_rotate_and_write`, keys and values rounded."""
     wait_for_earlier(OVERLAPS)
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    is_query, is_key = part < query_parts, (part >= query_parts) & (part < query_parts + kv_parts)
-    if is_query:
-        heads = (part * HEADS + tl.arange(0, HEADS))[:, None]
-        source, inside = queries + token * query_stride, heads < num_heads
-    elif is_key:
-        heads = ((part - query_parts) * HEADS + tl.arange(0, HEADS))[:, None]
-        source, inside = keys + token * key_stride, heads < num_kv_heads
-    else:
-        heads = ((part - query_parts - kv_parts) * HEADS + tl.arange(0, HEADS))[:, None]
-        source, inside = values + token * value_stride, heads < num_kv_heads
-    source += heads * HEAD_DIM
-    j, r = tl.arange(0, HALF)[None, :], ROTATED + tl.arange(0, REST)[None, :]
-    low, is_rest = inside & (j < ROTATED // 2), inside & (r < HEAD_DIM)
-    largest = tl.zeros((HEADS,), tl.float32)
+    source, heads, inside = heads_of_part(
+        part, token, queries, keys, values, query_stride, key_stride, value_stride,
+        num_heads, num_kv_heads, query_parts, kv_parts, HEADS, HEAD_DIM,
+    )  # fmt: skip
+    is_key = (part >= query_parts) & (part < query_parts + kv_parts)
+    a, b, rest = None, None, None
     if ROTATED > 0:
-        a = tl.load(source + j, mask=low, other=0.0)
-        b = tl.load(source + ROTATED // 2 + j, mask=low, other=0.0)
-        if part < query_parts + kv_parts:
-            cos, sin = cos + token * cos_stride, sin + token * cos_stride
-            a, b = rotated(a, b, cos, sin, j, j < ROTATED // 2, query_norm, key_norm, eps, is_query, ROTATED, HEAD_DIM)
-        largest = tl.max(tl.maximum(tl.abs(a.to(tl.float32)), tl.abs(b.to(tl.float32))), axis=1)
+        a, b = load_pairs(
+            source, inside, cos + token * cos_stride, sin + token * cos_stride, query_norm, key_norm, eps,
+            part, query_parts, kv_parts, ROTATED, HALF, HEAD_DIM,
+        )  # fmt: skip
     if ROTATED < HEAD_DIM:
-        rest = tl.load(source + r, mask=is_rest, other=0.0)
-        largest = tl.maximum(largest, tl.max(tl.abs(rest.to(tl.float32)), axis=1))
-    if is_query:
-        target = out + (token * num_heads + heads) * HEAD_DIM
-        if ROTATED > 0:
-            tl.store(target + j, a, mask=low)
-            tl.store(target + ROTATED // 2 + j, b, mask=low)
-        if ROTATED < HEAD_DIM:
-            tl.store(target + r, rest, mask=is_rest)
+        rest = load_rest(source, inside, ROTATED, REST, HEAD_DIM)
+    if part < query_parts:
+        store_heads(out + (token * num_heads + heads) * HEAD_DIM, a, b, rest, inside, ROTATED, HALF, REST, HEAD_DIM)
     else:
-        # See `round_heads`; 0.00223... = 1 / 448.
-        scale = tl.maximum(largest * 0.002232142857142857, 7.888609052210118e-31)[:, None]
-        slot = tl.load(slots + token).to(tl.int64)
-        is_written = slot >= 0
-        block, inner = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-        block_bytes = BLOCK_SIZE * num_kv_heads * (HEAD_DIM + 4)
-        codes, scales, kept = value_codes, value_scales, new_values
-        if is_key:
-            codes, scales = key_codes, key_scales
-            if KEEP:
-                kept = new_keys
-        if KEEP:
-            kept += (token * num_kv_heads + heads) * HEAD_DIM
-        place = codes + block * block_bytes + (inner * num_kv_heads + heads) * HEAD_DIM
-        at_scale = scales + block * (block_bytes // 4) + heads * BLOCK_SIZE + inner
-        tl.store(at_scale, scale, mask=inside & is_written)
-        if ROTATED > 0:
-            _store_rounded(a, scale, place + j, kept, j, low, is_written, KEEP)
-            half = ROTATED // 2 + j
-            _store_rounded(b, scale, place + half, kept, half, low, is_written, KEEP)
-        if ROTATED < HEAD_DIM:
-            _store_rounded(rest, scale, place + r, kept, r, is_rest, is_written, KEEP)
+        _round_heads(
+            a, b, rest, token, heads, inside, is_key, slots,
+            key_codes, value_codes, key_scales, value_scales, new_keys, new_values, num_kv_heads,
+            HEADS, HEAD_DIM, ROTATED, HALF, REST, BLOCK_SIZE, KEEP,
+        )  # fmt: skip
 
 
 @triton.jit
-def _store_rounded(value, scale, place, kept, at, inside, is_written, KEEP: tl.constexpr):
+def _round_heads(
+    a,
+    b,
+    rest,
+    token,
+    heads,
+    inside,
+    is_key,
+    slots,
+    key_codes,
+    value_codes,
+    key_scales,
+    value_scales,
+    new_keys,
+    new_values,
+    num_kv_heads,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROTATED: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    """Round heads of keys or values of one token, each by its largest number; store codes and scales."""
+    # See `round_heads`; 0.00223... = 1 / 448.
+    largest = _largest(a, b, rest, HEADS, ROTATED, HEAD_DIM)
+    scale = tl.maximum(largest * 0.002232142857142857, 7.888609052210118e-31)[:, None]
+    slot = tl.load(slots + token).to(tl.int64)
+    block, inner = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    block_bytes = BLOCK_SIZE * num_kv_heads * (HEAD_DIM + 4)
+    codes, scales, kept = value_codes, value_scales, new_values
+    if is_key:
+        codes, scales = key_codes, key_scales
+        if KEEP:
+            kept = new_keys
+    if KEEP:
+        kept += (token * num_kv_heads + heads) * HEAD_DIM
+    place = codes + block * block_bytes + (inner * num_kv_heads + heads) * HEAD_DIM
+    written = inside & (slot >= 0)
+    tl.store(scales + block * (block_bytes // 4) + heads * BLOCK_SIZE + inner, scale, mask=written)
+    if ROTATED > 0:
+        j = tl.arange(0, HALF)[None, :]
+        low = j < ROTATED // 2
+        _store_rounded(a, scale, place, kept, j, inside & low, written & low, KEEP)
+        _store_rounded(b, scale, place, kept, ROTATED // 2 + j, inside & low, written & low, KEEP)
+    if ROTATED < HEAD_DIM:
+        j = ROTATED + tl.arange(0, REST)[None, :]
+        _store_rounded(rest, scale, place, kept, j, inside & (j < HEAD_DIM), written & (j < HEAD_DIM), KEEP)
+
+
+@triton.jit
+def _largest(a, b, rest, HEADS: tl.constexpr, ROTATED: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The largest magnitude of each head; (HEADS,) float32."""
+    largest = tl.zeros((HEADS,), tl.float32)
+    if ROTATED > 0:
+        largest = tl.max(tl.maximum(tl.abs(a.to(tl.float32)), tl.abs(b.to(tl.float32))), axis=1)
+    if ROTATED < HEAD_DIM:
+        largest = tl.maximum(largest, tl.max(tl.abs(rest.to(tl.float32)), axis=1))
+    return largest
+
+
+@triton.jit
+def _store_rounded(value, scale, place, kept, at, inside, written, KEEP: tl.constexpr):
     codes = tl.div_rn(value.to(tl.float32), scale).to(place.dtype.element_ty)
-    tl.store(place, codes, mask=inside & is_written)
+    tl.store(place + at, codes, mask=written)
     if KEEP:
         tl.store(kept + at, (codes.to(tl.float32) * scale).to(value.dtype), mask=inside)
 

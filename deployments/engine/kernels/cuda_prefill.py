@@ -13,14 +13,14 @@ from torch import Tensor
 from deployments.engine.kernels.arguments import PagedKV, Scores
 from deployments.engine.kernels.cuda_scores import (
     Tile,
-    add_sink,
     codes_of_tile,
     empty_softmax,
     factors,
-    normalised,
     slots_of_tile,
     squash,
+    store_mean,
     switches,
+    unseen_out,
     weigh,
 )
 
@@ -131,9 +131,7 @@ def _prefill_attention(
     kv_head, sequence = tl.program_id(1), tl.program_id(2)
     start = tl.load(starts + sequence)
     num_queries = tl.load(starts + sequence + 1) - start
-    length = num_queries
-    if IS_PAGED:
-        length = tl.load(lens + sequence)
+    length = tl.load(lens + sequence) if IS_PAGED else num_queries
     first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # those with most to do begin
     if first_row >= num_queries * GROUP:
         return
@@ -144,25 +142,22 @@ def _prefill_attention(
     place = (start + row // GROUP).to(tl.int64) * (num_kv_heads * GROUP) + kv_head * GROUP + row % GROUP
     kept = (row < num_queries * GROUP)[:, None] & (dims < HEAD_DIM)[None, :]
     query = tl.load(queries + place[:, None] * HEAD_DIM + dims[None, :], mask=kept, other=0.0)
+    keys, values = keys + kv_head * HEAD_DIM, values + kv_head * HEAD_DIM
     if IS_PAGED:
         tables += sequence * table_stride
-        keys += kv_head * HEAD_DIM
-        values += kv_head * HEAD_DIM
         if key_scales is not None:
             key_scales += kv_head * BLOCK_SIZE
             value_scales += kv_head * BLOCK_SIZE
     else:
-        keys += start.to(tl.int64) * key_stride + kv_head * HEAD_DIM
-        values += start.to(tl.int64) * value_stride + kv_head * HEAD_DIM
+        keys += start.to(tl.int64) * key_stride
+        values += start.to(tl.int64) * value_stride
     peak, total, result = _attend(
         query, keys, values, key_scales, value_scales, tables, position, earliest, latest,
         scaling, softcap, window, key_stride, value_stride,
         HEAD_DIM, DIMS, BLOCK_SIZE, TILE, IS_PAGED, HAS_WINDOW, HAS_SOFTCAP,
     )  # fmt: skip
-    if HAS_SINKS:
-        total, result = add_sink(tl.load(sinks + kv_head * GROUP + row % GROUP), peak, total, result)
-    mean = normalised(result, total).to(out.dtype.element_ty)
-    tl.store(out + place[:, None] * HEAD_DIM + dims[None, :], mean, mask=kept)
+    place = out + place[:, None] * HEAD_DIM + dims[None, :]
+    store_mean(place, kept, sinks, kv_head * GROUP + row % GROUP, peak, total, result, HAS_SINKS)
 
 
 @triton.jit
@@ -269,10 +264,7 @@ def _attend_tiles(
         if HAS_SOFTCAP:
             scores = squash(scores, softcap)
         if IS_CUT:
-            seen = position[:, None] >= (first + tokens)[None, :]
-            if HAS_WINDOW:
-                seen &= position[:, None] - window < (first + tokens)[None, :]
-            scores = tl.where(seen, scores, float("-inf"))
+            scores = unseen_out(scores, position, first + tokens, window, HAS_WINDOW)
         peak, total, weights, shrink = weigh(scores, peak, total, MAY_SEE_NOTHING=IS_CUT)
         value = _load(of_value, inside[:, None], (dims < HEAD_DIM)[None, :], IS_CUT, HEAD_DIM == DIMS)
         if value_scales is not None:

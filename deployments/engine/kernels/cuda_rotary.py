@@ -1,7 +1,9 @@
 """What comes before attention on a GPU, in Triton: norms of heads, the rotary embedding, writing KV into the pool."""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
-import torch
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,12 +39,9 @@ def rotate_and_write(
         The rotated queries, (T, H, head_dim), contiguous, and the rotated keys, (T, H_kv, head_dim), or None.
     """
     queries, keys, values = (with_contiguous_heads(part) for part in (queries, keys, values))
-    if rotation is None:
-        out, new_keys = queries.contiguous(), None
-    else:
-        out = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
-        new_keys = torch.empty(keys.shape, dtype=keys.dtype, device=keys.device) if keep_keys else None
-    _launch(queries, keys, values, rotation, key_pool, value_pool, slots, out, new_keys)
+    out = queries.contiguous() if rotation is None else queries.new_empty(queries.shape)
+    new_keys = keys.new_empty(keys.shape) if keep_keys and rotation is not None else None
+    launch_parts(_rotate_and_write, queries, keys, values, rotation, [key_pool, value_pool], slots, [out, new_keys], {})
     return out, keys if rotation is None else new_keys
 
 
@@ -50,17 +49,26 @@ def with_contiguous_heads(part: Tensor) -> Tensor:
     return part if part.stride()[1:] == (part.shape[2], 1) else part.contiguous()
 
 
-def _launch(
+def launch_parts(
+    kernel: Any,
     queries: Tensor,
     keys: Tensor,
     values: Tensor,
     rotation: Rotation | None,
-    key_pool: Tensor,
-    value_pool: Tensor,
+    pools: Sequence[Tensor | None],
     slots: Tensor,
-    out: Tensor,
-    new_keys: Tensor | None,
+    results: Sequence[Tensor | None],
+    constants: Mapping[str, int],
 ) -> None:
+    """Run a kernel for each token and each part of its heads: of queries, if they are rotated, of keys and of values.
+
+    Args:
+        kernel: as `_rotate_and_write`, but for its pools, results and constants.
+        queries: as `rotate_and_write` has them, heads contiguous; keys and values too.
+        pools: what is written at `slots`.
+        results: what else is written: the queries, then what is kept of keys and values.
+        constants: what else the kernel has to know of its pools.
+    """
     num_tokens, num_heads, head_dim = queries.shape
     num_kv_heads = keys.shape[1]
     heads = min(8, triton.next_power_of_2(max(num_heads, num_kv_heads)))
@@ -70,17 +78,15 @@ def _launch(
     assert norms is None or num_dims == head_dim, "norms are of whole heads"
     if cos is not None and sin is not None:
         cos, sin = cos[0].contiguous(), sin[0].contiguous()
-    _rotate_and_write[(num_tokens, query_parts + 2 * kv_parts)](
+    kernel[(num_tokens, query_parts + 2 * kv_parts)](
         queries,
         keys,
         values,
         cos,
         sin,
-        key_pool,
-        value_pool,
+        *pools,
         slots,
-        out,
-        new_keys,
+        *results,
         *(norms or (None, None, 0.0)),
         queries.stride(0),
         keys.stride(0),
@@ -95,7 +101,8 @@ def _launch(
         ROTATED=num_dims,
         HALF=triton.next_power_of_2(max(1, num_dims // 2)),
         REST=triton.next_power_of_2(max(1, head_dim - num_dims)),
-        KEEP_KEYS=new_keys is not None,
+        KEEP=results[-1] is not None,
+        **constants,
         num_warps=4 if heads * head_dim >= 512 else 1,
         **OVERLAPPING,
     )
@@ -138,52 +145,42 @@ def _rotate_and_write(
     ROTATED: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
-    KEEP_KEYS: tl.constexpr,
+    KEEP: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
     """One token and some heads: of the queries, then of the keys, then of the values."""
     wait_for_earlier(OVERLAPS)
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    source, target, heads, inside, written = _heads_of_part(
-        part, token, slots, queries, keys, values, key_pool, value_pool, out, query_stride, key_stride, value_stride,
+    source, heads, inside = heads_of_part(
+        part, token, queries, keys, values, query_stride, key_stride, value_stride,
         num_heads, num_kv_heads, query_parts, kv_parts, HEADS, HEAD_DIM,
     )  # fmt: skip
-    is_query, is_key = part < query_parts, (part >= query_parts) & (part < query_parts + kv_parts)
-    kept = new_keys + (token * num_kv_heads + heads) * HEAD_DIM if KEEP_KEYS else new_keys
+    target, written = _place_of_part(
+        part, token, heads, inside, tl.load(slots + token).to(tl.int64), key_pool, value_pool, out,
+        num_heads, num_kv_heads, query_parts, kv_parts, HEAD_DIM,
+    )  # fmt: skip
+    a, b, rest = None, None, None
     if ROTATED > 0:
-        j = tl.arange(0, HALF)[None, :]
-        low = j < ROTATED // 2
-        a = tl.load(source + j, mask=inside & low, other=0.0)
-        b = tl.load(source + ROTATED // 2 + j, mask=inside & low, other=0.0)
-        cos, sin = cos + token * cos_stride, sin + token * cos_stride
-        if part < query_parts + kv_parts:
-            a, b = rotated(a, b, cos, sin, j, low, query_norm, key_norm, eps, is_query, ROTATED, HEAD_DIM)
-        if KEEP_KEYS:  # noqa: SIM102  # Triton decides this one when it compiles, the next one on the GPU
-            if is_key:
-                tl.store(kept + j, a, mask=inside & low)
-                tl.store(kept + ROTATED // 2 + j, b, mask=inside & low)
-        tl.store(target + j, a, mask=written & low)
-        tl.store(target + ROTATED // 2 + j, b, mask=written & low)
+        a, b = load_pairs(
+            source, inside, cos + token * cos_stride, sin + token * cos_stride, query_norm, key_norm, eps,
+            part, query_parts, kv_parts, ROTATED, HALF, HEAD_DIM,
+        )  # fmt: skip
     if ROTATED < HEAD_DIM:
-        j = ROTATED + tl.arange(0, REST)[None, :]
-        rest = tl.load(source + j, mask=inside & (j < HEAD_DIM), other=0.0)
-        if KEEP_KEYS:  # noqa: SIM102
-            if is_key:
-                tl.store(kept + j, rest, mask=inside & (j < HEAD_DIM))
-        tl.store(target + j, rest, mask=written & (j < HEAD_DIM))
+        rest = load_rest(source, inside, ROTATED, REST, HEAD_DIM)
+    if KEEP:  # noqa: SIM102  # Triton decides this one when it compiles, the next one on the GPU
+        if (part >= query_parts) & (part < query_parts + kv_parts):
+            kept = new_keys + (token * num_kv_heads + heads) * HEAD_DIM
+            store_heads(kept, a, b, rest, inside, ROTATED, HALF, REST, HEAD_DIM)
+    store_heads(target, a, b, rest, written, ROTATED, HALF, REST, HEAD_DIM)
 
 
 @triton.jit
-def _heads_of_part(
+def heads_of_part(
     part,
     token,
-    slots,
     queries,
     keys,
     values,
-    key_pool,
-    value_pool,
-    out,
     query_stride,
     key_stride,
     value_stride,
@@ -194,28 +191,99 @@ def _heads_of_part(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """Where a part's heads are read and written, which they are, which of them exist and which are written.
-
-    Returns:
-        source, target, heads, inside, written; (HEADS, 1) each.
-    """
-    slot = tl.load(slots + token).to(tl.int64)
+    """Where a part's heads are read, which they are, and which of them exist; (HEADS, 1) each."""
     if part < query_parts:
         heads = (part * HEADS + tl.arange(0, HEADS))[:, None]
-        source = queries + token * query_stride + heads * HEAD_DIM
-        target = out + (token * num_heads + heads) * HEAD_DIM
-        inside = heads < num_heads
+        source, inside = queries + token * query_stride, heads < num_heads
     elif part < query_parts + kv_parts:
         heads = ((part - query_parts) * HEADS + tl.arange(0, HEADS))[:, None]
-        source = keys + token * key_stride + heads * HEAD_DIM
-        target = key_pool + (slot * num_kv_heads + heads) * HEAD_DIM
-        inside = heads < num_kv_heads
+        source, inside = keys + token * key_stride, heads < num_kv_heads
     else:
         heads = ((part - query_parts - kv_parts) * HEADS + tl.arange(0, HEADS))[:, None]
-        source = values + token * value_stride + heads * HEAD_DIM
+        source, inside = values + token * value_stride, heads < num_kv_heads
+    source += heads * HEAD_DIM
+    return source, heads, inside
+
+
+@triton.jit
+def _place_of_part(
+    part,
+    token,
+    heads,
+    inside,
+    slot,
+    key_pool,
+    value_pool,
+    out,
+    num_heads,
+    num_kv_heads,
+    query_parts,
+    kv_parts,
+    HEAD_DIM: tl.constexpr,
+):
+    """Where a part's heads are written, and which of them: keys and values only of tokens that have a slot."""
+    if part < query_parts:
+        target = out + (token * num_heads + heads) * HEAD_DIM
+    elif part < query_parts + kv_parts:
+        target = key_pool + (slot * num_kv_heads + heads) * HEAD_DIM
+    else:
         target = value_pool + (slot * num_kv_heads + heads) * HEAD_DIM
-        inside = heads < num_kv_heads
-    return source, target, heads, inside, inside & ((part < query_parts) | (slot >= 0))
+    return target, inside & ((part < query_parts) | (slot >= 0))
+
+
+@triton.jit
+def load_pairs(
+    source,
+    inside,
+    cos,
+    sin,
+    query_norm,
+    key_norm,
+    eps,
+    part,
+    query_parts,
+    kv_parts,
+    ROTATED: tl.constexpr,
+    HALF: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """What the rotary embedding is for of a part's heads, in halves; rotated, but for values."""
+    j = tl.arange(0, HALF)[None, :]
+    low = j < ROTATED // 2
+    a = tl.load(source + j, mask=inside & low, other=0.0)
+    b = tl.load(source + ROTATED // 2 + j, mask=inside & low, other=0.0)
+    if part < query_parts + kv_parts:
+        a, b = rotated(a, b, cos, sin, j, low, query_norm, key_norm, eps, part < query_parts, ROTATED, HEAD_DIM)
+    return a, b
+
+
+@triton.jit
+def load_rest(source, inside, ROTATED: tl.constexpr, REST: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """What the rotary embedding leaves of heads as it is."""
+    j = ROTATED + tl.arange(0, REST)[None, :]
+    return tl.load(source + j, mask=inside & (j < HEAD_DIM), other=0.0)
+
+
+@triton.jit
+def store_heads(
+    target,
+    a,
+    b,
+    rest,
+    written,
+    ROTATED: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Store what `load_pairs` and `load_rest` have loaded, of the heads that are written."""
+    if ROTATED > 0:
+        j = tl.arange(0, HALF)[None, :]
+        tl.store(target + j, a, mask=written & (j < ROTATED // 2))
+        tl.store(target + ROTATED // 2 + j, b, mask=written & (j < ROTATED // 2))
+    if ROTATED < HEAD_DIM:
+        j = ROTATED + tl.arange(0, REST)[None, :]
+        tl.store(target + j, rest, mask=written & (j < HEAD_DIM))
 
 
 @triton.jit

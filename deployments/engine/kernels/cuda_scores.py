@@ -83,7 +83,7 @@ def weigh(scores, peak, total, MAY_SEE_NOTHING: tl.constexpr):
 
 
 @triton.jit
-def add_sink(sink, peak, total, result):
+def _add_sink(sink, peak, total, result):
     """Take a score of each row that has no value into the softmax: the new total and result."""
     sink = sink.to(tl.float32) * 1.4426950408889634
     higher = tl.maximum(peak, sink)
@@ -92,6 +92,18 @@ def add_sink(sink, peak, total, result):
 
 
 @triton.jit
-def normalised(result, total):
-    """The weighted mean; zeros of rows that have seen nothing."""
-    return result / tl.where(total > 0, total, 1.0)[:, None]
+def store_mean(place, kept, sinks, head, peak, total, result, HAS_SINKS: tl.constexpr):
+    """Store the weighted mean of rows, each of a head that may have a sink; zeros of rows that have seen nothing."""
+    if HAS_SINKS:
+        total, result = _add_sink(tl.load(sinks + head), peak, total, result)
+    mean = result / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(place, mean.to(place.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def unseen_out(scores, position, key, window, HAS_WINDOW: tl.constexpr):
+    """Scores of the keys that a row at its position sees, -inf for others: those behind it, or before its window."""
+    seen = position[:, None] >= key[None, :]
+    if HAS_WINDOW:
+        seen &= position[:, None] - window < key[None, :]
+    return tl.where(seen, scores, float("-inf"))
