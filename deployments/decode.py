@@ -14,10 +14,11 @@ import ray
 
 from deployments.engine_client import EventQueue
 from deployments.engine_info import EngineInfo
-from deployments.errors import brief, was_cancelled
+from deployments.errors import brief, is_hopeless, was_cancelled
 from deployments.front import EngineReplica, FrontSource
 from deployments.messages import ANYWHERE, GenerateRequest, Placed, ReplyAddress
 from deployments.parity import check_parity
+from deployments.ray_errors import as_ours
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -96,7 +97,7 @@ class Decode(EngineReplica):
             reply_to: where the tokens go; each comes at least once, in order.
 
         Raises:
-            InvalidRequestError: the request can never run.
+            InvalidRequestError: the request can never run, or no engine can go on with it.
             EngineDeadError: this replica's engine died.
             TransferError: the tokens can no longer be delivered.
         """
@@ -132,7 +133,10 @@ class Decode(EngineReplica):
     async def _prefill_remotely(
         self, request: GenerateRequest, placed: Placed, reply_to: ReplyAddress, events: EventQueue
     ) -> None:
-        """Have the prompt computed by a prefill replica; if that fails, by another; in the end here."""
+        """Have the prompt computed by a prefill replica; if that fails, by another; in the end here.
+
+        A request that no replica could do anything with fails.
+        """
         assert self._prefill is not None, "placed remotely without a prefill pool"
         engine, request_id = self._front.engine, request.request_id
         first_block = placed.num_cached_tokens // engine.info.block_size
@@ -149,6 +153,9 @@ class Decode(EngineReplica):
                     call.cancel()
                     raise
                 self._front.handoff.num_failures += 1
+                if isinstance(error, Exception) and is_hopeless(ours := as_ours(error)):
+                    events.put(ours)
+                    return
                 logger.warning("%s: remote prefill %d failed: %s", request_id, attempt + 1, brief(error))
                 continue
             if has_finished:  # with its first token: there is nothing to decode

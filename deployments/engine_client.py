@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from deployments.engine_handle import EngineHandle
 from deployments.engine_info import EngineInfo
-from deployments.errors import EngineDeadError, TransferError
+from deployments.errors import EngineDeadError
 from deployments.messages import Ended, FrontEvent, GenerateRequest, ReplyAddress
 
 logger = logging.getLogger(__name__)
@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 class EventQueue:
     """Events of one request, in order, until the engine is done with it: that ends the iteration.
 
-    An error that is put in is raised to the reader: `EngineDeadError`, say. So is `TransferError` if the engine gave
-    the request up.
+    An error that is put in is raised to the reader: `EngineDeadError`, say. So is the reason why the engine gave the
+    request up.
     """
 
     def __init__(self) -> None:
@@ -36,10 +36,10 @@ class EventQueue:
         event = await self._queue.get()
         if isinstance(event, Exception):
             raise event
-        if event is None or (isinstance(event, Ended) and event.loss is None):
+        if isinstance(event, Ended) and event.loss is not None:
+            raise event.loss
+        if event is None or isinstance(event, Ended):
             raise StopAsyncIteration
-        if isinstance(event, Ended):
-            raise TransferError(f"{event.request_id}: {event.loss}")
         return event
 
 

@@ -5,7 +5,7 @@ methods may be called from any thread; some wait for the loop.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar
@@ -18,7 +18,7 @@ from deployments.engine.loop import EngineLoop
 from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats
 from deployments.engine_builder import BuiltEngine
-from deployments.errors import TransferError
+from deployments.errors import KvRelayError, TransferError
 from deployments.messages import (
     ChunkReady,
     Ended,
@@ -130,17 +130,17 @@ class EngineHost:
         outputs = [event for event in events if isinstance(event, TokenOutput)]
         if outputs:
             self._tokens.send(outputs)
-        losses: dict[str, str | None] = {o.request_id: None for o in outputs if o.finish_reason is not None}
-        losses |= {event.request_id: _EXPIRED for event in events if isinstance(event, HandoffExpired)}
-        losses |= {event.request_id: event.reason for event in events if isinstance(event, GivenUp)}
+        losses: dict[str, KvRelayError | None] = {o.request_id: None for o in outputs if o.finish_reason is not None}
+        losses |= {e.request_id: _lost(e.request_id, _EXPIRED) for e in events if isinstance(e, HandoffExpired)}
+        losses |= {event.request_id: event.error for event in events if isinstance(event, GivenUp)}
         self._tell_front([event for event in events if isinstance(event, Placed | ChunkReady)], losses)
 
     def _give_up(self, request_id: str, reason: str) -> None:
         """End a request whose tokens nobody takes; called in the sender's thread."""
         self._post(lambda engine: engine.abort(request_id))
-        self._tell_front([], {request_id: reason})
+        self._tell_front([], {request_id: _lost(request_id, reason)})
 
-    def _tell_front(self, events: list[Placed | ChunkReady], losses: dict[str, str | None]) -> None:
+    def _tell_front(self, events: list[Placed | ChunkReady], losses: Mapping[str, KvRelayError | None]) -> None:
         """What happened, and which requests have ended: with all of their tokens sent, or why not."""
         told: list[FrontEvent] = [*events, *(Ended(request_id, loss) for request_id, loss in losses.items())]
         if told:
@@ -149,6 +149,10 @@ class EngineHost:
     def _post(self, command: Callable[[Engine], object]) -> None:
         """Have the loop carry out a command whose result nobody waits for; a failure is at least logged."""
         self._loop.submit(command).add_done_callback(_log_failure)
+
+
+def _lost(request_id: str, reason: str) -> TransferError:
+    return TransferError(f"{request_id}: {reason}")
 
 
 def _log_failure(command: "Future[object]") -> None:

@@ -43,6 +43,11 @@ class RequestTooLargeError(InvalidRequestError):
     """The request can never fit this engine; the message gives the numbers."""
 
 
+def is_hopeless(error: BaseException) -> bool:
+    """Whether a request failed by itself alone: no other engine can do better."""
+    return isinstance(error, InvalidRequestError) and not isinstance(error, RequestTooLargeError)
+
+
 class UnsupportedModelError(KvRelayError):
     """The model has a layer that the engine cannot run; the message names it."""
 

@@ -7,6 +7,8 @@ asked for.
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -29,20 +31,31 @@ _MAX_REASON_CHARACTERS = 500
 class Guide:
     """What may follow the tokens of one answer. Used by one thread at a time.
 
+    Copies of a matcher share what llguidance finds out of their grammar. That saves work, but counts for the bounds of
+    all: what others wrote can use them up. So a guide that fails begins again with a matcher of its own, and only what
+    that says is about the answer.
+
     Args:
-        matcher: at the beginning of the answer.
+        matcher: at the beginning of the answer; others share what it knows.
+        build_own: one that nobody shares.
         num_mask_bytes: of its masks.
     """
 
-    def __init__(self, matcher: "LLMatcher", num_mask_bytes: int) -> None:
+    def __init__(self, matcher: "LLMatcher", build_own: Callable[[], "LLMatcher"], num_mask_bytes: int) -> None:
         self._matcher = matcher
+        self._build_own: Callable[[], LLMatcher] | None = build_own
         self._num_mask_bytes = num_mask_bytes
-        self.num_tokens = 0
+        self._token_ids: list[int] = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the answer so far."""
+        return len(self._token_ids)
 
     def take(self, token_ids: list[int]) -> None:
         """The answer goes on with these; they are allowed, and none of them ends it."""
         self._matcher.consume_tokens(token_ids)
-        self.num_tokens += len(token_ids)
+        self._token_ids += token_ids
 
     def mask(self) -> bytes:
         """Which tokens may be next: one bit each, the lowest first, in whole words of 32 bits.
@@ -50,6 +63,16 @@ class Guide:
         Raises:
             GrammarError: none may, or the grammar has grown out of its bounds.
         """
+        try:
+            return self._mask()
+        except GrammarError:
+            if self._build_own is None:
+                raise
+        self._matcher, self._build_own = self._build_own(), None
+        self._matcher.consume_tokens(self._token_ids)
+        return self._mask()
+
+    def _mask(self) -> bytes:
         mask: bytes = self._matcher.compute_bitmask()[: self._num_mask_bytes]
         if self._matcher.is_error():
             raise GrammarError(_brief(self._matcher.get_error()))
@@ -59,7 +82,11 @@ class Guide:
 
 
 class GrammarError(Exception):
-    """A grammar cannot be compiled, or cannot go on; the message says why."""
+    """A grammar cannot be compiled, or cannot go on, wherever that is tried; the message says why."""
+
+
+class VocabularyError(Exception):
+    """The tokens of a model cannot be read here, and so no grammar be followed; the message says why."""
 
 
 class Vocabulary:
@@ -71,7 +98,7 @@ class Vocabulary:
         end_token_ids: of the grammars.
 
     Raises:
-        GrammarError: the tokenizer is of a kind that llguidance does not know.
+        VocabularyError: the tokenizer is of a kind that llguidance does not know.
     """
 
     def __init__(self, tokenizer_json: str, vocab_size: int, end_token_ids: tuple[int, ...]) -> None:
@@ -94,7 +121,13 @@ class Vocabulary:
                 self._compiled[grammar.source] = matcher
                 if len(self._compiled) > _MAX_CACHED:
                     self._compiled.popitem(last=False)
-        return Guide(matcher.deep_copy(), self._num_mask_bytes)
+        return Guide(matcher.deep_copy(), partial(self._compile_anew, grammar.source, matcher), self._num_mask_bytes)
+
+    def _compile_anew(self, source: str, used_up: "LLMatcher") -> "LLMatcher":
+        with self._lock:
+            if self._compiled.get(source) is used_up:
+                del self._compiled[source]
+        return self._compile(source)
 
     def _compile(self, source: str) -> "LLMatcher":
         from llguidance import LLMatcher, LLParserLimits
@@ -114,12 +147,12 @@ def read_vocabulary(folder: str, vocab_size: int, end_token_ids: tuple[int, ...]
     """Of the model in a folder.
 
     Raises:
-        GrammarError: it has no `tokenizer.json`, or one of a kind that llguidance does not know.
+        VocabularyError: it has no `tokenizer.json`, or one of a kind that llguidance does not know.
     """
     try:
         tokenizer_json = (Path(folder) / "tokenizer.json").read_text(encoding="utf-8")
     except OSError as error:
-        raise GrammarError(f"the model's folder has no tokenizer.json: {error}") from None
+        raise VocabularyError(f"the model's folder has no tokenizer.json: {error}") from None
     return Vocabulary(tokenizer_json, vocab_size, end_token_ids)
 
 
@@ -152,7 +185,7 @@ def _build_tokenizer(tokenizer_json: str, vocab_size: int, end_token_ids: tuple[
         own = LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=ends)
         return LLTokenizer(TokenizerWrapper(_PlainTokenizer(own, vocab_size)), n_vocab=vocab_size, eos_token=ends)
     except ValueError as error:
-        raise GrammarError(f"llguidance does not know such a tokenizer: {error}") from None
+        raise VocabularyError(f"llguidance does not know such a tokenizer: {error}") from None
 
 
 def _brief(message: str) -> str:
@@ -161,6 +194,6 @@ def _brief(message: str) -> str:
     return " ".join(line.strip() for line in lines if line.strip())[:_MAX_REASON_CHARACTERS]
 
 
-def explain(grammar: Grammar, error: GrammarError) -> InvalidRequestError:
+def explain(grammar: Grammar, error: GrammarError | VocabularyError) -> InvalidRequestError:
     """The same for whoever asked for the grammar."""
     return InvalidRequestError(f"{grammar.field} cannot be followed: {error}", grammar.field)

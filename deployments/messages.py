@@ -9,6 +9,8 @@ from enum import IntEnum, StrEnum
 
 import msgspec
 
+from deployments.errors import KvRelayError
+
 # Bounds of adjustments: OpenAI's, and for the repetition penalty what keeps every logit a number.
 MAX_PENALTY = 2.0
 MAX_LOGIT_BIAS = 100.0
@@ -243,11 +245,12 @@ class Ended:
 
     Attributes:
         request_id: the request.
-        loss: None: its last token is out; else why the engine gave the request up.
+        loss: None: its last token is out; else why the engine gave the request up. `InvalidRequestError`: no other
+            engine could go on with it either.
     """
 
     request_id: str
-    loss: str | None = None
+    loss: KvRelayError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,11 +270,11 @@ class GivenUp:
 
     Attributes:
         request_id: the request.
-        reason: why.
+        error: why; see `Ended`.
     """
 
     request_id: str
-    reason: str
+    error: KvRelayError
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from jsonschema import validate
 
+from deployments import grammars
 from deployments.api.openai import ChatBody
 from deployments.api.structured import read_grammar
-from deployments.grammars import GrammarError, Guide, Vocabulary
+from deployments.grammars import GrammarError, Guide, Vocabulary, VocabularyError
 from deployments.messages import Grammar
 from tests.api.fakes import END_ID, build_codec
 
@@ -136,6 +137,31 @@ def test_guides_of_one_grammar_know_nothing_of_each_other() -> None:
     assert one.mask() != before == other.mask()
 
 
+def test_what_others_wrote_by_a_grammar_uses_up_nothing_of_its_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars, "_MAX_LEXER_STATES", 100)
+    grammar = grammar_of({"pattern": "^(a[a-z]{45}|b[a-z]{45}c|d[a-z]{45}e|f[a-z]{45}g)$"})
+    shared = vocabulary()
+    for first in b"abdf":
+        guide = shared.compile(grammar)
+        guide.take([*b'"', first])
+        for _ in range(40):
+            assert guide.mask()
+            guide.take([ord("x")])
+
+
+def test_a_grammar_that_outgrows_its_bounds_says_so_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars, "_MAX_LEXER_STATES", 100)
+    grammar, shared, num_taken = grammar_of({"pattern": "^[a-z]{150}$"}), vocabulary(), []
+    for _ in range(3):
+        guide = shared.compile(grammar)
+        guide.take([*b'"'])
+        with pytest.raises(GrammarError, match="too many states"):
+            while guide.mask():
+                guide.take([ord("x")])
+        num_taken.append(guide.num_tokens)
+    assert len(set(num_taken)) == 1, "what it says is about the answer alone"
+
+
 def test_a_guide_says_that_nothing_may_follow() -> None:
     guide = vocabulary().compile(grammar_of({"enum": ["a"]}))
     guide.take([*b'"x'])
@@ -144,5 +170,5 @@ def test_a_guide_says_that_nothing_may_follow() -> None:
 
 
 def test_a_tokenizer_of_an_unknown_kind_is_told() -> None:
-    with pytest.raises(GrammarError, match="tokenizer"):
+    with pytest.raises(VocabularyError, match="tokenizer"):
         Vocabulary("{}", VOCAB_SIZE, (END_ID,))

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError, OverloadedError
-from deployments.grammars import GrammarError, Vocabulary, explain
+from deployments.grammars import GrammarError, Vocabulary, VocabularyError, explain
 from deployments.messages import Grammar
 
 # In this time a grammar has waited for those before it and is compiled, or it is refused.
@@ -50,7 +50,7 @@ class GrammarCheck:
         except TimeoutError:
             message = f"{grammar.field} took longer than {TIMEOUT_S:g} s to compile, those before it included"
             raise InvalidRequestError(message, grammar.field) from None
-        except GrammarError as error:
+        except (GrammarError, VocabularyError) as error:
             raise explain(grammar, error) from None
 
     def _note_checked(self, checking: "asyncio.Future[None]") -> None:

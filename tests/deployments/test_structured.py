@@ -7,16 +7,21 @@ import json
 import re
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from jsonschema import validate
 
+from deployments import grammars
 from deployments.api.http import build_app
-from deployments.messages import ModelInfo
+from deployments.engine.engine import Engine
+from deployments.errors import InvalidRequestError
+from deployments.messages import GenerateRequest, Grammar, ModelInfo, SamplingParams
 from tests.api.fakes import build_codec, serving
 from tests.deployments.conftest import StartPools
+from tests.deployments.pools import PROMPT
 from tests.engine.families import VOCAB_SIZE
-from tests.engine.grammars import END
+from tests.engine.grammars import END, regex
 
 # A model that knows no text writes what it may: bounds make that short.
 SCHEMA = {
@@ -36,6 +41,8 @@ SCHEMA = {
 FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
 PATTERN = "[a-f]{30}(-[0-9]{2}){2}"
 INFO = ModelInfo("tiny", "", max_model_len=512, vocab_size=VOCAB_SIZE, eos_token_ids=(END,))
+# Needs a state of the automaton for each letter.
+OUTGROWN, MAX_STATES = "[a-z]{150}", 100
 QUESTION = "The quick brown fox jumps over the lazy dog, and then it sleeps."
 
 
@@ -71,3 +78,42 @@ async def test_answers_have_their_form_and_are_the_same_however_they_are_served(
         validate(json.loads(content), SCHEMA)
     resumed = pools.backend.clients.registry.get_sample_value("kvrelay_requests_resumed_total")
     assert bool(resumed) is (way == "resumed")
+
+
+@pytest.mark.parametrize("way", ["disaggregated", "colocated"])
+async def test_a_grammar_that_outgrows_its_bounds_is_refused_and_no_engine_tries_it_again(
+    start: StartPools, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools = await start(min_tokens=10_000 if way == "colocated" else 16, num_prefill=2, num_decode=2)
+    monkeypatch.setattr(grammars, "_MAX_LEXER_STATES", MAX_STATES)
+    asked = {"model": "tiny", "prompt": QUESTION, "max_tokens": 200, "guided_regex": OUTGROWN}
+    async with serving(build_app(pools.backend, build_codec(), INFO)) as url, httpx.AsyncClient(base_url=url) as client:
+        whole = await client.post("/v1/completions", json=asked)
+        stream = await client.post("/v1/completions", json=asked | {"stream": True})
+    error = whole.json()["error"]
+    assert (whole.status_code, error["type"], error["param"]) == (400, "invalid_request_error", "guided_regex")
+    assert "too many states" in error["message"]
+    *events, last = [json.loads(line.removeprefix("data: ")) for line in stream.text.splitlines() if line]
+    assert stream.status_code == 200 and events and last == {"error": error}
+    assert sum(len(engine.added) for engine in pools.engines) == 2, "each call is tried once"
+    await pools.wait_idle()
+
+
+@pytest.mark.parametrize("way", ["disaggregated", "colocated"])
+async def test_a_prompt_whose_grammar_no_engine_can_follow_is_given_to_one_alone(start: StartPools, way: str) -> None:
+    pools = await start(min_tokens=10_000 if way == "colocated" else 16, num_prefill=2, num_decode=2)
+    # Decode engines see nothing wrong with it, so that the prefill engine is the one to find out.
+    for engine in pools.engines[2:] if way == "disaggregated" else ():
+        await engine.run(follow_anything)
+    sampling = SamplingParams(8, stop_token_ids=(END,), grammar=Grammar("no grammar", (END,), "guided_grammar"))
+    with pytest.raises(InvalidRequestError, match="guided_grammar cannot be followed"):
+        await pools.collect(GenerateRequest("r", PROMPT, sampling))
+    assert [len(engine.added) for engine in pools.engines] == [0, 0, 1, 0]
+    handoffs = [replica.front.handoff.num_failures for replica in pools.prefills]
+    assert handoffs == ([1, 0] if way == "disaggregated" else [0, 0])
+    await pools.wait_idle()
+
+
+def follow_anything(engine: Engine) -> None:
+    compile_grammar = engine._guides._begin
+    engine._guides._begin = lambda _, token_ids: compile_grammar(regex(PATTERN), token_ids)  # type: ignore[assignment,method-assign]

@@ -102,7 +102,7 @@ def test_a_grammar_that_fails_ends_its_request_alone() -> None:
         events += engine.step()
         engine.check_integrity()
     (lost,) = [event for event in events if isinstance(event, GivenUp)]
-    assert lost.request_id == "bad" and "nothing" in lost.reason
+    assert lost.request_id == "bad" and "nothing" in str(lost.error)
     tokens = [event.token_ids[0] for event in events if isinstance(event, TokenOutput)]
     assert tuple(tokens) == reference("llama", PROMPT, 12) and engine.num_free_blocks == engine.limits.num_blocks
 
@@ -111,7 +111,7 @@ def test_a_model_without_a_tokenizer_gives_the_request_up() -> None:
     engine = build_engine(replace(load_with_tokenizer("llama"), path=""))
     engine.add(guided("r"))
     events = [event for _ in range(10_000) if engine.has_work for event in engine.step()]
-    assert any(isinstance(event, GivenUp) and "tokenizer.json" in event.reason for event in events)
+    assert any(isinstance(event, GivenUp) and "tokenizer.json" in str(event.error) for event in events)
 
 
 @either

@@ -20,7 +20,8 @@ from typing import TypeAlias
 
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Role, Sequence, Status
-from deployments.grammars import Guide, Vocabulary, read_vocabulary
+from deployments.errors import KvRelayError, TransferError, brief
+from deployments.grammars import GrammarError, Guide, Vocabulary, explain, read_vocabulary
 from deployments.messages import GivenUp, Grammar
 
 logger = logging.getLogger(__name__)
@@ -134,22 +135,23 @@ class Guides:
             except queue.Empty:
                 break
             is_idle = False
-            reason = self._conclude(guided, work)
-            if reason is not None:
-                lost.append(GivenUp(guided.sequence.request_id, reason))
+            error = self._conclude(guided, work)
+            if error is not None:
+                lost.append(GivenUp(guided.sequence.request_id, error))
         self._collected_s = time.monotonic()
         return lost
 
-    def _conclude(self, guided: _Guided, work: "_Work") -> str | None:
+    def _conclude(self, guided: _Guided, work: "_Work") -> KvRelayError | None:
         """A thread is done: the sequence may draw, or has tokens that the mask does not know, or why it is lost."""
         self._note_done(guided)
         if self._by_id.get(guided.sequence.request_id) is not guided:
             return None
         error = work.exception()
+        if isinstance(error, GrammarError):
+            return explain(guided.grammar, error)
         if error is not None:
-            # The ingress has compiled it: what fails here is told as a fault of ours.
-            logger.error("%s: its grammar failed: %s", guided.sequence.request_id, error)
-            return f"the grammar of the answer failed: {error}"
+            logger.error("%s: its grammar failed here", guided.sequence.request_id, exc_info=error)
+            return TransferError(f"{guided.sequence.request_id}: its grammar failed: {brief(error)}")
         guided.guide, mask = work.result()
         if guided.unknown_tokens():
             self._go_on(guided)
