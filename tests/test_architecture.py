@@ -51,6 +51,7 @@ ENGINE_ROOMS = (
     "sampling",
     "execution",
     "handoff",
+    "lending",
     "process",
     "outputs",
     "engine",

@@ -31,6 +31,7 @@ from deployments.engine.handoff.exporter import Exporter
 from deployments.engine.handoff.importer import Importer
 from deployments.engine.handoff.states import Clock, Inbox, Outbox
 from deployments.engine.kv.copies import Allocate, KVCopies
+from deployments.engine.lending import Lending
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.outputs import Outputs
 from deployments.engine.scheduling.block_manager import BlockManager
@@ -63,8 +64,7 @@ class Engine:
     Args:
         loaded: the model.
         config: what the user asked for.
-        is_pipelined: whether a step is started before the one before has been concluded, so that a GPU never waits for
-            this process; else, and None on a CPU, one step at a time.
+        is_pipelined: start a step before the one before has been concluded, so that a GPU never waits; None: on a GPU.
         clock: of leases; monotonic seconds.
     """
 
@@ -80,14 +80,13 @@ class Engine:
         self.kv_shape = loaded.kv_shape
         self._runner = build_rehearsed(loaded, self.limits)
         self._copies = KVCopies(self._runner.cache)
-        caching = config.enable_prefix_caching
-        self._blocks = BlockManager(self.limits.num_blocks, self.limits.block_size, enable_prefix_caching=caching)
+        block_size, caching = self.limits.block_size, config.enable_prefix_caching
+        self._blocks = BlockManager(self.limits.num_blocks, block_size, enable_prefix_caching=caching)
         self._scheduler = Scheduler(self._blocks, self.limits, loaded.positions)
-        bytes_per_block = loaded.kv_shape.bytes_per_block(self.limits.block_size)
+        bytes_per_block = loaded.kv_shape.bytes_per_block(block_size)
         self.export_room = export_room(self.limits, bytes_per_block, loaded.device, config.hands_over)
         self._inbox = Inbox(config.lease_s, clock)
         self._outbox = Outbox(self.export_room.max_blocks, config.lease_s, clock)
-        block_size = self.limits.block_size
         self._exporter = Exporter(self._outbox, self._copies, block_size, self.export_room.max_chunk_blocks)
         self._importer = Importer(self._inbox, self._copies, block_size)
         self._is_pipelined = loaded.device.type == "cuda" if is_pipelined is None else is_pipelined
@@ -99,6 +98,7 @@ class Engine:
         self._stats = EngineStats.begin(self.limits)
         self._step_timer = StepTimer(self._stats)
         self._outputs = Outputs(self._stats)
+        self.lending = Lending(self._runner.cache, self._blocks, self._copies, self._stats)
 
     @property
     def has_work(self) -> bool:

@@ -7,7 +7,7 @@ size that is asked for.
 from array import array
 from collections.abc import Mapping, Sequence
 
-from deployments.engine.scheduling.block_hash import hash_block, root_of
+from deployments.engine.scheduling.block_hash import hash_block, hash_chain, root_of
 
 
 class PromptHashes:
@@ -36,7 +36,7 @@ class PromptHashes:
     def of(self, block_size: int) -> list[bytes]:
         """Hashes of all full blocks of that size, from the first."""
         if block_size not in self._by_size:
-            self._by_size[block_size] = self._chain(block_size)
+            self._by_size[block_size] = hash_chain(self._root, self._token_ids, block_size)
         return self._by_size[block_size]
 
     def usable(self, block_size: int) -> int:
@@ -53,10 +53,3 @@ class PromptHashes:
         if block_size is None or not (chain := self.of(block_size)):
             return hash_block(self._root, self._token_ids)
         return chain[min(num_tokens // block_size, len(chain) - 1)]
-
-    def _chain(self, block_size: int) -> list[bytes]:
-        hashes, parent = [], self._root
-        for end in range(block_size, self.num_tokens + 1, block_size):
-            parent = hash_block(parent, self._token_ids[end - block_size : end])
-            hashes.append(parent)
-        return hashes

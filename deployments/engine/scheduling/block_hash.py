@@ -1,7 +1,7 @@
 """Names of full KV blocks: the same in every process, so that engines, and those that choose among them, agree."""
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 _HASH_BYTES = 16
@@ -27,3 +27,12 @@ def root_of(position_offset: int, cache_salt: str = "") -> bytes:
     """
     root = position_offset.to_bytes(8, "big") if position_offset else b""
     return blake2b(cache_salt.encode(), key=root, digest_size=_HASH_BYTES).digest() if cache_salt else root
+
+
+def hash_chain(root: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:
+    """Hashes of all full blocks of a sequence, from the first; `root` as of `root_of`."""
+    hashes, parent = [], root
+    for end in range(block_size, len(token_ids) + 1, block_size):
+        parent = hash_block(parent, token_ids[end - block_size : end])
+        hashes.append(parent)
+    return hashes

@@ -7,18 +7,27 @@ Source: PagedAttention (Kwon et al., SOSP 2023); automatic prefix caching as in 
 """
 
 from array import array
-from collections import OrderedDict, deque
-from collections.abc import Iterable
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Chain
 
 from deployments.engine.scheduling.block_hash import hash_block, root_of
 from deployments.engine.scheduling.cache_log import CacheLog
+from deployments.engine.scheduling.ids import block_array
 from deployments.engine.scheduling.sequence import Sequence
+
+# Hashes of a sequence's blocks, how many of them were published before, and how many are now.
+OnPublished = Callable[[Chain[bytes], int, int], None]
 
 
 class BlockManager:
     """Hands out the blocks of one KV pool.
 
-    A block is blank (free, no content), cached (free, content still valid) or held (by one or more sequences).
+    A block is blank (free, no content), cached (free, content still valid) or held (by sequences, or by who copies it).
+
+    Attributes:
+        num_brought_hits: blocks that came from outside and were found by a sequence, each once.
+        on_published: told of each sequence's full blocks, as they become findable; None: nobody is.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
@@ -31,6 +40,10 @@ class BlockManager:
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._origin_of: dict[int, str | None] = {}  # for which request it was computed; None: long before
+        self._lent: Counter[int] = Counter()
+        self._brought: set[int] = set()  # from outside, and found by nobody yet
+        self.num_brought_hits = 0
+        self.on_published: OnPublished | None = None
         self.cache_log = CacheLog()
 
     @property
@@ -70,6 +83,9 @@ class BlockManager:
         num_new = self.blocks_for(sequence.num_tokens) - len(shared)
         for block in shared:
             self._hold(block)
+        if self._brought:
+            self.num_brought_hits += len(self._brought.intersection(shared))
+            self._brought.difference_update(shared)
         sequence.take_blocks(shared, [self._take() for _ in range(num_new)], len(shared) * self.block_size)
         return True
 
@@ -110,16 +126,59 @@ class BlockManager:
             block = sequence.block_table[i]
             # A twin computed at the same time was first: keep that one, ours stays private.
             if hashes[i] not in self._block_of and block not in self._hash_of:
-                self._block_of[hashes[i]] = block
-                self._hash_of[block] = hashes[i]
-                self.cache_log.published(hashes[i])
                 is_new = (i + 1) * self.block_size > sequence.num_cached_tokens
-                self._origin_of[block] = sequence.request.origin if is_new else None
+                self._enter(block, hashes[i], sequence.request.origin if is_new else None)
+        if self.on_published is not None:
+            self.on_published(hashes, sequence.num_published_blocks, num_full)
         sequence.note_published(num_full)
 
     def free(self, sequence: Sequence) -> None:
         """Take all blocks back; those that were published stay findable until they are needed."""
         self._release(sequence.drop_blocks())
+
+    def num_cached(self, hashes: Chain[bytes]) -> int:
+        """Leading ones of these blocks that are cached now. Safe from any thread; it may be out of date at once."""
+        return next((i for i, block_hash in enumerate(hashes) if block_hash not in self._block_of), len(hashes))
+
+    def lend(self, hashes: Chain[bytes]) -> list[int]:
+        """Hold the leading ones of these blocks that are cached, until `take_back`; nobody may write to them."""
+        blocks = [self._block_of[block_hash] for block_hash in hashes[: self.num_cached(hashes)]]
+        for block in blocks:
+            self._hold(block)
+        self._lent.update(blocks)
+        return blocks
+
+    def lend_blank(self, num_blocks: int, num_spare_blocks: int = 0) -> list[int] | None:
+        """Hold so many blocks to be written to, until `take_back`; None if too few are free beside the spare ones."""
+        if num_blocks + num_spare_blocks > self.num_free_blocks:
+            return None
+        blocks = [self._take() for _ in range(num_blocks)]
+        self._lent.update(blocks)
+        return blocks
+
+    def bring(self, block: int, block_hash: bytes, origin: str | None) -> None:
+        """A lent block has KV from outside in it, and can be found from now on.
+
+        Args:
+            block: from `lend_blank`.
+            block_hash: its name; if a twin was computed meanwhile, that one stays.
+            origin: for which request it was computed; None: long before.
+        """
+        assert self._lent[block] and block not in self._hash_of, f"block {block} is not there to be written to"
+        if block_hash not in self._block_of:
+            self._enter(block, block_hash, origin)
+            self._brought.add(block)
+
+    def origins(self, blocks: Chain[int]) -> tuple[str | None, ...]:
+        """For which requests these cached blocks were computed."""
+        return tuple(self._origin_of[block] for block in blocks)
+
+    def take_back(self, blocks: Chain[int]) -> None:
+        """Whoever copied them is done."""
+        self._lent.subtract(blocks)
+        assert min(self._lent.values(), default=0) >= 0, "a block was taken back that was not lent"
+        self._lent += Counter()  # without those that are lent no more
+        self._release(block_array(blocks))
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Assert that every block is accounted for exactly once.
@@ -127,12 +186,12 @@ class BlockManager:
         Args:
             sequences: all that hold blocks.
         """
-        expected = [0] * self.num_blocks
+        expected = [self._lent[block] for block in range(self.num_blocks)]
         for sequence in sequences:
             assert len(set(sequence.block_table)) == len(sequence.block_table), f"{sequence.request_id}: block twice"
             for block in sequence.block_table:
                 expected[block] += 1
-        assert expected == self._ref_counts, f"reference counts {self._ref_counts}, sequences hold {expected}"
+        assert expected == self._ref_counts, f"reference counts {self._ref_counts}, held are {expected}"
         free = set(self._blank) | set(self._cached)
         assert len(free) == self.num_free_blocks, "a block is free twice"
         assert free == {b for b, count in enumerate(expected) if count == 0}, "free blocks are not the unheld ones"
@@ -140,7 +199,14 @@ class BlockManager:
         assert all(b in self._hash_of for b in self._cached), "a cached block has no hash"
         assert {b: h for h, b in self._block_of.items()} == self._hash_of, "hash tables disagree"
         assert self._origin_of.keys() == self._hash_of.keys(), "a block is of no request, or of one without a hash"
+        assert self._brought <= self._hash_of.keys(), "a block from outside cannot be found"
         assert set(self.cache_log.held) == self._block_of.keys(), "the log tells of other blocks than there are"
+
+    def _enter(self, block: int, block_hash: bytes, origin: str | None) -> None:
+        self._block_of[block_hash] = block
+        self._hash_of[block] = block_hash
+        self._origin_of[block] = origin
+        self.cache_log.published(block_hash)
 
     def _fits(self, sequence: Sequence, shared: list[int], num_spare_blocks: int) -> bool:
         num_new = self.blocks_for(sequence.num_tokens) - len(shared)
@@ -189,6 +255,7 @@ class BlockManager:
             block, _ = self._cached.popitem(last=False)
             block_hash = self._hash_of.pop(block)
             del self._block_of[block_hash], self._origin_of[block]
+            self._brought.discard(block)
             self.cache_log.evicted(block_hash)
         self._ref_counts[block] = 1
         return block

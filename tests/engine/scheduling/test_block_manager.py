@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from deployments.engine.scheduling.block_hash import hash_block
+from deployments.engine.scheduling.block_hash import hash_block, hash_chain, root_of
 from deployments.engine.scheduling.block_manager import BlockManager
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Role, Sequence
@@ -182,6 +182,58 @@ def test_without_prefix_caching_nothing_is_found() -> None:
     assert manager.num_cached_prefix_blocks(sequence(range(12))) == 0
 
 
+def chain(tokens: list[int] | range) -> list[bytes]:
+    return hash_chain(root_of(0), tokens, BLOCK_SIZE)
+
+
+def test_what_was_brought_is_found_and_counts_once_as_such(manager: BlockManager) -> None:
+    hashes = chain(range(8))
+    blocks = manager.lend_blank(2)
+    assert blocks is not None
+    assert manager.num_cached(hashes) == 0, "nobody has written to them yet"
+    for block, block_hash in zip(blocks, hashes, strict=True):
+        manager.bring(block, block_hash, "elsewhere")
+    manager.take_back(blocks)
+    for num_hits in (2, 2):
+        found = sequence(range(9))
+        assert manager.admit(found)
+        assert (found.num_computed_tokens, manager.num_brought_hits) == (8, num_hits)
+        manager.free(found)
+    manager.check_integrity([])
+
+
+def test_what_was_brought_for_a_request_that_had_computed_it_is_not_cached_for_it(manager: BlockManager) -> None:
+    blocks = manager.lend_blank(2)
+    assert blocks is not None
+    for block, block_hash, origin in zip(blocks, chain(range(8)), (None, "r"), strict=True):
+        manager.bring(block, block_hash, origin)
+    assert manager.origins(blocks) == (None, "r")
+    manager.take_back(blocks)
+    found = sequence(range(9))
+    assert manager.admit(found)
+    assert (found.num_computed_tokens, manager.num_found_tokens(found)) == (8, 4)
+
+
+def test_a_lent_block_is_not_given_away_until_it_is_taken_back(manager: BlockManager) -> None:
+    manager.free(computed(manager, range(12)))
+    lent = manager.lend(chain(range(12)))
+    assert len(lent) == 3
+    assert not manager.can_admit(sequence([5] * 24)), "5 of 8 blocks are free"
+    manager.take_back(lent)
+    assert manager.can_admit(sequence([5] * 24))
+
+
+def test_a_twin_that_was_computed_meanwhile_stays(manager: BlockManager) -> None:
+    blocks = manager.lend_blank(1)
+    assert blocks is not None
+    twin = computed(manager, range(5))
+    manager.bring(blocks[0], chain(range(4))[0], None)
+    manager.take_back(blocks)
+    assert manager.lend(chain(range(4))) == [twin.block_table[0]]
+    manager.take_back(twin.block_table[:1])
+    manager.check_integrity([twin])
+
+
 class Blocks(RuleBasedStateMachine):
     """Any order of admissions, computations, growth and ends; beside it, what each block really holds."""
 
@@ -190,6 +242,8 @@ class Blocks(RuleBasedStateMachine):
         self.manager = BlockManager(10, BLOCK_SIZE)
         self.live: list[Sequence] = []
         self.content: dict[int, tuple[int, ...]] = {}
+        self.loans: list[list[int]] = []
+        self.unwritten: list[tuple[int, tuple[int, ...]]] = []  # a lent block, and the tokens that are to come
 
     # Two tokens only, so that prefixes meet often.
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20), spare=st.integers(0, 2))
@@ -251,6 +305,42 @@ class Blocks(RuleBasedStateMachine):
             self.live.remove(chosen)
             self.manager.free(chosen)
 
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=BLOCK_SIZE, max_size=20))
+    def lend(self, tokens: list[int]) -> None:
+        """Somebody copies what is cached of a prompt."""
+        blocks = self.manager.lend(chain(tokens))
+        for i, block in enumerate(blocks):
+            assert self.content[block] == tuple(tokens[: (i + 1) * BLOCK_SIZE]), "a block with other tokens was lent"
+        self.loans.append(blocks)
+
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=BLOCK_SIZE, max_size=20), spare=st.integers(0, 2))
+    def reserve(self, tokens: list[int], spare: int) -> None:
+        """Somebody will bring what is not cached of a prompt."""
+        cached = self.manager.lend(chain(tokens))
+        free, num_blank = self.manager.num_free_blocks, len(tokens) // BLOCK_SIZE - len(cached)
+        blank = self.manager.lend_blank(num_blank, spare)
+        assert (blank is None) == (num_blank + spare > free)
+        self.loans.append(cached + (blank or []))
+        for i, block in enumerate(blank or []):
+            self.content.pop(block, None)
+            self.unwritten.append((block, tuple(tokens[: (len(cached) + i + 1) * BLOCK_SIZE])))
+
+    @rule(data=st.data())
+    def bring(self, data: st.DataObject) -> None:
+        if self.unwritten:
+            block, tokens = data.draw(st.sampled_from(self.unwritten))
+            self.unwritten.remove((block, tokens))
+            self.content[block] = tokens
+            self.manager.bring(block, chain(list(tokens))[-1], None)
+
+    @rule(data=st.data())
+    def take_back(self, data: st.DataObject) -> None:
+        if self.loans:
+            loan = data.draw(st.sampled_from(self.loans))
+            self.loans.remove(loan)
+            self.unwritten = [(block, tokens) for block, tokens in self.unwritten if block not in loan]
+            self.manager.take_back(loan)
+
     @invariant()
     def every_block_is_accounted_for(self) -> None:
         self.manager.check_integrity(self.live)
@@ -260,6 +350,8 @@ class Blocks(RuleBasedStateMachine):
     def teardown(self) -> None:
         for left in self.live:
             self.manager.free(left)
+        for loan in self.loans:
+            self.manager.take_back(loan)
         self.manager.check_integrity([])
         assert self.manager.num_free_blocks == 10
 

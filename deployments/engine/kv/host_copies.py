@@ -1,0 +1,141 @@
+"""Blocks of KV to and from the host's memory, copied beside the steps, on threads other than the one that takes them.
+
+The blocks must be held for whoever copies, so that no step touches them meanwhile. On a GPU each copy has a stream of
+its own and passes through pinned memory; steps never wait for one. In the host's memory a block is one run of bytes:
+all layers, keys and values, one behind the other.
+"""
+
+import queue
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deployments.engine.kv.cache import KVCache
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# Copies at once on a GPU: one thread reads a host's memory at about 10 GB/s, and PCIe takes 25 to 50.
+_NUM_LANES = 4
+
+
+class HostCopies:
+    """Copies of one pool's blocks. Safe from any thread.
+
+    Args:
+        cache: the pool.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self._pool = cache.blocks.flatten(3).view(torch.uint8)  # (num_layers, 2, num_blocks, bytes of a plane)
+        planes = self._pool[:, :, 0]
+        self.bytes_per_block = planes.numel()
+        self._lanes: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
+        self._plane_shape = tuple(planes.shape)
+        self.num_lanes = _NUM_LANES if self._pool.is_cuda else 1
+        self._has_lanes = False
+        self._lock = Lock()
+
+    def copy_out(self, block_ids: Sequence[int], computed: torch.cuda.Event | None, out: np.ndarray) -> None:
+        """Copy blocks to the host's memory; returns when they are there.
+
+        Args:
+            block_ids: N of them.
+            computed: when they are; None: they are.
+            out: (N, bytes_per_block) uint8.
+        """
+        rows = self._rows(out, block_ids)
+        if self._pool.is_cuda:
+            with self._lane(computed) as lane:
+                for block, row in zip(block_ids, rows, strict=True):
+                    lane.fetch(self._pool[:, :, block], row)
+            return
+        pool = self._pool.numpy()
+        for block, row in zip(block_ids, rows, strict=True):
+            np.copyto(row, pool[:, :, block])
+
+    def copy_in(self, block_ids: Sequence[int], computed: torch.cuda.Event | None, data: np.ndarray) -> None:
+        """Copy what `copy_out` has made into blocks; returns when it is there, on a GPU too.
+
+        Args:
+            block_ids: N of them.
+            computed: when no step that was launched before uses the blocks any more; None: none does.
+            data: (N, bytes_per_block) uint8; it is not written to.
+        """
+        rows = self._rows(data, block_ids)
+        if self._pool.is_cuda:
+            with self._lane(computed) as lane:
+                for block, row in zip(block_ids, rows, strict=True):
+                    lane.put(row, self._pool[:, :, block])
+            return
+        pool = self._pool.numpy()
+        for block, row in zip(block_ids, rows, strict=True):
+            np.copyto(pool[:, :, block], row)
+
+    def _rows(self, data: np.ndarray, block_ids: Sequence[int]) -> np.ndarray:
+        expected = (len(block_ids), self.bytes_per_block)
+        if data.shape != expected or data.dtype != np.uint8:
+            raise ValueError(f"KV is {data.shape} {data.dtype}, these blocks take {expected} uint8")
+        return data.reshape(-1, *self._plane_shape)
+
+    @contextmanager
+    def _lane(self, after: torch.cuda.Event | None) -> "Iterator[_Lane]":
+        """A lane that nobody else uses; when it is given back its copies are done."""
+        with self._lock:
+            if not self._has_lanes:  # taken with the first copy: most engines make none
+                self._has_lanes = True
+                for _ in range(self.num_lanes):
+                    self._lanes.put(_Lane.on(self._pool[:, :, 0]))
+        lane = self._lanes.get()
+        try:
+            with torch.cuda.device(self._pool.device), torch.cuda.stream(lane.stream):
+                if after is not None:
+                    lane.stream.wait_event(after)
+                yield lane
+                lane.stream.synchronize()
+        finally:
+            self._lanes.put(lane)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """A stream and the memory of a block on either side.
+
+    The device's is there so that one transfer carries a whole block: in the pool its planes lie apart.
+    """
+
+    stream: torch.cuda.Stream
+    pinned: Tensor
+    staging: Tensor
+
+    @classmethod
+    def on(cls, planes: Tensor) -> "_Lane":
+        """For blocks of these planes, strided as in the pool."""
+        pinned = torch.empty(planes.shape, dtype=torch.uint8, pin_memory=True)
+        return cls(torch.cuda.Stream(planes.device), pinned, torch.empty_like(pinned, device=planes.device))
+
+    def fetch(self, planes: Tensor, row: np.ndarray) -> None:
+        """Copy a block to the host."""
+        _words(self.staging).copy_(_words(planes))
+        self.pinned.copy_(self.staging, non_blocking=True)
+        self.stream.synchronize()
+        np.copyto(row, self.pinned.numpy())
+
+    def put(self, row: np.ndarray, planes: Tensor) -> None:
+        """Copy a block to the device."""
+        self.stream.synchronize()  # the one before is out of the pinned memory
+        np.copyto(self.pinned.numpy(), row)
+        self.staging.copy_(self.pinned, non_blocking=True)
+        _words(planes).copy_(_words(self.staging))
+
+
+def _words(planes: Tensor) -> Tensor:
+    """As the widest numbers that fit: a kernel copies one number per thread."""
+    fits = planes.shape[-1] % 8 == 0 and planes.storage_offset() % 8 == 0
+    return planes.view(torch.int64) if fits else planes
