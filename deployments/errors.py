@@ -64,6 +64,10 @@ class TransferError(KvRelayError):
     """A hand-off did not complete: the peer died, timed out, or dropped the chunk."""
 
 
+class TierError(KvRelayError):
+    """KV could not be had from the shared tier, or not soon enough; whoever wanted it computes it."""
+
+
 class OverloadedError(KvRelayError):
     """Not taken, since too much is queued; the same request can succeed later.
 

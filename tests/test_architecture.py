@@ -32,6 +32,8 @@ FORBIDDEN = {
         "deployments.api",
         "deployments.tokens",
     ],
+    **{f"deployments.kv_tier.{pure}": ["ray", "torch", "numpy"] for pure in ("index", "keys", "policy", "settings")},
+    "deployments.kv_tier": ["torch", "transformers", "starlette", "deployments.api", "deployments.engine"],
     "deployments.engine.scheduling": ["torch", "numpy", "transformers"],
     "load_tests": ["app", "deployments", "ray", "torch"],
 }
@@ -70,6 +72,7 @@ PLACES = (
     "ray_errors",
     "serve_state",
     "kv_transfer",
+    "kv_tier",
     "tokens",
     "load",
     "routing",

@@ -1,0 +1,27 @@
+"""What a user can set about the shared tier. `app/config.py` has it as `tier.*`."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class TierSettings(BaseModel):
+    """KV that outlives its engine, in the memory of Ray's object store.
+
+    Attributes:
+        max_bytes: of KV in the tier, over all nodes; 0: there is none. Ray spills to disk what exceeds its memory.
+        object_bytes: blocks of a prompt are kept together up to so many bytes; a block that is larger, alone.
+        num_shards: processes that know what is there.
+        copy_share: of an engine's time, while it has work, that its copies to the tier may take.
+        name: applications of one cluster that give the same one share the tier, as far as their KV is the same.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_bytes: int = Field(default=0, ge=0)
+    object_bytes: int = Field(default=4 << 20, ge=1)
+    num_shards: int = Field(default=1, ge=1, le=64)
+    copy_share: float = Field(default=0.02, gt=0, le=1)
+    name: str = Field(default="kvrelay", min_length=1)
+
+    @property
+    def is_on(self) -> bool:
+        return self.max_bytes > 0
