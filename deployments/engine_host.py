@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,11 @@ from deployments.engine.loop import EngineLoop
 from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats
 from deployments.engine_builder import BuiltEngine
+from deployments.engine_tier.tier import EngineTier
 from deployments.errors import KvRelayError, TransferError
+from deployments.kv_tier.index import Origins
+from deployments.kv_tier.keys import TierKeys
+from deployments.kv_tier.store import TierStore
 from deployments.messages import (
     ChunkReady,
     Ended,
@@ -32,6 +36,9 @@ from deployments.messages import (
     TokenOutput,
 )
 from deployments.tokens.sender import TokenSender
+
+if TYPE_CHECKING:
+    import numpy as np
 
 logger = logging.getLogger(__name__)
 
@@ -57,39 +64,44 @@ class EngineHost:
         self._tell = tell
         self._tokens = TokenSender(self._give_up)
         self._loop = EngineLoop(self._engine, self._emit)
+        self._tier: EngineTier | None = None
+
+    def use_tier(self, store: TierStore, keys: TierKeys, copy_share: float) -> None:
+        """From now on give KV to the tier and take it from there; before the first request."""
+        self._tier = EngineTier(self._engine, self._loop, store, keys, self.info.positions, copy_share)
 
     def ping(self) -> None:
         self._loop.call(lambda engine: engine.run_canary())
 
     def stats(self) -> EngineStats:
-        stats = self._loop.call(lambda engine: engine.stats())
-        stats.num_receivers = self._tokens.num_channels
-        return stats
+        return self._complete(self._loop.call(lambda engine: engine.stats()))
 
     def report(self, read: Position | None) -> tuple[EngineStats, CacheEvents]:
         stats, changes = self._loop.call(lambda engine: (engine.stats(), engine.cache_changes(read)))
-        stats.num_receivers = self._tokens.num_channels
-        return stats, changes
+        return self._complete(stats), changes
 
     def add(self, request: GenerateRequest, remote_threshold: int | None, reply_to: ReplyAddress) -> None:
         self._engine.check(request)
         self._tokens.register(request.request_id, reply_to)
-        self._post(lambda engine: engine.add(request, remote_threshold))
+        self._enter(request, lambda engine: engine.add(request, remote_threshold))
 
     def prefill(self, request: GenerateRequest, first_block: int, reply_to: ReplyAddress) -> None:
         self._engine.check(request)
         self._tokens.register(request.request_id, reply_to)
-        self._post(lambda engine: engine.prefill(request, first_block))
+        self._enter(request, lambda engine: engine.prefill(request, first_block))
 
     def prefill_locally(self, request_id: str) -> None:
         self._post(lambda engine: engine.prefill_locally(request_id))
 
     def renew(self, request_id: str) -> bool:
         """An engine whose loop hangs does not answer."""
-        return self._loop.call(lambda engine: engine.renew(request_id))
+        waits = self._tier is not None and self._tier.holds(request_id)
+        return self._loop.call(lambda engine: engine.renew(request_id)) or waits
 
     def abort(self, request_id: str) -> None:
         self._tokens.forget(request_id)
+        if self._tier is not None:
+            self._tier.forget(request_id)
         self._post(lambda engine: engine.abort(request_id))
 
     def take_chunk(self, request_id: str, index: int) -> Tensor:
@@ -111,12 +123,18 @@ class EngineHost:
     def release_chunk(self, request_id: str, index: int) -> None:
         self._post(lambda engine: engine.release_chunk(request_id, index))
 
+    def give(self, key: bytes) -> "tuple[Origins, np.ndarray] | None":
+        """See `EngineTier.give`."""
+        return self._tier.give(key) if self._tier is not None else None
+
     def submit(self, command: Callable[[Engine], T]) -> "Future[T]":
         """Have anything else done between two steps."""
         return self._loop.submit(command)
 
     def stop(self) -> None:
         """End the loop, and send what is left of the tokens."""
+        if self._tier is not None:
+            self._tier.stop()
         self._loop.stop()
         self._tokens.stop()
 
@@ -124,6 +142,20 @@ class EngineHost:
         """Called in the loop's thread. What comes back happens when the device has read the tensor."""
         self._loop.emit(engine.import_chunk(chunk, tensor))
         return engine.fence()
+
+    def _complete(self, stats: EngineStats) -> EngineStats:
+        """With what the engine does not know of itself."""
+        stats.num_receivers = self._tokens.num_channels
+        if self._tier is not None:
+            self._tier.add_to(stats)
+        return stats
+
+    def _enter(self, request: GenerateRequest, command: Callable[[Engine], object]) -> None:
+        """Have the loop take a request, once the tier has brought what it has of the prompt."""
+        if self._tier is None:
+            self._post(command)
+        else:
+            self._tier.bring(request, partial(self._post, command))
 
     def _emit(self, events: list[EngineEvent]) -> None:
         """Share out what a step made; called in the loop's thread."""

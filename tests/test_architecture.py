@@ -81,6 +81,7 @@ PLACES = (
     "metrics",
     "engine_handle",
     "engine_builder",
+    "engine_tier",
     "engine_host",
     "engine_actor",
     "local_engine",
@@ -102,7 +103,7 @@ LIGHT_ENGINE = [
     "deployments.engine.scheduling.cache_log",
     "deployments.engine.scheduling.positions",
 ]
-ENGINE_HOSTS = ("engine", "engine_builder", "engine_host", "local_engine")
+ENGINE_HOSTS = ("engine", "engine_builder", "engine_tier", "engine_host", "local_engine")
 # Of the project's own modules, these alone may be imported from under each prefix.
 OWN_ALLOWED = {
     "deployments.engine": [

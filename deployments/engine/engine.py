@@ -88,14 +88,14 @@ class Engine:
         self._inbox = Inbox(config.lease_s, clock)
         self._outbox = Outbox(self.export_room.max_blocks, config.lease_s, clock)
         self._exporter = Exporter(self._outbox, self._copies, block_size, self.export_room.max_chunk_blocks)
-        self._importer = Importer(self._inbox, self._copies, block_size)
+        self._stats = EngineStats.begin(self.limits)
+        self._importer = Importer(self._inbox, self._copies, block_size, self._stats)
         self._is_pipelined = loaded.device.type == "cuda" if is_pipelined is None else is_pipelined
         self._hands_over = config.hands_over
         self._in_flight: LaunchedStep | None = None
         self._vocab_size = loaded.vocab_size
         self._guides = Guides(loaded.path, loaded.vocab_size)
         self._canary = Canary(self._runner, self._blocks)
-        self._stats = EngineStats.begin(self.limits)
         self._step_timer = StepTimer(self._stats)
         self._outputs = Outputs(self._stats)
         self.lending = Lending(self._runner.cache, self._blocks, self._copies, self._stats)

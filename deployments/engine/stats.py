@@ -48,6 +48,12 @@ class EngineStats:
         num_exported_blocks: blocks copied out for a hand-off and not yet released.
         prompt_tokens: prompt tokens computed here, in batches that have ended.
         prefix_hit_tokens: prompt tokens found in the prefix cache.
+        delta_hit_tokens: prompt tokens that a prefill engine had cached and this one had not, handed over.
+        tier_hit_tokens: those of the prefix hits whose KV the shared tier had brought, each block once.
+        tier_fetched_bytes: KV that was brought from the tier.
+        tier_fetch_s: seconds that this took.
+        tier_given_bytes: KV that was given to the tier.
+        tier_failures: times that the tier did not give what it has, or not in time.
         generated_tokens: tokens drawn here.
         preemptions: sequences that lost their blocks and were computed again.
         steps: batches run.
@@ -73,6 +79,12 @@ class EngineStats:
     num_exported_blocks: int = 0
     prompt_tokens: int = 0
     prefix_hit_tokens: int = 0
+    delta_hit_tokens: int = 0
+    tier_hit_tokens: int = 0
+    tier_fetched_bytes: int = 0
+    tier_fetch_s: float = 0.0
+    tier_given_bytes: int = 0
+    tier_failures: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
     steps: int = 0

@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
+_COPY_SHARES = {"cpu": 0.02, "cuda": 0.5}
+
 
 class TierSettings(BaseModel):
     """KV that outlives its engine, in the memory of Ray's object store.
@@ -10,7 +12,8 @@ class TierSettings(BaseModel):
         max_bytes: of KV in the tier, over all nodes; 0: there is none. Ray spills to disk what exceeds its memory.
         object_bytes: blocks of a prompt are kept together up to so many bytes; a block that is larger, alone.
         num_shards: processes that know what is there.
-        copy_share: of an engine's time, while it has work, that its copies to the tier may take.
+        copy_share: of an engine's time, while it has work, that its copies to the tier may take; 0.02 on a CPU, which
+            computes meanwhile, 0.5 on a GPU.
         name: applications of one cluster that give the same one share the tier, as far as their KV is the same.
     """
 
@@ -19,9 +22,13 @@ class TierSettings(BaseModel):
     max_bytes: int = Field(default=0, ge=0)
     object_bytes: int = Field(default=4 << 20, ge=1)
     num_shards: int = Field(default=1, ge=1, le=64)
-    copy_share: float = Field(default=0.02, gt=0, le=1)
+    copy_share: float | None = Field(default=None, gt=0, le=1)
     name: str = Field(default="kvrelay", min_length=1)
 
     @property
     def is_on(self) -> bool:
         return self.max_bytes > 0
+
+    def copy_share_on(self, device_type: str) -> float:
+        """See `copy_share`."""
+        return self.copy_share or _COPY_SHARES[device_type]

@@ -35,10 +35,6 @@ class TierStore(Protocol):
         """
         ...
 
-    def lose(self, keys: Sequence[bytes]) -> None:
-        """These could not be read: nobody else shall try. Never raises."""
-        ...
-
 
 def leading(keys: Sequence[bytes], found: Sequence[Found[Any]]) -> list[Found[Any]]:
     """Of what was found in any order, that which the first of these objects have without a gap."""

@@ -62,6 +62,14 @@ def test_after_a_hand_off_it_is_what_the_prefill_engine_found_whatever_decode_ha
     generate(shorter := build(), [greedy("earlier", PROMPT[:20], 1)])
     generate(longer := build(), [greedy("earlier", PROMPT[:30], 1)])
     assert hand_over(shorter, longer, "both have a part") == 16, "prefill began behind the part that it has"
+    assert longer.stats().delta_hit_tokens == 0, "decode had as much"
+
+
+def test_what_prefill_has_and_decode_has_not_is_counted_as_such() -> None:
+    generate(prefill := build(), [greedy("earlier", PROMPT[:30], 1)])
+    generate(decode := build(), [greedy("earlier", PROMPT[:10], 1)])
+    hand_over(prefill, decode)
+    assert (decode.stats().prefix_hit_tokens, decode.stats().delta_hit_tokens) == (8, 16)
 
 
 def test_what_arrived_of_a_broken_hand_off_and_was_found_by_prefill_is_cached_and_the_rest_is_not() -> None:

@@ -5,6 +5,7 @@ from torch import Tensor
 from deployments.engine.handoff.states import Inbox, State
 from deployments.engine.kv.copies import KVCopies
 from deployments.engine.scheduling.sequence import Sequence
+from deployments.engine.stats import EngineStats
 from deployments.messages import ChunkReady, DrawnToken
 
 
@@ -15,9 +16,11 @@ class Importer:
         inbox: what is awaited.
         copies: of the pool.
         block_size: tokens per block.
+        stats: where hits go.
     """
 
-    def __init__(self, inbox: Inbox, copies: KVCopies, block_size: int) -> None:
+    def __init__(self, inbox: Inbox, copies: KVCopies, block_size: int, stats: EngineStats) -> None:
+        self._stats = stats
         self._inbox = inbox
         self._copies = copies
         self._block_size = block_size
@@ -47,6 +50,7 @@ class Importer:
         sequence.limit_cached(chunk.num_cached_tokens)
         if self._inbox.fill(chunk) is not State.READY:
             return None
+        self._stats.delta_hit_tokens += max(0, sequence.num_cached_tokens - sequence.num_computed_tokens)
         return self._sequences.pop(chunk.request_id), self._inbox.claim(chunk.request_id)
 
     def give_up(self, request_id: str) -> Sequence | None:

@@ -1,0 +1,150 @@
+"""Brings what the tier has of a prompt into an engine's prefix cache, if that is faster than to compute it.
+
+Blocks are reserved between two steps, written beside them, and can be found from then on. An object that is gone, or
+comes too late, ends the prompt that can be used; what came before it stays.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from typing import Any
+
+from deployments.engine.engine import Engine
+from deployments.engine.lending import Lending, Loan
+from deployments.engine_tier.loop import Loop
+from deployments.errors import TierError, brief
+from deployments.kv_tier.index import Found, Origins
+from deployments.kv_tier.keys import TierKeys
+from deployments.kv_tier.policy import FetchPolicy
+from deployments.kv_tier.store import TierStore
+
+logger = logging.getLogger(__name__)
+
+_LOOKUP_TIMEOUT_S = 1.0
+
+
+class Fetcher:
+    """See the module. Safe from any thread but that of the engine, for whose steps it waits.
+
+    Args:
+        lending: of the engine.
+        loop: that the engine runs in.
+        store: the tier.
+        keys: of the engine's KV.
+
+    Attributes:
+        num_bytes: that were brought.
+        seconds: that this took.
+        num_failures: times that something did not come, or not in time.
+    """
+
+    def __init__(self, lending: Lending, loop: Loop, store: TierStore, keys: TierKeys) -> None:
+        self._lending = lending
+        self._loop = loop
+        self._store = store
+        self._keys = keys
+        self._lock = Lock()  # of what was measured and counted
+        self._policy = FetchPolicy()
+        self._copiers = ThreadPoolExecutor(lending.num_lanes, thread_name_prefix="tier-copy")
+        self.num_bytes = 0
+        self.seconds = 0.0
+        self.num_failures = 0
+
+    def asks(self, num_tokens: int) -> bool:
+        """Whether to ask the tier for so many tokens; see `FetchPolicy.asks`."""
+        with self._lock:
+            self._policy.note_computed(*self._lending.prompt_costs)
+            return self._policy.asks(num_tokens)
+
+    def fetch(self, chain: list[bytes]) -> None:
+        """Bring what is not cached of the leading blocks of a prompt; returns when it can be found, or is given up.
+
+        Args:
+            chain: hashes of the blocks, in whole objects.
+
+        Raises:
+            EngineDeadError: there are no more steps.
+        """
+        size = self._keys.num_blocks
+        first = self._lending.num_cached(chain) // size  # more than when it came, perhaps: another one has fetched it
+        found = self._find(self._keys.of_chain(chain)[first:])
+        num_tokens, num_bytes = len(found) * size * self._keys.block_size, len(found) * self._keys.num_bytes
+        with self._lock:
+            if not found or not self._policy.fetches(num_tokens, num_bytes):
+                return
+            patience_s = self._policy.patience_s(num_tokens)
+        begun_s = time.monotonic()
+        hashes = chain[: (first + len(found)) * size]
+        loan = self._loop.call(lambda engine: engine.lending.reserve(hashes))
+        if loan is None:
+            return  # no room: sequences that run need it more
+        origins: list[str | None] = []
+        try:
+            origins = self._copy_in(loan, first, found, begun_s + patience_s)
+        finally:
+            self._loop.call(lambda engine: _end(engine, loan, origins))
+            self._note(time.monotonic() - begun_s, len(origins), loan)
+
+    def note_failure(self, error: Exception) -> None:
+        """Something did not come, and is computed."""
+        with self._lock:
+            self.num_failures += 1
+        logger.warning("the tier did not give what it has; it is computed: %s", brief(error))
+
+    def stop(self) -> None:
+        """Nothing is fetched any more."""
+        self._copiers.shutdown()
+
+    def _find(self, keys: list[bytes]) -> list[Found[Any]]:
+        if not keys:
+            return []
+        begun_s = time.monotonic()
+        found = self._store.find(keys, _LOOKUP_TIMEOUT_S)
+        lookup_s = time.monotonic() - begun_s
+        with self._lock:
+            self._policy.note_lookup(lookup_s, self._num_tokens(keys), self._num_tokens(found))
+        return found
+
+    def _num_tokens(self, objects: Sequence[object]) -> int:
+        return len(objects) * self._keys.num_blocks * self._keys.block_size
+
+    def _copy_in(self, loan: Loan, first: int, found: Sequence[Found[Any]], until_s: float) -> list[str | None]:
+        """Write objects into a loan's blocks; the origins of those behind the cached ones that came without a gap."""
+        copies = [self._copiers.submit(self._copy, loan, i, one, until_s) for i, one in enumerate(found, first)]
+        origins: list[str | None] = []
+        errors: list[Exception] = []
+        for copy in copies:  # all of them: none may write when the blocks are given back
+            try:
+                written = copy.result()
+            except (TierError, ValueError) as error:
+                errors.append(error)
+            else:
+                origins += () if errors else written
+        for error in errors[:1]:
+            self.note_failure(error)
+        return origins
+
+    def _copy(self, loan: Loan, number: int, one: Found[Any], until_s: float) -> Origins:
+        """Write the object of this number in its sequence; the origins of its blocks that were not cached."""
+        start = number * self._keys.num_blocks
+        num_cached = max(0, loan.num_cached - start)
+        if num_cached >= self._keys.num_blocks:
+            return ()
+        data = self._store.read(one, max(0.0, until_s - time.monotonic()))
+        self._lending.copy_in(loan, start + num_cached, data[num_cached:])
+        return one.origins[num_cached:]
+
+    def _note(self, seconds: float, num_blocks: int, loan: Loan) -> None:
+        block_bytes = self._lending.bytes_per_block
+        num_late = len(loan.blocks) - loan.num_cached - num_blocks
+        with self._lock:
+            self._policy.note_fetch(seconds, num_blocks * block_bytes, num_late * block_bytes)
+            self.num_bytes += num_blocks * block_bytes
+            self.seconds += seconds
+
+
+def _end(engine: Engine, loan: Loan, origins: Sequence[str | None]) -> None:
+    engine.lending.bring(loan, origins)
+    engine.lending.give_back(loan)
