@@ -34,6 +34,7 @@ FORBIDDEN = {
     ],
     **{f"deployments.kv_tier.{pure}": ["ray", "torch", "numpy"] for pure in ("index", "keys", "policy", "settings")},
     "deployments.kv_tier": ["torch", "transformers", "starlette", "deployments.api", "deployments.engine"],
+    "deployments.planner": ["ray", "torch", "numpy", "starlette", "deployments.api", "deployments.routing"],
     "deployments.engine.scheduling": ["torch", "numpy", "transformers"],
     "load_tests": ["app", "deployments", "ray", "torch"],
 }
@@ -75,6 +76,7 @@ PLACES = (
     "kv_tier",
     "tokens",
     "load",
+    "planner",
     "routing",
     "request_router",
     "api",

@@ -7,6 +7,7 @@ engine, by how much a sequence makes the steps of the others longer, and how muc
 from collections.abc import Mapping
 
 from deployments.engine.stats import EngineStats
+from deployments.load.decode_steps import decode_steps_between
 from deployments.load.outlook import PoolReadings
 from deployments.load.step_cost import StepCost
 from deployments.replica_stats import HandoffStats
@@ -69,7 +70,8 @@ class DecodeCosts:
         self._readings.update(engines, as_of_s)
         for name, now in engines.items():
             before = self._engines.get(name, EngineStats())
-            self._learn_steps(now, before)
+            if (steps := decode_steps_between(now, before)) is not None:
+                self._steps.add(steps.steps, steps.sequences, steps.seconds)
             self._output.add(now.generated_tokens - before.generated_tokens, now.finished - before.finished)
         self._learn_handoffs(handoffs, block_size)
         self._engines, self._handoffs = dict(engines), dict(handoffs)
@@ -105,13 +107,3 @@ class DecodeCosts:
         """That a request is expected to generate, which may generate so many."""
         mean = self._output.value
         return max_tokens if mean is None else min(max_tokens, round(mean))
-
-    def _learn_steps(self, now: EngineStats, before: EngineStats) -> None:
-        """From the gaps between tokens: each step makes one for each sequence that runs, with a prompt in it or not."""
-        steps, prefill_steps = now.steps - before.steps, now.prefill_steps - before.prefill_steps
-        num_gaps = sum(now.itl_s.counts) - sum(before.itl_s.counts)
-        if not 0 <= prefill_steps < steps or num_gaps <= 0:
-            return
-        batch = num_gaps / steps
-        seconds = (now.itl_s.total - before.itl_s.total) / batch - (now.prefill_s - before.prefill_s)
-        self._steps.add(steps - prefill_steps, batch * (steps - prefill_steps), seconds)

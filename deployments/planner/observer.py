@@ -1,0 +1,227 @@
+"""Turns readings of both pools into what the planner decides by, one after the other.
+
+Owns what is learned from them: how much comes and how unevenly, what prompts and steps cost, how long a replica takes
+to start. Costs it learns as admission does (`load/outlook.py`, `load/step_cost.py`), from steps that run anyway.
+Replicas that have just started teach no costs and no tails: their first steps load, compile, and wait for first
+contacts. Pure: no clock.
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from deployments.engine.stats import EngineStats
+from deployments.load.decode_steps import decode_steps_between
+from deployments.load.outlook import PoolReadings
+from deployments.load.reading import DECODE, PREFILL, Reading
+from deployments.load.step_cost import StepCost
+from deployments.planner.flow import Flow
+from deployments.planner.observation import Answers, GapCurve, Observation, PoolSeen, Prompts
+from deployments.planner.settings import PlannerSettings
+from deployments.planner.windows import QueueAge, Share, TailWindow
+
+# Busy seconds of decode steps after which they count half: long enough to have seen several sizes of batches.
+_GAPS_HALF_LIFE_S = 60.0
+_OUTPUT_HALF_LIFE = 256.0  # finished requests
+_PROMPT_HALF_LIFE = 256.0  # requests
+_MISS_HALF_LIFE = 262_144.0  # prompt tokens
+# A replica is cold for so long, and until it has done so many steps.
+_COLD_S, _COLD_STEPS = 10.0, 20
+# Of what it takes to start, the longest of the last few is planned with.
+_NUM_STARTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """One replica between two readings."""
+
+    now: EngineStats
+    before: EngineStats
+    is_warm: bool
+
+
+class _Replicas:
+    """The replicas of one pool: which are warm, and how long they took to start."""
+
+    def __init__(self, start_s: float) -> None:
+        self.stats: dict[str, EngineStats] = {}
+        self._since_s: dict[str, float] = {}
+        self._asked: deque[float] = deque()
+        self._starts: deque[float] = deque(maxlen=_NUM_STARTS)
+        self._unseen_start_s = start_s
+
+    def note_asked(self, num_more: int, at_s: float) -> None:
+        self._asked.extend([at_s] * num_more)
+        for _ in range(min(-num_more, len(self._asked))):
+            self._asked.pop()  # what has not come yet is waited for no longer
+
+    def take(self, engines: Mapping[str, EngineStats], at_s: float) -> list[_Progress]:
+        """A reading."""
+        is_first = not self._since_s
+        old = self.stats
+        for name in engines.keys() - self._since_s.keys():
+            self._since_s[name] = -math.inf if is_first else at_s
+            if not is_first and self._asked:
+                self._starts.append(at_s - self._asked.popleft())
+        for name in self._since_s.keys() - engines.keys():
+            del self._since_s[name]
+        self.stats = dict(engines)
+        return [
+            _Progress(now, old.get(name, now if is_first else EngineStats()), self.is_warm(name, at_s))
+            for name, now in engines.items()
+        ]
+
+    def is_warm(self, name: str, at_s: float) -> bool:
+        return at_s - self._since_s[name] >= _COLD_S and self.stats[name].steps >= _COLD_STEPS
+
+    @property
+    def start_s(self) -> float:
+        """That one takes to start."""
+        return max(self._starts) if self._starts else self._unseen_start_s
+
+
+class _Pool:
+    """One pool, as far as it computes prompts."""
+
+    def __init__(self, settings: PlannerSettings, tail_bound_s: float) -> None:
+        self.replicas = _Replicas(settings.start_s)
+        self.costs = PoolReadings(counts_hits=False)
+        self.tail = TailWindow(tail_bound_s)
+        self._tokens = Flow(max(1.0, settings.ttft_s))
+        self._misses = Share(_MISS_HALF_LIFE)
+        self._per_request = Share(_PROMPT_HALF_LIFE)
+        self._queue = QueueAge()
+        self._came = self._queued = self._oldest_s = 0.0
+
+    def take(self, engines: Mapping[str, EngineStats], as_of_s: float, at_s: float) -> list[_Progress]:
+        """A reading: what it says of costs is learned."""
+        progress = self.replicas.take(engines, at_s)
+        warm = {name: stats for name, stats in engines.items() if self.replicas.is_warm(name, at_s)}
+        self.costs.update(warm, as_of_s)
+        return progress
+
+    def take_prompts(
+        self, computed: int, found: int, queued: int, requests: "_Came", elapsed_s: float, at_s: float
+    ) -> None:
+        """Prompt tokens computed and found since the last reading, and those that wait now."""
+        self._misses.add(computed, computed + found)
+        came = max(0.0, computed + found + queued - self._queued) if elapsed_s > 0 else 0.0
+        self._queued = float(queued)
+        self._per_request.add(came, requests.seen)
+        self._tokens.add(came + requests.refused * self._per_request.value(0.0), elapsed_s)
+        self._came += came
+        self._oldest_s = self._queue.age(self._came, self._came - queued, at_s)
+
+    def queued_here(self) -> int:
+        """Prompt tokens that wait for engines of this pool, in it."""
+        return sum(s.num_queued_prompt_tokens - s.num_remote_prompt_tokens for s in self.replicas.stats.values())
+
+    @property
+    def prompts(self) -> Prompts:
+        tokens = self.costs.tokens_per_step
+        token_s = self.costs.cost.seconds(1.0, tokens).best / tokens
+        return Prompts(self._tokens.rate, self._misses.value(1.0), self._queued, self._oldest_s, token_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Came:
+    """Requests that came since the last reading: those that engines have seen, and those that were refused."""
+
+    seen: int
+    refused: int
+
+
+class Observer:
+    """See the module.
+
+    Args:
+        settings: of the planner.
+        is_colocated: there is no prefill pool.
+    """
+
+    def __init__(self, settings: PlannerSettings, is_colocated: bool) -> None:
+        self._decode = _Pool(settings, settings.itl_s)
+        self._prefill = None if is_colocated else _Pool(settings, settings.ttft_s)
+        self._gaps = StepCost(_GAPS_HALF_LIFE_S)
+        self._output = Share(_OUTPUT_HALF_LIFE)
+        self._requests = Flow(max(1.0, settings.ttft_s))
+        self._at_s = -math.inf
+
+    def note_asked(self, pool: str, num_more: int, at_s: float) -> None:
+        """So many more replicas of a pool were asked for, or fewer."""
+        asked = self._decode if pool == DECODE else self._prefill
+        if asked is not None:
+            asked.replicas.note_asked(num_more, at_s)
+
+    def observe(self, reading: Reading, at_s: float, num_refused: int = 0) -> Observation:
+        """Take a reading.
+
+        Args:
+            reading: of both pools.
+            at_s: the time, on the clock of the reading.
+            num_refused: calls that were refused since the last one, of which no engine knows.
+        """
+        elapsed_s = at_s - self._at_s if self._at_s > -math.inf else 0.0
+        self._at_s = at_s
+        progress = self._decode.take(reading.pools[DECODE], reading.as_of_s, at_s)
+        came = _Came(max(0, sum(_num_seen(p.now) - _num_seen(p.before) for p in progress)), num_refused)
+        self._requests.add(came.seen + came.refused if elapsed_s > 0 else 0, elapsed_s)
+        self._learn_answers(progress, elapsed_s)
+        computed, found = _computed(progress)
+        self._decode.take_prompts(
+            computed, found if self._prefill is None else 0, self._decode.queued_here(), came, elapsed_s, at_s
+        )
+        prefill = None
+        if self._prefill is not None:
+            self._take_prefill(self._prefill, reading, came, elapsed_s, at_s)
+            pool = self._prefill
+            prefill = PoolSeen(len(pool.replicas.stats), pool.replicas.start_s, pool.prompts, None, pool.tail.value)
+        return Observation(at_s, self._see_decode(), prefill)
+
+    def _learn_answers(self, progress: list[_Progress], elapsed_s: float) -> None:
+        self._decode.tail.pass_time(elapsed_s)
+        for p in progress:
+            self._output.add(p.now.generated_tokens - p.before.generated_tokens, p.now.finished - p.before.finished)
+            if p.is_warm:
+                self._decode.tail.add(p.now.itl_s, p.before.itl_s)
+                if (steps := decode_steps_between(p.now, p.before)) is not None:
+                    self._gaps.add(steps.steps, steps.sequences, steps.seconds)
+
+    def _take_prefill(self, pool: _Pool, reading: Reading, came: _Came, elapsed_s: float, at_s: float) -> None:
+        progress = pool.take(reading.pools[PREFILL], reading.as_of_s, at_s)
+        pool.tail.pass_time(elapsed_s)
+        for p in progress:
+            if p.is_warm:
+                pool.tail.add(p.now.ttft_s, p.before.ttft_s)
+        remote = sum(stats.num_remote_prompt_tokens for stats in self._decode.replicas.stats.values())
+        pool.take_prompts(*_computed(progress), pool.queued_here() + remote, came, elapsed_s, at_s)
+
+    def _see_decode(self) -> PoolSeen:
+        pool, engines = self._decode, list(self._decode.replicas.stats.values())
+        gaps = None
+        if self._gaps.evidence_s:
+            gaps = GapCurve(self._gaps.seconds(1.0, 0.0).best, self._gaps.seconds(0.0, 1.0).best)
+        num_blocks = sum(engine.num_blocks for engine in engines)
+        answers = Answers(
+            self._requests.rate,
+            self._output.value(0.0),
+            gaps,
+            sum(engine.num_reserved + engine.num_running for engine in engines),
+            sum(engine.num_waiting for engine in engines),
+            max([1, *(engine.max_num_seqs for engine in engines)]),
+            sum(engine.num_used_blocks for engine in engines) / num_blocks if num_blocks else 0.0,
+        )
+        return PoolSeen(len(engines), pool.replicas.start_s, pool.prompts, answers, pool.tail.value)
+
+
+def _num_seen(engine: EngineStats) -> int:
+    """Requests that an engine has had."""
+    return engine.finished + engine.num_waiting + engine.num_reserved + engine.num_running
+
+
+def _computed(progress: list[_Progress]) -> tuple[int, int]:
+    """Prompt tokens that were computed, and found."""
+    computed = sum(p.now.prompt_tokens - p.before.prompt_tokens for p in progress)
+    found = sum(p.now.prefix_hit_tokens - p.before.prefix_hit_tokens for p in progress)
+    return max(0, computed), max(0, found)

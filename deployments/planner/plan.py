@@ -1,0 +1,255 @@
+"""Decides how many replicas both pools have. A pure function: what it remembers it is given, and gives back.
+
+It follows need up at once and down late. Up: as soon as what comes, or waits, needs more. Down: once even a careful
+reading of what comes needed less for a while, the longer the longer a replica takes to start. If one that was removed
+is soon needed again, the next is kept for twice as long; so traffic that comes and goes is not followed where following
+it is no use. If a bound is not kept although there should be engines enough, they do less than is thought: need is
+raised, and the raise wears off.
+
+Where the budget does not pay for what both pools need, each gets the same part of its need, as nearly as whole replicas
+allow: a prompt that is computed in time is worth nothing if it then waits for a seat.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+
+from deployments.planner.need import Need, need_of_answers, need_of_prompts
+from deployments.planner.observation import Observation, PoolSeen, Tail
+from deployments.planner.settings import PlannerSettings
+
+# A replica is kept for so many starts after it was needed.
+_HOLD_STARTS = 2.0
+# And for at most so many times that, where removing was often wrong; the memory of it halves in so long.
+_MAX_PATIENCE = 16.0
+_PATIENCE_HALF_LIFE_S = 3600.0
+# To need a replica so many holds after it was removed is to have removed it too soon.
+_REGRET_HOLDS = 2.0
+# How much more is planned for when a bound is not kept, at most, and how soon that is forgotten.
+_MAX_RAISE, _RAISE_HALF_LIFE_S = 3.0, 900.0
+# A split of the budget stays while the best one is not better than this.
+_BETTER_SPLIT = 0.85
+# Of those that did not keep a bound, so many are needed to believe it.
+_LEAST_SAMPLES = 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of one pool, as they are set now.
+
+    Attributes:
+        least: replicas.
+        most: replicas.
+        target: what it has or is getting, whoever asked for it.
+    """
+
+    least: int
+    most: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class PoolMemory:
+    """What is remembered of a pool.
+
+    Attributes:
+        target: what was last decided; None: nothing was.
+        needs: when how many were needed, careful; falling, for an earlier lower one makes no difference.
+        patience: times the hold is longer than it is set.
+        factor: times need is raised.
+        at_s: of all this.
+        removed_s: when a replica was last removed.
+        raised_s: when need was last raised for a bound.
+    """
+
+    target: int | None = None
+    needs: tuple[tuple[float, int], ...] = ()
+    patience: float = 1.0
+    factor: float = 1.0
+    at_s: float = -math.inf
+    removed_s: float = -math.inf
+    raised_s: float = -math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What is remembered of both."""
+
+    decode: PoolMemory = field(default_factory=PoolMemory)
+    prefill: PoolMemory = field(default_factory=PoolMemory)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Replicas of both pools.
+
+    Attributes:
+        decode: so many.
+        prefill: so many; 0: there is no such pool.
+        reason: in words.
+    """
+
+    decode: int
+    prefill: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Wish:
+    """What one pool would have, were it alone."""
+
+    count: int
+    need: Need
+    bounds: Bounds
+    cost: float
+    hold_s: float
+
+
+def plan(
+    seen: Observation, bounds: tuple[Bounds, Bounds | None], settings: PlannerSettings, memory: Memory
+) -> tuple[Plan, Memory]:
+    """Decide.
+
+    Args:
+        seen: both pools.
+        bounds: of decode, and of prefill unless colocated.
+        settings: what is to be kept.
+        memory: what came back the last time.
+    """
+    decode_bounds, prefill_bounds = bounds
+    decode, decode_memory = _wish_decode(seen, decode_bounds, settings, memory.decode)
+    if seen.prefill is None or prefill_bounds is None:
+        chosen, _ = _share(decode, None, settings)
+        alone = _settle(decode_memory, decode, chosen, seen.at_s)
+        return Plan(chosen, 0, _describe("decode", decode, chosen)), Memory(alone, memory.prefill)
+    prefill, prefill_memory = _wish_prefill(seen.prefill, seen.at_s, prefill_bounds, settings, memory.prefill)
+    num_decode, num_prefill = _share(decode, prefill, settings)
+    reason = f"{_describe('prefill', prefill, num_prefill)}. {_describe('decode', decode, num_decode)}"
+    if (num_decode, num_prefill) != (decode.count, prefill.count):
+        reason += f". The budget of {settings.max_cost:g} does not pay for {prefill.count} and {decode.count}"
+    settled = Memory(
+        _settle(decode_memory, decode, num_decode, seen.at_s), _settle(prefill_memory, prefill, num_prefill, seen.at_s)
+    )
+    return Plan(num_decode, num_prefill, reason), settled
+
+
+def _wish_decode(
+    seen: Observation, bounds: Bounds, settings: PlannerSettings, memory: PoolMemory
+) -> tuple[_Wish, PoolMemory]:
+    pool, answers = seen.decode, seen.decode.answers
+    assert answers is not None, "decode generates"
+    need = need_of_answers(answers, pool, max(0, bounds.target - pool.num_ready), settings)
+    return _wish(pool, seen.at_s, need, bounds, settings, settings.decode_cost, memory)
+
+
+def _wish_prefill(
+    pool: PoolSeen, at_s: float, bounds: Bounds, settings: PlannerSettings, memory: PoolMemory
+) -> tuple[_Wish, PoolMemory]:
+    need = need_of_prompts(pool.prompts, pool, max(0, bounds.target - pool.num_ready), settings)
+    return _wish(pool, at_s, need, bounds, settings, settings.prefill_cost, memory)
+
+
+def _wish(
+    pool: PoolSeen,
+    at_s: float,
+    need: Need,
+    bounds: Bounds,
+    settings: PlannerSettings,
+    cost: float,
+    memory: PoolMemory,
+) -> tuple[_Wish, PoolMemory]:
+    """What one pool would have, and its memory, in which the decision is still missing."""
+    memory = _adopt(memory, bounds, at_s)
+    memory = _heed_tail(memory, pool, need, bounds, settings, at_s)
+    need = need.times(memory.factor)
+    hold_s = hold(settings, pool.start_s) * memory.patience
+    needs = _remember(memory.needs, at_s, need.num_careful, hold_s)
+    count = max(need.num_engines, min(bounds.target, needs[0][1]))
+    wish = _Wish(min(max(count, bounds.least), bounds.most), need, bounds, cost, hold_s)
+    return wish, replace(memory, needs=needs)
+
+
+def hold(settings: PlannerSettings, start_s: float) -> float:
+    """How long a replica is kept that is not needed."""
+    return max(settings.hold_s, _HOLD_STARTS * start_s)
+
+
+def _adopt(memory: PoolMemory, bounds: Bounds, at_s: float) -> PoolMemory:
+    """What somebody else has set counts as needed now: it is held as if it was."""
+    elapsed_s = max(0.0, at_s - memory.at_s) if memory.at_s > -math.inf else 0.0
+    patience = 1.0 + (memory.patience - 1.0) * 0.5 ** (elapsed_s / _PATIENCE_HALF_LIFE_S)
+    factor = 1.0 + (memory.factor - 1.0) * 0.5 ** (elapsed_s / _RAISE_HALF_LIFE_S)
+    needs = memory.needs
+    if memory.target != bounds.target:
+        needs = _remember(needs, at_s, bounds.target, math.inf)
+    return replace(memory, patience=patience, factor=factor, needs=needs, at_s=at_s)
+
+
+def _heed_tail(
+    memory: PoolMemory, pool: PoolSeen, need: Need, bounds: Bounds, settings: PlannerSettings, at_s: float
+) -> PoolMemory:
+    """Raise need where a bound is not kept by engines that should be enough, and that are all there."""
+    is_enough = 0 < need.times(memory.factor).num_engines <= bounds.target == pool.num_ready
+    is_due = at_s - memory.raised_s > hold(settings, pool.start_s)
+    if not (is_enough and is_due and is_missed(pool.tail, settings.quantile)):
+        return memory
+    one_more = (bounds.target + 0.5) / max(need.lasting, need.burst)
+    return replace(memory, factor=min(max(memory.factor, one_more), _MAX_RAISE), raised_s=at_s)
+
+
+def is_missed(tail: Tail, quantile: float) -> bool:
+    """Whether more do not keep a bound than may, and chance does not explain it."""
+    allowed = 1.0 - quantile
+    if tail.count < _LEAST_SAMPLES:
+        return False
+    return tail.over > allowed + 3.0 * math.sqrt(allowed * quantile / tail.count)
+
+
+def _remember(
+    needs: tuple[tuple[float, int], ...], at_s: float, need: int, hold_s: float
+) -> tuple[tuple[float, int], ...]:
+    """Add what is needed now; what is too old, and what is lower than a later one, goes."""
+    return (*((then, count) for then, count in needs if count > need and at_s - then < hold_s), (at_s, need))
+
+
+def _share(decode: _Wish, prefill: _Wish | None, settings: PlannerSettings) -> tuple[int, int]:
+    """What both get of the budget, decode's first."""
+    budget = settings.max_cost or math.inf
+    if prefill is None:
+        affordable = math.inf if budget == math.inf else math.floor(budget / decode.cost + 1e-9)
+        return max(decode.bounds.least, min(decode.count, int(min(affordable, decode.count)))), 0
+    if decode.count * decode.cost + prefill.count * prefill.cost <= budget + 1e-9:
+        return decode.count, prefill.count
+
+    def part(wish: _Wish, count: int) -> float:
+        wanted = max(wish.need.lasting, wish.need.burst)
+        return count / wanted if wanted > 0 else math.inf
+
+    def parts(split: tuple[int, int]) -> tuple[float, float]:
+        both = part(decode, split[0]), part(prefill, split[1])
+        return min(both), max(both)
+
+    splits = [(decode.bounds.least, prefill.bounds.least)]
+    for num_prefill in range(prefill.bounds.least, prefill.count + 1):
+        left = math.floor((budget - num_prefill * prefill.cost) / decode.cost + 1e-9)
+        if (num_decode := min(decode.count, left)) >= decode.bounds.least:
+            splits.append((num_decode, num_prefill))
+    best = max(splits, key=parts)
+    now = decode.bounds.target, prefill.bounds.target
+    return now if now in splits and parts(now)[0] > _BETTER_SPLIT * parts(best)[0] else best
+
+
+def _settle(memory: PoolMemory, wish: _Wish, count: int, at_s: float) -> PoolMemory:
+    """Note what was decided; to add what was removed a moment ago teaches patience."""
+    patience, removed_s = memory.patience, memory.removed_s
+    if count < wish.bounds.target:
+        removed_s = at_s
+    elif count > wish.bounds.target and at_s - removed_s < _REGRET_HOLDS * wish.hold_s:
+        patience, removed_s = min(2.0 * patience, _MAX_PATIENCE), -math.inf
+    return replace(memory, target=count, patience=patience, removed_s=removed_s)
+
+
+def _describe(name: str, wish: _Wish, count: int) -> str:
+    before = wish.bounds.target
+    change = f"{before}" if count == before else f"{before} to {count}"
+    held = "" if count <= max(wish.need.num_engines, wish.bounds.least) else f"; held, careful {wish.need.careful:.2f}"
+    return f"{name} {change}: {wish.need.why}{held}"

@@ -1,0 +1,34 @@
+"""What a user can set about the planner. `app/config.py` has it as `planner.*`."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class PlannerSettings(BaseModel):
+    """What the pools are to keep, and what they may cost.
+
+    Attributes:
+        enabled: the planner decides how many replicas the pools have; else Ray Serve does, by ongoing requests.
+        dry_run: the planner only logs what it would do, and Ray Serve decides.
+        ttft_s: bound of the time to first token.
+        itl_s: bound of the gaps between tokens.
+        quantile: share of the requests, and of the gaps, that are to keep the bounds.
+        max_cost: of all replicas together; 0: as many as the pools' `max_replicas` allow.
+        prefill_cost: of a prefill replica, in any unit: GPUs, dollars per hour.
+        decode_cost: of a decode replica.
+        hold_s: a replica is removed once it was not needed for so long, and for twice its start-up time; longer where
+            one that was removed was soon needed again.
+        start_s: what a replica is taken to need for its start until one was seen to start.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    enabled: bool = False
+    dry_run: bool = False
+    ttft_s: float = Field(default=2.0, gt=0)
+    itl_s: float = Field(default=0.1, gt=0)
+    quantile: float = Field(default=0.95, ge=0.5, lt=1)
+    max_cost: float = Field(default=0.0, ge=0)
+    prefill_cost: float = Field(default=1.0, gt=0)
+    decode_cost: float = Field(default=1.0, gt=0)
+    hold_s: float = Field(default=60.0, gt=0)
+    start_s: float = Field(default=60.0, ge=0)
