@@ -34,6 +34,8 @@ from tests.engine.insides import forget_step_in_flight
 
 PROMPT_TOKENS = 256
 MEASURED_STEPS = 100
+# Decodes, and tokens of the prompt that is computed beside them, and of it those that are cached.
+BESIDE = ((8, 256, 0), (128, 256, 0), (128, 128, 1024))
 
 
 def load_random(shape: Shape) -> LoadedModel:
@@ -79,11 +81,15 @@ class Driver:
         self._count = 0
         self._begun_at = 1
 
-    def add(self, prompt_tokens: int, output_tokens: int) -> None:
-        prompt = tuple(self._rng.integers(0, self._vocab_size, prompt_tokens).tolist())
+    def add(self, prompt_tokens: int, output_tokens: int, behind: tuple[int, ...] = ()) -> None:
+        """A prompt of random tokens behind given ones."""
+        prompt = behind + self.random_tokens(prompt_tokens)
         self._count += 1
         sampling = SamplingParams(max_tokens=output_tokens, temperature=0.0)
         self.engine.add(GenerateRequest(f"r{self._count}", prompt, sampling))
+
+    def random_tokens(self, count: int) -> tuple[int, ...]:
+        return tuple(self._rng.integers(0, self._vocab_size, count).tolist())
 
     def abort_all(self) -> None:
         """Give up on what runs, after a step that failed."""
@@ -134,6 +140,26 @@ def times_with_context(driver: Driver, batch_size: int, prompt_tokens: int, repe
         times.append((time.perf_counter() - begun) / MEASURED_STEPS)
     driver.drain()
     return times
+
+
+def time_beside_prompts(driver: Driver, num_decodes: int, prompt_tokens: int, cached_tokens: int) -> float:
+    """Seconds per step while sequences decode and each step computes one prompt, some of it cached, beside them."""
+    behind = driver.random_tokens(cached_tokens)
+    driver.add(1, 1, behind)
+    driver.drain()
+    for _ in range(num_decodes):
+        driver.add(PROMPT_TOKENS, MEASURED_STEPS + 40)
+    started = 0
+    while started < num_decodes:
+        started += sum(output.index == 0 for output in driver.step())
+    times = []
+    for _ in range(MEASURED_STEPS // 2):
+        driver.add(prompt_tokens, 1, behind)
+        begun = time.perf_counter()
+        driver.step()
+        times.append(time.perf_counter() - begun)
+    driver.drain()
+    return statistics.median(times)
 
 
 def prefill(driver: Driver, count: int, prompt_tokens: int) -> float:
@@ -197,7 +223,9 @@ def main() -> int:
         "--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="which models; all by default"
     )
     parser.add_argument(
-        "--rows", nargs="+", help="only rows of these labels, as printed: token-1, prefill-1x512, tokens/s"
+        "--rows",
+        nargs="+",
+        help="only rows of these labels: token-1, beside-8+256, beside-128+128@1024, prefill-1x512, tokens/s",
     )
     parser.add_argument(
         "--contexts",
@@ -252,7 +280,7 @@ def measure_model(name: str, shape: Shape, bandwidth: float, options: argparse.N
         return {"failed": _reason(error)}
     print(f"\n{name}: ready in {time.perf_counter() - begun:.1f} s, {engine.limits}", flush=True)
     driver = Driver(engine, config.vocab_size)
-    found: dict[str, Any] = {"tpot": {}, "context": {}, "prefill": {}, "failed": {}}
+    found: dict[str, Any] = {"tpot": {}, "context": {}, "beside": {}, "prefill": {}, "failed": {}}
     measure = partial(_measure_row, found["failed"], options)
     print(f"{'':24}{'vLLM ' + VLLM_VERSION:>12}{'engine':>12}{'ratio':>8}{'floor':>10}")
     for batch_size, peer in shape.tpot_ms.items():
@@ -269,6 +297,14 @@ def measure_model(name: str, shape: Shape, bandwidth: float, options: argparse.N
             found["context"][f"{count}x{tokens}"] = times
             least = floor(engine, count, bandwidth, tokens + options.repeats * MEASURED_STEPS / 2) * 1e3
             _print_row(f"token, {count} x {tokens}", None, statistics.median(times) * 1e3, least)
+    for num_decodes, tokens, cached in BESIDE:
+        label = f"beside-{num_decodes}+{tokens}" + (f"@{cached}" if cached else "")
+        run = partial(time_beside_prompts, driver, num_decodes, tokens, cached)
+        times = measure(label, driver, partial(repeated, run, options.repeats))
+        if times:
+            found["beside"][label] = times
+            what = f"{num_decodes} tokens + {tokens}" + (f" @ {cached}" if cached else "")
+            _print_row(what, None, statistics.median(times) * 1e3, None)
     for (count, tokens), peer in shape.prefill_ms.items():
         run = partial(prefill, driver, count, tokens)
         times = measure(f"prefill-{count}x{tokens}", driver, partial(repeated, run, options.repeats))
