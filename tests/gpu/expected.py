@@ -13,7 +13,7 @@ def expected_attention(queries: Tensor, keys: Tensor, values: Tensor, scores: Sc
     logits = torch.einsum("qhd,khd->hqk", queries.float(), key) * scores.scaling
     if scores.softcap is not None:
         logits = scores.softcap * torch.tanh(logits / scores.softcap)
-    positions = torch.arange(num_keys, device="cuda")
+    positions = torch.arange(num_keys, device=queries.device)
     distance = positions[num_keys - num_queries :, None] - positions
     hidden = (distance < 0) | (distance >= (scores.window or num_keys))
     logits = logits.masked_fill(hidden, float("-inf"))

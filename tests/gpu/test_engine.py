@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deployments.engine.execution import parts
+from deployments.engine.execution.costs import StepCosts
 from deployments.engine.model.load import optimize_layers, prepare_model
 from deployments.messages import SamplingParams
 from tests.engine.driving import Transcript, greedy, prefill_all, run
@@ -155,10 +155,10 @@ def test_a_prompt_alone_takes_the_graph_of_its_length(length: int) -> None:
 @every_family
 @pytest.mark.parametrize("is_recorded", [False, True], ids=["as a whole", "recorded"])
 def test_prompts_beside_decodes(family: str, is_recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = build(family)
-    monkeypatch.setattr(parts, "MAX_PROMPT_TOKENS", 4096)
-    monkeypatch.setattr(parts, "MAX_PROMPTS", 8 if is_recorded else 0)
-    monkeypatch.delattr(type(runner_of(engine)), "_run_eagerly" if is_recorded else "_replay_parts")
+    engine = build(family, enable_prefix_caching=False)
+    monkeypatch.setattr(StepCosts, "parts_ms", lambda *_: 0.0 if is_recorded else 1e9)
+    if is_recorded:
+        monkeypatch.delattr(type(runner_of(engine)), "_run_eagerly")
     transcript, lengths = Transcript(), (40, 256, 255, 2, 700, 16)
     for beginning in (lengths[:2], lengths[2:3], lengths[3:]):  # two beside nothing, one beside two, three beside three
         for length in beginning:
@@ -168,6 +168,23 @@ def test_prompts_beside_decodes(family: str, is_recorded: bool, monkeypatch: pyt
     for name, tokens in run(engine, transcript).tokens.items():
         assert len(tokens) == NUM_TOKENS
         check_greedy(family, prompt(int(name[1:])), tokens)
+
+
+@every_family
+def test_chunks_behind_cached_tokens_beside_decodes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = build(family, max_num_batched_tokens=600)
+    monkeypatch.setattr(StepCosts, "parts_ms", lambda *_: 0.0)
+    lengths = 40, 700, 530, 1500  # prompts of 700 and 1,500 come in chunks already; all are cached the second time
+    for is_warm in (False, True):
+        transcript = Transcript()
+        if is_warm:
+            monkeypatch.delattr(type(runner_of(engine)), "_run_eagerly")
+        for length in lengths:
+            engine.add(greedy(f"r{length}", prompt(length), NUM_TOKENS))
+            transcript.note(engine.step())
+        for name, tokens in run(engine, transcript).tokens.items():
+            assert len(tokens) == NUM_TOKENS
+            check_greedy(family, prompt(int(name[1:])), tokens)
 
 
 def test_the_canary_runs_while_nothing_else_does_and_changes_no_token() -> None:

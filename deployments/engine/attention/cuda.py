@@ -64,7 +64,8 @@ class Prompts:
         lens: (P,) int32 tokens of each sequence, context and chunk; None: whole prompts, without context.
         capacities: (P + 1,) int32 where each sequence's blocks would begin if they lay behind each other; None as well.
         tables: (P, max_blocks) int32 block ids; None as well.
-        is_recorded: into a CUDA graph, a whole prompt alone.
+        is_recorded: into a CUDA graph, a whole prompt alone, or a chunk alone that may have fewer tokens than the batch
+            and any context: so `starts`, `lens` and `tables` are filled anew for each replay, and no capacities needed.
     """
 
     start: int
@@ -191,13 +192,14 @@ def _attend_whole(prompts: Prompts, queries: Tensor, keys: Tensor, values: Tenso
 
 
 def _attend_context(prompts: Prompts, queries: Tensor, cache: KVCache, layer: int, scores: Scores) -> Tensor:
+    kv, asked = cache.paged(layer), (prompts.starts, prompts.max_queries, scores)
+    if prompts.is_recorded:
+        return prefill_attention(queries, kv, *asked, lens=prompts.lens, tables=prompts.tables, is_padded=True)
     assert prompts.tables is not None and prompts.capacities is not None
     is_alone = len(prompts.tables) == 1
     if is_alone and prompts.num_tokens >= LONG_CHUNK and _fits_flash3(queries, scores):
         return _attend_copied_context(prompts, queries, cache, layer, scores)
-    kv = cache.paged(layer)
     if cache.is_fp8 or not _is_plain(scores):
-        asked = prompts.starts, prompts.max_queries, scores
         return prefill_attention(queries, kv, *asked, lens=prompts.lens, tables=prompts.tables)
     return varlen_attn(  # type: ignore[return-value]
         queries,

@@ -1,7 +1,7 @@
 """Runs scheduled steps on a GPU without ever waiting for it: as CUDA graphs, or launched as a whole.
 
-Decodes alone and a whole prompt alone are recorded. Both in one step are replayed one after the other where there is
-little to compute (`parts.py`).
+Decodes alone are recorded, and so are a whole prompt and a short chunk of one, each by itself. Where there is little to
+compute, they are replayed one after the other for one step (`parts.py`).
 
 The host prepares a step in pinned memory while the GPU runs the one before. Drawn tokens stay on the GPU, where the
 next step finds them; their copies for the host arrive by themselves and are waited for one step later.
@@ -9,6 +9,7 @@ next step finds them; their copies for the host arrive by themselves and are wai
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,18 +21,27 @@ from deployments.engine.attention.cuda import LONG_CHUNK, CudaStep, Prompts
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.config import EngineLimits
 from deployments.engine.execution.base import LaunchedStep, Preparation, PreparedStep
+from deployments.engine.execution.costs import StepCosts
 from deployments.engine.execution.graphs import (
     MAX_GRAPH_BATCH,
-    PROMPT_LENGTHS,
     DecodeGraph,
     MemoryPool,
     PromptGraph,
     ladder,
     padded_batch,
+    prompt_lengths,
     record,
 )
-from deployments.engine.execution.parts import fill_decodes, fill_prompt, recorded_prompts
+from deployments.engine.execution.parts import (
+    MAX_CHUNK,
+    chunk_values,
+    fill_chunk,
+    fill_decodes,
+    fill_prompt,
+    recorded_prompts,
+)
 from deployments.engine.kv.cache import KVCache
+from deployments.engine.layers.base import weight_bytes
 from deployments.engine.layers.cuda import can_drop_rows
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.sampling.sampler import compile_draws, sample
@@ -54,7 +64,9 @@ class CudaRunner:
         self._model: PreTrainedModel = loaded.model
         self._device = loaded.device
         self._drops_rows = can_drop_rows(loaded.model)
-        self._kv_token_bytes = loaded.kv_shape.bytes_per_token
+        self._costs = StepCosts(
+            loaded.model.config.num_hidden_layers, weight_bytes(loaded.model), loaded.kv_shape.bytes_per_token
+        )
         self.cache = cache
         self._limits = limits
         self._max_blocks = -(-limits.max_model_len // cache.block_size)
@@ -66,13 +78,14 @@ class CudaRunner:
         self._decode_uploads = [Upload(flat) for _ in range(2)]
         self._decode_inputs = torch.zeros(flat, dtype=torch.int32, device=self._device)
         self._decode_inputs[3 * num_seqs : 4 * num_seqs] = -1
-        prompt_values = 6 * limits.max_num_batched_tokens + num_seqs * (2 * self._max_blocks + 16) + 64
+        prompt_values = 6 * limits.max_num_batched_tokens + num_seqs * (2 * self._max_blocks + 64) + 64
         self._prompt_uploads = [Upload(prompt_values) for _ in range(2)]
         self._results = [torch.empty(max_draws, dtype=torch.int64, pin_memory=True) for _ in range(2)]
         self._drawn = torch.zeros(max_draws, dtype=torch.int64, device=self._device)
         self._turn = 0
         self._graphs: dict[int, DecodeGraph] = {}
         self._prompt_graphs: dict[int, PromptGraph] = {}
+        self._chunk_graphs: dict[int, PromptGraph] = {}
         self._capture()
         compile_draws(loaded.vocab_size, loaded.model.dtype, loaded.device)
 
@@ -86,8 +99,8 @@ class CudaRunner:
         is_drawn = arrays.num_decodes == arrays.num_runs <= self._max_graph_batch
         if is_drawn:
             logits = self._replay_decodes(arrays).logits
-        elif (lengths := self._recorded_lengths(step)) is not None:
-            logits = self._replay_parts(arrays, lengths)
+        elif (graphs := self._recorded_parts(step)) is not None:
+            logits = self._replay_parts(arrays, graphs)
         else:
             logits = self._run_eagerly(arrays, step.logit_rows)
         num_draws = len(arrays.draw_rows)
@@ -114,36 +127,47 @@ class CudaRunner:
         graph.graph.replay()
         return graph
 
-    def _recorded_lengths(self, step: PreparedStep) -> list[int] | None:
-        """Lengths of the graphs that a step's prompts take; None: it is launched as a whole."""
+    def _recorded_parts(self, step: PreparedStep) -> list[PromptGraph] | None:
+        """The graphs that a step's prompts and chunks take; None: it is launched as a whole."""
         if step.scoring is not None and len(step.scoring.rows):
             return None  # more logits of a prompt are wanted than a graph gives
-        counts = recorded_prompts(step.arrays, self._kv_token_bytes)
-        if not counts or max(counts) > max(self._prompt_graphs, default=0):
+        arrays = step.arrays
+        counts = recorded_prompts(arrays, self._costs)
+        if not counts or arrays.num_decodes > self._max_graph_batch:
             return None
-        if step.arrays.num_decodes > self._max_graph_batch:
-            return None
-        return [min(length for length in self._prompt_graphs if length >= count) for count in counts]
+        found = []
+        for count, context in zip(counts, arrays.starts[arrays.num_decodes :].tolist(), strict=True):
+            graphs = self._chunk_graphs if context else self._prompt_graphs
+            if count > max(graphs, default=0):
+                return None
+            found.append(graphs[min(length for length in graphs if length >= count)])
+        return found
 
-    def _replay_parts(self, arrays: StepArrays, lengths: list[int]) -> Tensor:
-        """Decodes, then each whole prompt, each as the graph of its size; logits of all that draw."""
+    def _replay_parts(self, arrays: StepArrays, graphs: list[PromptGraph]) -> Tensor:
+        """Decodes, then each prompt or chunk, each as the graph of its size; logits of all that draw."""
         first, upload = arrays.num_decodes, self._prompt_uploads[self._turn]
         writer = Writer(upload.values)
-        spans = [writer.take(3 * length + 1) for length in lengths]
-        for run, span in enumerate(spans, first):
-            fill_prompt(span.array, arrays, run)
+        spans = [writer.take(len(graph.inputs)) for graph in graphs]
+        for run, (graph, span) in enumerate(zip(graphs, spans, strict=True), first):
+            if arrays.starts[run]:
+                fill_chunk(span.array, arrays, run, graph.length)
+            else:
+                fill_prompt(span.array, arrays, run)
         inputs = upload.to(torch.empty(writer.num_values, dtype=torch.int32, device=self._device), writer.num_values)
         # Copied at once: graphs share their memory, so the next one may write over what the last one gave.
         recorded = self._graphs[self._max_graph_batch].logits
-        logits = recorded.new_empty((arrays.num_runs, recorded.shape[1]))
+        logits = recorded.new_empty((len(arrays.draw_rows), recorded.shape[1]))
         if first:
             logits[:first] = self._replay_decodes(arrays).logits[:first]
-        for row, (length, span) in enumerate(zip(lengths, spans, strict=True), first):
-            graph = self._prompt_graphs[length]
+        drawing = np.isin(np.cumsum(arrays.counts) - 1, arrays.draw_rows)
+        row = first
+        for graph, span, draws in zip(graphs, spans, drawing[first:].tolist(), strict=True):
             graph.inputs.copy_(span.on(inputs))
             graph.graph.replay()
-            assert graph.logits is not None
-            logits[row] = graph.logits[0]
+            if draws:
+                assert graph.logits is not None
+                logits[row] = graph.logits[0]
+                row += 1
         return logits
 
     def _run_eagerly(self, arrays: StepArrays, logit_rows: np.ndarray) -> Tensor:
@@ -213,16 +237,19 @@ class CudaRunner:
         """Record a graph for each size, the largest first, so that the others find its memory."""
         started = time.monotonic()
         longest = min(self._limits.max_num_batched_tokens, self._limits.max_model_len)
-        lengths = [length for length in reversed(PROMPT_LENGTHS) if length <= longest]
+        lengths = prompt_lengths(longest)[::-1]
+        chunks = [length for length in lengths if length <= MAX_CHUNK]
         sizes = [*reversed(ladder(self._max_graph_batch))]
-        total, pool = len(lengths) + len(sizes), None
-        for number in range(total):
-            if number < len(lengths):
-                pool = self._capture_prompt(lengths[number], pool)
-            else:
-                pool = self._capture_decode(sizes[number - len(lengths)], pool)
-            if number in (0, total - 1) or number % 8 == 7:
-                logger.info("CUDA graphs: %d of %d, %.1f s", number + 1, total, time.monotonic() - started)
+        parts: list[tuple[Callable[[int, MemoryPool | None], MemoryPool], int]] = [
+            *((self._capture_prompt, length) for length in lengths),
+            *((self._capture_chunk, length) for length in chunks),
+            *((self._capture_decode, size) for size in sizes),
+        ]
+        pool: MemoryPool | None = None
+        for number, (capture, size) in enumerate(parts, 1):
+            pool = capture(size, pool)
+            if number in (1, len(parts)) or number % 8 == 0:
+                logger.info("CUDA graphs: %d of %d, %.1f s", number, len(parts), time.monotonic() - started)
 
     @torch.inference_mode()
     def _capture_decode(self, size: int, pool: MemoryPool | None) -> MemoryPool:
@@ -242,17 +269,33 @@ class CudaRunner:
 
     @torch.inference_mode()
     def _capture_prompt(self, length: int, pool: MemoryPool | None) -> MemoryPool:
-        recorded = self._prompt_graphs[length] = PromptGraph(length, self._device)
-        ids, positions, slots = recorded.inputs[:-1].view(3, length)
-        nothing = recorded.inputs[:0]
+        recorded = self._prompt_graphs[length] = PromptGraph(length, self._inputs(3 * length + 1))
+        starts = torch.tensor([0, length], dtype=torch.int32, device=self._device)
+        prompt = Prompts(0, length, length, length, starts, ((0, length),), is_recorded=True)
+        return self._capture_prompts(recorded, prompt, pool)
 
+    @torch.inference_mode()
+    def _capture_chunk(self, length: int, pool: MemoryPool | None) -> MemoryPool:
+        inputs = self._inputs(chunk_values(length, self._max_blocks))
+        recorded = self._chunk_graphs[length] = PromptGraph(length, inputs)
+        starts, lens, table = inputs[3 * length + 1 :].split((2, 1, self._max_blocks))
+        longest = self._max_blocks * self.cache.block_size
+        context = {"lens": lens, "tables": table.unsqueeze(0)}
+        prompt = Prompts(0, length, length, longest, starts, ((longest - length, length),), is_recorded=True, **context)
+        return self._capture_prompts(recorded, prompt, pool)
+
+    def _inputs(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.int32, device=self._device)
+
+    def _capture_prompts(self, recorded: PromptGraph, prompts: Prompts, pool: MemoryPool | None) -> MemoryPool:
+        length = recorded.length
+        ids, positions, slots = recorded.inputs[: 3 * length].view(3, length)
+        nothing, last = recorded.inputs[:0], recorded.inputs[3 * length : 3 * length + 1]
         # One for the run that warms up and for the recording: replays read what it holds.
-        prompt = Prompts(0, length, length, length, recorded.starts, ((0, length),), is_recorded=True)
-        recorded.holds = prompt
+        recorded.holds = prompts
 
         def run() -> Tensor:
-            last = recorded.inputs[-1:].long()
-            step = CudaStep(self.cache, slots, nothing.view(0, 0), nothing, (prompt,), last)
+            step = CudaStep(self.cache, slots, nothing.view(0, 0), nothing, (prompts,), last.long())
             return self._forward(ids, positions, step)
 
         recorded.logits = record(recorded.graph, run, pool)

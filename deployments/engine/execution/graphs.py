@@ -22,6 +22,12 @@ def ladder(max_batch: int) -> list[int]:
     return [*sizes, max_batch]
 
 
+def prompt_lengths(longest: int) -> list[int]:
+    """Lengths of whole prompts, or chunks, that are recorded where a step has so many tokens at most."""
+    shorter = [length for length in PROMPT_LENGTHS if length < longest]
+    return [*shorter, *[length for length in PROMPT_LENGTHS if length >= longest][:1]]
+
+
 def padded_batch(batch_size: int, max_batch: int) -> int:
     """The smallest size of the ladder that holds a batch."""
     if batch_size <= _SMALL_BATCHES[-1]:
@@ -43,21 +49,21 @@ class DecodeGraph:
 
 
 class PromptGraph:
-    """A step of one whole prompt of up to a fixed length, recorded.
+    """A step of one whole prompt of up to a fixed length, or of such a chunk behind computed tokens, recorded.
+
+    Args:
+        length: of the prompt or chunk.
+        inputs: what it reads, int32; see `fill_prompt` and `fill_chunk`. Slots are negative: it writes nowhere yet.
 
     Attributes:
-        inputs: (3 * length + 1,) int32: token ids, positions, slots, and which token's logits are wanted.
-        starts: (2,) int32: where the prompt begins and ends; the graph reads it there.
         graph: to replay, once `record` has filled it.
         logits: (1, vocab_size), of the last replay.
         holds: what else the graph reads.
     """
 
-    def __init__(self, length: int, device: torch.device) -> None:
-        self.length = length
-        self.inputs = torch.zeros(3 * length + 1, dtype=torch.int32, device=device)
+    def __init__(self, length: int, inputs: Tensor) -> None:
+        self.length, self.inputs = length, inputs
         self.inputs[2 * length : 3 * length] = -1
-        self.starts = torch.tensor([0, length], dtype=torch.int32, device=device)
         self.graph = torch.cuda.CUDAGraph()
         self.logits: Tensor | None = None
         self.holds: object = None

@@ -1,36 +1,38 @@
 """Steps as recorded parts: which run as one graph for the decodes and one for each prompt, and what these graphs read.
 
 Launched as a whole, a step reads the weights once, but this process has to launch several hundred kernels, and the GPU
-waits for it where there is little to compute. The choice depends on the step alone, so that tokens repeat. Knows no
-tensor and no model.
+waits for it where there is little to compute. The choice depends on the model and the step alone, so that tokens
+repeat. Knows no tensor and no model.
 """
 
 import numpy as np
 
 from deployments.engine.batch.arrays import StepArrays
+from deployments.engine.execution.costs import StepCosts
 
-# Launching a step takes 24 ms (Qwen3-0.6B) and 31 (Llama-3.1-8B in FP8); meanwhile the GPU replays the latter's 128
-# decodes and one prompt of 512 tokens in 14 ms, or two of 256 in 17 (H100, 2026-11-28).
-MAX_PROMPT_TOKENS, MAX_PROMPTS = 512, 2
-# KV of decodes that a GPU reads in 5 ms: with more, it is at work for as long as a launch takes.
-MAX_KV_BYTES = 16 << 30
+# Of a chunk behind computed tokens; longer ones have a kernel that is faster than the recorded one (`LONG_CHUNK`).
+MAX_CHUNK = 512
+# Tokens in front of a chunk. Few programs read them, one after the other: more are left to kernels that split them.
+MAX_CONTEXT = 16384
 
 
-def recorded_prompts(arrays: StepArrays, kv_token_bytes: int) -> list[int]:
-    """Tokens of a step's prompts, if it is to run as recorded parts; else none.
+def recorded_prompts(arrays: StepArrays, costs: StepCosts) -> list[int]:
+    """Tokens of a step's prompts and chunks, if it is to run as recorded parts; else none.
 
     Args:
         arrays: the step.
-        kv_token_bytes: KV of one token.
+        costs: of the model.
     """
     first = arrays.num_decodes
-    counts: list[int] = arrays.counts[first:].tolist()
-    if not np.array_equal(arrays.draw_rows, np.cumsum(arrays.counts) - 1) or arrays.starts[first:].any():
-        return []  # there are parts of prompts, or drafts
-    if arrays.num_runs == 1:
-        return counts
-    is_small = len(counts) <= MAX_PROMPTS and sum(counts) <= MAX_PROMPT_TOKENS
-    return counts if is_small and int(arrays.decode_lens.sum()) * kv_token_bytes <= MAX_KV_BYTES else []
+    counts, contexts = arrays.counts[first:], arrays.starts[first:]
+    if not np.isin(arrays.draw_rows, np.cumsum(arrays.counts) - 1).all():
+        return []  # there are drafts
+    if counts[contexts > 0].max(initial=0) > MAX_CHUNK or contexts.max(initial=0) > MAX_CONTEXT:
+        return []
+    if arrays.num_runs > 1 and costs.parts_ms(arrays) > costs.launch_ms:
+        return []
+    found: list[int] = counts.tolist()
+    return found
 
 
 def fill_decodes(columns: np.ndarray, tables: np.ndarray, arrays: StepArrays, batch_size: int) -> None:
@@ -61,6 +63,29 @@ def fill_prompt(values: np.ndarray, arrays: StepArrays, run: int) -> None:
     count, start = int(arrays.counts[run]), int(arrays.counts[:run].sum())
     token_ids, positions, slots = values[:-1].reshape(3, -1)
     token_ids[:count], slots[:count] = arrays.token_ids[start : start + count], arrays.slots[start : start + count]
-    positions[:] = arrays.positions[start] + np.arange(len(positions))
+    # Behind its end the last one: others may have no embedding.
+    positions[:] = arrays.positions[start] + np.minimum(np.arange(len(positions)), count - 1)
     token_ids[count:], slots[count:] = 0, -1
     values[-1] = count - 1
+
+
+def chunk_values(length: int, max_blocks: int) -> int:
+    """How many values the graph of a chunk reads."""
+    return 3 * length + 4 + max_blocks
+
+
+def fill_chunk(values: np.ndarray, arrays: StepArrays, run: int, length: int) -> None:
+    """Write what the graph of a chunk behind computed tokens reads.
+
+    Args:
+        values: (chunk_values,): what that of a whole prompt reads; where the chunk begins and ends; tokens of its
+            sequence; and its blocks.
+        arrays: of the step.
+        run: of the chunk; it is no longer than the graph.
+        length: of the graph.
+    """
+    of_prompt = 3 * length + 1
+    fill_prompt(values[:of_prompt], arrays, run)
+    count, (width, table) = int(arrays.counts[run]), (arrays.tables.shape[1], values[of_prompt + 3 :])
+    values[of_prompt : of_prompt + 3] = 0, count, int(arrays.starts[run]) + count
+    table[:width], table[width:] = arrays.tables[run], 0

@@ -46,6 +46,7 @@ def prefill_attention(
     *,
     lens: Tensor | None = None,
     tables: Tensor | None = None,
+    is_padded: bool = False,
 ) -> Tensor:
     """Causal attention of the last tokens of several sequences.
 
@@ -58,6 +59,7 @@ def prefill_attention(
         scores: what becomes of them.
         lens: (P,) int32 tokens of each sequence, its queries the last of them; None: they are all.
         tables: (P, max_blocks) int32 block ids, with lens; only those within windows are read.
+        is_padded: there are queries behind those of the last sequence; they get zeros.
 
     Returns:
         (T, H, head_dim).
@@ -68,7 +70,7 @@ def prefill_attention(
     num_kv_heads = kv.keys.shape[-2]
     group = num_heads // num_kv_heads
     rows, tile = _fitting_tile(head_dim, max_queries * group)
-    out = torch.empty_like(queries)
+    out = torch.zeros_like(queries) if is_padded else torch.empty_like(queries)
     is_paged = tables is not None
     _prefill_attention[(triton.cdiv(max_queries * group, rows), num_kv_heads, len(starts) - 1)](
         queries,

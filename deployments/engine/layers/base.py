@@ -37,3 +37,8 @@ def rows_for(layer: nn.Linear | LinearLayer) -> Tensor:
     """Random rows such as a linear layer takes."""
     kept = layer if isinstance(layer, LinearLayer) else layer.weight
     return random_rows(layer.in_features, kept.dtype, kept.device)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of all layers of a model that keep their weights in a form of ours, experts included."""
+    return sum(int(getattr(module, "num_bytes", 0)) for module in model.modules())

@@ -5,9 +5,12 @@ import pytest
 
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.batch.build import build_arrays, order_for_batch
+from deployments.engine.execution.costs import StepCosts
 from deployments.engine.execution.parts import (
-    MAX_KV_BYTES,
-    MAX_PROMPT_TOKENS,
+    MAX_CHUNK,
+    MAX_CONTEXT,
+    chunk_values,
+    fill_chunk,
     fill_decodes,
     fill_prompt,
     recorded_prompts,
@@ -18,7 +21,8 @@ from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.messages import GenerateRequest, SamplingParams
 
 BLOCK_SIZE = 4
-KV_BYTES = 2
+# Llama-3.1-8B in bfloat16, and Qwen3-0.6B.
+LARGE, SMALL = StepCosts(32, 15 << 30, 131_072), StepCosts(28, 1 << 30, 114_688)
 
 
 def run(num_computed: int, num_tokens: int, num_given: int, *, drafts: int = 0) -> ScheduledSequence:
@@ -40,33 +44,64 @@ def arrays_of(*items: ScheduledSequence) -> StepArrays:
     return build_arrays(order_for_batch(list(items)), BLOCK_SIZE, {})
 
 
-DECODE, PROMPT = run(5, 1, 6), run(0, 9, 9)
+DECODE, PROMPT, CHUNK = run(5, 1, 6), run(0, 9, 9), run(8, 4, 12)
 
 
-def test_whole_prompts_are_recorded_parts_beside_decodes() -> None:
-    assert recorded_prompts(arrays_of(PROMPT, DECODE, run(0, 30, 30)), KV_BYTES) == [9, 30]
-    assert recorded_prompts(arrays_of(PROMPT, run(0, 30, 30)), KV_BYTES) == [9, 30]
-    assert recorded_prompts(arrays_of(DECODE), KV_BYTES) == []
+def test_whole_prompts_and_chunks_are_recorded_parts_beside_decodes() -> None:
+    assert recorded_prompts(arrays_of(PROMPT, DECODE, run(0, 30, 30)), SMALL) == [9, 30]
+    assert recorded_prompts(arrays_of(PROMPT, run(0, 30, 30)), SMALL) == [9, 30]
+    assert recorded_prompts(arrays_of(DECODE, PROMPT, CHUNK), SMALL) == [9, 4]
+    assert recorded_prompts(arrays_of(CHUNK), SMALL) == [4]
+    assert recorded_prompts(arrays_of(DECODE), SMALL) == []
+
+
+@pytest.mark.parametrize("part", [run(0, 4, 12), run(4, 4, 12)], ids=["beginning", "middle"])
+def test_parts_of_prompts_that_draw_nothing_are_recorded_too(part: ScheduledSequence) -> None:
+    assert recorded_prompts(arrays_of(DECODE, part), SMALL) == [4]
+
+
+def test_steps_with_drafts_are_launched_as_a_whole() -> None:
+    drafted = run(5, 1, 6, drafts=2)
+    assert recorded_prompts(arrays_of(DECODE, PROMPT, drafted), SMALL) == []
+    assert recorded_prompts(arrays_of(drafted), SMALL) == []
 
 
 @pytest.mark.parametrize(
-    "other",
-    [run(8, 4, 12), run(0, 4, 12), run(4, 4, 12), run(5, 1, 6, drafts=2)],
-    ids=["end of a prompt", "its beginning", "its middle", "drafts"],
+    ("costs", "counts", "is_recorded"),
+    [
+        (LARGE, [512], True),
+        (LARGE, [1024], False),
+        (LARGE, [64] * 4, False),  # each reads the weights again
+        (SMALL, [64] * 4, True),
+        (SMALL, [2048], True),
+        (SMALL, [2048] * 4, False),
+    ],
 )
-def test_steps_with_parts_of_prompts_or_drafts_are_launched_as_a_whole(other: ScheduledSequence) -> None:
-    assert recorded_prompts(arrays_of(DECODE, PROMPT, other), KV_BYTES) == []
-    assert recorded_prompts(arrays_of(other), KV_BYTES) == []
+def test_what_keeps_the_gpu_at_work_for_longer_than_a_launch_is_launched_as_a_whole(
+    costs: StepCosts, counts: list[int], is_recorded: bool
+) -> None:
+    prompts = [run(0, count, count) for count in counts]
+    assert recorded_prompts(arrays_of(DECODE, *prompts), costs) == (counts if is_recorded else [])
 
 
-def test_steps_that_keep_the_gpu_at_work_are_launched_as_a_whole() -> None:
-    longest = run(0, MAX_PROMPT_TOKENS, MAX_PROMPT_TOKENS)
-    assert recorded_prompts(arrays_of(DECODE, longest), KV_BYTES) == [MAX_PROMPT_TOKENS]
-    assert recorded_prompts(arrays_of(DECODE, longest, PROMPT), KV_BYTES) == [], "many tokens"
-    assert recorded_prompts(arrays_of(DECODE, PROMPT, PROMPT, PROMPT), KV_BYTES) == [], "many prompts"
-    assert recorded_prompts(arrays_of(DECODE, PROMPT), MAX_KV_BYTES) == [], "long contexts"
-    longer = run(0, 2 * MAX_PROMPT_TOKENS, 2 * MAX_PROMPT_TOKENS)
-    assert recorded_prompts(arrays_of(longer), KV_BYTES) == [2 * MAX_PROMPT_TOKENS], "one alone is always recorded"
+def test_the_kv_of_many_decodes_keeps_the_gpu_at_work() -> None:
+    with_much_kv = StepCosts(28, 1 << 30, 1 << 34)
+    assert recorded_prompts(arrays_of(DECODE, PROMPT), with_much_kv) == []
+
+
+def test_one_whole_prompt_alone_is_always_recorded() -> None:
+    assert recorded_prompts(arrays_of(run(0, 2048, 2048)), LARGE) == [2048]
+
+
+def test_long_chunks_and_long_contexts_have_kernels_of_their_own() -> None:
+    for start, count, is_recorded in (
+        (8, MAX_CHUNK, True),
+        (8, MAX_CHUNK + 1, False),
+        (MAX_CONTEXT, 4, True),
+        (MAX_CONTEXT + 1, 4, False),
+    ):
+        arrays = arrays_of(run(start, count, start + count))
+        assert recorded_prompts(arrays, LARGE) == ([count] if is_recorded else []), (start, count)
 
 
 def test_the_graph_of_decodes_reads_those_of_a_mixed_step_alone() -> None:
@@ -89,6 +124,19 @@ def test_the_graph_of_a_prompt_reads_its_tokens_padded() -> None:
     fill_prompt(values, arrays, 2)
     token_ids, positions, slots = values[:-1].reshape(3, 5).tolist()
     assert token_ids == [300, 301, 302, 0, 0]
-    assert positions == [0, 1, 2, 3, 4]
+    assert positions == [0, 1, 2, 2, 2]
     assert slots == [300 * BLOCK_SIZE, 300 * BLOCK_SIZE + 1, 300 * BLOCK_SIZE + 2, -1, -1]
     assert values[-1] == 2
+
+
+def test_the_graph_of_a_chunk_reads_where_its_context_is() -> None:
+    arrays = arrays_of(DECODE, CHUNK)
+    values = np.full(chunk_values(5, 6), 77)
+    fill_chunk(values, arrays, 1, 5)
+    token_ids, positions, slots = values[:15].reshape(3, 5).tolist()
+    assert token_ids == [1208, 1209, 1210, 1211, 0]
+    assert positions == [8, 9, 10, 11, 11]
+    assert slots == [1202 * BLOCK_SIZE + i for i in range(4)] + [-1]
+    last, *starts, length = values[15:19].tolist()
+    assert (last, starts, length) == (3, [0, 4], 12)
+    assert values[19:].tolist() == [1200, 1201, 1202, 0, 0, 0]

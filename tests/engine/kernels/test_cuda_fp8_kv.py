@@ -156,5 +156,15 @@ def test_prompts_attend_what_codes_of_their_context_stand_for(
     assert torch.equal(actual, expected), "widened before they are multiplied, nothing differs"
 
 
+def test_queries_behind_the_last_sequence_are_padding() -> None:
+    keys, values = randn(2, 4, 64, 1, 16)
+    queries, tables = randn(9, 2, 16), as_int32([3, 1]).view(1, 2)
+    given, scores = (queries, PagedKV(keys, values)), Scores(0.25)
+    lens, starts = as_int32([90]), as_int32([0, 5])
+    padded = prefill_attention(*given, starts, 9, scores, lens=lens, tables=tables, is_padded=True)
+    expected = prefill_attention(queries[:5], given[1], starts, 5, scores, lens=lens, tables=tables)
+    assert torch.equal(padded[:5], expected) and not padded[5:].any()
+
+
 def check(actual: Tensor, expected: Tensor, tolerance: float = 2e-3) -> None:
     assert (actual.float() - expected.float()).norm() <= tolerance * expected.float().norm()

@@ -1,0 +1,199 @@
+"""What a GPU's runner lays out for its graphs, on a CPU: graphs run their steps anew, attention is plain torch.
+
+Everything is in float32, so tokens must equal transformers' own, whichever graphs a step takes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.engine.interpreted import DEVICE  # before what needs Triton
+
+from deployments.engine.execution import cuda as runners  # isort: skip
+from deployments.engine.execution.costs import StepCosts
+from deployments.engine.kernels.arguments import Scores
+from deployments.engine.kv.cache import KVCache
+from deployments.messages import SamplingParams
+from tests.engine.driving import Transcript, build_engine, greedy, run
+from tests.engine.families import load, random_prompt, reference
+from tests.engine.insides import replace_runner, runner_of
+from tests.gpu.expected import expected_attention
+
+if DEVICE.type == "cuda":
+    pytest.skip("there is a GPU: tests/gpu has the runner itself", allow_module_level=True)
+
+from deployments.engine.attention.base import LayerAttention
+from deployments.engine.attention.cuda import Prompts
+from deployments.engine.batch.arrays import StepArrays
+from deployments.engine.engine import Engine
+from deployments.engine.execution.graphs import PromptGraph
+
+NUM_TOKENS = 6
+
+
+class PlainStep:
+    """As `CudaStep`; reads what a graph would read, when it would: lengths, tables and starts are tensors."""
+
+    def __init__(
+        self,
+        cache: KVCache,
+        slots: Tensor,
+        decode_tables: Tensor,
+        decode_lens: Tensor,
+        prompts: tuple[Prompts, ...] = (),
+        rows: Tensor | None = None,
+    ) -> None:
+        self._cache, self._slots, self.rows = cache, slots, rows
+        self._decodes = list(zip(decode_lens.tolist(), decode_tables, strict=True))
+        self._prompts = prompts
+
+    def attend(self, asked: LayerAttention) -> Tensor:
+        layer, queries, keys, values, scores, _ = asked
+        queries, keys, values = (part.transpose(0, 1) for part in (queries, keys, values))
+        written = self._slots >= 0
+        self._cache.write(layer, self._slots[written].long(), keys[written], values[written])
+        out = torch.zeros_like(queries)
+        for row, (length, table) in enumerate(self._decodes):
+            if length:
+                out[row] = self._attend_paged(layer, queries[row : row + 1], length, table, scores)[0]
+        for prompts in self._prompts:
+            for number in range(len(prompts.starts) - 1):
+                first, end = (prompts.starts[number : number + 2] + prompts.start).tolist()
+                span = slice(first, end)
+                if prompts.tables is None:
+                    out[span] = expected_attention(queries[span], keys[span], values[span], scores)
+                elif end > first:
+                    assert prompts.lens is not None
+                    length, table = int(prompts.lens[number]), prompts.tables[number]
+                    out[span] = self._attend_paged(layer, queries[span], length, table, scores)
+        return out
+
+    def _attend_paged(self, layer: int, queries: Tensor, length: int, table: Tensor, scores: Scores) -> Tensor:
+        blocks = table[: -(-length // self._cache.block_size)]
+        keys, values = (part.flatten(0, 1)[:length] for part in self._cache.gather(layer, blocks))
+        return expected_attention(queries, keys, values, scores)
+
+
+class FakeGraph:
+    """Runs again what was recorded, into the same output."""
+
+    def __init__(self) -> None:
+        self._run: Callable[[], Tensor] | None = None
+        self._out = torch.empty(0)
+
+    def record(self, run: Callable[[], Tensor]) -> Tensor:
+        self._run, self._out = run, run()
+        return self._out
+
+    @torch.inference_mode()
+    def replay(self) -> None:
+        assert self._run is not None
+        self._out.copy_(self._run())
+
+    def pool(self) -> tuple[int, int]:
+        return 0, 0
+
+
+class FakeEvent:
+    def record(self) -> None:
+        """Nothing is under way."""
+
+    synchronize = record
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate = torch.empty
+
+    def empty(*size: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        return allocate(*size, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(runners, "CudaStep", PlainStep)
+    monkeypatch.setattr(runners, "record", lambda graph, run, pool: graph.record(run))
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
+    """Of each step of recorded parts: its decodes, and which graphs its prompts took."""
+    seen: list[tuple[int, list[int]]] = []
+    replay = runners.CudaRunner._replay_parts
+
+    def note(self: runners.CudaRunner, arrays: StepArrays, graphs: list[PromptGraph]) -> Tensor:
+        seen.append((arrays.num_decodes, [graph.length for graph in graphs]))
+        return replay(self, arrays, graphs)
+
+    monkeypatch.setattr(runners.CudaRunner, "_replay_parts", note)
+    return seen
+
+
+def build(family: str, **overrides: object) -> Engine:
+    settings: dict[str, Any] = {"max_num_batched_tokens": 64, "max_model_len": 128, "max_num_seqs": 4} | overrides
+    engine = build_engine(load(family), is_pipelined=True, **settings)
+    replace_runner(engine, runners.CudaRunner(load(family), runner_of(engine).cache, engine.limits))
+    return engine
+
+
+def generate(engine: Engine, prompts: dict[str, tuple[int, ...]], *, apart: int = 0) -> dict[str, list[int]]:
+    """Tokens of all; each request comes so many steps after the one before."""
+    transcript = Transcript()
+    for name, prompt in prompts.items():
+        engine.add(greedy(name, prompt, NUM_TOKENS))
+        for _ in range(apart):
+            transcript.note(engine.step())
+    return run(engine, transcript).tokens
+
+
+def check(family: str, prompts: dict[str, tuple[int, ...]], tokens: dict[str, list[int]]) -> None:
+    for name, prompt in prompts.items():
+        assert tuple(tokens[name]) == reference(family, prompt, NUM_TOKENS), name
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_chunks_behind_computed_tokens_are_replayed_beside_decodes(
+    family: str, replayed: list[tuple[int, list[int]]]
+) -> None:
+    engine = build(family)
+    prompts = {f"r{length}": random_prompt(length, seed=length) for length in (3, 40, 21)}
+    check(family, prompts, generate(engine, prompts))
+    replayed.clear()
+    check(family, prompts, generate(engine, prompts, apart=1))  # all but their ends are cached
+    assert (1, [16]) in replayed and (2, [16]) in replayed, replayed
+
+
+def test_a_prompt_in_several_chunks_takes_graphs_for_all_of_them(replayed: list[tuple[int, list[int]]]) -> None:
+    engine = build("llama", max_num_batched_tokens=20)
+    prompts = {"short": random_prompt(5), "long": random_prompt(50, seed=1)}
+    check("llama", prompts, generate(engine, prompts, apart=2))
+    # 20 tokens a step, one of them for the decode: the beginning of a prompt, its middle, its end.
+    assert [lengths for decodes, lengths in replayed if decodes] == [[32], [32], [16]], replayed
+
+
+def test_steps_that_take_longer_as_parts_are_launched_as_a_whole(
+    replayed: list[tuple[int, list[int]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StepCosts, "parts_ms", lambda *_: 1e9)
+    engine = build("llama")
+    prompts = {f"r{length}": random_prompt(length, seed=length) for length in (3, 40, 21)}
+    for _ in range(2):
+        check("llama", prompts, generate(engine, prompts, apart=1))
+    assert not any(decodes for decodes, _ in replayed), "only what is alone in its step"
+
+
+def test_drawn_tokens_are_those_of_a_step_launched_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+    for parts_ms in (0.0, 1e9):
+        monkeypatch.setattr(StepCosts, "parts_ms", lambda *_, ms=parts_ms: ms)
+        engine, transcript = build("llama"), Transcript()
+        for number, length in enumerate((3, 40, 21)):
+            request = greedy(f"r{number}", random_prompt(length, seed=length), NUM_TOKENS)
+            sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.9, top_k=9, seed=number)
+            engine.add(type(request)(request.request_id, request.prompt_token_ids, sampling))
+            transcript.note(engine.step())
+        answers.append(dict(run(engine, transcript).tokens))
+    assert answers[0] == answers[1]
