@@ -9,6 +9,7 @@ from typing import Protocol
 
 from deployments.api.calls import Call
 from deployments.api.choices import TextEvent
+from deployments.api.failures import ErrorBody, Failure
 from deployments.api.forms import (
     ChatChoice,
     ChatChunk,
@@ -62,14 +63,18 @@ class Tally:
 
 
 class Answer(Protocol):
-    """How one call is answered, in one of OpenAI's two shapes. Logprobs of a long prompt take it a while."""
+    """How one call is answered, in one of OpenAI's shapes. Logprobs of a long prompt take it a while."""
 
     def chunks(self, event: TextEvent) -> Sequence[Mapping[str, object]]:
         """The chunks of a stream that this event makes; none while it has nothing to show."""
         ...
 
-    def usage_chunk(self) -> Mapping[str, object]:
-        """The last chunk of a stream, where usage was asked for."""
+    def ending(self) -> Sequence[Mapping[str, object]]:
+        """What a stream ends with, behind the chunks of all events."""
+        ...
+
+    def failing(self, failure: Failure) -> Sequence[Mapping[str, object]]:
+        """What a stream ends with that fails."""
         ...
 
     def whole(self, choices: Sequence["ChoiceResult"]) -> Mapping[str, object]:
@@ -79,19 +84,22 @@ class Answer(Protocol):
 
 @dataclass(slots=True)
 class ChoiceResult:
-    """A whole choice, put together from its events."""
+    """A whole choice, put together from its events; they are kept where they have logprobs."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     scores: list[ScoredToken] = field(default_factory=list)
     prompt: PromptScores | None = None
+    events: list[TextEvent] = field(default_factory=list)
 
     def add(self, event: TextEvent) -> None:
         self.text += event.text
         self.token_ids += event.token_ids
         self.finish_reason = event.finish_reason
-        self.scores += event.scores
+        if event.scores:
+            self.scores += event.scores
+            self.events.append(event)
         self.prompt = self.prompt or event.prompt
 
     @property
@@ -139,8 +147,11 @@ class CompletionAnswer:
             chunk["usage"] = self._tally.usage() if call.continuous_usage else None
         return [chunk]
 
-    def usage_chunk(self) -> Completion:
-        return self._build([]) | {"usage": self._tally.usage()}
+    def ending(self) -> list[Completion]:
+        return [self._build([]) | {"usage": self._tally.usage()}] if self._call.include_usage else []
+
+    def failing(self, failure: Failure) -> list[ErrorBody]:
+        return [failure.body()]
 
     def whole(self, choices: Sequence[ChoiceResult]) -> Completion:
         built = [self._choice(i, choice) for i, choice in enumerate(choose_best(self._call, choices))]
@@ -216,8 +227,11 @@ class ChatAnswer:
             chunks.append(self._chunk(event.choice, {}, finish_reason))
         return chunks
 
-    def usage_chunk(self) -> ChatChunk:
-        return self._build([]) | {"usage": self._tally.usage()}
+    def ending(self) -> list[ChatChunk]:
+        return [self._build([]) | {"usage": self._tally.usage()}] if self._call.include_usage else []
+
+    def failing(self, failure: Failure) -> list[ErrorBody]:
+        return [failure.body()]
 
     def whole(self, choices: Sequence[ChoiceResult]) -> ChatCompletion:
         call = self._call

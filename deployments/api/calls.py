@@ -8,7 +8,7 @@ import re
 import reprlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import orjson
@@ -63,6 +63,7 @@ class Call:
         user: who asked, for the operator's log.
         labels: what else the caller says of the call, for the operator's log.
         tools: how calls of tools are found in the answers; None: none are looked for.
+        repeated: what the answer repeats of the request.
     """
 
     call_id: str
@@ -83,6 +84,7 @@ class Call:
     user: str | None
     labels: Mapping[str, object]
     tools: ToolRules | None = None
+    repeated: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -140,7 +142,11 @@ def read_chat(
         InvalidRequestError: names the field, its value and the bound.
         TemplateLimitError: with `codec.brief`: the template takes longer than an event loop may wait.
     """
-    body = parse_body(data, ChatBody, info)
+    return build_chat(parse_body(data, ChatBody, info), call_id, codec, info, priority)
+
+
+def build_chat(body: ChatBody, call_id: str, codec: TextCodec, info: ModelInfo, priority: Priority) -> Call:
+    """What `read_chat` makes of a body."""
     check_length(sum(message.num_characters for message in body.messages), "messages", info)
     rules = read_tools(body, codec.tools, info)
     encoded = codec.encode_chat(

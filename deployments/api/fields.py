@@ -163,6 +163,7 @@ LogitBias = Annotated[tuple[tuple[int, float], ...], BeforeValidator(_as_logit_b
 Stops = Annotated[tuple[str, ...], BeforeValidator(_as_stops, json_schema_input_type=_Stops)]
 StopTokenIds = Annotated[tuple[int, ...], BeforeValidator(_as_stop_token_ids, json_schema_input_type=_StopIds)]
 Prompts = Annotated[tuple[Prompt, ...], PlainValidator(_as_prompts, json_schema_input_type=_Prompts)]
+RequiredContent = Annotated[Content, PlainValidator(_as_content, json_schema_input_type=_Contents)]
 # A message's, or none.
 OptionalContent = Annotated[Content | None, PlainValidator(_as_content, json_schema_input_type=_Contents)]
 # How many of the likeliest tokens are told. Chats say with false that they want none, and some clients in completions.

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from deployments.api import sse
 from deployments.api.answers import ChatAnswer, CompletionAnswer
 from deployments.api.asgi import REQUEST_ID_HEADER, ClosesUnread, RequestIds
 from deployments.api.backend import Backend
@@ -27,6 +28,8 @@ from deployments.api.guard import Guard
 from deployments.api.keys import KeyRing
 from deployments.api.observer import Observer, SilentObserver
 from deployments.api.pages import Pages, to_response
+from deployments.api.responses.answers import ResponseAnswer
+from deployments.api.responses.reading import read_response
 from deployments.api.text import TextCodec
 from deployments.errors import KvRelayError
 from deployments.messages import ModelInfo
@@ -63,6 +66,7 @@ def build_app(
     observer = observer or SilentObserver()
     grammars = GrammarCheck(codec, info.vocab_size)
     service = Service(backend, codec, info, observer, max_body_bytes, body_timeout_s, grammars)
+    responses = Endpoint(service, "resp_", read_response, ResponseAnswer, sse.named_frame)
     pages = Pages(service)
     middleware = [Middleware(RequestIds, is_sent_by_server=server_sends_ids), Middleware(ClosesUnread)]
     if cors_origins:  # before keys: a browser asks without one
@@ -71,8 +75,9 @@ def build_app(
         middleware.append(Middleware(Guard, keys=keys, refused=observer.request_denied))
     return Starlette(
         routes=[
-            Route("/v1/completions", Endpoint(service, "cmpl", read_completion, CompletionAnswer), methods=["POST"]),
-            Route("/v1/chat/completions", Endpoint(service, "chatcmpl", read_chat, ChatAnswer), methods=["POST"]),
+            Route("/v1/completions", Endpoint(service, "cmpl-", read_completion, CompletionAnswer), methods=["POST"]),
+            Route("/v1/chat/completions", Endpoint(service, "chatcmpl-", read_chat, ChatAnswer), methods=["POST"]),
+            Route("/v1/responses", responses, methods=["POST"]),
             Route("/v1/models", pages.models),
             Route("/v1/models/{model_id:path}", pages.model),
             Route("/tokenize", pages.tokenize, methods=["POST"]),

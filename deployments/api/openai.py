@@ -12,20 +12,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import ConfigDict, FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.api.fields import (
-    MAX_PROMPTS,
-    LogitBias,
-    LogprobCount,
-    Metadata,
-    OptionalContent,
-    Prompts,
-    Stops,
-    StopTokenIds,
-)
+from deployments.api.common_fields import DrawFields, LabelFields
+from deployments.api.fields import MAX_PROMPTS, LogprobCount, OptionalContent, Prompts
 from deployments.api.strict import NoOps, Strict
 from deployments.api.structured import ONE_AT_MOST, StructuredFields, fields_that_ask
 from deployments.api.tools.fields import ToolCall, ToolFields
-from deployments.messages import MAX_LOGPROBS, MAX_PENALTY, REPETITION_PENALTIES
+from deployments.messages import MAX_LOGPROBS
 
 # OpenAI's.
 MAX_SAMPLES = 128
@@ -70,7 +62,7 @@ class ModelBody(Strict):
 
 
 # Said to those who read the description; the checks are `_check_stream_options` and `_check_content`.
-_OPTIONS_ONLY_WITH_STREAM: dict[str, Any] = {
+STREAM_OPTIONS_ONLY_WITH_STREAM: dict[str, Any] = {
     "if": {"properties": {"stream_options": {"type": "object"}}, "required": ["stream_options"]},
     "then": {"properties": {"stream": {"const": True}}, "required": ["stream"]},
 }
@@ -89,7 +81,7 @@ _CONTENT_UNLESS_ASSISTANT: dict[str, Any] = {
 }
 
 
-class GenerateBody(ModelBody, StructuredFields):
+class GenerateBody(ModelBody, DrawFields, LabelFields, StructuredFields):
     """What both endpoints take.
 
     `top_k` (0 and -1 are off), `min_p`, `repetition_penalty`, `min_tokens`, `stop_token_ids`, `ignore_eos`,
@@ -98,37 +90,15 @@ class GenerateBody(ModelBody, StructuredFields):
     named as in vLLM and with its meaning.
     """
 
-    model_config = ConfigDict(json_schema_extra=_OPTIONS_ONLY_WITH_STREAM | {"allOf": ONE_AT_MOST})
+    model_config = ConfigDict(json_schema_extra=STREAM_OPTIONS_ONLY_WITH_STREAM | {"allOf": ONE_AT_MOST})
 
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, ge=0, le=1)
-    top_k: int = Field(default=0, ge=-1)
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    presence_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
-    frequency_penalty: float = Field(default=0.0, ge=-MAX_PENALTY, le=MAX_PENALTY)
-    repetition_penalty: float = Field(default=1.0, ge=REPETITION_PENALTIES[0], le=REPETITION_PENALTIES[1])
-    logit_bias: LogitBias = ()
-    min_tokens: int = Field(default=0, ge=0)
-    stop: Stops = ()
-    stop_token_ids: StopTokenIds = ()
     n: int = Field(default=1, ge=1, le=MAX_SAMPLES)
     prompt_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
     max_tokens: int | None = Field(default=None, ge=1)
-    ignore_eos: bool = False
     return_token_ids: bool = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     truncate_prompt_tokens: int | None = Field(default=None, ge=-1, json_schema_extra={"not": {"const": 0}})
-    cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
-    prompt_cache_key: str | None = Field(default=None, max_length=256)
-    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
-    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
-    user: str | None = Field(default=None, max_length=256)
-    safety_identifier: str | None = Field(default=None, max_length=256)
-    metadata: Metadata = Field(default_factory=dict)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -153,13 +123,6 @@ class GenerateBody(ModelBody, StructuredFields):
         if len(asked) > 1:
             message = f"cannot go with {asked[0]}: an answer has one form"
             raise PydanticCustomError("structure", message, {"field": asked[1]})
-        return self
-
-    @model_validator(mode="after")
-    def _check_priority(self) -> Self:
-        if self.priority is not None and self.service_tier in ("flex", "priority"):
-            message = "means the same as service_tier; give one of them"
-            raise PydanticCustomError("priority", message, {"field": "priority"})
         return self
 
     @model_validator(mode="after")

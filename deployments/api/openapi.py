@@ -13,6 +13,8 @@ from pydantic.json_schema import GenerateJsonSchema
 from deployments.api.failures import ErrorBody
 from deployments.api.forms import ChatChunk, ChatCompletion, Completion, Health, Model, Models, Version
 from deployments.api.openai import ChatBody, CompletionBody
+from deployments.api.responses.fields import ResponseBody
+from deployments.api.responses.forms import Response, ResponseEvent
 from deployments.api.tokenization import DetokenizeBody, Text, TokenizeBody, Tokens
 
 _REF = "#/components/schemas/{model}"
@@ -58,6 +60,7 @@ _CONVERTS = ("400", "401", "404", "408", "413", "415", "429")
 OPERATIONS = (
     Operation("/v1/chat/completions", "post", "Answer a conversation", ChatBody, ChatCompletion, ChatChunk, _GENERATES),
     Operation("/v1/completions", "post", "Continue prompts", CompletionBody, Completion, Completion, _GENERATES),
+    Operation("/v1/responses", "post", "Answer items", ResponseBody, Response, ResponseEvent, _GENERATES),
     Operation("/v1/models", "get", "List what is served", answer=Models),
     Operation("/v1/models/{model_id}", "get", "Describe a model", answer=Model, errors=("401", "404", "429")),
     Operation("/tokenize", "post", "Token ids of a prompt or a conversation", TokenizeBody, Tokens, errors=_CONVERTS),

@@ -12,6 +12,10 @@ from deployments.errors import InvalidRequestError
 
 # Fields that are not supported yet, with the values that ask for nothing; null is always one of them.
 NoOps = Mapping[str, tuple[object, ...]]
+# Of such fields that will never be supported: why not.
+Refusals = Mapping[str, str]
+# Begins the tags of unions, which are no part of a field's path.
+UNNAMED = "~"
 
 
 class Strict(BaseModel):
@@ -19,6 +23,7 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     no_ops: ClassVar[NoOps] = {}
+    refusals: ClassVar[Refusals] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -30,6 +35,8 @@ class Strict(BaseModel):
         for name, value in fields.items():
             if name in cls.no_ops:
                 if not _asks_for_nothing(value, cls.no_ops[name]):
+                    if name in cls.refusals:
+                        raise PydanticCustomError("refused", cls.refusals[name], {"field": name})
                     raise PydanticCustomError("unsupported", "not supported yet", {"field": name})
             elif value is not None or name not in known:
                 kept[name] = value
@@ -73,7 +80,8 @@ def explain(error: ValidationError) -> InvalidRequestError:
     fault = error.errors(include_url=False)[0]
     # A check of several fields has the whole body as its input, and names the field itself.
     field = fault.get("ctx", {}).get("field")
-    param = ".".join(str(part) for part in (*fault["loc"], field) if part is not None)
+    path = [part for part in (*fault["loc"], field) if part is not None]
+    param = ".".join(str(part) for part in path if not str(part).startswith(UNNAMED))
     match fault["type"]:
         case "extra_forbidden":
             return InvalidRequestError(f"unknown field {reprlib.repr(param)}", param[:100])

@@ -16,6 +16,7 @@ from deployments.api.guard import OPEN_PATHS
 from deployments.api.http import build_app
 from deployments.api.openai import ChatBody, CompletionBody, ModelBody
 from deployments.api.openapi import describe_api
+from deployments.api.responses.fields import ResponseBody
 from deployments.api.tokenization import DetokenizeBody, TokenizeBody
 from deployments.errors import InvalidRequestError
 from deployments.messages import FinishReason
@@ -59,6 +60,7 @@ def test_all_that_is_referred_to_is_there_and_every_schema_is_valid() -> None:
 KINDS: dict[str, type[ModelBody]] = {
     "CompletionBody": CompletionBody,
     "ChatBody": ChatBody,
+    "ResponseBody": ResponseBody,
     "TokenizeBody": TokenizeBody,
     "DetokenizeBody": DetokenizeBody,
 }
@@ -84,6 +86,22 @@ MESSAGE: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "nothing": st.just(1),
     },
 )
+FLAT_TOOL = {"type": "function", "name": "f", "parameters": {}}
+NAMED = {"type": "function", "name": "f"}
+ITEM: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.sampled_from(["message", "function_call", "function_call_output", "reasoning", "other", None]),
+        "role": st.sampled_from(["user", "assistant", "tool"]),
+        "content": st.sampled_from(["x", None, [], [{"type": "input_text", "text": "x"}]]),
+        "call_id": st.sampled_from(["", "a"]),
+        "name": st.just("f"),
+        "arguments": st.just("{}"),
+        "output": st.sampled_from(["x", 3]),
+        "summary": st.sampled_from([[], None, [{"type": "summary_text", "text": "x"}]]),
+        "status": st.sampled_from(["completed", "lost"]),
+    },
+)
 VALUES = st.one_of(
     st.none(),
     st.booleans(),
@@ -92,6 +110,12 @@ VALUES = st.one_of(
     st.sampled_from([[TOOL], [TOOL] * 129, "auto", "none", {"type": "function", "function": {"name": "f"}}]),
     st.sampled_from([["a"] * 33, [1] * 129, {"type": "text"}, {"include_usage": True}, {"include_usage": 1}, {"a": 1}]),
     st.lists(MESSAGE, max_size=2),
+    st.lists(ITEM, max_size=2),
+    st.sampled_from(
+        [[FLAT_TOOL], NAMED, {"type": "allowed_tools", "tools": [NAMED]}, ["message.output_text.logprobs"]]
+    ),
+    st.sampled_from([{"format": form} for form in (None, {"type": "text", "name": "a"}, {"type": "json_object"})]),
+    st.sampled_from([{"format": {"type": "json_schema", **more}} for more in ({}, {"name": "a", "schema": {}})]),
 )
 # What JSON Schema cannot say, or says otherwise: fields that do not go together, and 1.0, which to it is an integer.
 BEYOND = re.compile(
@@ -107,6 +131,8 @@ def bodies(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     body: dict[str, Any] = {"prompt": "a"} if kind in ("CompletionBody", "TokenizeBody") else {"tokens": [1]}
     if kind == "ChatBody":
         body = {"messages": [{"role": "user", "content": "x"}]}
+    if kind == "ResponseBody":
+        body = {"input": "a"}
     return kind, body | draw(st.dictionaries(st.sampled_from([*properties, "nothing"]), VALUES, max_size=3))
 
 

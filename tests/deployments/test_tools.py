@@ -38,6 +38,14 @@ ASKED: Any = {
     "parallel_tool_calls": False,
     "seed": 1,
 }
+AS_RESPONSE: Any = {
+    "model": "tiny",
+    "input": "How is it in Paris?",
+    "tools": [{"type": "function", "name": "weather", "parameters": SCHEMA}],
+    "tool_choice": "required",
+    "parallel_tool_calls": False,
+    "extra_body": {"seed": 1},
+}
 
 
 @pytest.mark.parametrize("way", ["disaggregated", "colocated", "resumed"])
@@ -57,10 +65,13 @@ async def test_a_forced_call_is_the_same_however_it_is_served(start: StartPools,
             if way == "resumed" and len(arguments) > 12 and pools.decode.engine.death is None:
                 pools.decode.engine.die()
         whole = (await client.chat.completions.create(**ASKED)).choices[0]
+        response = await client.responses.create(**AS_RESPONSE)
     assert (name, reason) == ("weather", "tool_calls") and whole.finish_reason == reason
     validate(json.loads(arguments), SCHEMA)
     (call,) = whole.message.tool_calls or []
     assert call.type == "function" and (call.function.name, call.function.arguments) == (name, arguments)
     assert whole.message.content is None
+    assert [item.type for item in response.output] == ["function_call"] and response.status == "completed"
+    assert response.output[0].to_dict()["arguments"] == arguments
     resumed = pools.backend.clients.registry.get_sample_value("kvrelay_requests_resumed_total")
     assert bool(resumed) is (way == "resumed")

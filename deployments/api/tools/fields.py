@@ -1,5 +1,6 @@
 """What callers say of tools: those that they offer, which of them is to be called, and calls in earlier turns."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 import orjson
@@ -87,14 +88,14 @@ def read_object(text: str) -> dict[str, object] | None:
     return value if isinstance(value, dict) else None
 
 
-_WORDS = ("none", "auto", "required")
+CHOICE_WORDS = ("none", "auto", "required")
 _ToolChoice = Literal["none", "auto", "required"] | NamedTool
 
 
 def _as_choice(value: object) -> object:
     """A word, or a tool by its name."""
     try:
-        return value if value in _WORDS else NamedTool.model_validate(value)
+        return value if value in CHOICE_WORDS else NamedTool.model_validate(value)
     except ValidationError:
         message = "must be 'none', 'auto', 'required' or an object {type: 'function', function: {name}}"
         raise PydanticCustomError("tool_choice", message) from None
@@ -124,15 +125,27 @@ class ToolFields(Strict):
 
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
-        names = [tool.function.name for tool in self.tools]
-        for number, name in enumerate(names):
-            if name in names[:number]:
-                message = f"two tools cannot go with one name, {name!r}"
-                raise PydanticCustomError("tools", message, {"field": f"tools.{number}.function.name"})
-        choice = self.tool_choice
-        if not names and choice not in (None, "none"):
-            raise PydanticCustomError("tool_choice", "cannot go without tools", {"field": "tool_choice"})
-        if isinstance(choice, NamedTool) and choice.function.name not in names:
-            message = f"cannot go with these tools: none of them is {choice.function.name!r}"
-            raise PydanticCustomError("tool_choice", message, {"field": "tool_choice.function.name"})
+        named = [self.tool_choice.function.name] if isinstance(self.tool_choice, NamedTool) else []
+        check_choice([tool.function.name for tool in self.tools], self.tool_choice, named, "function.")
         return self
+
+
+def check_choice(names: Sequence[str], choice: object, chosen: Sequence[str], path: str) -> None:
+    """Check that tools have each a name of their own, and that a choice is among them.
+
+    Args:
+        names: of the tools.
+        choice: what `tool_choice` holds; None: nothing.
+        chosen: the names in it.
+        path: to the name of a tool, and to one in the choice.
+    """
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            message = f"two tools cannot go with one name, {name!r}"
+            raise PydanticCustomError("tools", message, {"field": f"tools.{number}.{path}name"})
+    if not names and choice not in (None, "none"):
+        raise PydanticCustomError("tool_choice", "cannot go without tools", {"field": "tool_choice"})
+    for name in chosen:
+        if name not in names:
+            message = f"cannot go with these tools: none of them is {name!r}"
+            raise PydanticCustomError("tool_choice", message, {"field": f"tool_choice.{path}name"})

@@ -40,7 +40,11 @@ class MessageShaper:
                     content += piece
                 case CallBegin(_, name):
                     calls.append(
-                        {"id": self._new_id(), "type": "function", "function": {"name": name, "arguments": ""}}
+                        {
+                            "id": new_call_id(self._id_length),
+                            "type": "function",
+                            "function": {"name": name, "arguments": ""},
+                        }
                     )
                 case CallArguments(index, piece):
                     calls[index]["function"]["arguments"] += piece
@@ -61,7 +65,7 @@ class MessageShaper:
             case CallBegin(index, name):
                 call: ToolCallDelta = {
                     "index": index,
-                    "id": self._new_id(),
+                    "id": new_call_id(self._id_length),
                     "type": "function",
                     "function": {"name": name, "arguments": ""},
                 }
@@ -69,7 +73,8 @@ class MessageShaper:
             case CallArguments(index, text):
                 return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
 
-    def _new_id(self) -> str:
-        """Letters and digits behind a word that others begin theirs with, where there is room for it."""
-        prefix = "call_" if self._id_length > 20 else ""
-        return prefix + "".join(secrets.choice(_LETTERS) for _ in range(self._id_length - len(prefix)))
+
+def new_call_id(length: int) -> str:
+    """Letters and digits behind a word that others begin theirs with, where there is room for it."""
+    prefix = "call_" if length > 20 else ""
+    return prefix + "".join(secrets.choice(_LETTERS) for _ in range(length - len(prefix)))

@@ -1,0 +1,186 @@
+"""From a body of `/v1/responses` to a call: what a chat with the same contents would be, and what its answer repeats.
+
+Owns how items become messages, and that errors name the fields of this endpoint. `exchange.py` calls `read_response`.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from deployments.api.calls import Call, build_chat, parse_body
+from deployments.api.common_fields import DrawFields, LabelFields
+from deployments.api.fields import Content
+from deployments.api.openai import ChatBody, Message
+from deployments.api.responses.fields import LOGPROBS, AllowedTools, FunctionTool, NamedFunction, ResponseBody
+from deployments.api.responses.forms import Repeated
+from deployments.api.responses.items import AnyItem, FunctionCall, FunctionCallOutput, InputMessage
+from deployments.api.structured import JsonSchema, ResponseFormat
+from deployments.api.text import TextCodec
+from deployments.api.tools.fields import CalledFunction, Function, Tool, ToolCall
+from deployments.api.tools.fields import NamedFunction as ChatFunction
+from deployments.api.tools.fields import NamedTool as ChatTool
+from deployments.errors import InvalidRequestError
+from deployments.messages import ModelInfo, Priority
+
+_SAME_FIELDS = (*DrawFields.model_fields, *LabelFields.model_fields, "stream", "chat_template_kwargs")
+# Names that a chat has for what is called otherwise here.
+_NAMES = {
+    "response_format.json_schema.schema": "text.format.schema",
+    "response_format": "text.format",
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+}
+# In errors. The last one is a common word: it counts only where it comes first.
+_NAME = re.compile(r"response_format\.json_schema\.schema|response_format\b|max_completion_tokens\b|^messages\b")
+
+
+def read_response(
+    data: bytes, call_id: str, codec: TextCodec, info: ModelInfo, priority: Priority = Priority.NORMAL
+) -> Call:
+    """Read the body of a request, apply the template and encode the result.
+
+    Raises:
+        InvalidRequestError: names the field, its value and the bound.
+        TemplateLimitError: with `codec.brief`: the template takes longer than an event loop may wait.
+    """
+    body = parse_body(data, ResponseBody, info)
+    with _naming_our_fields():
+        call = build_chat(_as_chat(body), call_id, codec, info, priority)
+    (request,) = call.requests
+    if (grammar := request.sampling.grammar) is not None:
+        ours = replace(grammar, field=_rename(grammar.field))
+        request = replace(request, sampling=replace(request.sampling, grammar=ours))
+    return replace(call, requests=(request,), repeated=_repeated(body))
+
+
+@contextmanager
+def _naming_our_fields() -> Iterator[None]:
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise type(error)(_rename(error.message), _rename(error.param or "") or None) from None
+
+
+def _rename(text: str) -> str:
+    return _NAME.sub(lambda name: _NAMES[name[0]], text)
+
+
+def _as_chat(body: ResponseBody) -> ChatBody:
+    """A chat that asks for the same. Its fields were checked when the body was read."""
+    fields: dict[str, Any] = {name: getattr(body, name) for name in _SAME_FIELDS if name in body.model_fields_set}
+    choice = body.tool_choice
+    if isinstance(choice, NamedFunction):
+        fields["tool_choice"] = ChatTool(type="function", function=ChatFunction(name=choice.name))
+    elif choice is not None:
+        fields["tool_choice"] = choice.mode if isinstance(choice, AllowedTools) else choice
+    return ChatBody.model_construct(
+        **fields,
+        messages=list(read_messages(body.instructions, body.input)),
+        response_format=_read_format(body),
+        tools=[_as_chats_tool(tool) for tool in _allowed_tools(body)],
+        parallel_tool_calls=body.parallel_tool_calls,
+        max_completion_tokens=body.max_output_tokens,
+        logprobs=LOGPROBS in body.include,
+        top_logprobs=body.top_logprobs,
+    )
+
+
+def _read_format(body: ResponseBody) -> ResponseFormat:
+    asked = body.text.format
+    if asked.type != "json_schema":
+        return ResponseFormat(type=asked.type)
+    return ResponseFormat(type=asked.type, json_schema=JsonSchema(name=asked.name or "", schema=asked.schema_))
+
+
+def _allowed_tools(body: ResponseBody) -> list[FunctionTool]:
+    if not isinstance(body.tool_choice, AllowedTools):
+        return body.tools
+    allowed = {tool.name for tool in body.tool_choice.tools}
+    return [tool for tool in body.tools if tool.name in allowed]
+
+
+def _as_chats_tool(tool: FunctionTool) -> Tool:
+    return Tool(type="function", function=Function(**tool.model_dump(exclude={"type"}, exclude_none=True)))
+
+
+def read_messages(instructions: str | None, given: str | Iterable[AnyItem]) -> Iterator[Message]:
+    """The conversation, with the instructions at its beginning.
+
+    What the assistant says and then calls is one message of a chat, and instructions are one with a system message
+    behind them: there are templates that take no second one.
+    """
+    items = [InputMessage(role="user", content=given)] if isinstance(given, str) else list(given)
+    if instructions:
+        first = items[0]
+        if isinstance(first, InputMessage) and first.role in ("system", "developer"):
+            items[0] = first.model_copy(update={"content": _join(instructions, first.content)})
+        else:
+            items.insert(0, InputMessage(role="system", content=instructions))
+    turn = _Turn()
+    for item in items:
+        if isinstance(item, FunctionCall):
+            turn.calls.append(_as_chats_call(item))
+            continue
+        is_assistants = isinstance(item, InputMessage) and item.role == "assistant"
+        if isinstance(item, FunctionCallOutput | InputMessage) and (not is_assistants or turn.has_spoken):
+            yield from turn.end()
+        if isinstance(item, FunctionCallOutput):
+            yield Message.model_construct(role="tool", content=item.output, tool_call_id=item.call_id)
+        elif isinstance(item, InputMessage) and is_assistants:
+            turn.content = item.content
+        elif isinstance(item, InputMessage):
+            yield Message.model_construct(role=item.role, content=item.content)
+    yield from turn.end()
+
+
+class _Turn:
+    """What the assistant has said and called since others had their turn."""
+
+    def __init__(self) -> None:
+        self.content: Content | None = None
+        self.calls: list[ToolCall] = []
+
+    @property
+    def has_spoken(self) -> bool:
+        return self.content is not None or bool(self.calls)
+
+    def end(self) -> Iterator[Message]:
+        if self.has_spoken:
+            yield Message.model_construct(role="assistant", content=self.content, tool_calls=self.calls)
+        self.content, self.calls = None, []
+
+
+def _as_chats_call(item: FunctionCall) -> ToolCall:
+    function = CalledFunction.model_construct(name=item.name, arguments=item.arguments)
+    return ToolCall.model_construct(id=item.call_id, type="function", function=function)
+
+
+def _join(instructions: str, content: Content) -> Content:
+    if isinstance(content, str):
+        return f"{instructions}\n\n{content}"
+    return ({"type": "text", "text": f"{instructions}\n\n"}, *content)
+
+
+def _repeated(body: ResponseBody) -> Repeated:
+    choice = body.tool_choice
+    form = body.text.format.model_dump(by_alias=True, exclude_none=True)
+    return {
+        "instructions": body.instructions,
+        "tools": [tool.model_dump() for tool in body.tools],
+        "tool_choice": "auto" if choice is None else choice if isinstance(choice, str) else choice.model_dump(),
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "text": {"format": form | ({"description": None, "strict": None} | form if "schema" in form else {})},
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "top_logprobs": body.top_logprobs,
+        "max_output_tokens": body.max_output_tokens,
+        "service_tier": "default" if body.service_tier in (None, "auto") else body.service_tier,
+        "metadata": body.metadata,
+        "user": body.user,
+        "safety_identifier": body.safety_identifier,
+        "prompt_cache_key": body.prompt_cache_key,
+    }
