@@ -11,6 +11,7 @@ import pytest
 from deployments.engine.engine import Engine
 from deployments.engine.loop import EngineLoop
 from deployments.engine.scheduling.positions import FIXED
+from deployments.engine_tier import giving
 from deployments.engine_tier.tier import EngineTier
 from deployments.kv_tier.keys import TierKeys
 from deployments.kv_transfer.layout import KVLayout
@@ -174,15 +175,21 @@ def test_what_is_lost_while_it_is_read_is_computed_and_offered_anew(
     tier.wait_for(NUM_OBJECTS)
 
 
-def test_an_index_that_is_away_costs_nothing_but_the_hits_and_is_told_again_when_it_is_back(
-    tier: LocalTier, members: list[Member]
-) -> None:
+def test_an_index_that_is_away_costs_the_hits_alone(tier: LocalTier, members: list[Member]) -> None:
     tier.is_away = True
     assert warm(members[1]) == 0
-    members[1].forget_cached()
+    assert members[1].stats().tier_failures == 1
+
+
+def test_an_index_that_was_restarted_is_told_of_what_is_asked_for_again(
+    tier: LocalTier, members: list[Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
     tier.restart()
-    members[0].tokens(greedy("again", PROMPT, 1))  # found in its own cache, and offered anew
-    tier.wait_for(1)
+    assert tier.index.counts().num_objects == 0
+    monkeypatch.setattr(giving, "_OFFERED_FOR_S", 0.0)
+    members[0].tokens(greedy("again", PROMPT, 1))  # found in its own cache
+    tier.wait_for(NUM_OBJECTS)
+    assert warm(members[1]) == ALL
 
 
 def test_a_fetch_that_takes_longer_than_computing_is_given_up(tier: LocalTier, members: list[Member]) -> None:
