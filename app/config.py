@@ -30,6 +30,7 @@ from deployments.api.cors import check_origin
 from deployments.api.keys import check_source
 from deployments.api.tools.families import ToolParserName
 from deployments.engine.config import EngineConfig
+from deployments.kv_tier.settings import TierSettings
 from deployments.load.admission import Bounds
 from deployments.routing.settings import RoutingSettings
 
@@ -211,6 +212,7 @@ class AppConfig(BaseModel):
         min_remote_prefill_tokens: prompts with fewer uncached tokens are prefilled by the decode engine itself.
         parity_check: a decode replica starts only if a prompt that was handed over is continued as without.
         routing: how replicas are chosen.
+        tier: KV that outlives its engine.
         engine: settings of all engines.
         ingress: the deployment that speaks HTTP.
         prefill: the engines that compute prompts; with `mode=colocated` there are none.
@@ -229,6 +231,7 @@ class AppConfig(BaseModel):
     min_remote_prefill_tokens: int = Field(default=256, ge=0)
     parity_check: bool = True
     routing: RoutingSettings = Field(default_factory=RoutingSettings)
+    tier: TierSettings = Field(default_factory=TierSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     ingress: IngressConfig = Field(default_factory=IngressConfig)
     prefill: PoolConfig = Field(default_factory=PoolConfig)
@@ -246,6 +249,8 @@ class AppConfig(BaseModel):
         return config
 
     def _check_pools(self) -> None:
+        if self.tier.is_on and not self.engine_config("decode").enable_prefix_caching:
+            raise ConfigError("tier.max_bytes: with engine.enable_prefix_caching=false nothing fetches from the tier")
         if self.mode == "colocated":
             idle = {"prefill", "min_remote_prefill_tokens", "parity_check"} & self.model_fields_set
             idle |= {"routing.prefill"} if "prefill" in self.routing.model_fields_set else set()

@@ -17,13 +17,18 @@ from deployments.engine.stats import EngineStats
 from deployments.engine_builder import BuiltEngine, EngineBuilder, build_engine
 from deployments.engine_handle import RayEngine
 from deployments.engine_info import EngineInfo, EngineResources
+from deployments.kv_tier.keys import TierKeys
+from deployments.kv_tier.ray_store import RayStore
+from deployments.kv_tier.settings import TierSettings
 from deployments.kv_transfer import direct
 from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyAddress
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from deployments.engine_host import EngineHost
+    from deployments.kv_tier.index import Origins
 
 
 class EngineActor:
@@ -32,14 +37,20 @@ class EngineActor:
     Args:
         config: of the engine.
         build: makes it; benchmarks pass an engine without a model.
+        tier: that it gives KV to and takes it from; None: none.
     """
 
-    def __init__(self, config: EngineConfig, build: EngineBuilder = build_engine) -> None:
+    def __init__(
+        self, config: EngineConfig, build: EngineBuilder = build_engine, tier: TierSettings | None = None
+    ) -> None:
         built = build(config)
         if built.layout is not None:
             direct.configure(built.layout, built.device_type, arena=built.arena)
         self._events: queue.SimpleQueue[list[FrontEvent]] = queue.SimpleQueue()
         self._host = self.build_host(built)
+        if tier is not None and tier.is_on and built.layout is not None and config.enable_prefix_caching:
+            keys = TierKeys(built.layout, tier.object_bytes)
+            self._host.use_tier(RayStore(tier), keys, tier.copy_share_on(built.device_type))
 
     def build_host(self, built: BuiltEngine) -> "EngineHost":
         """What does the work; a benchmark has one that looks closer."""
@@ -97,6 +108,11 @@ class EngineActor:
     def receive_kv(self, chunk: ChunkReady, tensor: "Tensor") -> None:
         self._host.receive_kv(chunk, tensor)
 
+    @ray.method(concurrency_group=direct.TIER_GROUP)
+    def give(self, key: bytes) -> "tuple[Origins | None, np.ndarray | None]":
+        """KV for the tier, and for which requests it was computed; nothing if it is gone. Two results to Ray."""
+        return self._host.give(key) or (None, None)
+
     @ray.method(concurrency_group="stream")
     def events(self) -> Iterator[list[FrontEvent]]:
         """One item per step, or several steps at once."""
@@ -107,7 +123,12 @@ class EngineActor:
             yield batch
 
 
-def spawn_engine(config: EngineConfig, resources: EngineResources, build: EngineBuilder = build_engine) -> RayEngine:
+def spawn_engine(
+    config: EngineConfig,
+    resources: EngineResources,
+    build: EngineBuilder = build_engine,
+    tier: TierSettings | None = None,
+) -> RayEngine:
     """Start an engine in the second bundle of the calling replica's placement group; it dies with the replica."""
     group = ray.util.get_current_placement_group()
     assert group is not None, "a front runs in a placement group of two bundles: itself and its engine"
@@ -117,5 +138,5 @@ def spawn_engine(config: EngineConfig, resources: EngineResources, build: Engine
         num_gpus=resources.num_gpus,
         resources=resources.custom,
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=1),
-    ).remote(config, build)
+    ).remote(config, build, tier)
     return RayEngine(actor)

@@ -16,6 +16,7 @@ from deployments.engine.stats import EngineStats
 from deployments.engine_builder import EngineBuilder, build_engine
 from deployments.engine_client import EngineClient
 from deployments.engine_info import EngineResources
+from deployments.kv_tier.settings import TierSettings
 from deployments.replica_stats import HandoffStats, Positions, ReplicaStats
 
 logger = logging.getLogger(__name__)
@@ -96,17 +97,19 @@ class SpawnedEngine:
         config: of the engine.
         resources: set aside for it.
         build: makes it.
+        tier: that it shares KV through; None: none.
     """
 
     config: EngineConfig
     resources: EngineResources
     build: EngineBuilder = build_engine
+    tier: TierSettings | None = None
 
     async def start(self) -> EngineFront:
         # Not above: whoever binds the application would load torch with it.
         from deployments.engine_actor import spawn_engine
 
-        engine = spawn_engine(self.config, self.resources, self.build)
+        engine = spawn_engine(self.config, self.resources, self.build, self.tier)
         info = await engine.info()
         process = os.pidfd_open(info.pid)  # and not the number, which may become another process's
         client = EngineClient(engine, info, partial(_leave, process))

@@ -31,6 +31,10 @@ _GAUGES = {
 _COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "Prompt tokens computed."),
     "prefix_hit_tokens": ("prefix_hit_tokens", "Prompt tokens found in the prefix cache."),
+    "tier_fetched_bytes": ("tier_fetched_bytes", "KV bytes brought from the shared tier."),
+    "tier_fetch_seconds": ("tier_fetch_s", "Seconds that this took."),
+    "tier_given_bytes": ("tier_given_bytes", "KV bytes given to the shared tier."),
+    "tier_failures": ("tier_failures", "Times that the shared tier did not give what it has, or not in time."),
     "generated_tokens": ("generated_tokens", "Tokens generated."),
     "preemptions": ("preemptions", "Sequences that lost their blocks and were computed again."),
     "engine_steps": ("steps", "Batches run."),
@@ -166,6 +170,7 @@ class _PoolCollector(Collector):
             yield gauge
         for name, (attribute, text) in _COUNTERS.items():
             yield self._counter(name, text, [getattr(stats.engine, attribute) for _, stats in self._rows])
+        yield self._prompt_tokens_by_origin()
         for name, (attribute, text) in _HISTOGRAMS.items():
             yield self._histogram(name, text, [getattr(stats.engine, attribute) for _, stats in self._rows])
         handoffs = [stats.handoff for _, stats in self._rows]
@@ -176,6 +181,25 @@ class _PoolCollector(Collector):
         yield self._histogram(
             "handoff_seconds", "Per chunk, from computed to arrived in the other pool.", [h.seconds for h in handoffs]
         )
+
+    def _prompt_tokens_by_origin(self) -> CounterMetricFamily:
+        family = CounterMetricFamily(
+            f"{_PREFIX}prompt_tokens_by_origin",
+            "Prompt tokens by where their KV came from: this engine's cache, that of a prefill engine (delta), the"
+            " shared tier, or nowhere (miss: computed here).",
+            labels=(*_LABELS, "origin"),
+        )
+        for labels, stats in self._rows:
+            engine = stats.engine
+            origins = {
+                "engine": engine.prefix_hit_tokens - engine.tier_hit_tokens,
+                "delta": engine.delta_hit_tokens,
+                "tier": engine.tier_hit_tokens,
+                "miss": engine.prompt_tokens,
+            }
+            for origin, num_tokens in origins.items():
+                family.add_metric((*labels, origin), num_tokens)
+        return family
 
     def _counter(self, name: str, text: str, values: Sequence[float]) -> CounterMetricFamily:
         family = CounterMetricFamily(_PREFIX + name, text, labels=_LABELS)

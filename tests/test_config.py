@@ -55,6 +55,15 @@ def test_nested_and_dotted_arguments_merge_and_the_callers_mapping_stays_as_it_w
     assert given_values["prefill"] == {"node_labels": {"pool": "prefill"}}
 
 
+def test_there_is_no_tier_without_room_for_it_and_none_without_prefix_caches():
+    assert not read().tier.is_on
+    tier = read("tier.max_bytes=1000", "tier.copy_share=0.1").tier
+    assert tier.is_on and tier.copy_share_on("cuda") == 0.1
+    assert (read().tier.copy_share_on("cpu"), read().tier.copy_share_on("cuda")) == (0.02, 0.5)
+    assert "tier.max_bytes" in refusal("tier.max_bytes=1000", "engine.enable_prefix_caching=false")
+    assert "tier.num_shards" in refusal("tier.num_shards=0")
+
+
 def test_origins_are_separated_by_commas_or_a_list():
     origins = ("https://a.example", "http://localhost:3000")
     assert read("ingress.cors_origins=https://a.example, http://localhost:3000").ingress.cors_origins == origins

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 _GATHER_S = 0.02
 # An engine without offers says so often that it lives.
 _BEAT_S = 10.0
+# While nobody hears them, offers are told again so often, and no more of them are kept.
+_RETRY_S = 1.0
+_MAX_KEPT = 4096
 # A prompt that is found again is offered again no sooner.
 _OFFERED_FOR_S = 60.0
 # Objects that were offered lately, and can be given.
@@ -126,9 +129,15 @@ class Giver:
                 self._store.offer(offers)
             except TierError as error:
                 logger.warning("nothing is offered to the tier: %s", brief(error))
-                with self._lock:
-                    for offer in offers:  # they are found again
-                        self._offered.pop(offer.key, None)
+                self._keep_for_later(offers)
+                self._stopped.wait(_RETRY_S)
+
+    def _keep_for_later(self, offers: Sequence[Offer]) -> None:
+        """Nobody has heard of these; the newest are told again."""
+        with self._lock:
+            self._again += [self._offered[offer.key].stretch for offer in offers if offer.key in self._offered]
+            del self._again[:-_MAX_KEPT]
+        self._lending.has_fresh.set()
 
     def _next_offers(self) -> list[Offer]:
         """What has become findable, and what was found again; from now on it can be given."""

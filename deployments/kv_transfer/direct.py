@@ -44,13 +44,14 @@ from deployments.kv_transfer.local import Arena
 TRANSPORT_NAME = "KVRELAY"
 EXPORT_GROUP = "export"
 RECEIVE_GROUP = "kv"
+TIER_GROUP = "tier"
 
 
 # For `ray.remote`. The numbers are threads by kind of call: "kv" bounds the sources an engine receives from at once,
-# since a hung one keeps one of its threads until the transfer times out.
+# since a hung one keeps one of its threads until the transfer times out. What is given to the tier shares one buffer.
 ENGINE_ACTOR_OPTIONS: dict[str, Any] = {
     "enable_tensor_transport": True,
-    "concurrency_groups": {RECEIVE_GROUP: 8, CONTROL_GROUP: 1, EXPORT_GROUP: 4, "ctl": 8, "stream": 2},
+    "concurrency_groups": {RECEIVE_GROUP: 8, CONTROL_GROUP: 1, EXPORT_GROUP: 4, TIER_GROUP: 1, "ctl": 8, "stream": 2},
 }
 
 Self = TypeVar("Self")

@@ -10,10 +10,15 @@ from torch import Tensor
 from deployments.engine.engine import Engine
 from deployments.engine_builder import BuiltEngine
 from deployments.engine_info import EngineInfo
+from deployments.kv_tier.keys import TierKeys
+from deployments.kv_transfer.layout import KVLayout
 from deployments.local_engine import Answer, LocalEngine
 from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyAddress
 from tests.engine.driving import build_engine
 from tests.engine.grammars import load_with_tokenizer
+from tests.kv_tier.local_tier import LocalStore, LocalTier
+
+OBJECT_BLOCKS = 3
 
 
 class FaultyEngine(LocalEngine):
@@ -30,15 +35,18 @@ class FaultyEngine(LocalEngine):
         renews: False: it says that it renews leases, and does not.
 
     Args:
+        tier: that it gives KV to and takes it from; None: none.
         overrides: of the engine's settings.
     """
 
-    def __init__(self, **overrides: Any) -> None:
+    def __init__(self, tier: LocalTier | None = None, **overrides: Any) -> None:
         self._engine = build_engine(load_with_tokenizer("llama"), **overrides)
         limits = self._engine.limits
         sizes = limits.block_size, 1024, float(overrides.get("lease_s", 15.0)), os.getpid(), limits.num_blocks
         info = EngineInfo("tiny", limits.max_model_len, 512, (), *sizes)
         super().__init__(BuiltEngine(self._engine, info, None, "cpu"))
+        if tier is not None:
+            self._join(tier)
         self.death: Exception | None = None
         self.goes_on = asyncio.Event()
         self.goes_on.set()
@@ -49,6 +57,13 @@ class FaultyEngine(LocalEngine):
         self.changes: Callable[[Tensor], Tensor] = lambda tensor: tensor
         self.added: list[GenerateRequest] = []
         self.renews = True
+
+    def _join(self, tier: LocalTier) -> None:
+        """Take part in a tier of objects of `OBJECT_BLOCKS`."""
+        shape = self._engine.kv_shape
+        layout = KVLayout("tiny", shape.form.name, self._engine.limits.block_size, shape.groups)
+        keys = TierKeys(layout, OBJECT_BLOCKS * layout.bytes_per_block)
+        self._host.use_tier(LocalStore(tier, self._host.give), keys, copy_share=1.0)
 
     def hang(self) -> None:
         """As if the process had been stopped: it answers nothing and tells nothing, until `goes_on` is set."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,6 +22,7 @@ from deployments.routing.settings import RoutingSettings
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 from tests.deployments.faulty_engine import FaultyEngine
 from tests.engine.families import random_prompt
+from tests.kv_tier.local_tier import LocalTier
 
 PROMPT = random_prompt(150, seed=3)
 NUM_TOKENS = 12
@@ -133,12 +134,14 @@ class Pools:
         max_silence_s: float = MAX_SILENCE_S,
         stats_timeout_s: float = STATS_TIMEOUT_S,
         routing: RoutingSettings | None = None,
+        tiers: Mapping[str, LocalTier] | None = None,
         **overrides: object,
     ) -> "Pools":
         pools = cls()
 
         async def replica(name: str, build: Any, *args: object) -> Replica:
-            front = LocalFront(FaultyEngine(**overrides), name, [], max_silence_s, stats_timeout_s)
+            tier = (tiers or {}).get(PREFILL if build is Prefill else DECODE)
+            front = LocalFront(FaultyEngine(tier, **overrides), name, [], max_silence_s, stats_timeout_s)
             deployment = build.__new__(build)
             await deployment.__init__(front, *args)  # as Serve does with an async constructor
             return Replica(name, deployment, front.fronts[0], front.engine)

@@ -41,7 +41,7 @@ def test_settings_that_are_named_exist(page):
 def _is_setting(span: str) -> bool:
     return (
         not span.endswith(".py")
-        and re.fullmatch(r"(?:engine|ingress|prefill|decode|routing)\.[a-z_.]+(?:=\S+)?", span) is not None
+        and re.fullmatch(r"(?:engine|ingress|prefill|decode|routing|tier)\.[a-z_.]+(?:=\S+)?", span) is not None
     )
 
 

@@ -16,6 +16,8 @@ import ray
 from ray.exceptions import RayError
 
 from deployments.errors import TransferError
+from deployments.kv_tier.ray_store import shards
+from deployments.kv_tier.settings import TierSettings
 from deployments.kv_transfer import direct
 from deployments.kv_transfer.base import TransferStats
 from tests.e2e.handoff_engines import BLOCK_SIZE, NUM_GPUS, VOCAB_SIZE, WatchedEngine
@@ -36,13 +38,13 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-def start(rank: int, share_kv: bool) -> Any:
+def start(rank: int, share_kv: bool, tier: TierSettings | None = None) -> Any:
     actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(WatchedEngine)
     env = {"NCCL_NVLS_ENABLE": "0"}
     if NUM_GPUS == 1:
         env |= {"NCCL_HOSTID": f"host-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
     options = {"num_cpus": 1, "num_gpus": (0, 0.3, 1)[NUM_GPUS], "runtime_env": {"env_vars": env}}
-    return actor_class.options(**options).remote(share_kv)
+    return actor_class.options(**options).remote(share_kv, tier)
 
 
 class Pair:
@@ -121,3 +123,50 @@ def test_a_death_amid_transfers_leaves_the_other_serving(pair, killed):
     check_tokens(source, target, f"after-{killed}")
     stats = ray.get(survivor.actor.stats.remote())
     assert (stats.num_used_blocks, stats.num_exported_blocks) == (0, 0)
+
+
+NUM_OBJECTS = 5
+TIER = TierSettings(max_bytes=1 << 30, object_bytes=1, num_shards=2)  # a block is an object
+
+
+def counts_of(tier: TierSettings) -> tuple[int, int, int]:
+    """Objects, their bytes, and objects on their way, over all shards; each asserts its own integrity."""
+    found = ray.get([shard.counts.remote() for shard in shards(tier)])
+    return (
+        sum(counts.num_objects for counts in found),
+        sum(counts.num_bytes for counts in found),
+        sum(counts.num_pending for counts in found),
+    )
+
+
+def test_the_tier_outlives_the_engine_and_a_new_index_starts_empty(cluster):
+    first, second = (DrivenEngine(start(rank, True, TIER)) for rank in range(2))
+    prompt = random_prompt(NUM_OBJECTS * BLOCK_SIZE + 3, 11, VOCAB_SIZE)
+    cold = first.generate(prompt, "cold", NUM_TOKENS)
+    # Two more of what was generated.
+    num_all = (len(prompt) + NUM_TOKENS - 1) // BLOCK_SIZE
+    wait_until(lambda: counts_of(TIER) == (num_all, num_all * first.info.bytes_per_block, 0), 60)
+    os.kill(ray.get(first.actor.pid.remote()), signal.SIGKILL)
+    assert second.generate(prompt, "warm", NUM_TOKENS) == cold
+    stats = ray.get(second.actor.stats.remote())
+    assert stats.tier_hit_tokens == stats.prefix_hit_tokens == NUM_OBJECTS * BLOCK_SIZE
+    assert (stats.tier_failures, stats.num_used_blocks) == (0, 0)
+
+    for shard in shards(TIER):
+        ray.kill(shard, no_restart=False)
+    wait_until(lambda: _answers(TIER), 60)
+    assert counts_of(TIER)[0] < num_all, "what the index owned died with it"
+    other = random_prompt(2 * BLOCK_SIZE, 12, VOCAB_SIZE)
+    assert len(second.generate(other, "other", NUM_TOKENS)) == NUM_TOKENS
+    wait_until(lambda: counts_of(TIER)[0] > 0 and counts_of(TIER)[2] == 0, 60)
+    ray.get([shard.clear.remote() for shard in shards(TIER)])
+    assert counts_of(TIER) == (0, 0, 0)
+    ray.kill(second.actor)
+
+
+def _answers(tier: TierSettings) -> bool:
+    try:
+        counts_of(tier)
+    except RayError:
+        return False
+    return True

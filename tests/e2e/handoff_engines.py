@@ -12,6 +12,7 @@ from deployments.engine.config import EngineConfig
 from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
 from deployments.engine_actor import EngineActor
 from deployments.engine_builder import BuiltEngine, assemble_engine
+from deployments.kv_tier.settings import TierSettings
 from deployments.kv_transfer import direct
 from deployments.kv_transfer.base import TransferStats
 
@@ -53,18 +54,18 @@ def build(config: EngineConfig) -> BuiltEngine:
 
 
 class WatchedEngine(EngineActor):
-    """One block per step and chunk."""
+    """One block per step and chunk. With a tier, and then alone, it keeps what it has computed."""
 
-    def __init__(self, share_kv: bool) -> None:
+    def __init__(self, share_kv: bool, tier: TierSettings | None = None) -> None:
         config = EngineConfig(
             block_size=BLOCK_SIZE,
             num_blocks=NUM_BLOCKS,
             max_num_seqs=4,
             max_num_batched_tokens=BLOCK_SIZE,
-            enable_prefix_caching=False,
+            enable_prefix_caching=tier is not None,
             share_kv=share_kv,
         )
-        super().__init__(config, build)
+        super().__init__(config, build, tier)
 
     @ray.method(concurrency_group="ctl")
     def transfer_stats(self) -> TransferStats:

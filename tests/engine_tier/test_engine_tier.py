@@ -181,6 +181,16 @@ def test_an_index_that_is_away_costs_the_hits_alone(tier: LocalTier, members: li
     assert members[1].stats().tier_failures == 1
 
 
+def test_what_nobody_heard_is_offered_again(tier: LocalTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(giving, "_RETRY_S", 0.01)
+    tier.is_away = True
+    member = Member(tier)
+    member.tokens(greedy("cold", PROMPT, 1))
+    tier.restart()
+    tier.wait_for(NUM_OBJECTS)
+    member.stop()
+
+
 def test_an_index_that_was_restarted_is_told_of_what_is_asked_for_again(
     tier: LocalTier, members: list[Member], monkeypatch: pytest.MonkeyPatch
 ) -> None:
