@@ -16,6 +16,7 @@ from deployments.routing.scoring import Costs
 _STEP_HALF_LIFE_S = 10.0
 _OUTPUT_HALF_LIFE = 32.0  # finished sequences
 _HANDOFF_HALF_LIFE = 8192.0  # tokens
+_TIER_HALF_LIFE = 32_768.0  # tokens
 # To bring the KV of a token, as a part of what it takes to compute, until it was measured.
 _UNMEASURED_HANDOFF = 0.05
 # A seat is taken to be held for so long until a sequence was seen to leave one.
@@ -43,6 +44,26 @@ class Mean:
     def value(self) -> float | None:
         """None: nothing was added."""
         return self._total / self._count if self._count else None
+
+
+class TierCost:
+    """What it takes to bring a token from the shared tier, which is the same for both pools."""
+
+    def __init__(self) -> None:
+        self._token_s = Mean(_TIER_HALF_LIFE)
+        self._engines: dict[str, EngineStats] = {}
+
+    @property
+    def token_s(self) -> float | None:
+        """None: none was brought yet."""
+        return self._token_s.value
+
+    def update(self, engines: Mapping[str, EngineStats]) -> None:
+        """Take a reading of all replicas, by their names."""
+        for name, now in engines.items():
+            before = self._engines.get(name, EngineStats())
+            self._token_s.add(now.tier_fetch_s - before.tier_fetch_s, now.tier_hit_tokens - before.tier_hit_tokens)
+        self._engines = dict(engines)
 
 
 class DecodeCosts:

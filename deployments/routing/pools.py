@@ -12,14 +12,14 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deployments.engine.scheduling.positions import FIXED, PositionRule
 from deployments.load.outlook import MAX_AGE_S
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import ANYWHERE, GenerateRequest, Route
 from deployments.replica_stats import Positions, ReplicaStats
-from deployments.routing.costs import DecodeCosts
+from deployments.routing.costs import DecodeCosts, TierCost
 from deployments.routing.hashes import PromptHashes
 from deployments.routing.router import UNMEASURED_TOKEN_S, Report, Routed, Router
 from deployments.routing.scoring import Choice, Costs, Elsewhere, Reason
@@ -81,6 +81,7 @@ class PoolRouters:
         self._prefill = None if min_remote_tokens is None else Router.for_prefill(settings)
         self._routers = {DECODE: self._decode} | ({} if self._prefill is None else {PREFILL: self._prefill})
         self._costs = DecodeCosts()
+        self._tier = TierCost()
         self.choices: Counter[tuple[str, Reason]] = Counter()
         self.promised_tokens = dict.fromkeys(self._routers, 0)
         self.seconds = 0.0
@@ -111,6 +112,9 @@ class PoolRouters:
         self._costs.update(engines, handoffs, block_size, reading.as_of_s)
         elsewhere_s = UNMEASURED_TOKEN_S if self._prefill is None else self._prefill.costs.token_s
         self._decode.costs = self._costs.costs(elsewhere_s)
+        self._tier.update({name: replica.engine for name, replica in (decode | prefill).items()})
+        for router in self._routers.values():
+            router.costs = replace(router.costs, tier_token_s=self._tier.token_s)
 
     def route(self, request: GenerateRequest) -> RoutedRequest:
         """Choose the replicas for a request; it counts as sent there. Where there is one of each, that is no choice."""

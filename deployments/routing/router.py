@@ -23,6 +23,7 @@ from deployments.routing.scoring import (
     Costs,
     Elsewhere,
     Score,
+    Sizes,
     choose,
     score_decode,
     score_prefill,
@@ -51,24 +52,9 @@ class Rule(Protocol):
         """See `PrefillWeights.hot_asks`; None: how often a prefix is asked for makes no difference."""
         ...
 
-    def score(self, request: "Sizes", candidate: Candidate, costs: Costs) -> Score:
+    def score(self, request: Sizes, candidate: Candidate, costs: Costs) -> Score:
         """What a request costs at a replica."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What a request asks of a replica.
-
-    Attributes:
-        num_tokens: of its prompt.
-        num_new_tokens: that it is expected to generate.
-        elsewhere: see `score_decode`.
-    """
-
-    num_tokens: int
-    num_new_tokens: int = 0
-    elsewhere: Elsewhere | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +103,7 @@ class PrefillRule:
         return self.weights.hot_asks
 
     def score(self, request: Sizes, candidate: Candidate, costs: Costs) -> Score:
-        return score_prefill(request.num_tokens, candidate, costs, self.weights)
+        return score_prefill(request.num_tokens, candidate, costs, self.weights, request.shared_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +132,8 @@ class DecodeRule:
         return None
 
     def score(self, request: Sizes, candidate: Candidate, costs: Costs) -> Score:
-        return score_decode(
-            request.num_tokens, request.num_new_tokens, candidate, costs, self.weights, request.elsewhere
-        )
+        num_new_tokens, elsewhere, shared = request.num_new_tokens, request.elsewhere, request.shared_tokens
+        return score_decode(request.num_tokens, num_new_tokens, candidate, costs, self.weights, elsewhere, shared)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +298,7 @@ class Router:
         if hot_asks is not None:
             parts = {size: self._parts(prompt.of(size), now_s) for size in set(sizes.values())}
         at = Moment(now_s, 1.0 / costs.token_s, self._num_routers, sizes, parts, hot_asks or 0.0)
-        request = Sizes(prompt.num_tokens, num_new_tokens, elsewhere)
+        request = Sizes(prompt.num_tokens, num_new_tokens, elsewhere, max(cached.values(), default=0))
         candidates = [rule.see(name, cached.get(name, 0), self._load_of(name, now_s), at) for name in names]
         scores = [rule.score(request, candidate, costs) for candidate in candidates]
         longest = max(scores, key=_cached_tokens)

@@ -31,11 +31,13 @@ class Costs:
         token_s: a prompt token is computed.
         sequence_s: by how much each sequence of the batch makes a step longer.
         seat_s: a seat is held, in the mean.
+        tier_token_s: a token comes from the shared tier; None: there is none, or none has come yet.
     """
 
     token_s: float
     sequence_s: float = 0.0
     seat_s: float = 0.0
+    tier_token_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,23 @@ class Elsewhere:
     min_tokens: int
     computing_s: float
     token_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a request asks of a replica.
+
+    Attributes:
+        num_tokens: of its prompt.
+        num_new_tokens: that it is expected to generate.
+        elsewhere: see `score_decode`.
+        shared_tokens: leading ones of the prompt that some replica of the pool has, so that the tier likely has them.
+    """
+
+    num_tokens: int
+    num_new_tokens: int = 0
+    elsewhere: Elsewhere | None = None
+    shared_tokens: int = 0
 
 
 class Reason(StrEnum):
@@ -157,12 +176,15 @@ class Choice:
         return f"{words}; next {nearest.replica}: {_describe(nearest)}"
 
 
-def score_prefill(num_tokens: int, candidate: Candidate, costs: Costs, weights: PrefillWeights) -> Score:
-    """What a prompt of so many tokens costs at a prefill replica."""
-    own_s = (num_tokens - candidate.cached_tokens) * costs.token_s
+def score_prefill(
+    num_tokens: int, candidate: Candidate, costs: Costs, weights: PrefillWeights, shared_tokens: int = 0
+) -> Score:
+    """What a prompt of so many tokens costs at a prefill replica; `shared_tokens`: see `Sizes`."""
+    num_brought, bringing_s = _bring(candidate, shared_tokens, costs)
+    own_s = (num_tokens - candidate.cached_tokens - num_brought) * costs.token_s + bringing_s
     wait_s = candidate.queued_tokens * costs.token_s
     crowd_s = weights.crowding * candidate.recent_tokens * costs.token_s
-    lost_s = (num_tokens - candidate.kept_tokens) * costs.token_s
+    lost_s = (num_tokens - candidate.kept_tokens - num_brought) * costs.token_s + bringing_s
     cost = weights.compute * lost_s + weights.queue * wait_s + crowd_s
     return Score(candidate.replica, cost, candidate.cached_tokens, own_s, wait_s, crowd_s)
 
@@ -174,6 +196,7 @@ def score_decode(
     costs: Costs,
     weights: DecodeWeights,
     elsewhere: Elsewhere | None = None,
+    shared_tokens: int = 0,
 ) -> Score:
     """What a request costs at a decode replica.
 
@@ -184,12 +207,14 @@ def score_decode(
         costs: of its pool.
         weights: of the parts.
         elsewhere: where the prompt is computed if much of it is not here; None: always here.
+        shared_tokens: see `Sizes`.
     """
-    num_left = num_tokens - candidate.cached_tokens
+    num_brought, own_s = _bring(candidate, shared_tokens, costs)
+    num_left = num_tokens - candidate.cached_tokens - num_brought
     if elsewhere is None or num_left < elsewhere.min_tokens:
-        own_s = num_left * costs.token_s
+        own_s += num_left * costs.token_s
     else:
-        own_s = elsewhere.computing_s + num_left * elsewhere.token_s
+        own_s += elsewhere.computing_s + num_left * elsewhere.token_s
     num_needed = -(-(num_tokens + num_new_tokens - candidate.cached_tokens) // candidate.block_size)
     num_beyond = max(0.0, candidate.num_sequences + 1 - candidate.max_sequences)
     missing = max(0.0, num_needed - candidate.num_free_blocks) / candidate.num_blocks  # of all seats as well
@@ -200,6 +225,14 @@ def score_decode(
     other_s = weights.batch * batch_s + weights.full * full_s
     cost = weights.fill * own_s + weights.seat * wait_s + other_s
     return Score(candidate.replica, cost, candidate.cached_tokens, own_s, wait_s, other_s)
+
+
+def _bring(candidate: Candidate, shared_tokens: int, costs: Costs) -> tuple[int, float]:
+    """Tokens that a replica would fetch from the shared tier rather than compute, and how long that takes."""
+    if costs.tier_token_s is None or costs.tier_token_s >= costs.token_s:
+        return 0, 0.0
+    num_brought = max(0, shared_tokens - candidate.cached_tokens)
+    return num_brought, num_brought * costs.tier_token_s
 
 
 def choose(scores: Sequence[Score], tie_s: float, key: bytes) -> Choice:

@@ -4,7 +4,7 @@ import pytest
 
 from deployments.engine.stats import EngineStats
 from deployments.replica_stats import HandoffStats
-from deployments.routing.costs import DecodeCosts, Mean
+from deployments.routing.costs import DecodeCosts, Mean, TierCost
 
 STEP_S, SEQUENCE_S, PREFILL_STEP_S = 0.005, 0.0004, 0.2
 
@@ -83,3 +83,14 @@ def test_a_mean_is_of_what_was_added_lately() -> None:
     mean.add(1000.0, 100)
     mean.add(100.0, 100)
     assert mean.value == pytest.approx(1.0, rel=0.05)
+
+
+def test_a_token_from_the_tier_costs_what_fetches_took_for_those_that_were_found() -> None:
+    tier = TierCost()
+    assert tier.token_s is None
+    tier.update({"d": EngineStats(), "p": EngineStats()})
+    assert tier.token_s is None
+    tier.update({"d": EngineStats(tier_fetch_s=0.2, tier_hit_tokens=1000), "p": EngineStats()})
+    assert tier.token_s == pytest.approx(0.0002)
+    tier.update({"d": EngineStats(), "p": EngineStats(tier_fetch_s=0.4, tier_hit_tokens=1000)})
+    assert tier.token_s == pytest.approx(0.0003, rel=0.05), "one was replaced, the other one has fetched"

@@ -173,5 +173,41 @@ def test_what_is_computed_elsewhere_costs_the_wait_there_and_the_way_back() -> N
     assert cost(0) == pytest.approx(0.5 + 0.1)
 
 
+TIER = Costs(0.001, tier_token_s=0.0002)
+
+
+def test_what_the_tier_has_makes_a_replica_without_the_kv_less_dear() -> None:
+    def cost(cached_tokens: int, costs: Costs) -> float:
+        candidate = changed(Candidate("a"), cached_tokens=cached_tokens, num_free_blocks=1e6, num_blocks=10**6)
+        decode = score_decode(1000, 0, candidate, costs, DecodeWeights(), None, shared_tokens=800).own_s
+        prefill = score_prefill(1000, candidate, costs, PrefillWeights(), shared_tokens=800).own_s
+        assert decode == pytest.approx(prefill)
+        return decode
+
+    assert cost(0, COSTS) == pytest.approx(1.0), "no tier"
+    assert cost(0, TIER) == pytest.approx(0.8 * 0.2 + 0.2)
+    assert cost(300, TIER) == pytest.approx(0.5 * 0.2 + 0.2)
+    assert cost(800, TIER) == pytest.approx(0.2) == cost(800, COSTS)
+    assert cost(0, Costs(0.001, tier_token_s=0.002)) == pytest.approx(1.0), "it is faster to compute"
+
+
+@given(candidates, prefill_weights, st.integers(1, 1000), st.integers(0, 3000))
+def test_with_a_tier_more_cached_tokens_still_never_make_a_replica_worse(
+    candidate: Candidate, weights: PrefillWeights, more: int, shared: int
+) -> None:
+    better = changed(candidate, cached_tokens=candidate.cached_tokens + more, kept_tokens=candidate.kept_tokens + more)
+    costs = [score_prefill(3000, c, TIER, weights, shared).cost for c in (candidate, better)]
+    assert costs[1] <= costs[0] + 1e-9
+
+
+def test_what_the_tier_has_is_not_computed_elsewhere() -> None:
+    candidate = changed(Candidate("a"), num_free_blocks=1e6, num_blocks=10**6)
+    elsewhere = Elsewhere(256, 0.5, 0.0001)
+    score = score_decode(1000, 0, candidate, TIER, DecodeWeights(), elsewhere, shared_tokens=800)
+    assert score.own_s == pytest.approx(0.8 * 0.2 + 0.2)
+    score = score_decode(1000, 0, candidate, TIER, DecodeWeights(), elsewhere, shared_tokens=700)
+    assert score.own_s == pytest.approx(0.7 * 0.2 + 0.5 + 300 * 0.0001)
+
+
 def replace_cost(score, cost: float):
     return type(score)(score.replica, cost, *[getattr(score, f) for f in score.__struct_fields__[2:]])
