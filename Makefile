@@ -33,7 +33,7 @@ SOURCES := app deployments tests load_tests
 
 .PHONY: help serve stop status test check format load-test advise clean \
 	bench-engine bench-host-step bench-gpu bench-gpu-handoff bench-two-gpus bench-handoff bench-serving bench-interference \
-	bench-overload bench-leaving bench-chaos bench-soak bench-router bench-prefix bench-structured
+	bench-overload bench-leaving bench-chaos bench-soak bench-router bench-prefix bench-tier bench-structured
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 24
@@ -107,6 +107,9 @@ bench-structured: $(DEV) ## What grammars cost: compiling, masks, steps of 16 se
 
 bench-prefix: $(DEV) ## Conversations on two replicas of each pool, routed by Serve and by cached prefixes. ARGS= is passed on.
 	@$(PY) -m tests.bench.prefix.bench_prefix $(ARGS)
+
+bench-tier: $(DEV) ## TTFT behind a cached prefix: same engine, hand-off, shared tier, engine killed; what the tier costs. ARGS= is passed on.
+	@$(PY) -m tests.bench.bench_tier $(ARGS)
 
 load-test: $(LOAD) ## Load a running service: SCENARIO=, URL=. ARGS= is passed on.
 	@$(LOAD_PY) -m load_tests.run $(SCENARIO) --url $(URL) $(ARGS)

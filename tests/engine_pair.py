@@ -4,9 +4,9 @@ import asyncio
 import random
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -59,6 +59,12 @@ class Inbox:
             yield stream
         finally:
             self._run(stream.aclose())
+
+    @contextmanager
+    def listening_to(self, names: Iterable[str]) -> Iterator[list[TokenStream]]:
+        """Likewise, for several requests."""
+        with ExitStack() as stack:
+            yield [stack.enter_context(self.listening(name)) for name in names]
 
     def take(self, stream: TokenStream, count: int) -> "Future[Arrivals]":
         """So many tokens, noted as they come."""

@@ -1,0 +1,228 @@
+"""What a cached prefix is worth, by where it is: in this engine, in another one, or in the tier, its engine dead.
+
+Run: `make bench-tier`. Engines of the default model on a Ray of their own, without ingress and fronts. A prompt is a
+prefix and a suffix of its own. In each round one engine computes the prefix; then the whole prompt is asked for
+everywhere, and its tokens are compared with those of an engine that caches nothing. Hand-offs go to that engine, so
+that all of the KV is sent. In the end the engine that computed is killed. Then prompts that share nothing are generated
+with the tier and without it, in turn. Prints a table and, as its last line, one JSON object.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from itertools import count
+from typing import Any
+
+import ray
+import torch
+
+from app.config import AppConfig
+from deployments.engine_actor import EngineActor
+from deployments.engine_builder import build_engine
+from deployments.kv_tier.ray_store import shards
+from deployments.kv_tier.settings import TierSettings
+from deployments.kv_transfer import direct
+from deployments.messages import GenerateRequest, SamplingParams
+from tests.engine_pair import DrivenEngine, hand_over, random_prompt
+from tests.waiting import wait_until
+
+VOCAB = 49_000
+# A way, and what of the cold TTFT it may take.
+ASKED = {"same engine": 0.15, "hand-off": 0.35, "tier": 0.35, "tier, engine killed": 0.35}
+MAX_SLOWDOWN = 0.03
+TIMEOUT_S = 600
+
+
+class Tokens(list[int]):
+    """Generated tokens, and the seconds to the first."""
+
+    ttft_s: float
+
+
+class Bench:
+    """Engines, prompts, and what was measured.
+
+    Args:
+        args: see `main`.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._tier = TierSettings(max_bytes=args.tier_bytes, name=f"bench-{os.getpid()}")
+        self._names = count()
+        self.ttft_s: dict[str, list[float]] = defaultdict(list)
+        self.differing: list[str] = []
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+
+    @contextmanager
+    def engine(self, *, has_tier: bool, caches: bool = True) -> Iterator[DrivenEngine]:
+        """An engine that has computed something, and is gone afterwards."""
+        config = AppConfig.model_validate({"engine.enable_prefix_caching": caches, "engine.hands_over": True})
+        config = config.engine_config("prefill").model_copy(update={"num_threads": self._args.threads})
+        actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(EngineActor)
+        actor = actor_class.options(num_cpus=1).remote(config, build_engine, self._tier if has_tier else None)
+        engine = DrivenEngine(actor)
+        self.ask(engine, self.prompt(300))
+        try:
+            yield engine
+        finally:
+            ray.kill(actor)
+
+    def prompt(self, num_tokens: int) -> tuple[int, ...]:
+        """One that shares nothing with others."""
+        return random_prompt(num_tokens, next(self._names), VOCAB)
+
+    def ask(self, engine: DrivenEngine, prompt: tuple[int, ...]) -> Tokens:
+        """What an engine makes of a prompt by itself."""
+        name = f"r{next(self._names)}"
+        with engine.inbox.listening(name) as stream:
+            begun_s = time.perf_counter()
+            ray.get(engine.actor.add.remote(self._request(name, prompt), None, engine.inbox.address))
+            arrivals = engine.inbox.take(stream, self._args.answer_tokens).result(TIMEOUT_S)
+        tokens = Tokens(arrivals.token_ids)
+        tokens.ttft_s = arrivals.times_s[0] - begun_s
+        return tokens
+
+    def rounds(self) -> None:
+        """All ways to a first token."""
+        with (
+            self.engine(has_tier=True) as computes,
+            self.engine(has_tier=True) as other,
+            self.engine(has_tier=False, caches=False) as forgets,
+        ):
+            self._hand_over(computes, forgets, self.prompt(300))
+            for _ in range(self._args.rounds):
+                prefix = self.prompt(self._args.prefix_tokens)
+                prompt = prefix + self.prompt(self._args.suffix_tokens)
+                self._note("cold", self.ask(computes, prefix + self.prompt(self._args.suffix_tokens)))
+                cold = self.ask(forgets, prompt)
+                self._note("cold", cold)
+                self._note("hand-off", self._hand_over(computes, forgets, prompt), cold)
+                self._note("same engine", self.ask(computes, prompt), cold)
+                self._settle()
+                self._note("tier", self.ask(other, prompt), cold)
+            left = [self.prompt(self._args.prefix_tokens) for _ in range(self._args.rounds)]
+            for prefix in left:
+                self.ask(computes, prefix + self.prompt(self._args.suffix_tokens))
+            self._settle()
+            ray.kill(computes.actor)
+            for prefix in left:
+                prompt = prefix + self.prompt(self._args.suffix_tokens)
+                self._note("tier, engine killed", self.ask(other, prompt), self.ask(forgets, prompt))
+
+    def throughput(self) -> None:
+        """Prompts that share nothing, with the tier and without it, in turn."""
+        with self.engine(has_tier=True) as shares, self.engine(has_tier=False) as keeps:
+            for number in range(2 * self._args.throughput_rounds):
+                way, engine = (("on", shares), ("off", keeps))[(number + number // 2) % 2]
+                begun_s = time.perf_counter()
+                self._generate_many(engine)
+                self.seconds[way].append(time.perf_counter() - begun_s)
+                self._settle()
+
+    def objects(self) -> list[tuple[int, int]]:
+        """Objects of each shard and their bytes, once nothing is on its way."""
+        self._settle()
+        counts = ray.get([shard.counts.remote() for shard in shards(self._tier)])
+        return [(found.num_objects, found.num_bytes) for found in counts]
+
+    def end(self) -> list[tuple[int, int]]:
+        """Give the tier up; what it holds then."""
+        ray.get([shard.clear.remote() for shard in shards(self._tier)])
+        left = self.objects()
+        for shard in shards(self._tier):
+            ray.kill(shard)
+        return left
+
+    def _generate_many(self, engine: DrivenEngine) -> None:
+        prompts = {f"r{next(self._names)}": self.prompt(self._args.unshared_tokens) for _ in range(self._args.batch)}
+        with engine.inbox.listening_to(prompts) as streams:
+            for name, prompt in prompts.items():
+                request = self._request(name, prompt, self._args.unshared_answer_tokens)
+                engine.actor.add.remote(request, None, engine.inbox.address)
+            taken = [engine.inbox.take(stream, self._args.unshared_answer_tokens) for stream in streams]
+            for one in taken:
+                one.result(TIMEOUT_S)
+
+    def _settle(self) -> None:
+        """Return when nothing is on its way to the tier."""
+        time.sleep(0.3)  # offers are gathered before they are told
+        wait_until(partial(_is_settled, self._tier), TIMEOUT_S)
+
+    def _hand_over(self, source: DrivenEngine, target: DrivenEngine, prompt: tuple[int, ...]) -> Tokens:
+        found = hand_over(source, target, prompt, f"r{next(self._names)}", self._args.answer_tokens)
+        tokens = Tokens(found.token_ids)
+        tokens.ttft_s = found.ttft_s
+        return tokens
+
+    def _note(self, way: str, tokens: Tokens, expected: Tokens | None = None) -> None:
+        self.ttft_s[way].append(tokens.ttft_s)
+        print(f"{way}: {tokens.ttft_s:.3f} s", flush=True)
+        if expected is not None and tokens != expected:
+            self.differing.append(way)
+
+    def _request(self, name: str, prompt: tuple[int, ...], max_tokens: int | None = None) -> GenerateRequest:
+        return GenerateRequest(name, prompt, SamplingParams(max_tokens or self._args.answer_tokens, temperature=0))
+
+
+def _is_settled(tier: TierSettings) -> bool:
+    return all(counts.num_pending == 0 for counts in ray.get([shard.counts.remote() for shard in shards(tier)]))
+
+
+def report(bench: Bench, left: list[tuple[int, int]], args: argparse.Namespace) -> dict[str, Any]:
+    """Print the table; the same as one object."""
+    cold_s = statistics.median(bench.ttft_s["cold"])
+    ratios = {way: statistics.median(bench.ttft_s[way]) / cold_s for way in ASKED}
+    print(f"\n{'TTFT':20} {'median s':>9} {'of cold':>8} {'asked':>6}\n{'cold':20} {cold_s:9.3f}")
+    for way, asked in ASKED.items():
+        print(f"{way:20} {statistics.median(bench.ttft_s[way]):9.3f} {ratios[way]:8.3f} {asked:6.2f}")
+    on_s, off_s = (statistics.median(bench.seconds[way]) for way in ("on", "off"))
+    print(f"tokens differ from cold: {', '.join(bench.differing) or 'never'}")
+    print(
+        f"seconds of {args.batch} prompts that share nothing: {on_s:.2f} with the tier, {off_s:.2f} without it: ",
+        end="",
+    )
+    print(f"{on_s / off_s - 1:+.1%} (asked: {MAX_SLOWDOWN:.0%}); left in the tier: {left}")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    versions = {"torch": torch.__version__, "ray": ray.__version__, "python": platform.python_version()}
+    figures = {"ratios": ratios, "slowdown": on_s / off_s - 1, "differing": bench.differing, "left": left}
+    raw = {"ttft_s": bench.ttft_s, "unshared_s": bench.seconds}
+    return {"commit": commit, "versions": versions, "arguments": vars(args), **figures, **raw}
+
+
+def main() -> int:
+    """Measure and print; 1 if some tokens were not those of a cold engine."""
+    parser = argparse.ArgumentParser(prog="make bench-tier ARGS=...", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prefix-tokens", type=int, default=2000)
+    parser.add_argument("--suffix-tokens", type=int, default=32)
+    parser.add_argument("--answer-tokens", type=int, default=8)
+    parser.add_argument("--throughput-rounds", type=int, default=6, help="with the tier, and as many without it")
+    parser.add_argument("--batch", type=int, default=8, help="prompts at a time that share nothing")
+    parser.add_argument("--unshared-tokens", type=int, default=512)
+    parser.add_argument("--unshared-answer-tokens", type=int, default=32)
+    parser.add_argument("--tier-bytes", type=int, default=2 << 30)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each engine")
+    args = parser.parse_args()
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    bench = Bench(args)
+    bench.rounds()
+    bench.throughput()
+    print(f"in the tier: {bench.objects()}")
+    found = report(bench, bench.end(), args)
+    ray.shutdown()
+    print(json.dumps(found))
+    return 1 if bench.differing else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
