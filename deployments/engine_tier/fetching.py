@@ -80,12 +80,14 @@ class Fetcher:
         loan = self._loop.call(lambda engine: engine.lending.reserve(hashes))
         if loan is None:
             return  # no room: sequences that run need it more
+        copying_s = time.monotonic()
         origins: list[str | None] = []
         try:
-            origins = self._copy_in(loan, first, found, begun_s + patience_s)
+            origins = self._copy_in(loan, first, found, copying_s + patience_s)
         finally:
+            copied_s = time.monotonic()
             self._loop.call(lambda engine: _end(engine, loan, origins))
-            self._note(time.monotonic() - begun_s, len(origins), loan)
+            self._note(copying_s - begun_s, copied_s - copying_s, len(origins), loan)
 
     def note_failure(self, error: Exception) -> None:
         """Something did not come, and is computed."""
@@ -136,13 +138,14 @@ class Fetcher:
         self._lending.copy_in(loan, start + num_cached, data[num_cached:])
         return one.origins[num_cached:]
 
-    def _note(self, seconds: float, num_blocks: int, loan: Loan) -> None:
+    def _note(self, waited_s: float, seconds: float, num_blocks: int, loan: Loan) -> None:
         block_bytes = self._lending.bytes_per_block
         num_late = len(loan.blocks) - loan.num_cached - num_blocks
         with self._lock:
+            self._policy.note_wait(waited_s)
             self._policy.note_fetch(seconds, num_blocks * block_bytes, num_late * block_bytes)
             self.num_bytes += num_blocks * block_bytes
-            self.seconds += seconds
+            self.seconds += waited_s + seconds
 
 
 def _end(engine: Engine, loan: Loan, origins: Sequence[str | None]) -> None:

@@ -24,6 +24,8 @@ _LEAST_FOUND_SHARE = 0.05
 _FORGIVENESS = 0.98
 # What did not come in time is taken to need as many times longer.
 _LATE = 2.0
+# For the ends of steps: one to reserve blocks, one to have them found.
+_WAITS = 2.0
 # Bounds of the wait for a fetch: to know more than a few objects takes so long, and no prompt shall wait for longer.
 _MIN_PATIENCE_S, _MAX_PATIENCE_S = 0.1, 10.0
 _UNMEASURED_PATIENCE_S = 2.0
@@ -109,6 +111,7 @@ class FetchPolicy:
         self._token_s = Mean(_COMPUTED_TOKENS)
         self._byte_s = Mean(_FETCHED_BYTES)
         self._lookup_s = Mean(_LOOKUPS)
+        self._wait_s = Mean(_LOOKUPS)
         self._found = Mean(_LOOKED_FOR_TOKENS)
         self._num_computed, self._computing_s = 0, 0.0
 
@@ -122,8 +125,12 @@ class FetchPolicy:
         self._lookup_s.add(seconds, 1)
         self._found.add(num_found_tokens, num_tokens)
 
+    def note_wait(self, seconds: float) -> None:
+        """A fetch has waited so long for the end of a step."""
+        self._wait_s.add(seconds, 1)
+
     def note_fetch(self, seconds: float, num_bytes: int, num_late_bytes: int) -> None:
-        """So much was fetched, and some more was given up."""
+        """So much was fetched in so many seconds, waits apart, and some more was given up."""
         self._byte_s.add(seconds * (_LATE if num_late_bytes else 1.0), num_bytes + num_late_bytes)
 
     def asks(self, num_tokens: int) -> bool:
@@ -136,9 +143,12 @@ class FetchPolicy:
     def fetches(self, num_tokens: int, num_bytes: int) -> bool:
         """Whether to fetch so many tokens, rather than compute them."""
         token_s, byte_s = self._token_s.value, self._byte_s.value
-        if token_s is None or byte_s is None or byte_s * num_bytes < token_s * num_tokens:
+        if token_s is None or byte_s is None:
             return num_tokens > 0
+        if _WAITS * (self._wait_s.value or 0.0) + byte_s * num_bytes < token_s * num_tokens:
+            return True
         self._byte_s.shrink(_FORGIVENESS)
+        self._wait_s.shrink(_FORGIVENESS)
         return False
 
     def patience_s(self, num_tokens: int) -> float:

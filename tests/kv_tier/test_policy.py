@@ -74,6 +74,13 @@ def test_a_fetch_has_to_be_faster_than_computing() -> None:
     assert not measured().fetches(100, 2 * 10**8), "0.2 s against 0.1 s"
 
 
+def test_a_busy_engine_fetches_no_few_tokens_for_each_fetch_waits_for_two_steps() -> None:
+    policy = measured()
+    policy.note_wait(0.04)
+    assert not policy.fetches(80, 10**6), "0.081 s against 0.08 s"
+    assert policy.fetches(85, 10**6)
+
+
 def test_a_fetch_that_was_too_slow_is_tried_again_in_the_end() -> None:
     policy = measured()
     answers = [policy.fetches(100, 2 * 10**8) for _ in range(60)]
