@@ -18,7 +18,9 @@ from deployments.errors import brief, is_hopeless, was_cancelled
 from deployments.front import EngineReplica, FrontSource
 from deployments.messages import ANYWHERE, GenerateRequest, Placed, ReplyAddress
 from deployments.parity import check_parity
+from deployments.prefill import Prefilled
 from deployments.ray_errors import as_ours
+from deployments.receipts import DecodeReceipt, PrefillReceipt, Timed
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -29,6 +31,8 @@ logger = logging.getLogger(__name__)
 # chosen again.
 _MAX_PREFILLS = 3
 _PREFILL_RETRY_S = 1.0
+# A prefill replica says so at once when all of a prompt has arrived, and the first token takes no longer to come here.
+_PREFILL_RECEIPT_S = 1.0
 
 
 class RemotePrefill:
@@ -89,30 +93,36 @@ class Decode(EngineReplica):
         if parity_check and prefill is not None:
             await check_parity(self.generate_by, ray.util.get_node_ip_address(), self._front.engine.info)
 
-    async def generate(self, request: GenerateRequest, reply_to: ReplyAddress) -> None:
+    async def generate(self, request: GenerateRequest, reply_to: ReplyAddress) -> DecodeReceipt | None:
         """Continue a prompt; returns when its last token is on its way. Cancelling it ends the request on both pools.
 
         Args:
             request: the prompt.
             reply_to: where the tokens go; each comes at least once, in order.
 
+        Returns:
+            What became of it here, where the request wants to know.
+
         Raises:
             InvalidRequestError: the request can never run, or no engine can go on with it.
             EngineDeadError: this replica's engine died.
             TransferError: the tokens can no longer be delivered.
         """
-        await self.generate_by(request, reply_to, self.remote_threshold)
+        return await self.generate_by(request, reply_to, self.remote_threshold)
 
     @property
     def remote_threshold(self) -> int | None:
         """Prompts with this many uncached tokens are left to the prefill pool now; None: none is."""
         return None if self._prefill is None else self._prefill.threshold
 
-    async def generate_by(self, request: GenerateRequest, reply_to: ReplyAddress, remote_threshold: int | None) -> None:
+    async def generate_by(
+        self, request: GenerateRequest, reply_to: ReplyAddress, remote_threshold: int | None
+    ) -> DecodeReceipt | None:
         """`generate` with a threshold of one's own."""
         engine, request_id = self._front.engine, request.request_id
         events = engine.open(request_id)
         handoff: asyncio.Task[None] | None = None
+        times, prefills = None, list[PrefillReceipt]()
         try:
             await engine.add(request, remote_threshold, reply_to)
             async for event in events:
@@ -121,17 +131,28 @@ class Decode(EngineReplica):
                         handoff.cancel()  # its lease ran out, and the engine computes the prompt now
                         self._prefill.note_silence()
                     elif event.remote:
-                        handoff = asyncio.create_task(self._prefill_remotely(request, event, reply_to, events))
+                        coming = self._prefill_remotely(request, event, reply_to, events, prefills)
+                        handoff = asyncio.create_task(coming)
+                elif isinstance(event, Timed):
+                    times = event.times
+            if request.wants_receipt and handoff is not None:
+                await asyncio.wait([handoff], timeout=_PREFILL_RECEIPT_S)
         finally:
             if handoff is not None:
                 handoff.cancel()
             engine.close(request_id)
+        return DecodeReceipt(self._front.replica, times, tuple(prefills)) if request.wants_receipt else None
 
     async def engine_info(self) -> EngineInfo:
         return self._front.engine.info
 
     async def _prefill_remotely(
-        self, request: GenerateRequest, placed: Placed, reply_to: ReplyAddress, events: EventQueue
+        self,
+        request: GenerateRequest,
+        placed: Placed,
+        reply_to: ReplyAddress,
+        events: EventQueue,
+        receipts: list[PrefillReceipt],
     ) -> None:
         """Have the prompt computed by a prefill replica; if that fails, by another; in the end here.
 
@@ -147,7 +168,7 @@ class Decode(EngineReplica):
             asked = replace(request, route=ANYWHERE) if attempt else request
             call: Any = self._prefill.handle.prefill.remote(asked, first_block, engine.handle, reply_to)
             try:
-                has_finished = await call
+                prefilled: Prefilled = await call
             except (Exception, asyncio.CancelledError) as error:
                 if was_cancelled():
                     call.cancel()
@@ -156,9 +177,12 @@ class Decode(EngineReplica):
                 if isinstance(error, Exception) and is_hopeless(ours := as_ours(error)):
                     events.put(ours)
                     return
+                receipts.append(PrefillReceipt(error=brief(error)))
                 logger.warning("%s: remote prefill %d failed: %s", request_id, attempt + 1, brief(error))
                 continue
-            if has_finished:  # with its first token: there is nothing to decode
+            if prefilled.receipt is not None:
+                receipts.append(prefilled.receipt)
+            if prefilled.has_finished:  # with its first token: there is nothing to decode
                 events.finish()
             return
         logger.warning("%s: prefilling locally", request_id)

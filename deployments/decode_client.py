@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from deployments.errors import EngineDeadError, OverloadedError, TransferError, brief, was_cancelled
 from deployments.messages import GenerateRequest, resumed_id
 from deployments.ray_errors import as_ours
+from deployments.receipt_log import ReceiptLog
+from deployments.receipts import DecodeReceipt
 from deployments.routing.pools import PoolRouters
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 
@@ -59,22 +61,29 @@ class DecodeClient:
         self._on_resume = on_resume
         self._routers = routers
 
-    async def serve(self, request: GenerateRequest, stream: TokenStream) -> None:
+    async def serve(self, request: GenerateRequest, stream: TokenStream, log: ReceiptLog | None = None) -> None:
         """Have a request served until its last token is in the stream, or fail the stream.
 
         Cancelling this ends the request on every pool.
+
+        Args:
+            request: the request.
+            stream: of its tokens.
+            log: is told what becomes of it; of a request that wants a receipt.
         """
         try:
-            await self._serve(request, stream)
+            await self._serve(request, stream, log)
         except Exception as error:  # else its reader would wait for ever
             stream.fail(error)
 
-    async def _serve(self, request: GenerateRequest, stream: TokenStream) -> None:
+    async def _serve(self, request: GenerateRequest, stream: TokenStream, log: ReceiptLog | None) -> None:
         for attempt in itertools.count():
             try:
-                await self._attempt(_remainder(request, stream), stream, is_resumed=attempt > 0)
+                await self._attempt(_remainder(request, stream), stream, log, is_resumed=attempt > 0)
                 return
             except (EngineDeadError, TransferError, OverloadedError) as error:
+                if log is not None:
+                    log.ended(len(stream.token_ids), error=brief(error))
                 if stream.has_ended:
                     return
                 if attempt == _MAX_RESUMES or not _may_resume(error, is_resumed=attempt > 0):
@@ -84,7 +93,9 @@ class DecodeClient:
             self._tokens.rename(stream, resumed_id(request.request_id, attempt + 1))
             await asyncio.sleep(_FIRST_DELAY_S * 2**attempt)
 
-    async def _attempt(self, request: GenerateRequest, stream: TokenStream, *, is_resumed: bool) -> None:
+    async def _attempt(
+        self, request: GenerateRequest, stream: TokenStream, log: ReceiptLog | None, *, is_resumed: bool
+    ) -> None:
         """Have one replica serve a request; returns some time after the last token has come.
 
         Raises:
@@ -93,10 +104,14 @@ class DecodeClient:
         """
         call: Any = None
         routed = self._routers.route(request)
-        stream.call_on_next(routed.first_token)
+        stream.call_on_next(routed.first_token if log is None else _both(routed.first_token, log.first_token))
+        if log is not None:
+            log.sent(routed, len(stream.token_ids))
         try:
             call = self._decode.generate.remote(replace(request, route=routed.route), self._tokens.address)
-            await (self._first_progress(call, stream) if is_resumed else call)
+            receipt = await (self._first_progress(call, stream) if is_resumed else call)
+            if log is not None:
+                log.ended(len(stream.token_ids), receipt)
             await asyncio.sleep(_LAST_TOKEN_TIMEOUT_S)  # cancelled as soon as the reader has the last token
         except asyncio.CancelledError:
             if not was_cancelled():
@@ -115,7 +130,7 @@ class DecodeClient:
         if not stream.has_ended:
             raise TransferError(f"the last token did not arrive within {_LAST_TOKEN_TIMEOUT_S:.0f} s")
 
-    async def _first_progress(self, call: Any, stream: TokenStream) -> None:
+    async def _first_progress(self, call: Any, stream: TokenStream) -> DecodeReceipt | None:
         """Wait for the end of a call, but no longer than `resume_timeout_s` for its first token."""
         num_tokens = len(stream.token_ids)
         end = asyncio.ensure_future(_wait(call))
@@ -124,13 +139,22 @@ class DecodeClient:
             if not end.done() and len(stream.token_ids) == num_tokens:
                 call.cancel()
                 raise _NobodyGoesOnError(f"no replica went on with the request within {self._resume_timeout_s:g} s")
-            await end
+            return await end
         finally:
             end.cancel()
 
 
-async def _wait(call: Any) -> None:
-    await call
+async def _wait(call: Any) -> DecodeReceipt | None:
+    receipt: DecodeReceipt | None = await call
+    return receipt
+
+
+def _both(first: Callable[[], None], second: Callable[[], None]) -> Callable[[], None]:
+    def call() -> None:
+        first()
+        second()
+
+    return call
 
 
 def _may_resume(error: Exception, *, is_resumed: bool) -> bool:

@@ -35,6 +35,7 @@ from deployments.messages import (
     ReplyAddress,
     TokenOutput,
 )
+from deployments.receipts import Timed
 from deployments.tokens.sender import TokenSender
 
 if TYPE_CHECKING:
@@ -165,14 +166,14 @@ class EngineHost:
         losses: dict[str, KvRelayError | None] = {o.request_id: None for o in outputs if o.finish_reason is not None}
         losses |= {e.request_id: _lost(e.request_id, _EXPIRED) for e in events if isinstance(e, HandoffExpired)}
         losses |= {event.request_id: event.error for event in events if isinstance(event, GivenUp)}
-        self._tell_front([event for event in events if isinstance(event, Placed | ChunkReady)], losses)
+        self._tell_front([event for event in events if isinstance(event, Placed | ChunkReady | Timed)], losses)
 
     def _give_up(self, request_id: str, reason: str) -> None:
         """End a request whose tokens nobody takes; called in the sender's thread."""
         self._post(lambda engine: engine.abort(request_id))
         self._tell_front([], {request_id: _lost(request_id, reason)})
 
-    def _tell_front(self, events: list[Placed | ChunkReady], losses: Mapping[str, KvRelayError | None]) -> None:
+    def _tell_front(self, events: list[Placed | ChunkReady | Timed], losses: Mapping[str, KvRelayError | None]) -> None:
         """What happened, and which requests have ended: with all of their tokens sent, or why not."""
         told: list[FrontEvent] = [*events, *(Ended(request_id, loss) for request_id, loss in losses.items())]
         if told:

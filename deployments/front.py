@@ -42,7 +42,7 @@ class EngineFront:
         self.engine = engine
         self.handoff = HandoffStats()
         self._max_silence_s = max_silence_s
-        self._replica = replica
+        self.replica = replica
         self._stats_timeout_s = stats_timeout_s
         self._last_stats, self._last_stats_s = EngineStats(), time.monotonic()
 
@@ -59,11 +59,11 @@ class EngineFront:
                 if read is None:
                     self._last_stats = await self.engine.handle.stats()
                 else:
-                    self._last_stats, cache = await self.engine.handle.report(read.get(self._replica))
+                    self._last_stats, cache = await self.engine.handle.report(read.get(self.replica))
             self._last_stats_s = asked_s
         except TimeoutError:
             age_s = asked_s - self._last_stats_s
-        return ReplicaStats(self._replica, self._last_stats, self.handoff.copy(), age_s, cache)
+        return ReplicaStats(self.replica, self._last_stats, self.handoff.copy(), age_s, cache)
 
     async def ready(self) -> None:
         """Return once the engine's loop has turned; costs no step of the model.

@@ -8,7 +8,7 @@ import asyncio
 import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,8 @@ from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import GenerateRequest, ModelInfo
 from deployments.metrics import AdmissionMetrics, ClientMetrics, RoutingMetrics, render
 from deployments.ray_errors import as_ours
+from deployments.receipt_log import ReceiptLog, ReceiptStream
+from deployments.receipts import Receipt
 from deployments.replica_stats import Positions, ReplicaStats
 from deployments.routing.pools import PoolRouters
 from deployments.routing.settings import RoutingSettings
@@ -92,7 +94,12 @@ class PoolBackend:
             await self.watch.refresh(_REFRESH_TIMEOUT_S)
         return self._admission.admit(sizes, priority, key)
 
-    def generate(self, request: GenerateRequest, on_overflow: Callable[[], None]) -> TokenStream:
+    def generate(
+        self,
+        request: GenerateRequest,
+        on_overflow: Callable[[], None],
+        on_receipt: Callable[[Receipt], None] | None = None,
+    ) -> "TokenStream | ReceiptStream":
         """Tokens of a request; closing the stream ends the request on every pool."""
 
         def overflow() -> None:
@@ -100,8 +107,12 @@ class PoolBackend:
             on_overflow()
 
         stream = self._tokens.open(request.request_id, overflow, lambda _: serving.cancel())
-        serving = asyncio.create_task(self._decode.serve(request, stream))
-        return stream
+        if on_receipt is None:
+            serving = asyncio.create_task(self._decode.serve(request, stream))
+            return stream
+        log = ReceiptLog(on_receipt)
+        serving = asyncio.create_task(self._decode.serve(replace(request, wants_receipt=True), stream, log))
+        return ReceiptStream(stream, log)
 
     async def health(self) -> tuple[bool, str]:
         """Whether every pool can serve, and if not, which one cannot; see `PoolHealth`."""

@@ -10,6 +10,7 @@ from enum import IntEnum, StrEnum
 import msgspec
 
 from deployments.errors import KvRelayError
+from deployments.receipts import Timed
 
 # Bounds of adjustments: OpenAI's, and for the repetition penalty what keeps every logit a number.
 MAX_PENALTY = 2.0
@@ -136,6 +137,7 @@ class GenerateRequest:
         route: where it is to go.
         num_prompt_logprobs: as `SamplingParams.num_logprobs`, of the tokens of the prompt; they come with the first
             output. Such a prompt is computed from its first token, by the engine that decodes it.
+        wants_receipt: whoever serves it says how long things took.
     """
 
     request_id: str
@@ -146,6 +148,7 @@ class GenerateRequest:
     cache_salt: str = ""
     route: Route = ANYWHERE
     num_prompt_logprobs: int | None = None
+    wants_receipt: bool = False
 
     @property
     def num_prompt_scores(self) -> int:
@@ -255,11 +258,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class HandoffExpired:
-    """A prefill engine has given a request up: within the lease the decode engine was not heard of.
-
-    Attributes:
-        request_id: the request.
-    """
+    """A prefill engine has given a request up: within the lease the decode engine was not heard of."""
 
     request_id: str
 
@@ -320,9 +319,9 @@ class ChunkArrived:
     request_id: str
 
 
-EngineEvent = TokenOutput | Placed | ChunkReady | HandoffExpired | GivenUp
+EngineEvent = TokenOutput | Placed | ChunkReady | HandoffExpired | GivenUp | Timed
 # What a front hears of its engine: how requests ended, too. Tokens are not among it: they go to the ingress directly.
-FrontEvent = Placed | ChunkReady | ChunkArrived | Ended
+FrontEvent = Placed | ChunkReady | ChunkArrived | Ended | Timed
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ TIMEOUT_S = 60.0
 _STEP = 7919  # a prime, so that the prompt is no text that a model was trained on
 
 # Serves a request with this many uncached tokens or more handed over; None: none is.
-Generate = Callable[[GenerateRequest, ReplyAddress, int | None], Awaitable[None]]
+Generate = Callable[[GenerateRequest, ReplyAddress, int | None], Awaitable[object]]
 
 
 async def check_parity(generate: Generate, host: str, engine: EngineInfo) -> None:

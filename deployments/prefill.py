@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Awaitable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deployments.engine_client import EventQueue
@@ -14,6 +15,7 @@ from deployments.engine_handle import EngineHandle
 from deployments.errors import TransferError
 from deployments.front import EngineReplica, FrontSource
 from deployments.messages import ChunkArrived, ChunkReady, GenerateRequest, ReplyAddress
+from deployments.receipts import EngineTimes, HandoffReceipt, PrefillReceipt, Timed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +24,47 @@ if TYPE_CHECKING:
 _RENEWALS_PER_LEASE = 3
 # An engine that takes longer hangs or is dead.
 _ABORT_TIMEOUT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """A prompt is computed.
+
+    Attributes:
+        has_finished: its first token was the last one, so that there was nothing to hand over.
+        receipt: for a request that wants one.
+    """
+
+    has_finished: bool
+    receipt: PrefillReceipt | None = None
+
+
+class HandoffTimer:
+    """Times the chunks of one hand-off."""
+
+    def __init__(self) -> None:
+        self._all_ready_s = 0.0
+        self._num_bytes = 0
+        self._sends: list[tuple[float, float]] = []
+
+    def all_ready(self) -> None:
+        """The whole prompt is computed."""
+        self._all_ready_s = time.monotonic()
+
+    def arrived(self, num_bytes: int, started_s: float, arrived_s: float) -> None:
+        """A chunk was underway from then until then."""
+        self._num_bytes += num_bytes
+        self._sends.append((started_s, arrived_s))
+
+    def receipt(self) -> HandoffReceipt:
+        """Once all have arrived."""
+        hidden_s, covered_s = 0.0, 0.0
+        for started_s, arrived_s in sorted(self._sends):
+            until_s = min(arrived_s, self._all_ready_s)
+            hidden_s += max(0.0, until_s - max(started_s, covered_s))
+            covered_s = max(covered_s, until_s)
+        last_s = max(arrived_s for _, arrived_s in self._sends)
+        return HandoffReceipt(self._num_bytes, hidden_s, max(0.0, last_s - self._all_ready_s))
 
 
 class Prefill(EngineReplica):
@@ -36,7 +79,7 @@ class Prefill(EngineReplica):
 
     async def prefill(
         self, request: GenerateRequest, first_block: int, target: EngineHandle, reply_to: ReplyAddress
-    ) -> bool:
+    ) -> Prefilled:
         """Compute a prompt for another engine; returns when the target has every block.
 
         Args:
@@ -44,9 +87,6 @@ class Prefill(EngineReplica):
             first_block: leading blocks that the target already holds.
             target: the decode engine, which has reserved blocks for the request.
             reply_to: where the first token goes, as soon as it is drawn.
-
-        Returns:
-            Whether the first token was the last one, so that there is nothing to hand over.
 
         Raises:
             TransferError or a Ray error: some chunk did not arrive, or the target waits no longer. A target that waits
@@ -57,20 +97,24 @@ class Prefill(EngineReplica):
         events = engine.open(request_id)
         keeper = asyncio.create_task(self._keep_leases(request_id, target, events))
         sends: list[asyncio.Task[None]] = []
+        times, sent = None, HandoffTimer()
         num_arrived, num_chunks = 0, None
         try:
             await engine.prefill(request, first_block, reply_to)
             async for event in events:
-                if isinstance(event, ChunkReady):
-                    sends.append(asyncio.create_task(self._send(event, target, events)))
+                if isinstance(event, Timed):
+                    times = event.times
+                elif isinstance(event, ChunkReady):
+                    sends.append(asyncio.create_task(self._send(event, target, events, sent)))
                     if event.first_token is not None:
                         num_chunks = len(sends)
+                        sent.all_ready()
                 elif isinstance(event, ChunkArrived):
                     num_arrived += 1
                 if num_arrived == num_chunks:
                     break
             else:
-                return True
+                return Prefilled(True, self._receipt(times))
             self._front.handoff.num_requests += 1
         except Exception:
             self._front.handoff.num_failures += 1
@@ -87,7 +131,11 @@ class Prefill(EngineReplica):
             for send in sends:
                 send.cancel()
             engine.close(request_id)
-        return False
+        return Prefilled(False, self._receipt(times, sent))
+
+    def _receipt(self, times: EngineTimes | None, sent: HandoffTimer | None = None) -> PrefillReceipt | None:
+        handoff = None if sent is None else sent.receipt()
+        return None if times is None else PrefillReceipt(self._front.replica, times, handoff)
 
     async def _keep_leases(self, request_id: str, target: EngineHandle, events: EventQueue) -> None:
         """Renew the lease on both engines for as long as both answer."""
@@ -105,7 +153,7 @@ class Prefill(EngineReplica):
                 events.put(error)
                 return
 
-    async def _send(self, chunk: ChunkReady, target: EngineHandle, events: EventQueue) -> None:
+    async def _send(self, chunk: ChunkReady, target: EngineHandle, events: EventQueue, sent: HandoffTimer) -> None:
         source, started_s = self._front.engine, time.monotonic()
         try:
             # In a thread: the first contact of two engines can hold up the call.
@@ -117,7 +165,9 @@ class Prefill(EngineReplica):
             return
         del taken
         num_bytes = chunk.num_blocks * source.info.bytes_per_block
-        self._front.handoff.observe(chunk.num_blocks, num_bytes, time.monotonic() - started_s)
+        arrived_s = time.monotonic()
+        self._front.handoff.observe(chunk.num_blocks, num_bytes, arrived_s - started_s)
+        sent.arrived(num_bytes, started_s, arrived_s)
         source.handle.release_chunk(chunk.request_id, chunk.index)
         events.put(ChunkArrived(chunk.request_id))
 

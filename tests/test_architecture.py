@@ -63,6 +63,7 @@ ENGINE_ROOMS = (
 # Rooms and files around the engine; each may import those before it alone.
 PLACES = (
     "errors",
+    "receipts",
     "messages",
     "kv_groups",
     "grammars",
@@ -92,6 +93,7 @@ PLACES = (
     "parity",
     "prefill",
     "decode",
+    "receipt_log",
     "decode_client",
     "ingress",
 )
@@ -113,11 +115,13 @@ OWN_ALLOWED = {
         "deployments.messages",
         "deployments.kv_groups",
         "deployments.grammars",
+        "deployments.receipts",
         "deployments.errors",
     ],
     "deployments.grammars": ["deployments.messages", "deployments.errors"],
-    "deployments.messages": ["deployments.errors"],
+    "deployments.messages": ["deployments.receipts", "deployments.errors"],
     "deployments.kv_groups": ["deployments.errors"],
+    "deployments.receipts": [],
     "deployments.errors": [],
 }
 

@@ -22,6 +22,8 @@ from deployments.api.forms import (
     Delta,
     Usage,
 )
+from deployments.api.receipts import ReceiptKeeper
+from deployments.api.responses.forms import Response
 from deployments.api.scores import (
     CompletionLogprobs,
     CompletionScores,
@@ -35,10 +37,16 @@ from deployments.messages import FinishReason
 
 
 class Tally:
-    """What a call has used so far, over all its samples; a prompt that is sampled several times counts once."""
+    """What a call has used so far, over all its samples; a prompt that is sampled several times counts once.
 
-    def __init__(self, call: Call) -> None:
+    Args:
+        call: of which events come.
+        receipts: what became of it; None: nobody wants to know.
+    """
+
+    def __init__(self, call: Call, receipts: ReceiptKeeper | None = None) -> None:
         self._call = call
+        self._receipts = receipts
         self._num_prompt_tokens = call.num_prompt_tokens
         self._num_generated_tokens = 0
         self._num_cached_tokens: dict[int, int] = {}
@@ -60,6 +68,11 @@ class Tally:
             "total_tokens": self._num_prompt_tokens + num_generated,
             "prompt_tokens_details": {"cached_tokens": sum(self._num_cached_tokens.values())},
         }
+
+    def add_receipt(self, answer: Completion | ChatCompletion | ChatChunk | Response) -> None:
+        """Put what became of the call into an answer, or its last chunk, where that is wanted."""
+        if self._receipts is not None:
+            answer["receipt"] = self._receipts.shape()
 
 
 class Answer(Protocol):
@@ -148,14 +161,20 @@ class CompletionAnswer:
         return [chunk]
 
     def ending(self) -> list[Completion]:
-        return [self._build([]) | {"usage": self._tally.usage()}] if self._call.include_usage else []
+        if not self._call.tells_total:
+            return []
+        chunk = self._build([]) | {"usage": self._tally.usage()}
+        self._tally.add_receipt(chunk)
+        return [chunk]
 
     def failing(self, failure: Failure) -> list[ErrorBody]:
         return [failure.body()]
 
     def whole(self, choices: Sequence[ChoiceResult]) -> Completion:
         built = [self._choice(i, choice) for i, choice in enumerate(choose_best(self._call, choices))]
-        return self._build(built) | {"usage": self._tally.usage()}
+        answer = self._build(built) | {"usage": self._tally.usage()}
+        self._tally.add_receipt(answer)
+        return answer
 
     def _choice(self, index: int, result: ChoiceResult) -> CompletionChoice:
         call = self._call
@@ -228,7 +247,11 @@ class ChatAnswer:
         return chunks
 
     def ending(self) -> list[ChatChunk]:
-        return [self._build([]) | {"usage": self._tally.usage()}] if self._call.include_usage else []
+        if not self._call.tells_total:
+            return []
+        chunk = self._build([]) | {"usage": self._tally.usage()}
+        self._tally.add_receipt(chunk)
+        return [chunk]
 
     def failing(self, failure: Failure) -> list[ErrorBody]:
         return [failure.body()]
@@ -243,6 +266,7 @@ class ChatAnswer:
             "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
             "usage": self._tally.usage(),
         }
+        self._tally.add_receipt(response)
         if call.return_token_ids:
             response["prompt_token_ids"] = call.requests[0].prompt_token_ids
         if call.num_prompt_logprobs is not None:

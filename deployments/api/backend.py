@@ -5,6 +5,7 @@ from typing import Protocol
 
 from deployments.api.choices import TokenOutputs
 from deployments.messages import GenerateRequest
+from deployments.receipts import Receipt
 
 
 class Ticket(Protocol):
@@ -35,13 +36,20 @@ class Backend(Protocol):
         """
         ...
 
-    def generate(self, request: GenerateRequest, on_overflow: Callable[[], None]) -> TokenOutputs:
+    def generate(
+        self,
+        request: GenerateRequest,
+        on_overflow: Callable[[], None],
+        on_receipt: Callable[[Receipt], None] | None = None,
+    ) -> TokenOutputs:
         """Run a request. Closing what comes back aborts it on every pool; so each is closed, whatever happens.
 
         Args:
             request: the prompt.
             on_overflow: called when the reader has left too many tokens unread. The request is over then, and
                 the next output that is asked for is `SlowReaderError`.
+            on_receipt: called with what is known of how the request is served, whenever that is more; all of it is
+                known before the last output comes. None: nobody wants to know.
 
         Raises:
             KvRelayError: at any point; before the first token it still becomes a status code.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 
+from deployments.api.receipts import HEADER as RECEIPT_HEADER
 from deployments.errors import InvalidRequestError
 from deployments.messages import Priority
 
@@ -24,19 +25,21 @@ class Caller:
     Attributes:
         key: tells callers apart; a hash of the API key, or `ANONYMOUS`.
         priority: of the call.
+        wants_receipt: the caller wants to know what became of the call.
     """
 
     key: bytes
     priority: Priority
+    wants_receipt: bool
 
 
 def read_caller(headers: Headers) -> Caller:
     """Read the priority, and the key from `Authorization: Bearer` or else from `x-api-key`.
 
     Raises:
-        InvalidRequestError: there is no such priority.
+        InvalidRequestError: there is no such priority, or the wish for a receipt is not clear.
     """
-    return Caller(read_key(headers), _read_priority(headers))
+    return Caller(read_key(headers), _read_priority(headers), _read_wish(headers))
 
 
 def read_key(headers: Headers) -> bytes:
@@ -47,6 +50,14 @@ def read_key(headers: Headers) -> bytes:
     key = key or headers.get("x-api-key", "").strip()
     # As they were sent: Starlette makes a character of each byte.
     return hashlib.sha256(key.encode("latin-1")).digest() if key else ANONYMOUS
+
+
+def _read_wish(headers: Headers) -> bool:
+    wish = headers.get(RECEIPT_HEADER, "0").strip()
+    if wish not in ("0", "1"):
+        message = f"the header {RECEIPT_HEADER} is {reprlib.repr(wish)}, must be 0 or 1"
+        raise InvalidRequestError(message, RECEIPT_HEADER)
+    return wish == "1"
 
 
 def _read_priority(headers: Headers) -> Priority:

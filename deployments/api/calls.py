@@ -64,6 +64,7 @@ class Call:
         labels: what else the caller says of the call, for the operator's log.
         tools: how calls of tools are found in the answers; None: none are looked for.
         repeated: what the answer repeats of the request.
+        wants_receipt: the answer says what became of the call.
     """
 
     call_id: str
@@ -85,11 +86,17 @@ class Call:
     labels: Mapping[str, object]
     tools: ToolRules | None = None
     repeated: Mapping[str, object] = field(default_factory=dict)
+    wants_receipt: bool = False
 
     @property
     def num_prompt_tokens(self) -> int:
         """Of all prompts; one that is sampled several times counts once."""
         return sum(len(request.prompt_token_ids) for request in self.requests[:: self.num_samples])
+
+    @property
+    def tells_total(self) -> bool:
+        """Whether a stream ends with a chunk of the whole call."""
+        return self.include_usage or self.wants_receipt
 
     @property
     def scores_prompts(self) -> bool:
@@ -337,4 +344,5 @@ def _build_call(
         num_prompt_logprobs=body.prompt_logprobs,
         user=body.user,
         labels={name: getattr(body, name) for name in _LABELS if name in body.model_fields_set},
+        wants_receipt=body.stream_options.include_receipt,
     )

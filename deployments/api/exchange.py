@@ -28,6 +28,7 @@ from deployments.api.choices import ChoiceText, TextEvent, follow, lead, merge, 
 from deployments.api.failures import failure_of
 from deployments.api.grammar_check import GrammarCheck
 from deployments.api.observer import Observer, Outcome, Stopwatch
+from deployments.api.receipts import ReceiptKeeper
 from deployments.api.text import TextCodec
 from deployments.messages import ModelInfo, Priority
 
@@ -131,11 +132,17 @@ class Exchange:
         try:
             caller = read_caller(Headers(scope=self._scope))
             call = self._own(await self._read_call(body, caller.priority))
+            if caller.wants_receipt:
+                call = replace(call, wants_receipt=True)
             if (grammar := call.requests[0].sampling.grammar) is not None:
                 await self._service.grammars.check(grammar)
             with closing(await self._admit(call, caller)) as ticket:
+                receipts = None
                 self._stopwatch.on_first = ticket.first_token
-                await self._generate(call)
+                if call.wants_receipt:
+                    receipts = ReceiptKeeper(len(call.requests), self._stopwatch.elapsed_s, ticket.first_token)
+                    self._stopwatch.on_first = receipts.first_token
+                await self._generate(call, receipts)
         except ClientDisconnect:
             return Outcome.ABORTED
         except Exception as error:
@@ -169,20 +176,20 @@ class Exchange:
         salted = (replace(request, cache_salt=f"{cache}\0{request.cache_salt}") for request in call.requests)
         return replace(call, requests=tuple(salted))
 
-    async def _generate(self, call: Call) -> None:
+    async def _generate(self, call: Call, receipts: ReceiptKeeper | None) -> None:
         self._user = call.user
         if call.labels:
             logger.info("%s: %r", self._call_id, call.labels)
-        tally = Tally(call)
+        tally = Tally(call, receipts)
         self._answer = answer = self._endpoint.build_answer(call, tally)
-        choices = self._open_choices(call)
+        choices = self._open_choices(call, receipts)
         async with aclosing(merge(choices)) as events:
             if call.stream:
                 await self._stream(events, answer, tally)
             else:
                 await self._collect(events, answer, tally, call)
 
-    def _open_choices(self, call: Call) -> list[AsyncGenerator[TextEvent, None]]:
+    def _open_choices(self, call: Call, receipts: ReceiptKeeper | None) -> list[AsyncGenerator[TextEvent, None]]:
         """Where a prompt is sampled several times, the others begin when the first has left its KV to be found."""
         generate, codec = partial(self._service.backend.generate, on_overflow=self._stall), self._service.codec
         choices: list[AsyncGenerator[TextEvent, None]] = []
@@ -191,7 +198,8 @@ class Exchange:
             scores_prompt = request.num_prompt_logprobs is not None
             prefix = call.prefixes[index]
             text = ChoiceText(index, codec, request.prompt_token_ids, call.text, prefix, scores_prompt)
-            choice = stream_choice(generate, request, text)
+            told = generate if receipts is None else partial(generate, on_receipt=partial(receipts.take, index))
+            choice = stream_choice(told, request, text)
             if call.num_samples == 1:
                 choices.append(choice)
             elif call.lead_of(index) == index:

@@ -6,6 +6,7 @@ from typing import Literal, NotRequired
 # Before Python 3.12 pydantic describes these alone (openapi.py).
 from typing_extensions import TypedDict
 
+from deployments.api.receipts import CallReceipt
 from deployments.api.scores import ChatLogprobs, CompletionLogprobs, PromptLogprobs
 from deployments.messages import FinishReason
 
@@ -49,6 +50,7 @@ class Completion(TypedDict):
     model: str
     choices: list[CompletionChoice]
     usage: NotRequired[Usage | None]
+    receipt: NotRequired[CallReceipt]
 
 
 class CalledFunction(TypedDict):
@@ -94,6 +96,7 @@ class ChatCompletion(TypedDict):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    receipt: NotRequired[CallReceipt]
     prompt_token_ids: NotRequired[Sequence[int]]
     prompt_logprobs: NotRequired[PromptLogprobs]
 
@@ -141,6 +144,7 @@ class ChatChunk(TypedDict):
     model: str
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
+    receipt: NotRequired[CallReceipt]
     prompt_token_ids: NotRequired[Sequence[int]]
 
 

@@ -47,12 +47,16 @@ _MESSAGE_NO_OPS: NoOps = {
 
 
 class StreamOptions(Strict):
-    """`include_usage` is about the end of a stream; `continuous_usage_stats`, an extension, about each chunk."""
+    """`include_usage` is about the end of a stream; `continuous_usage_stats`, an extension, about each chunk.
+
+    `include_receipt`, an extension of our own, puts a receipt into the chunk with the usage, which then comes.
+    """
 
     no_ops: ClassVar[NoOps] = {"include_obfuscation": (False,)}
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_receipt: bool = False
 
 
 class ModelBody(Strict):

@@ -40,17 +40,10 @@ from deployments.engine.scheduling.checks import check_first_block, check_reques
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import Scheduler
 from deployments.engine.scheduling.sequence import Role, Sequence, Status
+from deployments.engine.scheduling.timed import build_sequence
 from deployments.engine.stats import EngineStats, StepTimer
 from deployments.errors import InvalidRequestError
-from deployments.messages import (
-    ChunkReady,
-    Draws,
-    EngineEvent,
-    GenerateRequest,
-    HandoffExpired,
-    Placed,
-    TokenOutput,
-)
+from deployments.messages import ChunkReady, Draws, EngineEvent, GenerateRequest, HandoffExpired, Placed, TokenOutput
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +130,7 @@ class Engine:
         self.check(request)
         if request.num_prompt_logprobs is not None:
             remote_threshold = None  # what a prefill engine hands over is KV and one token
-        self._enter(Sequence(request, Role.LOCAL, time.monotonic(), remote_threshold=remote_threshold))
+        self._enter(build_sequence(request, Role.LOCAL, remote_threshold))
 
     def prefill(self, request: GenerateRequest, first_block: int) -> None:
         """Queue a request whose prompt is computed for another engine.
@@ -155,7 +148,7 @@ class Engine:
             raise InvalidRequestError("this engine hands no prompts over: hands_over is false", "hands_over")
         self.check(request)
         check_first_block(first_block, request.num_given_tokens, self.limits.block_size)
-        sequence = Sequence(request, Role.EXPORT, time.monotonic())
+        sequence = build_sequence(request, Role.EXPORT)
         self._enter(sequence)
         self._exporter.add(sequence, first_block)
 
@@ -187,7 +180,7 @@ class Engine:
         now_s = time.monotonic()
         output = self._tell(sequence, sequence.num_prompt_tokens, draws, now_s)
         self._outputs.end(now_s)
-        return [output]
+        return self._outputs.with_times([output])
 
     def fence(self) -> torch.cuda.Event | None:
         """When the device has done all that it was asked for up to now; None: it has."""
@@ -249,7 +242,7 @@ class Engine:
         events += self._export()
         if ending is not None:
             self._step_timer.end(ending.num_prompt_tokens, time.monotonic())
-        return events
+        return self._outputs.with_times(events)
 
     def stats(self) -> EngineStats:
         """A snapshot; its histograms are copies."""
@@ -323,6 +316,7 @@ class Engine:
         """Tell of new tokens, the first of them in this place in the sequence."""
         if sequence.finish_reason is not None:
             self.abort(sequence.request_id)  # of a prefill engine too: nobody decodes it, so nobody wants its KV
+            self._outputs.note_last(sequence)
         return self._outputs.tell(sequence, place, draws, now_s)
 
     def _export(self) -> list[EngineEvent]:
@@ -331,6 +325,7 @@ class Engine:
         for chunk in self._exporter.export(None if self._in_flight is None else self._in_flight.done):
             events.append(chunk)
             if chunk.first_token is not None:
+                self._outputs.note_last(self._scheduler[chunk.request_id])
                 self._scheduler.remove(chunk.request_id)
                 self._guides.drop(chunk.request_id)
         return events

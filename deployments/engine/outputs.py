@@ -4,8 +4,10 @@ from collections import Counter
 
 from deployments.engine.scheduling.scheduler import Scheduler
 from deployments.engine.scheduling.sequence import Sequence
+from deployments.engine.scheduling.timed import TimedSequence
 from deployments.engine.stats import EngineStats
-from deployments.messages import Draws, TokenOutput
+from deployments.messages import Draws, EngineEvent, TokenOutput
+from deployments.receipts import Timed
 
 
 class Outputs:
@@ -20,6 +22,7 @@ class Outputs:
     def __init__(self, stats: EngineStats) -> None:
         self._stats = stats
         self._gaps: Counter[tuple[float, int]] = Counter()  # by when they began, and how many tokens came behind them
+        self._timed: list[TimedSequence] = []
 
     def tell(self, sequence: Sequence, place: int, draws: Draws, now_s: float) -> TokenOutput:
         """Of new tokens, the first of them in this place in the sequence."""
@@ -38,6 +41,21 @@ class Outputs:
             draws if sequence.request.sampling.num_logprobs is not None else (),
             sequence.take_scores() if sequence.wants_scores else (),
         )
+
+    def note_last(self, sequence: Sequence) -> None:
+        """It will have drawn its last token here once the next ones are told: whoever wants to know is told of it."""
+        if isinstance(sequence, TimedSequence):
+            self._timed.append(sequence)
+
+    def with_times(self, events: list[EngineEvent]) -> list[EngineEvent]:
+        """What is told, with the times of those that are noted; before what else is told of them, since that ends it.
+
+        A token is told, and its time known, before this is called.
+        """
+        if not self._timed:
+            return events
+        timed, self._timed = self._timed, []
+        return [*(Timed(sequence.request_id, sequence.times()) for sequence in timed), *events]
 
     def end(self, now_s: float) -> None:
         """No more are told of at this moment. What came together shares the time since the last token."""

@@ -43,6 +43,11 @@ class RoutedRequest:
     _clock: Clock
     _is_computed: bool = False
 
+    @property
+    def reasons(self) -> list[str]:
+        """Why these replicas, in words: of decode, then of prefill where it is to compute the prompt."""
+        return [f"{routed.choice.reason}: {routed.choice.describe()}" for routed in self._routed]
+
     def first_token(self) -> None:
         """Its prompt is computed."""
         self._is_computed = True

@@ -19,6 +19,7 @@ from deployments.api.http import build_app
 from deployments.api.observer import Outcome
 from deployments.api.text import TextCodec
 from deployments.messages import DrawnToken, Draws, FinishReason, GenerateRequest, ModelInfo, TokenOutput
+from deployments.receipts import Receipt
 
 END_ID = 256  # special: shows no text
 PLAIN_END_ID = ord("!")  # a stop id that is ordinary text
@@ -90,6 +91,7 @@ class FakeBackend:
 
     script: Callable[[GenerateRequest], Sequence[Step]]
     num_cached_tokens: int = 0
+    receipt: Receipt = ()
     healthy: tuple[bool, str] | Exception = (True, "")
     refusal: Exception | None = None
     calls: list[tuple[tuple[GenerateRequest, ...], bytes]] = field(default_factory=list)
@@ -107,9 +109,14 @@ class FakeBackend:
         return self.tickets[-1]
 
     async def generate(
-        self, request: GenerateRequest, on_overflow: Callable[[], None] = lambda: None
+        self,
+        request: GenerateRequest,
+        on_overflow: Callable[[], None] = lambda: None,
+        on_receipt: Callable[[Receipt], None] | None = None,
     ) -> AsyncGenerator[TokenOutput, None]:
         self.requests.append(request)
+        if on_receipt is not None:
+            on_receipt(self.receipt)
         self.running.add(request.request_id)
         await self._tell()
         try:

@@ -161,7 +161,9 @@ class Pools:
 
     def generate(self, request: GenerateRequest, on_overflow: Callable[[], None] = lambda: None) -> TokenStream:
         """As the API asks for it."""
-        return self.backend.generate(request, on_overflow)
+        stream = self.backend.generate(request, on_overflow)
+        assert isinstance(stream, TokenStream), "nobody wants a receipt"
+        return stream
 
     async def collect(self, request: GenerateRequest) -> list[TokenOutput]:
         """All that a client gets."""

@@ -8,6 +8,7 @@ from deployments.api.answers import ChoiceResult, Tally
 from deployments.api.calls import Call
 from deployments.api.choices import TextEvent
 from deployments.api.failures import Failure
+from deployments.api.forms import Usage
 from deployments.api.responses.forms import Repeated, Response, ResponseError, ResponseUsage, Status
 from deployments.api.responses.output import Event, Events, Output
 from deployments.api.scores import ScoredToken, TokenLogprob, shape_chat
@@ -81,7 +82,7 @@ class ResponseAnswer:
     def _response(self, status: Status, error: ResponseError | None = None) -> Response:
         call = self._call
         repeated = cast(Repeated, call.repeated)
-        return {
+        response: Response = {
             "id": call.call_id,
             "object": "response",
             "created_at": call.created,
@@ -91,28 +92,31 @@ class ResponseAnswer:
             "error": error,
             "model": call.model,
             "output": self._output.all_items(),
-            "usage": None if status == "in_progress" else self._usage(),
+            "usage": None if status == "in_progress" else _shape_usage(self._tally.usage()),
             "reasoning": None,
             "truncation": "disabled",
             "store": False,
             "background": False,
             "previous_response_id": None,
             "max_tool_calls": None,
-            **repeated,
+            **repeated,  # type: ignore[typeddict-item] # mypy: it might hold a receipt as well
         }
+        if status != "in_progress":
+            self._tally.add_receipt(response)
+        return response
 
-    def _usage(self) -> ResponseUsage:
-        usage = self._tally.usage()
-        return {
-            "input_tokens": usage["prompt_tokens"],
-            "input_tokens_details": {
-                "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
-                "cache_write_tokens": 0,
-            },
-            "output_tokens": usage["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": usage["total_tokens"],
-        }
+
+def _shape_usage(usage: Usage) -> ResponseUsage:
+    return {
+        "input_tokens": usage["prompt_tokens"],
+        "input_tokens_details": {
+            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+            "cache_write_tokens": 0,
+        },
+        "output_tokens": usage["completion_tokens"],
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": usage["total_tokens"],
+    }
 
 
 def _status_of(reason: FinishReason) -> Status:

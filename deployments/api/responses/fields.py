@@ -131,9 +131,11 @@ class TextOptions(Strict):
 
 
 class ResponseStreamOptions(Strict):
-    """`stream_options`."""
+    """`stream_options`. `include_receipt`, an extension of our own, puts a receipt into the last event."""
 
     no_ops: ClassVar[NoOps] = {"include_obfuscation": (False,)}
+
+    include_receipt: bool = False
 
 
 class ResponseBody(ModelBody, DrawFields, LabelFields):

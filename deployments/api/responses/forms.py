@@ -1,12 +1,13 @@
 """The forms of answers of `/v1/responses` and of the events of their streams, as Open Responses has them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 # Before Python 3.12 pydantic describes these alone (openapi.py).
 from typing_extensions import TypeAliasType, TypedDict
 
 from deployments.api.failures import ErrorDetails
+from deployments.api.receipts import CallReceipt
 from deployments.api.scores import TokenLogprob
 
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
@@ -122,6 +123,7 @@ class Response(Repeated):
     background: Literal[False]
     previous_response_id: None
     max_tool_calls: None
+    receipt: NotRequired[CallReceipt]
 
 
 class Event(TypedDict):

@@ -12,7 +12,7 @@ from typing import Any
 from deployments.api.calls import Call, build_chat, parse_body
 from deployments.api.common_fields import DrawFields, LabelFields
 from deployments.api.fields import Content
-from deployments.api.openai import ChatBody, Message
+from deployments.api.openai import ChatBody, Message, StreamOptions
 from deployments.api.responses.fields import LOGPROBS, AllowedTools, FunctionTool, NamedFunction, ResponseBody
 from deployments.api.responses.forms import Repeated
 from deployments.api.responses.items import AnyItem, FunctionCall, FunctionCallOutput, InputMessage
@@ -77,6 +77,7 @@ def _as_chat(body: ResponseBody) -> ChatBody:
         fields["tool_choice"] = choice.mode if isinstance(choice, AllowedTools) else choice
     return ChatBody.model_construct(
         **fields,
+        stream_options=StreamOptions(include_receipt=body.stream_options.include_receipt),
         messages=list(read_messages(body.instructions, body.input)),
         response_format=_read_format(body),
         tools=[_as_chats_tool(tool) for tool in _allowed_tools(body)],

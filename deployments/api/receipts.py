@@ -1,0 +1,132 @@
+"""Receipts in answers: what became of a call, for a caller who asks. Owns their form; the backend tells the facts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NotRequired
+
+# Before Python 3.12 pydantic describes these alone (openapi.py).
+from typing_extensions import TypedDict
+
+from deployments.receipts import Attempt, EngineTimes, PrefillReceipt, Receipt
+
+HEADER = "x-kvrelay-receipt"
+
+
+class EngineReceipt(TypedDict):
+    """How a request spent its time at one engine, by that engine's clock; see docs/api.md."""
+
+    replica: str
+    reason: str
+    queued_s: NotRequired[float]
+    awaited_s: NotRequired[float]
+    computing_s: NotRequired[float]
+    next_token_s: NotRequired[float | None]
+    cached_tokens: NotRequired[int]
+    preemptions: NotRequired[int]
+    error: NotRequired[str]
+
+
+class HandoffForm(TypedDict):
+    """KV on its way to the decode engine: while the prompt was still computed, and after that."""
+
+    bytes: int
+    hidden_s: float
+    exposed_s: float
+
+
+class AttemptForm(TypedDict):
+    """One decode replica, and what it had done elsewhere. The error says why it was lost."""
+
+    decode: EngineReceipt
+    prefill: list[EngineReceipt]
+    handoff: HandoffForm | None
+    first_token_s: float | None
+    num_tokens: int
+    error: str | None
+
+
+class ChoiceReceipt(TypedDict):
+    """Of one choice, or of one sample of `best_of`."""
+
+    index: int
+    ttft_s: float | None
+    attempts: list[AttemptForm]
+
+
+class CallReceipt(TypedDict):
+    """Of a call: seconds from its arrival until its prompts were sent on, and what became of them."""
+
+    ingress_s: float
+    choices: list[ChoiceReceipt]
+
+
+@dataclass(slots=True)
+class _Choice:
+    ttft_s: float | None = None
+    receipt: Receipt = ()
+
+
+class ReceiptKeeper:
+    """What is known of one call that wants a receipt.
+
+    Args:
+        num_requests: of the call.
+        elapsed_s: seconds since it arrived. It is let in now.
+        on_first: told of the first output of each request, too.
+    """
+
+    def __init__(self, num_requests: int, elapsed_s: Callable[[], float], on_first: Callable[[int], None]) -> None:
+        self._on_first = on_first
+        self._elapsed_s = elapsed_s
+        self._ingress_s = elapsed_s()
+        self._choices = [_Choice() for _ in range(num_requests)]
+
+    def take(self, index: int, receipt: Receipt) -> None:
+        """What is known of a request now."""
+        self._choices[index].receipt = receipt
+
+    def first_token(self, index: int) -> None:
+        """The first output of a request was sent, or collected."""
+        self._choices[index].ttft_s = self._elapsed_s()
+        self._on_first(index)
+
+    def shape(self) -> CallReceipt:
+        """As answers have it; JSON has no tuples of dataclasses."""
+        choices: list[ChoiceReceipt] = [
+            {"index": index, "ttft_s": choice.ttft_s, "attempts": [_shape(attempt) for attempt in choice.receipt]}
+            for index, choice in enumerate(self._choices)
+        ]
+        return {"ingress_s": self._ingress_s, "choices": choices}
+
+
+def _shape(attempt: Attempt) -> AttemptForm:
+    told = attempt.decode
+    prefills = () if told is None else told.prefills
+    handoff = next((one.handoff for one in prefills if one.handoff is not None), None)
+    return {
+        "decode": _shape_engine(attempt.replica, attempt.reason, None if told is None else told.times),
+        "prefill": [_shape_prefill(one, attempt.prefill_reason or "") for one in prefills],
+        "handoff": None
+        if handoff is None
+        else {"bytes": handoff.num_bytes, "hidden_s": handoff.hidden_s, "exposed_s": handoff.exposed_s},
+        "first_token_s": attempt.first_token_s,
+        "num_tokens": attempt.num_tokens,
+        "error": attempt.error or None,
+    }
+
+
+def _shape_prefill(receipt: PrefillReceipt, reason: str) -> EngineReceipt:
+    shaped = _shape_engine(receipt.replica, reason, receipt.times)
+    return {**shaped, "error": receipt.error} if receipt.error else shaped
+
+
+def _shape_engine(replica: str, reason: str, times: EngineTimes | None) -> EngineReceipt:
+    shaped: EngineReceipt = {"replica": replica, "reason": reason}
+    if times is not None:
+        shaped["queued_s"] = times.queued_s
+        shaped["awaited_s"] = times.awaited_s
+        shaped["computing_s"] = times.computing_s
+        shaped["next_token_s"] = times.next_token_s
+        shaped["cached_tokens"] = times.num_found_tokens
+        shaped["preemptions"] = times.num_preemptions
+    return shaped

@@ -1,0 +1,89 @@
+"""Puts together what became of one request that wants a receipt, and has its reader wait for the last of it.
+
+The tokens come from engines, and what a replica says of its work when it is done: the last token waits for that, for a
+moment at most. Lives in the ingress; `decode_client.py` writes, `ingress.py` reads.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from deployments.messages import TokenOutput
+from deployments.receipts import Attempt, DecodeReceipt, Receipt
+from deployments.routing.pools import RoutedRequest
+from deployments.tokens.receiver import TokenStream
+
+logger = logging.getLogger(__name__)
+
+# Between a request's last token and what its replica says; both are on their way at once.
+_PATIENCE_S = 1.0
+
+
+class ReceiptLog:
+    """Of one request.
+
+    Args:
+        tell: called with what is known, whenever that is more than before.
+    """
+
+    def __init__(self, tell: Callable[[Receipt], None]) -> None:
+        self._tell = tell
+        self._attempts: list[Attempt] = []
+        self._sent_s = 0.0
+        self._num_tokens_before = 0
+        self._is_settled = asyncio.Event()
+
+    def sent(self, routed: RoutedRequest, num_tokens: int) -> None:
+        """It goes to a replica; so many of its tokens have come by now."""
+        self._sent_s, self._num_tokens_before = time.monotonic(), num_tokens
+        prefill_reason = routed.reasons[1] if len(routed.reasons) > 1 else None
+        reason = routed.reasons[0] if routed.reasons else ""
+        self._attempts.append(Attempt(routed.route.decode, reason, prefill_reason, None, 0, None, ""))
+        self._tell(tuple(self._attempts))
+
+    def first_token(self) -> None:
+        """The first token of this attempt has come."""
+        self._note(first_token_s=time.monotonic() - self._sent_s)
+
+    def ended(self, num_tokens: int, decode: DecodeReceipt | None = None, error: str = "") -> None:
+        """This attempt is over, with so many tokens of the request in all."""
+        if decode is not None:
+            self._note(replica=decode.replica)
+        self._note(num_tokens=num_tokens - self._num_tokens_before, decode=decode, error=error)
+        if not error:
+            self._is_settled.set()
+
+    async def settle(self, num_tokens: int) -> None:
+        """Wait until all is known; so many tokens have come, and there are no more."""
+        try:
+            async with asyncio.timeout(_PATIENCE_S):
+                await self._is_settled.wait()
+        except TimeoutError:
+            logger.warning("the replica that served a request did not say how within %g s", _PATIENCE_S)
+        self._note(num_tokens=num_tokens - self._num_tokens_before)
+
+    def _note(self, **what: object) -> None:
+        self._attempts[-1] = replace(self._attempts[-1], **what)  # type: ignore[arg-type]
+        self._tell(tuple(self._attempts))
+
+
+class ReceiptStream:
+    """The tokens of a request whose last one comes when the receipt is whole; see `TokenStream`."""
+
+    def __init__(self, stream: TokenStream, log: ReceiptLog) -> None:
+        self._stream = stream
+        self._log = log
+
+    def __aiter__(self) -> "ReceiptStream":
+        return self
+
+    async def __anext__(self) -> TokenOutput:
+        output = await self._stream.__anext__()
+        if output.finish_reason is not None:
+            await self._log.settle(len(self._stream.token_ids))
+        return output
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()

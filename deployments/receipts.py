@@ -1,0 +1,110 @@
+"""What became of a request, for a caller who asks: how long it waited, was computed and handed over, and where.
+
+Plain frozen values. Each part is measured by one clock, that of whoever says it: only durations are told, and nobody
+compares the clocks of two machines. Engines and fronts say their parts, `receipt_log.py` puts them together.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTimes:
+    """How a request spent its time at one engine.
+
+    Attributes:
+        queued_s: from its arrival until it had KV blocks.
+        awaited_s: from then until a prefill engine had filled them, or was waited for no longer.
+        computing_s: from then until its first token was drawn here; 0 where another engine drew it.
+        next_token_s: from its first token until the next: the wait for a step, and the step; None: there is none.
+        num_found_tokens: leading prompt tokens whose KV was here.
+        num_preemptions: how often it gave its blocks away and was computed again.
+    """
+
+    queued_s: float
+    awaited_s: float
+    computing_s: float
+    next_token_s: float | None
+    num_found_tokens: int
+    num_preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """An engine tells the front how a request spent its time; before its end, or with the last chunk of its prompt."""
+
+    request_id: str
+    times: EngineTimes
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffReceipt:
+    """How a prompt's KV went to the decode engine.
+
+    Attributes:
+        num_bytes: of all chunks.
+        hidden_s: during which chunks were underway while the prompt was still computed.
+        exposed_s: from the end of that until the prefill replica had heard that all had arrived.
+    """
+
+    num_bytes: int
+    hidden_s: float
+    exposed_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillReceipt:
+    """One prefill replica had a prompt to compute.
+
+    Attributes:
+        replica: its name; empty: it did not come to that.
+        times: None: it did not say.
+        handoff: None: nothing was handed over.
+        error: why it failed; empty: it did not.
+    """
+
+    replica: str = ""
+    times: EngineTimes | None = None
+    handoff: HandoffReceipt | None = None
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeReceipt:
+    """One decode replica had a request to serve.
+
+    Attributes:
+        replica: its name.
+        times: None: its engine did not say.
+        prefills: the prefill replicas that were asked, in turn.
+    """
+
+    replica: str
+    times: EngineTimes | None
+    prefills: tuple[PrefillReceipt, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """A request was sent to a decode replica; more than one where the one before was lost.
+
+    Attributes:
+        replica: that was chosen; empty: any.
+        reason: in words; empty: there was nothing to choose from.
+        prefill_reason: likewise, of the prefill replica; None: none was chosen.
+        first_token_s: from sending it until its first token arrived; None: none did.
+        num_tokens: that arrived.
+        decode: what the replica said in the end; None: it said nothing.
+        error: why it was lost; empty: it was not.
+    """
+
+    replica: str
+    reason: str
+    prefill_reason: str | None
+    first_token_s: float | None
+    num_tokens: int
+    decode: DecodeReceipt | None
+    error: str
+
+
+# Of one request, in turn; the last one is that which went on to the end.
+Receipt = tuple[Attempt, ...]

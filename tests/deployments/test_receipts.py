@@ -1,0 +1,64 @@
+"""What a receipt says of real engines: its times fit into those that the ingress sees, and name who served."""
+
+from contextlib import aclosing
+
+import pytest
+
+from deployments.messages import TokenOutput
+from deployments.receipts import Receipt
+from tests.deployments.conftest import StartPools
+from tests.deployments.pools import NUM_TOKENS, PROMPT, Pools
+from tests.engine.driving import greedy
+
+# Durations are differences of floats.
+TINY_S = 1e-6
+
+
+async def serve(pools: Pools, request_id: str, *, dies: bool = False) -> tuple[list[TokenOutput], Receipt]:
+    """All outputs, and the receipt as it is when the last of them comes."""
+    told: list[Receipt] = []
+    outputs = []
+    request = greedy(request_id, PROMPT, NUM_TOKENS)
+    async with aclosing(pools.backend.generate(request, lambda: None, told.append)) as stream:
+        async for output in stream:
+            outputs.append(output)
+            if dies and len(outputs) == 3:
+                pools.decode.engine.die()
+    return outputs, told[-1]
+
+
+@pytest.mark.parametrize("is_remote", [True, False])
+async def test_a_receipt_names_who_served_and_its_times_add_up(start: StartPools, is_remote: bool) -> None:
+    pools = await start(min_tokens=16 if is_remote else 10_000)
+    outputs, (attempt,) = await serve(pools, "r1")
+    told = attempt.decode
+    assert told is not None and told.times is not None and attempt.first_token_s is not None
+    assert (attempt.replica, told.replica, attempt.num_tokens, attempt.error) == ("d0", "d0", NUM_TOKENS, "")
+    assert attempt.num_tokens == sum(len(output.token_ids) for output in outputs)
+    decode = told.times
+    assert decode.next_token_s is not None and decode.next_token_s > 0
+    assert min(decode.queued_s, decode.awaited_s, decode.computing_s) >= 0
+    if not is_remote:
+        assert not told.prefills and decode.awaited_s == 0 and decode.computing_s > 0
+        assert decode.queued_s + decode.computing_s <= attempt.first_token_s + TINY_S
+        return
+    (prefill,) = told.prefills
+    assert prefill.replica == "p0" and prefill.times is not None and prefill.handoff is not None
+    assert prefill.handoff.num_bytes > 0 and prefill.handoff.exposed_s > 0
+    # One after the other, and within what the ingress has waited; what is left are the ways between them.
+    parts = decode.queued_s + prefill.times.queued_s + prefill.times.computing_s
+    assert 0 < parts <= attempt.first_token_s + TINY_S
+    assert prefill.times.computing_s <= decode.awaited_s + TINY_S
+    assert decode.computing_s < decode.awaited_s, "its first token came with the prompt"
+    assert decode.num_found_tokens == prefill.times.num_found_tokens == 0
+    _, (again,) = await serve(pools, "r2")
+    assert again.decode is not None and again.decode.times is not None and not again.decode.prefills
+    assert again.decode.times.num_found_tokens > 100
+
+
+async def test_a_resumed_request_lists_its_attempts(start: StartPools) -> None:
+    pools = await start(num_decode=2)
+    outputs, (lost, served) = await serve(pools, "r1", dies=True)
+    assert lost.error and lost.decode is None and lost.num_tokens > 0 and lost.first_token_s is not None
+    assert served.decode is not None and served.replica == "d1" and not served.error
+    assert lost.num_tokens + served.num_tokens == NUM_TOKENS == sum(len(output.token_ids) for output in outputs)
