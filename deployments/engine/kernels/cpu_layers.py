@@ -53,7 +53,7 @@ def enter_attention(
         for head in range(num_kv_heads):
             key, value = heads[num_heads + head], heads[num_heads + num_kv_heads + head]
             _finish_head(key, key_norm, head_eps, cos[t], sin[t], keys[block, offset, head])
-            values[block, offset, head] = value
+            _copy_row(value, values[block, offset, head])
 
 
 @njit(parallel=PARALLEL, cache=PARALLEL, nogil=True)
@@ -94,6 +94,13 @@ def _finish_head(head, norm, eps, cos, sin, result):
     if norm.shape[0] > 0:
         normalise_row(head, norm, eps, head)
     rotate_head(head, cos, sin, result)
+
+
+@njit
+def _copy_row(row, result):
+    """As `result[:] = row`, whose error alone takes 4 s to compile."""
+    for j in range(result.shape[0]):
+        result[j] = row[j]
 
 
 @njit

@@ -149,6 +149,28 @@ def _sum_of_first(weights, count):
     """Sum of the greatest weights, so many."""
     if count >= weights.shape[0]:
         return _sum_above(weights, _FLOAT(-1))[0]
-    least = np.partition(weights, weights.shape[0] - count)[weights.shape[0] - count]
+    least = _greatest(weights, count)
     total, num_above = _sum_above(weights, least)
     return total + (count - num_above) * least
+
+
+@njit(inline="never")
+def _greatest(weights, number):
+    """The weight that is greatest but for so many less one. As fast as `np.partition`, which takes 11 s to compile."""
+    # Bisected among the bits: those of floats from 0 on are in their order. No weight is 2.
+    low, high = np.int32(0), np.int32(0x40000000)
+    while low < high:
+        middle = (low + high) // np.int32(2)
+        if _num_above(weights, np.int32(middle).view(np.float32)) < number:
+            high = np.int32(middle)
+        else:
+            low = np.int32(middle + 1)
+    return np.int32(low).view(np.float32)
+
+
+@njit(inline="never")
+def _num_above(weights, pivot):
+    count = np.int32(0)
+    for j in range(weights.shape[0]):
+        count += np.int32(weights[j] > pivot)
+    return count
