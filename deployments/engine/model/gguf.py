@@ -7,10 +7,13 @@ error. Called by `resolve.py`, once per file.
 Source of keys and tensor names: the GGUF specification (ggml, docs/gguf.md) and llama.cpp's conversion scripts.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gguf
 import torch
 from gguf import GGUFReader, GGUFWriter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
@@ -50,6 +53,22 @@ def write_dense(shards: list[Path], folder: Path) -> None:
 
 def _write_dense(file: Path, named: Path, folder: Path) -> None:
     source = _Source(file, named)
+    with source.read_once():
+        config, model, tokenizer = _load(source, file)
+    source.check_used(model)
+    # transformers dequantizes on loading but goes on calling the model quantized, and then will not save it.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id, eos_token_id=source.end_tokens() or None
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _load(source: "_Source", file: Path) -> tuple[PretrainedConfig, Any, Any]:
+    """The configuration, the model and the tokenizer, as transformers has them of the file."""
     config = source.config()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -66,17 +85,8 @@ def _write_dense(file: Path, named: Path, folder: Path) -> None:
     except Exception as error:
         raise source.refusal(brief(error)) from error
     model, found = loaded
-    check_complete(str(named), model, found)
-    source.check_used(model)
-    # transformers dequantizes on loading but goes on calling the model quantized, and then will not save it.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id, eos_token_id=source.end_tokens() or None
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    check_complete(str(source.named), model, found)
+    return config, model, tokenizer
 
 
 class _Source:
@@ -88,7 +98,7 @@ class _Source:
     """
 
     def __init__(self, file: Path, named: Path) -> None:
-        self._file, self._named = file, named
+        self._file, self.named = file, named
         try:
             self._reader = GGUFReader(file)
             self._architecture = str(self._value("general.architecture"))
@@ -96,8 +106,25 @@ class _Source:
             raise self.refusal(f"not readable, perhaps truncated ({brief(error)})") from error
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
 
+    @contextmanager
+    def read_once(self) -> Iterator[None]:
+        """Have transformers take the file as it was read here.
+
+        It reads it for the configuration, for the weights and for the tokenizer, each time token by token: 2 to 4 s.
+        """
+        whole: Any = gguf.GGUFReader
+
+        def reader(file: str | Path) -> GGUFReader:
+            return self._reader if Path(file).samefile(self._file) else whole(file)
+
+        setattr(gguf, "GGUFReader", reader)  # noqa: B010  # it is a class to mypy
+        try:
+            yield
+        finally:
+            setattr(gguf, "GGUFReader", whole)  # noqa: B010
+
     def refusal(self, reason: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"model {str(self._named)!r}: {reason}")
+        return UnsupportedModelError(f"model {str(self.named)!r}: {reason}")
 
     def config(self) -> PretrainedConfig:
         """What transformers reads, and what it passes over."""

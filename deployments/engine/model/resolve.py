@@ -7,10 +7,12 @@ any process; later calls find the folder.
 import logging
 from fcntl import LOCK_EX, flock
 from hashlib import blake2b
+from importlib.metadata import version
 from pathlib import Path
 
 from deployments.engine.model.files import (
     BUNDLED_MODEL,
+    BUNDLED_PACKAGE,
     bundled_file,
     cache_folder,
     check_files,
@@ -38,7 +40,8 @@ def resolve_model(model: str) -> str:
         UnsupportedModelError: the bundled model's package is missing, or the file or folder is not whole.
     """
     if model == BUNDLED_MODEL:
-        return str(_converted(bundled_file()))
+        # Its times are those of its installation: each environment would convert it anew, and keep 540 MB more.
+        return str(_converted(bundled_file(), version(BUNDLED_PACKAGE)))
     path = local_path(model)
     if path is None:
         return model
@@ -46,18 +49,20 @@ def resolve_model(model: str) -> str:
     return str(path if path.is_dir() else _converted(path.resolve()))
 
 
-def _converted(file: Path) -> Path:
+def _converted(file: Path, release: str | None = None) -> Path:
     """The folder of a GGUF file, written once; concurrent callers wait for the first.
 
     Args:
         file: one of a split file's shards stands for all.
+        release: says what is in the file; None: its size and time do.
 
     Raises:
         UnsupportedModelError: transformers does not know the architecture, or the file is not whole.
     """
     shards = gguf_shards(file)
     stats = [shard.stat() for shard in shards]
-    identity = f"{_VERSION}-{file.name}-" + "-".join(f"{stat.st_size}-{stat.st_mtime_ns}" for stat in stats)
+    content = release or "-".join(f"{stat.st_size}-{stat.st_mtime_ns}" for stat in stats)
+    identity = f"{_VERSION}-{file.name}-{content}"
     target = cache_folder() / f"{file.stem}-{blake2b(identity.encode(), digest_size=6).hexdigest()}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.with_suffix(".lock"), "w") as lock:

@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deployments.engine.config import EngineConfig
+from deployments.engine.model import gguf as conversion
 from deployments.engine.model.load import load_model
 from deployments.engine.model.resolve import resolve_model
 from deployments.errors import UnsupportedModelError
@@ -141,6 +143,22 @@ def test_what_is_particular_to_a_family_is_not_lost(
     model = build(names[architecture], **settings)
     (file,) = write_gguf(cache / "m.gguf", model, architecture=architecture, metadata=metadata)
     assert_same(file, model)
+
+
+def test_a_file_is_read_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readings: list[Path] = []
+
+    class CountingReader(GGUFReader):
+        def __init__(self, path: Path) -> None:
+            readings.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", CountingReader)
+    monkeypatch.setattr(conversion, "GGUFReader", CountingReader)
+    (file,) = write_gguf(cache / "m.gguf", build())
+    resolve_model(str(file))
+    assert readings == [file]
+    assert gguf.GGUFReader is CountingReader, "nobody else is given that file in place of another"
 
 
 def test_a_split_file_is_found_by_any_of_its_parts_and_converted_once(cache: Path) -> None:

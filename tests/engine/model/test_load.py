@@ -20,7 +20,7 @@ from deployments.engine.layers import packed
 from deployments.engine.layers.linear import convert_linears
 from deployments.engine.layers.merged import LinearPart, MergedLinear, merge_linears
 from deployments.engine.layers.packed import PackedLinear
-from deployments.engine.model import files
+from deployments.engine.model import files, resolve
 from deployments.engine.model import gguf as conversion
 from deployments.engine.model.files import BUNDLED_MODEL
 from deployments.engine.model.load import LoadedModel, load_model, prepare_model
@@ -129,6 +129,18 @@ def test_a_changed_file_is_converted_anew(gguf: Path, monkeypatch: pytest.Monkey
     before = resolve_model(str(gguf))
     os.utime(gguf, ns=(1, 1))
     assert resolve_model(str(gguf)) != before
+
+
+def test_the_bundled_model_is_converted_once_however_often_it_is_installed(
+    gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversion, "write_dense", lambda shards, folder: None)
+    monkeypatch.setattr(resolve, "bundled_file", lambda: gguf)
+    before = resolve_model(BUNDLED_MODEL)
+    os.utime(gguf, ns=(1, 1))
+    assert resolve_model(BUNDLED_MODEL) == before
+    monkeypatch.setattr(resolve, "version", lambda package: "another")
+    assert resolve_model(BUNDLED_MODEL) != before
 
 
 # --- loading
