@@ -143,6 +143,30 @@ class Vocabulary:
         return matcher
 
 
+class Vocabularies:
+    """Of one model: one for each set of end tokens, made when a grammar first has them. Used in one thread.
+
+    Args:
+        make: from end tokens, a vocabulary.
+    """
+
+    def __init__(self, make: Callable[[tuple[int, ...]], Vocabulary]) -> None:
+        self._make = make
+        self._made: dict[tuple[int, ...], Vocabulary] = {}
+
+    def compile(self, grammar: Grammar) -> Guide:
+        """As `Vocabulary.compile`.
+
+        Raises:
+            GrammarError: says what is wrong with the grammar.
+            VocabularyError: as whatever makes vocabularies.
+        """
+        vocabulary = self._made.get(grammar.end_token_ids)
+        if vocabulary is None:
+            vocabulary = self._made[grammar.end_token_ids] = self._make(grammar.end_token_ids)
+        return vocabulary.compile(grammar)
+
+
 def read_vocabulary(folder: str, vocab_size: int, end_token_ids: tuple[int, ...]) -> Vocabulary:
     """Of the model in a folder.
 

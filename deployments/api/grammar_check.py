@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError, OverloadedError
-from deployments.grammars import GrammarError, Vocabulary, VocabularyError, explain
+from deployments.grammars import GrammarError, Vocabularies, Vocabulary, VocabularyError, explain
 from deployments.messages import Grammar
 
 # In this time a grammar has waited for those before it and is compiled, or it is refused.
@@ -26,9 +26,7 @@ class GrammarCheck:
     """
 
     def __init__(self, codec: TextCodec, vocab_size: int) -> None:
-        self._codec = codec
-        self._vocab_size = vocab_size
-        self._vocabularies: dict[tuple[int, ...], Vocabulary] = {}
+        self._vocabularies = Vocabularies(lambda ends: Vocabulary(codec.backend.to_str(), vocab_size, ends))
         self._thread = ThreadPoolExecutor(1, "grammar-check")
         self._num_waiting = 0
 
@@ -60,8 +58,4 @@ class GrammarCheck:
 
     def _check(self, grammar: Grammar) -> None:
         """In the thread."""
-        vocabulary = self._vocabularies.get(grammar.end_token_ids)
-        if vocabulary is None:
-            vocabulary = Vocabulary(self._codec.backend.to_str(), self._vocab_size, grammar.end_token_ids)
-            self._vocabularies[grammar.end_token_ids] = vocabulary
-        vocabulary.compile(grammar).mask()
+        self._vocabularies.compile(grammar).mask()

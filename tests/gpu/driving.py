@@ -1,9 +1,12 @@
 """Engines around the small models, and what they are asked."""
 
+from collections.abc import Collection, Iterator
+
 import torch
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
+from tests.engine.driving import greedy, run
 from tests.gpu.models import VOCAB_SIZE, loaded
 
 NUM_TOKENS = 24
@@ -20,3 +23,19 @@ def build(family: str, **overrides: object) -> Engine:
 
 def prompt(length: int) -> tuple[int, ...]:
     return tuple(torch.randint(0, VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(length)).tolist())
+
+
+def generate(engine: Engine, lengths: Collection[int] = LENGTHS) -> dict[str, list[int]]:
+    """What follows prompts of these lengths, all at once; by names that end in the length."""
+    for length in lengths:
+        engine.add(greedy(f"r{length}", prompt(length), NUM_TOKENS))
+    tokens = run(engine).tokens
+    assert all(tokens[f"r{length}"] for length in lengths)
+    return tokens
+
+
+def generate_preempted(engine: Engine) -> Iterator[dict[str, list[int]]]:
+    """As `generate`, in 9 blocks of 256 tokens, twice: the second time some of the prompts are cached."""
+    for _ in range(2):
+        yield generate(engine, (200, 255, 256, 500, 511, 700))
+    assert engine.stats().preemptions > 0 and engine.stats().prefix_hit_tokens > 0

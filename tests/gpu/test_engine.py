@@ -12,7 +12,7 @@ from deployments.engine.model.load import optimize_layers, prepare_model
 from deployments.messages import SamplingParams
 from tests.engine.driving import Transcript, greedy, prefill_all, run
 from tests.engine.insides import runner_of
-from tests.gpu.driving import LENGTHS, NUM_TOKENS, TIE, build, prompt
+from tests.gpu.driving import NUM_TOKENS, TIE, build, generate, generate_preempted, prompt
 from tests.gpu.models import CONFIGS, exact, loaded, plain
 
 pytestmark = pytest.mark.gpu
@@ -54,9 +54,7 @@ def test_attention_that_does_something_with_what_it_rotated_rotates_itself() -> 
     assert loaded("hunyuan").has_cuda_layers
     assert not any("forward" in vars(layer.self_attn) for layer in layers)
     engine = build("hunyuan")
-    for length in (5, 700):
-        engine.add(greedy(f"r{length}", prompt(length), NUM_TOKENS))
-    for name, tokens in run(engine).tokens.items():
+    for name, tokens in generate(engine, (5, 700)).items():
         check_greedy("hunyuan", prompt(int(name[1:])), tokens)
 
 
@@ -79,24 +77,17 @@ def test_layers_that_do_more_than_add_to_their_residuals_stay_as_they_are() -> N
 @pytest.mark.parametrize("budget", [4096, 300])
 def test_prompts_of_all_lengths_together(family: str, budget: int) -> None:
     engine = build(family, max_num_batched_tokens=budget)
-    for length in LENGTHS:
-        engine.add(greedy(f"r{length}", prompt(length), NUM_TOKENS))
-    tokens = run(engine).tokens
-    for length in LENGTHS:
-        assert len(tokens[f"r{length}"]) == NUM_TOKENS
-        check_greedy(family, prompt(length), tokens[f"r{length}"])
+    for name, tokens in generate(engine).items():
+        assert len(tokens) == NUM_TOKENS
+        check_greedy(family, prompt(int(name[1:])), tokens)
     assert engine.num_free_blocks == 64
 
 
 @every_family
 def test_preemption_and_a_warm_cache(family: str) -> None:
-    engine = build(family, num_blocks=9)
-    for _ in range(2):
-        for length in (200, 255, 256, 500, 511, 700):
-            engine.add(greedy(f"r{length}", prompt(length), NUM_TOKENS))
-        for name, tokens in run(engine).tokens.items():
+    for found in generate_preempted(build(family, num_blocks=9)):
+        for name, tokens in found.items():
             check_greedy(family, prompt(int(name[1:])), tokens)
-    assert engine.stats().preemptions > 0 and engine.stats().prefix_hit_tokens > 0
 
 
 def test_a_handed_over_prompt_continues() -> None:

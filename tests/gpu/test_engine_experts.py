@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.driving import greedy, run
-from tests.gpu.driving import LENGTHS, NUM_TOKENS, TIE, build, prompt
+from tests.gpu.driving import NUM_TOKENS, TIE, build, generate, prompt
 from tests.gpu.models import EXPERTS, exact, loaded, plain
 
 pytestmark = pytest.mark.gpu
@@ -54,10 +53,8 @@ def test_routers_and_experts_are_replaced_and_add_to_the_residual(family: str) -
 @pytest.mark.parametrize("budget", [4096, 300])
 def test_prompts_of_all_lengths_together(family: str, budget: int) -> None:
     engine = build(family, max_num_batched_tokens=budget)
-    for length in LENGTHS:
-        engine.add(greedy(f"r{length}", prompt(length), NUM_TOKENS))
-    tokens = run(engine).tokens
-    assert all(len(tokens[f"r{length}"]) == NUM_TOKENS for length in LENGTHS)
+    tokens = generate(engine)
+    assert all(len(drawn) == NUM_TOKENS for drawn in tokens.values())
     check(family, tokens)
     assert engine.num_free_blocks == 64
 
@@ -67,8 +64,6 @@ def test_tokens_of_a_batch_repeat(family: str) -> None:
     found = []
     for _ in range(2):
         engine = build(family, max_num_seqs=40)
-        for length in range(20, 60):
-            engine.add(greedy(f"r{length}", prompt(length), NUM_TOKENS))
-        found.append(run(engine).tokens)
+        found.append(generate(engine, range(20, 60)))
     assert found[0] == found[1]
     check(family, found[0])

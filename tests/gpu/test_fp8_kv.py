@@ -12,7 +12,7 @@ from deployments.engine.model.load import prepare_model
 from deployments.messages import ChunkReady
 from tests.engine.driving import Transcript, greedy, prefill_all, run
 from tests.engine.rounded import rounded_logits
-from tests.gpu.driving import LENGTHS, NUM_TOKENS, TIE, prompt
+from tests.gpu.driving import NUM_TOKENS, TIE, generate, generate_preempted, prompt
 from tests.gpu.driving import build as build_engine
 from tests.gpu.models import plain
 
@@ -59,20 +59,14 @@ def check(family: str, tokens: dict[str, list[int]]) -> None:
 @pytest.mark.parametrize("budget", [4096, 300])
 def test_prompts_of_all_lengths_together(family: str, budget: int) -> None:
     engine = build(family, max_num_batched_tokens=budget)
-    for length in LENGTHS:
-        engine.add(greedy(f"r{length}", prompt(length), NUM_TOKENS))
-    check(family, run(engine).tokens)
+    check(family, generate(engine))
     assert engine.num_free_blocks == 64
 
 
 @every_family
 def test_preemption_and_a_warm_cache(family: str) -> None:
-    engine = build(family, num_blocks=9)
-    for _ in range(2):
-        for length in (200, 255, 256, 500, 511, 700):
-            engine.add(greedy(f"r{length}", prompt(length), NUM_TOKENS))
-        check(family, run(engine).tokens)
-    assert engine.stats().preemptions > 0 and engine.stats().prefix_hit_tokens > 0
+    for tokens in generate_preempted(build(family, num_blocks=9)):
+        check(family, tokens)
 
 
 def test_a_handed_over_prompt_continues_and_takes_half_the_bytes() -> None:

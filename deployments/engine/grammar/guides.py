@@ -16,12 +16,13 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Role, Sequence, Status
 from deployments.errors import KvRelayError, TransferError, brief
-from deployments.grammars import GrammarError, Guide, Vocabulary, explain, read_vocabulary
+from deployments.grammars import GrammarError, Guide, Vocabularies, explain, read_vocabulary
 from deployments.messages import GivenUp, Grammar
 
 logger = logging.getLogger(__name__)
@@ -61,14 +62,12 @@ class Guides:
     """
 
     def __init__(self, folder: str, vocab_size: int) -> None:
-        self._folder = folder
-        self._vocab_size = vocab_size
         self._by_id: dict[str, _Guided] = {}
         self._done: queue.SimpleQueue[tuple[_Guided, _Work]] = queue.SimpleQueue()
         self._num_compiling = 0
         self._num_masking = 0
         self._collected_s = time.monotonic()
-        self._vocabularies: dict[tuple[int, ...], Vocabulary] = {}
+        self._vocabularies = Vocabularies(partial(read_vocabulary, folder, vocab_size))
         # Apart, so that no mask waits for a grammar that takes long.
         self._compiler = ThreadPoolExecutor(1, "grammar-compiler")
         self._maskers = ThreadPoolExecutor(min(_MAX_MASK_THREADS, os.cpu_count() or 1), "grammar-masks")
@@ -177,11 +176,7 @@ class Guides:
 
     def _begin(self, grammar: Grammar, token_ids: list[int]) -> tuple[Guide, bytes]:
         """Called in the compiler's thread, which alone has to do with vocabularies."""
-        vocabulary = self._vocabularies.get(grammar.end_token_ids)
-        if vocabulary is None:
-            vocabulary = read_vocabulary(self._folder, self._vocab_size, grammar.end_token_ids)
-            self._vocabularies[grammar.end_token_ids] = vocabulary
-        return _take(vocabulary.compile(grammar), token_ids)
+        return _take(self._vocabularies.compile(grammar), token_ids)
 
 
 def _take(guide: Guide, token_ids: list[int]) -> tuple[Guide, bytes]:
