@@ -24,7 +24,7 @@ from deployments.replica_stats import ReplicaStats
 MODEL_NAME = "smollm2"
 MODES = ("disaggregated", "colocated")
 MAX_TOKENS = 16
-PLAIN_LENGTHS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 128, 200, 256, 300, 511, 1025, 2049)
+PLAIN_LENGTHS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128, 256, 300, 511, 2049)
 CHATS = (
     "What is the capital of France?",
     "Write a haiku about the sea. 🌊",

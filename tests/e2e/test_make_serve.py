@@ -25,7 +25,7 @@ from tests.e2e.conftest import MODEL_NAME, Service
 from tests.e2e.greedy import assert_same, complete
 from tests.waiting import wait_until
 
-PROMPT_NAMES = ("plain-1", "plain-33", "plain-300", "plain-511", "plain-1025", "chat-0", "chat-1", "chat-3")
+PROMPT_NAMES = ("plain-1", "plain-33", "plain-300", "plain-511", "chat-0", "chat-1", "chat-3")
 STOP_TIMEOUT_S = 240.0
 KEY, LIMITED_KEY = "sk-tests-0123456789", "sk-limited-0123456789"
 LIMIT = 6000
