@@ -10,8 +10,7 @@ from torch import Tensor
 
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.kernels.arguments import Scores
-from deployments.engine.kernels.cpu_attention import decode_attention
-from deployments.engine.kernels.cpu_prompt import prompt_attention
+from deployments.engine.kernels.cpu_paged import Runs, attend_runs
 from deployments.engine.kv.cache import KVCache
 
 _SPLIT_TOKENS = 256
@@ -34,57 +33,41 @@ def compile_kernels(cache: KVCache) -> None:
     none = np.zeros(0, np.int64)
     nothing = StepArrays(none, none, none, none, none, none, np.zeros((0, 1), np.int64), 0, none, none)
     queries = torch.empty(0, cache.group.num_kv_heads, cache.group.head_dim)
-    PagedDecode(nothing, cache, None).attend(0, queries, 1.0, queries)
-    attend_prompt(cache, 0, queries, torch.from_numpy(none), 0, Scores(1.0), queries)
+    PagedStep(nothing, cache, None).attend(0, queries, 1.0, queries)
 
 
-class PagedDecode:
-    """The decodes of one step; shared by all layers with the same window."""
+class PagedStep:
+    """The attention of one step; shared by all layers with the same window.
+
+    Attributes:
+        runs: of the step.
+        pool: the blocks of all layers.
+        window: as kernels take it.
+    """
 
     def __init__(self, arrays: StepArrays, cache: KVCache, window: int | None) -> None:
         lens = arrays.decode_lens
         start = np.zeros_like(lens) if window is None else np.maximum(lens - window, 0)
         num_splits = -(-(lens - start) // _SPLIT_TOKENS)
-        self._first_split = np.concatenate(([0], np.cumsum(num_splits)))
+        first_split = np.concatenate(([0], np.cumsum(num_splits)))
         owner = np.repeat(np.arange(len(lens)), num_splits)
-        rank = np.arange(len(owner)) - self._first_split[owner]
+        rank = np.arange(len(owner)) - first_split[owner]
         first = start[owner] + rank * _SPLIT_TOKENS
-        self._splits = np.stack((owner, first, np.minimum(first + _SPLIT_TOKENS, lens[owner])), axis=1)
-        self._tables = arrays.decode_tables
-        self._pool = cache.blocks.numpy()
+        splits = np.stack((owner, first, np.minimum(first + _SPLIT_TOKENS, lens[owner])), axis=1)
+        # Compiled code is compiled once more for arrays that lie in memory otherwise.
+        runs = (arrays.starts, arrays.counts, arrays.tables, splits, first_split)
+        self.runs = Runs(*map(np.ascontiguousarray, runs))
+        self.pool: np.ndarray = cache.blocks.numpy()
+        self.window = _UNBOUNDED if window is None else window
 
     def attend(self, layer: int, queries: Tensor, scaling: float, out: Tensor) -> None:
-        """Attention of one query per decode.
+        """Attend in one layer.
 
         Args:
             layer: index of the layer.
-            queries: (D, num_heads, head_dim) float32, contiguous.
+            queries: (T, num_heads, head_dim) float32, contiguous.
             scaling: of the scores.
             out: as queries, filled.
         """
-        keys, values = self._pool[layer]
-        num_splits, num_heads = len(self._splits), queries.shape[1]
-        parts = np.empty((num_splits, *queries.shape[1:]), _FLOAT)
-        peaks, sums = np.empty((2, num_splits, num_heads), _FLOAT)
-        where = (self._tables, self._splits, self._first_split)
-        decode_attention(queries.numpy(), keys, values, *where, _FLOAT(scaling), parts, peaks, sums, out.numpy())
-
-
-def attend_prompt(
-    cache: KVCache, layer: int, queries: Tensor, block_ids: Tensor, context_len: int, scores: Scores, out: Tensor
-) -> None:
-    """Attention of a run of one sequence's tokens.
-
-    Args:
-        cache: the pool.
-        layer: index of the layer.
-        queries: (T, num_heads, head_dim) float32, contiguous.
-        block_ids: (B,) int64 of the sequence.
-        context_len: tokens before the run.
-        scores: what `can_attend` accepts.
-        out: as queries, filled.
-    """
-    keys, values = cache.blocks.numpy()[layer]
-    window = _UNBOUNDED if scores.window is None else scores.window
-    where = block_ids.numpy(), context_len, window
-    prompt_attention(queries.numpy(), keys, values, *where, _FLOAT(scores.scaling), out.numpy())
+        keys, values = self.pool[layer]
+        attend_runs(queries.numpy(), keys, values, self.runs, self.window, _FLOAT(scaling), out.numpy())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.attention.base import LayerAttention
-from deployments.engine.attention.paged import PagedDecode, attend_prompt, can_attend
+from deployments.engine.attention.paged import PagedStep, can_attend
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.kernels.arguments import Scores
 from deployments.engine.kernels.cpu import use_torch_threads
@@ -82,7 +82,7 @@ class SdpaStep:
         self._arrays = arrays
         self._chunks = _cut_chunks(arrays, cache.block_size, cache.blocks.device)
         self._decode_plans: dict[int | None, _DecodePlan] = {}
-        self._paged_decodes: dict[int | None, PagedDecode] = {}
+        self._paged: dict[int | None, PagedStep] = {}
 
     def attend(self, asked: LayerAttention) -> Tensor:
         layer, queries, keys, values, scores, rotation = asked
@@ -111,18 +111,17 @@ class SdpaStep:
         Returns:
             (T, num_heads, head_dim), contiguous.
         """
-        num_decodes, queries = self._arrays.num_decodes, queries.contiguous()
+        queries = queries.contiguous()
         out = torch.empty_like(queries)
-        if num_decodes:
-            paged = self._paged_decodes.get(scores.window)
-            if paged is None:
-                paged = self._paged_decodes[scores.window] = PagedDecode(self._arrays, self.cache, scores.window)
-            paged.attend(layer, queries[:num_decodes], scores.scaling, out[:num_decodes])
-        for chunk in self._chunks:
-            span = slice(chunk.query_start, chunk.query_start + chunk.num_queries)
-            where = chunk.block_ids, chunk.context_len
-            attend_prompt(self.cache, layer, queries[span], *where, scores, out[span])
+        self.paged(scores.window).attend(layer, queries, scores.scaling, out)
         return out
+
+    def paged(self, window: int | None) -> PagedStep:
+        """For kernels that attend straight from the pool, in layers with this window."""
+        paged = self._paged.get(window)
+        if paged is None:
+            paged = self._paged[window] = PagedStep(self._arrays, self.cache, window)
+        return paged
 
     def _decode(self, layer: int, queries: Tensor, scores: Scores) -> Tensor:
         plan = self._decode_plans.get(scores.window)

@@ -1,13 +1,14 @@
-"""Decoder layers of Llama's kind on a CPU: compiled code around attention in place of modules and operators.
+"""Decoder layers of Llama's kind on a CPU: compiled code in place of modules and operators.
 
 What is replaced is recognised by its parts, and only if the replacement gives the same output, and the same KV, for
-random input; a layer of another kind runs as it is.
+random input; a layer of another kind runs as it is. The first of some layers that follow each other runs them all, and
+the others pass on what they are given, if the model's output stays the same bit by bit.
 """
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from deployments.engine.attention.paged import can_attend, has_kernels
 from deployments.engine.attention.sdpa import SdpaStep
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.kernels.arguments import Scores
-from deployments.engine.kernels.cpu_layers import enter_attention, leave_attention
+from deployments.engine.kernels.cpu_layers import LAYER, run_layers
 from deployments.engine.kernels.cpu_matmul import PackedWeight
 from deployments.engine.kv.cache import KVCache, KVShape
 from deployments.engine.kv.slots import slots
@@ -60,6 +61,93 @@ class _Parts:
     down: PackedWeight
 
 
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer that compiled code can run.
+
+    Attributes:
+        original: the layer's own forward, for rotary embeddings of a part of a head, and for KV that is rounded.
+        parts: of the layer.
+        index: of the layer.
+        num_heads: of its queries.
+        scores: as its attention asks for them.
+        is_last: it is the model's last one.
+    """
+
+    original: Callable[..., Tensor]
+    parts: _Parts
+    index: int
+    num_heads: int
+    scores: Scores
+    is_last: bool
+
+    def is_followed_by(self, other: "_Layer") -> bool:
+        return other.index == self.index + 1 and other.scores == self.scores
+
+    def addresses(self) -> tuple[object, ...]:
+        """A `LAYER`."""
+        parts = self.parts
+        norms = (parts.before_attention, parts.before_mlp, parts.query_heads, parts.key_heads)
+        products = (parts.qkv, parts.attended, parts.gate_up, parts.down)
+        return (
+            self.index,
+            self.num_heads,
+            parts.down.depth,
+            *(norm.weight.ctypes.data if norm.weight.size else 0 for norm in norms),
+            *(norm.eps for norm in norms[:3]),
+            *((p.panels.ctypes.data, p.panels.shape[1], p.bias.ctypes.data) for p in products),
+        )
+
+
+class _Run:
+    """The forward of the first of some layers that follow each other: runs them all."""
+
+    def __init__(self, layers: list[_Layer]) -> None:
+        self._layers = layers  # keeps in memory what the table points to
+        self._table = np.array([layer.addresses() for layer in layers], LAYER)
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        paged_step: SdpaStep,
+        **others: object,
+    ) -> Tensor:
+        """Run the layers; writes over its input, and in the model's last layer only over the rows that are wanted.
+
+        Args:
+            hidden_states: (1, T, hidden_size).
+            position_embeddings: cos and sin, (1, T, head_dim).
+            paged_step: the step's attention.
+        """
+        if position_embeddings[0].shape[-1] != paged_step.cache.group.head_dim or not has_kernels(paged_step.cache):
+            others |= {"position_embeddings": position_embeddings, "paged_step": paged_step}
+            for layer in self._layers:
+                hidden_states = layer.original(hidden_states, **others)
+            return hidden_states
+        hidden = hidden_states[0]
+        last = self._layers[-1]
+        rows = paged_step.rows if last.is_last else None
+        paged = paged_step.paged(last.scores.window)
+        run_layers(
+            self._table,
+            hidden.numpy(),
+            *(table[0].contiguous().numpy() for table in position_embeddings),
+            paged_step.slots.numpy(),
+            paged.pool,
+            paged.runs,
+            paged.window,
+            np.float32(last.scores.scaling),
+            np.arange(len(hidden)) if rows is None else rows.numpy(),
+        )
+        return hidden_states
+
+
+def _pass_on(hidden_states: Tensor, **_: object) -> Tensor:
+    """The forward of a layer that one before it has run."""
+    return hidden_states
+
+
 def fuse_decoder_layers(model: nn.Module, shape: KVShape) -> int:
     """Replace the forward of those layers that can be; after linears are packed.
 
@@ -68,87 +156,42 @@ def fuse_decoder_layers(model: nn.Module, shape: KVShape) -> int:
     """
     layers = [layer for layer in model.modules() if isinstance(getattr(layer, "self_attn", None), nn.Module)]
     last = max((_index_of(layer) for layer in layers), default=0)
-    num_fused = 0
+    fused: list[tuple[Any, _Layer]] = []
     for layer in layers:
         parts = _parts_of(layer)
-        fused = None if parts is None else _fused(layer, parts, shape, _index_of(layer) == last)
-        if fused is not None:
-            layer.forward = fused
-            num_fused += 1
-    return num_fused
+        known = None if parts is None else _known(layer, parts, shape, _index_of(layer) == last)
+        if known is not None:
+            layer.forward = _Run([known])
+            fused.append((layer, known))
+    _join(model, fused, shape)
+    return len(fused)
 
 
-def _forward(
-    original: Callable[..., Tensor],
-    parts: _Parts,
-    index: int,
-    scores: Scores,
-    is_last: bool,
-    hidden_states: Tensor,
-    position_embeddings: tuple[Tensor, Tensor],
-    paged_step: SdpaStep,
-    **others: object,
-) -> Tensor:
-    """A decoder layer; writes over its input, and in the last one only over the rows that are wanted.
-
-    Args:
-        original: the layer's own forward, for rotary embeddings of a part of a head, and for KV that is rounded.
-        parts: of the layer.
-        index: of the layer.
-        scores: as its attention asks for them.
-        is_last: it is the model's last one.
-        hidden_states: (1, T, hidden_size).
-        position_embeddings: cos and sin, (1, T, head_dim).
-        paged_step: the step's attention.
-    """
-    if position_embeddings[0].shape[-1] != paged_step.cache.group.head_dim or not has_kernels(paged_step.cache):
-        others |= {"position_embeddings": position_embeddings, "paged_step": paged_step}
-        return original(hidden_states, **others)
-    hidden = hidden_states[0]
-    cos, sin = (table[0].contiguous().numpy() for table in position_embeddings)
-    keys, values = paged_step.cache.blocks[index].numpy()
-    num_heads = parts.qkv.num_columns // keys.shape[3] - 2 * keys.shape[2]
-    queries = torch.empty(len(hidden), num_heads, keys.shape[3])
-    norm, heads = parts.before_attention, (parts.query_heads.weight, parts.key_heads.weight, parts.query_heads.eps)
-    enter_attention(
-        hidden.numpy(),
-        norm.weight,
-        norm.eps,
-        parts.qkv.panels,
-        parts.qkv.bias,
-        *heads,
-        cos,
-        sin,
-        paged_step.slots.numpy(),
-        queries.numpy(),
-        keys,
-        values,
-    )
-    rows = paged_step.rows if is_last else None
-    if rows is None:
-        _leave(parts, paged_step.attend_stored(index, queries, scores), hidden)
-    elif len(rows):
-        attended, wanted = paged_step.attend_stored(index, queries, scores)[rows], hidden[rows]
-        _leave(parts, attended, wanted)
-        hidden[rows] = wanted
-    return hidden_states
+def _join(model: nn.Module, fused: list[tuple[Any, _Layer]], shape: KVShape) -> None:
+    """Let layers that follow each other run in one call, unless the model does something between them."""
+    runs = [[fused[0]]] if fused else []
+    for before, after in pairwise(fused):
+        if before[1].is_followed_by(after[1]):
+            runs[-1].append(after)
+        else:
+            runs.append([after])
+    expected = _logits(model, shape)
+    for run in runs:
+        run[0][0].forward = _Run([known for _, known in run])
+        for layer, _ in run[1:]:
+            layer.forward = _pass_on
+    if not torch.equal(_logits(model, shape), expected):
+        logger.info("layers of %s run one by one", type(model).__name__)
+        for layer, known in fused:
+            layer.forward = _Run([known])
 
 
-def _leave(parts: _Parts, attended: Tensor, hidden: Tensor) -> None:
-    norm = parts.before_mlp
-    leave_attention(
-        attended.view(len(attended), -1).numpy(),
-        hidden.numpy(),
-        parts.attended.panels,
-        parts.attended.bias,
-        norm.weight,
-        norm.eps,
-        parts.down.depth,
-        parts.gate_up.panels,
-        parts.gate_up.bias,
-        parts.down.panels,
-        parts.down.bias,
-    )
+@torch.inference_mode()
+def _logits(model: nn.Module, shape: KVShape) -> Tensor:
+    """Of a few tokens of a sequence."""
+    step, tokens = _probe_step(shape), torch.arange(_PROBE_ROWS).unsqueeze(0)
+    output: Tensor = model(input_ids=tokens, position_ids=tokens, use_cache=False, paged_step=step).logits
+    return output
 
 
 def _index_of(layer: Any) -> int:
@@ -192,8 +235,8 @@ class _Recorder(SdpaStep):
 
 
 @torch.inference_mode()
-def _fused(layer: Any, parts: _Parts, shape: KVShape, is_last: bool) -> "partial[Tensor] | None":
-    """The layer as compiled code, if both give the same where the residual is small beside what is added, and large."""
+def _known(layer: Any, parts: _Parts, shape: KVShape, is_last: bool) -> _Layer | None:
+    """The layer, if compiled code gives the same where the residual is small beside what is added, and large."""
     index, head_dim = _index_of(layer), shape.group.head_dim
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(1, _PROBE_ROWS, len(parts.before_attention.weight), generator=generator)
@@ -209,8 +252,8 @@ def _fused(layer: Any, parts: _Parts, shape: KVShape, is_last: bool) -> "partial
             expected = layer(scale * rows, **needs, paged_step=theirs)
             if theirs.scores is None or not can_attend(ours.cache, theirs.scores):
                 return None
-            fused = partial(_forward, layer.forward, parts, index, theirs.scores, is_last)
-            out = fused(scale * rows, **needs, paged_step=ours)
+            known = _Layer(layer.forward, parts, index, parts.attended.depth // head_dim, theirs.scores, is_last)
+            out = _Run([known])(scale * rows, **needs, paged_step=ours)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             logger.info("%s runs as modules: %s", type(layer).__name__, error)
             return None
@@ -218,7 +261,7 @@ def _fused(layer: Any, parts: _Parts, shape: KVShape, is_last: bool) -> "partial
             return None
         if not _is_near(ours.cache.blocks[index], theirs.cache.blocks[index]):
             return None
-    return fused
+    return known
 
 
 def _probe_step(shape: KVShape) -> _Recorder:

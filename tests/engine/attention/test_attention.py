@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deployments.engine.attention import sdpa
 from deployments.engine.attention.base import LayerAttention
-from deployments.engine.attention.paged import PagedDecode, attend_prompt
+from deployments.engine.attention.paged import PagedStep
 from deployments.engine.attention.sdpa import _plan_decodes
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.kernels.arguments import Scores
@@ -231,7 +231,7 @@ def test_a_decode_gives_the_same_bits_whatever_runs_beside_it() -> None:
     def attend(rows: slice) -> Tensor:
         arrays = build_arrays(torch.zeros(0, dtype=torch.int64), lens[rows], tables[rows], [])
         out = torch.empty_like(queries[rows])
-        PagedDecode(arrays, pool.cache, None).attend(0, queries[rows], SCALING, out)
+        PagedStep(arrays, pool.cache, None).attend(0, queries[rows], SCALING, out)
         return out
 
     together = attend(slice(3))
@@ -242,13 +242,13 @@ def test_a_decode_gives_the_same_bits_whatever_runs_beside_it() -> None:
 @pytest.mark.parametrize("window", [None, 7, 250])
 def test_a_prompts_token_gives_the_same_bits_wherever_its_chunk_begins_and_ends(window: int | None) -> None:
     pool, length = Pool(4), 900
-    table = torch.tensor(pool.take(length))
+    table = pool.take(length)
     queries = pool.randn(length, NUM_HEADS, HEAD_DIM)
 
     def attend(start: int, end: int) -> Tensor:
         out = torch.empty(end - start, NUM_HEADS, HEAD_DIM)
-        blocks = table[: -(-end // BLOCK_SIZE)]
-        attend_prompt(pool.cache, 0, queries[start:end], blocks, start, Scores(SCALING, window), out)
+        arrays = build_arrays(torch.zeros(0, dtype=torch.int64), [], [table], [(start, end - start)])
+        PagedStep(arrays, pool.cache, window).attend(0, queries[start:end], SCALING, out)
         return out
 
     whole = attend(0, length)
