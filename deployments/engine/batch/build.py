@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import accumulate
+from operator import attrgetter
 
 import numpy as np
 
@@ -11,11 +12,17 @@ from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
 
 _PENDING = -1  # a step in flight draws it
+_start = attrgetter("start")
 
 
 def order_for_batch(scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
-    """Decodes first: those of one token are attended together, whatever their lengths; then those with drafts."""
+    """Decodes first, the longest of them in front, then those with drafts.
+
+    Decodes of one token are attended together, whatever their lengths. Their attention begins in this order, and ends
+    early where the short ones are left to the end.
+    """
     decodes = [item for item in scheduled if item.num_tokens == item.num_draws == 1]
+    decodes.sort(key=_start, reverse=True)
     if len(decodes) == len(scheduled):
         return decodes
     others = [item for item in scheduled if not item.num_tokens == item.num_draws == 1]

@@ -67,3 +67,11 @@ def test_every_token_has_its_place(shapes: list[tuple[tuple[int, int, int, int, 
     assert (arrays.draw_rows.tolist(), arrays.draw_positions.tolist()) == (draw_rows, draw_positions)
     firsts = np.cumsum([0, *(item.num_draws for item in items)]).tolist()
     assert rows_of(items) == {i.sequence.request_id: row for i, row in zip(items, firsts, strict=False) if i.num_draws}
+
+
+def test_the_longest_decode_is_first_and_prompts_stay_in_their_order() -> None:
+    def named(number: int, num_computed: int, num_tokens: int) -> ScheduledSequence:
+        return build(number, (num_computed + num_tokens, 0, num_computed, num_tokens, 0), is_pending=False)
+
+    given = [named(0, 0, 3), named(1, 5, 1), named(2, 9, 1), named(3, 5, 1), named(4, 0, 2), named(5, 7, 1)]
+    assert [item.sequence.request_id for item in order_for_batch(given)] == ["r2", "r5", "r1", "r3", "r0", "r4"]

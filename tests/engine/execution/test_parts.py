@@ -109,12 +109,12 @@ def test_the_graph_of_decodes_reads_those_of_a_mixed_step_alone() -> None:
     columns, tables = np.full((5, 6), 77), np.full((6, 5), 77)
     fill_decodes(columns, tables, arrays, 4)
     token_ids, sources, positions, slots, lens = columns.tolist()
-    assert token_ids == [605, 1009, 0, 0, 77, 77]
+    assert token_ids == [1009, 605, 0, 0, 77, 77], "the longest first"
     assert sources == [-1, -1, -1, -1, 77, 77]
-    assert positions == [5, 9, 0, 0, 77, 77]
-    assert slots == [601 * BLOCK_SIZE + 1, 1002 * BLOCK_SIZE + 1, -1, -1, 77, 77]
-    assert lens == [6, 10, 0, 0, 77, 77]
-    assert tables[:2, :3].tolist() == [[600, 601, 0], [1000, 1001, 1002]]
+    assert positions == [9, 5, 0, 0, 77, 77]
+    assert slots == [1002 * BLOCK_SIZE + 1, 601 * BLOCK_SIZE + 1, -1, -1, 77, 77]
+    assert lens == [10, 6, 0, 0, 77, 77]
+    assert tables[:2, :3].tolist() == [[1000, 1001, 1002], [600, 601, 0]]
     assert (tables[2:] == 77).all()
 
 
