@@ -8,8 +8,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
+from deployments.engine.kernels.cuda_step_products import StepTile, multiply_rows, step_tile
 
-# Products of more rows are torch's: cuBLAS is then bound by arithmetic and better at it, with many columns later.
+# Products of more rows are torch's, but for those with small weights: cuBLAS is then bound by arithmetic and better at
+# it, with many columns later.
 _MAX_ROWS, _MAX_ROWS_OF_WIDE, _WIDE = 32, 64, 16384
 
 
@@ -24,10 +26,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., N).
     """
-    if not _is_skinny(x, weight):
+    tile = _step_tile(x, weight)
+    if tile is None and not _is_skinny(x, weight):
         return functional.linear(x, weight, bias)
     out = torch.empty((*x.shape[:-1], len(weight)), dtype=x.dtype, device=x.device)
-    _product(x, weight, bias, out, adds=False)
+    if tile is not None:
+        multiply_rows(x, weight, bias, out, tile, adds=False)
+    else:
+        _product(x, weight, bias, out, adds=False)
     return out
 
 
@@ -43,13 +49,20 @@ def add_linear(residual: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None 
     Returns:
         The residual.
     """
-    if _is_skinny(x, weight):
+    if (tile := _step_tile(x, weight)) is not None:
+        multiply_rows(x, weight, bias, residual, tile, adds=True)
+    elif _is_skinny(x, weight):
         _product(x, weight, bias, residual, adds=True)
     else:
         if bias is not None:
             residual += bias
         residual.view(-1, len(weight)).addmm_(x.view(-1, x.shape[-1]), weight.t())
     return residual
+
+
+def _step_tile(x: Tensor, weight: Tensor) -> StepTile | None:
+    num_columns, depth = weight.shape
+    return step_tile(num_columns, depth, x.numel() // depth)
 
 
 def _is_skinny(x: Tensor, weight: Tensor) -> bool:

@@ -71,9 +71,12 @@ class FusedGatedMLP(nn.Module):
         self.gate_up, self.down_proj = gate_up, down_proj
         # What it gives is for `down_proj` alone, and may be of a form that only that knows.
         self.activation: Callable[[Tensor], Any] = activation
+        # Both in one, where there is something faster; None: one after the other.
+        self.gated: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self.activation(self.gate_up(x)))
+        activated = self.activation(self.gate_up(x)) if self.gated is None else self.gated(x)
+        out: Tensor = self.down_proj(activated)
         return out
 
 

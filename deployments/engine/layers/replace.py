@@ -37,9 +37,10 @@ def replace_layers(model: PreTrainedModel, config: EngineConfig, kv_shape: KVSha
 
 def _fuse_on_cuda(model: PreTrainedModel, attention_rotates: bool) -> None:
     # Triton is there only where a GPU is.
-    from deployments.engine.layers import cuda, cuda_decoder, cuda_experts, cuda_fp8
+    from deployments.engine.layers import cuda, cuda_decoder, cuda_experts, cuda_fp8, skinny
 
     fuse_layers(model, cuda.KERNELS if attention_rotates else cuda.KERNELS_WITHOUT_ROTARY)
+    skinny.fuse_gates(model)
     cuda_experts.fuse_experts(model)
     # Decoder layers add to their residuals in kernels of their blocks, which are to be in place.
     cuda_decoder.fuse_residuals(model)

@@ -11,9 +11,9 @@ from deployments.engine.kernels import cuda_matmul  # isort: skip
 from deployments.engine.layers.cuda import KERNELS, can_drop_rows, keep_rotary_where_it_is_wanted  # isort: skip
 from deployments.engine.layers.cuda_decoder import fuse_residuals, given_to_layers  # isort: skip
 from deployments.engine.layers.cuda_experts import fuse_experts  # isort: skip
-from deployments.engine.layers.skinny import SkinnyLinear  # isort: skip
+from deployments.engine.layers.skinny import SkinnyLinear, fuse_gates  # isort: skip
 from deployments.engine.config import EngineConfig
-from deployments.engine.layers.fused import fuse_layers
+from deployments.engine.layers.fused import FusedGatedMLP, fuse_layers
 from deployments.engine.layers.linear import LinearKind, convert_linears
 from deployments.engine.layers.merged import merge_linears
 from deployments.engine.model.load import prepare_model
@@ -82,6 +82,22 @@ def test_layers_that_do_more_than_add_to_their_residuals_stay_as_they_are() -> N
 
     model.model.layers[0].__class__ = Scaled
     assert fuse_residuals(model) == model.config.num_hidden_layers - 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_gated_mlps_compute_their_activation_within_the_product_before_it(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(family)
+    replace_parts(model)
+    assert fuse_gates(model) == model.config.num_hidden_layers
+    mlp = next(module for module in model.modules() if isinstance(module, FusedGatedMLP))
+    x = torch.randn(1, 20, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
+    with monkeypatch.context() as patch:
+        patch.setattr(mlp, "activation", None)  # nothing else computes it
+        fused = mlp(x)
+    mlp.gated = None
+    assert (fused - mlp(x)).norm() <= 1e-3 * fused.norm()
 
 
 @pytest.mark.parametrize(
