@@ -6,6 +6,7 @@ transfer never delays an abort, and chunks by direct transport.
 
 import queue
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -21,11 +22,12 @@ from deployments.kv_tier.keys import TierKeys
 from deployments.kv_tier.ray_store import RayStore
 from deployments.kv_tier.settings import TierSettings
 from deployments.kv_transfer import direct
+from deployments.kv_transfer.base import Arrival, Export
 from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyAddress
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+
 
     from deployments.engine_host import EngineHost
     from deployments.kv_tier.index import Origins
@@ -100,13 +102,14 @@ class EngineActor:
         self._host.release_chunk(request_id, index)
 
     @direct.exports_kv
-    def take_chunk(self, request_id: str, index: int) -> "Tensor":
+    def take_chunk(self, request_id: str, index: int) -> "Export":
         """It leaves this process by direct transfer only."""
-        return self._host.take_chunk(request_id, index)
+        taken = self._host.take_chunk(request_id, index)
+        return Export(taken.tensor, taken.completion)
 
     @direct.receives_kv
-    def receive_kv(self, chunk: ChunkReady, tensor: "Tensor") -> None:
-        self._host.receive_kv(chunk, tensor)
+    def receive_kv(self, chunk: ChunkReady, arrival: Arrival) -> None:
+        self._host.receive_kv(replace(chunk, first_token=arrival.first_token), arrival.tensor)
 
     @ray.method(concurrency_group=direct.TIER_GROUP)
     def give(self, key: bytes) -> "tuple[Origins | None, np.ndarray | None]":

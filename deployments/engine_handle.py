@@ -14,7 +14,8 @@ from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyA
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
-    from torch import Tensor
+
+    from deployments.engine.handoff.states import TakenChunk
 
 
 class EngineHandle(Protocol):
@@ -59,12 +60,12 @@ class EngineHandle(Protocol):
         """End a request; `admission` is what its `add` or `prefill` returned, so that it cannot come later."""
         ...
 
-    def take_chunk(self, request_id: str, index: int) -> "Awaitable[Tensor]":
-        """The KV of a chunk, to be passed on to `receive_kv` of another engine; it stays there for as long as this."""
+    def take_chunk(self, request_id: str, index: int) -> "Awaitable[TakenChunk]":
+        """A chunk, complete or not, to be passed on to `receive_kv` of another engine; it stays for as long as this."""
         ...
 
-    def receive_kv(self, chunk: ChunkReady, taken: "Awaitable[Tensor]") -> Awaitable[None]:
-        """Take a chunk into the pool; it is there, and is read no more, once the answer comes."""
+    def receive_kv(self, chunk: ChunkReady, taken: "Awaitable[TakenChunk]") -> Awaitable[None]:
+        """Take a chunk into the pool once it is complete; it is there, and is read no more, once the answer comes."""
         ...
 
     def release_chunk(self, request_id: str, index: int) -> Awaitable[None]:
@@ -113,10 +114,10 @@ class RayEngine:
     def abort(self, request_id: str, admission: Awaitable[None]) -> Awaitable[None]:
         return _ask(self._actor.abort.remote, request_id, admission)
 
-    def take_chunk(self, request_id: str, index: int) -> "Awaitable[Tensor]":
+    def take_chunk(self, request_id: str, index: int) -> "Awaitable[TakenChunk]":
         return _ask(self._actor.take_chunk.remote, request_id, index)
 
-    def receive_kv(self, chunk: ChunkReady, taken: "Awaitable[Tensor]") -> Awaitable[None]:
+    def receive_kv(self, chunk: ChunkReady, taken: "Awaitable[TakenChunk]") -> Awaitable[None]:
         return _ask(self._actor.receive_kv.remote, chunk, taken)
 
     def release_chunk(self, request_id: str, index: int) -> Awaitable[None]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.engine import Engine
+from deployments.engine.handoff.states import TakenChunk
 from deployments.engine.loop import EngineLoop
 from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats
@@ -105,8 +106,8 @@ class EngineHost:
             self._tier.forget(request_id)
         self._post(lambda engine: engine.abort(request_id))
 
-    def take_chunk(self, request_id: str, index: int) -> Tensor:
-        """The KV of a chunk, once it is complete.
+    def take_chunk(self, request_id: str, index: int) -> TakenChunk:
+        """A chunk, complete or not.
 
         Raises:
             TransferError: the chunk is gone, since the request was aborted.

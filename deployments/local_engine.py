@@ -3,17 +3,18 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
-from torch import Tensor
-
 from deployments.engine.engine import Engine
+from deployments.engine.handoff.states import TakenChunk
 from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats
 from deployments.engine_builder import BuiltEngine
 from deployments.engine_host import EngineHost
 from deployments.engine_info import EngineInfo
-from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyAddress
+from deployments.errors import TransferError, was_cancelled
+from deployments.messages import ChunkReady, DrawnToken, FrontEvent, GenerateRequest, ReplyAddress
 
 T = TypeVar("T")
 
@@ -32,6 +33,21 @@ class Answer(Generic[T]):
         # Whoever was cancelled looks at no failure that comes later.
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())
         return asyncio.shield(answer).__await__()
+
+
+async def first_token_of(chunk: ChunkReady, taken: TakenChunk) -> DrawnToken | None:
+    """What comes with a chunk, once it is complete.
+
+    Raises:
+        TransferError: the hand-off is over.
+    """
+    try:
+        # Shielded: else whoever is cancelled here would cancel it for all.
+        return await asyncio.shield(asyncio.wrap_future(taken.completion))
+    except asyncio.CancelledError:
+        if taken.completion.cancelled() and not was_cancelled():
+            raise TransferError(f"{chunk.request_id}: chunk {chunk.index} is gone") from None
+        raise
 
 
 class LocalEngine:
@@ -74,11 +90,15 @@ class LocalEngine:
     def abort(self, request_id: str, admission: Awaitable[None]) -> Awaitable[None]:
         return self._ask(lambda admitted: self._host.abort(request_id), admission)
 
-    def take_chunk(self, request_id: str, index: int) -> Awaitable[Tensor]:
-        return self._ask_to_wait(self._host.take_chunk, request_id, index)
+    def take_chunk(self, request_id: str, index: int) -> Awaitable[TakenChunk]:
+        return self._ask(self._host.take_chunk, request_id, index)
 
-    def receive_kv(self, chunk: ChunkReady, taken: Awaitable[Tensor]) -> Awaitable[None]:
-        return self._ask_to_wait(self._host.receive_kv, chunk, taken)
+    def receive_kv(self, chunk: ChunkReady, taken: Awaitable[TakenChunk]) -> Awaitable[None]:
+        return self._answer_by(self._receive, (chunk, taken))
+
+    async def _receive(self, chunk: ChunkReady, taken: TakenChunk) -> None:
+        complete = replace(chunk, first_token=await first_token_of(chunk, taken))
+        await self._event_loop.run_in_executor(self._threads, self._host.receive_kv, complete, taken.tensor)
 
     def release_chunk(self, request_id: str, index: int) -> Awaitable[None]:
         return self._ask(self._host.release_chunk, request_id, index)

@@ -293,14 +293,15 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class ChunkReady:
-    """A prefill engine holds the KV of some blocks of a prompt, ready to be taken.
+    """The KV of some blocks of a prompt may be asked for; it is on its way, computed already or not.
 
     Attributes:
         request_id: the request.
         index: number of the chunk; its engine gives none twice.
         start_block: first block, counted from the start of the sequence.
         num_blocks: consecutive blocks in the chunk.
-        first_token: the first generated token, as it was drawn; set on the last chunk and on no other.
+        is_last: no chunk of the request comes behind it.
+        first_token: the first generated token, as it was drawn; comes with the KV of the last chunk.
         num_cached_tokens: leading tokens of the prompt that the prefill engine did not compute for this request.
     """
 
@@ -308,6 +309,7 @@ class ChunkReady:
     index: int
     start_block: int
     num_blocks: int
+    is_last: bool = False
     first_token: DrawnToken | None = None
     num_cached_tokens: int = 0
 

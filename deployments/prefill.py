@@ -18,7 +18,7 @@ from deployments.messages import ChunkArrived, ChunkReady, GenerateRequest, Repl
 from deployments.receipts import EngineTimes, HandoffReceipt, PrefillReceipt, Timed
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from deployments.engine.handoff.states import TakenChunk
 
 # An answer may be late, behind a long step.
 _RENEWALS_PER_LEASE = 3
@@ -104,14 +104,14 @@ class Prefill(EngineReplica):
             async for event in events:
                 if isinstance(event, Timed):
                     times = event.times
+                    sent.all_ready()
                 elif isinstance(event, ChunkReady):
                     sends.append(asyncio.create_task(self._send(event, target, events, sent)))
-                    if event.first_token is not None:
+                    if event.is_last:
                         num_chunks = len(sends)
-                        sent.all_ready()
                 elif isinstance(event, ChunkArrived):
                     num_arrived += 1
-                if num_arrived == num_chunks:
+                if num_arrived == num_chunks and (times or not request.wants_receipt):
                     break
             else:
                 return Prefilled(True, self._receipt(times))
@@ -134,8 +134,9 @@ class Prefill(EngineReplica):
         return Prefilled(False, self._receipt(times, sent))
 
     def _receipt(self, times: EngineTimes | None, sent: HandoffTimer | None = None) -> PrefillReceipt | None:
-        handoff = None if sent is None else sent.receipt()
-        return None if times is None else PrefillReceipt(self._front.replica, times, handoff)
+        if times is None:
+            return None
+        return PrefillReceipt(self._front.replica, times, None if sent is None else sent.receipt())
 
     async def _keep_leases(self, request_id: str, target: EngineHandle, events: EventQueue) -> None:
         """Renew the lease on both engines for as long as both answer."""
@@ -161,7 +162,7 @@ class Prefill(EngineReplica):
             taken, received = await asyncio.to_thread(_submit, chunk, source.handle, target)
             await received
         except Exception as error:
-            events.put(error)
+            await self._note_failure(chunk.request_id, error, events)
             return
         del taken
         num_bytes = chunk.num_blocks * source.info.bytes_per_block
@@ -171,10 +172,20 @@ class Prefill(EngineReplica):
         source.handle.release_chunk(chunk.request_id, chunk.index)
         events.put(ChunkArrived(chunk.request_id))
 
+    async def _note_failure(self, request_id: str, error: Exception, events: EventQueue) -> None:
+        """A chunk did not arrive. If our engine has dropped the hand-off, it says itself why: with its end, say."""
+        try:
+            is_held = await self._front.engine.handle.renew(request_id)
+        except Exception as death:
+            events.put(death)
+        else:
+            if is_held:
+                events.put(error)
+
 
 def _submit(
     chunk: ChunkReady, source: EngineHandle, target: EngineHandle
-) -> "tuple[Awaitable[Tensor], Awaitable[None]]":
+) -> "tuple[Awaitable[TakenChunk], Awaitable[None]]":
     """What becomes the chunk at its source, and of its arrival at the target."""
     taken = source.take_chunk(chunk.request_id, chunk.index)
     return taken, target.receive_kv(chunk, taken)

@@ -175,7 +175,7 @@ def hand_over(
                 on_chunk(chunk.index)
                 acks.append(ack)
                 num_blocks += chunk.num_blocks
-                is_last = is_last or chunk.first_token is not None
+                is_last = is_last or chunk.is_last
         ray.get(acks)
         computed_s, (in_place_s, *_) = first.result(_TIMEOUT_S).times_s[0], arrived.result(_TIMEOUT_S).times_s
         token_ids = arrived.result().token_ids

@@ -3,7 +3,7 @@
 A request's life here:
 1. `add` (compute and decode, or reserve for a remote prefill) or `prefill` (compute for another engine) queues it.
 2. The scheduler gives it blocks; what the prefix cache holds is not computed again. A decode engine says `Placed`.
-3. Its prompt runs in chunks. A prefill engine copies each chunk's KV out and says `ChunkReady`.
+3. Its prompt runs in chunks. A prefill engine says `ChunkReady` of each and copies its KV out.
 4. A decode engine takes chunks with `import_chunk`; the last one brings the first token and starts the decoding.
 5. Each further step yields one `TokenOutput` per sequence, until a stop token, the length, or `abort`.
 6. Whatever ended it, its blocks are free; those of a shared prefix stay findable.
@@ -29,7 +29,7 @@ from deployments.engine.execution.sizing import choose_limits, export_room
 from deployments.engine.grammar.guides import Guides
 from deployments.engine.handoff.exporter import Exporter
 from deployments.engine.handoff.importer import Importer
-from deployments.engine.handoff.states import Clock, Inbox, Outbox
+from deployments.engine.handoff.states import Clock, Inbox, Outbox, TakenChunk
 from deployments.engine.kv.copies import Allocate, KVCopies
 from deployments.engine.lending import Lending
 from deployments.engine.model.load import LoadedModel
@@ -85,6 +85,8 @@ class Engine:
         self._importer = Importer(self._inbox, self._copies, block_size, self._stats)
         self._is_pipelined = loaded.device.type == "cuda" if is_pipelined is None else is_pipelined
         self._hands_over = config.hands_over
+        self._begun_s = 0.0
+        self._scheduled: list[ScheduledSequence] = []
         self._in_flight: LaunchedStep | None = None
         self._vocab_size = loaded.vocab_size
         self._guides = Guides(loaded.path, loaded.vocab_size)
@@ -209,11 +211,8 @@ class Engine:
         """Run one token through the model, if nothing else does; see `Canary`."""
         return self._canary.run(self._stats.steps, is_busy=self._in_flight is not None)
 
-    def take_chunk(self, request_id: str, index: int) -> Tensor | None:
-        """Wait until a chunk that was announced is complete, and hand its KV out; None if it is gone.
-
-        Safe from any thread.
-        """
+    def take_chunk(self, request_id: str, index: int) -> TakenChunk | None:
+        """Hand out a chunk that was announced, complete or not; None if it is gone. Safe from any thread."""
         return self._outbox.take(request_id, index)
 
     def release_chunk(self, request_id: str, index: int) -> None:
@@ -221,12 +220,20 @@ class Engine:
         self._outbox.release(request_id, index)
 
     def step(self) -> list[EngineEvent]:
-        """Run one batch, if there is one. A pipelined engine starts it, and concludes the one before meanwhile.
+        """Run one batch, if there is one; `begin_step`, then `finish_step`.
 
         Returns:
             What happened, in order; one `TokenOutput` per sequence that drew a token.
         """
-        begun_s = time.monotonic()
+        return self.begin_step() + self.finish_step()
+
+    def begin_step(self) -> list[EngineEvent]:
+        """Choose the next batch. Then comes `finish_step`, and nothing in between.
+
+        Returns:
+            What others can act on while the batch is computed.
+        """
+        self._begun_s = time.monotonic()
         events = self._end_leases() + self._collect_masks()
         schedule = self._scheduler.schedule()
         for placed in schedule.placed:
@@ -234,12 +241,24 @@ class Engine:
             self._stats.prefix_hit_tokens += placed.num_cached_tokens
             if placed.remote:
                 self._importer.add(self._scheduler.reserved[placed.request_id])
-        ending = self._launch(schedule.scheduled, begun_s) if schedule.scheduled else None
+        self._scheduled = schedule.scheduled
+        return [*events, *self._exporter.announce(schedule.scheduled)]
+
+    def finish_step(self) -> list[EngineEvent]:
+        """Run the batch that was chosen. A pipelined engine starts it, and concludes the one before meanwhile.
+
+        Returns:
+            What happened, in order; one `TokenOutput` per sequence that drew a token.
+        """
+        events: list[EngineEvent] = []
+        ending = self._launch(self._scheduled, self._begun_s) if self._scheduled else None
         if self._is_pipelined:
             ending, self._in_flight = self._in_flight, ending
+        newest = self._in_flight or ending
+        self._exporter.export(None if newest is None else newest.done)
         if ending is not None:
             events += self._conclude(ending)
-        events += self._export()
+        self._end_exports()
         if ending is not None:
             self._step_timer.end(ending.num_prompt_tokens, time.monotonic())
         return self._outputs.with_times(events)
@@ -319,16 +338,12 @@ class Engine:
             self._outputs.note_last(sequence)
         return self._outputs.tell(sequence, place, draws, now_s)
 
-    def _export(self) -> list[EngineEvent]:
-        """Copy out what can be; a sequence that is all out needs its blocks no longer."""
-        events: list[EngineEvent] = []
-        for chunk in self._exporter.export(None if self._in_flight is None else self._in_flight.done):
-            events.append(chunk)
-            if chunk.first_token is not None:
-                self._outputs.note_last(self._scheduler[chunk.request_id])
-                self._scheduler.remove(chunk.request_id)
-                self._guides.drop(chunk.request_id)
-        return events
+    def _end_exports(self) -> None:
+        """A sequence that is all out needs its blocks no longer."""
+        for request_id in self._exporter.take_done():
+            self._outputs.note_last(self._scheduler[request_id])
+            self._scheduler.remove(request_id)
+            self._guides.drop(request_id)
 
     def _end_leases(self) -> list[EngineEvent]:
         """Give up on engines that have not been heard of: what is held for them is free, or put to use."""

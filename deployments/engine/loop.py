@@ -88,7 +88,8 @@ class EngineLoop:
         try:
             while self._carry_out_commands():
                 if self.engine.has_work:
-                    self.emit(self.engine.step())
+                    self.emit(self.engine.begin_step())
+                    self.emit(self.engine.finish_step())
         except BaseException as error:
             logger.exception("the engine's loop ended")
             reason = repr(error)  # not the error itself: its traceback would hold the step's tensors

@@ -1,6 +1,40 @@
-"""What can be set on the hand-off of KV, and what it counts. Plain values; nothing of Ray or torch."""
+"""What can be set on the hand-off of KV, what it counts, what it takes. Plain values; nothing of Ray."""
 
+from concurrent.futures import Future
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from deployments.messages import DrawnToken
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What a method that exports KV returns.
+
+    Attributes:
+        tensor: the chunk, complete or not; from now on it is not written to but by whoever completes it.
+        completion: done when it is complete, on a GPU too; the result goes to the receiver with it. Cancelled if it
+            never will be.
+    """
+
+    tensor: "Tensor"
+    completion: Future[DrawnToken | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What a method that receives KV gets.
+
+    Attributes:
+        tensor: the chunk, complete; it may be the source's own memory.
+        first_token: what the completion of the export has brought.
+    """
+
+    tensor: "Tensor"
+    first_token: DrawnToken | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -9,7 +43,7 @@ class TransferConfig:
 
     Attributes:
         connect_timeout_s: forming a group of two, and any answer of the other engine.
-        transfer_timeout_s: one chunk, once the group is there; also the bound for a peer that hangs.
+        transfer_timeout_s: one chunk, once it is on its way; also the bound for a peer that hangs.
         probe_interval_s: while a peer is waited for, it is asked this often whether it lives.
         idle_probe_interval_s: the same for a pair with nothing to do.
         doubt_after_s: a peer that leaves the question open this long is in doubt: the transfer in progress may still
@@ -39,7 +73,7 @@ class TransferStats:
         num_received: chunks pulled from other engines.
         num_received_bytes: their size.
         num_read_in_place: of these, chunks that were read in another engine's memory on the same machine.
-        receive_s: time in which one of the others at least was pulled, from the question for it to its last byte.
+        receive_s: time in which one of the others at least was on its way, from the source's word to its last byte.
         num_sent: chunks sent to other engines.
         num_failed: chunks whose transfer failed, on either end.
         num_links: pairs that are open now; a pair that sends in both directions counts twice.

@@ -11,14 +11,15 @@ class Channel:
     """One end of it.
 
     Attributes:
-        group: moves chunks.
+        group: moves chunks; None: the receiver reads them where they are.
         line: carries the receiver's questions for them, and the source's answers.
     """
 
-    group: Group
+    group: Group | None
     line: Line
 
     def abort(self) -> None:
         """End both from any thread; what waits for them, on either end, ends too."""
         self.line.close()
-        self.group.abort()
+        if self.group is not None:
+            self.group.abort()

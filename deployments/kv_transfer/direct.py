@@ -2,14 +2,15 @@
 
 A method under `exports_kv` returns a chunk's tensor; Ray leaves the tensor where it is and hands out a reference. As a
 positional argument of a method under `receives_kv` it arrives there as the tensor. The chunk is freed at its source
-when the last reference is gone.
+when the last reference is gone. The reference may be passed on before the chunk is computed: what Ray does to it takes
+longer than a step, and only the bytes wait for them.
 
     @ray.remote(**ENGINE_ACTOR_OPTIONS)
     class EngineActor:
         @exports_kv
-        def take_chunk(self, request_id: str, index: int) -> Tensor: ...
+        def take_chunk(self, request_id: str, index: int) -> Export: ...
         @receives_kv
-        def receive_kv(self, header: ChunkReady, chunk: Tensor) -> None: ...
+        def receive_kv(self, header: ChunkReady, arrival: Arrival) -> None: ...
 
     ack = decode.receive_kv.remote(header, prefill.take_chunk.remote(request_id, index))
 
@@ -18,12 +19,16 @@ others. Here that thread only delivers a ticket, `RemoteChunk`; the pull happens
 given it. Whatever fails is raised there, and reaches whoever awaits that method as the project's own errors.
 """
 
+import base64
 import functools
+import weakref
 from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar
 
+import msgspec
 import ray
 from ray._private.worker import global_worker
 from ray.actor import ActorHandle
@@ -35,11 +40,15 @@ from ray.experimental import (
 )
 from torch import Tensor
 
-from deployments.kv_transfer.base import TransferConfig, TransferStats
-from deployments.kv_transfer.endpoint import RemoteChunk, actor_id, endpoint
+from deployments.errors import TransferError
+from deployments.kv_transfer.base import Arrival, Export, TransferConfig, TransferStats
+from deployments.kv_transfer.endpoint import endpoint
 from deployments.kv_transfer.layout import KVLayout
 from deployments.kv_transfer.link import CONTROL_GROUP
 from deployments.kv_transfer.local import Arena
+from deployments.kv_transfer.process import actor_id
+from deployments.kv_transfer.receiver import RemoteChunk
+from deployments.messages import DrawnToken
 
 TRANSPORT_NAME = "KVRELAY"
 EXPORT_GROUP = "export"
@@ -47,11 +56,11 @@ RECEIVE_GROUP = "kv"
 TIER_GROUP = "tier"
 
 
-# For `ray.remote`. The numbers are threads by kind of call: "kv" bounds the sources an engine receives from at once,
-# since a hung one keeps one of its threads until the transfer times out. What is given to the tier shares one buffer.
+# For `ray.remote`. The numbers are threads by kind of call: "kv" bounds the chunks that an engine awaits or receives at
+# once: up to two steps of each source. What is given to the tier shares one buffer.
 ENGINE_ACTOR_OPTIONS: dict[str, Any] = {
     "enable_tensor_transport": True,
-    "concurrency_groups": {RECEIVE_GROUP: 8, CONTROL_GROUP: 1, EXPORT_GROUP: 4, TIER_GROUP: 1, "ctl": 8, "stream": 2},
+    "concurrency_groups": {RECEIVE_GROUP: 32, CONTROL_GROUP: 1, EXPORT_GROUP: 4, TIER_GROUP: 1, "ctl": 8, "stream": 2},
 }
 
 Self = TypeVar("Self")
@@ -100,19 +109,27 @@ def _make_manager() -> None:
     assert global_worker.rdt_manager is not None
 
 
-def exports_kv(method: Callable[P, Tensor]) -> Callable[P, Tensor]:
+def exports_kv(method: Callable[P, Export]) -> Callable[P, Tensor]:
     """Mark an actor's method that returns one chunk: contiguous, of the configured layout and device.
 
-    The tensor must be complete, on a GPU too. It is not copied: it must not be written to until the reference is gone.
+    It is not copied: once it is complete it must not be written to until the reference is gone.
     """
     register()
+
+    @functools.wraps(method)
+    def export(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        found = method(*args, **kwargs)
+        _expect_export(found)
+        return found.tensor
+
+    # On the method itself, see `receives_kv`.
     mark: Any = ray.method(tensor_transport=TRANSPORT_NAME, concurrency_group=EXPORT_GROUP)
-    marked: Callable[P, Tensor] = mark(method)
-    return marked
+    mark(method)
+    return export
 
 
-def receives_kv(method: Callable[[Self, Header, Tensor], Result]) -> Callable[[Self, Header, Tensor], Result]:
-    """Mark an actor's method that takes a chunk as its second argument; it runs once the tensor is there.
+def receives_kv(method: Callable[[Self, Header, Arrival], Result]) -> Callable[[Self, Header, Tensor], Result]:
+    """Mark an actor's method that takes a chunk as its second argument; it runs once the chunk is complete and there.
 
     The tensor may be the source's own memory: whoever reads it must be done, on a GPU too, when the method returns.
 
@@ -131,9 +148,42 @@ def receives_kv(method: Callable[[Self, Header, Tensor], Result]) -> Callable[[S
     return receive
 
 
-def _bring(chunk: Tensor | RemoteChunk) -> Tensor:
+def _bring(chunk: Tensor | RemoteChunk) -> Arrival:
     """Pull the chunk; one that this very engine exported arrives as it is."""
-    return endpoint.pull(chunk) if isinstance(chunk, RemoteChunk) else chunk
+    if isinstance(chunk, RemoteChunk):
+        tensor, note = endpoint.pull(chunk)
+        return Arrival(tensor, _decode(note))
+    try:
+        return Arrival(chunk, _decode(_exported[id(chunk)].result()))
+    except CancelledError:
+        raise TransferError("the chunk is gone") from None
+
+
+# What comes with the chunks that this process has exported, by tensor, as long as that lives.
+_exported: dict[int, "Future[str]"] = {}
+
+
+def _expect_export(export: Export) -> None:
+    note: Future[str] = Future()
+
+    def finish(done: "Future[DrawnToken | None]") -> None:
+        if done.cancelled():
+            note.cancel()
+        else:
+            note.set_result(_encode(done.result()))
+
+    export.completion.add_done_callback(finish)
+    _exported[id(export.tensor)] = note
+    weakref.finalize(export.tensor, _exported.pop, id(export.tensor)).atexit = False
+
+
+def _encode(token: DrawnToken | None) -> str:
+    # No JSON: it knows no infinite logprobs. No pickle: whoever reaches a line's port shall not run code.
+    return base64.b64encode(msgspec.msgpack.encode(token)).decode()
+
+
+def _decode(note: str) -> DrawnToken | None:
+    return msgspec.msgpack.decode(base64.b64decode(note), type=DrawnToken | None)
 
 
 @dataclass
@@ -168,7 +218,8 @@ class KvTransport(TensorTransportManager):
         if len(rdt_object) != 1:
             raise ValueError(f"a method that exports KV returns one tensor, got {len(rdt_object)}")
         (tensor,) = rdt_object
-        endpoint.hold(obj_id, tensor)
+        note = _exported[id(tensor)]
+        endpoint.hold(obj_id, tensor, note)
         chunk = RemoteChunk(
             object_id=obj_id,
             source=ray.get_runtime_context().current_actor,
@@ -177,6 +228,7 @@ class KvTransport(TensorTransportManager):
             shape=tuple(tensor.shape),
             device=tensor.device.type,
             place=endpoint.place_of(tensor),
+            note=note.result() if note.done() and not note.cancelled() else None,
         )
         return _ChunkMetadata([(tensor.shape, tensor.dtype)], tensor.device.type, chunk)
 

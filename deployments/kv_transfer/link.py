@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Condition, Lock, Thread
 from time import monotonic, sleep
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 from ray.actor import ActorHandle
@@ -21,14 +21,16 @@ from torch import Tensor
 from deployments.errors import TransferError, brief
 from deployments.kv_transfer.base import TransferConfig
 from deployments.kv_transfer.channel import Channel
+from deployments.kv_transfer.group import Group, Wait
+from deployments.kv_transfer.line import Line
 
 logger = logging.getLogger(__name__)
 
 CONTROL_GROUP = "kv_ctl"
-# A job pauses where others may go on before it waits: as many as the group can have under way are at work, and each of
-# its steps runs after the same step of the jobs before it.
+# A job begins a message and pauses; then it waits for it, and pauses each time that it is not over. As many as the
+# group can have under way are at work: each begins as soon as it may, and the first one is waited for.
 Steps = Generator[None, None, Tensor | None]
-Job = Callable[[Channel], Steps]
+Job = Callable[[Group, TransferConfig], Steps]
 
 
 class LinkLostError(TransferError):
@@ -42,6 +44,34 @@ def call_engine(actor: ActorHandle[Any], function: Callable[..., Any], *args: ob
 
 def _answer(_engine: object) -> None:
     """The question whether an engine lives; being run is the answer."""
+
+
+def until_over(wait: Wait, timeout_s: float) -> Generator[None]:
+    """The second half of a job."""
+    deadline = monotonic() + timeout_s
+    while not wait(deadline - monotonic()):
+        yield
+
+
+class OpenInquiries(Protocol):
+    """What is asked over a link, and fails with it. Any thread may call these."""
+
+    @property
+    def are_open(self) -> bool:
+        """Whether the other end owes an answer."""
+        ...
+
+    def begin(self, link: "Link", line: Line) -> None:
+        """The link stands."""
+        ...
+
+    def fail(self, kind: type[TransferError], reason: str) -> None:
+        """Those that are open are waited for no longer."""
+        ...
+
+    def end(self, kind: type[TransferError], reason: str) -> None:
+        """Nor are those to come."""
+        ...
 
 
 class Peer:
@@ -71,7 +101,6 @@ class _Task:
     job: Job
     future: "Future[Tensor | None]"
     steps: Steps | None = None
-    num_done: int = 0
 
     def fail(self, kind: type[TransferError], reason: str) -> None:
         # A new exception for each: one that was raised elsewhere has a traceback, and that pins tensors.
@@ -87,6 +116,7 @@ class Link:
         open_channel: to the other end; runs on the link's thread and may block for `connect_timeout_s`.
         config: the bounds.
         on_close: called once, from any thread, with the link.
+        inquiries: of this end; None: the other end asks.
     """
 
     def __init__(
@@ -96,12 +126,14 @@ class Link:
         open_channel: Callable[[], Channel],
         config: TransferConfig,
         on_close: "Callable[[Link], None]",
+        inquiries: OpenInquiries | None = None,
     ) -> None:
         self.name = name
         self.peer = peer
         self._open_channel = open_channel
         self._config = config
         self._on_close = on_close
+        self._inquiries = inquiries
         self._changed = Condition(Lock())
         # All below is guarded by _changed. Whoever takes a task out of it finishes its future, and nobody else.
         self._waiting: deque[_Task] = deque()
@@ -149,13 +181,16 @@ class Link:
         for task in tasks:
             task.fail(kind, reason)
         self._on_close(self)
+        if self._inquiries is not None:
+            self._inquiries.end(kind, reason)
 
     def check(self) -> None:
         """Close the link if its peer is dead, its time is over, or nobody has used it for long. Never waits."""
         with self._changed:
-            is_connecting = self._channel is None
-            is_busy = is_connecting or bool(self._current)
+            is_connecting, is_moving = self._channel is None, bool(self._current)
             state_s = monotonic() - self._state_since
+        awaited = self._inquiries is not None and self._inquiries.are_open
+        is_busy = is_connecting or is_moving or awaited
         config = self._config
         try:
             silent_s = self.peer.silent_s(config.probe_interval_s if is_busy else config.idle_probe_interval_s)
@@ -164,7 +199,7 @@ class Link:
             return
         if is_connecting and state_s > config.connect_timeout_s:
             self.close(f"no connection to the other engine after {config.connect_timeout_s} s")
-        elif is_busy and state_s > config.transfer_timeout_s:
+        elif is_moving and state_s > config.transfer_timeout_s:
             self.close(f"transfer not done after {config.transfer_timeout_s} s")
         elif not is_busy and state_s > config.idle_timeout_s:
             # A job that comes at this moment is worth a new link.
@@ -181,6 +216,8 @@ class Link:
                 self._waiting.clear()
         for task in tasks:
             task.fail(TransferError, str(reason))
+        if in_doubt and self._inquiries is not None:
+            self._inquiries.fail(TransferError, str(reason))
 
     def _run(self) -> None:
         reason = self._connect()
@@ -198,26 +235,30 @@ class Link:
         except Exception as error:
             return f"cannot form a group with the other engine: {brief(error)}"
         with self._changed:
-            if self._closed is None:
+            if is_open := self._closed is None:
                 self._channel = channel
                 self._state_since = monotonic()
-                return None
-        channel.abort()
+        if not is_open:
+            channel.abort()
+        elif self._inquiries is not None:
+            self._inquiries.begin(self, channel.line)
         return None
 
     def _turn(self) -> _Task | None:
-        """Wait for a job with something to do: the first of those that are least far; None once the link is closed."""
+        """Wait for a job: one that can begin, else the first that has; None once the link is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed is not None or self._waiting or self._current)
             if self._closed is not None or self._channel is None:
                 return None
+            assert self._channel.group is not None, "there is nothing to move over this link"
             if self._waiting and len(self._current) < self._channel.group.depth:
                 if not self._current:
                     self._state_since = monotonic()
                 task = self._waiting.popleft()
-                task.steps = task.job(self._channel)
+                task.steps = task.job(self._channel.group, self._config)
                 self._current.append(task)
-            return min(self._current, key=lambda task: task.num_done)
+                return task
+            return self._current[0]
 
     def _advance(self, task: _Task) -> None:
         assert task.steps is not None
@@ -233,8 +274,6 @@ class Link:
                 task.fail(TransferError, str(error))
         except Exception as error:
             self.close(f"transfer failed: {brief(error)}")
-        else:
-            task.num_done += 1
 
     def _finish(self, task: _Task) -> bool:
         """Take the job out; False if `close` was first and has failed it."""

@@ -3,16 +3,18 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from deployments.engine.engine import Engine
+from deployments.engine.handoff.states import TakenChunk
 from deployments.engine_builder import BuiltEngine
 from deployments.engine_info import EngineInfo
 from deployments.kv_tier.keys import TierKeys
 from deployments.kv_transfer.layout import KVLayout
-from deployments.local_engine import Answer, LocalEngine
+from deployments.local_engine import Answer, LocalEngine, first_token_of
 from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyAddress
 from tests.engine.driving import build_engine
 from tests.engine.grammars import load_with_tokenizer
@@ -91,7 +93,7 @@ class FaultyEngine(LocalEngine):
         self.added.append(request)
         return super().add(request, remote_threshold, reply_to)
 
-    def receive_kv(self, chunk: ChunkReady, taken: Awaitable[Tensor]) -> Awaitable[None]:
+    def receive_kv(self, chunk: ChunkReady, taken: Awaitable[TakenChunk]) -> Awaitable[None]:
         on_its_way = asyncio.run_coroutine_threadsafe(self._arrival(chunk, taken), self._event_loop)
         return super().receive_kv(chunk, Answer(on_its_way))
 
@@ -106,15 +108,16 @@ class FaultyEngine(LocalEngine):
                 raise self.death
             yield batch
 
-    async def _arrival(self, chunk: ChunkReady, taken: Awaitable[Tensor]) -> Tensor:
-        tensor = await taken
+    async def _arrival(self, chunk: ChunkReady, taken: Awaitable[TakenChunk]) -> TakenChunk:
+        arrived = await taken
+        await first_token_of(chunk, arrived)
         if not self.lets_go.is_set() and self.holds(chunk):
             self.has_held.set()
             await self.lets_go.wait()
         if self.fail_receives:
             self.fail_receives -= 1
             raise ConnectionError("the transfer broke")
-        return self.changes(tensor)
+        return replace(arrived, tensor=self.changes(arrived.tensor))
 
     async def _reach(self) -> None:
         await self.goes_on.wait()

@@ -63,7 +63,7 @@ async def test_what_a_request_computed_before_it_was_resumed_is_not_cached_for_i
     if is_known:
         await cached(pools, "earlier")
         pools.decodes.reverse()
-    pools.engines[1].holds = pools.engines[3].holds = lambda chunk: num_generated == 0 and chunk.first_token is not None
+    pools.engines[1].holds = pools.engines[3].holds = lambda chunk: num_generated == 0 and chunk.is_last
     victim = pools.engines[3 if is_known else 1]
     reading = asyncio.create_task(pools.collect(greedy("r", PROMPT, 200)))
     if num_generated == 0:

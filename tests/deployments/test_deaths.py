@@ -180,7 +180,7 @@ async def test_a_decode_engine_that_hangs_amid_the_last_chunk_does_not_keep_the_
     pools = await start(lease_s=LEASE_S)
 
     def hangs_at_the_last_one(chunk: ChunkReady) -> bool:
-        if chunk.first_token is not None:
+        if chunk.is_last:
             pools.decode.engine.hang()
         return False
 

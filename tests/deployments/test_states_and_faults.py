@@ -77,7 +77,7 @@ async def filling(case: Case) -> None:
 
 async def ready(case: Case) -> None:
     """Everything is computed and copied out; the last chunk is on its way."""
-    case.pools.decode.engine.holds = lambda chunk: chunk.first_token is not None
+    case.pools.decode.engine.holds = lambda chunk: chunk.is_last
     case.ask()
     await case.pools.decode.engine.has_held.wait()
 

@@ -3,13 +3,14 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from torch import Tensor
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.states import Clock
+from deployments.engine.handoff.states import Clock, TakenChunk
 from deployments.engine.model.load import LoadedModel
 from deployments.messages import ChunkReady, EngineEvent, GenerateRequest, SamplingParams, TokenOutput
 
@@ -91,16 +92,21 @@ def generate(engine: Engine, requests: Iterable[GenerateRequest]) -> list[tuple[
 def prefill_all(engine: Engine, request: GenerateRequest, first_block: int = 0) -> list[tuple[ChunkReady, Tensor]]:
     """Compute a prompt for another engine and take every chunk, in order, each as soon as it is there."""
     engine.prefill(request, first_block)
-    taken: list[tuple[ChunkReady, Tensor]] = []
-    while engine.has_work:
+    taken: list[tuple[ChunkReady, TakenChunk]] = []
+    # On a GPU a chunk may be complete, and released, some time behind the step.
+    while engine.has_work or not all(chunk.completion.done() for _, chunk in taken):
         for event in engine.step():
             if isinstance(event, ChunkReady):
-                tensor = engine.take_chunk(event.request_id, event.index)
-                assert tensor is not None
-                engine.release_chunk(event.request_id, event.index)
-                taken.append((event, tensor))
+                chunk = engine.take_chunk(event.request_id, event.index)
+                assert chunk is not None
+                chunk.completion.add_done_callback(partial(_release, engine, event))
+                taken.append((event, chunk))
         engine.check_integrity()
-    return taken
+    return [(replace(event, first_token=chunk.completion.result()), chunk.tensor) for event, chunk in taken]
+
+
+def _release(engine: Engine, chunk: ChunkReady, _: object) -> None:
+    engine.release_chunk(chunk.request_id, chunk.index)
 
 
 def hand_over(

@@ -10,10 +10,9 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from torch import Tensor
 
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.states import Clock
+from deployments.engine.handoff.states import Clock, TakenChunk
 from deployments.engine.model.load import LoadedModel, prepare_model
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.messages import (
@@ -93,10 +92,19 @@ samplings = st.builds(
 
 @dataclass
 class InFlight:
-    """A chunk that was announced; `tensor` once it was taken."""
+    """A chunk that was announced; `taken` once it was."""
 
     chunk: ChunkReady
-    tensor: Tensor | None = None
+    taken: TakenChunk | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it was taken and may be delivered."""
+        return self.taken is not None and self.taken.completion.done() and not self.taken.completion.cancelled()
+
+    def deliver(self, engine: Engine) -> list[EngineEvent]:
+        assert self.taken is not None
+        return engine.import_chunk(replace(self.chunk, first_token=self.taken.completion.result()), self.taken.tensor)
 
 
 class Relay(RuleBasedStateMachine):
@@ -113,6 +121,7 @@ class Relay(RuleBasedStateMachine):
         self.ended: set[str] = set()
         self.unsent: list[Placed] = []
         self.in_flight: list[InFlight] = []
+        self.asked_for: list[InFlight] = []
         self.arrived: list[InFlight] = []
         self.unreleased: list[ChunkReady] = []
 
@@ -163,24 +172,30 @@ class Relay(RuleBasedStateMachine):
 
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data())
-    def deliver(self, data: st.DataObject) -> None:
+    def take(self, data: st.DataObject) -> None:
         item = data.draw(st.sampled_from(self.in_flight))
         self.in_flight.remove(item)
-        item.tensor = self.prefill.take_chunk(item.chunk.request_id, item.chunk.index)
+        item.taken = self.prefill.take_chunk(item.chunk.request_id, item.chunk.index)
         assert self.prefill.take_chunk(item.chunk.request_id, item.chunk.index) is None, "given away twice"
-        if item.tensor is not None:
-            self.note(self.decode.import_chunk(item.chunk, item.tensor))
-            self.arrived.append(item)
+        if item.taken is not None:
+            self.asked_for.append(item)
+
+    @precondition(lambda self: any(item.is_complete for item in self.asked_for))
+    @rule(data=st.data())
+    def deliver(self, data: st.DataObject) -> None:
+        item = data.draw(st.sampled_from([item for item in self.asked_for if item.is_complete]))
+        self.asked_for.remove(item)
+        self.note(item.deliver(self.decode))
+        self.arrived.append(item)
 
     @precondition(lambda self: self.arrived)
     @rule(data=st.data())
     def deliver_again(self, data: st.DataObject) -> None:
         item = data.draw(st.sampled_from(self.arrived))
-        assert item.tensor is not None
         if item.chunk.request_id in scheduler_of(self.decode).reserved:
-            self.note(self.decode.import_chunk(item.chunk, item.tensor))
+            self.note(item.deliver(self.decode))
         else:
-            assert self.decode.import_chunk(item.chunk, item.tensor) == []
+            assert item.deliver(self.decode) == []
 
     @precondition(lambda self: self.unreleased)
     @rule(data=st.data())
@@ -319,13 +334,14 @@ def test_an_export_waits_for_room_in_the_buffer_and_goes_on_when_chunks_are_rele
     waiting = run(engine).chunks
     assert len(waiting) == 4 and not engine.has_work
     assert engine.num_sequences == 1, "its blocks stay until they are copied out"
-    engine.take_chunk("r", 0)
+    taken = engine.take_chunk("r", 0)
+    assert taken is not None and taken.completion.result() is None
     assert not engine.has_work, "taken is not released: the receiver still reads it"
     for chunk in waiting:
         engine.release_chunk("r", chunk.index)
     assert engine.has_work
     rest = run(engine).chunks
-    assert [c.first_token is not None for c in rest] == [False, False, False, True]
+    assert [c.is_last for c in rest] == [False, False, False, True]
     assert engine.num_sequences == 0 and engine.num_free_blocks == POOL_BLOCKS
 
 

@@ -3,6 +3,7 @@
 import os
 import threading
 import weakref
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -10,16 +11,23 @@ import torch
 from torch import Tensor
 
 from deployments.kv_groups import KVGroup
-from deployments.kv_transfer.base import TransferConfig, TransferStats
+from deployments.kv_transfer.base import Arrival, Export, TransferConfig, TransferStats
 from deployments.kv_transfer.direct import ENGINE_ACTOR_OPTIONS, configure, exports_kv, receives_kv, stats
 from deployments.kv_transfer.group import GlooGroup
 from deployments.kv_transfer.layout import KVLayout
 from deployments.kv_transfer.local import Arena
-from deployments.messages import ChunkReady
+from deployments.messages import ChunkReady, DrawnToken
 from tests.kv_transfer.threads import kv_threads
 
 # 64 KiB per block.
 LAYOUT = KVLayout("test-model", "float32", block_size=16, groups=(KVGroup((0, 1, 2, 3), 2, 64),))
+
+
+def done(token: DrawnToken | None) -> "Future[DrawnToken | None]":
+    """As of a chunk that is complete."""
+    completion: Future[DrawnToken | None] = Future()
+    completion.set_result(token)
+    return completion
 
 
 @ray.remote(num_cpus=0, **ENGINE_ACTOR_OPTIONS)
@@ -37,21 +45,22 @@ class FakeEngine:
         self._is_moving = threading.Event()
 
     @exports_kv
-    def take_chunk(self, num_blocks: int, value: float) -> Tensor:
+    def take_chunk(self, num_blocks: int, value: float) -> Export:
         shape = self._layout.chunk_shape(num_blocks)
         chunk = self._arena.allocate(shape, torch.float32)
         chunk = (torch.empty(shape) if chunk is None else chunk).fill_(value)
         # The second half tells a chunk that came in part.
         chunk.view(-1)[chunk.numel() // 2 :] += 0.5
         self._exported.append(weakref.ref(chunk))
-        return chunk
+        return Export(chunk, done(None))
 
     @exports_kv
-    def take_wrong_chunk(self) -> Tensor:
-        return torch.zeros(3, 3)
+    def take_wrong_chunk(self) -> Export:
+        return Export(torch.zeros(3, 3), done(None))
 
     @receives_kv
-    def receive_kv(self, header: ChunkReady, chunk: Tensor) -> tuple[float, float, int]:
+    def receive_kv(self, header: ChunkReady, arrival: Arrival) -> tuple[float, float, int]:
+        chunk = arrival.tensor
         halves = chunk.view(2, -1)
         assert (halves[0] == halves[0, 0]).all() and (halves[1] == halves[1, 0]).all()
         return float(halves[0, 0]), float(halves[1, 0]), chunk.shape[2]

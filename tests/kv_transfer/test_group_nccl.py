@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.kv_transfer.group import Group, build_group, host_store, join_store
+from deployments.kv_transfer.group import Group, Wait, build_group, host_store, join_store
+from deployments.kv_transfer.link import until_over
 
 HOST = "127.0.0.1"
 SIZES = (1000, 25_000_000, 1000)
@@ -27,12 +28,17 @@ def join(rank: int, addresses: Any) -> Group:
     return build_group("cuda", store, 0, HOST, 20)
 
 
+def finish(wait: Wait, timeout_s: float) -> None:
+    for _ in until_over(wait, timeout_s):
+        pass
+
+
 def send_all(addresses: Any, then_stay_s: float) -> None:
     group = join(1, addresses)
     tensors = [torch.arange(size, device="cuda", dtype=torch.float32) for size in SIZES]
     torch.cuda.synchronize()
     for wait in [group.start_send(tensor) for tensor in tensors]:
-        wait(20)
+        finish(wait, 20)
     time.sleep(then_stay_s)
 
 
@@ -40,13 +46,13 @@ def receive_all(addresses: Any, results: Any) -> None:
     group = join(0, addresses)
     begun = []
     for size in SIZES:
-        received = torch.empty(size, device="cuda")
+        received = group.allocate((size,), torch.float32)
         begun.append((size, received, group.start_recv(received)))
     for size, received, wait in begun:
-        wait(20)
+        finish(wait, 20)
         results.put(torch.equal(received.cpu(), torch.arange(size, dtype=torch.float32)))
     with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(group.start_recv(torch.empty(10_000_000, device="cuda")), 60)
+        pending = pool.submit(finish, group.start_recv(group.allocate((10_000_000,), torch.float32)), 60)
         time.sleep(1)
         group.abort()
         results.put(isinstance(pending.exception(timeout=5), RuntimeError))

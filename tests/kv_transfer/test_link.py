@@ -13,9 +13,9 @@ from torch import Tensor
 from deployments.errors import TransferError
 from deployments.kv_transfer.base import TransferConfig
 from deployments.kv_transfer.channel import Channel
-from deployments.kv_transfer.group import Wait
+from deployments.kv_transfer.group import Group, Wait
 from deployments.kv_transfer.line import Line
-from deployments.kv_transfer.link import Link, LinkLostError, Peer, Steps, Watchdog
+from deployments.kv_transfer.link import Link, LinkLostError, Peer, Steps, Watchdog, until_over
 from tests.kv_transfer.threads import kv_threads
 from tests.waiting import wait_until
 
@@ -49,14 +49,18 @@ class FakeGroup:
     def start_send(self, tensor: Tensor) -> Wait:
         raise AssertionError("not used here")
 
+    def allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        raise AssertionError("not used here")
+
     def start_recv(self, tensor: Tensor) -> Wait:
         return self._wait
 
-    def _wait(self, timeout_s: float) -> None:
+    def _wait(self, timeout_s: float) -> bool:
         self.is_receiving.set()
         assert self.may_finish.wait(2 * PATIENCE_S)
         if self.is_aborted:
             raise RuntimeError("aborted")
+        return True
 
     def abort(self) -> None:
         self.is_aborted = True
@@ -87,25 +91,23 @@ class Rig:
         )
 
     def receive(self) -> "Future[Tensor | None]":
-        def job(channel: Channel) -> Steps:
+        def job(group: Group, config: TransferConfig) -> Steps:
             tensor = torch.zeros(4)
-            wait = channel.group.start_recv(tensor)
+            wait = group.start_recv(tensor)
             yield
-            wait(10)
+            yield from until_over(wait, 10)
             return tensor
 
         return self.link.submit(job)
 
     def note(self, notes: list[tuple[str, int]], number: int) -> "Future[Tensor | None]":
-        """A job of three steps, which writes down when each is taken; the last one waits for the group."""
+        """A job that writes down when it begins and ends."""
 
-        def job(channel: Channel) -> Steps:
-            notes.append(("ask", number))
-            yield
+        def job(group: Group, config: TransferConfig) -> Steps:
             notes.append(("start", number))
-            wait = channel.group.start_recv(torch.zeros(4))
+            wait = group.start_recv(torch.zeros(4))
             yield
-            wait(10)
+            yield from until_over(wait, 10)
             notes.append(("end", number))
             return None
 
@@ -131,7 +133,7 @@ def test_without_depth_jobs_run_one_at_a_time_and_in_order(rig):
     rig.group.may_finish.set()
     for future in [rig.note(notes, i) for i in range(50)]:
         future.result(timeout=PATIENCE_S)
-    assert notes == [(step, i) for i in range(50) for step in ("ask", "start", "end")]
+    assert notes == [(step, i) for i in range(50) for step in ("start", "end")]
 
 
 def test_as_many_jobs_as_the_group_takes_are_under_way_and_each_step_keeps_their_order():
@@ -144,10 +146,10 @@ def test_as_many_jobs_as_the_group_takes_are_under_way_and_each_step_keeps_their
         future.result(timeout=PATIENCE_S)
     under_way = most = 0
     for step, _ in notes:
-        under_way += {"ask": 1, "start": 0, "end": -1}[step]
+        under_way += {"start": 1, "end": -1}[step]
         most = max(most, under_way)
     assert most == 3
-    for step in ("ask", "start", "end"):
+    for step in ("start", "end"):
         assert [i for name, i in notes if name == step] == list(range(20))
     rig.link.close("end of the test")
 
@@ -228,7 +230,7 @@ def test_an_error_while_forming_the_group_reaches_the_jobs():
 
 
 def test_a_job_refused_by_the_source_fails_alone(rig):
-    def refused(channel: Channel) -> Steps:
+    def refused(group: Group, config: TransferConfig) -> Steps:
         yield
         raise TransferError("gone")
 

@@ -1,14 +1,37 @@
-"""Copies computed prompts out of the pool for other engines, chunk by chunk, as far as the outbox has room."""
+"""Copies computed prompts out of the pool for other engines, chunk by chunk, as far as the outbox has room.
 
-from collections.abc import Iterator
-from dataclasses import replace
+A chunk is announced before the step that computes it is launched, so that whoever passes it on has done so by the time
+it is complete.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
+from deployments.engine.handoff.completions import Completions
 from deployments.engine.handoff.states import Outbox
 from deployments.engine.kv.copies import KVCopies
+from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Sequence, Status
 from deployments.messages import ChunkReady
+
+
+@dataclass(slots=True)
+class _Outgoing:
+    """A sequence that is computed for another engine.
+
+    Attributes:
+        sequence: it.
+        announced: chunks that are not copied out yet.
+        is_all_announced: no other chunk comes.
+    """
+
+    sequence: Sequence
+    announced: list[tuple[ChunkReady, Tensor]] = field(default_factory=list)
+    is_all_announced: bool = False
 
 
 class Exporter:
@@ -26,58 +49,85 @@ class Exporter:
         self._copies = copies
         self._block_size = block_size
         self._max_chunk_blocks = max_chunk_blocks
-        self._sequences: dict[str, Sequence] = {}
+        self._outgoing: dict[str, _Outgoing] = {}
+        self._completions = Completions()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sequences)
+        return iter(self._outgoing)
 
     @property
     def has_work(self) -> bool:
-        """Whether some chunk could be copied out now."""
-        room = self._outbox.num_free_blocks
-        return any(0 < self._next_size(sequence) <= room for sequence in self._sequences.values())
+        """Whether some chunk could be announced now."""
+        room, outgoing = self._outbox.num_free_blocks, self._outgoing.values()
+        return any(0 < self._next_size(each, each.sequence.num_launched_tokens) <= room for each in outgoing)
 
     def add(self, sequence: Sequence, first_block: int) -> None:
         """Hand a sequence over from this block on."""
         self._outbox.open(sequence.request_id, first_block)
-        self._sequences[sequence.request_id] = sequence
+        self._outgoing[sequence.request_id] = _Outgoing(sequence)
 
     def discard(self, request_id: str) -> None:
         """Copy nothing more of it out."""
-        self._sequences.pop(request_id, None)
+        self._outgoing.pop(request_id, None)
 
-    def export(self, done: torch.cuda.Event | None) -> list[ChunkReady]:
-        """Copy out what is computed, or in flight, and fits; the chunk with the first token is a sequence's last.
+    def announce(self, scheduled: Iterable[ScheduledSequence]) -> list[ChunkReady]:
+        """Set memory aside for what is computed, in flight or in the next step, as far as there is room.
 
         Args:
-            done: when the step in flight has ended; None: nothing is in flight, or copies wait for it anyway.
+            scheduled: the step that is launched next.
         """
+        if not self._outgoing:
+            return []
+        reach = {item.sequence.request_id: item.start + item.num_tokens for item in scheduled}
         chunks: list[ChunkReady] = []
-        for sequence in list(self._sequences.values()):
-            while 0 < (size := self._next_size(sequence)) <= self._outbox.num_free_blocks:
-                chunks.append(self._export(sequence, size, done))
+        for request_id, outgoing in self._outgoing.items():
+            end = reach.get(request_id, outgoing.sequence.num_launched_tokens)
+            while 0 < (size := self._next_size(outgoing, end)) <= self._outbox.num_free_blocks:
+                chunks.append(self._announce(outgoing, size, end))
         return chunks
 
-    def _export(self, sequence: Sequence, size: int, done: torch.cuda.Event | None) -> ChunkReady:
-        request_id = sequence.request_id
-        start = self._outbox.next_block(request_id)
-        block_ids = sequence.block_table[start : start + size].tolist()
-        tensor, ready = self._copies.export(block_ids, done if sequence.num_in_flight_tokens else None)
-        is_last = self._is_computed(sequence) and start + size == len(sequence.block_table)
-        if is_last:
-            del self._sequences[request_id]
-        chunk = self._outbox.put(request_id, size, tensor, ready, is_last=is_last)
+    def export(self, done: torch.cuda.Event | None) -> None:
+        """Copy out what was announced and is computed, or in flight.
+
+        Args:
+            done: when the step that was launched last has ended; None: it has, or copies wait for it anyway.
+        """
+        for outgoing in self._outgoing.values():
+            sequence = outgoing.sequence
+            for chunk, tensor in outgoing.announced:
+                end = chunk.start_block + chunk.num_blocks
+                block_ids = sequence.block_table[chunk.start_block : end].tolist()
+                is_computed = end * self._block_size <= sequence.num_computed_tokens
+                copied = self._copies.export(block_ids, tensor, None if is_computed else done)
+                self._completions.call_after(copied, partial(self._outbox.note_copied, chunk.request_id, chunk.index))
+            outgoing.announced.clear()
+
+    def take_done(self) -> list[str]:
+        """Sequences that are copied out, and of which nothing is awaited any more; this class forgets them."""
+        done = [request_id for request_id, outgoing in self._outgoing.items() if self._is_done(outgoing)]
+        for request_id in done:
+            del self._outgoing[request_id]
+        return done
+
+    def _is_done(self, outgoing: _Outgoing) -> bool:
+        return outgoing.is_all_announced and self._outbox.has_first_token(outgoing.sequence.request_id)
+
+    def _announce(self, outgoing: _Outgoing, size: int, end: int) -> ChunkReady:
+        sequence = outgoing.sequence
+        start = self._outbox.next_block(sequence.request_id)
+        is_last = end >= sequence.num_tokens and start + size == len(sequence.block_table)
+        tensor = self._copies.allocate(size)
+        chunk = self._outbox.put(sequence.request_id, size, tensor, is_last=is_last)
+        outgoing.announced.append((chunk, tensor))
+        outgoing.is_all_announced = is_last
         return replace(chunk, num_cached_tokens=sequence.num_cached_tokens)
 
-    def _next_size(self, sequence: Sequence) -> int:
-        """Blocks of the next chunk, launched and not copied out; the last ones count when the first token is known."""
-        if sequence.status is not Status.RUNNING or sequence.request_id not in self._sequences:
+    def _next_size(self, outgoing: _Outgoing, end: int) -> int:
+        """Blocks of the next chunk, if so many tokens are computed or about to be; the last ones go together."""
+        sequence = outgoing.sequence
+        if sequence.status is not Status.RUNNING or outgoing.is_all_announced:
             return 0
         num_blocks = len(sequence.block_table)
-        if not self._is_computed(sequence):
-            num_blocks = min(sequence.num_launched_tokens // self._block_size, num_blocks - 1)
+        if end < sequence.num_tokens:
+            num_blocks = min(end // self._block_size, num_blocks - 1)
         return min(num_blocks - self._outbox.next_block(sequence.request_id), self._max_chunk_blocks)
-
-    def _is_computed(self, sequence: Sequence) -> bool:
-        """Whether all of its KV is computed, and the token that its last chunk brings."""
-        return sequence.num_remaining_tokens == 0 and self._outbox.first_token(sequence.request_id) is not None

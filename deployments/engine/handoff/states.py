@@ -5,20 +5,23 @@
 | | `Outbox`: the prefill engine | `Inbox`: the decode engine |
 |---|---|---|
 | reserved | the prompt waits or is computed | blocks are set aside |
-| filling | some chunks are copied out | some blocks have come |
-| ready | every chunk is copied out | every block and the first token are here |
+| filling | some chunks are announced | some blocks have come |
+| ready | every chunk is announced | every block and the first token are here |
 | claimed | every chunk was taken | the sequence has its blocks and decodes |
 | released | nothing is held | nothing is held |
 
 Every other way out (an abort, a lease that ran out, the other engine's death) leads to released, from any state, once.
 A lease is renewed by what the other engine does and by whoever brings the two together; an engine that hears nothing of
 its peer for that long frees what it holds by itself. Knows no Ray, no transport and no pool of blocks.
+
+A chunk is announced, and may be taken, as soon as its memory is set aside. Who takes it is told when it is complete.
 """
 
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -26,7 +29,6 @@ from typing import TYPE_CHECKING
 from deployments.messages import ChunkReady, DrawnToken
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 Clock = Callable[[], float]
@@ -64,11 +66,32 @@ class _Side:
         self.state = state
 
 
+Completion = Future[DrawnToken | None]
+
+
+@dataclass(frozen=True, slots=True)
+class TakenChunk:
+    """A chunk that was given away, computed already or not.
+
+    Attributes:
+        tensor: its memory.
+        completion: done when the KV is there, with the first token if the chunk is the last; cancelled if the hand-off
+            is over before.
+    """
+
+    tensor: "Tensor"
+    completion: Completion
+
+
 @dataclass(slots=True)
 class _Chunk:
     num_blocks: int
     tensor: "Tensor | None"
-    ready: "torch.cuda.Event | None"
+    is_last: bool
+    is_copied: bool = False
+    # Who sets this takes the completion; it is finished without the lock, for others may do anything then.
+    is_complete: bool = False
+    completion: Completion = field(default_factory=Future)
 
 
 class _Outgoing(_Side):
@@ -85,7 +108,7 @@ class Outbox:
     Safe to use from any thread; only the engine's own opens hand-offs and puts chunks in.
 
     Args:
-        max_blocks: of all chunks that were copied out and not released; they count until then, also when taken, since
+        max_blocks: of all chunks that were announced and not released; they count until then, also when taken, since
             their memory is in use.
         lease_s: a hand-off that nobody has renewed for so long is over.
         clock: monotonic seconds.
@@ -126,38 +149,52 @@ class Outbox:
             self._handoffs[request_id] = _Outgoing(self._clock() + self._lease_s, first_block)
 
     def next_block(self, request_id: str) -> int:
-        """The first block that is not copied out, or was not wanted."""
+        """The first block that is not announced, or was not wanted."""
         return self._handoffs[request_id].next_block
 
-    def first_token(self, request_id: str) -> DrawnToken | None:
-        """What was drawn behind the prompt; None: nothing yet."""
-        return self._handoffs[request_id].first_token
+    def has_first_token(self, request_id: str) -> bool:
+        """Whether the token behind the prompt was drawn."""
+        return self._handoffs[request_id].first_token is not None
 
     def set_first_token(self, request_id: str, token: DrawnToken) -> bool:
         """Keep what was drawn behind the prompt; False: it was drawn before a preemption, and is out already."""
-        handoff = self._handoffs[request_id]
-        if handoff.first_token is not None:
-            return False
-        handoff.first_token = token
+        with self._lock:
+            handoff = self._handoffs[request_id]
+            if handoff.first_token is not None:
+                return False
+            handoff.first_token = token
+            complete = [chunk for chunk in handoff.chunks.values() if _becomes_complete(chunk, handoff)]
+        for chunk in complete:
+            chunk.completion.set_result(token)
         return True
 
-    def put(
-        self, request_id: str, num_blocks: int, tensor: "Tensor", ready: "torch.cuda.Event | None", *, is_last: bool
-    ) -> ChunkReady:
-        """Keep the chunk that comes next, complete when `ready` says so (None: it is); the last brings the token."""
+    def put(self, request_id: str, num_blocks: int, tensor: "Tensor", *, is_last: bool) -> ChunkReady:
+        """Announce the chunk that comes next; the last one brings the first token."""
         with self._lock:
             handoff = self._handoffs[request_id]
             assert handoff.state in (State.RESERVED, State.FILLING), f"{request_id} is {handoff.state}"
             start, index = handoff.next_block, next(self._chunk_numbers)
-            handoff.chunks[index] = _Chunk(num_blocks, tensor, ready)
+            handoff.chunks[index] = _Chunk(num_blocks, tensor, is_last)
             handoff.next_block += num_blocks
             self._num_blocks += num_blocks
             handoff.move(State.READY if is_last else State.FILLING)
             self._advance(request_id, handoff)
-            return ChunkReady(request_id, index, start, num_blocks, handoff.first_token if is_last else None)
+            return ChunkReady(request_id, index, start, num_blocks, is_last)
 
-    def take(self, request_id: str, index: int) -> "Tensor | None":
-        """Give a chunk away, once, when it is complete; None if it was taken, released, or never there."""
+    def note_copied(self, request_id: str, index: int) -> None:
+        """All KV of a chunk is in its memory. Unknown ones are no error: the hand-off may be over."""
+        with self._lock:
+            handoff = self._handoffs.get(request_id)
+            chunk = None if handoff is None else handoff.chunks.get(index)
+            if handoff is None or chunk is None:
+                return
+            chunk.is_copied = True
+            is_complete = _becomes_complete(chunk, handoff)
+        if is_complete:
+            chunk.completion.set_result(handoff.first_token if chunk.is_last else None)
+
+    def take(self, request_id: str, index: int) -> TakenChunk | None:
+        """Give a chunk away, once; None if it was taken, released, or never there."""
         with self._lock:
             handoff = self._handoffs.get(request_id)
             chunk = None if handoff is None else handoff.chunks.get(index)
@@ -166,17 +203,19 @@ class Outbox:
             tensor, chunk.tensor = chunk.tensor, None
             handoff.expires_s = self._clock() + self._lease_s
             self._advance(request_id, handoff)
-        if chunk.ready is not None:
-            chunk.ready.synchronize()
-        return tensor
+        return None if tensor is None else TakenChunk(tensor, chunk.completion)
 
     def release(self, request_id: str, index: int) -> None:
-        """The receiver has the chunk: its memory may be used for others. Unknown ones are no error."""
+        """The receiver has the chunk: its memory may be used for others.
+
+        Unknown ones are no error. One that is not complete cannot be anywhere: that is said of it in vain.
+        """
         with self._lock:
             handoff = self._handoffs.get(request_id)
-            chunk = None if handoff is None else handoff.chunks.pop(index, None)
-            if handoff is None or chunk is None:
+            chunk = None if handoff is None else handoff.chunks.get(index)
+            if handoff is None or chunk is None or not chunk.is_complete:
                 return
+            del handoff.chunks[index]
             self._num_blocks -= chunk.num_blocks
             handoff.expires_s = self._clock() + self._lease_s
             self._advance(request_id, handoff)
@@ -185,9 +224,15 @@ class Outbox:
         """Whatever state it is in, it is over. Unknown ids are no error."""
         with self._lock:
             handoff = self._handoffs.pop(request_id, None)
-            if handoff is not None:
-                self._num_blocks -= sum(chunk.num_blocks for chunk in handoff.chunks.values())
-                handoff.move(State.RELEASED)
+            if handoff is None:
+                return
+            self._num_blocks -= sum(chunk.num_blocks for chunk in handoff.chunks.values())
+            handoff.move(State.RELEASED)
+            incomplete = [chunk for chunk in handoff.chunks.values() if not chunk.is_complete]
+            for chunk in incomplete:
+                chunk.is_complete = True
+        for chunk in incomplete:
+            chunk.completion.cancel()
 
     def renew(self, request_id: str) -> bool:
         """The other engine lives; False: there is no such hand-off any more."""
@@ -220,6 +265,13 @@ class Outbox:
         if handoff.state is State.CLAIMED and not handoff.chunks:
             handoff.move(State.RELEASED)
             del self._handoffs[request_id]
+
+
+def _becomes_complete(chunk: _Chunk, handoff: _Outgoing) -> bool:
+    """Whether it is now, and was not before. Under the lock."""
+    was_complete = chunk.is_complete
+    chunk.is_complete = chunk.is_copied and (not chunk.is_last or handoff.first_token is not None)
+    return chunk.is_complete and not was_complete
 
 
 class _Incoming(_Side):

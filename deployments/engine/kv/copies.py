@@ -34,25 +34,30 @@ class KVCopies:
         """Copy chunks out to memory from there; where it has no room, as before to torch's."""
         self._allocate = allocate
 
-    def export(self, block_ids: list[int], after: torch.cuda.Event | None) -> tuple[Tensor, torch.cuda.Event | None]:
+    def allocate(self, num_blocks: int) -> Tensor:
+        """Memory for a chunk of N blocks: (num_layers, 2, N, block_size, num_kv_heads, head_dim), uninitialized."""
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            return self._place(self._cache.chunk_shape(num_blocks))
+
+    def export(self, block_ids: list[int], chunk: Tensor, after: torch.cuda.Event | None) -> torch.cuda.Event | None:
         """Copy blocks out.
 
         Args:
             block_ids: N of them; those that a later step overwrites are copied before.
-            after: when they are computed.
+            chunk: from `allocate`.
+            after: when they are computed; None: they are.
 
         Returns:
-            The chunk, (num_layers, 2, N, block_size, num_kv_heads, head_dim), and when it is complete.
+            When the chunk is complete.
         """
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             if self._stream is not None and after is not None:
                 self._stream.wait_event(after)
-            chunk = self._place(self._cache.chunk_shape(len(block_ids)))
             self._cache.export_blocks(block_ids, chunk)
             ready = self._stream.record_event() if self._stream is not None else None
         if ready is not None:
             torch.cuda.current_stream().wait_event(ready)
-        return chunk, ready
+        return ready
 
     def import_(self, block_ids: list[int], chunk: Tensor) -> None:
         """Copy a chunk, complete on a GPU too, into blocks, before any step that is launched later.
@@ -68,7 +73,8 @@ class KVCopies:
 
     def _compile(self) -> None:
         """Copy a block out and in, so that the first hand-off finds the kernels ready."""
-        chunk, _ = self.export([0], None)
+        chunk = self.allocate(1)
+        self.export([0], chunk, None)
         self.import_([0], chunk)
         torch.cuda.synchronize()
 

@@ -1,6 +1,7 @@
 """The hand-off's state machine: every message in every state, and leases, with a clock that the test moves."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import hypothesis.strategies as st
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from deployments.engine.handoff.states import Inbox, Outbox, State
+from deployments.engine.handoff.states import Completion, Inbox, Outbox, State, TakenChunk
 from deployments.messages import ChunkReady, DrawnToken
 from tests.engine.driving import FakeClock
 
@@ -28,8 +29,16 @@ class Source:
         self.outbox.open("r", 0)
 
     def put(self, is_last: bool) -> ChunkReady:
+        """Announce a chunk, and complete it at once."""
+        chunk = self.outbox.put("r", 2, KV, is_last=is_last)
+        self.outbox.note_copied("r", chunk.index)
         self.outbox.set_first_token("r", FIRST)
-        return self.outbox.put("r", 2, KV, None, is_last=is_last)
+        return chunk
+
+    def take(self, index: int) -> TakenChunk:
+        taken = self.outbox.take("r", index)
+        assert taken is not None and taken.tensor is KV
+        return taken
 
     def bring_to(self, state: State) -> "Source":
         if state is State.RESERVED:
@@ -41,7 +50,7 @@ class Source:
         if state is State.READY:
             return self
         for index in range(2):
-            assert self.outbox.take("r", index) is KV
+            self.take(index)
         if state is State.RELEASED:
             for index in range(2):
                 self.outbox.release("r", index)
@@ -59,7 +68,7 @@ class Target:
         self.inbox.reserve("r", range(1, 5))
 
     def fill(self, start: int, num_blocks: int, first_token: DrawnToken | None = None) -> State:
-        chunk = ChunkReady("r", 0, start, num_blocks, first_token)
+        chunk = ChunkReady("r", 0, start, num_blocks, first_token=first_token)
         assert self.inbox.expect(chunk) == range(start, start + num_blocks)
         return self.inbox.fill(chunk)
 
@@ -194,7 +203,7 @@ def test_what_is_still_said_of_a_broken_handoff_harms_no_chunk_of_the_next_one()
     chunk = source.put(is_last=False)
     assert source.outbox.take("r", late.index) is None
     source.outbox.release("r", late.index)
-    assert source.outbox.take("r", chunk.index) is KV and source.outbox.num_blocks == 2
+    assert source.take(chunk.index).completion.done() and source.outbox.num_blocks == 2
 
 
 def test_a_chunk_that_is_taken_and_not_released_still_counts() -> None:
@@ -202,6 +211,39 @@ def test_a_chunk_that_is_taken_and_not_released_still_counts() -> None:
     assert (source.outbox.num_blocks, source.outbox.num_free_blocks) == (4, 4)
     source.outbox.release("r", 1)
     assert source.outbox.num_blocks == 2 and source.outbox.state("r") is State.CLAIMED
+
+
+def test_a_chunk_may_be_taken_before_it_is_complete_and_the_last_one_waits_for_the_first_token() -> None:
+    source = Source()
+    chunks = [source.outbox.put("r", 2, KV, is_last=is_last) for is_last in (False, True)]
+    first, last = (source.take(chunk.index).completion for chunk in chunks)
+    source.outbox.note_copied("r", chunks[1].index)
+    assert not first.done() and not last.done()
+    source.outbox.set_first_token("r", FIRST)
+    assert not first.done() and last.result() == FIRST
+    source.outbox.note_copied("r", chunks[0].index)
+    assert first.result() is None
+
+
+def test_whoever_awaits_a_chunk_of_a_hand_off_that_is_over_is_told() -> None:
+    source = Source()
+    chunk = source.outbox.put("r", 2, KV, is_last=True)
+    completion = source.take(chunk.index).completion
+    source.outbox.drop("r")
+    assert completion.cancelled()
+    source.outbox.note_copied("r", chunk.index)
+
+
+def test_a_chunk_that_is_not_complete_is_not_released() -> None:
+    source = Source()
+    chunk = source.outbox.put("r", 2, KV, is_last=True)
+    source.take(chunk.index)
+    source.outbox.release("r", chunk.index)
+    assert source.outbox.num_blocks == 2 and source.outbox.state("r") is State.CLAIMED
+    source.outbox.note_copied("r", chunk.index)
+    source.outbox.set_first_token("r", FIRST)
+    source.outbox.release("r", chunk.index)
+    assert source.outbox.num_blocks == 0 and source.outbox.state("r") is State.RELEASED
 
 
 class Pair(RuleBasedStateMachine):
@@ -214,6 +256,7 @@ class Pair(RuleBasedStateMachine):
         self.clock = FakeClock()
         self.outbox, self.inbox = Outbox(64, LEASE_S, self.clock), Inbox(LEASE_S, self.clock)
         self.ids: list[str] = []
+        self.announced: list[ChunkReady] = []
         self.sent: list[ChunkReady] = []
         self.claimed: set[str] = set()
 
@@ -234,15 +277,35 @@ class Pair(RuleBasedStateMachine):
         size = min(size, left, self.outbox.num_free_blocks)
         if size == 0:
             return
-        self.outbox.set_first_token(name, FIRST)
-        self.sent.append(self.outbox.put(name, size, KV, None, is_last=size == left))
+        chunk = self.outbox.put(name, size, KV, is_last=size == left)
+        self.announced.append(chunk)
+        taken = self.outbox.take(name, chunk.index)
+        assert taken is not None and not taken.completion.done()
+        taken.completion.add_done_callback(partial(self.note_completion, chunk))
+
+    def note_completion(self, chunk: ChunkReady, completion: Completion) -> None:
+        if not completion.cancelled():
+            self.sent.append(replace(chunk, first_token=completion.result()))
+
+    @precondition(lambda self: self.announced)
+    @rule(data=st.data())
+    def copy(self, data: st.DataObject) -> None:
+        """Any chunk that was ever announced, also again, and of a hand-off that is over."""
+        chunk = data.draw(st.sampled_from(self.announced))
+        self.outbox.note_copied(chunk.request_id, chunk.index)
+
+    @precondition(lambda self: self.announced)
+    @rule(data=st.data())
+    def draw_first_token(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.announced)).request_id
+        if name in self.outbox and self.outbox.state(name) is not State.FILLING:
+            self.outbox.set_first_token(name, FIRST)
 
     @precondition(lambda self: self.sent)
     @rule(data=st.data(), releases=st.booleans())
     def deliver(self, data: st.DataObject, releases: bool) -> None:
-        """Any chunk that was ever sent, in any order, also again."""
+        """Any chunk that was ever complete, in any order, also again."""
         chunk = data.draw(st.sampled_from(self.sent))
-        self.outbox.take(chunk.request_id, chunk.index)
         if self.inbox.expect(chunk) is not None and self.inbox.fill(chunk) is State.READY:
             assert self.inbox.claim(chunk.request_id) == FIRST
             assert chunk.request_id not in self.claimed, "claimed twice"
