@@ -28,7 +28,6 @@ from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyA
 if TYPE_CHECKING:
     import numpy as np
 
-
     from deployments.engine_host import EngineHost
     from deployments.kv_tier.index import Origins
 

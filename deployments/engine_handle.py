@@ -15,7 +15,7 @@ from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyA
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-    from deployments.engine.handoff.states import TakenChunk
+    from deployments.engine.handoff.outbox import TakenChunk
 
 
 class EngineHandle(Protocol):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.states import TakenChunk
+from deployments.engine.handoff.outbox import TakenChunk
 from deployments.engine.loop import EngineLoop
 from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.states import TakenChunk
+from deployments.engine.handoff.outbox import TakenChunk
 from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats
 from deployments.engine_builder import BuiltEngine

@@ -18,7 +18,7 @@ from deployments.messages import ChunkArrived, ChunkReady, GenerateRequest, Repl
 from deployments.receipts import EngineTimes, HandoffReceipt, PrefillReceipt, Timed
 
 if TYPE_CHECKING:
-    from deployments.engine.handoff.states import TakenChunk
+    from deployments.engine.handoff.outbox import TakenChunk
 
 # An answer may be late, behind a long step.
 _RENEWALS_PER_LEASE = 3

@@ -100,6 +100,7 @@ PLACES = (
 # What of the engine loads no torch, and so may be known outside; the rest is for those in whose process it lives.
 LIGHT_ENGINE = [
     "deployments.engine.config",
+    "deployments.engine.handoff.outbox",
     "deployments.engine.handoff.states",
     "deployments.engine.stats",
     "deployments.engine.model.files",

@@ -29,7 +29,9 @@ from deployments.engine.execution.sizing import choose_limits, export_room
 from deployments.engine.grammar.guides import Guides
 from deployments.engine.handoff.exporter import Exporter
 from deployments.engine.handoff.importer import Importer
-from deployments.engine.handoff.states import Clock, Inbox, Outbox, TakenChunk
+from deployments.engine.handoff.inbox import Inbox
+from deployments.engine.handoff.outbox import Outbox, TakenChunk
+from deployments.engine.handoff.states import Clock
 from deployments.engine.kv.copies import Allocate, KVCopies
 from deployments.engine.lending import Lending
 from deployments.engine.model.load import LoadedModel

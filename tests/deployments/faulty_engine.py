@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.states import TakenChunk
+from deployments.engine.handoff.outbox import TakenChunk
 from deployments.engine_builder import BuiltEngine
 from deployments.engine_info import EngineInfo
 from deployments.kv_tier.keys import TierKeys

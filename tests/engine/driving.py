@@ -10,7 +10,8 @@ from torch import Tensor
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.states import Clock, TakenChunk
+from deployments.engine.handoff.outbox import TakenChunk
+from deployments.engine.handoff.states import Clock
 from deployments.engine.model.load import LoadedModel
 from deployments.messages import ChunkReady, EngineEvent, GenerateRequest, SamplingParams, TokenOutput
 

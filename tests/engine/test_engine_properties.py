@@ -12,7 +12,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.states import Clock, TakenChunk
+from deployments.engine.handoff.outbox import TakenChunk
+from deployments.engine.handoff.states import Clock
 from deployments.engine.model.load import LoadedModel, prepare_model
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.messages import (

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.handoff.completions import Completions
-from deployments.engine.handoff.states import Outbox
+from deployments.engine.handoff.outbox import Outbox
 from deployments.engine.kv.copies import KVCopies
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Sequence, Status

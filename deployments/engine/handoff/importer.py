@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from deployments.engine.handoff.states import Inbox, State
+from deployments.engine.handoff.inbox import Inbox
+from deployments.engine.handoff.states import State
 from deployments.engine.kv.copies import KVCopies
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.engine.stats import EngineStats

@@ -9,7 +9,9 @@ import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from deployments.engine.handoff.states import Completion, Inbox, Outbox, State, TakenChunk
+from deployments.engine.handoff.inbox import Inbox
+from deployments.engine.handoff.outbox import Completion, Outbox, TakenChunk
+from deployments.engine.handoff.states import State
 from deployments.messages import ChunkReady, DrawnToken
 from tests.engine.driving import FakeClock
 
