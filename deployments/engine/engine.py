@@ -27,10 +27,8 @@ from deployments.engine.execution.canary import Canary
 from deployments.engine.execution.rehearsal import build_rehearsed
 from deployments.engine.execution.sizing import choose_limits, export_room
 from deployments.engine.grammar.guides import Guides
-from deployments.engine.handoff.exporter import Exporter
-from deployments.engine.handoff.importer import Importer
-from deployments.engine.handoff.inbox import Inbox
-from deployments.engine.handoff.outbox import Outbox, TakenChunk
+from deployments.engine.handoff.handoffs import Handoffs
+from deployments.engine.handoff.outbox import TakenChunk
 from deployments.engine.handoff.states import Clock
 from deployments.engine.kv.copies import Allocate, KVCopies
 from deployments.engine.lending import Lending
@@ -80,11 +78,8 @@ class Engine:
         self._scheduler = Scheduler(self._blocks, self.limits, loaded.positions)
         bytes_per_block = loaded.kv_shape.bytes_per_block(block_size)
         self.export_room = export_room(self.limits, bytes_per_block, loaded.device, config.hands_over)
-        self._inbox = Inbox(config.lease_s, clock)
-        self._outbox = Outbox(self.export_room.max_blocks, config.lease_s, clock)
-        self._exporter = Exporter(self._outbox, self._copies, block_size, self.export_room.max_chunk_blocks)
         self._stats = EngineStats.begin(self.limits)
-        self._importer = Importer(self._inbox, self._copies, block_size, self._stats)
+        self._handoffs = Handoffs(self._copies, self.limits, self.export_room, config.lease_s, clock, self._stats)
         self._is_pipelined = loaded.device.type == "cuda" if is_pipelined is None else is_pipelined
         self._hands_over = config.hands_over
         self._begun_s = 0.0
@@ -105,8 +100,7 @@ class Engine:
     @property
     def next_expiry_s(self) -> float | None:
         """Seconds until `step` has to end a lease; None: there is none."""
-        expiries = self._inbox.next_expiry_s(), self._outbox.next_expiry_s()
-        return min((expiry for expiry in expiries if expiry is not None), default=None)
+        return self._handoffs.next_expiry_s
 
     @property
     def num_sequences(self) -> int:
@@ -154,7 +148,7 @@ class Engine:
         check_first_block(first_block, request.num_given_tokens, self.limits.block_size)
         sequence = build_sequence(request, Role.EXPORT)
         self._enter(sequence)
-        self._exporter.add(sequence, first_block)
+        self._handoffs.exporter.add(sequence, first_block)
 
     def check(self, request: GenerateRequest) -> None:
         """Refuse what can never run here; see `check_request`. Safe from any thread."""
@@ -173,7 +167,7 @@ class Engine:
         Raises:
             ValueError: the tensor does not fit the pool, or its blocks were not reserved; nothing was changed.
         """
-        whole = self._importer.fill(chunk, tensor)
+        whole = self._handoffs.importer.fill(chunk, tensor)
         if whole is None:
             return []
         sequence, first_token = whole
@@ -192,21 +186,19 @@ class Engine:
 
     def prefill_locally(self, request_id: str) -> bool:
         """Stop waiting for a prefill engine and compute what is missing here; False if it does not wait."""
-        sequence = self._importer.give_up(request_id)
+        sequence = self._handoffs.importer.give_up(request_id)
         if sequence is not None:
             self._scheduler.activate(sequence)
         return sequence is not None
 
     def renew(self, request_id: str) -> bool:
         """The other engine of a hand-off lives: its lease begins anew. False: nothing is held for it here."""
-        return self._inbox.renew(request_id) or self._outbox.renew(request_id)
+        return self._handoffs.renew(request_id)
 
     def abort(self, request_id: str) -> None:
         """End a request in whatever state it is; unknown ids are no error, since it may just have finished."""
         self._scheduler.remove(request_id)
-        self._exporter.discard(request_id)
-        self._outbox.drop(request_id)
-        self._importer.discard(request_id)
+        self._handoffs.discard(request_id)
         self._guides.drop(request_id)
 
     def run_canary(self) -> bool:
@@ -215,26 +207,18 @@ class Engine:
 
     def take_chunk(self, request_id: str, index: int) -> TakenChunk | None:
         """Hand out a chunk that was announced, complete or not; None if it is gone. Safe from any thread."""
-        return self._outbox.take(request_id, index)
+        return self._handoffs.outbox.take(request_id, index)
 
     def release_chunk(self, request_id: str, index: int) -> None:
         """The receiver has the chunk: its memory may be used for others. Safe from any thread."""
-        self._outbox.release(request_id, index)
+        self._handoffs.outbox.release(request_id, index)
 
     def step(self) -> list[EngineEvent]:
-        """Run one batch, if there is one; `begin_step`, then `finish_step`.
-
-        Returns:
-            What happened, in order; one `TokenOutput` per sequence that drew a token.
-        """
+        """Run one batch, if there is one: `begin_step`, then `finish_step`; what happened, in order."""
         return self.begin_step() + self.finish_step()
 
     def begin_step(self) -> list[EngineEvent]:
-        """Choose the next batch. Then comes `finish_step`, and nothing in between.
-
-        Returns:
-            What others can act on while the batch is computed.
-        """
+        """Choose the next batch; what others can act on while it is computed. Nothing comes before `finish_step`."""
         self._begun_s = time.monotonic()
         events = self._end_leases() + self._collect_masks()
         schedule = self._scheduler.schedule()
@@ -242,9 +226,9 @@ class Engine:
             events.append(placed)
             self._stats.prefix_hit_tokens += placed.num_cached_tokens
             if placed.remote:
-                self._importer.add(self._scheduler.reserved[placed.request_id])
+                self._handoffs.importer.add(self._scheduler.reserved[placed.request_id])
         self._scheduled = schedule.scheduled
-        return [*events, *self._exporter.announce(schedule.scheduled)]
+        return [*events, *self._handoffs.exporter.announce(schedule.scheduled)]
 
     def finish_step(self) -> list[EngineEvent]:
         """Run the batch that was chosen. A pipelined engine starts it, and concludes the one before meanwhile.
@@ -252,14 +236,12 @@ class Engine:
         Returns:
             What happened, in order; one `TokenOutput` per sequence that drew a token.
         """
-        events: list[EngineEvent] = []
         ending = self._launch(self._scheduled, self._begun_s) if self._scheduled else None
         if self._is_pipelined:
             ending, self._in_flight = self._in_flight, ending
         newest = self._in_flight or ending
-        self._exporter.export(None if newest is None else newest.done)
-        if ending is not None:
-            events += self._conclude(ending)
+        self._handoffs.exporter.export(None if newest is None else newest.done)
+        events: list[EngineEvent] = [] if ending is None else [*self._conclude(ending)]
         self._end_exports()
         if ending is not None:
             self._step_timer.end(ending.num_prompt_tokens, time.monotonic())
@@ -267,7 +249,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """A snapshot; its histograms are copies."""
-        return self._outputs.snapshot(self._scheduler, self._blocks.num_held_blocks, self._outbox.num_blocks)
+        return self._outputs.snapshot(self._scheduler, self._blocks.num_held_blocks, self._handoffs.outbox.num_blocks)
 
     def cache_changes(self, read: Position | None) -> CacheEvents:
         """What changed in the prefix cache since somebody has read of it; None: all that is there."""
@@ -276,22 +258,22 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert that no block, sequence or chunk is lost or counted twice."""
         self._scheduler.check_integrity()
-        self._outbox.check_integrity()
-        strangers = {r for r in [*self._exporter, *self._inbox, *self._guides] if r not in self._scheduler}
+        self._handoffs.outbox.check_integrity()
+        strangers = {r for r in [*self._handoffs, *self._guides] if r not in self._scheduler}
         assert not strangers, f"kept for requests that are gone: {strangers}"
-        reserved, awaited = set(self._scheduler.reserved), set(self._inbox)
+        reserved, awaited = set(self._scheduler.reserved), set(self._handoffs.inbox)
         assert awaited == reserved, f"{reserved} are reserved, {awaited} awaited"
 
     def _enter(self, sequence: Sequence) -> None:
         request_id = sequence.request_id
-        if request_id in self._scheduler or request_id in self._outbox:
+        if request_id in self._scheduler or request_id in self._handoffs.outbox:
             raise InvalidRequestError(f"request id {request_id!r} is already in use", "request_id")
         self._scheduler.add(sequence)
         self._guides.add(sequence)
 
     @property
     def _has_steps(self) -> bool:
-        return self._in_flight is not None or self._scheduler.has_work or self._exporter.has_work
+        return self._in_flight is not None or self._scheduler.has_work or self._handoffs.exporter.has_work
 
     def _collect_masks(self) -> list[EngineEvent]:
         """Have those sequences run again whose next tokens are known, and end those that cannot go on."""
@@ -326,7 +308,7 @@ class Engine:
                     self._blocks.trim(sequence)
             if draws:
                 self._stats.generated_tokens += len(draws)
-                if sequence.role is not _EXPORT or self._outbox.set_first_token(sequence.request_id, draws[0]):
+                if sequence.role is not _EXPORT or self._handoffs.outbox.set_first_token(sequence.request_id, draws[0]):
                     outputs.append(self._tell(sequence, run.first_draw, draws, now_s))
         self._outputs.end(now_s)
         if self._guides:
@@ -342,7 +324,7 @@ class Engine:
 
     def _end_exports(self) -> None:
         """A sequence that is all out needs its blocks no longer."""
-        for request_id in self._exporter.take_done():
+        for request_id in self._handoffs.exporter.take_done():
             self._outputs.note_last(self._scheduler[request_id])
             self._scheduler.remove(request_id)
             self._guides.drop(request_id)
@@ -350,12 +332,12 @@ class Engine:
     def _end_leases(self) -> list[EngineEvent]:
         """Give up on engines that have not been heard of: what is held for them is free, or put to use."""
         events: list[EngineEvent] = []
-        for request_id in self._inbox.expired():
+        for request_id in self._handoffs.inbox.expired():
             logger.warning("%s: no KV came within the lease; computing the rest of the prompt here", request_id)
             self._stats.expired_leases += 1
             self.prefill_locally(request_id)
             events.append(Placed(request_id, False, self._scheduler[request_id].num_computed_tokens))
-        for request_id in self._outbox.expired():
+        for request_id in self._handoffs.outbox.expired():
             self._stats.expired_leases += 1
             self.abort(request_id)
             events.append(HandoffExpired(request_id))

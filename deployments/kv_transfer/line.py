@@ -11,7 +11,7 @@ from time import monotonic
 
 _END = b"\n"
 # A first token with the twenty likeliest ones beside it takes some hundred.
-_MAX_BYTES = 65536
+_MAX_BYTES = 4096
 # A stranger who says nothing holds up the one that is waited for no longer.
 _INTRODUCTION_S = 1.0
 

@@ -46,7 +46,7 @@ def preempt(engine: Engine, sequence: Sequence) -> None:
 
 def is_between_engines(engine: Engine) -> bool:
     """Whether it holds or awaits anything of a hand-off."""
-    return bool(engine._outbox.num_blocks or len(engine._outbox) or len(engine._inbox))
+    return bool(engine._handoffs.outbox.num_blocks or len(engine._handoffs.outbox) or len(engine._handoffs.inbox))
 
 
 def forget_step_in_flight(engine: Engine) -> None:
