@@ -133,7 +133,7 @@ def test_a_step_that_raises_ends_the_loop_and_fails_pending_and_later_commands(
         raise RuntimeError("the device is gone")
 
     def doom(engine: Engine) -> None:
-        engine.step = fatal_step  # type: ignore[method-assign]  # the fault to be injected
+        engine.finish_step = fatal_step  # type: ignore[method-assign]  # the fault to be injected
         engine.add(greedy("r", (1, 2), 2))
 
     loop.call(doom, TIMEOUT_S)
