@@ -150,9 +150,7 @@ class NcclGroup:
     CPU do not reach this; `pytest -m gpu tests/kv_transfer` does (seen on one H100, two processes, NCCL over loopback).
     """
 
-    # So that the link is not idle while the ends wake up and speak about the next message: a step of 8,192 tokens of
-    # Llama-3.1-8B makes four chunks, and the next step may begin to send.
-    depth = 8
+    depth = 4  # so that the link is not idle while the ends wake up and speak about the next message
 
     def __init__(self, store: Store, rank: int) -> None:
         from cupy.cuda import nccl

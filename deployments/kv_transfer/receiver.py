@@ -1,9 +1,10 @@
 """Brings chunks of other engines here, or into reach. The receiver drives: it opens the links, and asks."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from threading import Lock
+from threading import Lock, Semaphore
 from time import monotonic
 from typing import Any
 from uuid import uuid4
@@ -24,6 +25,9 @@ from deployments.kv_transfer.link import Link, LinkLostError, Peer, Steps, Watch
 from deployments.kv_transfer.local import Neighbours, Place
 from deployments.kv_transfer.process import Counters, actor_id, node_ip
 from deployments.kv_transfer.source import Invitation, forget
+
+# Chunks that were sent and are not in the pool yet, or are on their way: what their memory is bounded by.
+_MAX_RECEIVED = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,7 @@ class Receiver:
         self._links: dict[tuple[str, bool], Link] = {}
         self._inquiries: dict[tuple[str, bool], Inquiries] = {}
         self._received_at = 0.0
+        self._room = Semaphore(_MAX_RECEIVED)
 
     @property
     def num_links(self) -> int:
@@ -151,8 +156,11 @@ class Receiver:
         return Channel(group, line)
 
     def _receive(self, chunk: RemoteChunk, group: Group, config: TransferConfig) -> Steps:
+        if not self._room.acquire(timeout=config.transfer_timeout_s):
+            raise TimeoutError("the engine takes nothing into its pool")
         started = monotonic()
         tensor = group.allocate(chunk.shape, chunk.dtype)
+        weakref.finalize(tensor, self._room.release).atexit = False
         wait = group.start_recv(tensor)
         yield
         yield from until_over(wait, config.transfer_timeout_s)

@@ -346,6 +346,30 @@ def test_an_export_waits_for_room_in_the_buffer_and_goes_on_when_chunks_are_rele
     assert engine.num_sequences == 0 and engine.num_free_blocks == POOL_BLOCKS
 
 
+def test_chunks_are_announced_before_the_step_that_computes_them_and_complete_behind_it() -> None:
+    engine = build_small()
+    engine.prefill(greedy("r", range(6), 2), 0)
+    (chunk,) = (event for event in engine.begin_step() if isinstance(event, ChunkReady))
+    assert chunk.is_last and chunk.first_token is None
+    taken = engine.take_chunk("r", chunk.index)
+    assert taken is not None and not taken.completion.done()
+    told = [event for event in engine.finish_step() if isinstance(event, TokenOutput)]
+    first_token = taken.completion.result(timeout=0)
+    assert first_token is not None and (first_token.token_id,) == told[0].token_ids
+    assert engine.num_sequences == 0 and engine.num_free_blocks == POOL_BLOCKS
+
+
+def test_a_first_token_that_ends_the_request_leaves_no_chunk_behind() -> None:
+    engine = build_small()
+    engine.prefill(greedy("r", range(6), 1), 0)
+    (chunk,) = (event for event in engine.begin_step() if isinstance(event, ChunkReady))
+    taken = engine.take_chunk("r", chunk.index)
+    assert taken is not None
+    engine.finish_step()
+    assert taken.completion.done() and not is_between_engines(engine)
+    assert engine.num_sequences == 0 and engine.num_free_blocks == POOL_BLOCKS
+
+
 def test_aborting_a_chunked_prefill_returns_every_block_and_chunk() -> None:
     engine = build_small()
     engine.prefill(greedy("r", range(30), 2), 0)

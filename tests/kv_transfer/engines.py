@@ -19,6 +19,8 @@ from deployments.kv_transfer.local import Arena
 from deployments.messages import ChunkReady, DrawnToken
 from tests.kv_transfer.threads import kv_threads
 
+# The value of chunks that are given away before they are complete.
+EARLY = -1.0
 # 64 KiB per block.
 LAYOUT = KVLayout("test-model", "float32", block_size=16, groups=(KVGroup((0, 1, 2, 3), 2, 64),))
 
@@ -40,6 +42,8 @@ class FakeEngine:
         self._had_manager = ray._private.worker.global_worker._rdt_manager is not None
         self._layout = layout
         self._exported: list[weakref.ref[Tensor]] = []
+        self._early: list[Future[DrawnToken | None]] = []
+        self._first_token: DrawnToken | None = None
         self._may_go = threading.Event()
         self._is_about_to_move = threading.Event()
         self._is_moving = threading.Event()
@@ -52,7 +56,16 @@ class FakeEngine:
         # The second half tells a chunk that came in part.
         chunk.view(-1)[chunk.numel() // 2 :] += 0.5
         self._exported.append(weakref.ref(chunk))
-        return Export(chunk, done(None))
+        if value != EARLY:
+            return Export(chunk, done(None))
+        self._early.append(Future())
+        return Export(chunk, self._early[-1])
+
+    @ray.method(concurrency_group="ctl")
+    def complete(self, token: DrawnToken | None) -> None:
+        """Complete the chunks of the value EARLY; None: they never will be."""
+        while self._early:
+            self._early.pop(0).set_result(token) if token is not None else self._early.pop(0).cancel()
 
     @exports_kv
     def take_wrong_chunk(self) -> Export:
@@ -60,10 +73,15 @@ class FakeEngine:
 
     @receives_kv
     def receive_kv(self, header: ChunkReady, arrival: Arrival) -> tuple[float, float, int]:
-        chunk = arrival.tensor
+        chunk, self._first_token = arrival.tensor, arrival.first_token
         halves = chunk.view(2, -1)
         assert (halves[0] == halves[0, 0]).all() and (halves[1] == halves[1, 0]).all()
         return float(halves[0, 0]), float(halves[1, 0]), chunk.shape[2]
+
+    @ray.method(concurrency_group="ctl")
+    def first_token(self) -> DrawnToken | None:
+        """What came with the chunk that came last."""
+        return self._first_token
 
     @ray.method(concurrency_group="ctl")
     def had_manager(self) -> bool:

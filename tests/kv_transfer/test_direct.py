@@ -13,8 +13,8 @@ import ray
 
 from deployments.errors import LayoutMismatchError, TransferError
 from deployments.kv_transfer.base import TransferConfig
-from deployments.messages import ChunkReady
-from tests.kv_transfer.engines import LAYOUT, FakeEngine
+from deployments.messages import ChunkReady, DrawnToken
+from tests.kv_transfer.engines import EARLY, LAYOUT, FakeEngine
 from tests.waiting import wait_until
 
 CONFIG = TransferConfig(
@@ -256,3 +256,29 @@ def test_a_stopped_source_can_be_read_and_a_dead_one_is_forgotten(start_engine, 
     with pytest.raises(TransferError):
         ray.get(destination.receive_kv.remote(ChunkReady("request", 0, 0, 4), ref), timeout=PATIENCE_S)
     assert_arrived([hand_off(engines[0], destination, 1, 3.0)], [(1, 3.0)])
+
+
+@pytest.mark.parametrize("arena_bytes", [0, 16 << 20], ids=["sent", "read in place"])
+def test_chunks_that_are_pulled_before_they_are_complete_wait_at_their_source(engines, start_engine, arena_bytes):
+    source, destination = start_engine(arena_bytes=arena_bytes), start_engine()
+    early = [hand_off(source, destination, 4, EARLY) for _ in range(3)]
+    wait_for(lambda: ray.get(source.stats.remote()).num_held == 3)
+    # They hold up neither others of the same source nor those of another one.
+    assert_arrived([hand_off(e, destination, 4, 1.0) for e in (source, engines[0])], [(4, 1.0)] * 2)
+    assert ray.wait(early, num_returns=3, timeout=0)[0] == []
+    token = DrawnToken(7, logprob=float("-inf"), rank=3, top=((7, -0.5), (9, float("-inf"))))
+    ray.get(source.complete.remote(token))
+    assert_arrived(early, [(4, EARLY)] * 3)
+    assert ray.get(destination.first_token.remote()) == token
+    gone = hand_off(source, destination, 4, EARLY)
+    wait_for(lambda: ray.get(destination.stats.remote()).num_links > 0)
+    ray.get(source.complete.remote(None))
+    with pytest.raises(TransferError, match="no longer has it"):
+        ray.get(gone, timeout=PATIENCE_S)
+    died = hand_off(source, destination, 4, EARLY)
+    wait_for(lambda: ray.get(source.num_exported_alive.remote()) >= 1)
+    ray.kill(source)
+    with pytest.raises((TransferError, ray.exceptions.ActorDiedError)):
+        ray.get(died, timeout=PATIENCE_S)
+    assert_arrived([hand_off(engines[0], destination, 1, 3.0)], [(1, 3.0)])
+    wait_for(lambda: ray.get(destination.stats.remote()).num_links <= 1)
