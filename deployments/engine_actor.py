@@ -5,6 +5,7 @@ transfer never delays an abort, and chunks by direct transport.
 """
 
 import queue
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -107,8 +108,9 @@ class EngineActor:
         return Export(taken.tensor, taken.completion)
 
     @direct.receives_kv
-    def receive_kv(self, chunk: ChunkReady, arrival: Arrival) -> None:
+    def receive_kv(self, chunk: ChunkReady, arrival: Arrival) -> float:
         self._host.receive_kv(replace(chunk, first_token=arrival.first_token), arrival.tensor)
+        return time.monotonic() - arrival.complete_s
 
     @ray.method(concurrency_group=direct.TIER_GROUP)
     def give(self, key: bytes) -> "tuple[Origins | None, np.ndarray | None]":

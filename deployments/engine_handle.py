@@ -64,8 +64,12 @@ class EngineHandle(Protocol):
         """A chunk, complete or not, to be passed on to `receive_kv` of another engine; it stays for as long as this."""
         ...
 
-    def receive_kv(self, chunk: ChunkReady, taken: "Awaitable[TakenChunk]") -> Awaitable[None]:
-        """Take a chunk into the pool once it is complete; it is there, and is read no more, once the answer comes."""
+    def receive_kv(self, chunk: ChunkReady, taken: "Awaitable[TakenChunk]") -> Awaitable[float]:
+        """Take a chunk into the pool once it is complete; it is there, and is read no more, once the answer comes.
+
+        Returns:
+            Seconds that it took since the chunk was complete.
+        """
         ...
 
     def release_chunk(self, request_id: str, index: int) -> Awaitable[None]:
@@ -117,7 +121,7 @@ class RayEngine:
     def take_chunk(self, request_id: str, index: int) -> "Awaitable[TakenChunk]":
         return _ask(self._actor.take_chunk.remote, request_id, index)
 
-    def receive_kv(self, chunk: ChunkReady, taken: "Awaitable[TakenChunk]") -> Awaitable[None]:
+    def receive_kv(self, chunk: ChunkReady, taken: "Awaitable[TakenChunk]") -> Awaitable[float]:
         return _ask(self._actor.receive_kv.remote, chunk, taken)
 
     def release_chunk(self, request_id: str, index: int) -> Awaitable[None]:

@@ -1,6 +1,7 @@
 """An engine in the process of its front, asked as one in an actor is. For tests, and wherever Ray is not wanted."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -93,12 +94,14 @@ class LocalEngine:
     def take_chunk(self, request_id: str, index: int) -> Awaitable[TakenChunk]:
         return self._ask(self._host.take_chunk, request_id, index)
 
-    def receive_kv(self, chunk: ChunkReady, taken: Awaitable[TakenChunk]) -> Awaitable[None]:
+    def receive_kv(self, chunk: ChunkReady, taken: Awaitable[TakenChunk]) -> Awaitable[float]:
         return self._answer_by(self._receive, (chunk, taken))
 
-    async def _receive(self, chunk: ChunkReady, taken: TakenChunk) -> None:
+    async def _receive(self, chunk: ChunkReady, taken: TakenChunk) -> float:
         complete = replace(chunk, first_token=await first_token_of(chunk, taken))
+        complete_s = time.monotonic()
         await self._event_loop.run_in_executor(self._threads, self._host.receive_kv, complete, taken.tensor)
+        return time.monotonic() - complete_s
 
     def release_chunk(self, request_id: str, index: int) -> Awaitable[None]:
         return self._ask(self._host.release_chunk, request_id, index)

@@ -51,10 +51,11 @@ class HandoffTimer:
         """The whole prompt is computed."""
         self._all_ready_s = time.monotonic()
 
-    def arrived(self, num_bytes: int, started_s: float, arrived_s: float) -> None:
-        """A chunk was underway from then until then."""
+    def arrived(self, num_bytes: int, seconds: float) -> None:
+        """A chunk has arrived, so many seconds after it was complete."""
+        arrived_s = time.monotonic()
         self._num_bytes += num_bytes
-        self._sends.append((started_s, arrived_s))
+        self._sends.append((arrived_s - seconds, arrived_s))
 
     def receipt(self) -> HandoffReceipt:
         """Once all have arrived."""
@@ -155,20 +156,19 @@ class Prefill(EngineReplica):
                 return
 
     async def _send(self, chunk: ChunkReady, target: EngineHandle, events: EventQueue, sent: HandoffTimer) -> None:
-        source, started_s = self._front.engine, time.monotonic()
+        source = self._front.engine
         try:
             # In a thread: the first contact of two engines can hold up the call.
             # `taken` keeps the chunk until it has arrived.
             taken, received = await asyncio.to_thread(_submit, chunk, source.handle, target)
-            await received
+            seconds = await received
         except Exception as error:
             await self._note_failure(chunk.request_id, error, events)
             return
         del taken
         num_bytes = chunk.num_blocks * source.info.bytes_per_block
-        arrived_s = time.monotonic()
-        self._front.handoff.observe(chunk.num_blocks, num_bytes, arrived_s - started_s)
-        sent.arrived(num_bytes, started_s, arrived_s)
+        self._front.handoff.observe(chunk.num_blocks, num_bytes, seconds)
+        sent.arrived(num_bytes, seconds)
         source.handle.release_chunk(chunk.request_id, chunk.index)
         events.put(ChunkArrived(chunk.request_id))
 
@@ -185,7 +185,7 @@ class Prefill(EngineReplica):
 
 def _submit(
     chunk: ChunkReady, source: EngineHandle, target: EngineHandle
-) -> "tuple[Awaitable[TakenChunk], Awaitable[None]]":
+) -> "tuple[Awaitable[TakenChunk], Awaitable[float]]":
     """What becomes the chunk at its source, and of its arrival at the target."""
     taken = source.take_chunk(chunk.request_id, chunk.index)
     return taken, target.receive_kv(chunk, taken)

@@ -31,10 +31,12 @@ class Arrival:
     Attributes:
         tensor: the chunk, complete; it may be the source's own memory.
         first_token: what the completion of the export has brought.
+        complete_s: monotonic time when this process heard that it is complete.
     """
 
     tensor: "Tensor"
     first_token: DrawnToken | None
+    complete_s: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ given it. Whatever fails is raised there, and reaches whoever awaits that method
 
 import base64
 import functools
+import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -151,10 +152,10 @@ def receives_kv(method: Callable[[Self, Header, Arrival], Result]) -> Callable[[
 def _bring(chunk: Tensor | RemoteChunk) -> Arrival:
     """Pull the chunk; one that this very engine exported arrives as it is."""
     if isinstance(chunk, RemoteChunk):
-        tensor, note = endpoint.pull(chunk)
-        return Arrival(tensor, _decode(note))
+        tensor, note, complete_s = endpoint.pull(chunk)
+        return Arrival(tensor, _decode(note), complete_s)
     try:
-        return Arrival(chunk, _decode(_exported[id(chunk)].result()))
+        return Arrival(chunk, _decode(_exported[id(chunk)].result()), time.monotonic())
     except CancelledError:
         raise TransferError("the chunk is gone") from None
 

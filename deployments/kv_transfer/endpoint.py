@@ -74,7 +74,7 @@ class Endpoint:
         """A receiver has opened a link and waits for us."""
         self._source.accept(invitation, self._device, self._config)
 
-    def pull(self, chunk: RemoteChunk) -> tuple[Tensor, str]:
+    def pull(self, chunk: RemoteChunk) -> tuple[Tensor, str, float]:
         """See `Receiver.pull`."""
         return self._receiver.pull(chunk, self.layout, self._device, self._config)
 

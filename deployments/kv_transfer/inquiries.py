@@ -4,6 +4,7 @@ A question may be asked long before the chunk is computed, so answers come in an
 order in which the source says so. A question is `number what object`, an answer `number answer note`.
 """
 
+import time
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ class Answer(StrEnum):
     GONE = "gone"
 
 
-# The chunk, where it was sent, and what came with it.
-Arrival: TypeAlias = "Future[tuple[Tensor | None, str]]"
+# The chunk, where it was sent, what came with it, and the monotonic time when it was said to be complete.
+Arrival: TypeAlias = "Future[tuple[Tensor | None, str, float]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,24 +122,24 @@ class Inquiries:
         link.close("the source closed the link", LinkLostError)
 
     def _settle(self, inquiry: _Open, word: str, note: str, link: Link) -> None:
-        arrival = inquiry.arrival
+        arrival, complete_s = inquiry.arrival, time.monotonic()
         if word == Answer.GONE:
             arrival.set_exception(TransferError("the source no longer has it"))
         elif inquiry.receive is None:
-            arrival.set_result((None, note))
+            arrival.set_result((None, note, complete_s))
         else:
             try:
                 received = link.submit(inquiry.receive)
             except TransferError as error:
                 arrival.set_exception(type(error)(str(error)))
             else:
-                received.add_done_callback(lambda done: _pass_on(done, note, arrival))
+                received.add_done_callback(lambda done: _pass_on(done, note, complete_s, arrival))
 
 
-def _pass_on(received: "Future[Tensor | None]", note: str, arrival: Arrival) -> None:
+def _pass_on(received: "Future[Tensor | None]", note: str, complete_s: float, arrival: Arrival) -> None:
     error = received.exception()
     if error is None:
-        arrival.set_result((received.result(), note))
+        arrival.set_result((received.result(), note, complete_s))
     else:
         arrival.set_exception(error)
 

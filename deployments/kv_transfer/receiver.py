@@ -89,8 +89,10 @@ class Receiver:
     def num_neighbours(self) -> int:
         return len(self._neighbours)
 
-    def pull(self, chunk: RemoteChunk, layout: KVLayout, device: str, config: TransferConfig) -> tuple[Tensor, str]:
-        """Bring a chunk here, or into reach, with its note; blocks until it is complete.
+    def pull(
+        self, chunk: RemoteChunk, layout: KVLayout, device: str, config: TransferConfig
+    ) -> tuple[Tensor, str, float]:
+        """Bring a chunk here, or into reach, with its note and when it was complete; blocks until it is.
 
         The caller keeps a reference to the chunk for as long as it uses the tensor: it may be the source's own memory.
 
@@ -103,14 +105,16 @@ class Receiver:
             raise LayoutMismatchError(f"engines disagree on the device of KV: ours {device}, theirs {chunk.device}")
         view = None if chunk.place is None else self._neighbours.view(chunk.place, chunk.shape, chunk.dtype)
         if view is None:
-            tensor, note = self._ask(chunk, config, is_sent=True)
+            tensor, note, complete_s = self._ask(chunk, config, is_sent=True)
             assert tensor is not None
-            return tensor, note
-        note = self._ask(chunk, config, is_sent=False)[1] if chunk.note is None else chunk.note
+            return tensor, note, complete_s
+        note, complete_s = chunk.note, monotonic()
+        if note is None:
+            _, note, complete_s = self._ask(chunk, config, is_sent=False)
         self._counters.add(num_received=1, num_received_bytes=view.nbytes, num_read_in_place=1)
-        return view, note
+        return view, note, complete_s
 
-    def _ask(self, chunk: RemoteChunk, config: TransferConfig, is_sent: bool) -> tuple[Tensor | None, str]:
+    def _ask(self, chunk: RemoteChunk, config: TransferConfig, is_sent: bool) -> tuple[Tensor | None, str, float]:
         try:
             try:
                 return self._ask_once(chunk, config, is_sent)
@@ -122,7 +126,7 @@ class Receiver:
             # A new exception: the link's other jobs may hold the old one.
             raise TransferError(f"chunk from engine {chunk.source_id}: {error}") from None
 
-    def _ask_once(self, chunk: RemoteChunk, config: TransferConfig, is_sent: bool) -> tuple[Tensor | None, str]:
+    def _ask_once(self, chunk: RemoteChunk, config: TransferConfig, is_sent: bool) -> tuple[Tensor | None, str, float]:
         inquiries = self._inquiries_at(chunk, config, is_sent)
         return inquiries.ask(chunk.object_id, partial(self._receive, chunk) if is_sent else None).result()
 

@@ -93,7 +93,7 @@ class FaultyEngine(LocalEngine):
         self.added.append(request)
         return super().add(request, remote_threshold, reply_to)
 
-    def receive_kv(self, chunk: ChunkReady, taken: Awaitable[TakenChunk]) -> Awaitable[None]:
+    def receive_kv(self, chunk: ChunkReady, taken: Awaitable[TakenChunk]) -> Awaitable[float]:
         on_its_way = asyncio.run_coroutine_threadsafe(self._arrival(chunk, taken), self._event_loop)
         return super().receive_kv(chunk, Answer(on_its_way))
 
