@@ -103,8 +103,9 @@ class Outbox:
         return self._handoffs[request_id].next_block
 
     def has_first_token(self, request_id: str) -> bool:
-        """Whether the token behind the prompt was drawn."""
-        return self._handoffs[request_id].first_token is not None
+        """Whether the token behind the prompt was drawn; it was where the receiver has released every chunk already."""
+        handoff = self._handoffs.get(request_id)
+        return handoff is None or handoff.first_token is not None
 
     def set_first_token(self, request_id: str, token: DrawnToken) -> bool:
         """Keep what was drawn behind the prompt; False: it was drawn before a preemption, and is out already."""
