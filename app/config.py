@@ -28,6 +28,7 @@ from deployments.api.body import MAX_BODY_BYTES
 from deployments.api.control_tokens import ControlPolicy
 from deployments.api.cors import check_origin
 from deployments.api.keys import check_source
+from deployments.api.reasoning.support import ReasoningParserName
 from deployments.api.tools.families import ToolParserName
 from deployments.engine.config import EngineConfig
 from deployments.kv_tier.settings import TierSettings
@@ -147,6 +148,8 @@ class IngressConfig(ReplicaConfig):
         control_tokens: of the model, in messages of chats: `allow` them, `refuse` the call, or read them as `text`.
         tool_parser: how the model writes calls of tools: `hermes` (Qwen's too), `llama3` or `mistral`; `auto`: as
             its chat template shows.
+        reasoning_parser: how it marks its thoughts: `think`, as Qwen 3 and DeepSeek do, or `none`, which leaves them in
+            the answer; `auto`: as its chat template shows.
     """
 
     num_cpus: float = Field(default=0.1, ge=0)
@@ -161,6 +164,7 @@ class IngressConfig(ReplicaConfig):
     ] = ()
     control_tokens: ControlPolicy = "allow"
     tool_parser: ToolParserName = "auto"
+    reasoning_parser: ReasoningParserName = "auto"
 
     def deployment_options(self) -> dict[str, Any]:
         """Return the options of this deployment, as `Deployment.options` takes them."""

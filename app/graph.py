@@ -47,6 +47,7 @@ def ingress_settings(args: AppConfig) -> IngressSettings:
         cors_origins=args.ingress.cors_origins,
         control_tokens=args.ingress.control_tokens,
         tool_parser=args.ingress.tool_parser,
+        reasoning_parser=args.ingress.reasoning_parser,
     )
 
 

@@ -22,6 +22,7 @@ from deployments.api.accounts import Sharers
 from deployments.api.control_tokens import ControlPolicy
 from deployments.api.http import build_app
 from deployments.api.keys import KeyRing
+from deployments.api.reasoning.support import ReasoningParserName
 from deployments.api.text import TextCodec
 from deployments.api.tokenizer import read_tokenizer
 from deployments.api.tools.families import ToolParserName
@@ -177,6 +178,7 @@ class IngressSettings:
         cors_origins: whose pages may use the API from a browser.
         control_tokens: what becomes of those that users write in messages.
         tool_parser: how the model writes calls of tools.
+        reasoning_parser: how it marks its thoughts.
     """
 
     model: str
@@ -192,6 +194,7 @@ class IngressSettings:
     cors_origins: tuple[str, ...]
     control_tokens: ControlPolicy
     tool_parser: ToolParserName
+    reasoning_parser: ReasoningParserName
 
 
 @serve.ingress()
@@ -214,7 +217,12 @@ class Ingress:
         self._keys = await self._open_keys()
         engine: EngineInfo = await decode.engine_info.remote()
         self._codec = await asyncio.to_thread(
-            load_codec, engine.path, settings.model, settings.control_tokens, settings.tool_parser
+            load_codec,
+            engine.path,
+            settings.model,
+            settings.control_tokens,
+            settings.tool_parser,
+            settings.reasoning_parser,
         )
         self._info = describe_served(engine, self._codec, settings.served_model_name, settings.model_root)
         tokens = await TokenReceiver.start(ray.util.get_node_ip_address(), settings.max_unread_tokens)
@@ -286,7 +294,11 @@ def describe_served(engine: EngineInfo, codec: TextCodec, name: str, root: str =
 
 
 def load_codec(
-    path: str, model: str, control_tokens: ControlPolicy = "allow", tool_parser: ToolParserName = "auto"
+    path: str,
+    model: str,
+    control_tokens: ControlPolicy = "allow",
+    tool_parser: ToolParserName = "auto",
+    reasoning_parser: ReasoningParserName = "auto",
 ) -> TextCodec:
     """Load the tokenizer of the engines' model; in other processes, which load what this one shall not."""
     if Path(path).is_absolute() and not Path(path).exists():
@@ -295,6 +307,5 @@ def load_codec(
     # If transformers finds torch it imports it, and no tokenizer needs it: 5.8 s and 310 MB, without 2.7 s and 95 MB
     # (SmolLM2's tokenizer, 2 cores of a shared Xeon, 2026-11-28).
     quietly = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
-    return TextCodec(
-        call_apart(read_tokenizer, path, without=["torch"], environment=quietly), control_tokens, tool_parser
-    )
+    tokenizer = call_apart(read_tokenizer, path, without=["torch"], environment=quietly)
+    return TextCodec(tokenizer, control_tokens, tool_parser, reasoning_parser)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from deployments.api.calls import Call
+from deployments.api.call import Call
 from deployments.api.choices import TextEvent
 from deployments.api.failures import ErrorBody, Failure
 from deployments.api.forms import (
@@ -22,6 +22,7 @@ from deployments.api.forms import (
     Delta,
     Usage,
 )
+from deployments.api.reasoning.count import ThoughtCount
 from deployments.api.receipts import ReceiptKeeper
 from deployments.api.responses.forms import Response
 from deployments.api.scores import (
@@ -50,9 +51,13 @@ class Tally:
         self._num_prompt_tokens = call.num_prompt_tokens
         self._num_generated_tokens = 0
         self._num_cached_tokens: dict[int, int] = {}
+        thoughts = call.thoughts
+        self._thoughts = [] if thoughts is None else [ThoughtCount(thoughts) for _ in call.requests]
 
     def add(self, event: TextEvent) -> None:
         self._num_generated_tokens += event.num_tokens
+        if self._thoughts:
+            self._thoughts[event.choice].add(event.token_ids, event.text)
         if self._call.lead_of(event.choice) != event.choice:
             return  # what it found is what the first of the same prompt has left
         # What one engine found another may have had to compute, after a death: the least is true.
@@ -62,12 +67,16 @@ class Tally:
     def usage(self, num_untold: int = 0) -> Usage:
         """All that was added, less `num_untold` generated tokens that are to come in a later chunk."""
         num_generated = self._num_generated_tokens - num_untold
-        return {
+        usage: Usage = {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": num_generated,
             "total_tokens": self._num_prompt_tokens + num_generated,
             "prompt_tokens_details": {"cached_tokens": sum(self._num_cached_tokens.values())},
         }
+        if self._thoughts:
+            num_thought = sum(thought.num_tokens for thought in self._thoughts)
+            usage["completion_tokens_details"] = {"reasoning_tokens": num_thought}
+        return usage
 
     def add_receipt(self, answer: Completion | ChatCompletion | ChatChunk | Response) -> None:
         """Put what became of the call into an answer, or its last chunk, where that is wanted."""
@@ -229,8 +238,8 @@ class ChatAnswer:
             self._open.add(event.choice)
         finish_reason: ChatFinishReason | None = event.finish_reason
         deltas: list[Delta] = [{"content": event.text}] if event.text else []
-        if call.tools is not None:
-            message = self._messages.setdefault(event.choice, MessageShaper(call.tools))
+        if call.is_read:
+            message = self._messages.setdefault(event.choice, MessageShaper(call.tools, call.thoughts))
             deltas = message.deltas(event.text, is_last=finish_reason is not None)
             finish_reason = message.finish_reason(event.finish_reason)
         if not deltas and (call.return_token_ids or call.num_logprobs is not None):
@@ -276,8 +285,8 @@ class ChatAnswer:
     def _choice(self, index: int, result: ChoiceResult) -> ChatChoice:
         message: ChatMessage = {"role": "assistant", "content": result.text, "refusal": None}
         finish_reason: ChatFinishReason | None = result.finish_reason
-        if self._call.tools is not None:
-            shaper = MessageShaper(self._call.tools)
+        if self._call.is_read:
+            shaper = MessageShaper(self._call.tools, self._call.thoughts)
             message = shaper.whole(result.text)
             finish_reason = shaper.finish_reason(result.finish_reason)
         choice: ChatChoice = {

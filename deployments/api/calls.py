@@ -8,19 +8,20 @@ import re
 import reprlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import orjson
 from pydantic import ValidationError
 
+from deployments.api.call import Call
 from deployments.api.choices import TextRules
 from deployments.api.json_bounds import check_containers
 from deployments.api.openai import ChatBody, CompletionBody, GenerateBody, ModelBody
 from deployments.api.sampling import read_sampling, seed_of
 from deployments.api.strict import explain
 from deployments.api.text import TextCodec
-from deployments.api.tools.rules import ToolRules, read_tools
+from deployments.api.tools.rules import read_tools
 from deployments.errors import InvalidRequestError, RequestTooLargeError
 from deployments.messages import MAX_PROMPT_SCORES, GenerateRequest, ModelInfo, Priority
 
@@ -38,74 +39,6 @@ _TOO_LARGE_NUMBER = re.compile(r"-?\d[\d.eE+-]*")
 
 class ModelNotFoundError(InvalidRequestError):
     """The request names a model that is not served here."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A request that can be served as it stands.
-
-    Attributes:
-        call_id: the id of the response; its requests' ids begin with it.
-        created: Unix time in seconds.
-        model: the name to answer with.
-        requests: one per sample: those of the first prompt, then those of the next.
-        num_samples: of each prompt; the first's tokens tell that its KV can be found by the others.
-        num_choices: of each prompt in the answer: the best of its samples.
-        prefixes: what each sample's text begins with.
-        text: how the tokens of every choice become text.
-        stream: answer with server-sent events.
-        include_usage: streaming: send the usage at the end.
-        continuous_usage: streaming: send the usage so far with every chunk.
-        return_token_ids: send the ids of prompt and output beside the text.
-        num_logprobs: send logprobs, with those of so many of the likeliest tokens; None: none.
-        echo: the answer begins with the prompt, text and logprobs.
-        num_prompt_logprobs: send those of the prompt apart, likewise.
-        user: who asked, for the operator's log.
-        labels: what else the caller says of the call, for the operator's log.
-        tools: how calls of tools are found in the answers; None: none are looked for.
-        repeated: what the answer repeats of the request.
-        wants_receipt: the answer says what became of the call.
-    """
-
-    call_id: str
-    created: int
-    model: str
-    requests: tuple[GenerateRequest, ...]
-    num_samples: int
-    num_choices: int
-    prefixes: tuple[str, ...]
-    text: TextRules
-    stream: bool
-    include_usage: bool
-    continuous_usage: bool
-    return_token_ids: bool
-    num_logprobs: int | None
-    echo: bool
-    num_prompt_logprobs: int | None
-    user: str | None
-    labels: Mapping[str, object]
-    tools: ToolRules | None = None
-    repeated: Mapping[str, object] = field(default_factory=dict)
-    wants_receipt: bool = False
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Of all prompts; one that is sampled several times counts once."""
-        return sum(len(request.prompt_token_ids) for request in self.requests[:: self.num_samples])
-
-    @property
-    def tells_total(self) -> bool:
-        """Whether a stream ends with a chunk of the whole call."""
-        return self.include_usage or self.wants_receipt
-
-    @property
-    def scores_prompts(self) -> bool:
-        """Whether logprobs of prompts come with the first tokens."""
-        return self.requests[0].num_prompt_logprobs is not None
-
-    def lead_of(self, sample: int) -> int:
-        """Number of the first sample of the same prompt."""
-        return sample - sample % self.num_samples
 
 
 B = TypeVar("B", bound=ModelBody)
@@ -161,7 +94,7 @@ def build_chat(body: ChatBody, call_id: str, codec: TextCodec, info: ModelInfo, 
         add_generation_prompt=body.opens_turn,
         continue_final_message=body.continue_final_message,
         max_characters=max_characters(info),
-        variables=body.chat_template_kwargs,
+        variables=_variables(body, codec),
         tools=[tool.for_template() for tool in body.offered_tools],
     )
     token_ids = _truncate(encoded, body, body.max_completion_tokens or body.max_tokens, info)
@@ -172,9 +105,25 @@ def build_chat(body: ChatBody, call_id: str, codec: TextCodec, info: ModelInfo, 
     if rules is not None and rules.grammar is not None:
         request = replace(request, sampling=replace(request.sampling, grammar=rules.grammar))
     call = _build_call(call_id, _build_samples(request, call_id, 0, body.num_samples), body, info)
+    # A grammar begins with the first token: such an answer holds no thoughts.
+    thoughts = None if request.sampling.grammar is not None else codec.reasoning.rules(token_ids)
+    if thoughts is not None:
+        call = replace(call, thoughts=thoughts, text=replace(call.text, shown_specials=thoughts.marker_ids))
     if rules is None:
         return call
-    return replace(call, tools=rules, text=replace(call.text, shown_specials=rules.marker_ids))
+    return replace(
+        call, tools=rules, text=replace(call.text, shown_specials=call.text.shown_specials | rules.marker_ids)
+    )
+
+
+def _variables(body: ChatBody, codec: TextCodec) -> Mapping[str, object]:
+    """For the chat template."""
+    ours = codec.reasoning.variables(body.reasoning_effort)
+    for name in ours:
+        if name in body.chat_template_kwargs:
+            message = f"reasoning_effort cannot go with {name!r} in chat_template_kwargs"
+            raise InvalidRequestError(message, "reasoning_effort")
+    return body.chat_template_kwargs | ours
 
 
 def parse_body(data: bytes, kind: type[B], info: ModelInfo) -> B:

@@ -128,6 +128,10 @@ class ChatTemplate:
         """Whether it tells the model of tools."""
         return "tools" in self._read_variables
 
+    def reads(self, variable: str) -> bool:
+        """Whether it reads a variable of this name."""
+        return variable in self._read_variables
+
     @property
     def shows_calls(self) -> bool:
         """Whether it tells the model of calls in earlier turns."""

@@ -21,8 +21,8 @@ from deployments.api.answers import Answer, ChoiceResult, Tally
 from deployments.api.asgi import until_disconnect
 from deployments.api.backend import Backend, Ticket
 from deployments.api.body import read_body
+from deployments.api.call import Call
 from deployments.api.caller import Caller, read_caller
-from deployments.api.calls import Call
 from deployments.api.chat_template import TemplateLimitError
 from deployments.api.choices import ChoiceText, TextEvent, follow, lead, merge, stream_choice
 from deployments.api.failures import failure_of
@@ -238,7 +238,7 @@ class Exchange:
             choices[event.choice].add(event)
             self._stopwatch.lap(event)
         # Calls of tools are found at 1 to 2 us per character (2 cores of a shared Xeon, 2026-11-28).
-        takes_long = call.scores_prompts or call.tools is not None
+        takes_long = call.scores_prompts or call.is_read
         body = await asyncio.to_thread(_to_body, answer, choices) if takes_long else _to_body(answer, choices)
         await self._start(HTTPStatus.OK, "application/json")
         await self._send_body(body)

@@ -20,6 +20,12 @@ class PromptTokensDetails(TypedDict):
     cached_tokens: int
 
 
+class CompletionTokensDetails(TypedDict):
+    """`usage.completion_tokens_details`, of a model that thinks."""
+
+    reasoning_tokens: int
+
+
 class Usage(TypedDict):
     """Tokens of the whole call, over all its choices."""
 
@@ -27,6 +33,7 @@ class Usage(TypedDict):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: NotRequired[CompletionTokensDetails]
 
 
 class CompletionChoice(TypedDict):
@@ -75,6 +82,7 @@ class ChatMessage(TypedDict):
     content: str | None
     refusal: None
     tool_calls: NotRequired[list[ToolCall]]
+    reasoning_content: NotRequired[str]
 
 
 class ChatChoice(TypedDict):
@@ -123,6 +131,7 @@ class Delta(TypedDict, total=False):
     role: Literal["assistant"]
     content: str
     tool_calls: list[ToolCallDelta]
+    reasoning_content: str
 
 
 class ChatChunkChoice(TypedDict):

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from deployments.api.common_fields import DrawFields, LabelFields
 from deployments.api.fields import MAX_PROMPTS, LogprobCount, OptionalContent, Prompts
+from deployments.api.reasoning.support import Effort
 from deployments.api.strict import NoOps, Strict
 from deployments.api.structured import ONE_AT_MOST, StructuredFields, fields_that_ask
 from deployments.api.tools.fields import ToolCall, ToolFields
@@ -34,7 +35,6 @@ _CHAT_NO_OPS: NoOps = {
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": (),
     "verbosity": (),
     "web_search_options": (),
 }
@@ -42,7 +42,6 @@ _MESSAGE_NO_OPS: NoOps = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "reasoning_content": (),
 }
 
 
@@ -79,6 +78,7 @@ _CONTENT_UNLESS_ASSISTANT: dict[str, Any] = {
             "content": {"type": ["string", "array"]},
             "refusal": {"enum": [None, ""]},
             "tool_calls": {"enum": [None, []]},
+            "reasoning_content": {"enum": [None, ""]},
         },
         "required": ["content"],
     },
@@ -199,6 +199,7 @@ class Message(Strict):
     refusal: str | None = None
     name: str | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
     tool_calls: list[ToolCall] = Field(default_factory=list, max_length=MAX_CALLS_OF_TURN)
 
     @model_validator(mode="after")
@@ -208,6 +209,8 @@ class Message(Strict):
         if self.refusal and (self.content or self.role != "assistant"):
             message = "only allowed in place of an assistant's content"
             raise PydanticCustomError("refusal", message, {"field": "refusal"})
+        if self.reasoning_content and self.role != "assistant":
+            raise PydanticCustomError("reasoning", "only allowed of an assistant", {"field": "reasoning_content"})
         if self.tool_calls and self.role != "assistant":
             raise PydanticCustomError("tool_calls", "only allowed of an assistant", {"field": "tool_calls"})
         return self
@@ -217,6 +220,7 @@ class Message(Strict):
         """Of its text."""
         content = self.content or self.refusal or ""
         length = len(content) if isinstance(content, str) else sum(len(str(part["text"])) for part in content)
+        length += len(self.reasoning_content or "")
         return length + sum(len(call.function.arguments) for call in self.tool_calls)
 
     def for_template(self) -> dict[str, object]:
@@ -224,6 +228,8 @@ class Message(Strict):
         fields = self.model_dump(include={"role", "name", "tool_call_id"}, exclude_none=True)
         if self.tool_calls:
             fields["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.reasoning_content:
+            fields["reasoning_content"] = self.reasoning_content
         return fields | {"content": self.content or self.refusal or ""}
 
 
@@ -240,6 +246,7 @@ class ChatBody(GenerateBody, ToolFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, object] = Field(default_factory=dict)
+    reasoning_effort: Effort | None = None
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
 

@@ -23,6 +23,7 @@ from deployments.api.chat_template import (
 )
 from deployments.api.control_tokens import ControlPolicy, ControlTokens, PlainEncoder
 from deployments.api.detokenizer import DetokenizerFactory
+from deployments.api.reasoning.support import ReasoningParserName, ReasoningSupport
 from deployments.api.tools.families import ToolParserName
 from deployments.api.tools.support import ToolSupport
 from deployments.errors import InvalidRequestError
@@ -43,6 +44,7 @@ class TextCodec:
         tokenizer: as `read_tokenizer` gives it.
         control_tokens: what becomes of those that users write in messages.
         tool_parser: how the model writes calls of tools.
+        reasoning_parser: how it marks its thoughts.
 
     Raises:
         UnsupportedModelError: the tokenizer cannot do with them what is asked for.
@@ -51,10 +53,15 @@ class TextCodec:
         backend: the tokenizers library's own object.
         detokenizers: build what turns its ids back into text.
         tools: how the model is told of tools, and calls them.
+        reasoning: how it marks its thoughts.
     """
 
     def __init__(
-        self, tokenizer: AnyTokenizer, control_tokens: ControlPolicy = "allow", tool_parser: ToolParserName = "auto"
+        self,
+        tokenizer: AnyTokenizer,
+        control_tokens: ControlPolicy = "allow",
+        tool_parser: ToolParserName = "auto",
+        reasoning_parser: ReasoningParserName = "auto",
     ) -> None:
         self._tokenizer = tokenizer
         self.backend = tokenizer.backend_tokenizer
@@ -64,6 +71,7 @@ class TextCodec:
         self.detokenizers = DetokenizerFactory(self.backend)
         self._chat_template = _compile_template(tokenizer)
         self.tools = ToolSupport(self._chat_template, tool_parser, self.backend)
+        self.reasoning = ReasoningSupport(self._chat_template, reasoning_parser, self.backend)
         self._template_limits = LIMITS
         self._refused = ControlTokens(self.backend) if control_tokens == "refuse" else None
         self._plain = PlainEncoder(self.backend) if control_tokens == "text" else None

@@ -4,7 +4,8 @@ from typing import Any
 
 import orjson
 
-from deployments.api.calls import Call, read_chat, read_completion
+from deployments.api.call import Call
+from deployments.api.calls import read_chat, read_completion
 from deployments.messages import Priority
 from tests.api.fakes import INFO, build_codec
 

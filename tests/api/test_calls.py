@@ -5,7 +5,8 @@ from typing import Any
 import orjson
 import pytest
 
-from deployments.api.calls import Call, read_chat
+from deployments.api.call import Call
+from deployments.api.calls import read_chat
 from deployments.api.choices import TextRules
 from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError

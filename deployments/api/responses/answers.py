@@ -4,15 +4,15 @@ import time
 from collections.abc import Sequence
 from typing import cast
 
+from deployments.api.answer_reader import AnswerReader
 from deployments.api.answers import ChoiceResult, Tally
-from deployments.api.calls import Call
+from deployments.api.call import Call
 from deployments.api.choices import TextEvent
 from deployments.api.failures import Failure
 from deployments.api.forms import Usage
 from deployments.api.responses.forms import Repeated, Response, ResponseError, ResponseUsage, Status
 from deployments.api.responses.output import Event, Events, Output
 from deployments.api.scores import ScoredToken, TokenLogprob, shape_chat
-from deployments.api.tools.parser import Content, Delta
 from deployments.api.tools.shapes import new_call_id
 from deployments.messages import FinishReason
 
@@ -30,8 +30,8 @@ class ResponseAnswer:
         self._tally = tally
         self._events = Events()
         id_length = 0 if call.tools is None else call.tools.family.id_length
-        self._output = Output(self._events, lambda: new_call_id(id_length))
-        self._parser = None if call.tools is None else call.tools.build_parser()
+        self._output = Output(self._events, lambda: new_call_id(id_length), packs_thoughts=call.packs_thoughts)
+        self._reader = AnswerReader(call.tools, call.thoughts)
         self._has_begun = False
 
     def chunks(self, event: TextEvent) -> list[Event]:
@@ -66,15 +66,10 @@ class ResponseAnswer:
 
     def _take(self, text: str, scores: Sequence[ScoredToken], finish_reason: FinishReason | None) -> list[Event]:
         shaped: list[TokenLogprob] = shape_chat(scores)["content"] if scores else []
-        events = [*self._output.push(self._read(text, is_last=finish_reason is not None), shaped)]
+        events = [*self._output.push(self._reader.read(text, is_last=finish_reason is not None), shaped)]
         if finish_reason is not None:
             events += self._output.finish(is_whole=finish_reason is FinishReason.STOP)
         return events
-
-    def _read(self, text: str, *, is_last: bool) -> Sequence[Delta]:
-        if self._parser is None:
-            return [Content(text)] if text else []
-        return self._parser.feed(text) + (self._parser.flush() if is_last else [])
 
     def _snapshot(self, kind: str, status: Status, error: ResponseError | None = None) -> Event:
         return self._events.build(kind, response=self._response(status, error))
@@ -93,7 +88,6 @@ class ResponseAnswer:
             "model": call.model,
             "output": self._output.all_items(),
             "usage": None if status == "in_progress" else _shape_usage(self._tally.usage()),
-            "reasoning": None,
             "truncation": "disabled",
             "store": False,
             "background": False,
@@ -114,7 +108,9 @@ def _shape_usage(usage: Usage) -> ResponseUsage:
             "cache_write_tokens": 0,
         },
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {
+            "reasoning_tokens": usage.get("completion_tokens_details", {"reasoning_tokens": 0})["reasoning_tokens"]
+        },
         "total_tokens": usage["total_tokens"],
     }
 

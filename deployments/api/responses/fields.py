@@ -10,11 +10,13 @@ from pydantic_core import PydanticCustomError
 
 from deployments.api.common_fields import DrawFields, LabelFields
 from deployments.api.openai import STREAM_OPTIONS_ONLY_WITH_STREAM, ModelBody
+from deployments.api.reasoning.support import Effort
 from deployments.api.responses.items import Input
 from deployments.api.strict import NoOps, Refusals, Strict
 from deployments.api.tools.fields import CHOICE_WORDS, MAX_TOOLS, FunctionName, check_choice
 from deployments.messages import MAX_LOGPROBS
 
+PACKED_THOUGHTS = "reasoning.encrypted_content"
 LOGPROBS = "message.output_text.logprobs"
 
 _STATELESS = "nothing is stored here; send the earlier items in input"
@@ -29,7 +31,6 @@ _NO_OPS: NoOps = {
     "moderation": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": ("in_memory",),
-    "reasoning": ({},),
     "truncation": ("disabled",),
 }
 _REFUSALS: Refusals = {
@@ -130,6 +131,14 @@ class TextOptions(Strict):
     format: TextFormat = TextFormat()
 
 
+class ReasoningOptions(Strict):
+    """`reasoning`. Thoughts are told as they are, and not summed up."""
+
+    no_ops: ClassVar[NoOps] = {"summary": (), "generate_summary": ()}
+
+    effort: Effort | None = None
+
+
 class ResponseStreamOptions(Strict):
     """`stream_options`. `include_receipt`, an extension of our own, puts a receipt into the last event."""
 
@@ -157,6 +166,7 @@ class ResponseBody(ModelBody, DrawFields, LabelFields):
     max_output_tokens: int | None = Field(default=None, ge=1)
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(default_factory=list)
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
+    reasoning: ReasoningOptions = ReasoningOptions()
     chat_template_kwargs: dict[str, object] = Field(default_factory=dict)
     stream: bool = False
     stream_options: ResponseStreamOptions = ResponseStreamOptions()

@@ -44,7 +44,25 @@ class OutputCall(TypedDict):
     arguments: str
 
 
-OutputItem = OutputMessage | OutputCall
+class ReasoningPart(TypedDict):
+    """A part of a thought."""
+
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class OutputThought(TypedDict):
+    """What the assistant thought before. `encrypted_content`, if it is asked for, says the same in an opaque form."""
+
+    type: Literal["reasoning"]
+    id: str
+    status: ItemStatus
+    summary: list[Any]
+    content: list[ReasoningPart]
+    encrypted_content: NotRequired[str]
+
+
+OutputItem = OutputMessage | OutputCall | OutputThought
 
 
 class InputTokensDetails(TypedDict):
@@ -102,6 +120,7 @@ class Repeated(TypedDict):
     user: str | None
     safety_identifier: str | None
     prompt_cache_key: str | None
+    reasoning: Mapping[str, Any] | None
 
 
 class Response(Repeated):
@@ -117,7 +136,6 @@ class Response(Repeated):
     model: str
     output: Sequence[OutputItem]
     usage: ResponseUsage | None
-    reasoning: None
     truncation: Literal["disabled"]
     store: Literal[False]
     background: Literal[False]
@@ -161,11 +179,11 @@ class WithinItem(Event):
 
 
 class PartEvent(WithinItem):
-    """A part of a message begins or is whole."""
+    """A part of a message or a thought begins or is whole."""
 
     type: Literal["response.content_part.added", "response.content_part.done"]
     content_index: int
-    part: OutputText
+    part: OutputText | ReasoningPart
 
 
 class TextDelta(WithinItem):
@@ -184,6 +202,22 @@ class TextDone(WithinItem):
     content_index: int
     text: str
     logprobs: list[TokenLogprob]
+
+
+class ThoughtDelta(WithinItem):
+    """More of a thought."""
+
+    type: Literal["response.reasoning_text.delta"]
+    content_index: int
+    delta: str
+
+
+class ThoughtDone(WithinItem):
+    """The whole of a thought."""
+
+    type: Literal["response.reasoning_text.done"]
+    content_index: int
+    text: str
 
 
 class ArgumentsDelta(WithinItem):
@@ -213,5 +247,14 @@ class ErrorEvent(Event):
 
 ResponseEvent = TypeAliasType(
     "ResponseEvent",
-    ResponseSnapshot | ItemEvent | PartEvent | TextDelta | TextDone | ArgumentsDelta | ArgumentsDone | ErrorEvent,
+    ResponseSnapshot
+    | ItemEvent
+    | PartEvent
+    | TextDelta
+    | TextDone
+    | ThoughtDelta
+    | ThoughtDone
+    | ArgumentsDelta
+    | ArgumentsDone
+    | ErrorEvent,
 )

@@ -1,5 +1,6 @@
 """Items of `input`: what was said, called and found so far. Owns which items there are; `reading.py` reads them."""
 
+import base64
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
@@ -75,12 +76,37 @@ class ReasoningText(Strict):
 
 
 class Reasoning(Item):
-    """What the assistant thought before it spoke or called."""
+    """What the assistant thought before it spoke or called: its `content`, or what `encrypted_content` says of it."""
 
     type: Literal["reasoning"]
     summary: list[SummaryText] = Field(default_factory=list)
     content: list[ReasoningText] = Field(default_factory=list)
     encrypted_content: str | None = None
+
+    @property
+    def thought(self) -> str:
+        if self.content or not self.encrypted_content:
+            return "".join(part.text for part in self.content)
+        return unpack_thought(self.encrypted_content)
+
+    @model_validator(mode="after")
+    def _check_packed(self) -> Self:
+        try:
+            unpack_thought(self.encrypted_content or "")
+        except ValueError:
+            message = "must be as an answer of this service had it"
+            raise PydanticCustomError("packed", message, {"field": "encrypted_content"}) from None
+        return self
+
+
+def pack_thought(text: str) -> str:
+    """In the opaque form in which clients send thoughts back that keep nothing else of them; no secret."""
+    return base64.b64encode(text.encode()).decode()
+
+
+def unpack_thought(packed: str) -> str:
+    """What was packed; raises `ValueError` for anything else."""
+    return base64.b64decode(packed, validate=True).decode()
 
 
 _KINDS = {kind: UNNAMED + kind for kind in ("message", "function_call", "function_call_output", "reasoning")}

@@ -9,9 +9,20 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
-from deployments.api.responses.forms import ItemStatus, OutputCall, OutputItem, OutputMessage, OutputText
+from deployments.api.answer_reader import Part
+from deployments.api.reasoning.parser import Thought
+from deployments.api.responses.forms import (
+    ItemStatus,
+    OutputCall,
+    OutputItem,
+    OutputMessage,
+    OutputText,
+    OutputThought,
+    ReasoningPart,
+)
+from deployments.api.responses.items import pack_thought
 from deployments.api.scores import TokenLogprob
-from deployments.api.tools.parser import CallArguments, CallBegin, Content, Delta
+from deployments.api.tools.parser import CallArguments, CallBegin, Content
 
 # One of `forms.ResponseEvent`.
 Event = Mapping[str, object]
@@ -43,12 +54,14 @@ class Output:
     Args:
         events: of the stream.
         new_call_id: gives each call of a function its own.
+        packs_thoughts: they are told in an opaque form as well.
 
     Attributes:
         items: those that are done.
     """
 
-    def __init__(self, events: Events, new_call_id: Callable[[], str]) -> None:
+    def __init__(self, events: Events, new_call_id: Callable[[], str], *, packs_thoughts: bool = False) -> None:
+        self._packs_thoughts = packs_thoughts
         self._events = events
         self._new_call_id = new_call_id
         self._open: _OpenItem | None = None
@@ -56,13 +69,16 @@ class Output:
         self._held_scores: list[TokenLogprob] = []
         self.items: list[OutputItem] = []
 
-    def push(self, deltas: Sequence[Delta], scores: Sequence[TokenLogprob] = ()) -> Iterator[Event]:
-        """Take what new text adds, and the logprobs of its tokens: those of calls are left out."""
+    def push(self, parts: Sequence[Part], scores: Sequence[TokenLogprob] = ()) -> Iterator[Event]:
+        """Take what new text adds, and the logprobs of its tokens: those of calls and thoughts are left out."""
         self._held_scores += scores
-        for delta in deltas:
-            match delta:
+        for part in parts:
+            match part:
                 case Content(text):
                     yield from self._say(text)
+                case Thought(text):
+                    self._held_scores.clear()
+                    yield from self._think(text)
                 case CallBegin(_, name):
                     self._held_scores.clear()
                     yield from self._close("completed")
@@ -94,6 +110,13 @@ class Output:
         if text:
             yield self._open.grow(text, self._held_scores)
             self._held_scores = []
+
+    def _think(self, text: str) -> Iterator[Event]:
+        if not isinstance(self._open, _Thought):
+            yield from self._close("completed")
+            self._open = _Thought(self._events, len(self.items), is_packed=self._packs_thoughts)
+            yield from self._open.begin()
+        yield self._open.grow(text)
 
     def _close(self, status: ItemStatus) -> Iterator[Event]:
         if self._open is not None:
@@ -135,6 +158,48 @@ class _Message:
     def _part(self) -> OutputText:
         text = "".join(self._pieces)
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": [*self.logprobs]}
+
+    def _within(self, kind: str, **fields: object) -> Event:
+        return self._tell(kind, item_id=self._id, content_index=0, **fields)
+
+    def _tell(self, kind: str, **fields: object) -> Event:
+        return self._events.build(kind, output_index=self._index, **fields)
+
+
+class _Thought:
+    """A thought with one part."""
+
+    def __init__(self, events: Events, index: int, *, is_packed: bool) -> None:
+        self._events = events
+        self._index = index
+        self._is_packed = is_packed
+        self._id = _new_id("rs")
+        self._pieces: list[str] = []
+
+    def begin(self) -> Iterator[Event]:
+        empty: OutputThought = {**self.item("in_progress"), "content": []}
+        yield self._tell("response.output_item.added", item=empty)
+        yield self._within("response.content_part.added", part=self._part())
+
+    def grow(self, text: str) -> Event:
+        self._pieces.append(text)
+        return self._within("response.reasoning_text.delta", delta=text)
+
+    def end(self, status: ItemStatus) -> Iterator[Event]:
+        part = self._part()
+        yield self._within("response.reasoning_text.done", text=part["text"])
+        yield self._within("response.content_part.done", part=part)
+        yield self._tell("response.output_item.done", item=self.item(status))
+
+    def item(self, status: ItemStatus) -> OutputThought:
+        part = self._part()
+        item: OutputThought = {"type": "reasoning", "id": self._id, "status": status, "summary": [], "content": [part]}
+        if self._is_packed:
+            item["encrypted_content"] = pack_thought(part["text"])
+        return item
+
+    def _part(self) -> ReasoningPart:
+        return {"type": "reasoning_text", "text": "".join(self._pieces)}
 
     def _within(self, kind: str, **fields: object) -> Event:
         return self._tell(kind, item_id=self._id, content_index=0, **fields)

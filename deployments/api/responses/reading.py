@@ -9,13 +9,21 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from deployments.api.calls import Call, build_chat, parse_body
+from deployments.api.call import Call
+from deployments.api.calls import build_chat, parse_body
 from deployments.api.common_fields import DrawFields, LabelFields
 from deployments.api.fields import Content
 from deployments.api.openai import ChatBody, Message, StreamOptions
-from deployments.api.responses.fields import LOGPROBS, AllowedTools, FunctionTool, NamedFunction, ResponseBody
+from deployments.api.responses.fields import (
+    LOGPROBS,
+    PACKED_THOUGHTS,
+    AllowedTools,
+    FunctionTool,
+    NamedFunction,
+    ResponseBody,
+)
 from deployments.api.responses.forms import Repeated
-from deployments.api.responses.items import AnyItem, FunctionCall, FunctionCallOutput, InputMessage
+from deployments.api.responses.items import AnyItem, FunctionCall, FunctionCallOutput, InputMessage, Reasoning
 from deployments.api.structured import JsonSchema, ResponseFormat
 from deployments.api.text import TextCodec
 from deployments.api.tools.fields import CalledFunction, Function, Tool, ToolCall
@@ -30,10 +38,13 @@ _NAMES = {
     "response_format.json_schema.schema": "text.format.schema",
     "response_format": "text.format",
     "max_completion_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
     "messages": "input",
 }
 # In errors. The last one is a common word: it counts only where it comes first.
-_NAME = re.compile(r"response_format\.json_schema\.schema|response_format\b|max_completion_tokens\b|^messages\b")
+_NAME = re.compile(
+    r"response_format\.json_schema\.schema|response_format\b|max_completion_tokens\b|reasoning_effort\b|^messages\b"
+)
 
 
 def read_response(
@@ -52,7 +63,7 @@ def read_response(
     if (grammar := request.sampling.grammar) is not None:
         ours = replace(grammar, field=_rename(grammar.field))
         request = replace(request, sampling=replace(request.sampling, grammar=ours))
-    return replace(call, requests=(request,), repeated=_repeated(body))
+    return replace(call, requests=(request,), repeated=_repeated(body), packs_thoughts=PACKED_THOUGHTS in body.include)
 
 
 @contextmanager
@@ -83,6 +94,7 @@ def _as_chat(body: ResponseBody) -> ChatBody:
         tools=[_as_chats_tool(tool) for tool in _allowed_tools(body)],
         parallel_tool_calls=body.parallel_tool_calls,
         max_completion_tokens=body.max_output_tokens,
+        reasoning_effort=body.reasoning.effort,
         logprobs=LOGPROBS in body.include,
         top_logprobs=body.top_logprobs,
     )
@@ -121,6 +133,11 @@ def read_messages(instructions: str | None, given: str | Iterable[AnyItem]) -> I
             items.insert(0, InputMessage(role="system", content=instructions))
     turn = _Turn()
     for item in items:
+        if isinstance(item, Reasoning):
+            if turn.has_spoken:
+                yield from turn.end()
+            turn.thoughts += item.thought
+            continue
         if isinstance(item, FunctionCall):
             turn.calls.append(_as_chats_call(item))
             continue
@@ -142,6 +159,7 @@ class _Turn:
     def __init__(self) -> None:
         self.content: Content | None = None
         self.calls: list[ToolCall] = []
+        self.thoughts = ""
 
     @property
     def has_spoken(self) -> bool:
@@ -149,8 +167,13 @@ class _Turn:
 
     def end(self) -> Iterator[Message]:
         if self.has_spoken:
-            yield Message.model_construct(role="assistant", content=self.content, tool_calls=self.calls)
-        self.content, self.calls = None, []
+            yield Message.model_construct(
+                role="assistant",
+                content=self.content,
+                tool_calls=self.calls,
+                reasoning_content=self.thoughts or None,
+            )
+        self.content, self.calls, self.thoughts = None, [], ""
 
 
 def _as_chats_call(item: FunctionCall) -> ToolCall:
@@ -184,4 +207,5 @@ def _repeated(body: ResponseBody) -> Repeated:
         "user": body.user,
         "safety_identifier": body.safety_identifier,
         "prompt_cache_key": body.prompt_cache_key,
+        "reasoning": None if body.reasoning.effort is None else {"effort": body.reasoning.effort, "summary": None},
     }

@@ -1,11 +1,12 @@
-"""Calls of tools in OpenAI's shapes, whole and in pieces. `answers.py` has the rest of an answer."""
+"""Messages in OpenAI's shapes, calls and thoughts included, whole and in pieces. `answers.py` has what is around."""
 
 import secrets
 import string
 
+from deployments.api.answer_reader import AnswerReader, Part
 from deployments.api.forms import ChatFinishReason, ChatMessage, Delta, ToolCall, ToolCallDelta
+from deployments.api.reasoning.parser import Thought, ThoughtRules
 from deployments.api.tools.parser import CallArguments, CallBegin, Content
-from deployments.api.tools.parser import Delta as Read
 from deployments.api.tools.rules import ToolRules
 from deployments.messages import FinishReason
 
@@ -16,28 +17,28 @@ class MessageShaper:
     """The message of one choice. Either `deltas` is called as its text comes, or `whole` once.
 
     Args:
-        rules: of the call.
+        tools: of the call.
+        thoughts: likewise.
     """
 
-    def __init__(self, rules: ToolRules) -> None:
-        self._parser = rules.build_parser()
-        self._id_length = rules.family.id_length
+    def __init__(self, tools: ToolRules | None, thoughts: ThoughtRules | None) -> None:
+        self._reader = AnswerReader(tools, thoughts)
+        self._id_length = 0 if tools is None else tools.family.id_length
 
     def deltas(self, text: str, *, is_last: bool) -> list[Delta]:
         """What new text adds to the message."""
-        read = self._parser.feed(text)
-        if is_last:
-            read += self._parser.flush()
-        return [self._delta(one) for one in read]
+        return [self._delta(part) for part in self._reader.read(text, is_last=is_last)]
 
     def whole(self, text: str) -> ChatMessage:
         """The message of a whole text."""
-        content = ""
+        content = thoughts = ""
         calls: list[ToolCall] = []
-        for one in [*self._parser.feed(text), *self._parser.flush()]:
+        for one in self._reader.read(text, is_last=True):
             match one:
                 case Content(piece):
                     content += piece
+                case Thought(piece):
+                    thoughts += piece
                 case CallBegin(_, name):
                     calls.append(
                         {
@@ -49,6 +50,8 @@ class MessageShaper:
                 case CallArguments(index, piece):
                     calls[index]["function"]["arguments"] += piece
         message: ChatMessage = {"role": "assistant", "content": content, "refusal": None}
+        if thoughts:
+            message["reasoning_content"] = thoughts
         if calls:
             message["content"] = content or None
             message["tool_calls"] = calls
@@ -56,12 +59,14 @@ class MessageShaper:
 
     def finish_reason(self, reason: FinishReason | None) -> ChatFinishReason | None:
         """Of the message, once all of it is known. An answer that was cut off says so, calls or not."""
-        return "tool_calls" if reason is FinishReason.STOP and self._parser.num_calls else reason
+        return "tool_calls" if reason is FinishReason.STOP and self._reader.num_calls else reason
 
-    def _delta(self, read: Read) -> Delta:
-        match read:
+    def _delta(self, part: Part) -> Delta:
+        match part:
             case Content(text):
                 return {"content": text}
+            case Thought(text):
+                return {"reasoning_content": text}
             case CallBegin(index, name):
                 call: ToolCallDelta = {
                     "index": index,

@@ -1,0 +1,1 @@
+"""Thoughts: what a model writes for itself before it answers, and how that is told from the answer."""
