@@ -7,14 +7,14 @@ comes too late, ends the prompt that can be used; what came before it stays.
 import logging
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from threading import Lock
 from typing import Any
 
 from deployments.engine.engine import Engine
 from deployments.engine.lending import Lending, Loan
 from deployments.engine_tier.loop import Loop
-from deployments.errors import TierError, brief
+from deployments.errors import brief
 from deployments.kv_tier.index import Found, Origins
 from deployments.kv_tier.keys import TierKeys
 from deployments.kv_tier.policy import FetchPolicy
@@ -83,13 +83,15 @@ class Fetcher:
         copying_s = time.monotonic()
         origins: list[str | None] = []
         try:
-            origins = self._copy_in(loan, first, found, copying_s + patience_s)
+            # What the engine had when the tier was asked may be gone: nobody writes it, so nothing behind it counts.
+            if loan.num_cached >= first * size:
+                origins = self._copy_in(loan, first, found, copying_s + patience_s)
         finally:
             copied_s = time.monotonic()
             self._loop.call(lambda engine: _end(engine, loan, origins))
             self._note(copying_s - begun_s, copied_s - copying_s, len(origins), loan)
 
-    def note_failure(self, error: Exception) -> None:
+    def note_failure(self, error: BaseException) -> None:
         """Something did not come, and is computed."""
         with self._lock:
             self.num_failures += 1
@@ -115,17 +117,13 @@ class Fetcher:
     def _copy_in(self, loan: Loan, first: int, found: Sequence[Found[Any]], until_s: float) -> list[str | None]:
         """Write objects into a loan's blocks; the origins of those behind the cached ones that came without a gap."""
         copies = [self._copiers.submit(self._copy, loan, i, one, until_s) for i, one in enumerate(found, first)]
+        wait(copies)  # whatever fails: none may write to blocks that are given back
         origins: list[str | None] = []
-        errors: list[Exception] = []
-        for copy in copies:  # all of them: none may write when the blocks are given back
-            try:
-                written = copy.result()
-            except (TierError, ValueError) as error:
-                errors.append(error)
-            else:
-                origins += () if errors else written
-        for error in errors[:1]:
-            self.note_failure(error)
+        for copy in copies:
+            if (error := copy.exception()) is not None:
+                self.note_failure(error)
+                break
+            origins += copy.result()
         return origins
 
     def _copy(self, loan: Loan, number: int, one: Found[Any], until_s: float) -> Origins:

@@ -44,9 +44,8 @@ class Member:
 
     def ask(self, request: GenerateRequest) -> "Future[tuple[tuple[int, ...], int]]":
         """Its tokens, and how many of the prompt were cached."""
-        self._tokens[request.request_id] = []
-        end = self._ends[request.request_id] = Future()
-        self.tier.bring(request, lambda: self.loop.submit(lambda engine: engine.add(request)) and None)
+        end = self._await(request)
+        self.tier.bring(request, lambda: self._enter(request))
         return end
 
     def tokens(self, request: GenerateRequest) -> tuple[tuple[int, ...], int]:
@@ -58,9 +57,12 @@ class Member:
         return stats
 
     def forget_cached(self) -> None:
-        """Fill the pool with something else."""
+        """Fill the pool with something else, without a word to the tier."""
         for seed in (90, 91):
-            self.tokens(greedy(f"filler {seed}", random_prompt(1000, seed), 2))
+            filler = greedy(f"filler {seed}", random_prompt(1000, seed), 2)
+            end = self._await(filler)
+            self._enter(filler)
+            end.result(60)
 
     def check_idle(self) -> None:
         """Nothing is held when nothing runs."""
@@ -77,6 +79,14 @@ class Member:
         if self.loop.is_alive:
             self.check_idle()
             self.loop.stop()
+
+    def _await(self, request: GenerateRequest) -> "Future[tuple[tuple[int, ...], int]]":
+        self._tokens[request.request_id] = []
+        end = self._ends[request.request_id] = Future()
+        return end
+
+    def _enter(self, request: GenerateRequest) -> None:
+        self.loop.submit(lambda engine: engine.add(request))
 
     def _emit(self, events: list[EngineEvent]) -> None:
         for event in events:
@@ -173,6 +183,30 @@ def test_what_is_lost_while_it_is_read_is_computed_and_offered_anew(
     assert members[1].stats().tier_failures == 1
     assert tier.index.counts().num_lost == NUM_OBJECTS - num_readable
     tier.wait_for(NUM_OBJECTS)
+
+
+def test_what_leaves_the_cache_while_the_tier_is_asked_leaves_no_gap(tier: LocalTier) -> None:
+    members = [Member(tier), Member(tier)]
+    members[0].tokens(greedy("cold", PROMPT, 8))
+    tier.wait_for(NUM_OBJECTS)
+    tier.is_away = True
+    members[1].tokens(greedy("shorter", PROMPT[:30], 1))
+    tier.is_away = False
+
+    def forget() -> None:
+        tier.on_find = lambda: None
+        members[1].forget_cached()
+
+    tier.on_find = forget
+    assert warm(members[1]) == 0, "its beginning is gone, so what comes behind it is of no use"
+    for member in members:
+        member.stop()
+
+
+def test_an_error_that_nobody_knows_of_costs_the_hits_alone(tier: LocalTier, members: list[Member]) -> None:
+    tier.error = RuntimeError("out of pinned memory")
+    assert warm(members[1]) < ALL
+    assert members[1].stats().tier_failures == 1
 
 
 def test_an_index_that_is_away_costs_the_hits_alone(tier: LocalTier, members: list[Member]) -> None:

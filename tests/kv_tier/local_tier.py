@@ -24,6 +24,8 @@ class LocalTier:
         goes_on: cleared, reads wait, for as long as they may.
         is_read: set once somebody reads.
         offered: all that was.
+        on_find: called when somebody has been told what there is.
+        error: that reads raise; None: none.
     """
 
     def __init__(self, max_bytes: int = 1 << 30) -> None:
@@ -34,6 +36,8 @@ class LocalTier:
         self.goes_on.set()
         self.is_read = threading.Event()
         self.offered: list[Offer] = []
+        self.on_find: Callable[[], None] = lambda: None
+        self.error: Exception | None = None
         self.lock = threading.Lock()
         self._accepted: queue.SimpleQueue[tuple[Offer, Give] | None] = queue.SimpleQueue()
         self._idle = threading.Condition(self.lock)
@@ -50,12 +54,16 @@ class LocalTier:
     def find(self, keys: Sequence[bytes]) -> list[Found[Any]]:
         with self.lock:
             self._check()
-            return leading(keys, self.index.find(keys, time.monotonic()))
+            found = leading(keys, self.index.find(keys, time.monotonic()))
+        self.on_find()
+        return found
 
     def read(self, found: Found[Any], timeout_s: float) -> np.ndarray:
         self.is_read.set()
         if not self.goes_on.wait(timeout_s):
             raise TierError("it does not come in time")
+        if self.error is not None and found.key[0] % 2:  # half of them come
+            raise self.error
         with self.lock:
             if self.num_readable is not None:
                 self.num_readable -= 1
