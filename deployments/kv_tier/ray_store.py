@@ -78,15 +78,15 @@ class IndexActor:
     async def _collect(self, engine: "ActorHandle[Any]", offer: Offer) -> None:
         try:
             # Two results: to wait for the bytes themselves would bring them to this process's node.
-            origins_ref, data_ref = engine.give.options(num_returns=2).remote(offer.key)
-            origins: Origins | None = await origins_ref
+            refs: list[Any] = engine.give.options(num_returns=2).remote(offer.key)
+            origins: Origins | None = await refs[0]
         except RayError as error:
             logger.info("an engine gives nothing of what it has offered: %s", brief(error))
             origins = None
         if origins is None:
             self._index.give_up(offer)
         else:
-            self._index.store(offer, origins, data_ref, time.monotonic())
+            self._index.store(offer, origins, refs[1], time.monotonic())
 
     async def _end_alone(self) -> None:
         left_s = self._linger_s
@@ -120,6 +120,12 @@ def shards(settings: TierSettings) -> "list[ActorHandle[Any]]":
         actor_class.options(name=f"{settings.name}-{number}-of-{settings.num_shards}", **options).remote(per_shard)
         for number in range(settings.num_shards)
     ]
+
+
+def counts_of(settings: TierSettings) -> list[TierCounts]:
+    """What each part of the index has; for tests and benchmarks."""
+    counts: list[TierCounts] = ray.get([shard.counts.remote() for shard in shards(settings)])
+    return counts
 
 
 class RayStore:

@@ -28,7 +28,7 @@ import torch
 from app.config import AppConfig
 from deployments.engine_actor import EngineActor
 from deployments.engine_builder import build_engine
-from deployments.kv_tier.ray_store import shards
+from deployments.kv_tier.ray_store import counts_of, shards
 from deployments.kv_tier.settings import TierSettings
 from deployments.kv_transfer import direct
 from deployments.messages import GenerateRequest, SamplingParams
@@ -66,8 +66,8 @@ class Bench:
     @contextmanager
     def engine(self, *, has_tier: bool, caches: bool = True) -> Iterator[DrivenEngine]:
         """An engine that has computed something, and is gone afterwards."""
-        config = AppConfig.model_validate({"engine.enable_prefix_caching": caches, "engine.hands_over": True})
-        config = config.engine_config("prefill").model_copy(update={"num_threads": self._args.threads})
+        settings = {"enable_prefix_caching": caches, "hands_over": True, "num_threads": self._args.threads}
+        config = AppConfig.model_validate({"engine": settings}).engine_config("prefill")
         actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(EngineActor)
         actor = actor_class.options(num_cpus=1).remote(config, build_engine, self._tier if has_tier else None)
         engine = DrivenEngine(actor)
@@ -132,8 +132,7 @@ class Bench:
     def objects(self) -> list[tuple[int, int]]:
         """Objects of each shard and their bytes, once nothing is on its way."""
         self._settle()
-        counts = ray.get([shard.counts.remote() for shard in shards(self._tier)])
-        return [(found.num_objects, found.num_bytes) for found in counts]
+        return [(counts.num_objects, counts.num_bytes) for counts in counts_of(self._tier)]
 
     def end(self) -> list[tuple[int, int]]:
         """Give the tier up; what it holds then."""
@@ -175,7 +174,7 @@ class Bench:
 
 
 def _is_settled(tier: TierSettings) -> bool:
-    return all(counts.num_pending == 0 for counts in ray.get([shard.counts.remote() for shard in shards(tier)]))
+    return all(counts.num_pending == 0 for counts in counts_of(tier))
 
 
 def report(bench: Bench, left: list[tuple[int, int]], args: argparse.Namespace) -> dict[str, Any]:

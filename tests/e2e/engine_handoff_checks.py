@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import RayError
 
 from deployments.errors import TransferError
-from deployments.kv_tier.ray_store import shards
+from deployments.kv_tier.ray_store import counts_of, shards
 from deployments.kv_tier.settings import TierSettings
 from deployments.kv_transfer import direct
 from deployments.kv_transfer.base import TransferStats
@@ -129,9 +129,9 @@ NUM_OBJECTS = 5
 TIER = TierSettings(max_bytes=1 << 30, object_bytes=1, num_shards=2)  # a block is an object
 
 
-def counts_of(tier: TierSettings) -> tuple[int, int, int]:
+def held(tier: TierSettings) -> tuple[int, int, int]:
     """Objects, their bytes, and objects on their way, over all shards; each asserts its own integrity."""
-    found = ray.get([shard.counts.remote() for shard in shards(tier)])
+    found = counts_of(tier)
     return (
         sum(counts.num_objects for counts in found),
         sum(counts.num_bytes for counts in found),
@@ -145,7 +145,7 @@ def test_the_tier_outlives_the_engine_and_a_new_index_starts_empty(cluster):
     cold = first.generate(prompt, "cold", NUM_TOKENS)
     # Two more of what was generated.
     num_all = (len(prompt) + NUM_TOKENS - 1) // BLOCK_SIZE
-    wait_until(lambda: counts_of(TIER) == (num_all, num_all * first.info.bytes_per_block, 0), 60)
+    wait_until(lambda: held(TIER) == (num_all, num_all * first.info.bytes_per_block, 0), 60)
     os.kill(ray.get(first.actor.pid.remote()), signal.SIGKILL)
     assert second.generate(prompt, "warm", NUM_TOKENS) == cold
     stats = ray.get(second.actor.stats.remote())
@@ -155,18 +155,18 @@ def test_the_tier_outlives_the_engine_and_a_new_index_starts_empty(cluster):
     for shard in shards(TIER):
         ray.kill(shard, no_restart=False)
     wait_until(lambda: _answers(TIER), 60)
-    assert counts_of(TIER)[0] < num_all, "what the index owned died with it"
+    assert held(TIER)[0] < num_all, "what the index owned died with it"
     other = random_prompt(2 * BLOCK_SIZE, 12, VOCAB_SIZE)
     assert len(second.generate(other, "other", NUM_TOKENS)) == NUM_TOKENS
-    wait_until(lambda: counts_of(TIER)[0] > 0 and counts_of(TIER)[2] == 0, 60)
+    wait_until(lambda: held(TIER)[0] > 0 and held(TIER)[2] == 0, 60)
     ray.get([shard.clear.remote() for shard in shards(TIER)])
-    assert counts_of(TIER) == (0, 0, 0)
+    assert held(TIER) == (0, 0, 0)
     ray.kill(second.actor)
 
 
 def _answers(tier: TierSettings) -> bool:
     try:
-        counts_of(tier)
+        held(tier)
     except RayError:
         return False
     return True
