@@ -34,8 +34,6 @@ _RETRY_S = 1.0
 _MAX_KEPT = 4096
 # A prompt that is found again is offered again no sooner.
 _OFFERED_FOR_S = 60.0
-# Objects that were offered lately, and can be given.
-_MAX_OFFERED = 65_536
 # A copy out of the pool is followed by one of the same size into the store.
 _COPIES = 2.0
 # Between two looks whether an engine still has work.
@@ -66,6 +64,8 @@ class Giver:
         self._store = store
         self._keys = keys
         self._copy_share = copy_share
+        # Twice what the pool holds: what was offered before that is cached no more.
+        self._max_offered = 2 * engine.limits.num_blocks // keys.num_blocks + 1
         self._lock = Lock()  # of what was offered and what is to be offered again
         self._offered: OrderedDict[bytes, _Offered] = OrderedDict()
         self._again: list[Stretch] = []
@@ -149,7 +149,7 @@ class Giver:
             for key, stretch in named.items():
                 self._offered[key] = _Offered(stretch, now_s)
                 self._offered.move_to_end(key)
-            while len(self._offered) > _MAX_OFFERED:
+            while len(self._offered) > self._max_offered:
                 self._offered.popitem(last=False)
         return [Offer(key, self._keys.num_bytes, stretch.end) for key, stretch in named.items()]
 
