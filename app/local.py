@@ -141,7 +141,7 @@ def _serve_environment(temp_dir: str) -> dict[str, str]:
     settings = read_settings(SERVE_SETTINGS)
     # HAProxy's files and ports are fixed, so two servers on one machine would share them. Short names: see above.
     folder = Path(temp_dir, "h")
-    stats_port, metrics_port = _free_ports(2)
+    stats_port, metrics_port = free_ports(2)
     settings |= {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
@@ -169,7 +169,7 @@ def _serve_environment(temp_dir: str) -> dict[str, str]:
     }
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Different ones, and none that Ray is about to take."""
     with contextlib.ExitStack() as stack:
         ports: list[int] = []

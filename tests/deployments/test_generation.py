@@ -167,7 +167,7 @@ async def test_the_prompt_of_n_samples_is_computed_and_handed_over_once(start: S
     async with client_of(start, way) as (client, pools):
         await client.completions.create(model="tiny", prompt=[*PROMPT], max_tokens=NUM_TOKENS, n=4, temperature=1)
         stats = [await engine.run(lambda engine: engine.stats()) for engine in pools.engines]
+        block_size = await pools.decode.engine.run(lambda engine: engine.limits.block_size)
     computed = sum(each.prompt_tokens for each in stats)
-    block_size = pools.decode.engine._engine.limits.block_size
     assert computed <= len(PROMPT) + 3 * block_size, "the others compute what fills no block"
     assert pools.prefill.front.handoff.num_requests == (way == "disaggregated")

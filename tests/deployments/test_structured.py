@@ -22,6 +22,7 @@ from tests.deployments.conftest import StartPools
 from tests.deployments.pools import PROMPT
 from tests.engine.families import VOCAB_SIZE
 from tests.engine.grammars import END, regex
+from tests.engine.insides import compile_grammars_by
 
 # A model that knows no text writes what it may: bounds make that short.
 SCHEMA = {
@@ -115,5 +116,4 @@ async def test_a_prompt_whose_grammar_no_engine_can_follow_is_given_to_one_alone
 
 
 def follow_anything(engine: Engine) -> None:
-    compile_grammar = engine._guides._begin
-    engine._guides._begin = lambda _, token_ids: compile_grammar(regex(PATTERN), token_ids)  # type: ignore[assignment,method-assign]
+    compile_grammars_by(engine, lambda compile_grammar, _, token_ids: compile_grammar(regex(PATTERN), token_ids))

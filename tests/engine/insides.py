@@ -1,15 +1,21 @@
 """Looks into an engine where a test needs what nobody else asks it for: the one place that knows its parts by name."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedModel
 
 from deployments.engine.engine import Engine
 from deployments.engine.execution.base import Runner
+from deployments.engine.grammar.guides import Guides
 from deployments.engine.loop import EngineLoop
 from deployments.engine.scheduling.block_manager import BlockManager
 from deployments.engine.scheduling.scheduler import Scheduler
 from deployments.engine.scheduling.sequence import Sequence
+from deployments.messages import Grammar
+
+CompileGrammar: TypeAlias = Callable[[Grammar, list[int]], Any]
 
 
 def scheduler_of(engine: Engine) -> Scheduler:
@@ -32,6 +38,15 @@ def model_of(engine: Engine) -> PreTrainedModel:
     """The model that its runner runs."""
     model: PreTrainedModel = runner_of(engine)._model
     return model
+
+
+def guides_of(engine: Engine) -> Guides:
+    return engine._guides
+
+
+def compile_grammars_by(engine: Engine, compile_grammar: Callable[[CompileGrammar, Grammar, list[int]], Any]) -> None:
+    """Have its grammars compiled by something else, which is given what does it, and what that is given."""
+    engine._guides._begin = partial(compile_grammar, engine._guides._begin)  # type: ignore[method-assign]
 
 
 def replace_runner(engine: Engine, runner: Runner) -> None:

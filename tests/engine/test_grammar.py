@@ -12,7 +12,7 @@ from deployments.messages import Adjustments, GenerateRequest, GivenUp, Grammar,
 from tests.engine.driving import Transcript, build_engine, generate, greedy, hand_over_all, run
 from tests.engine.families import random_prompt, reference
 from tests.engine.grammars import END, load_with_tokenizer, regex, text_of
-from tests.engine.insides import preempt, sequence_of
+from tests.engine.insides import CompileGrammar, compile_grammars_by, guides_of, preempt, sequence_of
 
 PROMPT = random_prompt(21, seed=5)
 PATTERN = r"[a-c]{1,3}(-[0-9]{2,4}){2,6}"
@@ -115,16 +115,15 @@ def test_a_model_without_a_tokenizer_gives_the_request_up() -> None:
 
 
 @either
-def test_others_run_while_a_grammar_is_compiled(is_pipelined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_others_run_while_a_grammar_is_compiled(is_pipelined: bool) -> None:
     may_end: Future[None] = Future()
     engine, transcript = build(is_pipelined), Transcript()
-    compile_grammar = engine._guides._begin
 
-    def compile_slowly(grammar: Grammar, token_ids: list[int]) -> object:
+    def compile_slowly(compile_grammar: CompileGrammar, grammar: Grammar, token_ids: list[int]) -> object:
         may_end.result()
         return compile_grammar(grammar, token_ids)
 
-    monkeypatch.setattr(engine._guides, "_begin", compile_slowly)
+    compile_grammars_by(engine, compile_slowly)
     engine.add(guided("r", 1))
     engine.add(greedy("plain", PROMPT, 40))
     while "plain" not in transcript.finished:
@@ -140,5 +139,5 @@ def test_an_aborted_answer_leaves_nothing() -> None:
     engine.add(guided("r"))
     engine.abort("r")
     engine.check_integrity()
-    assert not list(engine._guides)
+    assert not list(guides_of(engine))
     assert re.fullmatch(PATTERN, text_of(generate(engine, [guided("r")])[0]))

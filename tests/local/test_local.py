@@ -118,4 +118,4 @@ def test_haproxy_gets_no_port_that_the_agent_of_rays_dashboard_takes(monkeypatch
             return ("127.0.0.1", next(given))
 
     monkeypatch.setattr(socket, "socket", Socket)
-    assert local._free_ports(2) == [40001, 40002]
+    assert local.free_ports(2) == [40001, 40002]
