@@ -5,7 +5,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -13,13 +13,16 @@ import ray
 import torch
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from app.config import AppConfig
 from app.graph import graph
 from deployments.engine.model.files import BUNDLED_MODEL
 from deployments.engine.model.resolve import resolve_model
 from deployments.replica_stats import ReplicaStats
+
+if TYPE_CHECKING:
+    from tests.e2e.greedy import Reference
 
 MODEL_NAME = "smollm2"
 MODES = ("disaggregated", "colocated")
@@ -122,20 +125,7 @@ def prompts() -> dict[str, list[int]]:
 
 
 @pytest.fixture(scope="session")
-def reference(prompts: dict[str, list[int]]) -> dict[str, list[tuple[int, float]]]:
-    """Greedy tokens of transformers itself, each with the lead of its logit over the runner-up's."""
-    model = AutoModelForCausalLM.from_pretrained(resolve_model(BUNDLED_MODEL), dtype=torch.float32)
-    expected = {}
-    for name, prompt in prompts.items():
-        out = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones((1, len(prompt)), dtype=torch.int64),
-            max_new_tokens=MAX_TOKENS,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        tops = [logits[0].topk(2).values for logits in out.logits]
-        tokens = out.sequences[0, len(prompt) :].tolist()
-        expected[name] = [(token, (top[0] - top[1]).item()) for token, top in zip(tokens, tops, strict=True)]
-    return expected
+def reference(prompts: dict[str, list[int]]) -> "Reference":
+    from tests.e2e.greedy import Reference  # it knows the names above
+
+    return Reference(prompts)

@@ -22,7 +22,7 @@ import pytest
 
 from app.local_process import RunFolder, Server
 from tests.e2e.conftest import MODEL_NAME, Service
-from tests.e2e.greedy import assert_same, complete
+from tests.e2e.greedy import Reference, complete
 from tests.waiting import wait_until
 
 PROMPT_NAMES = ("plain-1", "plain-33", "plain-300", "plain-511", "chat-0", "chat-1", "chat-3")
@@ -130,13 +130,13 @@ def test_tokens_equal_transformers_through_both_ingress_replicas(
     client: httpx.Client,
     local: Service,
     prompts: dict[str, list[int]],
-    reference: dict[str, list[tuple[int, float]]],
+    reference: Reference,
 ) -> None:
     names = PROMPT_NAMES * 2
     with ThreadPoolExecutor(len(names)) as pool:
         answers = pool.map(lambda name: complete(client, local, name, prompts[name]), names)
         for name, tokens in zip(names, answers, strict=True):
-            assert_same(name, tokens, reference[name])
+            reference.assert_same(name, tokens)
 
 
 def test_openai_client_streams_what_it_gets_whole(local: Service) -> None:

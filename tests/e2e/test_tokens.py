@@ -1,24 +1,24 @@
-"""Greedy tokens over HTTP are those that transformers' own `generate` gives on the same float32 weights."""
+"""Greedy tokens over HTTP are those that transformers' own model gives on the same float32 weights."""
 
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 
 from tests.e2e.conftest import Service
-from tests.e2e.greedy import assert_same, complete
+from tests.e2e.greedy import Reference, complete
 
 
 def test_tokens_equal_transformers_cold_and_warm_sixteen_at_once(
     client: httpx.Client,
     service: Service,
     prompts: dict[str, list[int]],
-    reference: dict[str, list[tuple[int, float]]],
+    reference: Reference,
 ) -> None:
     for _ in ("cold", "warm"):
         with ThreadPoolExecutor(16) as pool:
             answers = pool.map(lambda item: complete(client, service, *item), prompts.items())
             for name, tokens in zip(prompts, answers, strict=True):
-                assert_same(name, tokens, reference[name])
+                reference.assert_same(name, tokens)
     if service.mode == "disaggregated":
         handed_over = sum(stats.handoff.num_requests for stats in service.stats("Prefill"))
         long_prompts = sum(len(prompt) >= 64 + 16 for prompt in prompts.values())
