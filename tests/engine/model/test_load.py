@@ -5,7 +5,6 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +30,6 @@ from tests.engine.driving import build_engine, generate, greedy
 from tests.engine.families import CPU, build_model, continue_greedily, random_prompt
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of its own for this module: the bundled model is converted into it once."""
-    folder = tmp_path_factory.mktemp("kvrelay-cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KVRELAY_CACHE", str(folder))
-        yield folder
-
-
 @pytest.fixture
 def local_model(tmp_path: Path) -> str:
     """A folder as `save_pretrained` leaves it, weights in bfloat16."""
@@ -48,13 +38,14 @@ def local_model(tmp_path: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def bundled(cache: Path) -> LoadedModel:
+def bundled() -> LoadedModel:
+    """From the cache that tests share with whoever works here: converting it anew takes 18 s of CPU."""
     return load_model(EngineConfig())
 
 
-def test_the_bundled_model_is_converted_into_the_cache(bundled: LoadedModel, cache: Path) -> None:
+def test_the_bundled_model_is_converted_into_the_cache(bundled: LoadedModel) -> None:
     folder = Path(bundled.path)
-    assert folder.parent == cache
+    assert folder.parent == files.cache_folder()
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
     assert (bundled.vocab_size, bundled.max_model_len, bundled.eos_token_ids) == (49152, 8192, (2,))
     shape = bundled.kv_shape
