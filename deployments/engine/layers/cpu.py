@@ -169,12 +169,14 @@ def fuse_decoder_layers(model: nn.Module, shape: KVShape) -> int:
 
 def _join(model: nn.Module, fused: list[tuple[Any, _Layer]], shape: KVShape) -> None:
     """Let layers that follow each other run in one call, unless the model does something between them."""
-    runs = [[fused[0]]] if fused else []
+    runs = [[layer] for layer in fused[:1]]
     for before, after in pairwise(fused):
         if before[1].is_followed_by(after[1]):
             runs[-1].append(after)
         else:
             runs.append([after])
+    if len(runs) == len(fused):
+        return
     expected = _logits(model, shape)
     for run in runs:
         run[0][0].forward = _Run([known for _, known in run])

@@ -2,11 +2,14 @@
 
 import copy
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 from torch import Tensor
 
 from deployments.engine.config import EngineConfig
+from deployments.engine.layers import cpu
 from deployments.engine.layers.cpu import fuse_decoder_layers
 from deployments.engine.layers.fused import CPU_KERNELS, fuse_layers
 from deployments.engine.layers.linear import convert_linears
@@ -24,6 +27,31 @@ def fuse(family: str, change: Any = lambda model: None) -> tuple[Any, int]:
     fuse_layers(model, CPU_KERNELS)
     change(model)
     return model, fuse_decoder_layers(model, probe_kv_shape(model, CPU))
+
+
+@torch.inference_mode()
+def num_calls(model: Any) -> int:
+    """Of compiled code, for all layers of a step of a small Llama."""
+    shape = prepare_model(copy.deepcopy(build_model("llama")), "", CPU).kv_shape
+    step, tokens = cpu._probe_step(shape), torch.arange(5).unsqueeze(0)
+    with patch.object(cpu, "run_layers", wraps=cpu.run_layers) as run:
+        model(input_ids=tokens, position_ids=tokens, use_cache=False, paged_step=step)
+    return run.call_count
+
+
+def test_layers_that_follow_each_other_run_in_one_call() -> None:
+    assert num_calls(fuse("llama")[0]) == 1
+
+
+def test_layers_run_one_by_one_where_the_model_does_something_between_them() -> None:
+    def scale(model: Any) -> None:
+        def hook(_layer: Any, _args: Any, kwargs: Any, out: Tensor) -> Tensor:
+            return 1.5 * out if kwargs["position_ids"].max() < 8192 else out  # not where the layer is tried alone
+
+        model.model.layers[0].register_forward_hook(hook, with_kwargs=True)
+
+    model, num_fused = fuse("llama", scale)
+    assert num_fused == 2 and num_calls(model) == 2
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral_windowed", "phi3"])
