@@ -177,14 +177,7 @@ def _attend(
         if start >= position + num_tokens or start + PORTION <= position - window + 1:
             continue
         _score(rows, group, key_panels[portion], start, position, zeros, scores)
-        for t in range(num_tokens):
-            low, high = max(0, position + t - window + 1 - start), min(PORTION, position + t + 1 - start)
-            for g in range(group):
-                r = t * group + g
-                if low < high:
-                    _weigh(scores[r], low, high, totals[r], peaks[t], sums[t], g)
-                else:
-                    scores[r] = _FLOAT(0)
+        _weigh(scores, start, position, window, totals, peaks, sums)
         _accumulate(scores, group, value_panels[portion], start, position, totals)
     if is_last:
         _normalise(totals, sums, out)
@@ -215,22 +208,40 @@ def _normalise(totals, sums, out):
 
 
 @njit(fastmath=True, inline="never")
-def _weigh(row, low, high, total, peaks, sums, g):
-    """From the scores [low, high) of a row to weights, of all others to none; what was summed is put on their scale."""
-    row[:low] = _NOTHING
-    row[high:] = _NOTHING
-    at, num_vectors = np.int64(row.ctypes.data), PORTION // LANES
-    peak = max(peaks[g], peak_tile(at, num_vectors))
-    weights = weigh_tile(at, num_vectors, peak)
-    row[:low] = _FLOAT(0)
-    row[high:] = _FLOAT(0)
-    if peaks[g] != peak:
-        scale = exp_of_negative(peaks[g] - peak)
-        for d in range(total.shape[0]):
-            total[d] *= scale
-        sums[g] *= scale
-        peaks[g] = peak
-    sums[g] += weights
+def _weigh(scores, start, position, window, totals, peaks, sums):
+    """From the scores (R, PORTION) of keys that are seen to weights, of all others to none.
+
+    What was summed is put on the weights' scale.
+    """
+    num_tokens, group = peaks.shape
+    end = min(PORTION, position + num_tokens - start)  # what is behind it is not read
+    for t in range(num_tokens):
+        low, high = max(0, position + t - window + 1 - start), min(PORTION, position + t + 1 - start)
+        first, last = low // LANES * LANES, (high + LANES - 1) // LANES * LANES
+        for g in range(group):
+            row = scores[t * group + g]
+            if low >= high:
+                row[:end] = _FLOAT(0)
+                continue
+            for j in range(first, low):
+                row[j] = _NOTHING
+            for j in range(high, last):
+                row[j] = _NOTHING
+            at, num_vectors = np.int64(row.ctypes.data) + 4 * first, (last - first) // LANES
+            before = peaks[t, g]
+            peak = max(before, peak_tile(at, num_vectors))
+            weights = weigh_tile(at, num_vectors, peak)
+            for j in range(first):
+                row[j] = _FLOAT(0)
+            for j in range(last, end):
+                row[j] = _FLOAT(0)
+            if before != peak:
+                scale, total = exp_of_negative(before - peak), totals[t * group + g]
+                for d in range(total.shape[0]):
+                    total[d] *= scale
+                sums[t, g] *= scale
+                peaks[t, g] = peak
+            sums[t, g] += weights
 
 
 @njit(inline="never")
