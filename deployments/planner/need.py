@@ -28,6 +28,10 @@ _MAX_BUSY = 0.9
 _GAP_SHARE = 0.9
 # Of the KV pool, that running sequences are to hold.
 _MAX_KV_USE = 0.85
+# What runs may be planned to become so many times as much.
+_GROWTH = 2.0
+# Of the bound: what waits longer is late if anything goes wrong.
+_LATE = 0.5
 # Of the bound, that is left to wait however long prompts themselves take.
 _LEAST_WAIT_SHARE = 0.25
 
@@ -87,7 +91,9 @@ def need_of_prompts(prompts: Prompts, seen: PoolSeen, num_starting: int, setting
     if not prompts.token_s:
         return _unmeasured(prompts.queued_tokens > 0, "no prompt was measured yet")
     work = prompts.work
-    now = work.now
+    is_late = prompts.queued_s > _LATE * settings.ttft_s * max(1, seen.num_ready)
+    # That the rate has risen is believed sooner where a queue shows it as well.
+    now = max(work.now, work.fast) if is_late else work.now
     # The prompts that most of the work is of; for single arrivals at random it is exactly their mean, by tokens.
     own_s = min(work.variance / work.slow, settings.ttft_s) if work.slow > 0 else 0.0
     wait_s = max(settings.ttft_s - own_s, _LEAST_WAIT_SHARE * settings.ttft_s)
@@ -95,7 +101,7 @@ def need_of_prompts(prompts: Prompts, seen: PoolSeen, num_starting: int, setting
     def engines(rate: float) -> float:
         return prompt_engines(rate, work.variance, wait_s, settings.quantile)
 
-    burst = _burst(prompts.queued_s, now, seen, num_starting, settings.ttft_s)
+    burst = _burst(prompts.queued_s, now, seen, num_starting, settings.ttft_s) if is_late else 0.0
     why = (
         f"{now:.2f} engines' worth of prompts come ({work.slow:.2f} over a while), {prompts.queued_s:.1f} s of them "
         f"wait, the first for {prompts.oldest_s:.1f} s; {settings.quantile:.0%} within {settings.ttft_s:g} s need "
@@ -120,10 +126,13 @@ def need_of_answers(answers: Answers, seen: PoolSeen, num_starting: int, setting
         spread = _sigmas(settings.quantile) * math.sqrt(sequences * uneven)
         return (sequences + spread) / batch
 
-    lasting, careful = engines(requests.now) + own.lasting, engines(_careful(requests)) + own.careful
-    # Where prompts wait, what there is of them decides; else those that have no seat.
+    running = _running(answers, seen.num_ready, batch)
+    # What comes and what it grows to are of different times: no more than twice what is there is believed at once.
+    most = _GROWTH * (running + answers.num_waiting / batch) + 1.0
+    lasting = min(engines(requests.now), most) + own.lasting
+    careful = min(engines(_careful(requests)), most) + own.careful
     waiting = _open_after(answers, requests.now * answer_s, answer_s, seen.start_s) / batch
-    burst = max(own.burst, waiting if answers.num_waiting else 0.0)
+    burst = max(own.burst, running, waiting if answers.num_waiting else 0.0)
     why = (
         f"{requests.now:.2f} requests/s ({requests.slow:.2f} over a while) of {answers.output_tokens:.0f} tokens, "
         f"at most {batch:.0f} at once in an engine (gap {answers.gaps.seconds(batch):.3f} s), "
@@ -137,8 +146,8 @@ def largest_batch(answers: Answers, num_ready: int, settings: PlannerSettings) -
     """Sequences that an engine may run at once."""
     assert answers.gaps is not None
     batch = min(float(answers.max_seqs), answers.gaps.batch_within(_GAP_SHARE * settings.itl_s))
-    if answers.num_running and answers.kv_use > 0:
-        per_engine = answers.num_running / max(1, num_ready)
+    if (num_seated := answers.num_running + answers.num_reserved) and answers.kv_use > 0:
+        per_engine = num_seated / max(1, num_ready)
         batch = min(batch, per_engine * _MAX_KV_USE / answers.kv_use)
     return max(1.0, batch)
 
@@ -150,15 +159,20 @@ def _careful(rate: Rate) -> float:
 def _burst(queued_s: float, work: float, seen: PoolSeen, num_starting: int, bound_s: float) -> float:
     """Engines so that what waits is done in time, once another has started; 0: it will be done before."""
     num_ready = max(1, seen.num_ready)
-    if queued_s <= bound_s * num_ready * 0.5:
-        return 0.0  # in time as it is
     left_s = queued_s - max(0.0, num_ready + num_starting - work) * seen.start_s
     return work + left_s / (bound_s + seen.start_s) if left_s > 0 else 0.0
 
 
+def _running(answers: Answers, num_ready: int, batch: float) -> float:
+    """Engines for those that run, in batches of which the gap keeps the bound: as many tokens per second as now."""
+    assert answers.gaps is not None
+    now_s = answers.gaps.seconds(answers.num_running / max(1, num_ready))
+    return answers.num_running * answers.gaps.seconds(batch) / now_s / batch if now_s > 0 else 0.0
+
+
 def _open_after(answers: Answers, lasting: float, answer_s: float, start_s: float) -> float:
     """Sequences that will be there once another engine has started, if all that are there have a seat."""
-    now = answers.num_running + answers.num_waiting
+    now = answers.num_running + answers.num_reserved + answers.num_waiting
     return lasting + (now - lasting) * math.exp(-start_s / answer_s) if answer_s > 0 else now
 
 

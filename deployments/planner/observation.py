@@ -1,5 +1,6 @@
 """What the planner decides by: both pools, as plain numbers. `observer.py` makes it of readings."""
 
+import math
 from dataclasses import dataclass, field
 
 from deployments.planner.flow import Rate
@@ -12,10 +13,12 @@ class GapCurve:
     Attributes:
         step_s: each.
         sequence_s: each sequence in it, with the KV that is read for it.
+        largest: batch that may be told of.
     """
 
     step_s: float = 0.0
     sequence_s: float = 0.0
+    largest: float = math.inf
 
     def seconds(self, batch: float) -> float:
         """Of a step with so many sequences."""
@@ -23,7 +26,8 @@ class GapCurve:
 
     def batch_within(self, seconds: float) -> float:
         """The largest batch of which a step takes no longer; at least 1."""
-        return max(1.0, (seconds - self.step_s) / self.sequence_s) if self.sequence_s > 0 else float("inf")
+        batch = (seconds - self.step_s) / self.sequence_s if self.sequence_s > 0 else math.inf
+        return max(1.0, min(batch, self.largest))
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +67,11 @@ class Answers:
         requests: that come, per second.
         output_tokens: that one generates, in the mean; 0: not known yet.
         gaps: what steps cost; None: not measured yet.
-        num_running: sequences that have a seat.
+        num_running: sequences that have a seat, and draw tokens or have their prompts computed here.
         num_waiting: that have none.
         max_seqs: seats of an engine.
         kv_use: share of the KV pool that those with a seat hold.
+        num_reserved: sequences that have a seat, and wait for their prompts to come from the prefill pool.
     """
 
     requests: Rate = field(default_factory=Rate)
@@ -76,6 +81,7 @@ class Answers:
     num_waiting: int = 0
     max_seqs: int = 1
     kv_use: float = 0.0
+    num_reserved: int = 0
 
 
 @dataclass(frozen=True, slots=True)

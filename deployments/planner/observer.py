@@ -15,15 +15,13 @@ from deployments.engine.stats import EngineStats
 from deployments.load.decode_steps import decode_steps_between
 from deployments.load.outlook import PoolReadings
 from deployments.load.reading import DECODE, PREFILL, Reading
-from deployments.load.step_cost import StepCost
 from deployments.planner.flow import Flow
-from deployments.planner.observation import Answers, GapCurve, Observation, PoolSeen, Prompts
+from deployments.planner.gap_learner import GapLearner
+from deployments.planner.observation import Answers, Observation, PoolSeen, Prompts
 from deployments.planner.settings import PlannerSettings
 from deployments.planner.windows import QueueAge, Share, TailWindow
 
-# Busy seconds of decode steps after which they count half: long enough to have seen several sizes of batches.
-_GAPS_HALF_LIFE_S = 60.0
-_OUTPUT_HALF_LIFE = 256.0  # finished requests
+_OUTPUT_HALF_LIFE = 64.0  # finished requests
 _PROMPT_HALF_LIFE = 256.0  # requests
 _MISS_HALF_LIFE = 262_144.0  # prompt tokens
 # A replica is cold for so long, and until it has done so many steps.
@@ -143,7 +141,7 @@ class Observer:
     def __init__(self, settings: PlannerSettings, is_colocated: bool) -> None:
         self._decode = _Pool(settings, settings.itl_s)
         self._prefill = None if is_colocated else _Pool(settings, settings.ttft_s)
-        self._gaps = StepCost(_GAPS_HALF_LIFE_S)
+        self._gaps = GapLearner()
         self._output = Share(_OUTPUT_HALF_LIFE)
         self._requests = Flow(max(1.0, settings.ttft_s))
         self._at_s = -math.inf
@@ -181,12 +179,14 @@ class Observer:
 
     def _learn_answers(self, progress: list[_Progress], elapsed_s: float) -> None:
         self._decode.tail.pass_time(elapsed_s)
+        self._gaps.pass_time(elapsed_s)
         for p in progress:
             self._output.add(p.now.generated_tokens - p.before.generated_tokens, p.now.finished - p.before.finished)
             if p.is_warm:
                 self._decode.tail.add(p.now.itl_s, p.before.itl_s)
                 if (steps := decode_steps_between(p.now, p.before)) is not None:
-                    self._gaps.add(steps.steps, steps.sequences, steps.seconds)
+                    kv_tokens = p.now.num_used_blocks * p.now.block_size
+                    self._gaps.add(steps.sequences / steps.steps, kv_tokens, steps.seconds / steps.steps, steps.seconds)
 
     def _take_prefill(self, pool: _Pool, reading: Reading, came: _Came, elapsed_s: float, at_s: float) -> None:
         progress = pool.take(reading.pools[PREFILL], reading.as_of_s, at_s)
@@ -199,18 +199,21 @@ class Observer:
 
     def _see_decode(self) -> PoolSeen:
         pool, engines = self._decode, list(self._decode.replicas.stats.values())
-        gaps = None
-        if self._gaps.evidence_s:
-            gaps = GapCurve(self._gaps.seconds(1.0, 0.0).best, self._gaps.seconds(0.0, 1.0).best)
+        num_running = sum(engine.num_running for engine in engines)
+        num_reserved = sum(engine.num_reserved for engine in engines)
+        kv_tokens = sum(engine.num_used_blocks * engine.block_size for engine in engines)
+        token_s = pool.prompts.token_s or (self._prefill.prompts.token_s if self._prefill is not None else 0.0)
+        gaps = self._gaps.curve(token_s, kv_tokens / max(1, num_running + num_reserved))
         num_blocks = sum(engine.num_blocks for engine in engines)
         answers = Answers(
             self._requests.rate,
             self._output.value(0.0),
             gaps,
-            sum(engine.num_reserved + engine.num_running for engine in engines),
+            num_running,
             sum(engine.num_waiting for engine in engines),
             max([1, *(engine.max_num_seqs for engine in engines)]),
             sum(engine.num_used_blocks for engine in engines) / num_blocks if num_blocks else 0.0,
+            num_reserved,
         )
         return PoolSeen(len(engines), pool.replicas.start_s, pool.prompts, answers, pool.tail.value)
 

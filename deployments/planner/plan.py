@@ -25,7 +25,9 @@ _PATIENCE_HALF_LIFE_S = 3600.0
 # To need a replica so many holds after it was removed is to have removed it too soon.
 _REGRET_HOLDS = 2.0
 # How much more is planned for when a bound is not kept, at most, and how soon that is forgotten.
-_MAX_RAISE, _RAISE_HALF_LIFE_S = 3.0, 900.0
+_MAX_RAISE, _RAISE_HALF_LIFE_S = 2.0, 900.0
+# What was changed shows in the tail after so long.
+_TAIL_S = 60.0
 # A split of the budget stays while the best one is not better than this.
 _BETTER_SPLIT = 0.85
 # Of those that did not keep a bound, so many are needed to believe it.
@@ -59,6 +61,7 @@ class PoolMemory:
         at_s: of all this.
         removed_s: when a replica was last removed.
         raised_s: when need was last raised for a bound.
+        changed_s: when the target last changed.
     """
 
     target: int | None = None
@@ -68,6 +71,7 @@ class PoolMemory:
     at_s: float = -math.inf
     removed_s: float = -math.inf
     raised_s: float = -math.inf
+    changed_s: float = -math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +166,7 @@ def _wish(
     memory = _heed_tail(memory, pool, need, bounds, settings, at_s)
     need = need.times(memory.factor)
     hold_s = hold(settings, pool.start_s) * memory.patience
-    needs = _remember(memory.needs, at_s, need.num_careful, hold_s)
+    needs = _remember(memory.needs, at_s, max(need.num_engines, need.num_careful), hold_s)
     count = max(need.num_engines, min(bounds.target, needs[0][1]))
     wish = _Wish(min(max(count, bounds.least), bounds.most), need, bounds, cost, hold_s)
     return wish, replace(memory, needs=needs)
@@ -190,6 +194,7 @@ def _heed_tail(
     """Raise need where a bound is not kept by engines that should be enough, and that are all there."""
     is_enough = 0 < need.times(memory.factor).num_engines <= bounds.target == pool.num_ready
     is_due = at_s - memory.raised_s > hold(settings, pool.start_s)
+    is_due = is_due and at_s - memory.changed_s > _TAIL_S + pool.start_s
     if not (is_enough and is_due and is_missed(pool.tail, settings.quantile)):
         return memory
     one_more = (bounds.target + 0.5) / max(need.lasting, need.burst)
@@ -245,7 +250,8 @@ def _settle(memory: PoolMemory, wish: _Wish, count: int, at_s: float) -> PoolMem
         removed_s = at_s
     elif count > wish.bounds.target and at_s - removed_s < _REGRET_HOLDS * wish.hold_s:
         patience, removed_s = min(2.0 * patience, _MAX_PATIENCE), -math.inf
-    return replace(memory, target=count, patience=patience, removed_s=removed_s)
+    changed_s = memory.changed_s if count == wish.bounds.target else at_s
+    return replace(memory, target=count, patience=patience, removed_s=removed_s, changed_s=changed_s)
 
 
 def _describe(name: str, wish: _Wish, count: int) -> str:
