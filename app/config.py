@@ -33,6 +33,7 @@ from deployments.api.tools.families import ToolParserName
 from deployments.engine.config import EngineConfig
 from deployments.kv_tier.settings import TierSettings
 from deployments.load.admission import Bounds
+from deployments.planner.settings import PlannerSettings
 from deployments.routing.settings import RoutingSettings
 
 Pool = Literal["prefill", "decode"]
@@ -47,6 +48,7 @@ HEALTH_CHECK_SPARE_S = 5.0
 FRONT_NUM_CPUS = 0.1
 # Ray Serve loads it by this name.
 ROUTER_CLASS = "deployments.request_router.NamedReplicaRouter"
+POLICY_CLASS = "deployments.pool_policy.PoolPolicy"
 
 
 class EngineSettings(EngineConfig):
@@ -217,6 +219,7 @@ class AppConfig(BaseModel):
         parity_check: a decode replica starts only if a prompt that was handed over is continued as without.
         routing: how replicas are chosen.
         tier: KV that outlives its engine.
+        planner: how many replicas the pools have.
         engine: settings of all engines.
         ingress: the deployment that speaks HTTP.
         prefill: the engines that compute prompts; with `mode=colocated` there are none.
@@ -236,6 +239,7 @@ class AppConfig(BaseModel):
     parity_check: bool = True
     routing: RoutingSettings = Field(default_factory=RoutingSettings)
     tier: TierSettings = Field(default_factory=TierSettings)
+    planner: PlannerSettings = Field(default_factory=PlannerSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     ingress: IngressConfig = Field(default_factory=IngressConfig)
     prefill: PoolConfig = Field(default_factory=PoolConfig)
@@ -250,6 +254,7 @@ class AppConfig(BaseModel):
         except ValidationError as error:
             raise ConfigError(describe_errors(cls, error)) from None
         config._check_pools()
+        config._check_planner()
         return config
 
     def _check_pools(self) -> None:
@@ -296,7 +301,32 @@ class AppConfig(BaseModel):
         router: dict[str, Any] = {"request_router_class": ROUTER_CLASS, "request_router_kwargs": {"pool": deployment}}
         check_s = max(HEALTH_CHECK_TIMEOUT_S, self.engine_config(deployment).max_silence_s + HEALTH_CHECK_SPARE_S)
         special = {"health_check_timeout_s": check_s, "request_router_config": RequestRouterConfig(**router)}
-        return self.pool(deployment).deployment_options() | special
+        options = self.pool(deployment).deployment_options() | special
+        if self.planner.enabled:
+            options["autoscaling_config"] = options["autoscaling_config"] | self._planned(deployment)
+        return options
+
+    def _planned(self, pool: Pool) -> dict[str, Any]:
+        """Fields of Ray Serve's AutoscalingConfig that have it follow the planner."""
+        settings = self.planner.model_dump(mode="json")
+        arguments = {"pool": pool, "is_colocated": self.mode == "colocated", "settings": settings}
+        policy = {"policy": {"policy_function": POLICY_CLASS, "policy_kwargs": arguments}}
+        # The planner waits by itself; in a dry run Serve decides, after its own delays.
+        return policy if self.planner.dry_run else policy | {"upscale_delay_s": 0.0, "downscale_delay_s": 0.0}
+
+    def _check_planner(self) -> None:
+        if not self.planner.enabled:
+            return
+        pools: list[Pool] = ["decode"] if self.mode == "colocated" else ["prefill", "decode"]
+        for pool in pools:
+            if taken := {"policy", "upscale_delay_s", "downscale_delay_s"} & self.pool(pool).autoscaling_config.keys():
+                names = " and ".join(f"{pool}.autoscaling_config.{name}" for name in sorted(taken))
+                if not self.planner.dry_run:
+                    raise ConfigError(f"planner.enabled=true decides when replicas come and go; leave out {names}")
+        costs = {"prefill": self.planner.prefill_cost, "decode": self.planner.decode_cost}
+        least = sum(self.pool(pool).min_replicas * costs[pool] for pool in pools)
+        if 0 < self.planner.max_cost < least:
+            raise ConfigError(f"planner.max_cost={self.planner.max_cost:g}: the pools' min_replicas cost {least:g}")
 
     def max_num_cpus(self) -> float:
         """CPUs that Ray reserves when every deployment has all its replicas."""

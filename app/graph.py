@@ -58,4 +58,5 @@ def _deploy(cls: type, args: AppConfig, name: Pool | Literal["ingress"]) -> Depl
 def _engine(args: AppConfig, pool: Pool) -> SpawnedEngine:
     settings = args.pool(pool)
     resources = EngineResources(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus, custom=settings.resources)
-    return SpawnedEngine(args.engine_config(pool), resources, tier=args.tier)
+    config, tells_planner = args.engine_config(pool), args.planner.enabled
+    return SpawnedEngine(config, resources, tier=args.tier, tells_planner=tells_planner)

@@ -17,6 +17,7 @@ from deployments.engine_builder import EngineBuilder, build_engine
 from deployments.engine_client import EngineClient
 from deployments.engine_info import EngineResources
 from deployments.kv_tier.settings import TierSettings
+from deployments.planner.wire import to_numbers
 from deployments.replica_stats import HandoffStats, Positions, ReplicaStats
 
 logger = logging.getLogger(__name__)
@@ -34,15 +35,23 @@ class EngineFront:
         max_silence_s: an engine that takes longer to answer between two steps hangs.
         replica: name of the replica.
         stats_timeout_s: an engine that takes longer to tell its numbers is taken to have those that it told last.
+        tells_planner: see `SpawnedEngine`.
     """
 
     def __init__(
-        self, engine: EngineClient, max_silence_s: float, replica: str, stats_timeout_s: float = _STATS_TIMEOUT_S
+        self,
+        engine: EngineClient,
+        max_silence_s: float,
+        replica: str,
+        stats_timeout_s: float = _STATS_TIMEOUT_S,
+        *,
+        tells_planner: bool = False,
     ) -> None:
         self.engine = engine
         self.handoff = HandoffStats()
         self._max_silence_s = max_silence_s
         self.replica = replica
+        self.tells_planner = tells_planner
         self._stats_timeout_s = stats_timeout_s
         self._last_stats, self._last_stats_s = EngineStats(), time.monotonic()
 
@@ -98,12 +107,14 @@ class SpawnedEngine:
         resources: set aside for it.
         build: makes it.
         tier: that it shares KV through; None: none.
+        tells_planner: Ray Serve carries the engine's numbers to its controller, for the planner.
     """
 
     config: EngineConfig
     resources: EngineResources
     build: EngineBuilder = build_engine
     tier: TierSettings | None = None
+    tells_planner: bool = False
 
     async def start(self) -> EngineFront:
         # Not above: whoever binds the application would load torch with it.
@@ -113,7 +124,8 @@ class SpawnedEngine:
         info = await engine.info()
         process = os.pidfd_open(info.pid)  # and not the number, which may become another process's
         client = EngineClient(engine, info, partial(_leave, process))
-        return EngineFront(client, self.config.max_silence_s, serve.get_replica_context().replica_id.unique_id)
+        replica = serve.get_replica_context().replica_id.unique_id
+        return EngineFront(client, self.config.max_silence_s, replica, tells_planner=self.tells_planner)
 
 
 class EngineReplica:
@@ -124,6 +136,10 @@ class EngineReplica:
     async def stats(self, read: Positions | None = None) -> ReplicaStats:
         """See `EngineFront.stats`."""
         return await self._front.stats(read)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve carries to its controller for the planner; nothing if that does not decide."""
+        return to_numbers((await self._front.stats()).engine) if self._front.tells_planner else {}
 
     async def ready(self) -> None:
         """See `EngineFront.ready`."""

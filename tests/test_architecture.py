@@ -79,6 +79,7 @@ PLACES = (
     "load",
     "planner",
     "routing",
+    "pool_policy",
     "request_router",
     "api",
     "metrics",

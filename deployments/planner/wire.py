@@ -1,0 +1,36 @@
+"""An engine's numbers as Ray Serve carries them to its controller: a flat mapping of names to numbers, and back."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+
+from deployments.engine.stats import EngineStats, Histogram
+
+_HISTOGRAMS = ("ttft_s", "itl_s")
+_COUNTS = tuple(field.name for field in fields(EngineStats) if field.name not in _HISTOGRAMS)
+_PREFIX = "engine."
+
+
+def to_numbers(stats: EngineStats) -> dict[str, float]:
+    """What a replica tells."""
+    numbers = {f"{_PREFIX}{name}": float(getattr(stats, name)) for name in _COUNTS}
+    for name in _HISTOGRAMS:
+        histogram: Histogram = getattr(stats, name)
+        numbers[f"{_PREFIX}{name}"] = histogram.total
+        numbers |= {f"{_PREFIX}{name}.{i}": float(count) for i, count in enumerate(histogram.counts)}
+    return numbers
+
+
+def of_numbers(numbers: Mapping[str, float]) -> EngineStats | None:
+    """What it told; None: it has told nothing, or was of another version."""
+    stats = EngineStats()
+    try:
+        for name in _COUNTS:
+            value = numbers[f"{_PREFIX}{name}"]
+            setattr(stats, name, value if name == "prefill_s" else int(value))
+        for name in _HISTOGRAMS:
+            histogram: Histogram = getattr(stats, name)
+            histogram.total = numbers[f"{_PREFIX}{name}"]
+            histogram.counts = [int(numbers[f"{_PREFIX}{name}.{i}"]) for i in range(len(histogram.counts))]
+    except KeyError:
+        return None
+    return stats

@@ -1,0 +1,162 @@
+"""Ray Serve follows the planner: what its policies are told, and what they answer."""
+
+from itertools import count
+
+import pytest
+from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
+from ray.serve.config import AutoscalingConfig, AutoscalingContext
+
+from app.config import AppConfig, ConfigError
+from deployments.engine.stats import EngineStats
+from deployments.planner import shared
+from deployments.planner.wire import of_numbers, to_numbers
+from deployments.pool_policy import PoolPolicy, view_of
+
+_apps = count()
+
+
+class Controller:
+    """Calls both policies as Serve's controller does, each loop with what the replicas told last."""
+
+    def __init__(self, **settings) -> None:
+        self.app = f"app{next(_apps)}"
+        self.policies = {
+            pool: PoolPolicy(pool, False, {"enabled": True, "ttft_s": 1.0, "itl_s": 0.05, "start_s": 1.0} | settings)
+            for pool in ("decode", "prefill")
+        }
+        self.stats = {pool: [self.engine()] for pool in self.policies}
+        self.targets = dict.fromkeys(self.policies, 1)
+        self.bounds = dict.fromkeys(self.policies, (1, 10))
+        self.now_s = 1000.0
+
+    def engine(self) -> EngineStats:
+        return EngineStats(steps=100, max_num_batched_tokens=1000, max_num_seqs=64, num_blocks=100, block_size=16)
+
+    def context(self, pool: str) -> AutoscalingContext:
+        deployment = DeploymentID(name=pool, app_name=self.app)
+        ids = [ReplicaID(f"{pool}{i}", deployment) for i in range(len(self.stats[pool]))]
+        raw: dict[str, dict[ReplicaID, list[TimeStampedValue]]] = {}
+        for replica, stats in zip(ids, self.stats[pool], strict=True):
+            for name, value in to_numbers(stats).items():
+                raw.setdefault(name, {})[replica] = [TimeStampedValue(self.now_s, value)]
+        least, most = self.bounds[pool]
+        return AutoscalingContext(
+            deployment_id=deployment, deployment_name=pool, app_name=self.app, current_num_replicas=len(ids),
+            target_num_replicas=self.targets[pool], running_replicas=ids, total_num_requests=0.0,
+            total_queued_requests=0.0, aggregated_metrics=None, raw_metrics=raw, capacity_adjusted_min_replicas=least,
+            capacity_adjusted_max_replicas=most, policy_state={}, last_scale_up_time=None, last_scale_down_time=None,
+            current_time=self.now_s, config=AutoscalingConfig(min_replicas=least, max_replicas=most),
+        )  # fmt: skip
+
+    def loop(self, seconds=0.5) -> dict[str, int]:
+        self.now_s += seconds
+        for pool, policy in self.policies.items():
+            answer, state = policy(self.context(pool))
+            assert state == {}
+            least, most = self.bounds[pool]
+            self.targets[pool] = min(max(int(answer), least), most)  # as Serve does
+        return self.targets
+
+    def run(self, seconds: float, tokens=500, queued=0) -> dict[str, int]:
+        """Prompts are computed each second."""
+        for _ in range(int(seconds)):
+            for engine in self.stats["prefill"]:
+                engine.prompt_tokens += tokens
+                engine.prefill_steps += 1
+                engine.prefill_s += tokens / 5000
+                engine.num_queued_prompt_tokens = queued
+            self.loop()
+            self.loop()
+        return self.targets
+
+
+def test_what_an_engine_says_comes_back_from_numbers_as_it_was():
+    stats = EngineStats(num_running=3, prefill_s=1.25, num_blocks=7)
+    stats.itl_s.observe(0.02, 5)
+    assert of_numbers(to_numbers(stats)) == stats
+    assert of_numbers({"ongoing": 1.0}) is None
+
+
+def test_prompts_that_wait_add_prefill_replicas_within_two_seconds():
+    controller = Controller()
+    controller.run(30)
+    assert controller.targets == {"decode": 1, "prefill": 1}
+    controller.run(2, queued=40_000)
+    assert controller.targets["prefill"] > 3 and controller.targets["decode"] == 1
+
+
+def test_both_policies_share_one_planner_and_one_observation_each_second():
+    controller = Controller()
+    controller.run(1)
+    planner = shared.planner_of(controller.app, controller.policies["decode"]._settings, False)
+    before = planner._observer._at_s
+    controller.loop(0.4)
+    assert planner._observer._at_s == before
+    controller.loop(0.7)
+    assert planner._observer._at_s == controller.now_s
+
+
+def test_a_count_that_was_set_by_hand_is_kept_and_then_reduced():
+    controller = Controller(hold_s=20.0)
+    controller.run(30)
+    controller.targets["decode"] = 6
+    controller.run(15)
+    assert controller.targets["decode"] == 6
+    controller.run(10)
+    assert controller.targets["decode"] == 1
+
+
+def test_bounds_that_change_are_kept_at_once():
+    controller = Controller()
+    controller.run(5)
+    controller.bounds["decode"] = (4, 8)
+    assert controller.loop()["decode"] == 4
+
+
+def test_other_settings_begin_anew():
+    controller = Controller()
+    settings = controller.policies["decode"]._settings
+    planner = shared.planner_of(controller.app, settings, False)
+    assert shared.planner_of(controller.app, settings, False) is planner
+    assert shared.planner_of(controller.app, settings.model_copy(update={"ttft_s": 9.0}), False) is not planner
+
+
+def test_a_dry_run_tells_what_it_would_do_and_leaves_it_to_serve(caplog):
+    controller = Controller(dry_run=True)
+    context = controller.context("prefill")
+    assert controller.policies["prefill"](context)[0] == 0  # by ongoing requests; Serve keeps to the bounds
+    with caplog.at_level("INFO"):
+        for second in range(30):
+            controller.targets = {"decode": 1, "prefill": 1}
+            controller.run(1, queued=40_000 if second > 20 else 0)
+    assert any("dry run" in line and "prefill 1 to " in line for line in caplog.messages)
+
+
+def test_replicas_that_have_told_nothing_yet_are_not_ready():
+    controller = Controller()
+    context = controller.context("decode")
+    context.raw_metrics.clear()
+    assert view_of(context).engines == {}
+    assert controller.policies["decode"](context) == (1, {})
+
+
+def test_the_settings_reach_serve_as_a_policy_without_delays():
+    config = AppConfig.model_validate({"planner.enabled": "true", "prefill.max_replicas": "4"})
+    given = config.deployment_options("prefill")["autoscaling_config"]
+    serve = AutoscalingConfig(**given)
+    assert serve.policy.policy_function == "deployments.pool_policy.PoolPolicy"
+    assert isinstance(serve.policy.get_policy()(**serve.policy.policy_kwargs), object)
+    assert (serve.upscale_delay_s, serve.downscale_delay_s) == (0.0, 0.0)
+    assert "policy" not in AppConfig().deployment_options("prefill")["autoscaling_config"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prefill.autoscaling_config.upscale_delay_s": "5"}, "leave out prefill.autoscaling_config.upscale_delay_s"),
+        ({"planner.max_cost": "1"}, "the pools' min_replicas cost 2"),
+    ],
+)
+def test_settings_that_contradict_the_planner_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        AppConfig.model_validate({"planner.enabled": "true"} | arguments)
