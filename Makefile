@@ -33,7 +33,7 @@ SOURCES := app deployments tests load_tests
 
 .PHONY: help serve stop status test check format load-test advise clean \
 	bench-engine bench-host-step bench-gpu bench-gpu-handoff bench-two-gpus bench-handoff bench-serving bench-interference \
-	bench-overload bench-leaving bench-chaos bench-soak bench-router bench-prefix bench-tier bench-structured
+	bench-overload bench-leaving bench-chaos bench-soak bench-router bench-prefix bench-tier bench-structured bench-planner
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 24
@@ -101,6 +101,9 @@ bench-soak: $(DEV) ## Load a service for long: memory, threads, descriptors, blo
 
 bench-router: $(DEV) ## Route a trace to modelled engines: reuse, load, and what a decision costs. ARGS= is passed on.
 	@$(PY) -m tests.bench.router.bench_router $(ARGS)
+
+bench-planner: $(DEV) ## Replicas by the planner, fixed and by Ray Serve, on modelled engines. ARGS= is passed on.
+	@$(PY) -m tests.bench.planner.bench_planner $(ARGS)
 
 bench-structured: $(DEV) ## What grammars cost: compiling, masks, steps of 16 sequences. ARGS= is passed on.
 	@$(PY) -m tests.bench.bench_structured $(ARGS)

@@ -26,9 +26,17 @@ class PromptHashes:
         self._by_size: dict[int, list[bytes]] = {}
 
     @classmethod
-    def known(cls, num_tokens: int, by_size: Mapping[int, list[bytes]]) -> "PromptHashes":
-        """Of a prompt of which the hashes are known and the tokens are not: of a trace."""
-        prompt = cls(())
+    def known(
+        cls, num_tokens: int, by_size: Mapping[int, list[bytes]], beginning: Sequence[int] = ()
+    ) -> "PromptHashes":
+        """Of a prompt of which the hashes are known and the tokens are not: of a trace.
+
+        Args:
+            num_tokens: of the prompt.
+            by_size: the hashes, by size of blocks.
+            beginning: what tells prompts apart that have no hash.
+        """
+        prompt = cls(beginning)
         prompt.num_tokens = num_tokens
         prompt._by_size = dict(by_size)
         return prompt

@@ -123,24 +123,31 @@ class PoolRouters:
 
     def route(self, request: GenerateRequest) -> RoutedRequest:
         """Choose the replicas for a request; it counts as sent there. Where there is one of each, that is no choice."""
-        if not self._has_choice or not self._decode.replicas:
+        if not self._has_choice:
             return RoutedRequest(ANYWHERE, (), self._clock)
         begun_s = time.perf_counter()
-        now_s = self._clock()
         offset = self._positions.offset(len(request.prompt_token_ids), request.num_given_tokens)
         prompt = PromptHashes(request.given_token_ids, offset, request.cache_salt)
-        num_new_tokens = self._costs.num_new_tokens(request.max_new_tokens)
+        routed = self.route_prompt(request.request_id, prompt, request.max_new_tokens)
+        self.seconds += time.perf_counter() - begun_s
+        return routed
+
+    def route_prompt(self, request_id: str, prompt: PromptHashes, max_new_tokens: int) -> RoutedRequest:
+        """`route`, of a prompt that is hashed."""
+        if not self._has_choice or not self._decode.replicas:
+            return RoutedRequest(ANYWHERE, (), self._clock)
+        now_s = self._clock()
+        num_new_tokens = self._costs.num_new_tokens(max_new_tokens)
         elsewhere, prefill = self._look_elsewhere(prompt, now_s)
         decode = self._decode.choose(prompt, now_s, num_new_tokens=num_new_tokens, elsewhere=elsewhere)
         routed = [self._decode.send(prompt, decode, now_s, num_new_tokens=num_new_tokens)]
-        self._note(DECODE, request, decode)
+        self._note(DECODE, request_id, decode)
         num_left = prompt.num_tokens - decode.score.cached_tokens
         if self._prefill is not None and prefill is not None and elsewhere and num_left >= elsewhere.min_tokens:
             routed.append(self._prefill.send(prompt, prefill, now_s))
-            self._note(PREFILL, request, prefill)
+            self._note(PREFILL, request_id, prefill)
         # Also where decode is to compute the prompt: should it have forgotten it, the choice is made.
         route = Route(decode.replica, prefill.replica if prefill is not None else "")
-        self.seconds += time.perf_counter() - begun_s
         return RoutedRequest(route, tuple(routed), self._clock)
 
     @property
@@ -160,11 +167,11 @@ class PoolRouters:
         handoff_s = self._costs.handoff_token_s(self._prefill.costs.token_s)
         return Elsewhere(self._min_remote_tokens, computing_s, handoff_s), choice
 
-    def _note(self, pool: str, request: GenerateRequest, choice: Choice) -> None:
+    def _note(self, pool: str, request_id: str, choice: Choice) -> None:
         self.choices[pool, choice.reason] += 1
         self.promised_tokens[pool] += choice.score.cached_tokens
         if logger.isEnabledFor(logging.DEBUG):
-            logger.debug("%s: %s replica %s", request.request_id, pool, choice.describe())
+            logger.debug("%s: %s replica %s", request_id, pool, choice.describe())
 
 
 def _is_heard(replica: ReplicaStats) -> bool:

@@ -1,0 +1,116 @@
+"""Plays a trace on fixed, planned and Serve-scaled pools: `python -m deployments.simulator TRACE`.
+
+TRACE is a CSV as `load_tests/trace.py` has it, or JSON lines of the Mooncake paper. `--advise` looks for the smallest
+fixed pools that keep the bounds. The curves are Llama-3.1-8B's on an H100, as measured; `--slower` makes the engines as
+many times slower, each field of a JSON object in `--curves` replaces a figure.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from deployments.planner.settings import PlannerSettings
+from deployments.simulator.advise import Fleet, fewest, play_fixed
+from deployments.simulator.curves import LLAMA_8B_H100
+from deployments.simulator.requests import Request, load_trace
+from deployments.simulator.result import Result, play
+from deployments.simulator.scaling import Planned, ServeDefault
+from deployments.simulator.service import PoolSetup, Setup
+
+HEAD = (
+    f"{'':26}{'good':>8}{'goodput/s':>11}{'GPU-h':>8}{'GPUs':>7}{'cost':>9}{'good/GPU-h':>12}"
+    f"{'TTFT p50':>10}{'p90':>8}{'p99':>8}"
+)
+
+
+def row(name: str, result: Result) -> str:
+    """A line of the table under `HEAD`."""
+    return (
+        f"{name:26}{result.attainment:8.3f}{result.goodput:11.3f}{result.gpu_hours:8.2f}{result.mean_gpus:7.2f}"
+        f"{result.cost:9.2f}{result.per_gpu_hour:12.0f}{result.ttft(0.5):10.2f}{result.ttft(0.9):8.2f}"
+        f"{result.ttft(0.99):8.2f}"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Play, print, and plot."""
+    options = _parser().parse_args(arguments)
+    trace = load_trace(options.trace)[: options.max_requests]
+    setup = _setup(options)
+    print(HEAD)
+    results = _advise(trace, setup, options) if options.advise else _compare(trace, setup, options)
+    if options.plot:
+        # Not above: whoever only plays needs no matplotlib.
+        from deployments.simulator.plots import save_plot
+
+        save_plot(results, options.plot)
+    return 0 if results else 1
+
+
+def _setup(options: argparse.Namespace) -> Setup:
+    curves = LLAMA_8B_H100.slower(options.slower)
+    if options.curves:
+        curves = replace(curves, **json.loads(options.curves.read_text(encoding="utf-8")))
+    pool = PoolSetup(curves, options.start_s, most=options.most, cost=options.cost)
+    return Setup(pool, pool, options.ttft_s, options.itl_s, by_prefix=not options.serve_routing)
+
+
+def _compare(trace: list[Request], setup: Setup, options: argparse.Namespace) -> dict[str, Result]:
+    settings = PlannerSettings(ttft_s=setup.ttft_s, itl_s=setup.itl_s, start_s=options.start_s)
+    planned = Planned(settings)
+    results = {"planned": play(trace, setup, planned)}
+    print(row("planned", results["planned"]), flush=True)
+    results["Serve's default"] = play(trace, setup, ServeDefault())
+    print(row("Serve's default", results["Serve's default"]), flush=True)
+    for fixed in options.fixed:
+        prefill, decode = (int(count) for count in fixed.split("+"))
+        results[fixed] = play_fixed(trace, setup, prefill, decode).result
+        print(row(fixed if prefill else f"{decode} colocated", results[fixed]), flush=True)
+    if options.reasons:
+        for at_s, reason in planned.changes:
+            print(f"{at_s:8.0f} s  {reason}")
+    return results
+
+
+def _advise(trace: list[Request], setup: Setup, options: argparse.Namespace) -> dict[str, Result]:
+    def say(fleet: Fleet) -> None:
+        print(row(f"{fleet.prefill} prefill, {fleet.decode} decode", fleet.result), flush=True)
+
+    fleet = fewest(trace, setup, options.advise, 4, say)
+    if fleet is None:
+        print(f"no {2 * options.most} replicas keep the bounds for {options.advise:.0%} of the requests")
+        return {}
+    print(
+        f"{fleet.prefill} prefill and {fleet.decode} decode replicas keep the bounds for "
+        f"{fleet.result.attainment:.1%} of the requests, at a cost of {fleet.result.cost:.2f}"
+    )
+    return {f"{fleet.prefill}+{fleet.decode}": fleet.result}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m deployments.simulator",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("trace", type=Path)
+    parser.add_argument("--max-requests", type=int, help="of the trace; all unless given")
+    parser.add_argument("--ttft-s", type=float, default=2.0, help="bound of the time to first token")
+    parser.add_argument("--itl-s", type=float, default=0.05, help="bound of 95%% of a request's gaps")
+    parser.add_argument("--start-s", type=float, default=60.0, help="a replica takes to start")
+    parser.add_argument("--most", type=int, default=32, help="replicas of each pool")
+    parser.add_argument("--cost", type=float, default=1.0, help="of a replica and hour")
+    parser.add_argument("--slower", type=float, default=1.0, help="times that a step takes as long as measured")
+    parser.add_argument("--curves", type=Path, help="JSON: other figures, by the names in simulator/curves.py")
+    parser.add_argument("--fixed", nargs="*", default=[], metavar="P+D", help="fixed pools; 0+D is colocated")
+    parser.add_argument("--advise", type=float, metavar="SHARE", help="find the smallest pools that keep the bounds")
+    parser.add_argument("--serve-routing", action="store_true", help="replicas as Ray Serve chooses them; faster")
+    parser.add_argument("--reasons", action="store_true", help="tell each change of the planner's, and why")
+    parser.add_argument("--plot", type=Path, help="image to write")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""What came of a play: how many requests kept the bounds, and what it cost."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deployments.simulator.requests import Request
+from deployments.simulator.service import Scaler, Service, Setup
+
+# Of a request's gaps, that may exceed the bound.
+_GAPS_THAT_MAY = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Of one play.
+
+    Attributes:
+        num_requests: that came.
+        num_good: that kept both bounds.
+        num_refused: by admission.
+        seconds: from the first to the last arrival.
+        gpu_hours: of both pools, replicas that start or leave among them.
+        cost: of these.
+        ttft_s: of those that had a first token, in order.
+        history: of each pool, by its name: when how many replicas it was to have, and how many served.
+    """
+
+    num_requests: int
+    num_good: int
+    num_refused: int
+    seconds: float
+    gpu_hours: float
+    cost: float
+    ttft_s: tuple[float, ...]
+    history: dict[str, list[tuple[float, int, int]]]
+
+    @property
+    def goodput(self) -> float:
+        """Requests per second that kept both bounds."""
+        return self.num_good / self.seconds
+
+    @property
+    def attainment(self) -> float:
+        """Share of the requests that did."""
+        return self.num_good / self.num_requests
+
+    @property
+    def per_gpu_hour(self) -> float:
+        """Good requests per GPU-hour."""
+        return self.num_good / self.gpu_hours
+
+    @property
+    def mean_gpus(self) -> float:
+        return self.gpu_hours * 3600 / self.seconds
+
+    def ttft(self, share: float) -> float:
+        """Seconds that so great a share of the first tokens did not exceed."""
+        return self.ttft_s[min(len(self.ttft_s) - 1, int(share * len(self.ttft_s)))] if self.ttft_s else float("nan")
+
+
+def is_good(request: Request, ttft_s: float) -> bool:
+    """Whether a request has ended and kept both bounds: TTFT, and 95% of its gaps."""
+    if request.end_s is None or request.ttft_s is None or request.ttft_s > ttft_s:
+        return False
+    return request.gaps_over <= _GAPS_THAT_MAY * (request.output_tokens - 1)
+
+
+def play(trace: Sequence[Request], setup: Setup, scaler: Scaler) -> Result:
+    """Play a trace, of which the requests are left as they are."""
+    requests = [Request(r.at_s, r.prompt_tokens, r.output_tokens, r.chain) for r in trace]
+    service = Service(setup, scaler)
+    seconds = service.play(requests)
+    hours = {name: pool.gpu_s / 3600 for name, pool in service.pools.items()}
+    return Result(
+        len(requests),
+        sum(is_good(request, setup.ttft_s) for request in requests),
+        sum(request.is_refused for request in requests),
+        seconds,
+        sum(hours.values()),
+        sum(hours[name] * pool.setup.cost for name, pool in service.pools.items()),
+        tuple(sorted(request.ttft_s for request in requests if request.ttft_s is not None)),
+        {name: pool.history for name, pool in service.pools.items()},
+    )

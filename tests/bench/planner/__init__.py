@@ -1,0 +1,1 @@
+"""The planner against fixed pools and Ray Serve's default, in the simulator."""

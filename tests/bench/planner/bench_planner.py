@@ -1,0 +1,178 @@
+"""The planner against the best fixed split known in hindsight and Ray Serve's default policy, in the simulator.
+
+Run: `make bench-planner`. Plays four traces: bursty chat, a day of long prompts, a mix that shifts, and, where it is
+there, the Mooncake conversation trace. On each, fixed pools get the planner's GPU-hours, rounded up to whole replicas,
+and the split of them that turns out best. Then the shifting mix with replicas that take 0 to 300 s to start. Prints
+tables and, as its last line, one JSON object; ends with 1 if a bound is not met.
+
+Engines are ten times slower than Llama-3.1-8B's on an H100, so that an hour of traffic is 10,000 requests and not
+100,000; the bounds of TTFT and gaps are as much longer.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from deployments.planner.settings import PlannerSettings
+from deployments.simulator.__main__ import HEAD, row
+from deployments.simulator.advise import best_split, play_fixed
+from deployments.simulator.curves import LLAMA_8B_H100
+from deployments.simulator.plots import save_plot
+from deployments.simulator.requests import Request, load_trace
+from deployments.simulator.result import Result, play
+from deployments.simulator.scaling import Planned, ServeDefault
+from deployments.simulator.service import PoolSetup, Setup
+from tests.bench.planner.traces import bursty_chat, long_context_day, shifting_mix
+
+MOONCAKE = Path("../shared/traces/mooncake_conversation.jsonl")
+SLOWER, TTFT_S, ITL_S = 10.0, 5.0, 0.12
+# Of traces of long prompts: one of 12,000 tokens alone takes 3 s.
+LONG_TTFT_S = 15.0
+STARTS_S = (0.0, 30.0, 60.0, 120.0, 300.0)
+BOUNDS = {"of_hindsight": 0.95, "of_default_per_gpu_hour": 1.5, "cliff": 0.9}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What came of a trace, played in every way.
+
+    Attributes:
+        of_hindsight: goodput over that of the best fixed split at the same GPU-hours.
+        of_default_per_gpu_hour: good requests per GPU-hour over those of Ray Serve's default.
+        num_changes: that the planner made.
+    """
+
+    of_hindsight: float
+    of_default_per_gpu_hour: float
+    num_changes: int
+    planned: dict[str, float]
+    best_fixed: dict[str, float]
+    colocated: dict[str, float] | None
+    default: dict[str, float]
+
+
+def setup_of(start_s: float, ttft_s: float = TTFT_S) -> Setup:
+    pool = PoolSetup(LLAMA_8B_H100.slower(SLOWER), start_s, most=32)
+    return Setup(pool, pool, ttft_s, ITL_S)
+
+
+def settings_of(setup: Setup) -> PlannerSettings:
+    return PlannerSettings(ttft_s=setup.ttft_s, itl_s=ITL_S, start_s=setup.decode.start_s)
+
+
+def figures(result: Result) -> dict[str, float]:
+    """For the JSON line."""
+    return {
+        "attainment": result.attainment,
+        "goodput": result.goodput,
+        "gpu_hours": result.gpu_hours,
+        "per_gpu_hour": result.per_gpu_hour,
+        "num_refused": result.num_refused,
+        "ttft_p50_s": result.ttft(0.5),
+        "ttft_p90_s": result.ttft(0.9),
+        "ttft_p99_s": result.ttft(0.99),
+    }
+
+
+def compare(name: str, trace: Sequence[Request], setup: Setup, plot: Path | None, with_colocated: bool) -> Comparison:
+    """Play a trace in every way; what came of each."""
+    scaler = Planned(settings_of(setup))
+    print(f"\n{name}: {len(trace)} requests, first tokens within {setup.ttft_s:g} s\n{HEAD}", flush=True)
+    planned = play(trace, setup, scaler)
+    print(row("planned", planned), flush=True)
+    total = max(2, math.ceil(planned.mean_gpus - 1e-6))
+    served = {pool: sum(ready for *_, ready in history) for pool, history in planned.history.items()}
+    best = best_split(trace, setup, total, served["prefill"] / sum(served.values()))
+    print(row(f"best fixed, {best.prefill} + {best.decode}", best.result), flush=True)
+    colocated = play_fixed(trace, setup, 0, total).result if with_colocated else None
+    if colocated is not None:
+        print(row(f"{total} colocated", colocated), flush=True)
+    default = play(trace, setup, ServeDefault())
+    print(row("Serve's default", default), flush=True)
+    if plot is not None:
+        results = {"planned": planned, f"fixed {best.prefill} + {best.decode}": best.result, "Serve's default": default}
+        save_plot(results, plot / f"{name.replace(' ', '-')}.png")
+    # The fixed pools are rounded up to whole replicas, in their favour.
+    return Comparison(
+        planned.goodput / best.result.goodput,
+        planned.per_gpu_hour / default.per_gpu_hour,
+        len(scaler.changes),
+        figures(planned),
+        figures(best.result) | {"prefill": best.prefill, "decode": best.decode},
+        None if colocated is None else figures(colocated),
+        figures(default),
+    )
+
+
+def by_start(trace: Sequence[Request]) -> dict[str, dict[str, float]]:
+    """The same trace with replicas that take longer and longer to start."""
+    rows = {}
+    print(f"\nshifting mix, by the time that a replica takes to start\n{HEAD}")
+    for start_s in STARTS_S:
+        setup = setup_of(start_s)
+        result = play(trace, setup, Planned(settings_of(setup)))
+        print(row(f"planned, {start_s:g} s", result), flush=True)
+        rows[f"{start_s:g}"] = figures(result)
+    return rows
+
+
+def judge(compared: dict[str, Comparison], starts: dict[str, dict[str, float]]) -> dict[str, bool]:
+    """Which bounds are met, of those that what was played tells of."""
+    passed = {"of_hindsight": all(c.of_hindsight >= BOUNDS["of_hindsight"] for c in compared.values())}
+    if mix := compared.get("shifting mix"):
+        passed["of_default_per_gpu_hour"] = mix.of_default_per_gpu_hour >= BOUNDS["of_default_per_gpu_hour"]
+    if starts:
+        passed["cliff"] = starts["120"]["attainment"] >= BOUNDS["cliff"] * starts["0"]["attainment"]
+    return passed
+
+
+def main() -> int:
+    """Play all, print, and judge."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mooncake", type=Path, default=MOONCAKE)
+    parser.add_argument("--start-s", type=float, default=30.0, help="a replica takes to start")
+    parser.add_argument("--length", type=float, default=1.0, help="of the drawn traces, in parts of the whole")
+    parser.add_argument("--traces", nargs="*", help="play these alone; `starts` is the table by start-up time")
+    parser.add_argument("--no-colocated", action="store_true", help="leave the slowest row out")
+    parser.add_argument("--plot", type=Path, help="folder for plots")
+    args = parser.parse_args()
+    draws: dict[str, Callable[[], list[Request]]] = {
+        "bursty chat": lambda: bursty_chat(5400 * args.length),
+        "long-context day": lambda: long_context_day(14_400 * args.length),
+        "shifting mix": lambda: shifting_mix(7200 * args.length),
+    }
+    if args.mooncake.exists():
+        draws["mooncake conversation"] = lambda: [
+            replace(request) for request in load_trace(args.mooncake) if request.at_s < 3600 * args.length
+        ]
+    else:
+        print(f"no trace at {args.mooncake}, so it is left out", file=sys.stderr)
+    bounds_s = {"long-context day": LONG_TTFT_S, "mooncake conversation": LONG_TTFT_S}
+    setups = {name: setup_of(args.start_s, bounds_s.get(name, TTFT_S)) for name in draws}
+    compared = {
+        name: compare(name, draws[name](), setups[name], args.plot, not args.no_colocated)
+        for name in draws
+        if name in (args.traces or draws)
+    }
+    starts = by_start(draws["shifting mix"]()) if not args.traces or "starts" in args.traces else {}
+    passed = judge(compared, starts)
+    print()
+    for name, is_met in passed.items():
+        print(f"{name}: bound {BOUNDS[name]} {'met' if is_met else 'NOT met'}")
+    arguments = {name: str(value) for name, value in vars(args).items()}
+    report = {
+        "bench": "planner",
+        "args": arguments,
+        "traces": {n: asdict(c) for n, c in compared.items()},
+        "by_start_s": starts,
+    }
+    print(json.dumps(report | {"bounds": BOUNDS, "passed": passed}))
+    return 0 if all(passed.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

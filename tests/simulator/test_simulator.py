@@ -1,0 +1,133 @@
+"""The simulator: what it says of loads of which the outcome is known."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from ray.serve.autoscaling_policy import _apply_delay_logic, _apply_scaling_factors
+from ray.serve.config import AutoscalingConfig
+
+from deployments.load.reading import DECODE, PREFILL, Reading
+from deployments.planner.settings import PlannerSettings
+from deployments.simulator.__main__ import main
+from deployments.simulator.advise import fewest
+from deployments.simulator.curves import Curves
+from deployments.simulator.requests import Request, load_trace
+from deployments.simulator.result import is_good, play
+from deployments.simulator.scaling import Fixed, Planned, ServeDefault
+from deployments.simulator.service import PoolSetup, PoolState, Service, Setup
+
+CURVES = Curves(step_s=0.01, token_s=1e-4, sequence_s=1e-3, context_s=0.0, handoff_s=0.02, handoff_token_s=0.0)
+
+
+def setup_of(prefill=1, decode=1, start_s=10.0, curves=CURVES, ttft_s=2.0, itl_s=0.05) -> Setup:
+    pool = PoolSetup(curves, start_s, most=20)
+    return Setup(replace(pool, initial=decode), replace(pool, initial=prefill) if prefill else None, ttft_s, itl_s)
+
+
+def every(gap_s: float, count: int, prompt=1000, output=20, begin_s=0.0) -> list[Request]:
+    return [Request(begin_s + i * gap_s, prompt, output) for i in range(count)]
+
+
+def test_a_request_alone_takes_what_the_curves_say():
+    request = Request(1.0, 1000, 21)
+    Service(setup_of(), Fixed()).play([request])
+    assert request.ttft_s == pytest.approx(0.01 + 1000 * 1e-4)
+    assert request.end_s == pytest.approx(1.0 + 0.11 + 0.02 + 20 * 0.011)
+
+
+def test_a_colocated_prompt_holds_up_the_tokens_of_others():
+    first, second = Request(0.0, 100, 50), Request(0.1, 5000, 1)
+    service = Service(setup_of(prefill=0, itl_s=0.05), Fixed())
+    service.play([first, second])
+    assert second.ttft_s == pytest.approx(0.511, rel=0.03)
+    assert first.gaps_over == 1
+    assert is_good(first, ttft_s=1.0) and not is_good(replace(first, output_tokens=19), ttft_s=1.0)
+
+
+@pytest.mark.parametrize("prefill", [0, 3])
+def test_every_request_ends_and_gives_back_what_it_held(prefill):
+    requests = every(0.05, 200) + every(0.05, 200, prompt=100, output=1, begin_s=0.01)
+    requests.sort(key=lambda r: r.at_s)
+    service = Service(setup_of(prefill=prefill, decode=3, curves=replace(CURVES, max_num_seqs=4)), Fixed())
+    service.play(requests)
+    assert all(request.is_refused or request.end_s is not None for request in requests)
+    assert service.reading.as_of_s > 0
+    for pool in service.pools.values():
+        for replica in pool.replicas.values():
+            assert (replica.num_open, replica.num_reserved, replica.engine.held_blocks) == (0, 0, 0)
+
+
+def test_fixed_pools_cost_as_many_gpus_as_they_have():
+    result = play(every(1.0, 101), setup_of(prefill=2, decode=3), Fixed())
+    assert result.gpu_hours * 3600 == pytest.approx(5 * 100)
+    assert result.attainment == 1.0
+
+
+def test_the_second_prompt_of_a_conversation_is_found_in_the_cache():
+    chain = tuple(bytes([i]) * 16 for i in range(8))
+    requests = [Request(0.0, 4096 + 10, 5, chain), Request(10.0, 4096 + 10, 5, chain)]
+    service = Service(setup_of(prefill=2, decode=2), Fixed())
+    service.play(requests)
+    first_s, second_s = (request.ttft_s for request in requests)
+    assert first_s is not None and second_s is not None
+    assert second_s < first_s / 5
+
+
+def test_the_same_trace_gives_the_same_result():
+    trace = every(0.05, 100)
+    results = [play(trace, setup_of(), Planned(PlannerSettings(ttft_s=2.0, itl_s=0.05))) for _ in range(2)]
+    assert results[0] == results[1]
+
+
+def test_the_planner_follows_a_step_of_prompts_with_prefill_alone_and_recedes():
+    trace = every(0.5, 60) + every(0.1, 600, prompt=4000, begin_s=30) + every(8.0, 90, begin_s=90)
+    settings = PlannerSettings(ttft_s=2.0, itl_s=0.05, start_s=5.0, hold_s=15.0)
+    result = play(trace, setup_of(start_s=5.0), Planned(settings))
+    most = {pool: max(target for _, target, _ in history) for pool, history in result.history.items()}
+    assert most[PREFILL] >= 4 and most[DECODE] <= 2
+    assert [history[-1][1] for history in result.history.values()] == [1, 1]
+
+
+def test_what_serve_decides_by_default_is_what_ray_serve_decides():
+    config = AutoscalingConfig(min_replicas=1, max_replicas=20)
+    ours, state, target = ServeDefault(look_back_s=0.0), {}, 1
+    theirs = 1
+    for second in range(1500):
+        ongoing = round(8 + 8 * math.sin(second / 100))
+        pool = PoolState(1, 20, target, target, ongoing)
+        target = ours.decide(Reading({}, 0.0), {DECODE: pool}, float(second), 0)[DECODE]
+        wanted = _apply_scaling_factors(theirs * ongoing / (2.0 * theirs), theirs, config)
+        theirs, state = _apply_delay_logic(wanted, theirs, config, state, _now=float(second))
+        theirs = min(max(theirs, 1), 20)
+        assert target == theirs, second
+
+
+def test_the_fewest_replicas_that_keep_the_bounds_are_found():
+    trace = every(0.1, 80, prompt=2000, output=30)
+    seen = []
+    fleet = fewest(trace, setup_of(), 0.99, 7, seen.append)
+    assert fleet is not None and fleet.result.attainment >= 0.99
+    total = fleet.prefill + fleet.decode
+    assert total < 7
+    assert max(f.result.attainment for f in seen if f.prefill + f.decode == total - 1) < 0.99
+
+
+def test_both_forms_of_traces_are_read(tmp_path):
+    ours, theirs = tmp_path / "a.csv", tmp_path / "b.jsonl"
+    ours.write_text("arrival_s,prompt_tokens,output_tokens,prefix_ids\n0.5,1100,3,7 8\n")
+    row = {"timestamp": 500, "input_length": 1100, "output_length": 3, "hash_ids": [7, 8, 9]}
+    theirs.write_text(json.dumps(row) + "\n")
+    assert load_trace(ours) == load_trace(theirs)
+    assert len(load_trace(ours)[0].chain) == 2
+
+
+def test_the_command_prints_a_table_and_saves_a_plot(tmp_path, capsys):
+    trace = tmp_path / "trace.csv"
+    rows = "".join(f"{i},1000,20,\n" for i in range(5))
+    trace.write_text("arrival_s,prompt_tokens,output_tokens,prefix_ids\n" + rows)
+    assert main([str(trace), "--fixed", "1+1", "0+2", "--plot", str(tmp_path / "plot.png")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:15].strip() for line in lines[1:]] == ["planned", "Serve's default", "1+1", "2 colocated"]
+    assert (tmp_path / "plot.png").stat().st_size > 0
