@@ -14,10 +14,11 @@ from pathlib import Path
 from deployments.planner.settings import PlannerSettings
 from deployments.simulator.advise import Fleet, fewest, play_fixed
 from deployments.simulator.curves import LLAMA_8B_H100
+from deployments.simulator.pools import PoolSetup
 from deployments.simulator.requests import Request, load_trace
 from deployments.simulator.result import Result, play
 from deployments.simulator.scaling import Planned, ServeDefault
-from deployments.simulator.service import PoolSetup, Setup
+from deployments.simulator.service import Setup
 
 HEAD = (
     f"{'':26}{'good':>8}{'goodput/s':>11}{'GPU-h':>8}{'GPUs':>7}{'cost':>9}{'good/GPU-h':>12}"

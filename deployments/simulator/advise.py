@@ -4,10 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from deployments.simulator.pools import PoolSetup
 from deployments.simulator.requests import Request
 from deployments.simulator.result import Result, play
 from deployments.simulator.scaling import Fixed
-from deployments.simulator.service import PoolSetup, Setup
+from deployments.simulator.service import Setup
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.planner.observer import Observer
 from deployments.planner.plan import Bounds, Memory, plan
 from deployments.planner.settings import PlannerSettings
-from deployments.simulator.service import PoolState
+from deployments.simulator.pools import PoolState
 
 
 class Fixed:

@@ -6,46 +6,23 @@ whoever scales. A replica costs from when it is asked for until its last request
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
 
 import simpy
 
 from deployments.errors import OverloadedError, RequestTooLargeError
-from deployments.load.admission import Admission, Bounds, Ticket
+from deployments.load.admission import Admission, Bounds
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import ANYWHERE, Priority
-from deployments.replica_stats import HandoffStats, ReplicaStats
 from deployments.routing.hashes import PromptHashes
 from deployments.routing.pools import PoolRouters, RoutedRequest
 from deployments.routing.settings import RoutingSettings
-from deployments.simulator.curves import Curves
-from deployments.simulator.engine import ModelledEngine
+from deployments.simulator.pools import Call, Pool, PoolSetup, PoolState, Replica
 from deployments.simulator.requests import BLOCK_SIZE, Request
 
 _READ_PERIOD_S = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class PoolSetup:
-    """One pool.
-
-    Attributes:
-        curves: of its engines.
-        start_s: that a replica takes to start.
-        least: replicas.
-        most: replicas.
-        initial: replicas that are there at the beginning.
-        cost: of a replica.
-    """
-
-    curves: Curves
-    start_s: float = 60.0
-    least: int = 1
-    most: int = 64
-    initial: int = 1
-    cost: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,25 +48,6 @@ class Setup:
     seed: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class PoolState:
-    """What a scaler sees of a pool, beside what its engines say.
-
-    Attributes:
-        least: replicas.
-        most: replicas.
-        target: it has or is getting.
-        num_ready: that serve.
-        num_ongoing: requests that it has.
-    """
-
-    least: int
-    most: int
-    target: int
-    num_ready: int
-    num_ongoing: int
-
-
 class Scaler(Protocol):
     """Chooses how many replicas there are."""
 
@@ -98,118 +56,6 @@ class Scaler(Protocol):
     def decide(self, reading: Reading, pools: dict[str, PoolState], at_s: float, num_refused: int) -> dict[str, int]:
         """Targets by pool; calls refused since the last time are told."""
         ...
-
-
-@dataclass(eq=False)
-class Replica:
-    """One replica; `waiting` are requests without a seat, first come first seated."""
-
-    name: str
-    engine: ModelledEngine
-    asked_s: float
-    is_ready: bool = False
-    is_leaving: bool = False
-    num_open: int = 0
-    num_reserved: int = 0
-    waiting: list["Call"] = field(default_factory=list)
-    handoff: HandoffStats = field(default_factory=HandoffStats)
-
-
-@dataclass(eq=False, slots=True)
-class Call:
-    """A request that was let in, on its way."""
-
-    request: Request
-    ticket: Ticket
-    routed: RoutedRequest
-    replica: Replica | None = None
-    num_blocks: int = 0
-
-
-class Pool:
-    """The replicas of one pool."""
-
-    def __init__(self, name: str, setup: PoolSetup, service: "Service") -> None:
-        self.name = name
-        self.setup = setup
-        self.replicas: dict[str, Replica] = {}
-        self.gpu_s = 0.0
-        self.target = 0
-        self.history: list[tuple[float, int, int]] = []
-        self._service = service
-        self._names = count()
-
-    @property
-    def ready(self) -> list[Replica]:
-        return [r for r in self.replicas.values() if r.is_ready and not r.is_leaving]
-
-    @property
-    def state(self) -> PoolState:
-        setup, ready = self.setup, self.ready
-        return PoolState(setup.least, setup.most, self.target, len(ready), sum(r.num_open for r in ready))
-
-    def scale(self, target: int, start_s: float) -> None:
-        """Have so many replicas; those that are not needed leave once they are empty."""
-        self.target = target = min(max(target, self.setup.least), self.setup.most)
-        staying = [r for r in self.replicas.values() if not r.is_leaving]
-        for _ in range(target - len(staying)):
-            self._start(start_s)
-        surplus = len(staying) - target
-        for replica in sorted(staying, key=lambda r: (r.is_ready, r.num_open))[: max(0, surplus)]:
-            replica.is_leaving = True
-            self.leave_if_empty(replica)
-
-    def _start(self, start_s: float) -> None:
-        env, service = self._service.env, self._service
-        engine = ModelledEngine(env, self.setup.curves, service.setup.itl_s)
-        replica = Replica(f"{self.name}{next(self._names)}", engine, env.now)
-        self.replicas[replica.name] = replica
-
-        def ready(_: simpy.Event | None) -> None:
-            replica.is_ready = True
-
-        if start_s > 0:
-            env.timeout(start_s).callbacks.append(ready)
-        else:
-            ready(None)
-
-    def leave_if_empty(self, replica: Replica) -> None:
-        if replica.is_leaving and not replica.num_open:
-            if not self._service.is_over:
-                self.gpu_s += self._service.env.now - replica.asked_s
-            del self.replicas[replica.name]
-
-    def find(self, name: str, draw: random.Random) -> Replica:
-        """The named replica, else the less busy of two."""
-        replica = self.replicas.get(name)
-        if replica is not None and replica.is_ready and not replica.is_leaving:
-            return replica
-        ready = self.ready
-        assert ready, f"nobody is left in {self.name}"
-        return min(draw.sample(ready, min(2, len(ready))), key=lambda r: r.num_open)
-
-    def read(self, positions: dict[str, object] | None) -> list[ReplicaStats]:
-        """What its replicas say."""
-        return [self._read(replica, positions) for replica in self.ready]
-
-    def _read(self, replica: Replica, positions: object) -> ReplicaStats:
-        engine, waiting = replica.engine, replica.waiting
-        stats = engine.stats.copy()
-        own = sum(c.request.prompt_tokens for c in waiting)
-        remote = 0
-        if self._service.prefill is not None and self.name == DECODE:
-            least = self._service.setup.min_remote_tokens
-            remote = sum(c.request.prompt_tokens for c in waiting if c.request.prompt_tokens >= least)
-        stats.num_queued_prompt_tokens = own + engine.queued_tokens
-        stats.num_remote_prompt_tokens = remote
-        stats.num_waiting = len(waiting) if self.name == DECODE else max(0, engine.num_prompts - 1)
-        stats.num_reserved = replica.num_reserved
-        stats.num_running = engine.num_answers + (engine.num_prompts if self.name == DECODE else 1)
-        stats.num_used_blocks = engine.held_blocks
-        cache = None
-        if isinstance(positions, dict):
-            cache = engine.cache.log.since(positions.get(replica.name))
-        return ReplicaStats(replica.name, stats, replica.handoff.copy(), 0.0, cache)
 
 
 class Service:
@@ -223,10 +69,12 @@ class Service:
     def __init__(self, setup: Setup, scaler: Scaler) -> None:
         self.setup = setup
         self.env = simpy.Environment()
-        self.decode = Pool(DECODE, setup.decode, self)
-        self.prefill = None if setup.prefill is None else Pool(PREFILL, setup.prefill, self)
+        least = None if setup.prefill is None else setup.min_remote_tokens
+        self.decode = Pool(DECODE, setup.decode, self.env, setup.itl_s, least)
+        self.prefill = None
+        if setup.prefill is not None:
+            self.prefill = Pool(PREFILL, setup.prefill, self.env, setup.itl_s, None)
         self.pools = {DECODE: self.decode} | ({} if self.prefill is None else {PREFILL: self.prefill})
-        least = None if self.prefill is None else setup.min_remote_tokens
         self._admission = Admission(Bounds(setup.ttft_s, 100_000_000, least), self._clock)
         self._routers = PoolRouters(RoutingSettings(by_prefix=setup.by_prefix), least, clock=self._clock)
         self._scaler = scaler
@@ -250,6 +98,7 @@ class Service:
         self.env.run(until=arrivals)
         end_s, self.is_over = float(self.env.now), True
         for pool in self.pools.values():
+            pool.is_over = True
             pool.gpu_s += sum(end_s - replica.asked_s for replica in pool.replicas.values())
         while any(replica.num_open for pool in self.pools.values() for replica in pool.replicas.values()):
             self.env.step()

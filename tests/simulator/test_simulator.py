@@ -13,10 +13,11 @@ from deployments.planner.settings import PlannerSettings
 from deployments.simulator.__main__ import main
 from deployments.simulator.advise import fewest
 from deployments.simulator.curves import Curves
+from deployments.simulator.pools import PoolSetup, PoolState
 from deployments.simulator.requests import Request, load_trace
 from deployments.simulator.result import is_good, play
 from deployments.simulator.scaling import Fixed, Planned, ServeDefault
-from deployments.simulator.service import PoolSetup, PoolState, Service, Setup
+from deployments.simulator.service import Service, Setup
 
 CURVES = Curves(step_s=0.01, token_s=1e-4, sequence_s=1e-3, context_s=0.0, handoff_s=0.02, handoff_token_s=0.0)
 

@@ -22,10 +22,11 @@ from deployments.simulator.__main__ import HEAD, row
 from deployments.simulator.advise import best_split, play_fixed
 from deployments.simulator.curves import LLAMA_8B_H100
 from deployments.simulator.plots import save_plot
+from deployments.simulator.pools import PoolSetup
 from deployments.simulator.requests import Request, load_trace
 from deployments.simulator.result import Result, play
 from deployments.simulator.scaling import Planned, ServeDefault
-from deployments.simulator.service import PoolSetup, Setup
+from deployments.simulator.service import Setup
 from tests.bench.planner.traces import bursty_chat, long_context_day, shifting_mix
 
 MOONCAKE = Path("../shared/traces/mooncake_conversation.jsonl")
