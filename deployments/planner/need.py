@@ -126,7 +126,7 @@ def need_of_answers(answers: Answers, seen: PoolSeen, num_starting: int, setting
         spread = _sigmas(settings.quantile) * math.sqrt(sequences * uneven)
         return (sequences + spread) / batch
 
-    running = _running(answers, seen.num_ready, batch)
+    running = _running(answers, seen.num_ready, batch, settings.itl_s)
     # What comes and what it grows to are of different times: no more than twice what is there is believed at once.
     most = _GROWTH * (running + answers.num_waiting / batch) + 1.0
     lasting = min(engines(requests.now), most) + own.lasting
@@ -163,10 +163,15 @@ def _burst(queued_s: float, work: float, seen: PoolSeen, num_starting: int, boun
     return work + left_s / (bound_s + seen.start_s) if left_s > 0 else 0.0
 
 
-def _running(answers: Answers, num_ready: int, batch: float) -> float:
-    """Engines for those that run, in batches of which the gap keeps the bound: as many tokens per second as now."""
+def _running(answers: Answers, num_ready: int, batch: float, bound_s: float) -> float:
+    """Engines for those that run, in batches of which the gap keeps the bound.
+
+    As many tokens per second as now; or, where batches are too large already, so that they pile up, for all of them.
+    """
     assert answers.gaps is not None
     now_s = answers.gaps.seconds(answers.num_running / max(1, num_ready))
+    if now_s > bound_s:
+        return answers.num_running / batch
     return answers.num_running * answers.gaps.seconds(batch) / now_s / batch if now_s > 0 else 0.0
 
 

@@ -265,3 +265,9 @@ def test_before_anything_was_measured_the_plan_is_one_engine_each():
     now = Observation(0.0, PoolSeen(1, 60.0, answers=answers), PoolSeen(1, 60.0, Prompts(queued_tokens=100)))
     decided, _ = plan(now, (Bounds(1, 9, 1), Bounds(1, 9, 1)), SETTINGS, Memory())
     assert (decided.decode, decided.prefill) == (1, 1)
+
+
+def test_sequences_that_pile_up_in_batches_too_large_get_seats_at_once():
+    answers = Answers(steady(3.0), 50.0, GAPS, num_running=600, max_seqs=256)
+    need = need_of_answers(answers, PoolSeen(2, START_S, answers=answers), 0, SETTINGS)
+    assert need.burst > 4 > need.lasting
