@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from deployments.engine.engine import Engine
@@ -14,7 +15,7 @@ from tests.engine.driving import Transcript, greedy, prefill_all, run
 from tests.engine.rounded import rounded_logits
 from tests.gpu.driving import NUM_TOKENS, TIE, generate, generate_preempted, prompt
 from tests.gpu.driving import build as build_engine
-from tests.gpu.models import plain
+from tests.gpu.models import EXPERTS, exact, plain
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -25,8 +26,8 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @cache
-def reference(family: str) -> PreTrainedModel:
-    model = copy.deepcopy(plain(family))
+def reference(family: str, *, is_exact: bool = False) -> PreTrainedModel:
+    model = copy.deepcopy((exact if is_exact else plain)(family))
     prepare_model(model, "random", torch.device("cuda"))
     return model
 
@@ -35,24 +36,38 @@ def build(family: str, **overrides: object) -> Engine:
     return build_engine(family, kv_dtype="fp8", **overrides)
 
 
-def num_behind(family: str, tokens: dict[str, list[int]], *, rounds: bool = True) -> int:
-    """How many tokens are further behind the likeliest than a tie."""
-    found = 0
+def logits_of(model: PreTrainedModel, tokens: dict[str, list[int]], *, rounds: bool = True) -> Tensor:
+    """Of each token that was drawn, the logits that it was drawn from, (tokens, vocabulary)."""
+    found = []
     for name, drawn in tokens.items():
         assert len(drawn) == NUM_TOKENS
         given = prompt(int(name[1:]))
-        logits = rounded_logits(reference(family), (*given, *drawn), rounds=rounds)[len(given) - 1 : -1]
-        chosen = logits.gather(-1, torch.tensor(drawn, device="cuda").unsqueeze(-1)).squeeze(-1)
-        found += int((logits.amax(-1) - chosen > TIE).sum())
-    return found
+        found.append(rounded_logits(model, (*given, *drawn), rounds=rounds)[len(given) - 1 : -1])
+    return torch.cat(found)
+
+
+def share_behind(logits: Tensor, chosen: Tensor) -> float:
+    """How many tokens are further behind the likeliest than a tie, of all."""
+    behind = logits.amax(-1) - logits.gather(-1, chosen.unsqueeze(-1)).squeeze(-1) > TIE
+    return float(behind.float().mean())
 
 
 def check(family: str, tokens: dict[str, list[int]]) -> None:
-    """A key that differs in its last bit may be rounded to another code, so a few tokens may be behind."""
-    behind, without = num_behind(family, tokens), num_behind(family, tokens, rounds=False)
-    num_tokens = NUM_TOKENS * len(tokens)
-    print(f"{family}: {behind} of {num_tokens} tokens behind, {without} if nothing were rounded")
-    assert behind <= 0.03 * num_tokens
+    """A key that differs in its last bit may be rounded to another code, so a few tokens may be behind.
+
+    In a mixture of experts that sends tokens elsewhere. So there the engine is compared with how often bfloat16 alone
+    misses the likeliest token of float32, both with rounded KV.
+    """
+    drawn = torch.tensor([token for each in tokens.values() for token in each], device="cuda")
+    rounded = logits_of(reference(family), tokens)
+    if family in EXPERTS:
+        expected = logits_of(reference(family, is_exact=True), tokens)
+        behind, allowed = share_behind(expected, drawn), 2 * share_behind(expected, rounded.argmax(-1)) + 0.02
+    else:
+        behind, allowed = share_behind(rounded, drawn), 0.03
+    without = share_behind(logits_of(reference(family), tokens, rounds=False), drawn)
+    print(f"{family}: {behind:.1%} of tokens behind, {allowed:.1%} allowed, {without:.1%} if nothing were rounded")
+    assert behind <= allowed
 
 
 @every_family
@@ -69,15 +84,17 @@ def test_preemption_and_a_warm_cache(family: str) -> None:
         check(family, tokens)
 
 
-def test_a_handed_over_prompt_continues_and_takes_half_the_bytes() -> None:
-    source, target = build("llama", max_num_batched_tokens=512), build("llama")
-    request, transcript = greedy("r1500", prompt(1500), NUM_TOKENS), Transcript()
-    target.add(request, remote_threshold=100)
-    transcript.note(target.step())
-    for chunk, tensor in prefill_all(source, request):
-        assert isinstance(chunk, ChunkReady) and tensor.dtype is torch.uint8
-        assert tensor.nbytes == chunk.num_blocks * 256 * 3 * 2 * 2 * (64 + 4)
-        transcript.note(target.import_chunk(chunk, tensor))
+def test_handed_over_prompts_continue_and_take_half_the_bytes() -> None:
+    source, target, transcript = build("llama", max_num_batched_tokens=512), build("llama"), Transcript()
+    for length in (120, 255, 256, 257, 400, 700, 1100, 1500):
+        request = greedy(f"r{length}", prompt(length), NUM_TOKENS)
+        target.add(request, remote_threshold=100)
+        while target.stats().num_reserved == 0:  # not in a step in which another sequence outgrows its KV
+            transcript.note(target.step())
+        for chunk, tensor in prefill_all(source, request):
+            assert isinstance(chunk, ChunkReady) and tensor.dtype is torch.uint8
+            assert tensor.nbytes == chunk.num_blocks * 256 * 3 * 2 * 2 * (64 + 4)
+            transcript.note(target.import_chunk(chunk, tensor))
     check("llama", run(target, transcript).tokens)
 
 
