@@ -47,6 +47,7 @@ class FakeLink:
 def move(name: str, group: Group, config: TransferConfig) -> Steps:
     """Never run here."""
     yield
+    return None
 
 
 class Held:
