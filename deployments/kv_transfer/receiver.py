@@ -108,9 +108,10 @@ class Receiver:
             tensor, note, complete_s = self._ask(chunk, config, is_sent=True)
             assert tensor is not None
             return tensor, note, complete_s
-        note, complete_s = chunk.note, monotonic()
-        if note is None:
+        if chunk.note is None:
             _, note, complete_s = self._ask(chunk, config, is_sent=False)
+        else:
+            note, complete_s = chunk.note, monotonic()
         self._counters.add(num_received=1, num_received_bytes=view.nbytes, num_read_in_place=1)
         return view, note, complete_s
 

@@ -5,7 +5,7 @@ whoever scales. A replica costs from when it is asked for until its last request
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -104,13 +104,13 @@ class Service:
             self.env.step()
         return end_s
 
-    def _arrive(self, requests: Sequence[Request]) -> Iterator[simpy.Event]:
+    def _arrive(self, requests: Sequence[Request]) -> Generator[simpy.Event, None, None]:
         for request in requests:
             if request.at_s > self.env.now:
                 yield self.env.timeout(request.at_s - self.env.now)
             self._come(request)
 
-    def _read_on(self) -> Iterator[simpy.Event]:
+    def _read_on(self) -> Generator[simpy.Event, None, None]:
         while True:
             yield self.env.timeout(_READ_PERIOD_S)
             self._read()
@@ -121,7 +121,7 @@ class Service:
         self._admission.update(self.reading)
         self._routers.update(self.reading)
 
-    def _scale_on(self) -> Iterator[simpy.Event]:
+    def _scale_on(self) -> Generator[simpy.Event, None, None]:
         while not self.is_over:
             states = {name: pool.state for name, pool in self.pools.items()}
             targets = self._scaler.decide(self.reading, states, self.env.now, self._num_refused)

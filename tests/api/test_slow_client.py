@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 import httpx
 import orjson
@@ -30,7 +31,9 @@ class Fountain:
     async def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> FakeTicket:
         return FakeTicket()
 
-    def generate(self, request: GenerateRequest, on_overflow: Callable[[], None]) -> TokenStream:
+    def generate(
+        self, request: GenerateRequest, on_overflow: Callable[[], None], on_receipt: Any = None
+    ) -> TokenStream:
         def overflow() -> None:
             self.overflowed.add(request.request_id)
             pump.cancel()

@@ -6,7 +6,8 @@ import pytest
 from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-from app.config import AppConfig, ConfigError
+from app.arguments import ConfigError
+from app.config import AppConfig
 from deployments.engine.stats import EngineStats
 from deployments.planner import shared
 from deployments.planner.wire import of_numbers, to_numbers
@@ -135,7 +136,7 @@ def test_a_dry_run_tells_what_it_would_do_and_leaves_it_to_serve(caplog):
 def test_replicas_that_have_told_nothing_yet_are_not_ready():
     controller = Controller()
     context = controller.context("decode")
-    context.raw_metrics.clear()
+    context.raw_metrics = {}
     assert view_of(context).engines == {}
     assert controller.policies["decode"](context) == (1, {})
 

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from ray.serve.autoscaling_policy import _apply_delay_logic, _apply_scaling_factors
@@ -93,8 +94,8 @@ def test_the_planner_follows_a_step_of_prompts_with_prefill_alone_and_recedes():
 
 def test_what_serve_decides_by_default_is_what_ray_serve_decides():
     config = AutoscalingConfig(min_replicas=1, max_replicas=20)
-    ours, state, target = ServeDefault(look_back_s=0.0), {}, 1
-    theirs = 1
+    ours, target, theirs = ServeDefault(look_back_s=0.0), 1, 1
+    state: dict[str, Any] = {}
     for second in range(1500):
         ongoing = round(8 + 8 * math.sin(second / 100))
         pool = PoolState(1, 20, target, target, ongoing)
@@ -107,7 +108,7 @@ def test_what_serve_decides_by_default_is_what_ray_serve_decides():
 
 def test_the_fewest_replicas_that_keep_the_bounds_are_found():
     trace = every(0.1, 80, prompt=2000, output=30)
-    seen = []
+    seen: list[Any] = []
     fleet = fewest(trace, setup_of(), 0.99, 7, seen.append)
     assert fleet is not None and fleet.result.attainment >= 0.99
     total = fleet.prefill + fleet.decode

@@ -129,7 +129,7 @@ class _Run:
         last = self._layers[-1]
         rows = paged_step.rows if last.is_last else None
         paged = paged_step.paged(last.scores.window)
-        run_layers(
+        run_layers(  # type: ignore[call-arg]  # numba declares no parameters
             self._table,
             hidden.numpy(),
             *(table[0].contiguous().numpy() for table in position_embeddings),

@@ -21,7 +21,8 @@ def draw(
     seed: int,
 ) -> list[Request]:
     """Requests that come one by one at a rate that changes (by thinning), of lengths that change."""
-    chance, at_s, requests = random.Random(seed), 0.0, []
+    chance, at_s = random.Random(seed), 0.0
+    requests: list[Request] = []
     while True:
         at_s += chance.expovariate(most)
         if at_s >= seconds:

@@ -109,7 +109,7 @@ class OrdinaryBackend:
         return Admission(Bounds(1.0, 2**30, None)).admit([1], requests[0].priority, key)  # everybody
 
     async def generate(
-        self, request: GenerateRequest, on_overflow: Callable[[], None]
+        self, request: GenerateRequest, on_overflow: Callable[[], None], on_receipt: Any = None
     ) -> AsyncGenerator[TokenOutput, None]:
         async for output in self._decode.options(stream=True).generate.remote(request):
             yield output

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.config import EngineConfig
+from deployments.engine.kernels.cpu_layers import run_layers
 from deployments.engine.layers import cpu
 from deployments.engine.layers.cpu import fuse_decoder_layers
 from deployments.engine.layers.fused import CPU_KERNELS, fuse_layers
@@ -34,7 +35,7 @@ def num_calls(model: Any) -> int:
     """Of compiled code, for all layers of a step of a small Llama."""
     shape = prepare_model(copy.deepcopy(build_model("llama")), "", CPU).kv_shape
     step, tokens = cpu._probe_step(shape), torch.arange(5).unsqueeze(0)
-    with patch.object(cpu, "run_layers", wraps=cpu.run_layers) as run:
+    with patch.object(cpu, "run_layers", wraps=run_layers) as run:
         model(input_ids=tokens, position_ids=tokens, use_cache=False, paged_step=step)
     return run.call_count
 
