@@ -161,10 +161,18 @@ class Vocabularies:
             GrammarError: says what is wrong with the grammar.
             VocabularyError: as whatever makes vocabularies.
         """
-        vocabulary = self._made.get(grammar.end_token_ids)
+        return self.of(grammar.end_token_ids).compile(grammar)
+
+    def of(self, end_token_ids: tuple[int, ...]) -> Vocabulary:
+        """That with these end tokens.
+
+        Raises:
+            VocabularyError: as whatever makes vocabularies.
+        """
+        vocabulary = self._made.get(end_token_ids)
         if vocabulary is None:
-            vocabulary = self._made[grammar.end_token_ids] = self._make(grammar.end_token_ids)
-        return vocabulary.compile(grammar)
+            vocabulary = self._made[end_token_ids] = self._make(end_token_ids)
+        return vocabulary
 
 
 def read_vocabulary(folder: str, vocab_size: int, end_token_ids: tuple[int, ...]) -> Vocabulary:

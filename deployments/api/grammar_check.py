@@ -5,14 +5,14 @@ engines compile again, with the same bounds.
 """
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError, OverloadedError
 from deployments.grammars import GrammarError, Vocabularies, Vocabulary, VocabularyError, explain
 from deployments.messages import Grammar
 
-# In this time a grammar has waited for those before it and is compiled, or it is refused.
+# Whoever has waited so long for others is sent away, and so is a grammar that takes so long itself.
 TIMEOUT_S = 10.0
 MAX_WAITING = 32
 
@@ -21,12 +21,13 @@ class GrammarCheck:
     """Of one model. Used in one event loop.
 
     Args:
-        codec: of the model.
-        vocab_size: of the model.
+        make: from end tokens, the vocabulary that grammars are compiled for; reading it takes a while.
+        timeout_s: see `TIMEOUT_S`.
     """
 
-    def __init__(self, codec: TextCodec, vocab_size: int) -> None:
-        self._vocabularies = Vocabularies(lambda ends: Vocabulary(codec.backend.to_str(), vocab_size, ends))
+    def __init__(self, make: Callable[[tuple[int, ...]], Vocabulary], timeout_s: float = TIMEOUT_S) -> None:
+        self._vocabularies = Vocabularies(make)
+        self._timeout_s = timeout_s
         self._thread = ThreadPoolExecutor(1, "grammar-check")
         self._num_waiting = 0
 
@@ -35,27 +36,45 @@ class GrammarCheck:
 
         Raises:
             InvalidRequestError: they cannot; says why.
-            OverloadedError: too many wait to be checked.
+            OverloadedError: too many wait to be checked, or those before it take too long.
         """
         if self._num_waiting >= MAX_WAITING:
-            raise OverloadedError(f"{self._num_waiting} grammars wait to be compiled", TIMEOUT_S)
+            raise OverloadedError(f"{self._num_waiting} grammars wait to be compiled", self._timeout_s)
         self._num_waiting += 1
-        checking = asyncio.get_running_loop().run_in_executor(self._thread, self._check, grammar)
+        loop, has_begun = asyncio.get_running_loop(), asyncio.Event()
+        begin = lambda: loop.call_soon_threadsafe(has_begun.set)  # noqa: E731
+        checking = loop.run_in_executor(self._thread, self._check, grammar, begin)
         checking.add_done_callback(self._note_checked)
         try:
-            async with asyncio.timeout(TIMEOUT_S):
+            await self._until_begun(has_begun, checking)
+            async with asyncio.timeout(self._timeout_s):
                 await asyncio.shield(checking)
         except TimeoutError:
-            message = f"{grammar.field} took longer than {TIMEOUT_S:g} s to compile, those before it included"
+            message = f"{grammar.field} took longer than {self._timeout_s:g} s to compile"
             raise InvalidRequestError(message, grammar.field) from None
         except (GrammarError, VocabularyError) as error:
             raise explain(grammar, error) from None
+
+    async def _until_begun(self, has_begun: asyncio.Event, checking: "asyncio.Future[None]") -> None:
+        """A caller is not to blame for those before it, nor for the vocabulary."""
+        beginning = asyncio.ensure_future(has_begun.wait())
+        try:
+            done, _ = await asyncio.wait(
+                (beginning, checking), timeout=self._timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            beginning.cancel()
+        if not done:
+            checking.cancel()
+            raise OverloadedError(f"{self._num_waiting} grammars wait to be compiled", self._timeout_s)
 
     def _note_checked(self, checking: "asyncio.Future[None]") -> None:
         self._num_waiting -= 1
         if not checking.cancelled():
             checking.exception()  # whoever has waited no longer does not miss it
 
-    def _check(self, grammar: Grammar) -> None:
+    def _check(self, grammar: Grammar, begin: Callable[[], object]) -> None:
         """In the thread."""
-        self._vocabularies.compile(grammar).mask()
+        vocabulary = self._vocabularies.of(grammar.end_token_ids)
+        begin()
+        vocabulary.compile(grammar).mask()

@@ -32,6 +32,7 @@ from deployments.api.responses.answers import ResponseAnswer
 from deployments.api.responses.reading import read_response
 from deployments.api.text import TextCodec
 from deployments.errors import KvRelayError
+from deployments.grammars import Vocabulary
 from deployments.messages import ModelInfo
 
 # Of a request; what takes longer is refused with 408. 4 MiB in it are 0.6 Mbit/s.
@@ -64,7 +65,7 @@ def build_app(
         cors_origins: whose pages may use the API from a browser.
     """
     observer = observer or SilentObserver()
-    grammars = GrammarCheck(codec, info.vocab_size)
+    grammars = GrammarCheck(lambda ends: Vocabulary(codec.backend.to_str(), info.vocab_size, ends))
     service = Service(backend, codec, info, observer, max_body_bytes, body_timeout_s, grammars)
     responses = Endpoint(service, "resp_", read_response, ResponseAnswer, sse.named_frame)
     pages = Pages(service)
