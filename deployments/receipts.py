@@ -42,7 +42,7 @@ class HandoffReceipt:
 
     Attributes:
         num_bytes: of all chunks.
-        hidden_s: during which chunks were announced or underway while the prompt was still computed.
+        hidden_s: during which complete chunks were underway while the prompt was still computed.
         exposed_s: from the end of that until the prefill replica had heard that all had arrived.
     """
 

@@ -8,7 +8,7 @@ from pydantic_core import PydanticCustomError
 
 from deployments.api.fields import RequiredContent
 from deployments.api.strict import UNNAMED, NoOps, Strict
-from deployments.api.tools.fields import read_object
+from deployments.api.tools.fields import CalledFunction
 
 _MAX_ID_CHARACTERS = 256
 
@@ -34,21 +34,13 @@ class InputMessage(Item):
     content: RequiredContent
 
 
-class FunctionCall(Item):
+class FunctionCall(Item, CalledFunction):
     """The assistant called a function; `arguments` is a JSON object as text."""
 
     no_ops: ClassVar[NoOps] = {"namespace": (), "caller": ({"type": "direct"},), "async": (False,)}
 
     type: Literal["function_call"]
     call_id: CallId
-    name: str = Field(min_length=1, max_length=64)
-    arguments: str
-
-    @model_validator(mode="after")
-    def _check_arguments(self) -> Self:
-        if read_object(self.arguments) is None:
-            raise PydanticCustomError("arguments", "must be a JSON object, as text", {"field": "arguments"})
-        return self
 
 
 class FunctionCallOutput(Item):

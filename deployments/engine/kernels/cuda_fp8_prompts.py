@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deployments.engine.kernels.cuda_fp8 import Fp8Weight
 from deployments.engine.kernels.cuda_fp8_rows import Fp8Rows
-from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
+from deployments.engine.kernels.cuda_overlap import OVERLAPPING, ask_for, wait_for_earlier
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ def _fp8_by_fp8(
     if OVERLAPS and AHEAD:
         _, across = _place(tl.program_id(0), tiles_down, tiles_across, GROUP)
         columns = tl.minimum(across * COLUMNS + tl.arange(0, COLUMNS), num_columns - 1).to(tl.int64)
-        _ask_for(codes + columns[:, None] * depth + tl.arange(0, AHEAD // 128)[None, :] * 128)
+        ask_for(codes + columns[:, None] * depth + tl.arange(0, AHEAD // 128)[None, :] * 128)
     wait_for_earlier(OVERLAPS)
     if STAYS:
         for tile in tl.range(tl.program_id(0), tiles_down * tiles_across, tl.num_programs(0), flatten=True):
@@ -161,19 +161,6 @@ def _fp8_by_fp8(
             num_columns, depth, scales_across, HAS_BIAS, ADDS, ROWS_PER_SCALE, HAS_BLOCKS, ROWS, COLUMNS, BLOCK, GROUP,
             WEIGHT_FIRST,
         )  # fmt: skip
-
-
-@triton.jit
-def _ask_for(pointers):
-    """Bring lines of memory into the L2 cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit

@@ -1,5 +1,7 @@
 """Programmatic dependent launch: a kernel starts while the one before it ends, and waits for it where it must.
 
+Meanwhile it may ask for memory that nobody writes (`ask_for`).
+
 Between two kernels of a CUDA graph one to two microseconds pass in which nothing is computed; a decode step has some
 600 of them. A kernel that is launched with `OVERLAPPING` may start once every program of the one before has come to
 `wait_for_earlier` and gone on, or has ended. Until it has called it itself, it may read nothing that the kernel before
@@ -35,3 +37,16 @@ def wait_for_earlier(OVERLAPS: tl.constexpr):
     if OVERLAPS:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def ask_for(pointers):
+    """Bring lines of memory into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

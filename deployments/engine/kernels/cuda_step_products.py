@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
+from deployments.engine.kernels.cuda_overlap import OVERLAPPING, ask_for, wait_for_earlier
 
 # Of a weight: numbers. Tried with those of Qwen3-0.6B; of larger ones the reading counts, which cuBLAS does as fast.
 _MAX_NUMBERS = 8 << 20
@@ -254,16 +254,3 @@ def _finish(
             gated *= tl.sigmoid(1.5957691216057308 * (gated + 0.044715 * gated * gated * gated))
         result = gated.to(out.dtype.element_ty) * others.T.to(out.dtype.element_ty)
     tl.store(places, result.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def ask_for(pointers):
-    """Bring lines of memory into the L2 cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
-        "=r,l",
-        [pointers.to(tl.int64)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
