@@ -17,6 +17,9 @@ _STEP_HALF_LIFE_S = 10.0
 _OUTPUT_HALF_LIFE = 32.0  # finished sequences
 _HANDOFF_HALF_LIFE = 8192.0  # tokens
 _TIER_HALF_LIFE = 32_768.0  # tokens
+# Stands for the cost of a prompt token until one was measured. Where nothing else is known all costs are in proportion
+# to it, so that it changes no choice.
+UNMEASURED_TOKEN_S = 1e-4
 # To bring the KV of a token, as a part of what it takes to compute, until it was measured.
 _UNMEASURED_HANDOFF = 0.05
 # A seat is taken to be held for so long until a sequence was seen to leave one.
@@ -103,15 +106,19 @@ class DecodeCosts:
             num_tokens = (handoff.num_blocks - old.num_blocks) * block_size
             self._handoff.add(handoff.seconds.total - old.seconds.total, num_tokens)
 
-    def costs(self, token_s: float) -> Costs:
+    def costs(self, elsewhere_s: float | None) -> Costs:
         """Of the decode pool.
 
         Args:
-            token_s: that a prompt token is taken to cost until one was measured there.
+            elsewhere_s: what a prompt token takes in the prefill pool. It is taken to take as long here until what was
+                measured contradicts that: decode engines compute few prompts and short ones, and one step that was held
+                up must not send conversations away from their KV. None: there is no such pool.
         """
         tokens = self._readings.tokens_per_step
-        measured_s = self._readings.cost.seconds(1.0, tokens).best / tokens
-        token_s = measured_s or token_s
+        measured = self._readings.cost.seconds(1.0, tokens)
+        token_s = measured.best / tokens or UNMEASURED_TOKEN_S
+        if elsewhere_s is not None and measured.low <= elsewhere_s * tokens <= measured.high:
+            token_s = elsewhere_s
         # As much as is sure, for batches that were all of one size tell nothing; but no less than a prompt token, which
         # is as much to compute: 0.026 ms of a step of 128 sequences, 0.025 ms of a prompt (Llama-3.1-8B, one H100,
         # docs/measured.md).

@@ -19,9 +19,9 @@ from deployments.load.outlook import MAX_AGE_S
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import ANYWHERE, GenerateRequest, Route
 from deployments.replica_stats import Positions, ReplicaStats
-from deployments.routing.costs import DecodeCosts, TierCost
+from deployments.routing.costs import UNMEASURED_TOKEN_S, DecodeCosts, TierCost
 from deployments.routing.hashes import PromptHashes
-from deployments.routing.router import UNMEASURED_TOKEN_S, Report, Routed, Router
+from deployments.routing.router import Report, Routed, Router
 from deployments.routing.scoring import Choice, Costs, Elsewhere, Reason
 from deployments.routing.settings import RoutingSettings
 
@@ -115,8 +115,7 @@ class PoolRouters:
         engines = {name: replica.engine for name, replica in decode.items()}
         block_size = max([0, *(engine.block_size for engine in engines.values())])
         self._costs.update(engines, handoffs, block_size, reading.as_of_s)
-        elsewhere_s = UNMEASURED_TOKEN_S if self._prefill is None else self._prefill.costs.token_s
-        self._decode.costs = self._costs.costs(elsewhere_s)
+        self._decode.costs = self._costs.costs(None if self._prefill is None else self._prefill.costs.token_s)
         self._tier.update({name: replica.engine for name, replica in (decode | prefill).items()})
         for router in self._routers.values():
             router.costs = replace(router.costs, tier_token_s=self._tier.token_s)

@@ -13,6 +13,7 @@ from typing import Protocol
 from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats
 from deployments.load.outlook import PoolReadings
+from deployments.routing.costs import UNMEASURED_TOKEN_S
 from deployments.routing.hashes import PromptHashes
 from deployments.routing.heat import Heat, worth
 from deployments.routing.index import PrefixIndex
@@ -29,10 +30,6 @@ from deployments.routing.scoring import (
     score_prefill,
 )
 from deployments.routing.settings import DecodeWeights, PrefillWeights, RoutingSettings
-
-# Stands for the cost of a prompt token until one was measured. Where nothing else is known all costs are in proportion
-# to it, so that it changes no choice.
-UNMEASURED_TOKEN_S = 1e-4
 
 
 class Rule(Protocol):

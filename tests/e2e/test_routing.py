@@ -52,8 +52,16 @@ def prompt(num_tokens: int, seed: int) -> list[int]:
 
 def ask(service: Service, client: httpx.Client, tokens: list[int] | list[list[int]]) -> dict[str, Any]:
     body = {"model": MODEL_NAME, "prompt": tokens, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
-    answer: dict[str, Any] = client.post(f"{service.url}/v1/completions", json=body).raise_for_status().json()
+    asked = client.post(f"{service.url}/v1/completions", json=body, headers={"x-kvrelay-receipt": "1"})
+    answer: dict[str, Any] = asked.raise_for_status().json()
     return answer
+
+
+def why(answer: dict[str, Any]) -> str:
+    """Its decode replica was chosen, as the router says."""
+    (attempt,) = answer["receipt"]["choices"][0]["attempts"]
+    reason: str = attempt["decode"]["reason"]
+    return reason
 
 
 def num_handed_over(service: Service) -> int:
@@ -74,8 +82,10 @@ def test_next_turns_go_where_the_kv_is_until_that_replica_dies(routed: Service, 
     assert num_handed_over(routed) == NUM_CONVERSATIONS
     wait_for_a_reading(routed, client)
     answers = [ask(routed, client, second) for second in seconds]
+    num_cached = FIRST_TURN // BLOCK_SIZE * BLOCK_SIZE
     cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
-    assert cached == [FIRST_TURN // BLOCK_SIZE * BLOCK_SIZE] * NUM_CONVERSATIONS
+    assert cached == [num_cached] * NUM_CONVERSATIONS
+    assert [why(answer).partition(":")[0] for answer in answers] == ["cache"] * NUM_CONVERSATIONS, [*map(why, answers)]
     assert num_handed_over(routed) == NUM_CONVERSATIONS, "decode had all but their last 40 tokens"
     wait_for_a_reading(routed, client)
     victim = routed.pool("Decode").broadcast("engine_info").results(timeout_s=30)[0].pid

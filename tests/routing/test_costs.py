@@ -1,5 +1,7 @@
 """What requests cost at decode replicas is learned from the numbers that engines keep anyway."""
 
+from dataclasses import replace
+
 import pytest
 
 from deployments.engine.stats import EngineStats
@@ -54,6 +56,14 @@ def test_a_prompt_token_costs_what_it_does_here_once_one_was_computed_here() -> 
     assert costs.costs(0.001).token_s == 0.001
     learn(costs, [1] * 60, num_prompts=5)
     assert costs.costs(0.001).token_s == pytest.approx(PREFILL_STEP_S / 1000, rel=0.05)
+
+
+def test_a_short_prompt_that_was_held_up_does_not_say_that_prompts_take_longer_here_than_elsewhere() -> None:
+    costs, before = DecodeCosts(), EngineStats(max_num_batched_tokens=1000)
+    costs.update({"d": before}, {}, 16, 0.0)
+    costs.update({"d": replace(before, prefill_steps=1, prefill_s=0.2, prompt_tokens=40)}, {}, 16, 1.0)
+    assert costs.costs(0.0001).token_s == 0.0001
+    assert costs.costs(None).token_s == pytest.approx(0.005), "where there is nothing to compare it with"
 
 
 def test_a_request_is_expected_to_generate_as_many_tokens_as_others_did() -> None:
