@@ -24,6 +24,7 @@ from ray._private.label_utils import validate_label_selector
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from app.arguments import ConfigError, describe_errors, list_arguments, unflatten
+from app.scaling import planned_pool, telling_ingress
 from deployments.api.body import MAX_BODY_BYTES
 from deployments.api.control_tokens import ControlPolicy
 from deployments.api.cors import check_origin
@@ -46,9 +47,10 @@ HEALTH_CHECK_TIMEOUT_S = 20.0
 HEALTH_CHECK_SPARE_S = 5.0
 # The asynchronous front of an engine: it passes messages on and never computes.
 FRONT_NUM_CPUS = 0.1
+# Fields of a pool's AutoscalingConfig that are the planner's where it decides.
+_PLANNERS_OWN = {"policy", "upscale_delay_s", "downscale_delay_s", "metrics_interval_s", "look_back_period_s"}
 # Ray Serve loads it by this name.
 ROUTER_CLASS = "deployments.request_router.NamedReplicaRouter"
-POLICY_CLASS = "deployments.pool_policy.PoolPolicy"
 
 
 class EngineSettings(EngineConfig):
@@ -296,30 +298,27 @@ class AppConfig(BaseModel):
 
     def deployment_options(self, deployment: Pool | Literal["ingress"]) -> dict[str, Any]:
         """Return the options of one deployment, as `Deployment.options` takes them."""
+        is_colocated = self.mode == "colocated"
         if deployment == "ingress":
-            return self.ingress.deployment_options()
+            options = self.ingress.deployment_options()
+            if self.planner.enabled:
+                told = telling_ingress(is_colocated, self.planner)
+                options["autoscaling_config"] = told | options["autoscaling_config"]
+            return options
         router: dict[str, Any] = {"request_router_class": ROUTER_CLASS, "request_router_kwargs": {"pool": deployment}}
         check_s = max(HEALTH_CHECK_TIMEOUT_S, self.engine_config(deployment).max_silence_s + HEALTH_CHECK_SPARE_S)
         special = {"health_check_timeout_s": check_s, "request_router_config": RequestRouterConfig(**router)}
         options = self.pool(deployment).deployment_options() | special
         if self.planner.enabled:
-            options["autoscaling_config"] = options["autoscaling_config"] | self._planned(deployment)
+            options["autoscaling_config"] |= planned_pool(deployment, is_colocated, self.planner)
         return options
-
-    def _planned(self, pool: Pool) -> dict[str, Any]:
-        """Fields of Ray Serve's AutoscalingConfig that have it follow the planner."""
-        settings = self.planner.model_dump(mode="json")
-        arguments = {"pool": pool, "is_colocated": self.mode == "colocated", "settings": settings}
-        policy = {"policy": {"policy_function": POLICY_CLASS, "policy_kwargs": arguments}}
-        # The planner waits by itself; in a dry run Serve decides, after its own delays.
-        return policy if self.planner.dry_run else policy | {"upscale_delay_s": 0.0, "downscale_delay_s": 0.0}
 
     def _check_planner(self) -> None:
         if not self.planner.enabled:
             return
         pools: list[Pool] = ["decode"] if self.mode == "colocated" else ["prefill", "decode"]
         for pool in pools:
-            if taken := {"policy", "upscale_delay_s", "downscale_delay_s"} & self.pool(pool).autoscaling_config.keys():
+            if taken := _PLANNERS_OWN & self.pool(pool).autoscaling_config.keys():
                 names = " and ".join(f"{pool}.autoscaling_config.{name}" for name in sorted(taken))
                 if not self.planner.dry_run:
                     raise ConfigError(f"planner.enabled=true decides when replicas come and go; leave out {names}")

@@ -48,6 +48,7 @@ def ingress_settings(args: AppConfig) -> IngressSettings:
         control_tokens=args.ingress.control_tokens,
         tool_parser=args.ingress.tool_parser,
         reasoning_parser=args.ingress.reasoning_parser,
+        tells_planner=args.planner.enabled,
     )
 
 

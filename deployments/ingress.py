@@ -35,6 +35,7 @@ from deployments.load.pool_watch import PoolWatch
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import GenerateRequest, ModelInfo
 from deployments.metrics import AdmissionMetrics, ClientMetrics, RoutingMetrics, render
+from deployments.planner.wire import REFUSED
 from deployments.ray_errors import as_ours
 from deployments.receipt_log import ReceiptLog, ReceiptStream
 from deployments.receipts import Receipt
@@ -119,6 +120,11 @@ class PoolBackend:
         """Whether every pool can serve, and if not, which one cannot; see `PoolHealth`."""
         return self.pool_health.state()
 
+    @property
+    def num_refused(self) -> int:
+        """Calls that were not let in."""
+        return self._admission.refusals.total()
+
     async def metrics(self) -> bytes:
         return render(await self._read_pools(dict.fromkeys(self._pools)), self.clients)
 
@@ -179,6 +185,7 @@ class IngressSettings:
         control_tokens: what becomes of those that users write in messages.
         tool_parser: how the model writes calls of tools.
         reasoning_parser: how it marks its thoughts.
+        tells_planner: Ray Serve carries to its controller, for the planner, how many calls were refused.
     """
 
     model: str
@@ -195,6 +202,7 @@ class IngressSettings:
     control_tokens: ControlPolicy
     tool_parser: ToolParserName
     reasoning_parser: ReasoningParserName
+    tells_planner: bool = False
 
 
 @serve.ingress()
@@ -247,6 +255,10 @@ class Ingress:
         self._keys_watch = asyncio.create_task(keys.watch())
         self._sharers_watch = asyncio.create_task(_watch_sharers(sharers))
         return keys
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve carries to its controller for the planner; nothing if there is none."""
+        return {REFUSED: float(self._backend.num_refused)} if self._settings.tells_planner else {}
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return build_app(

@@ -1,8 +1,8 @@
-"""How Ray Serve follows the planner: an autoscaling policy of either pool, called in Serve's controller.
+"""How Ray Serve follows the planner: autoscaling policies of both pools and the ingress, called in Serve's controller.
 
-It brings what the replicas of its pool have told (`EngineReplica.record_autoscaling_stats`) to the planner of its
-application, and answers with what that decides; it decides nothing. Serve keeps a copy of this module for each policy,
-so what both share lives in `planner/shared.py`.
+They bring what replicas have told (`record_autoscaling_stats`) to the planner of their application. Those of the pools
+answer with what that decides; that of the ingress with what Serve would. They decide nothing themselves. Serve keeps a
+copy of this module for each policy, so what they share lives in `planner/shared.py`.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from deployments.engine.stats import EngineStats
 from deployments.planner.plan import Bounds
 from deployments.planner.settings import PlannerSettings
 from deployments.planner.shared import PoolView, planner_of
-from deployments.planner.wire import of_numbers
+from deployments.planner.wire import REFUSED, of_numbers
 
 
 class PoolPolicy:
@@ -40,6 +40,27 @@ class PoolPolicy:
             by_default: tuple[int | float, dict[str, Any]] = replica_queue_length_autoscaling_policy(context)
             return by_default
         return target, {}
+
+
+class IngressPolicy:
+    """The same for the ingress: tells the planner how many calls were refused, and leaves the rest to Serve.
+
+    Args:
+        is_colocated: there is no prefill pool.
+        settings: of the planner, as JSON has them.
+    """
+
+    def __init__(self, is_colocated: bool, settings: Mapping[str, Any]) -> None:
+        self._is_colocated = is_colocated
+        self._settings = PlannerSettings.model_validate(settings)
+
+    def __call__(self, context: AutoscalingContext) -> tuple[int | float, dict[str, Any]]:
+        """As many replicas as by Serve's own policy."""
+        planner = planner_of(context.app_name or "", self._settings, self._is_colocated)
+        told = (context.raw_metrics or {}).get(REFUSED, {})
+        planner.note_refused({name.unique_id: int(series[-1].value) for name, series in told.items() if series})
+        by_default: tuple[int | float, dict[str, Any]] = replica_queue_length_autoscaling_policy(context)
+        return by_default
 
 
 def view_of(context: AutoscalingContext) -> PoolView:

@@ -5,6 +5,7 @@ decided at once, whoever asks. Knows no Ray.
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -14,9 +15,12 @@ from deployments.planner.observer import Observer
 from deployments.planner.plan import Bounds, Memory, Plan, plan
 from deployments.planner.settings import PlannerSettings
 
-logger = logging.getLogger(__name__)
+# Ray Serve's own: its controller writes what this one says, and of others warnings alone.
+logger = logging.getLogger("ray.serve")
 
 PERIOD_S = 1.0
+# A pool whose policy was not heard of for so long is not scaled by it, and nothing is known of it.
+_MAX_SILENCE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +31,13 @@ class PoolView:
         bounds: as they are set, and what it has or is getting.
         engines: what its replicas said last, by their names.
         as_of_s: they said so then or later.
+        seen_s: when the policy was asked.
     """
 
     bounds: Bounds
     engines: Mapping[str, EngineStats]
     as_of_s: float
+    seen_s: float = math.inf
 
 
 class SharedPlanner:
@@ -48,30 +54,55 @@ class SharedPlanner:
         self._observer = Observer(settings, is_colocated)
         self._memory = Memory()
         self._views: dict[str, PoolView] = {}
-        self._targets: dict[str, int] = {}
-        self._decided_s = float("-inf")
-        self._reason = ""
+        self._targets: dict[str, int] = {}  # as planned last
+        self._answers: dict[str, int] = {}  # as each policy was told last
+        self._decided_s = -math.inf
+        self._refused_before: Mapping[str, int] | None = None
+        self._num_refused = 0
+        self._is_silent = False
+
+    def note_refused(self, counts: Mapping[str, int]) -> None:
+        """How many calls each ingress replica has refused so far; what was refused before the first time is past."""
+        if self._refused_before is None:
+            self._refused_before = counts if counts else None
+            return
+        before = self._refused_before
+        self._num_refused += sum(max(0, count - before.get(name, 0)) for name, count in counts.items())
+        self._refused_before = counts
 
     def decide(self, pool: str, view: PoolView, at_s: float) -> int:
         """How many replicas a pool is to have now."""
-        self._views[pool] = view
+        self._views[pool] = view = replace(view, seen_s=at_s)
         names = [DECODE] if self.is_colocated else [DECODE, PREFILL]
-        is_known = all(name in self._views and self._views[name].engines for name in names)
-        if is_known and at_s - self._decided_s >= PERIOD_S:
+        if view.bounds.target != self._answers.get(pool):
+            self._targets.pop(pool, None)  # somebody else has set it, and the next plan begins with that
+        if self._is_known(names, at_s) and at_s - self._decided_s >= PERIOD_S:
             self._decided_s = at_s
             self._decide(names, at_s)
-        target = self._targets.get(pool, view.bounds.target)
-        target = min(max(target, view.bounds.least), view.bounds.most)
+        bounds = view.bounds
+        target = min(max(self._targets.get(pool, bounds.target), bounds.least), bounds.most)
         if not self.settings.dry_run:
-            self._views[pool] = replace(view, bounds=replace(view.bounds, target=target))
+            self._views[pool] = replace(view, bounds=replace(bounds, target=target))
+            self._answers[pool] = target
         return target
+
+    def _is_known(self, names: list[str], at_s: float) -> bool:
+        """Whether all pools have told something, and are still scaled by their policies."""
+        views = [self._views.get(name) for name in names]
+        silent = [n for n, v in zip(names, views, strict=True) if v and at_s - v.seen_s > _MAX_SILENCE_S]
+        if silent and not self._is_silent:
+            logger.warning("the planner decides nothing: %s is not scaled by it", " and ".join(silent))
+            self._targets.clear()
+        self._is_silent = bool(silent)
+        return not silent and all(view is not None and view.engines for view in views)
 
     def _decide(self, names: list[str], at_s: float) -> None:
         views = {name: self._views[name] for name in names}
         reading = Reading(
             {name: view.engines for name, view in views.items()}, min(view.as_of_s for view in views.values())
         )
-        seen = self._observer.observe(reading, at_s)
+        seen = self._observer.observe(reading, at_s, self._num_refused)
+        self._num_refused = 0
         memory = self._memory
         if self.settings.dry_run:
             # Nobody follows: what there is was not set by hand.

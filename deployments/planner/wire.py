@@ -1,4 +1,7 @@
-"""An engine's numbers as Ray Serve carries them to its controller: a flat mapping of names to numbers, and back."""
+"""What Ray Serve carries to its controller: a flat mapping of names to numbers, and back.
+
+Engines tell their numbers; an ingress, under `REFUSED`, how many calls it has refused.
+"""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -8,6 +11,7 @@ from deployments.engine.stats import EngineStats, Histogram
 _HISTOGRAMS = ("ttft_s", "itl_s")
 _COUNTS = tuple(field.name for field in fields(EngineStats) if field.name not in _HISTOGRAMS)
 _PREFIX = "engine."
+REFUSED = "ingress.refused"
 
 
 def to_numbers(stats: EngineStats) -> dict[str, float]:

@@ -4,14 +4,15 @@ from itertools import count
 
 import pytest
 from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
+from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from app.arguments import ConfigError
 from app.config import AppConfig
 from deployments.engine.stats import EngineStats
 from deployments.planner import shared
-from deployments.planner.wire import of_numbers, to_numbers
-from deployments.pool_policy import PoolPolicy, view_of
+from deployments.planner.wire import REFUSED, of_numbers, to_numbers
+from deployments.pool_policy import IngressPolicy, PoolPolicy, view_of
 
 _apps = count()
 
@@ -161,3 +162,53 @@ def test_the_settings_reach_serve_as_a_policy_without_delays():
 def test_settings_that_contradict_the_planner_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         AppConfig.model_validate({"planner.enabled": "true"} | arguments)
+
+
+def test_a_count_that_was_set_between_two_plans_is_kept():
+    controller = Controller(hold_s=20.0)
+    controller.run(30)
+    planner = shared.planner_of(controller.app, controller.policies["decode"]._settings, False)
+    planner._decided_s = controller.now_s
+    controller.targets["decode"] = 6
+    assert controller.loop(0.4)["decode"] == 6
+
+
+def test_a_pool_that_is_not_scaled_by_its_policy_stops_the_planner_and_is_named(caplog):
+    controller = Controller()
+    controller.run(30)
+    decode = controller.policies.pop("decode")
+    with caplog.at_level("WARNING"):
+        controller.run(15)
+        controller.run(15, queued=40_000)
+    assert controller.targets["prefill"] == 1
+    assert [line for line in caplog.messages if "decode is not scaled by it" in line] == caplog.messages[:1]
+    controller.policies["decode"] = decode
+    controller.run(5, queued=40_000)
+    assert controller.targets["prefill"] > 3
+
+
+def test_calls_that_an_ingress_refuses_count_as_if_they_had_come():
+    controller = Controller()
+    controller.run(30)
+    ingress = IngressPolicy(False, controller.policies["decode"]._settings.model_dump())
+    context = controller.context("decode")
+    replica = context.running_replicas[0]
+
+    def refuse(count: float) -> None:
+        context.raw_metrics = {REFUSED: {replica: [TimeStampedValue(controller.now_s, count)]}}
+        assert ingress(context) == replica_queue_length_autoscaling_policy(context)
+
+    refuse(1000)  # before the planner was there
+    planner = shared.planner_of(controller.app, controller.policies["decode"]._settings, False)
+    assert planner._num_refused == 0
+    refuse(1005)
+    assert planner._num_refused == 5
+    controller.loop(1.0)
+    assert planner._num_refused == 0
+    assert planner._observer._requests.rate.fast > 0
+
+
+def test_what_is_told_to_the_planner_is_a_second_old_at_most():
+    config = AppConfig.model_validate({"planner.enabled": "true"})
+    for deployment in ("prefill", "decode", "ingress"):
+        assert config.deployment_options(deployment)["autoscaling_config"]["metrics_interval_s"] == 1.0
