@@ -6,7 +6,7 @@ and no clock of its own.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from deployments.engine.stats import EngineStats
@@ -118,15 +118,26 @@ class PoolReadings:
 
     Args:
         counts_hits: cached prompt tokens count as computed. Not where other engines compute what is not cached.
+
+    Attributes:
+        as_of_s: what is said was true then or later.
+        tokens_per_step: of a full one, as was seen last: it is asked for while a pool has no engine, too.
+        cost: of a step.
+        num_engines: at least 1: a pool has an engine, whether it was seen or not.
+        num_ingresses: ingress replicas that send requests; at least the one that asks.
+        own_tokens: prompt tokens queued for engines of this pool.
+        remote_tokens: prompt tokens queued here for engines of another pool.
+        num_sequences: that wait or have a seat.
     """
 
     def __init__(self, counts_hits: bool) -> None:
         self._counts_hits = counts_hits
         self._engines: dict[str, EngineStats] = {}
         self.as_of_s = -math.inf
-        self.tokens_per_step = 1  # of a full one, as was seen last: it is asked for while a pool has no engine, too
+        self.tokens_per_step = 1
         self.cost = StepCost(_COST_HALF_LIFE_S)
         self._held = HoldingTime()
+        self._add_up(())
 
     def update(self, engines: Mapping[str, EngineStats], as_of_s: float) -> None:
         """Take a reading.
@@ -143,9 +154,19 @@ class PoolReadings:
             else:
                 self._learn_history(now)
         self._engines = dict(engines)
+        self._add_up(engines.values())
         self.as_of_s = as_of_s
         if full := max((engine.max_num_batched_tokens for engine in engines.values()), default=0):
             self.tokens_per_step = full
+
+    def _add_up(self, engines: Collection[EngineStats]) -> None:
+        # Now, and not with every request that asks.
+        self.num_engines = max(1, len(engines))
+        self.num_ingresses = max([1, *(e.num_receivers for e in engines)])
+        self.own_tokens = sum(e.num_queued_prompt_tokens - e.num_remote_prompt_tokens for e in engines)
+        self.remote_tokens = sum(e.num_remote_prompt_tokens for e in engines)
+        self.num_sequences = sum(e.num_waiting + _seated(e) for e in engines)
+        self._num_seats = sum(map(_num_seats, engines))
 
     def _learn_history(self, now: EngineStats) -> None:
         """Of an engine that is new here. Its first steps are slow, and tell something once they are a small part."""
@@ -164,30 +185,6 @@ class PoolReadings:
         """How long a sequence holds its seat; None: none has finished yet."""
         return self._held.value
 
-    @property
-    def num_engines(self) -> int:
-        """At least 1: a pool has an engine, whether it was seen or not."""
-        return max(1, len(self._engines))
-
-    @property
-    def num_ingresses(self) -> int:
-        """Ingress replicas that send requests; at least the one that asks."""
-        return max([1, *(engine.num_receivers for engine in self._engines.values())])
-
-    @property
-    def own_tokens(self) -> int:
-        """Prompt tokens queued for engines of this pool."""
-        return sum(e.num_queued_prompt_tokens - e.num_remote_prompt_tokens for e in self._engines.values())
-
-    @property
-    def remote_tokens(self) -> int:
-        """Prompt tokens queued here for engines of another pool."""
-        return sum(e.num_remote_prompt_tokens for e in self._engines.values())
-
-    @property
-    def num_sequences(self) -> int:
-        return sum(e.num_waiting + _seated(e) for e in self._engines.values())
-
     def is_known(self, now_s: float) -> bool:
         """Whether the last reading still says something of the queues."""
         return now_s - self.as_of_s <= MAX_AGE_S
@@ -204,7 +201,7 @@ class PoolReadings:
             num_open: sequences that have a seat or wait for one before.
             num_new: they count twice where others wait, for as many may overtake them.
         """
-        num_seats = sum(map(_num_seats, self._engines.values()))
+        num_seats = self._num_seats
         num_waiting = max(0.0, num_open - num_seats)
         beyond = num_open + num_new + min(num_new, num_waiting) - num_seats
         if beyond <= 0 or num_seats == 0:

@@ -23,12 +23,14 @@ class Entry:
         entered_s: when.
         left_s: when it was done or given up; infinite: it is there.
         is_drained: it left because the engines were done with it.
+        is_noted: a reading may not contain it yet.
     """
 
     amount: int
     entered_s: float
     left_s: float = math.inf
     is_drained: bool = False
+    is_noted: bool = True
 
 
 class OwnShare:
@@ -40,6 +42,9 @@ class OwnShare:
         self._left: deque[Entry] = deque()  # in the order of leaving; likewise
         self._read_s = -math.inf
         self._in_reading = 0  # at most
+        # Sums of the above, for they are asked for with every request: what is there of `_entries`; what of `_left` was
+        # given up that the last reading may contain.
+        self._unseen = self._given_up = 0
 
     @property
     def num_noted(self) -> int:
@@ -50,6 +55,7 @@ class OwnShare:
         """Something is let in now; the caller keeps what comes back, and says when it leaves."""
         entry = Entry(amount, now_s)
         self.total += amount
+        self._unseen += amount
         self._entries.append(entry)
         return entry
 
@@ -58,6 +64,9 @@ class OwnShare:
         assert entry.left_s == math.inf, f"{entry} has left before"
         entry.left_s, entry.is_drained = now_s, is_drained
         self.total -= entry.amount
+        if entry.is_noted:
+            self._unseen -= entry.amount
+        self._given_up += self._may_be_read(entry)
         self._left.append(entry)
 
     def note_reading(self, as_of_s: float, now_s: float) -> None:
@@ -67,8 +76,9 @@ class OwnShare:
             as_of_s: what it says was true then or later.
             now_s: and not later than now.
         """
-        self._read_s = now_s
         self._forget(as_of_s - _ON_THE_WAY_S)
+        self._read_s = now_s
+        self._given_up = sum(map(self._may_be_read, self._left))
         # What the engines had drained by then is not in it; of what was given up they may not have heard.
         self._in_reading = self.total + sum(e.amount for e in self._left if e.left_s > as_of_s or not e.is_drained)
 
@@ -84,26 +94,22 @@ class OwnShare:
             drained: since then by the engines, at most.
             num_replicas: that let in; the others are taken to do as this one does.
         """
-        given_up, unseen = self._given_up(), self._unseen()
-        counted = max(0.0, seen - given_up - drained) + unseen
+        unseen = self._unseen
+        counted = max(0.0, seen - self._given_up - drained) + unseen
         # A reading may contain what entered while it was made, and what it contains may be done since: but of what is
         # this replica's own there is no more than it has.
         of_others = max(0.0, seen - self._in_reading)
         return min(counted, of_others + self.total) + unseen * (num_replicas - 1)
 
-    # Both are asked for each replica of a pool, of which most have been sent nothing lately.
-    def _given_up(self) -> float:
-        if not self._left:
-            return 0
-        return sum(e.amount for e in self._left if not e.is_drained and e.entered_s <= self._read_s)
-
-    def _unseen(self) -> float:
-        if not self._entries:
-            return 0
-        return sum(e.amount for e in self._entries if e.left_s == math.inf)
-
     def _forget(self, at_s: float) -> None:
         while self._entries and self._entries[0].entered_s <= at_s:
-            self._entries.popleft()
+            entry = self._entries.popleft()
+            entry.is_noted = False
+            if entry.left_s == math.inf:
+                self._unseen -= entry.amount
         while self._left and self._left[0].left_s <= at_s:
-            self._left.popleft()
+            self._given_up -= self._may_be_read(self._left.popleft())
+
+    def _may_be_read(self, entry: Entry) -> int:
+        """What of an entry that has left may be in the last reading, though it was given up."""
+        return 0 if entry.is_drained or entry.entered_s > self._read_s else entry.amount

@@ -72,6 +72,8 @@ class StepCost:
         self._nn = self._nt = self._tt = self._ns = self._ts = self._ss = 0.0
         self._count = 0.0
         self._evidence_s = 0.0
+        # What follows from these sums: it is asked for several times per request, and they change once a second.
+        self._fit: _Fit | None = None
 
     @property
     def evidence_s(self) -> float:
@@ -95,6 +97,7 @@ class StepCost:
         self._ss = keep * self._ss + weight * seconds * seconds
         self._count = keep * self._count + 1.0
         self._evidence_s = keep * self._evidence_s + share * seconds
+        self._fit = None
 
     def seconds(self, steps: float, tokens: float) -> Estimate:
         """What so many steps with so many tokens in all will take.
@@ -107,76 +110,69 @@ class StepCost:
             return NOTHING
         if not self._evidence_s:
             return UNKNOWN
-        fit = _Fit(
-            self._nt / math.sqrt(self._nn * self._tt),
-            self._ns / math.sqrt(self._nn),
-            self._ts / math.sqrt(self._tt),
-            self._ss,
-        )
-        variance_s = (_PRIOR_WEIGHT * _PRIOR_VARIANCE_S + fit.least) / (
-            _PRIOR_WEIGHT + max(0.0, self._count - _NUM_PARAMETERS)
-        )
-        return fit.extremes(
-            steps / math.sqrt(self._nn), tokens / math.sqrt(self._tt), _NUM_SIGMAS * _NUM_SIGMAS * variance_s
-        )
+        if self._fit is None:
+            self._fit = self._solve()
+        return self._fit.extremes(steps / math.sqrt(self._nn), tokens / math.sqrt(self._tt))
+
+    def _solve(self) -> "_Fit":
+        nn, tt = math.sqrt(self._nn), math.sqrt(self._tt)
+        certainty = _PRIOR_WEIGHT + max(0.0, self._count - _NUM_PARAMETERS)
+        return _Fit(self._nt / (nn * tt), self._ns / nn, self._ts / tt, self._ss, certainty)
 
 
-@dataclass(frozen=True, slots=True)
 class _Fit:
-    """The squared error `ss - 2 (x gx + y gy) + x^2 + 2 r x y + y^2` of costs x, y >= 0, in units that make it so."""
+    """The squared error `ss - 2 (x gx + y gy) + x^2 + 2 r x y + y^2` of costs x, y >= 0, in units that make it so.
 
-    r: float
-    gx: float
-    gy: float
-    ss: float
+    Costs are possible whose error exceeds the least by no more than `_NUM_SIGMAS` allow.
 
-    @property
-    def _det(self) -> float:
-        return 1.0 - self.r * self.r
+    Args:
+        r: see above, likewise the next three.
+        gx: of x.
+        gy: of y.
+        ss: without either.
+        certainty: measurements that the noise is known by.
+    """
 
-    @property
-    def _centre(self) -> tuple[float, float] | None:
-        """Where it is least if costs could be negative; None: along a line."""
-        if self._det < _COLLINEAR:
-            return None
-        return (self.gx - self.r * self.gy) / self._det, (self.gy - self.r * self.gx) / self._det
+    def __init__(self, r: float, gx: float, gy: float, ss: float, certainty: float) -> None:
+        self.r, self.gx, self.gy, self.ss = r, gx, gy, ss
+        self.det = 1.0 - r * r
+        # Where it is least if costs could be negative; None: along a line.
+        self.centre = ((gx - r * gy) / self.det, (gy - r * gx) / self.det) if self.det >= _COLLINEAR else None
+        self.best = self._find_best()
+        least = max(0.0, self._error(*self.best))  # rounding must not make it negative
+        slack = _NUM_SIGMAS * _NUM_SIGMAS * (_PRIOR_WEIGHT * _PRIOR_VARIANCE_S + least) / certainty
+        # Where the possible costs begin and end that have one of the two at 0, and how far they reach from the centre.
+        self.edge_x, self.edge_y = _edge(gx, ss - least - slack), _edge(gy, ss - least - slack)
+        self.reach = 0.0
+        if self.centre is not None:
+            self.reach = math.sqrt(max(0.0, least + slack - self._error(*self.centre)))
 
-    @property
-    def best(self) -> tuple[float, float]:
+    def _find_best(self) -> tuple[float, float]:
         """Where it is least. Of a whole line that fits equally well, the end at which all is for tokens."""
-        centre = self._centre
-        if centre is not None and min(centre) >= 0:
-            return centre
+        if self.centre is not None and min(self.centre) >= 0:
+            return self.centre
         # Both are positive, being sums of positive products; so one of the edges has the least.
         return (self.gx, 0.0) if self.gx > self.gy * (1 + _COLLINEAR) else (0.0, self.gy)
 
-    @property
-    def least(self) -> float:
-        """The error there; rounding must not make it negative."""
-        x, y = self.best
-        return max(0.0, self._error(x, y))
-
-    def extremes(self, cx: float, cy: float, slack: float) -> Estimate:
-        """Least, best and greatest `cx x + cy y` among the costs whose error is at most `least + slack`.
+    def extremes(self, cx: float, cy: float) -> Estimate:
+        """Least, best and greatest `cx x + cy y` among the possible costs.
 
         They form an ellipse, cut off where a cost would be negative. A linear function has its extremes where it has
         those of the whole ellipse, or else on the cuts.
         """
         x, y = self.best
-        best = cx * x + cy * y
-        bound = self.least + slack
-        on_cuts = [cy * y for y in _edge(self.gy, self.ss - bound)] + [cx * x for x in _edge(self.gx, self.ss - bound)]
-        low, high = min([best, *on_cuts]), max([best, *on_cuts])
-        if (centre := self._centre) is not None:
-            dx, dy = (cx - self.r * cy) / self._det, (cy - self.r * cx) / self._det
+        low = best = high = cx * x + cy * y
+        for on_cut in (*(cy * y for y in self.edge_y), *(cx * x for x in self.edge_x)):
+            low, high = min(low, on_cut), max(high, on_cut)
+        if (centre := self.centre) is not None:
+            dx, dy = (cx - self.r * cy) / self.det, (cy - self.r * cx) / self.det
             length = math.sqrt(max(cx * dx + cy * dy, 0.0))
-            reach = math.sqrt(max(0.0, bound - self._error(*centre)))
             if length > 0:
-                step = reach / length
+                step, middle = self.reach / length, cx * centre[0] + cy * centre[1]
                 if centre[0] >= step * dx and centre[1] >= step * dy:
-                    low = min(low, cx * centre[0] + cy * centre[1] - reach * length)
+                    low = min(low, middle - self.reach * length)
                 if centre[0] >= -step * dx and centre[1] >= -step * dy:
-                    high = max(high, cx * centre[0] + cy * centre[1] + reach * length)
+                    high = max(high, middle + self.reach * length)
         return Estimate(max(0.0, low), best, high)
 
     def _error(self, x: float, y: float) -> float:
