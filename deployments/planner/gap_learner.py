@@ -20,9 +20,12 @@ _MEMORY_S = 3600.0
 # Sizes are told apart by this factor.
 _SIZE = 1.3
 # A measured gap is off by so much of itself; what is believed before, by so much of itself.
-_NOISE, _DOUBT = 0.05, 1.0
-# No batch is planned for that is so many times as large as the largest that was seen.
-_BEYOND = 2.0
+_NOISE, _DOUBT, _KV_DOUBT = 0.05, 1.0, 3.0
+# A token's KV that is read, to a prompt token that is computed, before it is known: bytes by bandwidth to operations by
+# speed, 52 ns to 24 us (Llama-3.1-8B, one H100).
+_KV_TO_PROMPT = 1 / 460
+# No batch is planned for that is so many times as large as the largest that was seen, but for small ones.
+_BEYOND, _SMALL = 2.0, 8.0
 
 
 @dataclass(slots=True)
@@ -79,17 +82,20 @@ class GapLearner:
             return None
         least_s = min(gap for *_, gap in rows)
         most_kv = max(kv for _, _, kv, _ in rows)
-        step_s, sequence_s, kv_s = _fit(rows, (least_s, token_s or 0.01 * least_s, 0.0), 1.0 / max(1.0, most_kv))
-        largest = _BEYOND * max(batch for _, batch, _, _ in rows)
+        believed = least_s, token_s or 0.01 * least_s, token_s * _KV_TO_PROMPT
+        # Where no prompt was measured: all of a gap may be for KV.
+        kv_doubt_s = _KV_DOUBT * believed[2] or max(gap for *_, gap in rows) / max(1.0, most_kv)
+        step_s, sequence_s, kv_s = _fit(rows, believed, (_DOUBT * believed[0], _DOUBT * believed[1], kv_doubt_s))
+        largest = max(_SMALL, _BEYOND * max(batch for _, batch, _, _ in rows))
         return GapCurve(step_s, sequence_s + kv_s * kv_per_sequence, largest)
 
 
 def _fit(
-    rows: list[tuple[float, float, float, float]], believed: tuple[float, float, float], per_kv: float
+    rows: list[tuple[float, float, float, float]],
+    believed: tuple[float, float, float],
+    doubts: tuple[float, float, float],
 ) -> tuple[float, float, float]:
     """The three costs, none negative, that fit what was seen and what was believed."""
-    mean_s = sum(gap for *_, gap in rows) / len(rows)
-    doubts = (_DOUBT * believed[0], _DOUBT * believed[1], mean_s * per_kv)
     free = [0, 1, 2]
     costs = list(believed)
     while free:

@@ -29,7 +29,7 @@ _GAP_SHARE = 0.9
 # Of the KV pool, that running sequences are to hold.
 _MAX_KV_USE = 0.85
 # What runs may be planned to become so many times as much.
-_GROWTH = 2.0
+_GROWTH = 4.0
 # Of the bound: what waits longer is late if anything goes wrong.
 _LATE = 0.5
 # Of the bound, that is left to wait however long prompts themselves take.
@@ -127,8 +127,8 @@ def need_of_answers(answers: Answers, seen: PoolSeen, num_starting: int, setting
         return (sequences + spread) / batch
 
     running = _running(answers, seen.num_ready, batch, settings.itl_s)
-    # What comes and what it grows to are of different times: no more than twice what is there is believed at once.
-    most = _GROWTH * (running + answers.num_waiting / batch) + 1.0
+    # What comes and what it grows to are of different times: only so many times what is there is believed at once.
+    most = _GROWTH * (running + (answers.num_waiting + answers.num_reserved) / batch) + 1.0
     lasting = min(engines(requests.now), most) + own.lasting
     careful = min(engines(_careful(requests)), most) + own.careful
     waiting = _open_after(answers, requests.now * answer_s, answer_s, seen.start_s) / batch

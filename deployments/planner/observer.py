@@ -19,13 +19,16 @@ from deployments.planner.flow import Flow
 from deployments.planner.gap_learner import GapLearner
 from deployments.planner.observation import Answers, Observation, PoolSeen, Prompts
 from deployments.planner.settings import PlannerSettings
-from deployments.planner.windows import QueueAge, Share, TailWindow
+from deployments.planner.windows import MeanLength, QueueAge, Share, TailWindow
 
 _OUTPUT_HALF_LIFE = 64.0  # finished requests
+# What answers are taken to have before any has ended, as firmly as if so many had.
+_OUTPUT_BELIEVED, _OUTPUT_WEIGHT = 256.0, 4.0
 _PROMPT_HALF_LIFE = 256.0  # requests
 _MISS_HALF_LIFE = 262_144.0  # prompt tokens
-# A replica is cold for so long, and until it has done so many steps.
-_COLD_S, _COLD_STEPS = 10.0, 20
+# A replica is cold for so long, and until it has done so many steps, or as many seconds of prompts: where a step takes
+# seconds, the first one tells most of what there is to know, and nothing is planned until something is known.
+_COLD_S, _COLD_STEPS, _COLD_BUSY_S = 10.0, 20, 5.0
 # Of what it takes to start, the longest of the last few is planned with.
 _NUM_STARTS = 5
 
@@ -71,7 +74,9 @@ class _Replicas:
         ]
 
     def is_warm(self, name: str, at_s: float) -> bool:
-        return at_s - self._since_s[name] >= _COLD_S and self.stats[name].steps >= _COLD_STEPS
+        stats = self.stats[name]
+        has_run = stats.steps >= _COLD_STEPS or stats.prefill_s >= _COLD_BUSY_S
+        return has_run and at_s - self._since_s[name] >= _COLD_S
 
     @property
     def start_s(self) -> float:
@@ -142,7 +147,7 @@ class Observer:
         self._decode = _Pool(settings, settings.itl_s)
         self._prefill = None if is_colocated else _Pool(settings, settings.ttft_s)
         self._gaps = GapLearner()
-        self._output = Share(_OUTPUT_HALF_LIFE)
+        self._output = MeanLength(_OUTPUT_BELIEVED, _OUTPUT_WEIGHT, _OUTPUT_HALF_LIFE)
         self._requests = Flow(max(1.0, settings.ttft_s))
         self._at_s = -math.inf
 
@@ -185,8 +190,8 @@ class Observer:
             if p.is_warm:
                 self._decode.tail.add(p.now.itl_s, p.before.itl_s)
                 if (steps := decode_steps_between(p.now, p.before)) is not None:
-                    kv_tokens = p.now.num_used_blocks * p.now.block_size
-                    self._gaps.add(steps.sequences / steps.steps, kv_tokens, steps.seconds / steps.steps, steps.seconds)
+                    each = steps.seconds / steps.steps
+                    self._gaps.add(steps.sequences / steps.steps, _kv_read(p.now), each, steps.seconds)
 
     def _take_prefill(self, pool: _Pool, reading: Reading, came: _Came, elapsed_s: float, at_s: float) -> None:
         progress = pool.take(reading.pools[PREFILL], reading.as_of_s, at_s)
@@ -207,7 +212,7 @@ class Observer:
         num_blocks = sum(engine.num_blocks for engine in engines)
         answers = Answers(
             self._requests.rate,
-            self._output.value(0.0),
+            self._output.value,
             gaps,
             num_running,
             sum(engine.num_waiting for engine in engines),
@@ -216,6 +221,12 @@ class Observer:
             num_reserved,
         )
         return PoolSeen(len(engines), pool.replicas.start_s, pool.prompts, answers, pool.tail.value)
+
+
+def _kv_read(engine: EngineStats) -> float:
+    """Tokens of KV that a step reads: not that of sequences which wait for theirs."""
+    seated = engine.num_running + engine.num_reserved
+    return engine.num_used_blocks * engine.block_size * engine.num_running / max(1, seated)
 
 
 def _num_seen(engine: EngineStats) -> int:

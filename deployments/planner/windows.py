@@ -26,6 +26,37 @@ class Share:
         return self.total / self.count if self.count else otherwise
 
 
+class MeanLength:
+    """Of answers, from what is drawn and how many end, as if each token was the last one by the same chance.
+
+    So answers that have not ended count as well, for what they have drawn. Of those that ended alone the mean would be
+    too small when traffic begins or grows: the short ones end first.
+
+    Args:
+        believed: tokens, before anything is known.
+        weight: answers that have to end until that counts half.
+        half_life: answers after which what was seen counts half.
+
+    Source: the maximum likelihood of an exponential distribution under censoring: exposure over events.
+    """
+
+    def __init__(self, believed: float, weight: float, half_life: float) -> None:
+        self._prior = believed * weight, weight
+        self._half_life = half_life
+        self._drawn = self._ended = 0.0
+
+    def add(self, drawn: int, ended: int) -> None:
+        """So many tokens were drawn, and so many answers ended meanwhile."""
+        if drawn >= 0 and ended >= 0:
+            keep = 0.5 ** (ended / self._half_life)
+            self._drawn, self._ended = keep * self._drawn + drawn, keep * self._ended + ended
+
+    @property
+    def value(self) -> float:
+        """Tokens."""
+        return (self._drawn + self._prior[0]) / (self._ended + self._prior[1])
+
+
 class TailWindow:
     """Of a histogram that grows: how many lately exceeded a bound."""
 

@@ -91,6 +91,12 @@ class ModelledEngine:
         """Of prompts that wait or are computed: whole, until their turn comes."""
         return sum(p.request.prompt_tokens if p.left < 0 else p.left for p in self._prompts)
 
+    def report(self) -> EngineStats:
+        """Its numbers now, in the middle of steps as well."""
+        if not self._in_step:
+            self._pass_steps()
+        return self.stats.copy()
+
     def compute(self, request: Request, done: Callable[[], None]) -> None:
         """A prompt comes."""
         self._prompts.append(Prompt(request, done, self._env.now))
@@ -184,6 +190,7 @@ class ModelledEngine:
             self._counted_steps += whole
             self.stats.steps += whole
             if batch:
+                self.stats.generated_tokens += whole * batch
                 self.stats.itl_s.observe(self._step_s, whole * batch)
 
     def _let_go(self) -> None:
@@ -192,7 +199,6 @@ class ModelledEngine:
             request = answer.request
             request.gaps_over += self._over - answer.over
             self._context = max(0.0, self._context - request.prompt_tokens - request.output_tokens)
-            self.stats.generated_tokens += request.output_tokens
             self.stats.finished += 1
             answer.done()
         if not self._answers:

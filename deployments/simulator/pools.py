@@ -167,7 +167,7 @@ class Pool:
 
     def _read(self, replica: Replica, positions: Positions | None) -> ReplicaStats:
         engine, waiting = replica.engine, replica.waiting
-        stats = engine.stats.copy()
+        stats = engine.report()
         own = sum(c.request.prompt_tokens for c in waiting)
         least = self._remote_tokens
         remote = sum(c.request.prompt_tokens for c in waiting if least is not None and c.request.prompt_tokens >= least)

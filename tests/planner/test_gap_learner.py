@@ -61,3 +61,11 @@ def test_of_steps_that_were_not_seen_nothing_is_told():
     learner = learn([5])
     learner.pass_time(100 * 3600.0)
     assert learner.curve(TOKEN_S, 1.0) is None
+
+
+def test_before_contexts_have_grown_the_kv_of_long_ones_is_counted_in():
+    learner = GapLearner()
+    learner.add(1, 200, STEP_S, seconds=2.0)
+    curve = learner.curve(TOKEN_S, kv_per_sequence=12_000.0)
+    assert curve is not None
+    assert curve.sequence_s == pytest.approx(TOKEN_S + 12_000 * TOKEN_S / 460, rel=0.2)

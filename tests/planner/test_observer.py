@@ -127,6 +127,21 @@ def test_a_cold_replica_teaches_neither_costs_nor_tails():
     assert (pools.seen.prefill.num_ready, pools.seen.decode.num_ready) == (2, 2)
 
 
+def test_an_engine_whose_steps_take_seconds_tells_costs_after_the_first_few():
+    pools = Pools()
+    pools.add(PREFILL, "new")
+    pools.engines[PREFILL]["new"].steps = 0
+    del pools.engines[PREFILL]["prefill0"]
+    for _ in range(12):
+        pools.read()
+    assert pools.seen.prefill is not None
+    assert not pools.seen.prefill.prompts.token_s
+    for _ in range(6):
+        pools.prompts("new", computed=8000)
+        pools.read()
+    assert pools.seen.prefill.prompts.token_s == pytest.approx(TOKEN_S, rel=0.05)
+
+
 def test_a_warm_replica_that_is_slow_shows_in_the_tail():
     pools = Pools()
     for _ in range(60):

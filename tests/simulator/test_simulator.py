@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import simpy
 from ray.serve.autoscaling_policy import _apply_delay_logic, _apply_scaling_factors
 from ray.serve.config import AutoscalingConfig
 
@@ -14,6 +15,7 @@ from deployments.planner.settings import PlannerSettings
 from deployments.simulator.__main__ import main
 from deployments.simulator.advise import fewest
 from deployments.simulator.curves import Curves
+from deployments.simulator.engine import ModelledEngine
 from deployments.simulator.pools import PoolSetup, PoolState
 from deployments.simulator.requests import Request, load_trace
 from deployments.simulator.result import is_good, play
@@ -59,6 +61,16 @@ def test_every_request_ends_and_gives_back_what_it_held(prefill):
     for pool in service.pools.values():
         for replica in pool.replicas.values():
             assert (replica.num_open, replica.num_reserved, replica.engine.held_blocks) == (0, 0, 0)
+
+
+def test_tokens_are_counted_when_they_are_drawn_and_not_when_the_answer_ends():
+    env, drawn = simpy.Environment(), list[int]()
+    engine = ModelledEngine(env, CURVES, gap_bound_s=1.0)
+    engine.answer(Request(0.0, 300, 1001), lambda: None)
+    for at_s in (2, 5, 20):
+        env.run(until=at_s)
+        drawn.append(engine.report().generated_tokens)
+    assert drawn == [pytest.approx(2 / 0.011, abs=2), pytest.approx(5 / 0.011, abs=2), 1000]
 
 
 def test_fixed_pools_cost_as_many_gpus_as_they_have():

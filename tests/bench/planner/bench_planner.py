@@ -19,7 +19,7 @@ from pathlib import Path
 
 from deployments.planner.settings import PlannerSettings
 from deployments.simulator.__main__ import HEAD, row
-from deployments.simulator.advise import best_split, play_fixed
+from deployments.simulator.advise import Fleet, best_split, play_fixed
 from deployments.simulator.curves import LLAMA_8B_H100
 from deployments.simulator.plots import save_plot
 from deployments.simulator.pools import PoolSetup
@@ -43,14 +43,17 @@ class Comparison:
 
     Attributes:
         of_hindsight: goodput over that of the best fixed split at the same GPU-hours.
+        of_hindsight_warm: the same where the planner, too, begins with the pools of that split; else with 1 + 1.
         of_default_per_gpu_hour: good requests per GPU-hour over those of Ray Serve's default.
         num_changes: that the planner made.
     """
 
     of_hindsight: float
+    of_hindsight_warm: float
     of_default_per_gpu_hour: float
     num_changes: int
     planned: dict[str, float]
+    planned_warm: dict[str, float]
     best_fixed: dict[str, float]
     colocated: dict[str, float] | None
     default: dict[str, float]
@@ -63,6 +66,16 @@ def setup_of(start_s: float, ttft_s: float = TTFT_S) -> Setup:
 
 def settings_of(setup: Setup) -> PlannerSettings:
     return PlannerSettings(ttft_s=setup.ttft_s, itl_s=ITL_S, start_s=setup.decode.start_s)
+
+
+def begin_with(setup: Setup, fleet: Fleet) -> Setup:
+    """The service, its pools being as large as a fleet's at the beginning."""
+    assert setup.prefill is not None
+    return replace(
+        setup,
+        decode=replace(setup.decode, initial=fleet.decode),
+        prefill=replace(setup.prefill, initial=fleet.prefill),
+    )
 
 
 def figures(result: Result) -> dict[str, float]:
@@ -89,6 +102,8 @@ def compare(name: str, trace: Sequence[Request], setup: Setup, plot: Path | None
     served = {pool: sum(ready for *_, ready in history) for pool, history in planned.history.items()}
     best = best_split(trace, setup, total, served["prefill"] / sum(served.values()))
     print(row(f"best fixed, {best.prefill} + {best.decode}", best.result), flush=True)
+    warm = play(trace, begin_with(setup, best), Planned(settings_of(setup)))
+    print(row(f"planned, from {best.prefill} + {best.decode}", warm), flush=True)
     colocated = play_fixed(trace, setup, 0, total).result if with_colocated else None
     if colocated is not None:
         print(row(f"{total} colocated", colocated), flush=True)
@@ -100,9 +115,11 @@ def compare(name: str, trace: Sequence[Request], setup: Setup, plot: Path | None
     # The fixed pools are rounded up to whole replicas, in their favour.
     return Comparison(
         planned.goodput / best.result.goodput,
+        warm.goodput / best.result.goodput,
         planned.per_gpu_hour / default.per_gpu_hour,
         len(scaler.changes),
         figures(planned),
+        figures(warm),
         figures(best.result) | {"prefill": best.prefill, "decode": best.decode},
         None if colocated is None else figures(colocated),
         figures(default),
