@@ -151,13 +151,12 @@ class ModelledEngine:
         self._env.timeout(delay_s).callbacks.append(run)
 
     def _end_prompt_step(self) -> None:
-        step, self._in_step = self._in_step, []
         self._note_steps(1.0)
         self._at_s = self._env.now
         stats = self.stats
         stats.prefill_steps += 1
         stats.prefill_s += self._step_s
-        for prompt, tokens in step:
+        for prompt, tokens in self._in_step:  # it has not ended for those who are told that a prompt is computed
             stats.prompt_tokens += tokens
             prompt.left -= tokens
             if not prompt.left:
@@ -166,6 +165,7 @@ class ModelledEngine:
                 self.cache.keep(prompt.request.chain, self.held_blocks)
                 prompt.done()
         self._let_go()
+        self._in_step = []
         self._begin()
 
     def _end_steps(self) -> None:

@@ -73,6 +73,12 @@ def test_tokens_are_counted_when_they_are_drawn_and_not_when_the_answer_ends():
     assert drawn == [pytest.approx(2 / 0.011, abs=2), pytest.approx(5 / 0.011, abs=2), 1000]
 
 
+def test_prompts_that_end_in_one_step_hold_up_nobody_who_comes_later():
+    requests = [Request(0.0, 1000, 20), *(Request(0.01, 1000, 20) for _ in range(2)), Request(5.0, 1000, 20)]
+    Service(setup_of(prefill=0), Fixed()).play(requests)
+    assert requests[-1].ttft_s == pytest.approx(requests[0].ttft_s)
+
+
 def test_fixed_pools_cost_as_many_gpus_as_they_have():
     result = play(every(1.0, 101), setup_of(prefill=2, decode=3), Fixed())
     assert result.gpu_hours * 3600 == pytest.approx(5 * 100)
