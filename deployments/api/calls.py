@@ -14,11 +14,12 @@ from typing import TypeVar
 import orjson
 from pydantic import ValidationError
 
+from deployments.api.answer_grammar import build_grammar
 from deployments.api.call import Call
 from deployments.api.choices import TextRules
 from deployments.api.json_bounds import check_containers
 from deployments.api.openai import ChatBody, CompletionBody, GenerateBody, ModelBody
-from deployments.api.sampling import read_sampling, seed_of
+from deployments.api.sampling import check_ending, read_sampling, seed_of
 from deployments.api.strict import explain
 from deployments.api.text import TextCodec
 from deployments.api.tools.rules import read_tools
@@ -88,7 +89,7 @@ def read_chat(
 def build_chat(body: ChatBody, call_id: str, codec: TextCodec, info: ModelInfo, priority: Priority) -> Call:
     """What `read_chat` makes of a body."""
     check_length(sum(message.num_characters for message in body.messages), "messages", info)
-    rules = read_tools(body, codec.tools, info)
+    rules = read_tools(body, codec.tools)
     encoded = codec.encode_chat(
         [message.for_template() for message in body.messages],
         add_generation_prompt=body.opens_turn,
@@ -102,11 +103,13 @@ def build_chat(body: ChatBody, call_id: str, codec: TextCodec, info: ModelInfo, 
     max_tokens = body.max_completion_tokens or body.max_tokens or num_left
     limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
     request = _build_request(f"{call_id}-0", token_ids, max_tokens, body, limit, info, priority)
-    if rules is not None and rules.grammar is not None:
-        request = replace(request, sampling=replace(request.sampling, grammar=rules.grammar))
+    thoughts = codec.reasoning.rules(token_ids)
+    form, calls = request.sampling.grammar, None if rules is None else rules.grammar
+    grammar = build_grammar(form, calls, thoughts, info.eos_token_ids)
+    if grammar is not form:
+        check_ending(body, grammar)
+        request = replace(request, sampling=replace(request.sampling, grammar=grammar))
     call = _build_call(call_id, _build_samples(request, call_id, 0, body.num_samples), body, info)
-    # A grammar begins with the first token: such an answer holds no thoughts.
-    thoughts = None if request.sampling.grammar is not None else codec.reasoning.rules(token_ids)
     if thoughts is not None:
         call = replace(call, thoughts=thoughts, text=replace(call.text, shown_specials=thoughts.marker_ids))
     if rules is None:

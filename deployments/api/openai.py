@@ -260,13 +260,6 @@ class ChatBody(GenerateBody, ToolFields):
         return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
 
     @model_validator(mode="after")
-    def _check_form(self) -> Self:
-        if self.offered_tools and (asked := fields_that_ask(self)):
-            message = "cannot go with tools, unless tool_choice is 'none'"
-            raise PydanticCustomError("structure", message, {"field": asked[0]})
-        return self
-
-    @model_validator(mode="after")
     def _check_ending(self) -> Self:
         if self.continue_final_message and self.add_generation_prompt:
             message = "cannot go with add_generation_prompt: the last message goes on, or a new one begins"

@@ -21,7 +21,8 @@ def read_sampling(body: GenerateBody, max_tokens: int, info: ModelInfo) -> Sampl
     top_k, top_p = body.top_k if 0 < body.top_k < info.vocab_size else 0, body.top_p
     if top_p == 0:  # no mass is enough for no token: like the peers that take 0, keep the most likely one
         top_k, top_p = 1, 1.0
-    grammar = _read_grammar(body, info)
+    grammar = read_grammar(body, info.eos_token_ids)
+    check_ending(body, grammar)
     return SamplingParams(
         max_tokens=max_tokens,
         temperature=body.temperature,
@@ -61,13 +62,16 @@ def _read_adjustments(body: GenerateBody, max_tokens: int, info: ModelInfo) -> A
     return None if adjustments == Adjustments() else adjustments
 
 
-def _read_grammar(body: GenerateBody, info: ModelInfo) -> Grammar | None:
-    grammar = read_grammar(body, info.eos_token_ids)
+def check_ending(body: GenerateBody, grammar: Grammar | None) -> None:
+    """Refuse what would keep an answer from ending where its grammar does.
+
+    Raises:
+        InvalidRequestError: names the field.
+    """
     if grammar is not None and (body.ignore_eos or body.min_tokens):
         field = "ignore_eos" if body.ignore_eos else "min_tokens"
         message = f"{field} cannot go with {grammar.field}: the answer ends where its grammar does"
         raise InvalidRequestError(message, field)
-    return grammar
 
 
 def _read_stop_token_ids(body: GenerateBody, info: ModelInfo) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ loop. Nothing of a grammar is evaluated or fetched: a `$ref` reaches into its ow
 
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 from typing import Annotated, Any, Literal, Self
 
@@ -15,6 +16,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from deployments.api.json_schema import Schema, with_rules_alone
 from deployments.api.strict import Strict
 from deployments.errors import InvalidRequestError
 from deployments.grammars import MAX_SOURCE_CHARACTERS
@@ -25,7 +27,6 @@ MAX_CHOICES = 1024
 _WHITE_SPACE = r"[\x20\x0A\x0D\x09]{0,16}"
 FOLLOWED: Any = {"whitespace_flexible": True, "whitespace_pattern": _WHITE_SPACE, "lenient": False}
 
-Schema = dict[str, Any]
 # A schema, or its JSON.
 SchemaOrText = Schema | Annotated[str, Field(min_length=1)]
 Pattern = Annotated[str, Field(min_length=1)]
@@ -33,7 +34,7 @@ Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=
 
 
 class JsonSchema(Strict):
-    """A named schema. `strict` changes nothing: every schema is followed to the letter, or refused."""
+    """A named schema. `strict`: it is followed to the letter, or refused; else `uniqueItems` is not looked at."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
@@ -130,11 +131,29 @@ def read_grammar(body: StructuredFields, end_token_ids: tuple[int, ...]) -> Gram
             f"{asked[0]} needs a model with a token that ends a text; this one has none", asked[0]
         )
     field, kind, wanted = _read(body, asked[0])
-    source = _SOURCES[kind](wanted, field)
+    return Grammar(check_source(_SOURCES[kind](wanted, field), field), end_token_ids, field)
+
+
+def parts_of(source: str) -> list[dict[str, Any]]:
+    """The grammars that a source is made of, of which the first begins."""
+    try:
+        parts = orjson.loads(source)["grammars"]
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        parts = None
+    is_list = isinstance(parts, list) and parts and all(isinstance(part, dict) for part in parts)
+    return parts if is_list else [{"lark_grammar": source}]
+
+
+def check_source(source: str, field: str) -> str:
+    """Return the source of a grammar that engines would read.
+
+    Raises:
+        InvalidRequestError: it is too long.
+    """
     if len(source) > MAX_SOURCE_CHARACTERS:
         message = f"{field} makes a grammar of {len(source)} characters; at most {MAX_SOURCE_CHARACTERS} may be"
         raise InvalidRequestError(message, field)
-    return Grammar(source, end_token_ids, field)
+    return source
 
 
 def _read(body: StructuredFields, name: str) -> tuple[str, str, Any]:
@@ -144,7 +163,8 @@ def _read(body: StructuredFields, name: str) -> tuple[str, str, Any]:
         if value.json_schema is None:
             return name, "json", {"type": "object"}
         schema = value.json_schema.schema_
-        return f"{name}.json_schema.schema", "json", {} if schema is None else schema
+        kind = "json" if value.json_schema.strict else "loose_json"
+        return f"{name}.json_schema.schema", kind, {} if schema is None else schema
     if isinstance(value, StructuredOutputs):
         if value.json_object:
             return f"{name}.json_object", "json", {"type": "object"}
@@ -154,13 +174,16 @@ def _read(body: StructuredFields, name: str) -> tuple[str, str, Any]:
     return name, name.removeprefix("guided_"), value
 
 
-def _json_source(schema: Schema | str, field: str) -> str:
+def _json_source(schema: Schema | str, field: str, *, is_strict: bool = True) -> str:
     try:
-        text = schema if isinstance(schema, str) else orjson.dumps(schema).decode()
-        if len(text) <= MAX_SOURCE_CHARACTERS and not isinstance(orjson.loads(text), dict):
+        if isinstance(schema, str):
+            schema = check_source(schema, field)
+            schema = orjson.loads(schema)
+        if not isinstance(schema, dict):
             raise InvalidRequestError(f"{field} must be a JSON schema, an object", field)
+        text = orjson.dumps(with_rules_alone(schema, is_strict=is_strict)).decode()
         return LLMatcher.grammar_from_json_schema(text, overrides=FOLLOWED)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(f"{field} is not a JSON schema: {error}", field) from None
 
 
@@ -177,18 +200,14 @@ def _grammar_source(grammar: str, field: str) -> str:
     if len(grammar) > MAX_SOURCE_CHARACTERS:
         return grammar  # refused for its length
     try:
-        return source_of_lark(any_to_lark(grammar))
+        return LLMatcher.grammar_from_lark(any_to_lark(grammar))
     except Exception as error:  # whatever it stumbles over
         raise InvalidRequestError(f"{field} is not a grammar in Lark's notation or GBNF: {error}", field) from None
 
 
-def source_of_lark(grammar: str) -> str:
-    """As engines are given it."""
-    return LLMatcher.grammar_from_lark(grammar)
-
-
 _SOURCES: dict[str, Callable[[Any, str], str]] = {
     "json": _json_source,
+    "loose_json": partial(_json_source, is_strict=False),
     "regex": _regex_source,
     "choice": _choice_source,
     "grammar": _grammar_source,

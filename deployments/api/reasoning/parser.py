@@ -23,6 +23,7 @@ class ThoughtRules:
         opening: stands before them, at the very beginning of an answer.
         closing: stands behind them.
         is_open: the prompt ends with the opening, so that an answer begins with thoughts.
+        is_over: the prompt ends with the closing, so that no thoughts are to come.
         opening_id: the token that the opening is; None: it is several.
         closing_id: likewise.
     """
@@ -30,6 +31,7 @@ class ThoughtRules:
     opening: str
     closing: str
     is_open: bool = False
+    is_over: bool = False
     opening_id: int | None = None
     closing_id: int | None = None
 

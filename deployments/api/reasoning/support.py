@@ -48,8 +48,8 @@ class ReasoningSupport:
         """How thoughts are found in what follows a prompt; None: none are looked for."""
         if self._rules is None:
             return None
-        end = self._backend.decode(list(prompt_token_ids[-_NUM_LAST_TOKENS:]), skip_special_tokens=False)
-        return replace(self._rules, is_open=end.rstrip().endswith(_OPENING))
+        end = self._backend.decode(list(prompt_token_ids[-_NUM_LAST_TOKENS:]), skip_special_tokens=False).rstrip()
+        return replace(self._rules, is_open=end.endswith(_OPENING), is_over=end.endswith(_CLOSING))
 
     def variables(self, effort: Effort | None) -> dict[str, object]:
         """What the chat template is given besides, so that the model thinks as much.

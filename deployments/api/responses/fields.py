@@ -43,7 +43,7 @@ _REFUSALS: Refusals = {
 
 
 class FunctionTool(Strict):
-    """One of `tools`. `strict` changes nothing: `tool_choice` says when schemas are followed."""
+    """One of `tools`. `strict` means what it does in chats."""
 
     no_ops: ClassVar[NoOps] = {"defer_loading": (False,)}
 
@@ -101,7 +101,7 @@ _SCHEMA_ONLY_WITH_ITS_TYPE: dict[str, Any] = {
 
 
 class TextFormat(Strict):
-    """Any text, any JSON object, or JSON that a schema describes. `strict` changes nothing, as in chats."""
+    """Any text, any JSON object, or JSON that a schema describes. `strict` means what it does in chats."""
 
     model_config = ConfigDict(json_schema_extra=_SCHEMA_ONLY_WITH_ITS_TYPE)
 
@@ -176,14 +176,8 @@ class ResponseBody(ModelBody, DrawFields, LabelFields):
         choice = self.tool_choice
         named = [choice] if isinstance(choice, NamedFunction) else []
         named = choice.tools if isinstance(choice, AllowedTools) else named
-        check_choice([tool.name for tool in self.tools], choice, [tool.name for tool in named], "")
-        return self
-
-    @model_validator(mode="after")
-    def _check_form(self) -> Self:
-        if self.tools and self.tool_choice != "none" and self.text.format.type != "text":
-            message = "cannot go with tools, unless tool_choice is 'none'"
-            raise PydanticCustomError("structure", message, {"field": "text.format"})
+        where = "tools" if isinstance(choice, AllowedTools) else "name"
+        check_choice([tool.name for tool in self.tools], choice, [tool.name for tool in named], "name", where)
         return self
 
     @model_validator(mode="after")

@@ -104,7 +104,9 @@ def _read_format(body: ResponseBody) -> ResponseFormat:
     asked = body.text.format
     if asked.type != "json_schema":
         return ResponseFormat(type=asked.type)
-    return ResponseFormat(type=asked.type, json_schema=JsonSchema(name=asked.name or "", schema=asked.schema_))
+    return ResponseFormat(
+        type=asked.type, json_schema=JsonSchema(name=asked.name or "", schema=asked.schema_, strict=asked.strict)
+    )
 
 
 def _allowed_tools(body: ResponseBody) -> list[FunctionTool]:

@@ -17,7 +17,7 @@ FunctionName = Annotated[str, Field(pattern=_NAME)]
 
 
 class Function(Strict):
-    """A function that a model may call. `strict` changes nothing: `tool_choice` says when schemas are followed."""
+    """A function that a model may call. `strict`: its schema is followed, also by a call that need not be."""
 
     name: FunctionName
     description: str | None = None
@@ -51,6 +51,20 @@ class NamedTool(Strict):
 
     type: Literal["function"]
     function: NamedFunction
+
+
+class SomeTools(Strict):
+    """Tools of a choice, and whether one of them must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1, max_length=MAX_TOOLS)
+
+
+class AllowedTools(Strict):
+    """The model is offered these alone."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: SomeTools
 
 
 class CalledFunction(Strict):
@@ -89,15 +103,19 @@ def read_object(text: str) -> dict[str, object] | None:
 
 
 CHOICE_WORDS = ("none", "auto", "required")
-_ToolChoice = Literal["none", "auto", "required"] | NamedTool
+_ToolChoice = Literal["none", "auto", "required"] | NamedTool | AllowedTools
 
 
 def _as_choice(value: object) -> object:
-    """A word, or a tool by its name."""
+    """A word, a tool by its name, or some of them."""
+    is_list = isinstance(value, dict) and value.get("type") == "allowed_tools"
     try:
-        return value if value in CHOICE_WORDS else NamedTool.model_validate(value)
+        return value if value in CHOICE_WORDS else (AllowedTools if is_list else NamedTool).model_validate(value)
     except ValidationError:
-        message = "must be 'none', 'auto', 'required' or an object {type: 'function', function: {name}}"
+        message = (
+            "must be 'none', 'auto', 'required', an object {type: 'function', function: {name}}, or "
+            "{type: 'allowed_tools', allowed_tools: {mode, tools}} with such objects"
+        )
         raise PydanticCustomError("tool_choice", message) from None
 
 
@@ -113,39 +131,57 @@ class ToolFields(Strict):
 
     @property
     def offered_tools(self) -> list[Tool]:
-        """Those that the model may call."""
+        """Those that the model is told of."""
+        if isinstance(self.tool_choice, AllowedTools):
+            return [tool for tool in self.tools if tool.function.name in self._chosen_names]
         return [] if self.tool_choice == "none" else self.tools
 
     @property
-    def forced_tools(self) -> list[Tool]:
-        """Those of which one at least must be called; none: it is the model's choice."""
+    def callable_tools(self) -> list[Tool]:
+        """Those that it may call."""
         if isinstance(self.tool_choice, NamedTool):
-            return [tool for tool in self.tools if tool.function.name == self.tool_choice.function.name]
-        return self.tools if self.tool_choice == "required" else []
+            return [tool for tool in self.tools if tool.function.name in self._chosen_names]
+        return self.offered_tools
+
+    @property
+    def must_call(self) -> bool:
+        """Whether one of them at least must be called; else that is the model's choice."""
+        choice = self.tool_choice
+        mode = choice.allowed_tools.mode if isinstance(choice, AllowedTools) else choice
+        return mode == "required" or isinstance(choice, NamedTool)
+
+    @property
+    def _chosen_names(self) -> list[str]:
+        choice = self.tool_choice
+        if isinstance(choice, AllowedTools):
+            return [tool.function.name for tool in choice.allowed_tools.tools]
+        return [choice.function.name] if isinstance(choice, NamedTool) else []
 
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
-        named = [self.tool_choice.function.name] if isinstance(self.tool_choice, NamedTool) else []
-        check_choice([tool.function.name for tool in self.tools], self.tool_choice, named, "function.")
+        names = [tool.function.name for tool in self.tools]
+        where = "allowed_tools.tools" if isinstance(self.tool_choice, AllowedTools) else "function.name"
+        check_choice(names, self.tool_choice, self._chosen_names, "function.name", where)
         return self
 
 
-def check_choice(names: Sequence[str], choice: object, chosen: Sequence[str], path: str) -> None:
+def check_choice(names: Sequence[str], choice: object, chosen: Sequence[str], path: str, where: str) -> None:
     """Check that tools have each a name of their own, and that a choice is among them.
 
     Args:
         names: of the tools.
         choice: what `tool_choice` holds; None: nothing.
         chosen: the names in it.
-        path: to the name of a tool, and to one in the choice.
+        path: to the name of a tool.
+        where: they stand in the choice.
     """
     for number, name in enumerate(names):
         if name in names[:number]:
             message = f"two tools cannot go with one name, {name!r}"
-            raise PydanticCustomError("tools", message, {"field": f"tools.{number}.{path}name"})
+            raise PydanticCustomError("tools", message, {"field": f"tools.{number}.{path}"})
     if not names and choice not in (None, "none"):
         raise PydanticCustomError("tool_choice", "cannot go without tools", {"field": "tool_choice"})
     for name in chosen:
         if name not in names:
             message = f"cannot go with these tools: none of them is {name!r}"
-            raise PydanticCustomError("tool_choice", message, {"field": f"tool_choice.{path}name"})
+            raise PydanticCustomError("tool_choice", message, {"field": f"tool_choice.{where}"})

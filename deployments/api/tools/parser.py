@@ -43,6 +43,7 @@ Delta = Content | CallBegin | CallArguments
 class _State(Enum):
     BARE = auto()  # nothing has come but white space, where a call needs no opening
     TEXT = auto()
+    PLAIN = auto()  # text to the end
     OPENED = auto()  # behind an opening
     CALL = auto()
     BETWEEN = auto()  # behind a call, within the markers
@@ -55,15 +56,19 @@ class ToolParser:
         family: how the model writes calls.
         names: of the tools; a call of any other is text.
         max_calls: further ones are left out.
+        are_alone: in an answer that begins with anything else no call is looked for.
 
     Attributes:
         num_calls: those that were told.
     """
 
-    def __init__(self, family: Family, names: Collection[str], max_calls: int | None = None) -> None:
+    def __init__(
+        self, family: Family, names: Collection[str], max_calls: int | None = None, *, are_alone: bool = False
+    ) -> None:
         self._family = family
         self._names = frozenset(names)
         self._max_calls = max_calls
+        self._are_alone = are_alone
         self._state = _State.BARE if family.is_bare else _State.TEXT
         self._deltas: list[Delta] = []
         self._content: list[str] = []
@@ -103,6 +108,8 @@ class ToolParser:
 
     def _find_opening(self, text: str, start: int) -> int:
         """Where the next character stands that has to be looked at: within text those are few."""
+        if self._state is _State.PLAIN:
+            return len(text)
         if self._state is not _State.TEXT or self._marker:
             return start
         end = text.find(self._family.opening[0], start)
@@ -112,6 +119,8 @@ class ToolParser:
         match self._state:
             case _State.TEXT:
                 self._push_text(character)
+            case _State.PLAIN:
+                self._show(character)
             case _State.BARE:
                 self._push_bare(character)
             case _State.OPENED:
@@ -140,6 +149,9 @@ class ToolParser:
         while marker and not opening.startswith(marker):
             self._show(marker[0])
             marker = marker[1:]
+        if self._state is _State.PLAIN:
+            self._show(marker)
+            marker = ""
         self._marker = marker
 
     def _push_opened(self, character: str) -> None:
@@ -239,6 +251,8 @@ class ToolParser:
             self._spaces.clear()
             self._follows_call = False
             self._content.append(shown)
+            if self._are_alone and self.num_calls == 0 and not self._is_begun:
+                self._state = _State.PLAIN
         if spaces:
             self._spaces.append(spaces)
 

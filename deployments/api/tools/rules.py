@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 
 from deployments.api.openai import ChatBody
+from deployments.api.structured import fields_that_ask
 from deployments.api.tools.families import Family
 from deployments.api.tools.fields import NamedTool
-from deployments.api.tools.grammar import MAX_CALLS, build_grammar
+from deployments.api.tools.grammar import MAX_CALLS, CallGrammar
 from deployments.api.tools.parser import ToolParser
 from deployments.api.tools.support import ToolSupport
-from deployments.errors import InvalidRequestError
-from deployments.messages import Grammar, ModelInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,43 +19,45 @@ class ToolRules:
         family: how the model writes calls.
         names: of the tools that were offered.
         max_calls: further ones are left out of an answer; None: any number.
-        grammar: of an answer that must call; None: it may.
+        grammar: of the calls; None: they are as the model writes them.
         marker_ids: tokens that must have a text for calls to be read.
+        are_alone: an answer that begins with anything else has no calls.
     """
 
     family: Family
     names: frozenset[str]
     max_calls: int | None
-    grammar: Grammar | None
+    grammar: CallGrammar | None
     marker_ids: frozenset[int]
+    are_alone: bool
 
     def build_parser(self) -> ToolParser:
         """For one choice."""
-        return ToolParser(self.family, self.names, self.max_calls)
+        return ToolParser(self.family, self.names, self.max_calls, are_alone=self.are_alone)
 
 
-def read_tools(body: ChatBody, support: ToolSupport, info: ModelInfo) -> ToolRules | None:
+def read_tools(body: ChatBody, support: ToolSupport) -> ToolRules | None:
     """None: no tools are offered.
 
     Raises:
         InvalidRequestError: the model cannot do what is asked for; names the field.
     """
-    if not body.offered_tools:
+    tools = body.callable_tools
+    if not tools:
         return None
-    forced = body.forced_tools
-    family = support.family(is_forced=bool(forced))
+    must_call = body.must_call
+    family = support.family(is_forced=must_call)
     is_single = not body.parallel_tool_calls or isinstance(body.tool_choice, NamedTool)
+    follows = [must_call or tool.function.strict is True for tool in tools]
+    has_form = bool(fields_that_ask(body))
     grammar = None
-    if forced:
-        for field in ("ignore_eos", "min_tokens"):
-            if getattr(body, field):
-                message = f"{field} cannot go with this tool_choice: the answer ends with its calls"
-                raise InvalidRequestError(message, field)
-        grammar = build_grammar(family, forced, 1 if is_single else MAX_CALLS, info.eos_token_ids, support.token_of)
+    if any(follows) or is_single or has_form:
+        grammar = CallGrammar(family, tools, follows, 1 if is_single else MAX_CALLS, must_call, support.token_of)
     return ToolRules(
         family=family,
-        names=frozenset(tool.function.name for tool in body.offered_tools),
+        names=frozenset(tool.function.name for tool in tools),
         max_calls=1 if is_single else None,
         grammar=grammar,
         marker_ids=frozenset() if family.is_bare else support.marker_ids(family),
+        are_alone=has_form,
     )

@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
 from typing import Any
 
 import openai
@@ -12,14 +13,28 @@ from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 from tokenizers import AddedToken
 
+from deployments.api.answer_grammar import build_grammar
 from deployments.api.http import build_app
 from deployments.api.openapi import describe_api
 from deployments.api.reasoning.parser import Thought, ThoughtParser, ThoughtRules
 from deployments.api.reasoning.support import ReasoningParserName
 from deployments.api.text import TextCodec
 from deployments.api.tools.parser import Content
-from deployments.messages import FinishReason, ModelInfo
-from tests.api.fakes import CHAT, END_ID, FakeBackend, Step, body_of, build_tokenizer, client_of, playing, serving
+from deployments.grammars import Vocabulary
+from deployments.messages import FinishReason, Grammar, ModelInfo
+from tests.api.fakes import (
+    CHAT,
+    END_ID,
+    FakeBackend,
+    Step,
+    body_of,
+    build_codec,
+    build_tokenizer,
+    client_of,
+    events_of,
+    playing,
+    serving,
+)
 
 RESPONSES = "/v1/responses"
 STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
@@ -143,15 +158,91 @@ async def test_calls_follow_thoughts() -> None:
     Draft202012Validator({"$ref": "#/components/schemas/ChatCompletion", "components": API}).validate(answer)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [{"response_format": {"type": "json_object"}}, {"tools": [WEATHER], "tool_choice": "required"}],
-)
-async def test_an_answer_with_a_grammar_has_no_thoughts(fields: dict[str, Any]) -> None:
+OBJECT: Any = {"response_format": {"type": "json_object"}}
+FORCED: Any = {"tools": [WEATHER], "tool_choice": "required"}
+STRICT: Any = {"tools": [{"type": "function", "function": {"name": "weather", "strict": True}}]}
+
+
+@pytest.mark.parametrize("fields", [OBJECT, FORCED, STRICT])
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_form_or_a_forced_call_comes_behind_the_thoughts(fields: dict[str, Any], is_streamed: bool) -> None:
     text = "{}" if "response_format" in fields else CALL
-    answer = (await post(codec_of(DEEPSEEK), saying(text), **fields)).json()
-    message = answer["choices"][0]["message"]
-    assert "reasoning_content" not in message and (message["content"] == "{}" or message["tool_calls"])
+    answer = await post(codec_of(DEEPSEEK), saying("So. {}", [CLOSE], f"\n\n{text}"), **fields, stream=is_streamed)
+    if is_streamed:
+        messages = [event["choices"][0]["delta"] for event in events_of(answer.content) if event != "[DONE]"]
+    else:
+        messages = [answer.json()["choices"][0]["message"]]
+    assert "".join(message.get("reasoning_content", "") for message in messages) == "So. {}"
+    assert "".join(message.get("content") or "" for message in messages) == ("{}" if text == "{}" else "")
+    assert any("tool_calls" in message for message in messages) is (text == CALL)
+
+
+THOUGHT: Any = [OPEN, *b"\nSo. {} <tool_call>\n", CLOSE]
+NOT_THINKING: Any = {"chat_template_kwargs": {"enable_thinking": False}}
+
+
+@pytest.mark.parametrize("fields", [OBJECT, FORCED, STRICT])
+@pytest.mark.parametrize(
+    ("template", "parser", "more", "good", "wrong"),
+    [
+        (
+            QWEN,
+            "auto",
+            {},
+            [[], THOUGHT, [OPEN, CLOSE], [*THOUGHT, *b"\n\n"]],
+            [THOUGHT[1:], THOUGHT + THOUGHT, THOUGHT[:-1]],
+        ),
+        (QWEN, "auto", NOT_THINKING, [[]], [THOUGHT, THOUGHT[1:]]),
+        (DEEPSEEK, "auto", {}, [THOUGHT[1:], [CLOSE]], [[], THOUGHT]),
+        (PLAIN, "auto", {}, [[]], [THOUGHT]),
+        (PLAIN, "none", {}, [[]], [THOUGHT]),
+    ],
+)
+async def test_the_grammar_of_an_answer_begins_behind_its_thoughts(
+    template: str,
+    parser: ReasoningParserName,
+    more: dict[str, Any],
+    good: list[list[int]],
+    wrong: list[list[int]],
+    fields: dict[str, Any],
+) -> None:
+    codec, backend = codec_of(template, parser), saying("x")
+    if template is PLAIN and fields is STRICT:
+        return  # a model that knows no tools is forced to call alone
+    assert (await post(codec, backend, **fields, **more)).status_code == 200
+    grammar = backend.requests[0].sampling.grammar
+    assert grammar is not None
+    said, bad = ([*b"{}"], [*b"[]"]) if fields is OBJECT else ([*CALL.encode()], [*CALL.replace("{}", "[]").encode()])
+    assert [lead for lead in good if not allowed(codec, grammar, [*lead, *said])] == []
+    assert [lead for lead in good if allowed(codec, grammar, [*lead, *bad])] == []
+    assert [lead for lead in wrong if allowed(codec, grammar, [*lead, *said])] == []
+
+
+def allowed(codec: TextCodec, grammar: Grammar, tokens: list[int]) -> bool:
+    """Whether tokens are a whole answer."""
+    guide = vocabulary_of(codec.backend.to_str()).compile(grammar)
+    for token in [*tokens, END_ID]:
+        if not guide.mask()[token // 8] >> token % 8 & 1:
+            return False
+        if token != END_ID:
+            guide.take([token])
+    return True
+
+
+@cache
+def vocabulary_of(tokenizer: str) -> Vocabulary:
+    return Vocabulary(tokenizer, INFO.vocab_size, INFO.eos_token_ids)
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_thoughts_whose_markers_are_no_tokens_end_with_their_text(is_open: bool) -> None:
+    form = Grammar("start: /[0-9]+/", (END_ID,), "regex")
+    grammar = build_grammar(form, None, ThoughtRules("<think>", "</think>", is_open), (END_ID,))
+    codec, opening = build_codec(), "" if is_open else "<think>"
+    assert grammar is not None
+    assert allowed(codec, grammar, [*f"{opening} 1 <think> </think>\n12".encode()])
+    assert allowed(codec, grammar, [*b"12"]) is not is_open
+    assert not allowed(codec, grammar, [*f"{opening}</think>a".encode()])
 
 
 @pytest.mark.parametrize(

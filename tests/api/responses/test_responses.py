@@ -279,12 +279,22 @@ async def test_the_choice_says_which_tools_are_shown_and_whether_one_is_called(
     choice: Any, names: set[str], is_forced: bool
 ) -> None:
     backend = saying("x")
-    answer = (await post(backend, tools=[WEATHER, CLOCK], tool_choice=choice)).json()
+    answer = (await post(backend, tools=[WEATHER | {"strict": False}, CLOCK], tool_choice=choice)).json()
     shown = prompt_of(backend).partition("u:")[0]
     assert {name for name in ("weather", "clock") if name in shown} == names
     assert (backend.requests[0].sampling.grammar is not None) is is_forced
     assert answer["tool_choice"] == (choice or "auto")
     assert [tool["name"] for tool in answer["tools"]] == ["weather", "clock"]
+
+
+@pytest.mark.parametrize("said", [CALL, '{"a": 1}'])
+async def test_an_answer_is_a_call_or_of_the_form_where_both_are_asked_for(said: str) -> None:
+    backend = saying(said)
+    form = {"type": "json_schema", "name": "a", "schema": {"properties": {"a": {"const": 1}}}}
+    answer = (await post(backend, tools=[WEATHER, CLOCK], text={"format": form})).json()
+    assert [item["type"] for item in answer["output"]] == ["function_call" if said is CALL else "message"]
+    grammar = backend.requests[0].sampling.grammar
+    assert grammar is not None and grammar.field == "text.format.schema"
 
 
 USER: Any = {"role": "user", "content": "u1"}
@@ -356,7 +366,6 @@ SCHEMA: Any = {"type": "json_schema", "name": "a", "schema": {"not": {}}}
         ({"tool_choice": "auto"}, "tool_choice", "without tools"),
         ({"tools": [CLOCK], "tool_choice": {"type": "function", "name": "x"}}, "tool_choice.name", "none of them"),
         ({"tools": [CLOCK], "tool_choice": {"type": "mcp"}}, "tool_choice", "allowed_tools"),
-        ({"tools": [CLOCK], "text": {"format": {"type": "json_object"}}}, "text.format", "tool_choice"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema", "required"),
         ({"text": {"format": {"type": "text", "name": "a"}}}, "text.format.name", "json_schema"),
         ({"text": {"format": SCHEMA}}, "text.format.schema", "not"),

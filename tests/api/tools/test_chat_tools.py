@@ -7,81 +7,37 @@ from typing import Any
 import openai
 import pytest
 from jsonschema import Draft202012Validator
-from tokenizers import AddedToken
 
-from deployments.api.control_tokens import ControlPolicy
 from deployments.api.http import build_app
 from deployments.api.openapi import describe_api
-from deployments.api.text import TextCodec
-from deployments.api.tools.families import ToolParserName
-from deployments.grammars import Vocabulary
-from deployments.messages import FinishReason, Grammar, ModelInfo
-from tests.api.fakes import (
-    CHAT,
-    END_ID,
-    FakeBackend,
-    Step,
-    body_of,
-    build_tokenizer,
-    client_of,
-    events_of,
-    playing,
-    serving,
+from deployments.messages import FinishReason
+from tests.api.fakes import CHAT, END_ID, body_of, client_of, events_of, playing, serving
+from tests.api.tools.chats import (
+    CALL,
+    CALLED,
+    CLOCK,
+    HERMES,
+    INFO,
+    LENGTH,
+    LLAMA,
+    MARKER_IDS,
+    MISTRAL,
+    NAMED,
+    OTHER,
+    PARIS,
+    PLAIN,
+    STOP,
+    TOOLS,
+    USER,
+    allowed,
+    as_hermes,
+    as_llama,
+    as_mistral,
+    codec_of,
+    post,
+    prompt_of,
+    saying,
 )
-
-STOP, LENGTH = FinishReason.STOP, FinishReason.LENGTH
-MARKERS = {"[TOOL_CALLS]": True, "<tool_call>": False, "</tool_call>": False}
-MARKER_IDS = {marker: 257 + number for number, marker in enumerate(MARKERS)}
-INFO = ModelInfo("fake/model", "", max_model_len=4096, vocab_size=260, eos_token_ids=(256,))
-# Each reduced to what it says of tools.
-PLAIN = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}a:"
-HERMES = (
-    "{% if tools %}{% for t in tools %}{{ t | tojson }}{% endfor %}<tool_call>{% endif %}{% for m in messages %}"
-    "{{ m.role[0] }}:{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.arguments | tojson }}"
-    "{% endfor %};{% endfor %}a:"
-)
-LLAMA = HERMES.replace("<tool_call>", "<|python_tag|>")
-MISTRAL = HERMES.replace("<tool_call>", "[TOOL_CALLS]")
-OTHER = HERMES.replace("<tool_call>", "<|call|>")
-SCHEMA = {
-    "type": "object",
-    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-    "required": ["city"],
-    "additionalProperties": False,
-}
-WEATHER: Any = {"type": "function", "function": {"name": "weather", "description": "Look", "parameters": SCHEMA}}
-CLOCK: Any = {"type": "function", "function": {"name": "clock", "strict": True}}
-TOOLS = [WEATHER, CLOCK]
-NAMED: Any = {"type": "function", "function": {"name": "weather"}}
-USER: Any = {"role": "user", "content": "hi"}
-PARIS = '{"city": "Paris"}'
-CALL = f'<tool_call>\n{{"name": "weather", "arguments": {PARIS}}}\n</tool_call>'
-
-
-def codec_of(template: str, parser: ToolParserName = "auto", control: ControlPolicy = "allow") -> TextCodec:
-    tokenizer = build_tokenizer(template)
-    tokenizer.backend_tokenizer.add_special_tokens(
-        [AddedToken(marker, special=True) for marker, special in MARKERS.items() if special]
-    )
-    tokenizer.backend_tokenizer.add_tokens([AddedToken(text) for text, special in MARKERS.items() if not special])
-    codec = TextCodec(tokenizer, control, parser)
-    assert {marker: codec.backend.token_to_id(marker) for marker in MARKERS} == MARKER_IDS
-    return codec
-
-
-def saying(*steps: Step) -> FakeBackend:
-    """A backend that says this, and ends."""
-    return playing(*steps, [END_ID], STOP)
-
-
-async def post(codec: TextCodec, backend: FakeBackend | None = None, **fields: Any) -> tuple[int, Any]:
-    async with client_of(build_app(backend or saying("x"), codec, INFO)) as client:
-        answer = await client.post(CHAT, json=body_of(CHAT, **fields))
-    return answer.status_code, answer.json()
-
-
-def prompt_of(backend: FakeBackend, codec: TextCodec) -> str:
-    return codec.backend.decode(list(backend.requests[0].prompt_token_ids), skip_special_tokens=False)
 
 
 @pytest.mark.parametrize(
@@ -182,9 +138,6 @@ async def test_a_template_that_knows_tools_is_given_them_and_earlier_calls() -> 
     assert tuple(tokens) == backend.requests[0].prompt_token_ids
 
 
-CALLED: Any = {"name": "weather", "arguments": PARIS}
-
-
 @pytest.mark.parametrize("system", [[], [{"role": "system", "content": "Be brief."}]])
 async def test_a_template_that_knows_no_tools_is_given_them_as_text(system: list[Any]) -> None:
     codec, backend = codec_of(PLAIN), saying(CALL)
@@ -196,31 +149,6 @@ async def test_a_template_that_knows_no_tools_is_given_them_as_text(system: list
     assert status == 200 and prompt.startswith("s:Be brief.\n\nYou may call" if system else "s:You may call")
     assert '"name": "weather", "description": "Look"' in prompt and f"a:{CALL};u:hi;a:" in prompt
     assert answer["choices"][0]["message"]["tool_calls"][0]["function"] == CALLED
-
-
-def allowed(codec: TextCodec, grammar: Grammar, tokens: list[int]) -> bool:
-    """Whether tokens are a whole answer."""
-    guide = Vocabulary(codec.backend.to_str(), INFO.vocab_size, grammar.end_token_ids).compile(grammar)
-    for token in [*tokens, 256]:
-        if not guide.mask()[token // 8] >> token % 8 & 1:
-            return False
-        if token != 256:
-            guide.take([token])
-    return True
-
-
-def as_hermes(*calls: str) -> list[int]:
-    opening, closing = MARKER_IDS["<tool_call>"], MARKER_IDS["</tool_call>"]
-    blocks = [[opening, *f"\n{call}\n".encode(), closing] for call in calls]
-    return blocks[0] + [token for block in blocks[1:] for token in [ord("\n"), *block]]
-
-
-def as_llama(*calls: str) -> list[int]:
-    return list("; ".join(call.replace('"arguments"', '"parameters"') for call in calls).encode())
-
-
-def as_mistral(*calls: str) -> list[int]:
-    return [MARKER_IDS["[TOOL_CALLS]"], *f"[{', '.join(calls)}]".encode()]
 
 
 @pytest.mark.parametrize(
@@ -259,6 +187,8 @@ def turn(**call: Any) -> dict[str, Any]:
     return {"messages": [USER, {"role": "assistant", "tool_calls": calls}]}
 
 
+BRIEF = HERMES.replace("{{ t | tojson }}", "{{ t.function.name }}")
+SOME: Any = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}}
 NESTED = '{"a":' * 1000 + "1" + "}" * 1000
 
 
@@ -278,12 +208,20 @@ NESTED = '{"a":' * 1000 + "1" + "}" * 1000
         (HERMES, tool(name="a b"), "tools.0.function.name", "pattern"),
         (HERMES, tool(name="a" * 65), "tools.0.function.name", "pattern"),
         (HERMES, tool(colour=1), "tools.0.function.colour", "unknown field"),
-        (HERMES, {"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format", "tool_choice"),
+        (HERMES, {"tools": TOOLS, "tool_choice": SOME | {"mode": "auto"}}, "tool_choice", "'required'"),
+        (
+            HERMES,
+            {"tools": [CLOCK], "tool_choice": SOME},
+            "tool_choice.allowed_tools.tools",
+            "none of them is 'weather'",
+        ),
+        (HERMES, {"tools": TOOLS, "min_tokens": 3}, "min_tokens", "tools"),
+        (HERMES, tool(parameters={"not": {}}, strict=True), "tools", "not"),
         (HERMES, tool(parameters={"type": "array"}) | {"tool_choice": "required"}, "tools", "'object'"),
         (HERMES, tool(parameters={"not": {}}) | {"tool_choice": "required"}, "tools", "not"),
         (HERMES, tool(parameters={"$ref": "file:///x"}) | {"tool_choice": "required"}, "tools", "not fetch"),
-        (HERMES, tool(parameters={"enum": ["x" * 70_000]}) | {"tool_choice": "required"}, "tools", "65536"),
-        (HERMES, {"tools": TOOLS, "tool_choice": "required", "ignore_eos": True}, "ignore_eos", "tool_choice"),
+        (BRIEF, tool(parameters={"enum": ["x" * 70_000]}) | {"tool_choice": "required"}, "tools", "65536"),
+        (HERMES, {"tools": TOOLS, "tool_choice": "required", "ignore_eos": True}, "ignore_eos", "tools"),
         (HERMES, turn(function={"name": "f", "arguments": "["}), "messages.1.tool_calls.0.function.arguments", "JSON"),
         (HERMES, turn(function={"name": "f", "arguments": NESTED}), "messages", "recursion"),
         (PLAIN, turn(function={"name": "f", "arguments": NESTED}), "tools", "nested"),
