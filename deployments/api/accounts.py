@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from deployments.errors import KvRelayError
+from deployments.messages import Priority
 
 _MINUTE_S = 60.0
 
@@ -43,12 +44,19 @@ class Terms:
         tokens_per_minute: tokens of prompts, cached or not, and generated ones.
         reads_metrics: may read the numbers of the whole service.
         cache: accounts of the same one find each other's KV; empty: that of all who have no account.
+        max_priority: that its calls may have; also what they have that say nothing, if it is below normal.
     """
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
     reads_metrics: bool = False
     cache: str = ""
+    max_priority: Priority = Priority.HIGH
+
+    @property
+    def usual_priority(self) -> Priority:
+        """Of calls that say nothing."""
+        return min(Priority.NORMAL, self.max_priority)
 
 
 @dataclass(slots=True)

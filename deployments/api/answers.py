@@ -210,13 +210,16 @@ class CompletionAnswer:
         return shape.shape(prompt + result.scores)
 
     def _build(self, choices: list[CompletionChoice]) -> Completion:
-        return {
+        completion: Completion = {
             "id": self._call.call_id,
             "object": "text_completion",
             "created": self._call.created,
             "model": self._call.model,
             "choices": choices,
         }
+        if self._call.service_tier is not None:
+            completion["service_tier"] = self._call.service_tier
+        return completion
 
 
 class ChatAnswer:
@@ -275,6 +278,8 @@ class ChatAnswer:
             "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
             "usage": self._tally.usage(),
         }
+        if call.service_tier is not None:
+            response["service_tier"] = call.service_tier
         self._tally.add_receipt(response)
         if call.return_token_ids:
             response["prompt_token_ids"] = call.requests[0].prompt_token_ids
@@ -308,10 +313,13 @@ class ChatAnswer:
         return chunk
 
     def _build(self, choices: list[ChatChunkChoice]) -> ChatChunk:
-        return {
+        chunk: ChatChunk = {
             "id": self._call.call_id,
             "object": "chat.completion.chunk",
             "created": self._call.created,
             "model": self._call.model,
             "choices": choices,
         }
+        if self._call.service_tier is not None:
+            chunk["service_tier"] = self._call.service_tier
+        return chunk

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from deployments.api.choices import TextRules
+from deployments.api.common_fields import ServiceTier
 from deployments.api.reasoning.parser import ThoughtRules
 from deployments.api.tools.rules import ToolRules
 from deployments.messages import GenerateRequest
@@ -36,6 +37,7 @@ class Call:
         repeated: what the answer repeats of the request.
         packs_thoughts: the answer says thoughts in an opaque form as well.
         wants_receipt: the answer says what became of the call.
+        service_tier: how urgent it is, in the words of OpenAI, for the answer to say; None: nobody asked for any.
     """
 
     call_id: str
@@ -60,6 +62,7 @@ class Call:
     repeated: Mapping[str, object] = field(default_factory=dict)
     packs_thoughts: bool = False
     wants_receipt: bool = False
+    service_tier: ServiceTier | None = None
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -33,13 +33,17 @@ class Caller:
     wants_receipt: bool
 
 
-def read_caller(headers: Headers) -> Caller:
+def read_caller(headers: Headers, usual: Priority = Priority.NORMAL) -> Caller:
     """Read the priority, and the key from `Authorization: Bearer` or else from `x-api-key`.
+
+    Args:
+        headers: of the request.
+        usual: its priority if it says none.
 
     Raises:
         InvalidRequestError: there is no such priority, or the wish for a receipt is not clear.
     """
-    return Caller(read_key(headers), _read_priority(headers), _read_wish(headers))
+    return Caller(read_key(headers), _read_priority(headers, usual), _read_wish(headers))
 
 
 def read_key(headers: Headers) -> bytes:
@@ -60,8 +64,8 @@ def _read_wish(headers: Headers) -> bool:
     return wish == "1"
 
 
-def _read_priority(headers: Headers) -> Priority:
-    name = headers.get(PRIORITY_HEADER, Priority.NORMAL.name)
+def _read_priority(headers: Headers, usual: Priority) -> Priority:
+    name = headers.get(PRIORITY_HEADER, usual.name)
     try:
         return Priority[name.strip().upper()]
     except KeyError:

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from deployments.api.answer_grammar import build_grammar
 from deployments.api.call import Call
 from deployments.api.choices import TextRules
+from deployments.api.common_fields import TIERS
 from deployments.api.json_bounds import check_containers
 from deployments.api.openai import ChatBody, CompletionBody, GenerateBody, ModelBody
 from deployments.api.sampling import check_ending, read_sampling, seed_of
@@ -297,4 +298,5 @@ def _build_call(
         user=body.user,
         labels={name: getattr(body, name) for name in _LABELS if name in body.model_fields_set},
         wants_receipt=body.stream_options.include_receipt,
+        service_tier=None if body.service_tier is None else TIERS[requests[0].priority],
     )

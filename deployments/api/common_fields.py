@@ -1,5 +1,6 @@
 """Fields that all endpoints that generate have in common: how tokens are drawn, and what is said of the call."""
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -7,7 +8,15 @@ from pydantic_core import PydanticCustomError
 
 from deployments.api.fields import LogitBias, Metadata, Stops, StopTokenIds
 from deployments.api.strict import Strict
-from deployments.messages import MAX_PENALTY, REPETITION_PENALTIES
+from deployments.messages import MAX_PENALTY, REPETITION_PENALTIES, Priority
+
+# OpenAI's words for how urgent a call is.
+ServiceTier = Literal["default", "flex", "priority"]
+TIERS: Mapping[Priority, ServiceTier] = {
+    Priority.LOW: "flex",
+    Priority.NORMAL: "default",
+    Priority.HIGH: "priority",
+}
 
 
 class DrawFields(Strict):
@@ -35,7 +44,7 @@ class LabelFields(Strict):
 
     cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
     prompt_cache_key: str | None = Field(default=None, max_length=256)
-    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
+    service_tier: Literal["auto"] | ServiceTier | None = None
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
     user: str | None = Field(default=None, max_length=256)
     safety_identifier: str | None = Field(default=None, max_length=256)

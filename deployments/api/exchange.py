@@ -27,6 +27,7 @@ from deployments.api.chat_template import TemplateLimitError
 from deployments.api.choices import ChoiceText, TextEvent, follow, lead, merge, stream_choice
 from deployments.api.failures import failure_of
 from deployments.api.grammar_check import GrammarCheck
+from deployments.api.keys import ForbiddenError
 from deployments.api.observer import Observer, Outcome, Stopwatch
 from deployments.api.receipts import ReceiptKeeper
 from deployments.api.text import TextCodec
@@ -130,7 +131,7 @@ class Exchange:
 
     async def _respond(self, body: bytes) -> Outcome:
         try:
-            caller = read_caller(Headers(scope=self._scope))
+            caller = read_caller(Headers(scope=self._scope), self._account.terms.usual_priority)
             call = self._own(await self._read_call(body, caller.priority))
             if caller.wants_receipt:
                 call = replace(call, wants_receipt=True)
@@ -169,8 +170,14 @@ class Exchange:
             raise
 
     def _own(self, call: Call) -> Call:
-        """The call with KV that only callers of the same cache find."""
-        cache = self._account.terms.cache
+        """The call, if it may be as urgent as it is, with KV that only callers of the same cache find."""
+        priority, terms = call.requests[0].priority, self._account.terms
+        if priority > terms.max_priority:
+            message = f"its calls may have {terms.max_priority.name.lower()} priority at most"
+            raise ForbiddenError(
+                f"the key {self._account.name!r} may not ask for {priority.name.lower()} priority: {message}"
+            )
+        cache = terms.cache
         if not cache:
             return call
         salted = (replace(request, cache_salt=f"{cache}\0{request.cache_salt}") for request in call.requests)

@@ -6,6 +6,7 @@ from typing import Literal, NotRequired
 # Before Python 3.12 pydantic describes these alone (openapi.py).
 from typing_extensions import TypedDict
 
+from deployments.api.common_fields import ServiceTier
 from deployments.api.receipts import CallReceipt
 from deployments.api.scores import ChatLogprobs, CompletionLogprobs, PromptLogprobs
 from deployments.messages import FinishReason
@@ -58,6 +59,7 @@ class Completion(TypedDict):
     choices: list[CompletionChoice]
     usage: NotRequired[Usage | None]
     receipt: NotRequired[CallReceipt]
+    service_tier: NotRequired[ServiceTier]
 
 
 class CalledFunction(TypedDict):
@@ -105,6 +107,7 @@ class ChatCompletion(TypedDict):
     choices: list[ChatChoice]
     usage: Usage
     receipt: NotRequired[CallReceipt]
+    service_tier: NotRequired[ServiceTier]
     prompt_token_ids: NotRequired[Sequence[int]]
     prompt_logprobs: NotRequired[PromptLogprobs]
 
@@ -154,6 +157,7 @@ class ChatChunk(TypedDict):
     choices: list[ChatChunkChoice]
     usage: NotRequired[Usage | None]
     receipt: NotRequired[CallReceipt]
+    service_tier: NotRequired[ServiceTier]
     prompt_token_ids: NotRequired[Sequence[int]]
 
 

@@ -15,11 +15,13 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deployments.api.accounts import Account, Sharers, Terms
 from deployments.errors import KvRelayError
+from deployments.messages import Priority
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +78,8 @@ class _Entry(BaseModel):
     """A table of the file: one caller.
 
     `key` is one or several, all of which are good, so that one can replace another. `cache` names what the caller
-    shares with others of the same cache; else it has one for itself.
+    shares with others of the same cache; else it has one for itself. High priority is for those whose `max_priority`
+    says so.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
@@ -86,6 +89,7 @@ class _Entry(BaseModel):
     tokens_per_minute: int | None = Field(default=None, ge=1)
     metrics: bool = False
     cache: str | None = Field(default=None, min_length=1, max_length=64)
+    max_priority: Literal["low", "normal", "high"] = "normal"
 
     def digests(self) -> list[bytes]:
         """SHA-256 of each key.
@@ -100,7 +104,8 @@ class _Entry(BaseModel):
 
     def terms(self, name: str) -> Terms:
         cache = name if self.cache is None else self.cache
-        return Terms(self.requests_per_minute, self.tokens_per_minute, self.metrics, cache)
+        priority = Priority[self.max_priority.upper()]
+        return Terms(self.requests_per_minute, self.tokens_per_minute, self.metrics, cache, priority)
 
 
 def _digest_of(key: str) -> bytes:

@@ -14,7 +14,7 @@ from deployments.api.guard import OPEN_PATHS
 from deployments.api.http import build_app
 from deployments.api.keys import KeyRing
 from deployments.errors import OverloadedError
-from deployments.messages import FinishReason
+from deployments.messages import FinishReason, Priority
 from tests.api.fakes import (
     CHAT,
     COMPLETIONS,
@@ -29,6 +29,7 @@ from tests.api.fakes import (
 )
 
 LENGTH = FinishReason.LENGTH
+RESPONSES = "/v1/responses"
 ALICE, BOB, WATCHER = "sk-alice-0123456789", "sk-bob-0123456789abc", "sk-watcher-0123456789"
 FILE = f"""
 [alice]
@@ -38,9 +39,11 @@ key = "{BOB}"
 requests_per_minute = 3
 tokens_per_minute = 20
 cache = "shared"
+max_priority = "high"
 [watcher]
 key = "{WATCHER}"
 metrics = true
+max_priority = "low"
 """
 
 
@@ -212,6 +215,39 @@ async def test_kv_is_found_only_by_callers_of_the_same_cache(keys: KeyRing, path
     async with client_for(keys, backend) as client:
         await complete(client, key, path)
     assert [request.cache_salt for request in backend.requests] == [f"{cache}\0"]
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES])
+@pytest.mark.parametrize(
+    ("key", "header", "fields", "expected"),
+    [
+        (ALICE, None, {}, Priority.NORMAL),
+        (ALICE, "low", {}, Priority.LOW),
+        (ALICE, "high", {}, None),
+        (ALICE, None, {"service_tier": "priority"}, None),
+        (ALICE, None, {"priority": -1}, None),
+        (ALICE, "high", {"service_tier": "flex"}, Priority.LOW),
+        (BOB, "high", {}, Priority.HIGH),
+        (BOB, None, {"service_tier": "priority"}, Priority.HIGH),
+        (WATCHER, None, {}, Priority.LOW),
+        (WATCHER, None, {"service_tier": "auto"}, Priority.LOW),
+        (WATCHER, "normal", {}, None),
+    ],
+)
+async def test_a_key_may_ask_for_the_priorities_of_its_terms(
+    keys: KeyRing, path: str, key: str, header: str | None, fields: dict[str, Any], expected: Priority | None
+) -> None:
+    backend = playing("ab", LENGTH)
+    headers = bearing(key) | ({} if header is None else {"x-priority": header})
+    body = {"input": "x", **fields} if path == RESPONSES else body_of(path, **fields)
+    async with client_for(keys, backend) as client:
+        answer = await client.post(path, headers=headers, json=body)
+    if expected is None:
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (403, "insufficient_permissions") and not backend.requests
+        assert "may not ask for" in error["message"]
+    else:
+        assert answer.status_code == 200 and backend.requests[0].priority is expected
 
 
 async def test_names_tell_callers_apart_where_calls_share_what_there_is(keys: KeyRing) -> None:

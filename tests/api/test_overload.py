@@ -1,5 +1,6 @@
 """What admission makes of a call at the API: who asks, what it is told of the call, and how a refusal looks."""
 
+import json
 import logging
 
 import pytest
@@ -121,3 +122,25 @@ def test_a_priority_is_read_without_regard_to_case() -> None:
     assert read_caller(Headers({"x-priority": " LOW "})).priority is Priority.LOW
     with pytest.raises(InvalidRequestError):
         read_caller(Headers({"x-priority": ""}))
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/v1/responses"])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("asked", "header", "told"),
+    [("flex", "high", "flex"), ("auto", "high", "priority"), ("default", "normal", "default"), (None, "low", None)],
+)
+async def test_an_answer_says_the_tier_that_it_was_served_with_where_one_was_asked_for(
+    path: str, stream: bool, asked: str | None, header: str, told: str | None
+) -> None:
+    body = {"input": "x"} if path == "/v1/responses" else body_of(path)
+    app = build_app(playing("ab", FinishReason.LENGTH), build_codec(), INFO)
+    async with client_of(app) as client:
+        fields = {"service_tier": asked, "stream": stream}
+        answer = await client.post(path, json=body | fields, headers={"x-priority": header})
+    told_events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
+    values = [json.loads(event) for event in told_events] if stream else [answer.json()]
+    if path == "/v1/responses":  # always, as OpenAI has it
+        told = told or "flex"
+        values = [event["response"] for event in values if "response" in event] if stream else values
+    assert values and {value.get("service_tier") for value in values} == {told}

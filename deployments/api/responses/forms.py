@@ -6,6 +6,7 @@ from typing import Any, Literal, NotRequired
 # Before Python 3.12 pydantic describes these alone (openapi.py).
 from typing_extensions import TypeAliasType, TypedDict
 
+from deployments.api.common_fields import ServiceTier
 from deployments.api.failures import ErrorDetails
 from deployments.api.receipts import CallReceipt
 from deployments.api.scores import TokenLogprob
@@ -115,7 +116,7 @@ class Repeated(TypedDict):
     frequency_penalty: float
     top_logprobs: int
     max_output_tokens: int | None
-    service_tier: str
+    service_tier: ServiceTier
     metadata: Mapping[str, str]
     user: str | None
     safety_identifier: str | None

@@ -11,7 +11,7 @@ from typing import Any
 
 from deployments.api.call import Call
 from deployments.api.calls import build_chat, parse_body
-from deployments.api.common_fields import DrawFields, LabelFields
+from deployments.api.common_fields import TIERS, DrawFields, LabelFields
 from deployments.api.fields import Content
 from deployments.api.openai import ChatBody, Message, StreamOptions
 from deployments.api.responses.fields import (
@@ -63,7 +63,8 @@ def read_response(
     if (grammar := request.sampling.grammar) is not None:
         ours = replace(grammar, field=_rename(grammar.field))
         request = replace(request, sampling=replace(request.sampling, grammar=ours))
-    return replace(call, requests=(request,), repeated=_repeated(body), packs_thoughts=PACKED_THOUGHTS in body.include)
+    repeated = _repeated(body, request.priority)
+    return replace(call, requests=(request,), repeated=repeated, packs_thoughts=PACKED_THOUGHTS in body.include)
 
 
 @contextmanager
@@ -189,7 +190,7 @@ def _join(instructions: str, content: Content) -> Content:
     return ({"type": "text", "text": f"{instructions}\n\n"}, *content)
 
 
-def _repeated(body: ResponseBody) -> Repeated:
+def _repeated(body: ResponseBody, priority: Priority) -> Repeated:
     choice = body.tool_choice
     form = body.text.format.model_dump(by_alias=True, exclude_none=True)
     return {
@@ -204,7 +205,7 @@ def _repeated(body: ResponseBody) -> Repeated:
         "frequency_penalty": body.frequency_penalty,
         "top_logprobs": body.top_logprobs,
         "max_output_tokens": body.max_output_tokens,
-        "service_tier": "default" if body.service_tier in (None, "auto") else body.service_tier,
+        "service_tier": TIERS[priority],
         "metadata": body.metadata,
         "user": body.user,
         "safety_identifier": body.safety_identifier,
