@@ -1,17 +1,23 @@
-"""Who is sent away, and with what, while grammars are compiled one after the other."""
+"""While grammars are compiled one after the other: who waits, who is sent away and why, and who is not delayed."""
 
 import asyncio
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import httpx
 import pytest
 
 from deployments.api.grammar_check import GrammarCheck
+from deployments.api.http import build_app
+from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError, OverloadedError
-from deployments.messages import Grammar
+from deployments.messages import FinishReason, Grammar, ModelInfo
+from tests.api.fakes import CHAT, END_ID, body_of, build_tokenizer, playing, serving
 
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
+INFO = ModelInfo("fake/model", "", max_model_len=4096, vocab_size=257, eos_token_ids=(END_ID,))
 
 
 class Held:
@@ -45,6 +51,7 @@ def held() -> Iterator[Held]:
     held.lets_go.set()
 
 
+STRICT_TOOL: Any = {"type": "function", "function": {"name": "f", "strict": True}}
 GRAMMAR = Grammar("start: /a/", (0,), "response_format")
 
 
@@ -77,3 +84,27 @@ async def test_who_has_given_up_is_not_compiled_and_leaves_room(held):
             await check.check(GRAMMAR)
     held.lets_go.set()
     await check.check(GRAMMAR)
+
+
+@pytest.mark.parametrize("fields", [{"guided_regex": "a"}, {"tools": [STRICT_TOOL]}])
+async def test_while_a_grammar_is_compiled_others_get_their_tokens_and_may_come(
+    held: Held, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.api.http.Vocabulary", lambda *_: held)
+    monkeypatch.setattr("deployments.api.http.GrammarCheck", partial(GrammarCheck, timeout_s=PATIENCE_S))
+    goes_on = asyncio.Event()
+    backend = playing("a", goes_on, "b", "c", FinishReason.STOP)
+    app = build_app(backend, TextCodec(build_tokenizer(), tool_parser="hermes"), INFO)
+    async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as client:
+        async with client.stream("POST", CHAT, json=body_of(CHAT, stream=True)) as other:
+            events = other.aiter_lines()
+            assert "data: " in await anext(events)
+            slow = asyncio.create_task(client.post(CHAT, json=body_of(CHAT, max_tokens=3, **fields)))
+            assert await asyncio.to_thread(held.compiling.wait, PATIENCE_S)
+            goes_on.set()
+            assert (await client.post(CHAT, json=body_of(CHAT))).status_code == 200
+            rest = [line async for line in events]
+        assert rest[-2:] == ["data: [DONE]", ""] and not slow.done() and len(backend.requests) == 2
+        held.lets_go.set()
+        assert (await slow).status_code == 200
+    assert len(backend.requests) == 3
