@@ -84,7 +84,7 @@ def explain(error: ValidationError) -> InvalidRequestError:
     param = ".".join(str(part) for part in path if not str(part).startswith(UNNAMED))
     match fault["type"]:
         case "extra_forbidden":
-            return InvalidRequestError(f"unknown field {reprlib.repr(param)}", param[:100])
+            return InvalidRequestError(f"unknown field {param[:100]!r}", param[:100])
         case "missing":
             return InvalidRequestError(f"{param} is required", param)
         case "unsupported":
