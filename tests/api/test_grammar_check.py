@@ -17,6 +17,8 @@ from deployments.messages import FinishReason, Grammar, ModelInfo
 from tests.api.fakes import CHAT, END_ID, body_of, build_tokenizer, playing, serving
 
 PATIENCE_S = 60.0
+# Within it a busy machine has begun to compile.
+TIMEOUT_S = 1.0
 INFO = ModelInfo("fake/model", "", max_model_len=4096, vocab_size=257, eos_token_ids=(END_ID,))
 
 
@@ -56,13 +58,13 @@ GRAMMAR = Grammar("start: /a/", (0,), "response_format")
 
 
 async def test_a_grammar_that_takes_too_long_is_told_so(held):
-    check = GrammarCheck(held.make, timeout_s=0.2)
-    with pytest.raises(InvalidRequestError, match=r"response_format took longer than 0\.2 s to compile"):
+    check = GrammarCheck(held.make, TIMEOUT_S)
+    with pytest.raises(InvalidRequestError, match="response_format took longer than 1 s to compile"):
         await check.check(GRAMMAR)
 
 
 async def test_who_waits_behind_it_is_not_to_blame(held):
-    check = GrammarCheck(held.make, timeout_s=0.2)
+    check = GrammarCheck(held.make, TIMEOUT_S)
     first = asyncio.create_task(check.check(GRAMMAR))
     assert await asyncio.to_thread(held.compiling.wait, PATIENCE_S)
     with pytest.raises(OverloadedError, match="2 grammars wait to be compiled"):
@@ -83,7 +85,17 @@ async def test_who_has_given_up_is_not_compiled_and_leaves_room(held):
         with pytest.raises((InvalidRequestError, OverloadedError)):
             await check.check(GRAMMAR)
     held.lets_go.set()
-    await check.check(GRAMMAR)
+    async with asyncio.timeout(PATIENCE_S):
+        while not await is_taken(check):  # the thread may be given no time for longer than the check waits
+            pass
+
+
+async def is_taken(check: GrammarCheck) -> bool:
+    try:
+        await check.check(GRAMMAR)
+    except (InvalidRequestError, OverloadedError):
+        return False
+    return True
 
 
 @pytest.mark.parametrize("fields", [{"guided_regex": "a"}, {"tools": [STRICT_TOOL]}])
