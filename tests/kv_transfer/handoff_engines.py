@@ -3,18 +3,20 @@
 import os
 from dataclasses import replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 import ray
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deployments.engine.config import EngineConfig
-from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
 from deployments.engine_actor import EngineActor
 from deployments.engine_builder import BuiltEngine, assemble_engine
 from deployments.kv_tier.settings import TierSettings
 from deployments.kv_transfer import direct
 from deployments.kv_transfer.base import TransferStats
+
+if TYPE_CHECKING:
+    from deployments.engine.model.load import LoadedModel
 
 NUM_GPUS = min(2, torch.cuda.device_count())
 ON_GPU = NUM_GPUS > 0
@@ -25,8 +27,13 @@ VOCAB_SIZE = 3000
 
 
 @cache
-def load() -> LoadedModel:
+def load() -> "LoadedModel":
     """The same weights in every process."""
+    # Not above: the tier's index, which gets handles of these engines, would load it all as well.
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    from deployments.engine.model.load import optimize_layers, prepare_model
+
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=512 if ON_GPU else 64,

@@ -24,27 +24,32 @@ CONFIG = TransferConfig(
 PATIENCE_S = 60.0
 TIMED_OUT = "not done after"
 BIG = 4000  # blocks: 250 MiB
+ARENA_BLOCKS = 256
 
 Engine = Any
 # Ray's decorator types do not tell an actor class from a class.
 EngineClass: Any = FakeEngine
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+@pytest.fixture(scope="module")
+def engines(cluster: None) -> Iterator[list[Engine]]:
+    """Four that every test leaves alive and well; starting one takes seconds."""
+    engines = [EngineClass.remote(LAYOUT, CONFIG) for _ in range(4)]
+    yield engines
+    for engine in engines:
+        ray.kill(engine)
 
 
 @pytest.fixture(scope="module")
-def engines(cluster: None) -> list[Engine]:
-    """Four that every test leaves alive and well; starting one takes seconds."""
-    return [EngineClass.remote(LAYOUT, CONFIG) for _ in range(4)]
+def sharing(cluster: None) -> Iterator[Engine]:
+    """Likewise, one whose chunks others of this machine can read where they are: `ARENA_BLOCKS` at a time."""
+    engine = EngineClass.remote(LAYOUT, CONFIG, ARENA_BLOCKS * LAYOUT.bytes_per_block)
+    yield engine
+    ray.kill(engine)
 
 
 @pytest.fixture
-def start_engine() -> Iterator[Callable[..., Engine]]:
+def start_engine(cluster: None) -> Iterator[Callable[..., Engine]]:
     started: list[Engine] = []
 
     def start(config: TransferConfig = CONFIG, arena_bytes: int = 0, **fields: Any) -> Engine:
@@ -182,9 +187,9 @@ def test_a_killed_receiver_frees_the_chunk_and_the_source_serves_others(engines,
     wait_for(lambda: links_and_threads(source) == before)
 
 
-def test_a_stopped_source_is_bounded_and_holds_up_nobody(engines, start_engine):
+def test_a_stopped_source_is_bounded_and_holds_up_nobody(engines):
     # More chunks than the receiver has threads to receive with.
-    stopped, (other, destination) = start_engine(), engines[:2]
+    other, destination, stopped = engines[:3]
     assert_arrived([hand_off(e, destination, 1, 1.0) for e in (stopped, other)], [(1, 1.0)] * 2)
     refs = [stopped.take_chunk.remote(16, 2.0) for _ in range(12)]
     ray.wait(refs, num_returns=12, fetch_local=False)
@@ -205,46 +210,56 @@ def test_a_stopped_source_is_bounded_and_holds_up_nobody(engines, start_engine):
     assert_arrived(retried, [(16, 2.0)] * 12)
 
 
-def test_a_pair_is_formed_again_after_a_failure_and_after_a_rest(start_engine):
-    config = replace(CONFIG, idle_timeout_s=0.5)
-    source, destination = start_engine(config), start_engine(config)
+def test_a_pair_is_formed_again_after_a_failure_and_after_a_rest(engines, start_engine):
+    source, destination = engines[3], start_engine(replace(CONFIG, idle_timeout_s=0.5))
+    before = links_and_threads(source)
+    num_alive = ray.get(source.num_exported_alive.remote())
+
+    def wait_until_closed() -> None:
+        wait_for(partial(has_no_links, destination))
+        wait_for(lambda: links_and_threads(source) == before)
+
     assert_arrived([hand_off(source, destination, 4, 1.0)], [(4, 1.0)])
-    # Unused: the receiver closes, and tells the source.
-    for engine in (source, destination):
-        wait_for(partial(has_no_links, engine))
+    wait_until_closed()  # unused: the receiver closes, and tells the source
     assert_arrived([hand_off(source, destination, 4, 2.0)], [(4, 2.0)])
     ray.get(source.hold_back.remote("send", 2 * CONFIG.transfer_timeout_s))
     with pytest.raises(TransferError):
         ray.get(hand_off(source, destination, 4, 3.0), timeout=PATIENCE_S)
     ray.get(source.let_go.remote())
     assert_arrived([hand_off(source, destination, 4, 4.0)], [(4, 4.0)])
-    for engine in (source, destination):
-        wait_for(partial(has_no_links, engine))
-    assert ray.get([engine.num_exported_alive.remote() for engine in (source, destination)]) == [0, 0]
+    wait_until_closed()
+    assert ray.get([engine.num_exported_alive.remote() for engine in (source, destination)]) == [num_alive, 0]
 
 
-def test_on_one_machine_chunks_are_read_where_they_are_and_freed(start_engine):
-    source, destination = start_engine(arena_bytes=16 << 20), start_engine()
-    acks = [hand_off(source, destination, 4, float(i)) for i in range(50)]
+def test_on_one_machine_chunks_are_read_where_they_are_and_freed(engines, sharing):
+    destination = engines[1]
+    before = ray.get(destination.stats.remote())
+    acks = [hand_off(sharing, destination, 4, float(i)) for i in range(50)]
     assert_arrived(acks, [(4, float(i)) for i in range(50)])
     stats = ray.get(destination.stats.remote())
-    assert (stats.num_received, stats.num_read_in_place, stats.num_neighbours) == (50, 50, 1)
-    assert stats.num_received_bytes == 50 * 4 * LAYOUT.bytes_per_block
-    assert ray.get([engine.stats.remote() for engine in (source, destination)])[0].num_links == 0
-    wait_for(lambda: ray.get(source.num_exported_alive.remote()) == 0)
+    assert stats.num_received - before.num_received == 50
+    assert stats.num_read_in_place - before.num_read_in_place == 50
+    assert stats.num_neighbours == before.num_neighbours + 1
+    assert stats.num_received_bytes - before.num_received_bytes == 50 * 4 * LAYOUT.bytes_per_block
+    assert ray.get(sharing.stats.remote()).num_links == 0
+    wait_for(lambda: ray.get(sharing.num_exported_alive.remote()) == 0)
 
 
-def test_a_chunk_for_which_shared_memory_has_no_room_is_sent(start_engine):
-    source, destination = start_engine(arena_bytes=6 * LAYOUT.bytes_per_block), start_engine()
-    refs = [source.take_chunk.remote(4, float(i)) for i in range(3)]
-    acks = [destination.receive_kv.remote(ChunkReady("request", 0, 0, 4), ref) for ref in refs]
-    assert_arrived(acks, [(4, float(i)) for i in range(3)])
-    assert ray.get(destination.stats.remote()).num_read_in_place == 1
-    wait_for(lambda: ray.get(source.stats.remote()).num_sent == 2)  # its sender counts behind the arrival
+def test_a_chunk_for_which_shared_memory_has_no_room_is_sent(engines, sharing):
+    destination = engines[1]
+    before, was_sent = (ray.get(engine.stats.remote()) for engine in (destination, sharing))
+    num_blocks = ARENA_BLOCKS * 2 // 3
+    refs = [sharing.take_chunk.remote(num_blocks, float(i)) for i in range(3)]
+    acks = [destination.receive_kv.remote(ChunkReady("request", 0, 0, num_blocks), ref) for ref in refs]
+    assert_arrived(acks, [(num_blocks, float(i)) for i in range(3)])
+    assert ray.get(destination.stats.remote()).num_read_in_place == before.num_read_in_place + 1
+    # Its sender counts behind the arrival.
+    wait_for(lambda: ray.get(sharing.stats.remote()).num_sent == was_sent.num_sent + 2)
 
 
-def test_a_stopped_source_can_be_read_and_a_dead_one_is_forgotten(start_engine, engines):
-    source, destination = start_engine(arena_bytes=16 << 20), start_engine()
+def test_a_stopped_source_can_be_read_and_a_dead_one_is_forgotten(engines, start_engine):
+    source, (other, destination) = start_engine(arena_bytes=16 << 20), engines[:2]
+    num_neighbours = ray.get(destination.stats.remote()).num_neighbours
     assert_arrived([hand_off(source, destination, 4, 1.0)], [(4, 1.0)])
     ref = source.take_chunk.remote(4, 2.0)
     ray.wait([ref], fetch_local=False)
@@ -252,26 +267,29 @@ def test_a_stopped_source_can_be_read_and_a_dead_one_is_forgotten(start_engine, 
     os.kill(pid, signal.SIGSTOP)
     assert_arrived([destination.receive_kv.remote(ChunkReady("request", 0, 0, 4), ref)], [(4, 2.0)])
     os.kill(pid, signal.SIGKILL)
-    wait_for(lambda: ray.get(destination.stats.remote()).num_neighbours == 0)
+    wait_for(lambda: ray.get(destination.stats.remote()).num_neighbours == num_neighbours)
     with pytest.raises(TransferError):
         ray.get(destination.receive_kv.remote(ChunkReady("request", 0, 0, 4), ref), timeout=PATIENCE_S)
-    assert_arrived([hand_off(engines[0], destination, 1, 3.0)], [(1, 3.0)])
+    assert_arrived([hand_off(other, destination, 1, 3.0)], [(1, 3.0)])
 
 
 @pytest.mark.parametrize("arena_bytes", [0, 16 << 20], ids=["sent", "read in place"])
 def test_chunks_that_are_pulled_before_they_are_complete_wait_at_their_source(engines, start_engine, arena_bytes):
-    source, destination = start_engine(arena_bytes=arena_bytes), start_engine()
+    source, (other, destination) = start_engine(arena_bytes=arena_bytes), engines[:2]
+    assert_arrived([hand_off(other, destination, 1, 0.0)], [(1, 0.0)])  # their link is there before and behind
+    before = links_and_threads(destination)
     early = [hand_off(source, destination, 4, EARLY) for _ in range(3)]
     wait_for(lambda: ray.get(source.stats.remote()).num_held == 3)
     # They hold up neither others of the same source nor those of another one.
-    assert_arrived([hand_off(e, destination, 4, 1.0) for e in (source, engines[0])], [(4, 1.0)] * 2)
+    assert_arrived([hand_off(e, destination, 4, 1.0) for e in (source, other)], [(4, 1.0)] * 2)
     assert ray.wait(early, num_returns=3, timeout=0)[0] == []
     token = DrawnToken(7, logprob=float("-inf"), rank=3, top=((7, -0.5), (9, float("-inf"))))
     ray.get(source.complete.remote(token))
     assert_arrived(early, [(4, EARLY)] * 3)
     assert ray.get(destination.first_token.remote()) == token
+    wait_for(lambda: ray.get(source.stats.remote()).num_held == 0)
     gone = hand_off(source, destination, 4, EARLY)
-    wait_for(lambda: ray.get(destination.stats.remote()).num_links > 0)
+    wait_for(lambda: ray.get(source.stats.remote()).num_held == 1)
     ray.get(source.complete.remote(None))
     with pytest.raises(TransferError, match="no longer has it"):
         ray.get(gone, timeout=PATIENCE_S)
@@ -280,5 +298,5 @@ def test_chunks_that_are_pulled_before_they_are_complete_wait_at_their_source(en
     ray.kill(source)
     with pytest.raises((TransferError, ray.exceptions.ActorDiedError)):
         ray.get(died, timeout=PATIENCE_S)
-    assert_arrived([hand_off(engines[0], destination, 1, 3.0)], [(1, 3.0)])
-    wait_for(lambda: ray.get(destination.stats.remote()).num_links <= 1)
+    assert_arrived([hand_off(other, destination, 1, 3.0)], [(1, 3.0)])
+    wait_for(lambda: links_and_threads(destination) == before)
