@@ -36,7 +36,7 @@ def drive(service: Service, probes: Sequence[Probe], seed: int) -> int:
         assert endings == {Ending.WHOLE, Ending.LEFT}, [record.error for record in records if record.error]
 
     asyncio.run(ask())
-    wait_idle(service, 30)
+    wait_idle(service, 120)
     return len(probes)
 
 
