@@ -1,5 +1,10 @@
-"""One local Ray with the real graph on the default model, twice: disaggregated and colocated."""
+"""One local Ray with the real graph on the default model, twice: disaggregated and colocated.
 
+And, for what needs two replicas of each pool, with a model that takes no time.
+"""
+
+import copy
+import json
 import random
 import socket
 from collections.abc import Iterator
@@ -20,13 +25,21 @@ from app.graph import graph
 from deployments.engine.model.files import BUNDLED_MODEL
 from deployments.engine.model.resolve import resolve_model
 from deployments.replica_stats import ReplicaStats
+from tests.api.fakes import build_tokenizer
+from tests.bench.chaos import scaling
+from tests.engine.families import build_model
+from tests.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.e2e.greedy import Reference
 
 MODEL_NAME = "smollm2"
 MODES = ("disaggregated", "colocated")
+# Ten times a second Serve's controller looks at its replicas: a tenth of a core, all the time that they are there.
+CONTROL_LOOP_INTERVAL_S = 0.5
 MAX_TOKENS = 16
+# What replicas that are removed have for their requests: hand-offs may all end, and nothing here takes as long.
+PREFILL_SHUTDOWN_S, DECODE_SHUTDOWN_S = 120.0, 1.0
 PLAIN_LENGTHS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128, 256, 300, 511, 2049)
 CHATS = (
     "What is the capital of France?",
@@ -36,11 +49,24 @@ CHATS = (
 )
 
 
+# Modules that are not in the order of their names. The first one has a Ray of its own, beside which that of the others
+# shall not idle; the last one leaves one replica of each pool.
+FIRST, LAST = ("test_make_serve",), ("test_routing", "test_drain")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "/tests/e2e/" in item.path.as_posix():
-            item.add_marker(pytest.mark.e2e)
-            item.add_marker(pytest.mark.timeout(900))
+    ours = [item for item in items if "/tests/e2e/" in item.path.as_posix()]
+    for item in ours:
+        item.add_marker(pytest.mark.e2e)
+        item.add_marker(pytest.mark.timeout(900))
+    ordered = iter(sorted(ours, key=_place))
+    places = {id(item) for item in ours}
+    items[:] = [next(ordered) if id(item) in places else item for item in items]
+
+
+def _place(item: pytest.Item) -> int:
+    name = item.path.stem
+    return 0 if name in FIRST else 2 + LAST.index(name) if name in LAST else 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +99,9 @@ def services() -> Iterator[dict[str, Service]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", str(CONTROL_LOOP_INTERVAL_S))
+        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         targets = []
@@ -89,6 +117,66 @@ def services() -> Iterator[dict[str, Service]]:
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """An application whose pools have as many replicas as a file says.
+
+    Attributes:
+        service: the application.
+        path: of the file.
+    """
+
+    service: Service
+    path: Path
+
+    def scale(self, num_replicas: int) -> None:
+        self.path.write_text(json.dumps({"Prefill": num_replicas, "Decode": num_replicas}))
+
+    def num_replicas(self, pool: str) -> int:
+        """Those that start or stop included."""
+        status = serve.status().applications[self.service.name or ""]
+        return sum(status.deployments[pool].replica_states.values())
+
+    def wait_for_two(self) -> None:
+        """Until both pools have two replicas that work."""
+
+        def have_two() -> bool:
+            status = serve.status().applications[self.service.name or ""]
+            return all(status.deployments[pool].replica_states == {"RUNNING": 2} for pool in self.service.pools)
+
+        wait_until(have_two, 300)
+
+
+@pytest.fixture(scope="package")
+def scaled(services: dict[str, Service], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scaled]:
+    """Two replicas of each pool, with a small random model."""
+    name, folder = "scaled", tmp_path_factory.mktemp("scaled")
+    url = services["colocated"].url.removesuffix("colocated") + name
+    scaled = Scaled(Service("disaggregated", url, name), folder / "replicas.json")
+    scaled.scale(2)
+    model = folder / "model"
+    copy.deepcopy(build_model("llama")).save_pretrained(model)
+    build_tokenizer().save_pretrained(model)
+    size = {"min_replicas": 1, "initial_replicas": 2, "max_replicas": 2}
+    args = AppConfig.model_validate(
+        {
+            "model": resolve_model(str(model)),
+            "served_model_name": MODEL_NAME,
+            "min_remote_prefill_tokens": 64,
+            "parity_check": False,
+            "engine": {"num_blocks": 2000, "block_size": 16, "max_silence_s": 300},
+            "ingress": {"max_ttft_s": 600},
+            "prefill": size | {"graceful_shutdown_timeout_s": PREFILL_SHUTDOWN_S},
+            "decode": size | {"graceful_shutdown_timeout_s": DECODE_SHUTDOWN_S},
+        }
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(scaling.VARIABLE, str(scaled.path))
+        serve.run(scaling.graph(args), name=name, route_prefix=f"/{name}")
+    yield scaled
+    serve.delete(name)
 
 
 @pytest.fixture(params=MODES)
