@@ -1,48 +1,27 @@
 """Two replicas of each pool: a conversation goes on where its KV is, a hot prefix is spread, a death costs a retry."""
 
-import copy
 import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
-from ray import serve
 
-from app.config import AppConfig
-from app.graph import graph
-from deployments.engine.model.resolve import resolve_model
-from tests.api.fakes import build_tokenizer
-from tests.e2e.conftest import MODEL_NAME, Service
+from tests.e2e.conftest import MODEL_NAME, Scaled, Service
 from tests.e2e.waiting import wait_idle
-from tests.engine.families import build_model
 
 BLOCK_SIZE = 16
-MIN_REMOTE_TOKENS = 64
 FIRST_TURN = 400  # tokens
 NUM_CONVERSATIONS = 6
 
 
-@pytest.fixture(scope="module")
-def routed(services: dict[str, Service], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """In the Ray of the other tests, with a model that takes no time."""
-    folder = tmp_path_factory.mktemp("tiny")
-    copy.deepcopy(build_model("llama")).save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    replicas = {f"{pool}.{bound}": 2 for pool in ("prefill", "decode") for bound in ("min_replicas", "max_replicas")}
-    small = {"engine.num_blocks": 2000, "engine.block_size": BLOCK_SIZE, "ingress.max_ttft_s": 600}
-    values: dict[str, Any] = {"min_remote_prefill_tokens": MIN_REMOTE_TOKENS, "parity_check": False} | replicas | small
-    args = AppConfig(model=resolve_model(str(folder)), served_model_name=MODEL_NAME, **values)
-    serve.run(graph(args), name="routed", route_prefix="/routed")
-    url = services["disaggregated"].url.removesuffix("disaggregated") + "routed"
-    try:
-        yield Service("disaggregated", url, name="routed")
-    finally:
-        serve.delete("routed")
+@pytest.fixture
+def routed(scaled: Scaled) -> Service:
+    scaled.wait_for_two()
+    return scaled.service
 
 
 def prompt(num_tokens: int, seed: int) -> list[int]:
