@@ -150,10 +150,10 @@ class IngressConfig(ReplicaConfig):
             variable there that holds the same; without it everybody may call. See docs/security.md.
         cors_origins: origins, with commas between them, whose pages may use the API from a browser; `*`: all.
         control_tokens: of the model, in messages of chats: `allow` them, `refuse` the call, or read them as `text`.
-        tool_parser: how the model writes calls of tools: `hermes` (Qwen's too), `llama3` or `mistral`; `auto`: as
-            its chat template shows.
-        reasoning_parser: how it marks its thoughts: `think`, as Qwen 3 and DeepSeek do, or `none`, which leaves them in
-            the answer; `auto`: as its chat template shows.
+        tool_parser: how the model writes calls of tools: `hermes` (Qwen's too), `llama3`, `mistral` or
+            `harmony` (gpt-oss); `auto`: as its chat template shows.
+        reasoning_parser: how it marks its thoughts: `think`, as Qwen 3 and DeepSeek do, `harmony`, as gpt-oss does, or
+            `none`, which leaves them in the answer; `auto`: as its chat template shows.
     """
 
     num_cpus: float = Field(default=0.1, ge=0)

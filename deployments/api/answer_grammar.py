@@ -8,6 +8,8 @@ import json
 import re
 from collections.abc import Iterator
 
+from deployments.api.harmony import HarmonyRules
+from deployments.api.harmony_grammar import write_rules
 from deployments.api.reasoning.parser import ThoughtRules
 from deployments.api.structured import check_source, parts_of
 from deployments.api.tools.grammar import CallGrammar
@@ -18,7 +20,10 @@ _FORM = "form"
 
 
 def build_grammar(
-    form: Grammar | None, calls: CallGrammar | None, thoughts: ThoughtRules | None, end_token_ids: tuple[int, ...]
+    form: Grammar | None,
+    calls: CallGrammar | None,
+    thoughts: ThoughtRules | HarmonyRules | None,
+    end_token_ids: tuple[int, ...],
 ) -> Grammar | None:
     """None: an answer of any text.
 
@@ -33,13 +38,16 @@ def build_grammar(
     """
     if form is not None and calls is not None and calls.must_call:
         form = None  # nothing is said
-    thoughts = None if thoughts is None or thoughts.is_over else thoughts
+    thoughts = None if isinstance(thoughts, ThoughtRules) and thoughts.is_over else thoughts
     if calls is None and (form is None or thoughts is None):
         return form
     if not end_token_ids:
         message = "these tools need a model with a token that ends a text; this one has none"
         raise InvalidRequestError(message, "tools")
-    rules = [*_rules(form is not None, calls, thoughts)]
+    if isinstance(thoughts, HarmonyRules):
+        rules = [*write_rules(form is not None, "@" + _FORM, calls, thoughts)]
+    else:
+        rules = [*_rules(form is not None, calls, thoughts)]
     grammars: list[object] = [{"lark_grammar": "\n".join(rules)}]
     if form is not None:
         first, *others = parts_of(form.source)

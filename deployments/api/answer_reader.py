@@ -1,5 +1,10 @@
 """From the text of one answer to its parts: thoughts, then text and calls of tools. Shapes are made of them."""
 
+from collections.abc import Sequence
+from typing import Protocol
+
+from deployments.api.harmony import HarmonyRules
+from deployments.api.harmony_reader import HarmonyReader
 from deployments.api.reasoning.parser import Thought, ThoughtParser, ThoughtRules
 from deployments.api.tools.parser import Content, Delta
 from deployments.api.tools.rules import ToolRules
@@ -7,8 +12,33 @@ from deployments.api.tools.rules import ToolRules
 Part = Thought | Delta
 
 
+class Reader(Protocol):
+    """Of one answer."""
+
+    @property
+    def num_calls(self) -> int:
+        """Those that were told."""
+        ...
+
+    def read(self, text: str, *, is_last: bool) -> Sequence[Part]:
+        """What new text adds, and what was held back if it is the last."""
+        ...
+
+
+def build_reader(tools: ToolRules | None, thoughts: ThoughtRules | HarmonyRules | None) -> Reader:
+    """For one answer.
+
+    Args:
+        tools: how calls are found; None: none are looked for.
+        thoughts: likewise.
+    """
+    if isinstance(thoughts, HarmonyRules):
+        return HarmonyReader(thoughts, tools)
+    return AnswerReader(tools, thoughts)
+
+
 class AnswerReader:
-    """Of one answer.
+    """Of an answer whose text is thoughts, then what is said with calls in it.
 
     Args:
         tools: how calls are found; None: none are looked for.
@@ -21,7 +51,6 @@ class AnswerReader:
 
     @property
     def num_calls(self) -> int:
-        """Those that were told."""
         return 0 if self._calls is None else self._calls.num_calls
 
     def read(self, text: str, *, is_last: bool) -> list[Part]:

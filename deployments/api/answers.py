@@ -22,7 +22,7 @@ from deployments.api.forms import (
     Delta,
     Usage,
 )
-from deployments.api.reasoning.count import ThoughtCount
+from deployments.api.reasoning.count import build_count
 from deployments.api.receipts import ReceiptKeeper
 from deployments.api.responses.forms import Response
 from deployments.api.scores import (
@@ -52,7 +52,7 @@ class Tally:
         self._num_generated_tokens = 0
         self._num_cached_tokens: dict[int, int] = {}
         thoughts = call.thoughts
-        self._thoughts = [] if thoughts is None else [ThoughtCount(thoughts) for _ in call.requests]
+        self._thoughts = [] if thoughts is None else [build_count(thoughts) for _ in call.requests]
 
     def add(self, event: TextEvent) -> None:
         self._num_generated_tokens += event.num_tokens

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from deployments.api.choices import TextRules
 from deployments.api.common_fields import ServiceTier
+from deployments.api.harmony import HarmonyRules
 from deployments.api.reasoning.parser import ThoughtRules
 from deployments.api.tools.rules import ToolRules
 from deployments.messages import GenerateRequest
@@ -58,7 +59,7 @@ class Call:
     user: str | None
     labels: Mapping[str, object]
     tools: ToolRules | None = None
-    thoughts: ThoughtRules | None = None
+    thoughts: ThoughtRules | HarmonyRules | None = None
     repeated: Mapping[str, object] = field(default_factory=dict)
     packs_thoughts: bool = False
     wants_receipt: bool = False

@@ -23,10 +23,11 @@ from deployments.api.chat_template import (
 )
 from deployments.api.control_tokens import ControlPolicy, ControlTokens, PlainEncoder
 from deployments.api.detokenizer import DetokenizerFactory
+from deployments.api.harmony import HarmonyTokens, is_harmony, read_tokens
 from deployments.api.reasoning.support import ReasoningParserName, ReasoningSupport
 from deployments.api.tools.families import ToolParserName
 from deployments.api.tools.support import ToolSupport
-from deployments.errors import InvalidRequestError
+from deployments.errors import InvalidRequestError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from deployments.api.tokenizer import AnyTokenizer
@@ -70,11 +71,23 @@ class TextCodec:
         self.backend.no_padding()
         self.detokenizers = DetokenizerFactory(self.backend)
         self._chat_template = _compile_template(tokenizer)
-        self.tools = ToolSupport(self._chat_template, tool_parser, self.backend)
-        self.reasoning = ReasoningSupport(self._chat_template, reasoning_parser, self.backend)
+        harmony = self._find_harmony(tool_parser, reasoning_parser)
+        self.tools = ToolSupport(self._chat_template, tool_parser if harmony is None else "harmony", self.backend)
+        self.reasoning = ReasoningSupport(self._chat_template, reasoning_parser, self.backend, harmony)
         self._template_limits = LIMITS
         self._refused = ControlTokens(self.backend) if control_tokens == "refuse" else None
         self._plain = PlainEncoder(self.backend) if control_tokens == "text" else None
+
+    def _find_harmony(self, tool_parser: str, reasoning_parser: str) -> HarmonyTokens | None:
+        """The markers of gpt-oss, if the model's answers are in its format; calls and thoughts are then both."""
+        parsers, template = {tool_parser, reasoning_parser}, self._chat_template
+        shows = isinstance(template, ChatTemplate) and is_harmony(template.source)
+        if parsers - {"auto", "harmony"} or not (shows or "harmony" in parsers):
+            return None
+        tokens = read_tokens(self.backend)
+        if tokens is None and "harmony" in parsers:
+            raise UnsupportedModelError("the tokenizer has not the control tokens of harmony, the format of gpt-oss")
+        return tokens
 
     @cached_property
     def brief(self) -> TextCodec:
@@ -124,7 +137,7 @@ class TextCodec:
         if self._refused is not None:
             self._refused.refuse(messages, variables)
             self._refused.refuse_in({_TOOLS: tools}, _TOOLS)
-        messages, tools = self.tools.write(messages, tools)
+        messages, tools = self.tools.write(self.reasoning.write(messages), tools)
         others: dict[str, object] = {_VARIABLES: variables or {}, _TOOLS: tools}
         masked = None if self._plain is None else self._plain.mask([*messages, others])
         if masked is not None:

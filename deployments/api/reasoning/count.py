@@ -2,7 +2,13 @@
 
 from collections.abc import Sequence
 
+from deployments.api.harmony import HarmonyCount, HarmonyRules
 from deployments.api.reasoning.parser import ThoughtRules
+
+
+def build_count(rules: ThoughtRules | HarmonyRules) -> "ThoughtCount | HarmonyCount":
+    """For one answer."""
+    return HarmonyCount(rules) if isinstance(rules, HarmonyRules) else ThoughtCount(rules)
 
 
 class ThoughtCount:

@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from typing import cast
 
-from deployments.api.answer_reader import AnswerReader
+from deployments.api.answer_reader import build_reader
 from deployments.api.answers import ChoiceResult, Tally
 from deployments.api.call import Call
 from deployments.api.choices import TextEvent
@@ -31,7 +31,7 @@ class ResponseAnswer:
         self._events = Events()
         id_length = 0 if call.tools is None else call.tools.family.id_length
         self._output = Output(self._events, lambda: new_call_id(id_length), packs_thoughts=call.packs_thoughts)
-        self._reader = AnswerReader(call.tools, call.thoughts)
+        self._reader = build_reader(call.tools, call.thoughts)
         self._has_begun = False
 
     def chunks(self, event: TextEvent) -> list[Event]:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 # How `ingress.tool_parser` names them; `auto`: by the template.
-ToolParserName = Literal["auto", "hermes", "llama3", "mistral"]
-FamilyName = Literal["hermes", "llama3", "mistral"]
+ToolParserName = Literal["auto", "hermes", "llama3", "mistral", "harmony"]
+FamilyName = Literal["hermes", "llama3", "mistral", "harmony"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,9 @@ HERMES = Family("hermes", "<tool_call>", "</tool_call>", "arguments")
 LLAMA_3 = Family("llama3", "<|python_tag|>", "", "parameters", is_bare=True)
 # Mistral's templates refuse ids of any other length.
 MISTRAL = Family("mistral", "[TOOL_CALLS]", "", "arguments", is_list=True, id_length=9)
-FAMILIES: dict[str, Family] = {family.name: family for family in (HERMES, LLAMA_3, MISTRAL)}
+# Of gpt-oss: calls are messages to a function, which `harmony.py` reads.
+HARMONY = Family("harmony", "", "", "arguments")
+FAMILIES: dict[str, Family] = {family.name: family for family in (HERMES, LLAMA_3, MISTRAL, HARMONY)}
 
 # Templates that hold a family's words, and yet have their models write calls in another way.
 _OTHER_WAYS = ("<function=", "<arg_key>", "[ARGS]")

@@ -55,14 +55,20 @@ class CallGrammar:
                 yield f"{name}: {_marker(marker, self.token_of)}"
         yield f"call: {' | '.join(f'call_{n}' for n in range(len(self.tools)))}"
         for number, tool in enumerate(self.tools):
-            schema = _schema(tool) if self.follows[number] else _ANY_OBJECT
-            is_strict = tool.function.strict is True
             if beside_form and family.is_bare:
-                yield f"call_{number}: %json {_as_json(_as_object(tool, family, schema), is_strict)}"
+                yield f"call_{number}: %json {_as_json(_as_object(tool, family, self._schema_of(number)), tool)}"
                 continue
             before = json.dumps(f'{{"name": "{tool.function.name}", "{family.arguments}": ')
             yield f'call_{number}: {before} arguments_{number} "}}"'
-            yield f"arguments_{number}: %json {_as_json(schema, is_strict)}"
+            yield f"arguments_{number}: %json {_as_json(self._schema_of(number), tool)}"
+
+    def schemas(self) -> Iterator[tuple[str, str]]:
+        """Names of the tools, and the schemas of their arguments as a grammar has them."""
+        for number, tool in enumerate(self.tools):
+            yield tool.function.name, _as_json(self._schema_of(number), tool)
+
+    def _schema_of(self, number: int) -> Schema:
+        return _schema(self.tools[number]) if self.follows[number] else _ANY_OBJECT
 
     def rules_of_any(self, barred: str | None) -> Iterator[str]:
         """Of `any`, beside those of `calls`: text, in which nothing is taken for a call, and then calls or none.
@@ -132,9 +138,9 @@ def _as_object(tool: Tool, family: Family, arguments: Schema) -> Schema:
     }
 
 
-def _as_json(schema: Schema, is_strict: bool) -> str:
+def _as_json(schema: Schema, tool: Tool) -> str:
     try:
-        rules = with_rules_alone(schema, is_strict=is_strict)
+        rules = with_rules_alone(schema, is_strict=tool.function.strict is True)
         return json.dumps({**rules, "x-guidance": FOLLOWED}, allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"tools: not a JSON schema: {error}", "tools") from None

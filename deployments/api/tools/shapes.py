@@ -3,8 +3,9 @@
 import secrets
 import string
 
-from deployments.api.answer_reader import AnswerReader, Part
+from deployments.api.answer_reader import Part, build_reader
 from deployments.api.forms import ChatFinishReason, ChatMessage, Delta, ToolCall, ToolCallDelta
+from deployments.api.harmony import HarmonyRules
 from deployments.api.reasoning.parser import Thought, ThoughtRules
 from deployments.api.tools.parser import CallArguments, CallBegin, Content
 from deployments.api.tools.rules import ToolRules
@@ -21,8 +22,8 @@ class MessageShaper:
         thoughts: likewise.
     """
 
-    def __init__(self, tools: ToolRules | None, thoughts: ThoughtRules | None) -> None:
-        self._reader = AnswerReader(tools, thoughts)
+    def __init__(self, tools: ToolRules | None, thoughts: ThoughtRules | HarmonyRules | None) -> None:
+        self._reader = build_reader(tools, thoughts)
         self._id_length = 0 if tools is None else tools.family.id_length
 
     def deltas(self, text: str, *, is_last: bool) -> list[Delta]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from deployments.api.chat_template import ChatTemplate, Message, NoChatTemplateError
-from deployments.api.tools.families import FAMILIES, HERMES, Family, ToolParserName, family_of
+from deployments.api.tools.families import FAMILIES, HARMONY, HERMES, Family, ToolParserName, family_of
 from deployments.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -51,12 +51,12 @@ class ToolSupport:
         Raises:
             InvalidRequestError: it is not known, or nobody taught the model to write any.
         """
-        if self._family is not None:
+        if self._family is not None and (self._family is not HARMONY or self._shows_tools):
             return self._family
         if self._shows_tools:
             message = "how this model writes calls of tools is not known here; its operator may set ingress.tool_parser"
             raise InvalidRequestError(f"tools: {message}", "tools")
-        if not is_forced:
+        if not is_forced or self._family is HARMONY:
             message = "this model's chat template knows no tools"
             hint = "tool_choice 'required', a tool by name and 'none' are possible"
             raise InvalidRequestError(f"tools: {message}; {hint}", "tools")
