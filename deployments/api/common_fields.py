@@ -44,7 +44,7 @@ class LabelFields(Strict):
 
     cache_salt: str | None = Field(default=None, min_length=1, max_length=256)
     prompt_cache_key: str | None = Field(default=None, max_length=256)
-    service_tier: Literal["auto"] | ServiceTier | None = None
+    service_tier: Literal["auto", "default", "flex", "priority"] | None = None
     priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
     user: str | None = Field(default=None, max_length=256)
     safety_identifier: str | None = Field(default=None, max_length=256)
