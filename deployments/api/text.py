@@ -97,6 +97,11 @@ class TextCodec:
         return brief
 
     @property
+    def is_brief(self) -> bool:
+        """Whether this is one that rather raises than takes long."""
+        return self._template_limits is BRIEF_LIMITS
+
+    @property
     def end_token_ids(self) -> tuple[int, ...]:
         """The id that the tokenizer itself says ends a text; none where it names none, or one it does not have."""
         end = self._tokenizer.eos_token

@@ -88,11 +88,9 @@ class ResponseAnswer:
             "model": call.model,
             "output": self._output.all_items(),
             "usage": None if status == "in_progress" else _shape_usage(self._tally.usage()),
-            "truncation": "disabled",
             "store": False,
             "background": False,
             "previous_response_id": None,
-            "max_tool_calls": None,
             **repeated,  # type: ignore[typeddict-item] # mypy: it might hold a receipt as well
         }
         if status != "in_progress":

@@ -27,11 +27,9 @@ _NO_OPS: NoOps = {
     "conversation": (),
     "prompt": (),
     "context_management": ([],),
-    "max_tool_calls": (),
     "moderation": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": ("in_memory",),
-    "truncation": ("disabled",),
 }
 _REFUSALS: Refusals = {
     "store": "nothing is stored here, only false is possible",
@@ -164,6 +162,9 @@ class ResponseBody(ModelBody, DrawFields, LabelFields):
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
     max_output_tokens: int | None = Field(default=None, ge=1)
+    # Of calls of built-in tools: there are none, so no call is ever one too many.
+    max_tool_calls: int | None = Field(default=None, ge=1)
+    truncation: Literal["auto", "disabled"] = "disabled"
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field(default_factory=list)
     top_logprobs: int = Field(default=0, ge=0, le=MAX_LOGPROBS)
     reasoning: ReasoningOptions = ReasoningOptions()

@@ -116,6 +116,8 @@ class Repeated(TypedDict):
     frequency_penalty: float
     top_logprobs: int
     max_output_tokens: int | None
+    max_tool_calls: int | None
+    truncation: Literal["auto", "disabled"]
     service_tier: ServiceTier
     metadata: Mapping[str, str]
     user: str | None
@@ -137,11 +139,9 @@ class Response(Repeated):
     model: str
     output: Sequence[OutputItem]
     usage: ResponseUsage | None
-    truncation: Literal["disabled"]
     store: Literal[False]
     background: Literal[False]
     previous_response_id: None
-    max_tool_calls: None
     receipt: NotRequired[CallReceipt]
 
 

@@ -4,7 +4,7 @@ Owns how items become messages, and that errors name the fields of this endpoint
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,6 +24,7 @@ from deployments.api.responses.fields import (
 )
 from deployments.api.responses.forms import Repeated
 from deployments.api.responses.items import AnyItem, FunctionCall, FunctionCallOutput, InputMessage, Reasoning
+from deployments.api.responses.truncation import build_fitting
 from deployments.api.structured import JsonSchema, ResponseFormat
 from deployments.api.text import TextCodec
 from deployments.api.tools.fields import CalledFunction, Function, Tool, ToolCall
@@ -58,13 +59,18 @@ def read_response(
     """
     body = parse_body(data, ResponseBody, info)
     with _naming_our_fields():
-        call = build_chat(_as_chat(body), call_id, codec, info, priority)
+        call = _build(body, lambda chat: build_chat(chat, call_id, codec, info, priority), is_brief=codec.is_brief)
     (request,) = call.requests
     if (grammar := request.sampling.grammar) is not None:
         ours = replace(grammar, field=_rename(grammar.field))
         request = replace(request, sampling=replace(request.sampling, grammar=ours))
     repeated = _repeated(body, request.priority)
     return replace(call, requests=(request,), repeated=repeated, packs_thoughts=PACKED_THOUGHTS in body.include)
+
+
+def _build(body: ResponseBody, build: Callable[[ChatBody], Call], *, is_brief: bool) -> Call:
+    chat = _as_chat(body)
+    return build_fitting(chat, build, is_brief=is_brief) if body.truncation == "auto" else build(chat)
 
 
 @contextmanager
@@ -205,6 +211,8 @@ def _repeated(body: ResponseBody, priority: Priority) -> Repeated:
         "frequency_penalty": body.frequency_penalty,
         "top_logprobs": body.top_logprobs,
         "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": body.max_tool_calls,
+        "truncation": body.truncation,
         "service_tier": TIERS[priority],
         "metadata": body.metadata,
         "user": body.user,

@@ -297,6 +297,47 @@ async def test_an_answer_is_a_call_or_of_the_form_where_both_are_asked_for(said:
     assert grammar is not None and grammar.field == "text.format.schema"
 
 
+def conversation(*sizes: int) -> list[Any]:
+    """Instructions, then turns of a user and the assistant of so many characters, numbered by letter."""
+    items: list[Any] = [{"role": "system", "content": "S"}]
+    for number, size in enumerate(sizes):
+        letter = chr(ord("A") + number)
+        items += [{"role": "user", "content": letter * size}, {"role": "assistant", "content": letter.lower()}]
+    return items[:-1]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "output", "kept"),
+    [
+        ((10, 10, 10), 100, "ABC"),
+        ((3000, 1000, 10), 100, "BC"),
+        ((10, 4000, 10, 10), 100, "CD"),
+        ((10, 10, 10), 4070, "C"),
+        (tuple([100] * 60), 100, "".join(chr(ord("A") + n) for n in range(23, 60))),
+        ((10, 10, 4030), 50, "C"),
+    ],
+)
+async def test_a_conversation_that_does_not_fit_loses_its_first_turns_where_that_is_wanted(
+    sizes: tuple[int, ...], output: int, kept: str
+) -> None:
+    backend, asked = saying("x"), {"input": conversation(*sizes), "max_output_tokens": output}
+    if len(kept) < len(sizes):
+        assert (await post(backend, **asked)).status_code == 400
+    answer = await post(backend, **asked, truncation="auto", max_tool_calls=2)
+    assert answer.status_code == 200, answer.text
+    assert (answer.json()["truncation"], answer.json()["max_tool_calls"]) == ("auto", 2)
+    said = [turn for turn in prompt_of(backend).split(";") if turn.startswith("u:")]
+    assert "".join(turn[2] for turn in said) == kept and prompt_of(backend).startswith("s:S")
+    assert not prompt_of(backend).startswith("s:S;a:"), "an answer goes with its question"
+
+
+@pytest.mark.parametrize("items", [[], [{"role": "user", "content": "x" * 5000}]])
+async def test_a_last_turn_that_does_not_fit_is_refused(items: list[Any]) -> None:
+    last = {"role": "user", "content": "y" * 5000}
+    answer = await post(saying("x"), input=[*conversation(10), *items, last], truncation="auto")
+    assert answer.status_code == 400 and answer.json()["error"]["code"] == "context_length_exceeded"
+
+
 USER: Any = {"role": "user", "content": "u1"}
 SYSTEM: Any = {"role": "system", "content": "s1"}
 PARTS: Any = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "u2"}]}
@@ -371,8 +412,10 @@ SCHEMA: Any = {"type": "json_schema", "name": "a", "schema": {"not": {}}}
         ({"text": {"format": SCHEMA}}, "text.format.schema", "not"),
         ({"text": {"format": SCHEMA | {"schema": {}}}, "ignore_eos": True}, "ignore_eos", "text.format.schema"),
         ({"stream_options": {}}, "stream_options", "only allowed with stream"),
-        ({"max_tool_calls": 3}, "max_tool_calls", "not supported yet"),
-        ({"truncation": "auto"}, "truncation", "not supported yet"),
+        ({"max_tool_calls": 0}, "max_tool_calls", "greater"),
+        ({"truncation": "left"}, "truncation", "'disabled'"),
+        ({"truncation": "auto", "input": "x" * 5000}, "input", "5005 tokens"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity", "not supported yet"),
         ({"nothing": 1}, "nothing", "unknown field"),
     ],
 )
