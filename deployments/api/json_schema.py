@@ -1,8 +1,9 @@
 """JSON schemas as clients send them, made ready for llguidance, which follows each of their words or refuses it.
 
 Owns which words of a schema are no rules. A `format` that the standard does not define says what a text means to those
-who wrote the schema (Pydantic's `path`, `binary`, `password`), and bounds nothing. `uniqueItems` cannot be said in a
-grammar: who asks for `strict` is refused, as OpenAI does, and to others nothing was promised. Knows no requests.
+who wrote the schema (Pydantic's `path`, `binary`, `password`), and bounds nothing; nor does it to say that the names of
+properties are texts (zod's records). `uniqueItems` cannot be said in a grammar: who asks for `strict` is refused, as
+OpenAI does, and to others nothing was promised. Knows no requests.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,6 +54,8 @@ def with_rules_alone(schema: Mapping[str, Any], *, is_strict: bool) -> Schema:
 def _is_dropped(word: str, value: object, is_strict: bool) -> bool:
     if word == "format":
         return isinstance(value, str) and value not in _STANDARD_FORMATS
+    if word == "propertyNames":
+        return value is True or value in ({}, {"type": "string"})
     return word == "uniqueItems" and isinstance(value, bool) and not (value and is_strict)
 
 

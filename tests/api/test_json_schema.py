@@ -109,6 +109,8 @@ def follows(grammar: Grammar, text: str) -> bool:
         ({"format": 3}, {"format": 3}),
         ({"uniqueItems": False}, {}),
         ({"uniqueItems": True}, {}),
+        ({"propertyNames": {"type": "string"}}, {}),
+        ({"propertyNames": {"maxLength": 3}}, {"propertyNames": {"maxLength": 3}}),
         ({"uniqueItems": "yes"}, {"uniqueItems": "yes"}),
         ({"properties": {"format": {"format": "path"}}}, {"properties": {"format": {}}}),
         ({"anyOf": [{"format": "x"}, True]}, {"anyOf": [{}, True]}),
