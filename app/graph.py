@@ -13,6 +13,7 @@ from deployments.engine_info import EngineResources
 from deployments.front import SpawnedEngine
 from deployments.ingress import Ingress, IngressSettings
 from deployments.prefill import Prefill
+from deployments.routing.crossover import Crossover, Goals, default_tokens
 
 
 def graph(args: AppConfig) -> Application:
@@ -25,7 +26,7 @@ def graph(args: AppConfig) -> Application:
     if args.mode == "disaggregated":
         prefill = _deploy(Prefill, args, "prefill").bind(_engine(args, "prefill"))
     decode = _deploy(Decode, args, "decode").bind(
-        _engine(args, "decode"), prefill, args.min_remote_prefill_tokens, args.parity_check
+        _engine(args, "decode"), prefill, default_tokens(args.min_remote_prefill_tokens), args.parity_check
     )
     ingress = _deploy(Ingress, args, "ingress")
     return ingress.bind(decode, prefill, ingress_settings(args))
@@ -41,6 +42,7 @@ def ingress_settings(args: AppConfig) -> IngressSettings:
         max_unread_tokens=args.ingress.max_unread_tokens,
         resume_timeout_s=args.ingress.resume_timeout_s,
         bounds=args.admission_bounds(),
+        crossover=None if args.mode == "colocated" else _crossover(args),
         routing=args.routing,
         api_keys=args.ingress.api_keys,
         max_replicas=args.ingress.max_replicas,
@@ -50,6 +52,10 @@ def ingress_settings(args: AppConfig) -> IngressSettings:
         reasoning_parser=args.ingress.reasoning_parser,
         tells_planner=args.planner.enabled,
     )
+
+
+def _crossover(args: AppConfig) -> Crossover:
+    return Crossover(Goals(args.planner.ttft_s, args.planner.itl_s), args.min_remote_prefill_tokens)
 
 
 def _deploy(cls: type, args: AppConfig, name: Pool | Literal["ingress"]) -> Deployment:

@@ -16,7 +16,7 @@ from deployments.engine_client import EventQueue
 from deployments.engine_info import EngineInfo
 from deployments.errors import brief, is_hopeless, was_cancelled
 from deployments.front import EngineReplica, FrontSource
-from deployments.messages import ANYWHERE, GenerateRequest, Placed, ReplyAddress
+from deployments.messages import ANYWHERE, GenerateRequest, Placed, ReplyAddress, Route
 from deployments.parity import check_parity
 from deployments.prefill import Prefilled
 from deployments.ray_errors import as_ours
@@ -40,7 +40,8 @@ class RemotePrefill:
 
     Args:
         handle: of the prefill deployment.
-        min_tokens: prompts with fewer uncached tokens are computed by the decode engine itself.
+        min_tokens: prompts with fewer uncached tokens are computed by the decode engine itself, unless their route says
+            otherwise.
     """
 
     def __init__(self, handle: "DeploymentHandle[Any]", min_tokens: int) -> None:
@@ -49,9 +50,15 @@ class RemotePrefill:
         self._return: asyncio.Task[None] | None = None
 
     @property
-    def threshold(self) -> int | None:
-        """Prompts with this many uncached tokens are left to it; None: none is, for it does not answer."""
-        return self._min_tokens if self._return is None else None
+    def answers(self) -> bool:
+        """Whether anything is left to it."""
+        return self._return is None
+
+    def threshold(self, route: Route) -> int | None:
+        """A prompt with this many uncached tokens is left to it; None: it is not, for it does not answer."""
+        if not self.answers:
+            return None
+        return self._min_tokens if route.min_remote_tokens is None else route.min_remote_tokens
 
     def note_silence(self) -> None:
         """A hand-off has cost its lease: the next ones shall not, until some replica answers again."""
@@ -108,12 +115,13 @@ class Decode(EngineReplica):
             EngineDeadError: this replica's engine died.
             TransferError: the tokens can no longer be delivered.
         """
-        return await self.generate_by(request, reply_to, self.remote_threshold)
+        threshold = None if self._prefill is None else self._prefill.threshold(request.route)
+        return await self.generate_by(request, reply_to, threshold)
 
     @property
-    def remote_threshold(self) -> int | None:
-        """Prompts with this many uncached tokens are left to the prefill pool now; None: none is."""
-        return None if self._prefill is None else self._prefill.threshold
+    def has_prefill(self) -> bool:
+        """Whether prompts are left to the prefill pool now."""
+        return self._prefill is not None and self._prefill.answers
 
     async def generate_by(
         self, request: GenerateRequest, reply_to: ReplyAddress, remote_threshold: int | None

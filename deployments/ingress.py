@@ -40,6 +40,7 @@ from deployments.ray_errors import as_ours
 from deployments.receipt_log import ReceiptLog, ReceiptStream
 from deployments.receipts import Receipt
 from deployments.replica_stats import Positions, ReplicaStats
+from deployments.routing.crossover import Crossover
 from deployments.routing.pools import PoolRouters
 from deployments.routing.settings import RoutingSettings
 from deployments.serve_state import http_host, is_loopback, num_replicas
@@ -178,6 +179,7 @@ class IngressSettings:
         max_unread_tokens: a client that leaves more tokens unread is dropped.
         resume_timeout_s: how long a request whose decode replica was lost may wait for another.
         bounds: of admission.
+        crossover: which prompts the prefill pool computes; None: there is none.
         routing: see there.
         api_keys: where the keys are that let in, as `check_source` takes it; None: everybody may come in.
         max_replicas: of this deployment.
@@ -195,6 +197,7 @@ class IngressSettings:
     max_unread_tokens: int
     resume_timeout_s: float
     bounds: Bounds
+    crossover: Crossover | None
     routing: RoutingSettings
     api_keys: str | None
     max_replicas: int
@@ -234,8 +237,8 @@ class Ingress:
         )
         self._info = describe_served(engine, self._codec, settings.served_model_name, settings.model_root)
         tokens = await TokenReceiver.start(ray.util.get_node_ip_address(), settings.max_unread_tokens)
-        admission = Admission(settings.bounds)
-        routers = PoolRouters(settings.routing, settings.bounds.min_remote_tokens, engine.positions)
+        routers = PoolRouters(settings.routing, settings.crossover, engine.positions)
+        admission = Admission(settings.bounds, is_remote=routers.is_remote)
         self._backend = PoolBackend(decode, prefill, tokens, admission, routers, settings.resume_timeout_s)
         self._watch = asyncio.create_task(self._backend.watch.run())
         self._health_watch = asyncio.create_task(self._backend.pool_health.watch())

@@ -114,10 +114,12 @@ class Route:
     Attributes:
         decode: name of the decode replica; empty: any.
         prefill: name of the prefill replica, if one is needed; empty: any.
+        min_remote_tokens: one is needed if decode lacks so many tokens of the prompt; None: decode's setting holds.
     """
 
     decode: str = ""
     prefill: str = ""
+    min_remote_tokens: int | None = None
 
 
 ANYWHERE = Route()

@@ -15,7 +15,7 @@ call. Pure: no Ray, no HTTP. The time to first token of a prompt that comes now 
   decides.
 
 A short prompt waits less than that. Which pool computes a prompt is told from its length, since what a decode engine
-has cached is not known here.
+has cached is not known here, and by the routers where they decide it.
 
 A call is refused if even the optimistic end of this estimate exceeds its share of `max_ttft_s`: what was measured too
 little to be sure is not held against the caller. Or if more than its share of `max_queued_tokens` would be queued; or,
@@ -109,6 +109,7 @@ class Admission:
     Args:
         bounds: what it keeps.
         clock: monotonic seconds.
+        is_remote: whether the prefill pool computes a prompt of so many tokens that comes now; None: by the bounds.
 
     Attributes:
         pools: what was read of the pools that compute prompts, by name.
@@ -118,9 +119,15 @@ class Admission:
         refusals: calls that were refused.
     """
 
-    def __init__(self, bounds: Bounds, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        bounds: Bounds,
+        clock: Callable[[], float] = time.monotonic,
+        is_remote: Callable[[int], bool] | None = None,
+    ) -> None:
         self.bounds = bounds
         self._clock = clock
+        self._is_remote = is_remote
         is_colocated = bounds.min_remote_tokens is None
         self._decode = PoolReadings(counts_hits=is_colocated)
         self.pools = {DECODE: self._decode}
@@ -206,7 +213,10 @@ class Admission:
 
     def _pool_of(self, size: int) -> str:
         threshold = self.bounds.min_remote_tokens
-        return DECODE if threshold is None or size < threshold else PREFILL
+        if threshold is None:
+            return DECODE
+        is_remote = size >= threshold if self._is_remote is None else self._is_remote(size)
+        return PREFILL if is_remote else DECODE
 
     def _refusal(self, sizes: Sequence[int], priority: Priority, key: bytes) -> "Refusal | None":
         """Why a call may not come in, if so."""

@@ -1,21 +1,27 @@
 """What requests cost at decode replicas, learned from what both pools say of themselves, one reading after the other.
 
-Owns four means: what a prompt token takes in a decode engine's own steps, what it takes to bring one from a prefill
-engine, by how much a sequence makes the steps of the others longer, and how much a request generates. Pure: no clock.
+Owns what a prompt token takes in a decode engine's own steps, what it takes to bring some from a prefill engine, what
+steps without prompts take, how many gaps between tokens are late, and how much a request generates. Pure: no clock.
 """
 
+import math
 from collections.abc import Mapping
 
-from deployments.engine.stats import EngineStats
+from deployments.engine.stats import EngineStats, Histogram
 from deployments.load.decode_steps import decode_steps_between
 from deployments.load.outlook import PoolReadings
 from deployments.load.step_cost import StepCost
 from deployments.replica_stats import HandoffStats
+from deployments.routing.crossover import Gaps, There
 from deployments.routing.scoring import Costs
 
 _STEP_HALF_LIFE_S = 10.0
 _OUTPUT_HALF_LIFE = 32.0  # finished sequences
-_HANDOFF_HALF_LIFE = 8192.0  # tokens
+# Busy seconds of hand-offs after which one counts half; and seconds without any after which what they took counts half:
+# what was slow once is tried again.
+_HANDOFF_HALF_LIFE_S = 5.0
+_HANDOFF_PATIENCE_S = 120.0
+_LATE_HALF_LIFE_S = 5.0
 _TIER_HALF_LIFE = 32_768.0  # tokens
 # Stands for the cost of a prompt token until one was measured. Where nothing else is known all costs are in proportion
 # to it, so that it changes no choice.
@@ -70,15 +76,24 @@ class TierCost:
 
 
 class DecodeCosts:
-    """See the module."""
+    """See the module.
 
-    def __init__(self) -> None:
+    Args:
+        itl_s: gaps are late that are longer.
+    """
+
+    def __init__(self, itl_s: float = math.inf) -> None:
+        self._itl_s = itl_s
         self._readings = PoolReadings(counts_hits=False)
         self._engines: dict[str, EngineStats] = {}
         self._handoffs: dict[str, HandoffStats] = {}
         self._steps = StepCost(_STEP_HALF_LIFE_S)
         self._output = Mean(_OUTPUT_HALF_LIFE)
-        self._handoff = Mean(_HANDOFF_HALF_LIFE)
+        self._handoff = StepCost(_HANDOFF_HALF_LIFE_S)
+        self._handoff_tokens = Mean(_OUTPUT_HALF_LIFE)
+        self._handoff_trust = 1.0
+        self._late_share = 0.0
+        self._as_of_s = -math.inf
 
     def update(
         self, engines: Mapping[str, EngineStats], handoffs: Mapping[str, HandoffStats], block_size: int, as_of_s: float
@@ -97,14 +112,29 @@ class DecodeCosts:
             if (steps := decode_steps_between(now, before)) is not None:
                 self._steps.add(steps.steps, steps.sequences, steps.seconds)
             self._output.add(now.generated_tokens - before.generated_tokens, now.finished - before.finished)
-        self._learn_handoffs(handoffs, block_size)
-        self._engines, self._handoffs = dict(engines), dict(handoffs)
+        elapsed_s = max(0.0, as_of_s - self._as_of_s) if self._as_of_s > -math.inf else 0.0
+        self._learn_handoffs(handoffs, block_size, elapsed_s)
+        self._learn_gaps(engines, elapsed_s)
+        self._engines, self._handoffs, self._as_of_s = dict(engines), dict(handoffs), as_of_s
 
-    def _learn_handoffs(self, handoffs: Mapping[str, HandoffStats], block_size: int) -> None:
+    def _learn_handoffs(self, handoffs: Mapping[str, HandoffStats], block_size: int, elapsed_s: float) -> None:
+        self._handoff_trust *= 0.5 ** (elapsed_s / _HANDOFF_PATIENCE_S)
         for name, handoff in handoffs.items():
             old = self._handoffs.get(name, HandoffStats())
+            num_chunks = handoff.num_chunks - old.num_chunks
             num_tokens = (handoff.num_blocks - old.num_blocks) * block_size
-            self._handoff.add(handoff.seconds.total - old.seconds.total, num_tokens)
+            self._handoff.add(num_chunks, num_tokens, handoff.seconds.total - old.seconds.total)
+            self._handoff_tokens.add(num_tokens, num_chunks)
+            if num_chunks > 0:
+                self._handoff_trust = 1.0
+
+    def _learn_gaps(self, engines: Mapping[str, EngineStats], elapsed_s: float) -> None:
+        before = [(now.itl_s, self._engines.get(name, EngineStats()).itl_s) for name, now in engines.items()]
+        num_gaps = sum(sum(now.counts) - sum(old.counts) for now, old in before)
+        if num_gaps > 0:
+            late = sum(_num_above(now, self._itl_s) - _num_above(old, self._itl_s) for now, old in before)
+            keep = 0.5 ** (elapsed_s / _LATE_HALF_LIFE_S)
+            self._late_share = keep * self._late_share + (1 - keep) * max(0.0, late) / num_gaps
 
     def costs(self, elsewhere_s: float | None) -> Costs:
         """Of the decode pool.
@@ -126,12 +156,29 @@ class DecodeCosts:
         held = self._readings.held
         return Costs(token_s, sequence_s, held.best if held else _UNMEASURED_SEAT_S)
 
-    def handoff_token_s(self, token_s: float) -> float:
-        """To bring the KV of a prompt token, which takes so long to compute."""
-        measured_s = self._handoff.value
-        return token_s * _UNMEASURED_HANDOFF if measured_s is None else measured_s
+    def there(self, computing_s: float, token_s: float) -> There:
+        """What it takes to have a prompt computed in so many seconds, each token in so many, and brought here."""
+        tokens = self._handoff_tokens.value
+        if tokens is None or not (usual := self._handoff.seconds(1.0, tokens)).best:
+            return There(computing_s, 0.0, token_s * _UNMEASURED_HANDOFF)
+        once, per_token = self._handoff.seconds(1.0, 0.0).best, self._handoff.seconds(0.0, 1.0).best
+        return There(computing_s, once, per_token, self._handoff_trust * usual.low / usual.best)
+
+    def gaps(self, max_tokens: int) -> Gaps:
+        """Between tokens, where a request may generate so many."""
+        step = self._steps.seconds(1.0, 0.0).best, self._steps.seconds(0.0, 1.0).best
+        return Gaps(self._output.value or max_tokens, *step, self._late_share)
 
     def num_new_tokens(self, max_tokens: int) -> int:
         """That a request is expected to generate, which may generate so many."""
         mean = self._output.value
         return max_tokens if mean is None else min(max_tokens, round(mean))
+
+
+def _num_above(gaps: Histogram, bound_s: float) -> float:
+    """Of those counted, that are longer; within a bucket they are taken to be spread evenly."""
+    lower, above = 0.0, float(gaps.counts[-1])
+    for upper, count in zip(gaps.bounds, gaps.counts, strict=False):
+        above += count * min(1.0, max(0.0, (upper - bound_s) / (upper - lower)))
+        lower = upper
+    return above if bound_s < math.inf else 0.0

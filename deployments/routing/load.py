@@ -91,7 +91,7 @@ class ReplicaLoad:
         return self._sequences.total
 
     def queued_tokens(self, now_s: float, tokens_per_s: float, num_routers: int) -> float:
-        """Prompt tokens that it has to compute, without those that are cached.
+        """Prompt tokens that it has to compute itself, without those that are cached.
 
         The engine counts whole prompts while they wait, for it looks into its cache last; so of what it says, as much
         as was cached lately is taken off.
@@ -103,9 +103,10 @@ class ReplicaLoad:
         """
         if not self._is_known(now_s):
             return float(self._tokens.total * num_routers)
-        if not self.stats.num_queued_prompt_tokens and not self._tokens.total:
+        num_own = self.stats.num_queued_prompt_tokens - self.stats.num_remote_prompt_tokens
+        if not num_own and not self._tokens.total:
             return 0.0  # most replicas, mostly
-        seen = self.stats.num_queued_prompt_tokens * self._miss_share
+        seen = num_own * self._miss_share
         drained = max(0.0, now_s - self._as_of_s) * tokens_per_s
         return self._tokens.whole(seen, drained, num_routers)
 

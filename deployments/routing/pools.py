@@ -9,6 +9,7 @@ Not thread-safe: lives in the event loop of the ingress.
 """
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import ANYWHERE, GenerateRequest, Route
 from deployments.replica_stats import Positions, ReplicaStats
 from deployments.routing.costs import UNMEASURED_TOKEN_S, DecodeCosts, TierCost
+from deployments.routing.crossover import Crossover, Gaps, Here, There
 from deployments.routing.hashes import PromptHashes
 from deployments.routing.router import Report, Routed, Router
 from deployments.routing.scoring import Choice, Costs, Elsewhere, Reason
@@ -28,6 +30,9 @@ from deployments.routing.settings import RoutingSettings
 logger = logging.getLogger(__name__)
 
 Clock = Callable[[], float]
+
+# What is told to admission of where prompts are computed is that old at most.
+_LOOK_S = 0.05
 
 
 @dataclass(eq=False, slots=True)
@@ -65,8 +70,7 @@ class PoolRouters:
 
     Args:
         settings: weights and bounds.
-        min_remote_tokens: decode has prompts with so many uncached tokens computed by the prefill pool; None: there is
-            none.
+        crossover: which prompts decode has computed by the prefill pool; None: there is none.
         positions: of the model, see `EngineInfo`.
         clock: that of the readings; monotonic seconds.
     """
@@ -74,22 +78,23 @@ class PoolRouters:
     def __init__(
         self,
         settings: RoutingSettings,
-        min_remote_tokens: int | None,
+        crossover: Crossover | None,
         positions: PositionRule = FIXED,
         clock: Clock = time.monotonic,
     ) -> None:
         self._is_on = settings.by_prefix
-        self._min_remote_tokens = min_remote_tokens
+        self._crossover = crossover
         self._positions = positions
         self._clock = clock
         self._decode = Router.for_decode(settings, Costs(UNMEASURED_TOKEN_S))
-        self._prefill = None if min_remote_tokens is None else Router.for_prefill(settings)
+        self._prefill = None if crossover is None else Router.for_prefill(settings)
         self._routers = {DECODE: self._decode} | ({} if self._prefill is None else {PREFILL: self._prefill})
-        self._costs = DecodeCosts()
+        self._costs = DecodeCosts() if crossover is None else DecodeCosts(crossover.goals.itl_s)
         self._tier = TierCost()
         self.choices: Counter[tuple[str, Reason]] = Counter()
         self.promised_tokens = dict.fromkeys(self._routers, 0)
         self.seconds = 0.0
+        self._looked_s, self._seen = -math.inf, self._look(0.0)
 
     def positions(self, pool: str) -> Positions | None:
         """What to ask the replicas of a pool with; None: there is nothing to choose, so what they have is all one."""
@@ -137,40 +142,75 @@ class PoolRouters:
             return RoutedRequest(ANYWHERE, (), self._clock)
         now_s = self._clock()
         num_new_tokens = self._costs.num_new_tokens(max_new_tokens)
-        elsewhere, prefill = self._look_elsewhere(prompt, now_s)
+        elsewhere, prefill = self._look_elsewhere(prompt, now_s, num_new_tokens)
         decode = self._decode.choose(prompt, now_s, num_new_tokens=num_new_tokens, elsewhere=elsewhere)
-        routed = [self._decode.send(prompt, decode, now_s, num_new_tokens=num_new_tokens)]
+        threshold = _threshold(prompt, decode, elsewhere)
+        computes = threshold is None or prompt.num_tokens - decode.score.cached_tokens < threshold
+        routed = [self._decode.send(prompt, decode, now_s, num_new_tokens=num_new_tokens, computes=computes)]
         self._note(DECODE, request_id, decode)
-        num_left = prompt.num_tokens - decode.score.cached_tokens
-        if self._prefill is not None and prefill is not None and elsewhere and num_left >= elsewhere.min_tokens:
+        if self._prefill is not None and prefill is not None and not computes:
             routed.append(self._prefill.send(prompt, prefill, now_s))
             self._note(PREFILL, request_id, prefill)
         # Also where decode is to compute the prompt: should it have forgotten it, the choice is made.
-        route = Route(decode.replica, prefill.replica if prefill is not None else "")
+        route = Route(decode.replica, prefill.replica if prefill is not None else "", threshold)
         return RoutedRequest(route, tuple(routed), self._clock)
+
+    def is_remote(self, num_tokens: int) -> bool:
+        """Whether the prefill pool would compute a prompt that comes now, of which nothing is cached; for admission."""
+        if self._crossover is None:
+            return False
+        if self._crossover.min_tokens is not None:
+            return num_tokens >= self._crossover.min_tokens
+        now_s = self._clock()
+        if now_s - self._looked_s > _LOOK_S:
+            self._looked_s, self._seen = now_s, self._look(now_s)
+        if self._seen is None:
+            return num_tokens >= self._crossover.default_tokens
+        here, there, gaps = self._seen
+        computing_s = there.computing_s + num_tokens * self._routers[PREFILL].costs.token_s
+        return self._crossover.is_remote(num_tokens, here, replace(there, computing_s=computing_s), gaps)
+
+    def _look(self, now_s: float) -> tuple[Here, There, Gaps] | None:
+        """What a prompt without a token would meet."""
+        if not self._decode.replicas:
+            return None
+        nothing = PromptHashes(())
+        elsewhere, _ = self._look_elsewhere(nothing, now_s, 0)
+        here = self._decode.choose(nothing, now_s, elsewhere=elsewhere).score.here
+        return None if elsewhere is None or here is None else (here, elsewhere.there, elsewhere.gaps)
 
     @property
     def _has_choice(self) -> bool:
-        return self._is_on and any(len(router.replicas) > 1 for router in self._routers.values())
+        is_measured = self._crossover is not None and self._crossover.min_tokens is None
+        return self._is_on and (is_measured or any(len(router.replicas) > 1 for router in self._routers.values()))
 
     def lost(self, route: Route) -> None:
         """The decode replica that a request was sent to is gone, until it is heard of again."""
         self._decode.leave(route.decode)
 
-    def _look_elsewhere(self, prompt: PromptHashes, now_s: float) -> tuple[Elsewhere | None, Choice | None]:
+    def _look_elsewhere(
+        self, prompt: PromptHashes, now_s: float, num_new_tokens: int
+    ) -> tuple[Elsewhere | None, Choice | None]:
         """What the prefill pool would take for a prompt, and which of its replicas."""
-        if self._prefill is None or self._min_remote_tokens is None or not self._prefill.replicas:
+        if self._prefill is None or self._crossover is None or not self._prefill.replicas:
             return None, None
         choice = self._prefill.choose(prompt, now_s)
-        computing_s = choice.score.wait_s + choice.score.own_s
-        handoff_s = self._costs.handoff_token_s(self._prefill.costs.token_s)
-        return Elsewhere(self._min_remote_tokens, computing_s, handoff_s), choice
+        there = self._costs.there(choice.score.wait_s + choice.score.own_s, self._prefill.costs.token_s)
+        return Elsewhere(self._crossover, there, self._costs.gaps(num_new_tokens)), choice
 
     def _note(self, pool: str, request_id: str, choice: Choice) -> None:
         self.choices[pool, choice.reason] += 1
         self.promised_tokens[pool] += choice.score.cached_tokens
         if logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s: %s replica %s", request_id, pool, choice.describe())
+
+
+def _threshold(prompt: PromptHashes, decode: Choice, elsewhere: Elsewhere | None) -> int | None:
+    """How much the chosen decode replica has to lack for the prompt to be computed by the prefill pool."""
+    here = decode.score.here
+    if elsewhere is None or here is None:
+        return None
+    return elsewhere.crossover.threshold(prompt.num_tokens, here, elsewhere.there, elsewhere.gaps)
 
 
 def _is_heard(replica: ReplicaStats) -> bool:

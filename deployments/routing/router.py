@@ -117,11 +117,13 @@ class DecodeRule:
         return Candidate(
             name,
             cached_tokens,
+            queued_tokens=load.queued_tokens(at.now_s, at.tokens_per_s, at.num_routers),
             num_sequences=load.num_sequences(at.now_s, at.num_routers),
             max_sequences=max(1, load.stats.max_num_seqs),
             num_free_blocks=load.num_free_blocks(at.now_s, at.num_routers),
             num_blocks=max(1, load.stats.num_blocks),
             block_size=at.block_sizes.get(name, 1),
+            step_tokens=max(1, load.stats.max_num_batched_tokens),
         )
 
     @property
@@ -302,14 +304,25 @@ class Router:
         key = prompt.key_after(longest.cached_tokens, sizes.get(longest.replica))
         return choose(scores, rule.tie * prompt.num_tokens * costs.token_s, key)
 
-    def send(self, prompt: PromptHashes, choice: Choice, now_s: float, *, num_new_tokens: int = 0) -> Routed:
-        """A request goes to the replica that was just chosen for it: it counts there from now on."""
+    def send(
+        self, prompt: PromptHashes, choice: Choice, now_s: float, *, num_new_tokens: int = 0, computes: bool = True
+    ) -> Routed:
+        """A request goes to the replica that was just chosen for it: it counts there from now on.
+
+        Args:
+            prompt: the request's.
+            choice: of the replica.
+            now_s: the time.
+            num_new_tokens: that the request is expected to generate.
+            computes: the replica computes what it lacks of the prompt.
+        """
         sizes, name, load = self._index.block_sizes, choice.replica, self._loads[choice.replica]
         if self.rule.hot_asks is not None:
             for size in set(sizes.values()):
                 self._heat.ask(prompt.of(size), now_s)
         num_left = prompt.num_tokens - choice.score.cached_tokens
-        sent = load.send(num_left, -(-(num_left + num_new_tokens) // sizes.get(name, 1)), now_s)
+        num_blocks = -(-(num_left + num_new_tokens) // sizes.get(name, 1))
+        sent = load.send(num_left if computes else 0, num_blocks, now_s)
         self._index.expect(name, prompt, now_s)
         return Routed(name, choice, self, prompt, load, sent)
 

@@ -20,6 +20,7 @@ from hashlib import blake2b
 
 import msgspec
 
+from deployments.routing.crossover import Crossover, Gaps, Here, There
 from deployments.routing.settings import DecodeWeights, PrefillWeights
 
 
@@ -45,14 +46,14 @@ class Elsewhere:
     """What it takes to have a prompt computed by another pool, and its KV brought here.
 
     Attributes:
-        min_tokens: it is, with at least so many tokens that are not here.
-        computing_s: until it is computed.
-        token_s: to bring the KV of a token.
+        crossover: whether it is.
+        there: what it takes.
+        gaps: between tokens in this pool.
     """
 
-    min_tokens: int
-    computing_s: float
-    token_s: float
+    crossover: Crossover
+    there: There
+    gaps: Gaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +91,14 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
         replica: its name.
         cached_tokens: leading prompt tokens that it has or will have.
         kept_tokens: what these are worth, at most as many; see `heat.py`.
-        queued_tokens: prompt tokens that it has to compute before.
+        queued_tokens: prompt tokens that it has to compute before, by itself.
         recent_tokens: of prompts that it was given lately, without what was cached.
         num_sequences: that have a seat or wait for one.
         max_sequences: seats.
         num_free_blocks: without what is promised to sequences on their way.
         num_blocks: of its pool.
         block_size: tokens per block.
+        step_tokens: of a full step.
     """
 
     replica: str
@@ -109,6 +111,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     num_free_blocks: float = 0.0
     num_blocks: int = 1
     block_size: int = 1
+    step_tokens: int = 1
 
 
 class Score(msgspec.Struct, frozen=True, gc=False):
@@ -121,6 +124,7 @@ class Score(msgspec.Struct, frozen=True, gc=False):
         own_s: what is left of the prompt takes.
         wait_s: before its turn.
         other_s: what is neither, weighed: how crowded or full it is there.
+        here: at a decode replica, what matters of it when another pool may compute the prompt.
     """
 
     replica: str
@@ -129,6 +133,7 @@ class Score(msgspec.Struct, frozen=True, gc=False):
     own_s: float
     wait_s: float
     other_s: float
+    here: Here | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,20 +216,22 @@ def score_decode(
     """
     num_brought, own_s = _bring(candidate, shared_tokens, costs)
     num_left = num_tokens - candidate.cached_tokens - num_brought
-    if elsewhere is None or num_left < elsewhere.min_tokens:
-        own_s += num_left * costs.token_s
+    batch = min(candidate.num_sequences, candidate.max_sequences)
+    here = Here(costs.token_s, candidate.queued_tokens, batch, candidate.step_tokens)
+    if elsewhere is not None and elsewhere.crossover.is_remote(num_left, here, elsewhere.there, elsewhere.gaps):
+        own_s += elsewhere.there.seconds(num_left)
     else:
-        own_s += elsewhere.computing_s + num_left * elsewhere.token_s
+        own_s += (candidate.queued_tokens + num_left) * costs.token_s
     num_needed = -(-(num_tokens + num_new_tokens - candidate.cached_tokens) // candidate.block_size)
     num_beyond = max(0.0, candidate.num_sequences + 1 - candidate.max_sequences)
     missing = max(0.0, num_needed - candidate.num_free_blocks) / candidate.num_blocks  # of all seats as well
     wait_s = (num_beyond / candidate.max_sequences + missing) * costs.seat_s
-    batch_s = min(candidate.num_sequences, candidate.max_sequences) * costs.sequence_s * num_new_tokens
+    batch_s = batch * costs.sequence_s * num_new_tokens
     used = 1.0 - (candidate.num_free_blocks - num_needed) / candidate.num_blocks
     full_s = max(0.0, used - weights.full_from) / (1.0 - weights.full_from)
     other_s = weights.batch * batch_s + weights.full * full_s
     cost = weights.fill * own_s + weights.seat * wait_s + other_s
-    return Score(candidate.replica, cost, candidate.cached_tokens, own_s, wait_s, other_s)
+    return Score(candidate.replica, cost, candidate.cached_tokens, own_s, wait_s, other_s, here)
 
 
 def _bring(candidate: Candidate, shared_tokens: int, costs: Costs) -> tuple[int, float]:

@@ -55,7 +55,8 @@ def _setup(options: argparse.Namespace) -> Setup:
     if options.curves:
         curves = replace(curves, **json.loads(options.curves.read_text(encoding="utf-8")))
     pool = PoolSetup(curves, options.start_s, most=options.most, cost=options.cost)
-    return Setup(pool, pool, options.ttft_s, options.itl_s, by_prefix=not options.serve_routing)
+    least, by_prefix = options.min_remote_tokens, not options.serve_routing
+    return Setup(pool, pool, options.ttft_s, options.itl_s, least, by_prefix=by_prefix)
 
 
 def _compare(trace: list[Request], setup: Setup, options: argparse.Namespace) -> dict[str, Result]:
@@ -107,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--curves", type=Path, help="JSON: other figures, by the names in simulator/curves.py")
     parser.add_argument("--fixed", nargs="*", default=[], metavar="P+D", help="fixed pools; 0+D is colocated")
     parser.add_argument("--advise", type=float, metavar="SHARE", help="find the smallest pools that keep the bounds")
+    parser.add_argument(
+        "--min-remote-tokens", type=int, help="as min_remote_prefill_tokens; decided by costs unless given"
+    )
     parser.add_argument("--serve-routing", action="store_true", help="replicas as Ray Serve chooses them; faster")
     parser.add_argument("--reasons", action="store_true", help="tell each change of the planner's, and why")
     parser.add_argument("--plot", type=Path, help="image to write")

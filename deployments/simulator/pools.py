@@ -72,13 +72,19 @@ class Replica:
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """A request that was let in, on its way."""
+    """A request that was let in, on its way; with `least` tokens that decode lacks it is computed elsewhere."""
 
     request: Request
     ticket: Ticket
     routed: RoutedRequest
+    least: int | None
     replica: Replica | None = None
     num_blocks: int = 0
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its prompt is computed elsewhere, unless something of it is cached."""
+        return self.least is not None and self.request.prompt_tokens >= self.least
 
 
 class Pool:
@@ -89,7 +95,6 @@ class Pool:
         setup: of it.
         env: keeps the time.
         gap_bound_s: gaps between tokens are counted that are longer.
-        remote_tokens: prompts that wait here, of so many tokens, are computed elsewhere; None: none is.
 
     Attributes:
         gpu_s: of replicas that have left.
@@ -97,9 +102,7 @@ class Pool:
         history: when how many replicas it was to have, and how many served.
     """
 
-    def __init__(
-        self, name: str, setup: PoolSetup, env: simpy.Environment, gap_bound_s: float, remote_tokens: int | None
-    ) -> None:
+    def __init__(self, name: str, setup: PoolSetup, env: simpy.Environment, gap_bound_s: float) -> None:
         self.name = name
         self.setup = setup
         self.is_over = False
@@ -109,7 +112,6 @@ class Pool:
         self.history: list[tuple[float, int, int]] = []
         self._env = env
         self._gap_bound_s = gap_bound_s
-        self._remote_tokens = remote_tokens
         self._names = count()
 
     @property
@@ -169,8 +171,7 @@ class Pool:
         engine, waiting = replica.engine, replica.waiting
         stats = engine.report()
         own = sum(c.request.prompt_tokens for c in waiting)
-        least = self._remote_tokens
-        remote = sum(c.request.prompt_tokens for c in waiting if least is not None and c.request.prompt_tokens >= least)
+        remote = sum(c.request.prompt_tokens for c in waiting if c.is_remote)
         stats.num_queued_prompt_tokens = own + engine.queued_tokens
         stats.num_remote_prompt_tokens = remote
         stats.num_waiting = len(waiting) if self.name == DECODE else max(0, engine.num_prompts - 1)

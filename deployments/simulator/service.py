@@ -16,6 +16,7 @@ from deployments.errors import OverloadedError, RequestTooLargeError
 from deployments.load.admission import Admission, Bounds
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import ANYWHERE, Priority
+from deployments.routing.crossover import Crossover, Goals
 from deployments.routing.hashes import PromptHashes
 from deployments.routing.pools import PoolRouters, RoutedRequest
 from deployments.routing.settings import RoutingSettings
@@ -34,7 +35,7 @@ class Setup:
         prefill: pool; None: colocated.
         ttft_s: bound of the time to first token; also of admission's estimate.
         itl_s: bound of the gaps between tokens.
-        min_remote_tokens: prompts with fewer uncached tokens are computed by decode.
+        min_remote_tokens: prompts with fewer uncached tokens are computed by decode; None: by what was measured.
         by_prefix: replicas are chosen by the project's routers; else as Ray Serve does.
         seed: of what Ray Serve draws.
     """
@@ -43,7 +44,7 @@ class Setup:
     prefill: PoolSetup | None
     ttft_s: float
     itl_s: float
-    min_remote_tokens: int = 256
+    min_remote_tokens: int | None = None
     by_prefix: bool = True
     seed: int = 0
 
@@ -69,14 +70,18 @@ class Service:
     def __init__(self, setup: Setup, scaler: Scaler) -> None:
         self.setup = setup
         self.env = simpy.Environment()
-        least = None if setup.prefill is None else setup.min_remote_tokens
-        self.decode = Pool(DECODE, setup.decode, self.env, setup.itl_s, least)
+        self.decode = Pool(DECODE, setup.decode, self.env, setup.itl_s)
         self.prefill = None
         if setup.prefill is not None:
-            self.prefill = Pool(PREFILL, setup.prefill, self.env, setup.itl_s, None)
+            self.prefill = Pool(PREFILL, setup.prefill, self.env, setup.itl_s)
         self.pools = {DECODE: self.decode} | ({} if self.prefill is None else {PREFILL: self.prefill})
-        self._admission = Admission(Bounds(setup.ttft_s, 100_000_000, least), self._clock)
-        self._routers = PoolRouters(RoutingSettings(by_prefix=setup.by_prefix), least, clock=self._clock)
+        crossover, least = None, None
+        if setup.prefill is not None:
+            crossover = Crossover(Goals(setup.ttft_s, setup.itl_s), setup.min_remote_tokens)
+            least = crossover.default_tokens
+        self._routers = PoolRouters(RoutingSettings(by_prefix=setup.by_prefix), crossover, clock=self._clock)
+        self._admission = Admission(Bounds(setup.ttft_s, 100_000_000, least), self._clock, self._routers.is_remote)
+        self._least = least
         self._scaler = scaler
         self._draw = random.Random(setup.seed)
         self._num_refused = 0
@@ -139,7 +144,9 @@ class Service:
             request.is_refused = True
             self._num_refused += 1
             return
-        call = Call(request, ticket, self._route(request))
+        routed = self._route(request)
+        least = routed.route.min_remote_tokens
+        call = Call(request, ticket, routed, self._least if least is None else least)
         replica = call.replica = self.decode.find(call.routed.route.decode, self._draw)
         replica.num_open += 1
         call.num_blocks = -(-(request.prompt_tokens + request.output_tokens) // BLOCK_SIZE)
@@ -172,7 +179,7 @@ class Service:
         """Have a prompt computed: here or by the prefill pool."""
         request, engine = call.request, replica.engine
         found = engine.cache.find(request.chain, request.prompt_tokens)
-        if self.prefill is None or request.prompt_tokens - found < self.setup.min_remote_tokens:
+        if self.prefill is None or call.least is None or request.prompt_tokens - found < call.least:
             engine.compute(request, lambda: self._go_on(call))
             return
         replica.num_reserved += 1

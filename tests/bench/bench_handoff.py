@@ -129,7 +129,8 @@ def bench_ttft(port: int, num_rounds: int) -> list[dict[str, Any]]:
     serve.start(http_options={"port": port})
     for mode in ("disaggregated", "colocated"):
         print(f"starting the {mode} application ...", flush=True)
-        args = AppConfig(mode=mode, served_model_name="bench")
+        handed_over = {"min_remote_prefill_tokens": 256} if mode == "disaggregated" else {}
+        args = AppConfig.model_validate({"mode": mode, "served_model_name": "bench"} | handed_over)
         serve.run(graph(args), name=mode, route_prefix=f"/{mode}")
     rows = []
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:

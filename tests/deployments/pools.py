@@ -17,6 +17,7 @@ from deployments.load.admission import Admission, Bounds
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import GenerateRequest, TokenOutput
 from deployments.prefill import Prefill
+from deployments.routing.crossover import Crossover, Goals
 from deployments.routing.pools import PoolRouters
 from deployments.routing.settings import RoutingSettings
 from deployments.tokens.receiver import TokenReceiver, TokenStream
@@ -153,7 +154,7 @@ class Pools:
         pools.engines = [replica.engine for replica in pools.prefills + pools.decodes]
         pools.tokens = await TokenReceiver.start("127.0.0.1", max_unread_tokens)
         admission = Admission(Bounds(max_ttft_s=30.0, max_queued_tokens=10_000, min_remote_tokens=min_tokens))
-        pools.routers = PoolRouters(routing or RoutingSettings(), min_tokens)
+        pools.routers = PoolRouters(routing or RoutingSettings(), Crossover(Goals(ttft_s=2.0, itl_s=0.1), min_tokens))
         pools.backend = PoolBackend(
             decode_handle, prefill_handle, pools.tokens, admission, pools.routers, resume_timeout_s
         )

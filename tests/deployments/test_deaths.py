@@ -167,7 +167,7 @@ async def test_a_prefill_pool_that_does_not_answer_costs_one_lease_and_is_used_a
     assert tokens_of(await pools.collect(greedy("pays not", PROMPT, NUM_TOKENS))) == expected
     assert (await pools.decode.engine.stats()).expired_leases == 1
     pools.prefill.engine.goes_on.set()
-    while pools.decode.deployment.remote_threshold is None:  # noqa: ASYNC110
+    while not pools.decode.deployment.has_prefill:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
     assert tokens_of(await pools.collect(greedy("again", PROMPT, NUM_TOKENS))) == expected
     assert pools.prefill.front.handoff.num_requests == 1

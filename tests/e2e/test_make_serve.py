@@ -59,6 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, keys_file: Path) -> Iterato
     pairs = ["ingress.min_replicas=2", "ingress.max_replicas=2", f"served_model_name={MODEL_NAME}"]
     pairs.append("ingress.max_ttft_s=600")  # nothing shall be refused for being slow on cores that others use, too
     pairs.append("engine.num_blocks=512")  # and not what is free just now of a machine that others use, too
+    pairs.append("min_remote_prefill_tokens=256")  # so that tests know which engine computes their prompts
     pairs.append(f"ingress.api_keys={keys_file}")
     command = [sys.executable, "-m", "app.local", "--run-dir", str(folder.path), "up", "--port", str(port), *pairs]
     subprocess.run(command, check=True, timeout=600)

@@ -78,11 +78,30 @@ def test_a_request_is_expected_to_generate_as_many_tokens_as_others_did() -> Non
 
 def test_a_hand_off_costs_what_chunks_took() -> None:
     costs, handoff = DecodeCosts(), HandoffStats()
-    assert costs.handoff_token_s(0.001) == pytest.approx(0.00005)
-    for second in range(5):
-        handoff.observe(num_blocks=10, num_bytes=1, seconds=0.016)
+    assert costs.there(1.0, 0.001).seconds(100) == pytest.approx(1.005), "nothing is known of it"
+    for second in range(500):
+        num_blocks = (10, 40)[second % 2]
+        handoff.observe(num_blocks, num_bytes=1, seconds=0.02 + 0.016 * num_blocks / 10)
         costs.update({}, {"p": handoff.copy()}, 16, float(second))
-    assert costs.handoff_token_s(0.001) == pytest.approx(0.0001)
+    there = costs.there(1.0, 0.001)
+    assert there.gap_s(160) == pytest.approx(0.036, rel=0.01)
+    assert 0.5 < there.sure < 1.0
+    costs.update({}, {"p": handoff.copy()}, 16, 500.0 + 1200.0)
+    assert costs.there(1.0, 0.001).sure < 0.01, "it was long ago, and is tried again"
+
+
+def test_gaps_are_late_that_are_longer_than_their_bound() -> None:
+    costs, stats = DecodeCosts(itl_s=0.075), EngineStats()
+    costs.update({"d": stats.copy()}, {}, 16, 0.0)
+    assert costs.gaps(300).late_share == 0.0
+    for second in range(1, 60):
+        stats.itl_s.observe(0.02, 90)
+        stats.itl_s.observe(0.2, 10)
+        costs.update({"d": stats.copy()}, {}, 16, float(second))
+    assert costs.gaps(300).late_share == pytest.approx(0.1, rel=0.01)
+    stats.itl_s.observe(0.08, 100)
+    costs.update({"d": stats.copy()}, {}, 16, 1000.0)
+    assert costs.gaps(300).late_share == pytest.approx(0.5), "of a bucket, as much as is beyond"
 
 
 def test_a_mean_is_of_what_was_added_lately() -> None:

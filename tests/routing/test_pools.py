@@ -10,6 +10,7 @@ from deployments.engine.stats import EngineStats
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import ANYWHERE, GenerateRequest, SamplingParams
 from deployments.replica_stats import HandoffStats, ReplicaStats
+from deployments.routing.crossover import Crossover, Goals
 from deployments.routing.hashes import PromptHashes
 from deployments.routing.pools import PoolRouters
 from deployments.routing.scoring import Reason
@@ -34,9 +35,9 @@ class Pools:
         self.engines = {pool: dict.fromkeys(of, IDLE) for pool, of in names.items()}
         self.ages: dict[str, float] = {}
         self.logs = {name: CacheLog() for of in names.values() for name in of}
-        min_tokens = MIN_REMOTE if mode == "disaggregated" else None
+        crossover = Crossover(Goals(ttft_s=2.0, itl_s=0.1), MIN_REMOTE) if mode == "disaggregated" else None
         clock = lambda: self.now_s  # noqa: E731
-        self.routers = PoolRouters(settings or RoutingSettings(), min_tokens, clock=clock, **options)  # type: ignore[arg-type]
+        self.routers = PoolRouters(settings or RoutingSettings(), crossover, clock=clock, **options)  # type: ignore[arg-type]
 
     def holds(self, name: str, prompt: PromptHashes) -> None:
         for block in prompt.of(SIZE):

@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from deployments.routing.crossover import Crossover, Gaps, Goals, There
 from deployments.routing.scoring import (
     Candidate,
     Costs,
@@ -17,6 +18,7 @@ from deployments.routing.scoring import (
 from deployments.routing.settings import DecodeWeights, PrefillWeights
 
 COSTS = Costs(token_s=0.001, sequence_s=0.0005, seat_s=2.0)
+ELSEWHERE = Elsewhere(Crossover(Goals(ttft_s=2.0, itl_s=0.1), 256), There(0.5, 0.0, 0.0001), Gaps(100))
 sizes = st.integers(1, 100_000)
 amounts = st.floats(0, 1e6)
 candidates = st.builds(
@@ -166,7 +168,7 @@ def test_what_decided_is_told_apart() -> None:
 def test_what_is_computed_elsewhere_costs_the_wait_there_and_the_way_back() -> None:
     def cost(cached_tokens: int) -> float:
         candidate = changed(Candidate("a"), cached_tokens=cached_tokens, num_free_blocks=1e6, num_blocks=10**6)
-        return score_decode(1000, 0, candidate, COSTS, DecodeWeights(), Elsewhere(256, 0.5, 0.0001)).own_s
+        return score_decode(1000, 0, candidate, COSTS, DecodeWeights(), ELSEWHERE).own_s
 
     assert cost(745) == pytest.approx(0.255), "computed here"
     assert cost(744) == pytest.approx(0.5 + 0.0256)
@@ -202,10 +204,9 @@ def test_with_a_tier_more_cached_tokens_still_never_make_a_replica_worse(
 
 def test_what_the_tier_has_is_not_computed_elsewhere() -> None:
     candidate = changed(Candidate("a"), num_free_blocks=1e6, num_blocks=10**6)
-    elsewhere = Elsewhere(256, 0.5, 0.0001)
-    score = score_decode(1000, 0, candidate, TIER, DecodeWeights(), elsewhere, shared_tokens=800)
+    score = score_decode(1000, 0, candidate, TIER, DecodeWeights(), ELSEWHERE, shared_tokens=800)
     assert score.own_s == pytest.approx(0.8 * 0.2 + 0.2)
-    score = score_decode(1000, 0, candidate, TIER, DecodeWeights(), elsewhere, shared_tokens=700)
+    score = score_decode(1000, 0, candidate, TIER, DecodeWeights(), ELSEWHERE, shared_tokens=700)
     assert score.own_s == pytest.approx(0.7 * 0.2 + 0.5 + 300 * 0.0001)
 
 

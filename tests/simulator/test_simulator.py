@@ -25,9 +25,12 @@ from deployments.simulator.service import Service, Setup
 CURVES = Curves(step_s=0.01, token_s=1e-4, sequence_s=1e-3, context_s=0.0, handoff_s=0.02, handoff_token_s=0.0)
 
 
-def setup_of(prefill=1, decode=1, start_s=10.0, curves=CURVES, ttft_s=2.0, itl_s=0.05) -> Setup:
+def setup_of(
+    prefill=1, decode=1, start_s=10.0, curves=CURVES, ttft_s=2.0, itl_s=0.05, min_remote_tokens: int | None = 256
+) -> Setup:
     pool = PoolSetup(curves, start_s, most=20)
-    return Setup(replace(pool, initial=decode), replace(pool, initial=prefill) if prefill else None, ttft_s, itl_s)
+    prefill_pool = replace(pool, initial=prefill) if prefill else None
+    return Setup(replace(pool, initial=decode), prefill_pool, ttft_s, itl_s, min_remote_tokens)
 
 
 def every(gap_s: float, count: int, prompt=1000, output=20, begin_s=0.0) -> list[Request]:
@@ -77,6 +80,20 @@ def test_prompts_that_end_in_one_step_hold_up_nobody_who_comes_later():
     requests = [Request(0.0, 1000, 20), *(Request(0.01, 1000, 20) for _ in range(2)), Request(5.0, 1000, 20)]
     Service(setup_of(prefill=0), Fixed()).play(requests)
     assert requests[-1].ttft_s == pytest.approx(requests[0].ttft_s)
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "itl_s", "gap_s"), [(1, 1, 0.05, 0.12), (1, 3, 1.0, 0.06)], ids=["busy", "short of prefill"]
+)
+def test_who_computes_prompts_is_measured_and_no_worse_than_one_way_for_all(prefill, decode, itl_s, gap_s):
+    trace = every(gap_s, 250, prompt=1000, output=40)
+    ways = {"always": 0, "never": 10**9, "measured": None}
+    good = {
+        way: play(trace, setup_of(prefill, decode, itl_s=itl_s, ttft_s=1.0, min_remote_tokens=least), Fixed()).num_good
+        for way, least in ways.items()
+    }
+    assert min(good["always"], good["never"]) < 0.8 * max(good.values()), "it matters"
+    assert good["measured"] >= 0.95 * max(good["always"], good["never"])
 
 
 def test_fixed_pools_cost_as_many_gpus_as_they_have():

@@ -36,7 +36,8 @@ DEFAULT_BUDGET = 128
 # The decode engine computes chat prompts itself, a few tokens beside each step, so that they do not lengthen it much;
 # the prefill engine takes longer steps, which nobody waits for: fewer chunks to hand over.
 SPLIT_ARGUMENTS = (
-    "engine.max_num_seqs=16 decode.engine.max_num_batched_tokens=16 prefill.engine.max_num_batched_tokens=256"
+    "engine.max_num_seqs=16 decode.engine.max_num_batched_tokens=16 prefill.engine.max_num_batched_tokens=256 "
+    "min_remote_prefill_tokens=256"
 )
 COLOCATED_ARGUMENTS = "mode=colocated decode.min_replicas=2 decode.max_replicas=2 engine.max_num_seqs=16"
 

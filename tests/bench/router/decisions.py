@@ -11,6 +11,7 @@ from deployments.engine.stats import EngineStats
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import GenerateRequest, SamplingParams
 from deployments.replica_stats import HandoffStats, ReplicaStats
+from deployments.routing.crossover import Crossover, Goals
 from deployments.routing.hashes import PromptHashes
 from deployments.routing.pools import PoolRouters
 from deployments.routing.router import Report, Router
@@ -117,7 +118,7 @@ def time_requests(
         draw: what turns are made of.
     """
     now_s = 0.0
-    routers = PoolRouters(RoutingSettings(), min_remote_tokens=256, clock=lambda: now_s)
+    routers = PoolRouters(RoutingSettings(), Crossover(Goals(ttft_s=2.0, itl_s=0.1)), clock=lambda: now_s)
 
     def read() -> None:
         replicas = {}

@@ -1,0 +1,182 @@
+"""Whether a prompt is computed by the decode engine that will continue it, or by the prefill pool. Pure.
+
+What either way puts at risk is compared, in requests that may miss their bounds. The request's own first token: the
+closer to its bound, the more. The gaps of the sequences that run: a prompt in their midst delays each of them once; and
+if it makes a step longer than the bound of gaps, it takes one of the few late gaps that each of them may have. A
+hand-off puts nobody at risk but the request, which waits for it behind its first token.
+
+So an idle decode engine computes prompts itself, and a busy one leaves them to the prefill pool, unless that is busier
+still or far away, or next to nothing is left to compute.
+"""
+
+import math
+from dataclasses import dataclass
+
+import msgspec
+
+# Holds while nothing is known: where routers are off, or no replica was heard of.
+_UNMEASURED_MIN_TOKENS = 256
+# Calls from process to process, before a prefill engine hears of a prompt: by so much its first token comes later than
+# if the engine had been asked itself (512 tokens of Llama-3.1-8B's shape on one H100, docs/measured.md).
+_MESSAGES_S = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class Goals:
+    """What requests are to keep.
+
+    Attributes:
+        ttft_s: bound of the time to first token.
+        itl_s: bound of the gaps between tokens.
+        late_share: of a request's gaps, that may be longer.
+    """
+
+    ttft_s: float
+    itl_s: float
+    late_share: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Gaps:
+    """The gaps between tokens in a decode pool.
+
+    Attributes:
+        num_new_tokens: that a sequence generates, in the mean.
+        step_s: of a step without sequences or prompts.
+        sequence_s: by how much each sequence makes it longer.
+        late_share: of all gaps lately, that were longer than their bound.
+    """
+
+    num_new_tokens: float
+    step_s: float = 0.0
+    sequence_s: float = 0.0
+    late_share: float = 0.0
+
+    def one_more(self, goals: Goals) -> float:
+        """How likely a late gap more is the one too many for a sequence.
+
+        Late gaps come by chance (Poisson). Where there are too many already, one more is taken to matter as much as at
+        the edge: else nothing would lead back.
+        """
+        num_allowed = int(goals.late_share * self.num_new_tokens)
+        mean = min(self.late_share * self.num_new_tokens, float(num_allowed))
+        if mean <= 0:
+            return 0.0 if num_allowed else 1.0
+        return math.exp(num_allowed * math.log(mean) - mean - math.lgamma(num_allowed + 1))
+
+
+class Here(msgspec.Struct, frozen=True, gc=False):
+    """A decode engine, as far as it matters.
+
+    Attributes:
+        token_s: a prompt token is computed in its steps.
+        queued_tokens: that it has to compute before.
+        num_sequences: that draw tokens.
+        step_tokens: of a full step.
+    """
+
+    token_s: float
+    queued_tokens: float
+    num_sequences: float
+    step_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class There:
+    """The prefill pool, for one prompt.
+
+    Attributes:
+        computing_s: until the prompt is computed there.
+        handoff_s: until the last piece of it has arrived here, whatever its size.
+        token_s: and for each of its tokens.
+        sure: part of these two that is sure: what is not tried is not measured, so in doubt it is tried.
+    """
+
+    computing_s: float
+    handoff_s: float = 0.0
+    token_s: float = 0.0
+    sure: float = 1.0
+
+    def gap_s(self, num_tokens: int) -> float:
+        """Behind the first token, if decode lacks so many."""
+        return self.handoff_s + num_tokens * self.token_s
+
+    def seconds(self, num_tokens: int) -> float:
+        """Until decode can go on."""
+        return self.computing_s + self.gap_s(num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Crossover:
+    """How it is decided.
+
+    Attributes:
+        goals: what requests are to keep.
+        min_tokens: with so many tokens or more that decode lacks, a prompt goes to the prefill pool; None: decided by
+            what was measured.
+    """
+
+    goals: Goals
+    min_tokens: int | None = None
+
+    @property
+    def default_tokens(self) -> int:
+        """What holds while nothing is measured."""
+        return default_tokens(self.min_tokens)
+
+    def is_remote(self, num_tokens: int, here: Here, there: There, gaps: Gaps) -> bool:
+        """Whether a prompt goes to the prefill pool of which the decode engine lacks so many tokens."""
+        if self.min_tokens is not None:
+            return num_tokens >= self.min_tokens
+        return risk_there(num_tokens, there, gaps, self.goals) < risk_here(num_tokens, here, gaps, self.goals)
+
+    def threshold(self, max_tokens: int, here: Here, there: There, gaps: Gaps) -> int:
+        """The fewest tokens of a prompt of `max_tokens` with which it goes there; `max_tokens + 1`: it never does.
+
+        For the engine, which alone knows what it has cached when the prompt's turn comes. Where more tokens speak
+        against the prefill pool, those of the whole prompt decide.
+        """
+        if self.min_tokens is not None:
+            return self.min_tokens
+        low, high = 0, max_tokens + 1
+        if not self.is_remote(max_tokens, here, there, gaps):
+            return high
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.is_remote(middle, here, there, gaps):
+                high = middle
+            else:
+                low = middle
+        return high
+
+
+def default_tokens(min_tokens: int | None) -> int:
+    """What holds for a setting of `Crossover.min_tokens` while nothing is measured."""
+    return _UNMEASURED_MIN_TOKENS if min_tokens is None else min_tokens
+
+
+def risk_here(num_tokens: int, here: Here, gaps: Gaps, goals: Goals) -> float:
+    """Requests that miss their bounds if the decode engine computes so many tokens."""
+    own_s = num_tokens * here.token_s
+    first = _first_token(here.queued_tokens * here.token_s + own_s, goals)
+    if here.num_sequences <= 0:
+        return first
+    delayed = own_s / (max(1.0, gaps.num_new_tokens) * goals.itl_s)
+    in_step = min(here.queued_tokens + num_tokens, float(here.step_tokens))
+    step_s = gaps.step_s + gaps.sequence_s * here.num_sequences + in_step * here.token_s
+    if step_s > goals.itl_s:
+        delayed += math.ceil(num_tokens / here.step_tokens) * gaps.one_more(goals)
+    return first + here.num_sequences * delayed
+
+
+def risk_there(num_tokens: int, there: There, gaps: Gaps, goals: Goals) -> float:
+    """Requests that miss their bounds if the prefill pool computes them."""
+    gap_s = there.sure * there.gap_s(num_tokens)  # behind the first token, which the prefill engine sends
+    own = _first_token(there.computing_s + _MESSAGES_S, goals) + gap_s / (max(1.0, gaps.num_new_tokens) * goals.itl_s)
+    return own + (gaps.one_more(goals) if gap_s > goals.itl_s else 0.0)
+
+
+def _first_token(seconds: float, goals: Goals) -> float:
+    """What a first token after so long is of its bound; beyond it more, so that the lesser of two delays is chosen."""
+    share = seconds / goals.ttft_s
+    return max(share, share * share)
