@@ -20,6 +20,8 @@ from starlette.applications import Starlette
 from deployments.apart import call_apart
 from deployments.api.accounts import Sharers
 from deployments.api.control_tokens import ControlPolicy
+from deployments.api.examiners import Apart
+from deployments.api.grammar_check import TIMEOUT_S as GRAMMAR_TIMEOUT_S
 from deployments.api.http import build_app
 from deployments.api.keys import KeyRing
 from deployments.api.reasoning.support import ReasoningParserName
@@ -273,6 +275,7 @@ class Ingress:
             server_sends_ids=True,
             keys=self._keys,
             cors_origins=self._settings.cors_origins,
+            examiner=Apart(self._codec.backend.to_str(), self._info.vocab_size, GRAMMAR_TIMEOUT_S),
         )
 
 

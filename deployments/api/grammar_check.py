@@ -1,15 +1,16 @@
 """Tells callers what is wrong with their grammars, before anything else of their calls is done.
 
-Compiles in a thread of its own, which does not stop the event loop: llguidance lets go of the interpreter's lock. The
-engines compile again, with the same bounds.
+Has them tried from a thread of its own, so that the event loop goes on; `examiners.py` says where. The engines compile
+again, with the same bounds.
 """
 
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+from deployments.api.examiners import Examiner
 from deployments.errors import InvalidRequestError, OverloadedError
-from deployments.grammars import GrammarError, Vocabularies, Vocabulary, VocabularyError, explain
+from deployments.grammars import GrammarError, VocabularyError, explain
 from deployments.messages import Grammar
 
 # Whoever has waited so long for others is sent away, and so is a grammar that takes so long itself.
@@ -21,12 +22,12 @@ class GrammarCheck:
     """Of one model. Used in one event loop.
 
     Args:
-        make: from end tokens, the vocabulary that grammars are compiled for; reading it takes a while.
+        examiner: tries them. One that can be stopped should be, after `TIMEOUT_S`: until then nothing else is tried.
         timeout_s: see `TIMEOUT_S`.
     """
 
-    def __init__(self, make: Callable[[tuple[int, ...]], Vocabulary], timeout_s: float = TIMEOUT_S) -> None:
-        self._vocabularies = Vocabularies(make)
+    def __init__(self, examiner: Examiner, timeout_s: float = TIMEOUT_S) -> None:
+        self._examiner = examiner
         self._timeout_s = timeout_s
         self._thread = ThreadPoolExecutor(1, "grammar-check")
         self._num_waiting = 0
@@ -75,6 +76,6 @@ class GrammarCheck:
 
     def _check(self, grammar: Grammar, begin: Callable[[], object]) -> None:
         """In the thread."""
-        vocabulary = self._vocabularies.of(grammar.end_token_ids)
+        self._examiner.prepare(grammar.end_token_ids)
         begin()
-        vocabulary.compile(grammar).mask()
+        self._examiner.examine(grammar)

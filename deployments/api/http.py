@@ -21,6 +21,7 @@ from deployments.api.backend import Backend
 from deployments.api.body import MAX_BODY_BYTES
 from deployments.api.calls import read_chat, read_completion
 from deployments.api.cors import build_cors
+from deployments.api.examiners import Examiner, Here
 from deployments.api.exchange import Endpoint, Service
 from deployments.api.failures import failure_of
 from deployments.api.grammar_check import GrammarCheck
@@ -50,6 +51,7 @@ def build_app(
     server_sends_ids: bool = False,
     keys: KeyRing | None = None,
     cors_origins: Sequence[str] = (),
+    examiner: Examiner | None = None,
 ) -> Starlette:
     """Build the application.
 
@@ -63,10 +65,11 @@ def build_app(
         server_sends_ids: see `RequestIds`.
         keys: those that let in; None: everybody is.
         cors_origins: whose pages may use the API from a browser.
+        examiner: tries grammars before engines get them; None: one in this process, which nothing can stop.
     """
     observer = observer or SilentObserver()
-    grammars = GrammarCheck(lambda ends: Vocabulary(codec.backend.to_str(), info.vocab_size, ends))
-    service = Service(backend, codec, info, observer, max_body_bytes, body_timeout_s, grammars)
+    examiner = examiner or Here(lambda ends: Vocabulary(codec.backend.to_str(), info.vocab_size, ends))
+    service = Service(backend, codec, info, observer, max_body_bytes, body_timeout_s, GrammarCheck(examiner))
     responses = Endpoint(service, "resp_", read_response, ResponseAnswer, sse.named_frame)
     pages = Pages(service)
     middleware = [Middleware(RequestIds, is_sent_by_server=server_sends_ids), Middleware(ClosesUnread)]

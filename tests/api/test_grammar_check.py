@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
+from deployments.api.examiners import Here
 from deployments.api.grammar_check import GrammarCheck
 from deployments.api.http import build_app
 from deployments.api.text import TextCodec
@@ -58,13 +59,13 @@ GRAMMAR = Grammar("start: /a/", (0,), "response_format")
 
 
 async def test_a_grammar_that_takes_too_long_is_told_so(held):
-    check = GrammarCheck(held.make, TIMEOUT_S)
+    check = GrammarCheck(Here(held.make), TIMEOUT_S)
     with pytest.raises(InvalidRequestError, match="response_format took longer than 1 s to compile"):
         await check.check(GRAMMAR)
 
 
 async def test_who_waits_behind_it_is_not_to_blame(held):
-    check = GrammarCheck(held.make, TIMEOUT_S)
+    check = GrammarCheck(Here(held.make), TIMEOUT_S)
     first = asyncio.create_task(check.check(GRAMMAR))
     assert await asyncio.to_thread(held.compiling.wait, PATIENCE_S)
     with pytest.raises(OverloadedError, match="2 grammars wait to be compiled"):
@@ -76,11 +77,11 @@ async def test_who_waits_behind_it_is_not_to_blame(held):
 async def test_nor_is_who_waits_for_the_vocabulary(held):
     held.lets_read.clear()
     with pytest.raises(OverloadedError):
-        await GrammarCheck(held.make, timeout_s=0.2).check(GRAMMAR)
+        await GrammarCheck(Here(held.make), timeout_s=0.2).check(GRAMMAR)
 
 
 async def test_who_has_given_up_is_not_compiled_and_leaves_room(held):
-    check = GrammarCheck(held.make, timeout_s=0.2)
+    check = GrammarCheck(Here(held.make), timeout_s=0.2)
     for _ in range(3):
         with pytest.raises((InvalidRequestError, OverloadedError)):
             await check.check(GRAMMAR)
