@@ -17,6 +17,10 @@ PY := $(VENV)/bin/python
 LOAD_VENV := .venv-load
 LOAD_PY := $(LOAD_VENV)/bin/python
 LOAD := $(LOAD_VENV)/.stamp
+# So do clients of others that tests have talk to the API; npm installs those of Node, where it is there.
+CLIENTS_VENV := .venv-clients
+CLIENTS := $(CLIENTS_VENV)/.stamp
+NODE_CLIENTS := tests/clients/node
 SCENARIO ?= mixed
 URL ?= http://127.0.0.1:$(PORT)
 # Quiet but for errors; what is being installed is said by the rules.
@@ -51,7 +55,7 @@ stop: ## Stop the server and everything it started.
 status: ## Say whether the server runs.
 	@test -x $(PY) || { echo "no server runs"; exit 1; }; $(PY) -m app.local status
 
-test: $(DEV) $(LOAD) ## Run the tests that need no GPU, in two processes. ARGS= is passed on to pytest.
+test: $(DEV) $(LOAD) $(CLIENTS) ## Run the tests that need no GPU, in two processes. ARGS= is passed on to pytest.
 	@$(PY) -m pytest -n 2 $(ARGS)
 
 check: $(DEV) ## Formatting, lint and types.
@@ -121,7 +125,7 @@ advise: $(RUNTIME) $(LOAD) ## Measure whether to disaggregate: SCENARIO=. ARGS= 
 	@$(LOAD_PY) -m load_tests.advise $(SCENARIO) $(ARGS)
 
 clean: ## Remove the virtual environment and every cache.
-	@rm -rf $(VENV) $(LOAD_VENV) .run .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	@rm -rf $(VENV) $(LOAD_VENV) $(CLIENTS_VENV) $(NODE_CLIENTS)/node_modules .run .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -145,4 +149,13 @@ $(LOAD): load_tests/requirements.txt
 	@echo "installing the load generator"
 	@test -x $(LOAD_PY) || "$(PYTHON)" -m venv $(LOAD_VENV)
 	@$(INSTALL) $(LOAD_VENV) -r load_tests/requirements.txt
+	@touch $@
+
+# Without compiling: a few of their modules are imported, by one process.
+$(CLIENTS): tests/clients/requirements.txt $(NODE_CLIENTS)/package.json
+	@echo "installing clients of the API"
+	@test -x $(CLIENTS_VENV)/bin/python || "$(PYTHON)" -m venv $(CLIENTS_VENV)
+	@COMPILE=no $(INSTALL) $(CLIENTS_VENV) -r tests/clients/requirements.txt
+	@npm install --prefix $(NODE_CLIENTS) --no-package-lock --no-audit --no-fund --silent || \
+		echo "npm is not there, or cannot install: clients of Node are not tested"
 	@touch $@

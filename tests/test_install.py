@@ -52,3 +52,12 @@ def test_pip_installs_what_uv_cannot(folder: Path) -> None:
     install(folder, "-e", ".[dev]")
     installs = [line for line in (folder / "python").read_text().splitlines() if "pip install" in line]
     assert [line.split("--no-compile ")[1] for line in installs] == ["-e .[dev]"]
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_packages_are_compiled_unless_that_is_not_wanted(
+    folder: Path, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPILE", "yes" if compiles else "no")
+    install(folder, "a-package")
+    assert ("-m compileall" in (folder / "python").read_text()) is compiles
