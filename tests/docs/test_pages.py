@@ -30,6 +30,12 @@ def test_files_and_folders_that_are_named_exist(page):
     assert [path for path in paths(page.read_text()) if path not in FOREIGN and not exists(path)] == []
 
 
+def test_what_is_tried_of_hostile_inputs_names_tests_that_exist():
+    named = re.findall(r"\| `(tests/[^`]+\.py)`: `(test_[^`]+)` \|$", (ROOT / "docs" / "hostile.md").read_text(), re.M)
+    assert len(named) == (ROOT / "docs" / "hostile.md").read_text().count("\n| ") - 1
+    assert [(file, test) for file, test in named if f"def {test}(" not in (ROOT / file).read_text()] == []
+
+
 @each_living_page
 def test_settings_that_are_named_exist(page):
     known = {argument.name.removesuffix(".KEY") for argument in arguments_of(AppConfig)}
