@@ -3,34 +3,17 @@
 import json
 import random
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
 from jsonschema import validate
 
 from deployments import grammars
-from deployments.api.openai import ChatBody
-from deployments.api.structured import read_grammar
-from deployments.grammars import GrammarError, Guide, Vocabulary, VocabularyError
-from deployments.messages import Grammar
-from tests.api.fakes import END_ID, build_codec
+from deployments.grammars import GrammarError, Vocabulary, VocabularyError
+from tests.api.fakes import END_ID
+from tests.guides import VOCAB_SIZE, draw, grammar_of, vocabulary
 
-VOCAB_SIZE = 257
 NUM_SCHEMAS = 200
-MAX_TOKENS = 2000
-
-
-@cache
-def vocabulary() -> Vocabulary:
-    return Vocabulary(build_codec().backend.to_str(), VOCAB_SIZE, (END_ID,))
-
-
-def grammar_of(schema: dict[str, Any]) -> Grammar:
-    body = ChatBody.model_validate({"messages": [{"role": "user", "content": "x"}], "guided_json": schema})
-    grammar = read_grammar(body, (END_ID,))
-    assert grammar is not None
-    return grammar
 
 
 def random_schema(random: random.Random, depth: int = 0) -> dict[str, Any]:
@@ -83,21 +66,6 @@ def random_schema(random: random.Random, depth: int = 0) -> dict[str, Any]:
             lambda: {"$defs": {"t": inner}, "type": "array", "items": {"$ref": "#/$defs/t"}, "maxItems": 3},
         ]
     return random.choice(makers)()
-
-
-def draw(guide: Guide, random: random.Random) -> str | None:
-    """An answer of tokens drawn from those that may follow, ends sooner than not; None: it did not end."""
-    tokens: list[int] = []
-    for _ in range(MAX_TOKENS):
-        mask = guide.mask()
-        allowed = [token for token in range(VOCAB_SIZE) if mask[token // 8] >> token % 8 & 1]
-        closing = [token for token in allowed if token == END_ID or chr(token) in '"]}']
-        token = random.choice(closing if closing and random.random() < 0.3 else allowed)
-        if token == END_ID:
-            return bytes(tokens).decode()
-        tokens.append(token)
-        guide.take([token])
-    return None
 
 
 def test_answers_of_200_schemas_are_what_their_schemas_describe() -> None:

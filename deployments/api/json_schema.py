@@ -17,6 +17,16 @@ _STANDARD_FORMATS = frozenset(
         *("uri", "uri-reference", "iri", "iri-reference", "uri-template"),
     )
 )
+# The Gregorian calendar from year 1 on, seconds from 0 to 59 with microseconds at most: what Python's can hold.
+_YEAR = "(?:000[1-9]|00[1-9][0-9]|0[1-9][0-9]{2}|[1-9][0-9]{3})"
+_LEAP_YEAR = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_DAY = "(?:0[1-9]|1[0-9]|2[0-8])"
+_DATE = (
+    f"(?:{_YEAR}-(?:(?:0[1-9]|1[0-2])-{_DAY}|(?:0[13-9]|1[0-2])-(?:29|30)|(?:0[13578]|1[02])-31)|{_LEAP_YEAR}-02-29)"
+)
+_HOUR_AND_MINUTE = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+_TIME = rf"{_HOUR_AND_MINUTE}:[0-5][0-9](?:\.[0-9]{{1,6}})?(?:Z|[+-]{_HOUR_AND_MINUTE})"
+_PATTERNS = {"date": f"^{_DATE}$", "time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
 # Words that hold a schema, a list of them, or several by name.
 _ONE = frozenset(
     (
@@ -45,7 +55,7 @@ def with_rules_alone(schema: Mapping[str, Any], *, is_strict: bool) -> Schema:
         if not isinstance(value, Mapping):
             return value
         kept = {word: item for word, item in value.items() if not _is_dropped(word, item, is_strict)}
-        return {word: _change(word, item, walk) for word, item in kept.items()}
+        return _with_exact_dates({word: _change(word, item, walk) for word, item in kept.items()})
 
     walked: Schema = walk(schema)
     return walked
@@ -57,6 +67,17 @@ def _is_dropped(word: str, value: object, is_strict: bool) -> bool:
     if word == "propertyNames":
         return value is True or value in ({}, {"type": "string"})
     return word == "uniqueItems" and isinstance(value, bool) and not (value and is_strict)
+
+
+def _with_exact_dates(schema: Schema) -> Schema:
+    named = schema.get("format")
+    if not isinstance(named, str) or named not in _PATTERNS:
+        return schema
+    rest, rule = {word: value for word, value in schema.items() if word != "format"}, {"pattern": _PATTERNS[named]}
+    if "pattern" not in rest:
+        return rest | rule
+    others = rest.get("allOf")
+    return rest | {"allOf": [*(others if isinstance(others, list) else ()), rule]}
 
 
 def _change(word: str, value: Any, walk: Callable[[Any], Any]) -> Any:

@@ -1,6 +1,9 @@
 """Schemas as clients send them: which of their words are rules, and that those of Pydantic's types can be asked for."""
 
 import pathlib
+import re
+from collections.abc import Callable
+from datetime import date, datetime
 from typing import Annotated, Any
 
 import pytest
@@ -104,7 +107,7 @@ def follows(grammar: Grammar, text: str) -> bool:
     ("schema", "kept"),
     [
         ({"format": "path"}, {}),
-        ({"format": "date"}, {"format": "date"}),
+        ({"format": "email"}, {"format": "email"}),
         ({"format": "uri-reference"}, {"format": "uri-reference"}),
         ({"format": 3}, {"format": 3}),
         ({"uniqueItems": False}, {}),
@@ -130,3 +133,42 @@ def test_formats_of_the_standard_that_are_not_known_are_refused() -> None:
     source = '{"grammars": [{"json_schema": {"type": "string", "format": "iri"}}]}'
     with pytest.raises(GrammarError, match="iri"):
         VOCABULARY.compile(Grammar(source, INFO.eos_token_ids, "x"))
+
+
+def rule_of(kind: str) -> re.Pattern[str]:
+    return re.compile(with_rules_alone({"format": kind}, is_strict=True)["pattern"])
+
+
+def is_read_by(read: Callable[[str], object], text: str) -> bool:
+    try:
+        read(text)
+    except ValueError:
+        return False
+    return True
+
+
+def test_dates_are_those_of_the_calendar() -> None:
+    rule = rule_of("date")
+    for year in (0, 1, 4, 1900, 1999, 2000, 2023, 2024, 2100, 9999):
+        texts = [f"{year:04}-{month:02}-{day:02}" for month in range(14) for day in range(33)]
+        assert [text for text in texts if bool(rule.search(text)) != is_read_by(date.fromisoformat, text)] == []
+
+
+@pytest.mark.parametrize("text", ["00:00:00Z", "23:59:59.123456+23:59", "12:30:00-01:00"])
+def test_times_are_those_that_clocks_show(text: str) -> None:
+    assert rule_of("time").search(text) and rule_of("date-time").search(f"2024-02-29T{text}")
+    assert is_read_by(TypeAdapter(datetime).validate_python, f"2024-02-29T{text}")
+
+
+@pytest.mark.parametrize("text", ["24:00:00Z", "23:59:60Z", "12:60:00Z", "12:00:00", "12:00:00+24:00", "12:00:00.Z"])
+def test_others_are_not(text: str) -> None:
+    assert not rule_of("time").search(text) and not rule_of("date-time").search(f"2024-02-29T{text}")
+
+
+async def test_a_pattern_of_the_schemas_own_holds_beside_the_one_of_a_date() -> None:
+    schema = {"type": "string", "format": "date", "pattern": "^2024", "allOf": [{"minLength": 1}]}
+    rules = with_rules_alone(schema, is_strict=True)
+    assert rules["pattern"] == "^2024" and len(rules["allOf"]) == 2 and "format" not in rules
+    _, _, grammar = await post(CHAT, {"guided_json": schema})
+    assert grammar is not None and follows(grammar, '"2024-02-29"')
+    assert not follows(grammar, '"2023-01-01"') and not follows(grammar, '"2024-02-30"')
