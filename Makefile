@@ -20,6 +20,9 @@ LOAD := $(LOAD_VENV)/.stamp
 # So do clients of others that tests have talk to the API; npm installs those of Node, where it is there.
 CLIENTS_VENV := .venv-clients
 CLIENTS := $(CLIENTS_VENV)/.stamp
+# And so does what fuzzes it.
+FUZZ_VENV := .venv-fuzz
+FUZZ := $(FUZZ_VENV)/.stamp
 NODE_CLIENTS := tests/clients/node
 SCENARIO ?= mixed
 URL ?= http://127.0.0.1:$(PORT)
@@ -35,7 +38,7 @@ RUNTIME := $(VENV)/.stamp-runtime
 DEV := $(VENV)/.stamp-dev
 SOURCES := app deployments tests load_tests
 
-.PHONY: help serve stop status test check format load-test advise clean \
+.PHONY: help serve stop status test fuzz check format load-test advise clean \
 	bench-engine bench-host-step bench-gpu bench-gpu-handoff bench-two-gpus bench-handoff bench-serving bench-interference \
 	bench-overload bench-leaving bench-chaos bench-soak bench-router bench-prefix bench-tier bench-structured bench-planner
 
@@ -57,6 +60,9 @@ status: ## Say whether the server runs.
 
 test: $(DEV) $(LOAD) $(CLIENTS) ## Run the tests that need no GPU, in two processes. ARGS= is passed on to pytest.
 	@$(PY) -m pytest -n 2 $(ARGS)
+
+fuzz: $(DEV) $(FUZZ) ## Thousands of cases against the API, with a model that babbles. ARGS= is passed on.
+	@$(PY) -m tests.fuzz --python $(FUZZ_VENV)/bin/python $(ARGS)
 
 check: $(DEV) ## Formatting, lint and types.
 	@$(VENV)/bin/ruff format --check $(SOURCES)
@@ -125,7 +131,7 @@ advise: $(RUNTIME) $(LOAD) ## Measure whether to disaggregate: SCENARIO=. ARGS= 
 	@$(LOAD_PY) -m load_tests.advise $(SCENARIO) $(ARGS)
 
 clean: ## Remove the virtual environment and every cache.
-	@rm -rf $(VENV) $(LOAD_VENV) $(CLIENTS_VENV) $(NODE_CLIENTS)/node_modules .run .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	@rm -rf $(VENV) $(LOAD_VENV) $(CLIENTS_VENV) $(FUZZ_VENV) $(NODE_CLIENTS)/node_modules .run .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):
@@ -158,4 +164,10 @@ $(CLIENTS): tests/clients/requirements.txt $(NODE_CLIENTS)/package.json
 	@COMPILE=no $(INSTALL) $(CLIENTS_VENV) -r tests/clients/requirements.txt
 	@npm install --prefix $(NODE_CLIENTS) --no-package-lock --no-audit --no-fund --silent || \
 		echo "npm is not there, or cannot install: clients of Node are not tested"
+	@touch $@
+
+$(FUZZ):
+	@echo "installing schemathesis"
+	@test -x $(FUZZ_VENV)/bin/python || "$(PYTHON)" -m venv $(FUZZ_VENV)
+	@COMPILE=no $(INSTALL) $(FUZZ_VENV) 'schemathesis==4.*'
 	@touch $@

@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-settings.register_profile("kvrelay", deadline=None)
+# `make fuzz` has a number of its own.
+NUM_EXAMPLES = int(os.environ.get("KVRELAY_EXAMPLES", 100))
+
+settings.register_profile("kvrelay", deadline=None, max_examples=NUM_EXAMPLES)
 settings.load_profile("kvrelay")
 
 

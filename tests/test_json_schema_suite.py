@@ -14,7 +14,8 @@ from typing import Any
 from jsonschema import Draft202012Validator
 
 from deployments.errors import InvalidRequestError
-from deployments.grammars import Grammar, GrammarError
+from deployments.grammars import GrammarError
+from deployments.messages import Grammar
 from tests.api.fakes import END_ID
 from tests.guides import draw, grammar_of, vocabulary
 
