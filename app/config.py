@@ -289,8 +289,10 @@ class AppConfig(BaseModel):
             "num_threads": max(1, math.floor(settings.num_cpus + 0.5)),
             "hands_over": pool == "prefill",
         }
-        given |= self.engine.model_dump(exclude_unset=True) | settings.engine.model_dump(exclude_unset=True)
-        return EngineConfig(model=self.model, **given)
+        shared, own = (engine.model_dump(exclude_unset=True) for engine in (self.engine, settings.engine))
+        if "speculation" in shared and "speculation" in own:
+            own["speculation"] = shared["speculation"] | own["speculation"]
+        return EngineConfig(model=self.model, **given | shared | own)
 
     def admission_bounds(self) -> Bounds:
         """Return what admission keeps."""

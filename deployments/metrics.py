@@ -46,6 +46,8 @@ _COUNTERS = {
 _HISTOGRAMS = {
     "engine_ttft_seconds": ("ttft_s", "Arrival at the engine to first token."),
     "engine_itl_seconds": ("itl_s", "Gap between consecutive tokens of a sequence at the engine."),
+    "drafted_tokens": ("drafted_tokens", "Drafts that one sequence tried in one step; none are not counted."),
+    "accepted_drafts": ("accepted_tokens", "How many of these were right."),
 }
 
 

@@ -56,6 +56,7 @@ ENGINE_ROOMS = (
     "execution",
     "handoff",
     "lending",
+    "speculation",
     "process",
     "outputs",
     "engine",

@@ -6,6 +6,25 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 
+class SpeculationConfig(BaseModel):
+    """How an engine guesses tokens that it has not drawn yet, and tries them in one step; frozen. No answer changes.
+
+    Attributes:
+        method: `ngram` copies what stood behind the same tokens before, in prompt or answer; `off` guesses nothing.
+        max_drafts: tokens of one sequence that a step tries at most.
+        is_adaptive: no more are tried than are expected to pay, by how many were right and what steps take; false
+            tries all that there are.
+        max_step_s: no step shall take longer for the sake of drafts, which bounds the gap between tokens.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Literal["off", "ngram"] = "off"
+    max_drafts: int = Field(default=8, ge=1, le=64)
+    is_adaptive: bool = True
+    max_step_s: float | None = Field(default=None, gt=0)
+
+
 class EngineConfig(BaseModel):
     """Settings of one engine; frozen. `None` means: decided at start-up from the model, the device and free memory.
 
@@ -36,6 +55,8 @@ class EngineConfig(BaseModel):
         max_silence_s: an engine that does not answer for so long, between two steps, counts as hung and is replaced.
             Longer than any step takes.
         num_threads: CPU threads of this engine's process; 1 unless given.
+        speculation: guesses of the next tokens. An engine that guesses starts no step before the one before has ended,
+            on a GPU as well.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -57,6 +78,7 @@ class EngineConfig(BaseModel):
     lease_s: float = Field(default=15.0, gt=0)
     max_silence_s: float = Field(default=15.0, gt=0)
     num_threads: int | None = Field(default=None, ge=1)
+    speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,6 +41,7 @@ from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import Scheduler
 from deployments.engine.scheduling.sequence import Role, Sequence, Status
 from deployments.engine.scheduling.timed import build_sequence
+from deployments.engine.speculation.speculator import build_speculator
 from deployments.engine.stats import EngineStats, StepTimer
 from deployments.errors import InvalidRequestError
 from deployments.messages import ChunkReady, Draws, EngineEvent, GenerateRequest, HandoffExpired, Placed, TokenOutput
@@ -80,7 +81,9 @@ class Engine:
         self.export_room = export_room(self.limits, bytes_per_block, loaded.device, config.hands_over)
         self._stats = EngineStats.begin(self.limits)
         self._handoffs = Handoffs(self._copies, self.limits, self.export_room, config.lease_s, clock, self._stats)
-        self._is_pipelined = loaded.device.type == "cuda" if is_pipelined is None else is_pipelined
+        self._speculator = build_speculator(config.speculation, self._stats)
+        may_pipeline = loaded.device.type == "cuda" if is_pipelined is None else is_pipelined
+        self._is_pipelined = may_pipeline and not self._speculator.is_on  # nothing is guessed behind unknown tokens
         self._hands_over = config.hands_over
         self._begun_s = 0.0
         self._scheduled: list[ScheduledSequence] = []
@@ -200,6 +203,7 @@ class Engine:
         self._scheduler.remove(request_id)
         self._handoffs.discard(request_id)
         self._guides.drop(request_id)
+        self._speculator.drop(request_id)
 
     def run_canary(self) -> bool:
         """Run one token through the model, if nothing else does; see `Canary`."""
@@ -221,6 +225,7 @@ class Engine:
         """Choose the next batch; what others can act on while it is computed. Nothing comes before `finish_step`."""
         self._begun_s = time.monotonic()
         events = self._end_leases() + self._collect_masks()
+        self._speculator.propose(self._scheduler)
         schedule = self._scheduler.schedule()
         for placed in schedule.placed:
             events.append(placed)
@@ -244,7 +249,7 @@ class Engine:
         events: list[EngineEvent] = [] if ending is None else [*self._conclude(ending)]
         self._end_exports()
         if ending is not None:
-            self._step_timer.end(ending.num_prompt_tokens, time.monotonic())
+            self._speculator.note_step(ending.items, self._step_timer.end(ending.num_prompt_tokens, time.monotonic()))
         return self._outputs.with_times(events)
 
     def stats(self) -> EngineStats:
@@ -297,6 +302,7 @@ class Engine:
         collected, outputs, now_s = ending.collect(), [], time.monotonic()
         for run, scores in ending.collect_prompts():
             run.sequence.add_scores(run, scores)
+        self._speculator.note_draws(collected)
         for run, draws in collected:
             sequence = run.sequence
             if sequence.status is _FINISHED:

@@ -9,6 +9,8 @@ from deployments.engine.config import EngineLimits
 
 # Seconds. From one decode step on a GPU to a long prompt on a CPU.
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+# Drafts of one run: each place for itself, as long as there are few.
+DRAFT_BUCKETS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 16.0, 32.0)
 
 
 @dataclass(slots=True)
@@ -64,6 +66,8 @@ class EngineStats:
         num_receivers: ingress replicas that are connected.
         ttft_s: arrival at this engine to first token.
         itl_s: gap between tokens of one sequence.
+        drafted_tokens: of each run with drafts how many it tried.
+        accepted_tokens: of each such run how many of them were right.
     """
 
     num_queued_prompt_tokens: int = 0
@@ -95,6 +99,8 @@ class EngineStats:
     num_receivers: int = 0
     ttft_s: Histogram = field(default_factory=Histogram)
     itl_s: Histogram = field(default_factory=Histogram)
+    drafted_tokens: Histogram = field(default_factory=lambda: Histogram(DRAFT_BUCKETS))
+    accepted_tokens: Histogram = field(default_factory=lambda: Histogram(DRAFT_BUCKETS))
 
     @classmethod
     def begin(cls, limits: EngineLimits) -> Self:
@@ -108,11 +114,17 @@ class EngineStats:
 
     def copy(self) -> "EngineStats":
         """An independent snapshot."""
-        return replace(self, ttft_s=self.ttft_s.copy(), itl_s=self.itl_s.copy())
+        return replace(
+            self,
+            ttft_s=self.ttft_s.copy(),
+            itl_s=self.itl_s.copy(),
+            drafted_tokens=self.drafted_tokens.copy(),
+            accepted_tokens=self.accepted_tokens.copy(),
+        )
 
 
 class StepTimer:
-    """Notes what steps with prompt tokens take. Two may overlap: the second runs from when the first has ended."""
+    """Tells what steps take, and notes those with prompts. Of two that overlap the second begins as the first ends."""
 
     def __init__(self, stats: EngineStats) -> None:
         self._stats = stats
@@ -123,12 +135,13 @@ class StepTimer:
         """A step is prepared from now on."""
         self._begun_s.append(now_s)
 
-    def end(self, num_prompt_tokens: int, now_s: float) -> None:
-        """The step that was begun first has ended."""
-        begun_s = self._begun_s.popleft()
+    def end(self, num_prompt_tokens: int, now_s: float) -> float:
+        """The step that was begun first has ended; tells its seconds."""
+        seconds = now_s - max(self._begun_s.popleft(), self._ended_s)
         if num_prompt_tokens:
             # All three at once: whoever learns what a step costs must not see the tokens of one without its time.
             self._stats.prompt_tokens += num_prompt_tokens
             self._stats.prefill_steps += 1
-            self._stats.prefill_s += now_s - max(begun_s, self._ended_s)
+            self._stats.prefill_s += seconds
         self._ended_s = now_s
+        return seconds

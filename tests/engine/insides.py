@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedModel
 
+from deployments.engine.config import SpeculationConfig
 from deployments.engine.engine import Engine
 from deployments.engine.execution.base import Runner
 from deployments.engine.grammar.guides import Guides
@@ -13,6 +14,8 @@ from deployments.engine.loop import EngineLoop
 from deployments.engine.scheduling.block_manager import BlockManager
 from deployments.engine.scheduling.scheduler import Scheduler
 from deployments.engine.scheduling.sequence import Sequence
+from deployments.engine.speculation.base import Drafter
+from deployments.engine.speculation.speculator import Speculator
 from deployments.messages import Grammar
 
 CompileGrammar: TypeAlias = Callable[[Grammar, list[int]], Any]
@@ -77,3 +80,9 @@ def pretend_idle(engine: Engine, seconds: float) -> None:
 def num_commands(loop: EngineLoop) -> int:
     """That wait for the loop's thread."""
     return loop._inbox.qsize()
+
+
+def speculate_by(engine: Engine, drafter: Drafter) -> None:
+    """Have an engine whose settings let it guess try all that this one guesses."""
+    assert engine._speculator.is_on
+    engine._speculator = Speculator(drafter, SpeculationConfig(method="ngram", is_adaptive=False), engine._stats)

@@ -26,6 +26,7 @@ from deployments.messages import (
     SamplingParams,
     TokenOutput,
 )
+from tests.engine.drafters import mixture, with_drafter
 from tests.engine.driving import FakeClock, Transcript, build_engine, generate, greedy, prefill_all, run
 from tests.engine.families import CPU, small_model
 from tests.engine.insides import is_between_engines, scheduler_of
@@ -58,6 +59,11 @@ def alone(prompt: tuple[int, ...], sampling: SamplingParams) -> tuple[int, ...]:
     """What the request generates with an engine of its own."""
     (tokens,) = generate(build_small(), [GenerateRequest("alone", prompt, sampling)])
     return tokens
+
+
+def answer_of(request: GenerateRequest) -> tuple[int, ...]:
+    """What it generates, whatever else is asked about it."""
+    return alone(request.prompt_token_ids, replace(request.sampling, num_logprobs=None))
 
 
 @cache
@@ -247,7 +253,7 @@ class Relay(RuleBasedStateMachine):
                 assert event.index == len(tokens)
                 tokens += event.token_ids
                 check_scores(request, event)
-                whole = alone(request.prompt_token_ids, replace(request.sampling, num_logprobs=None))
+                whole = answer_of(request)
                 assert tuple(tokens) == whole[: len(tokens)], "other tokens than alone"
                 assert (event.finish_reason is not None) is (len(tokens) == len(whole))
                 if event.finish_reason is not None:
@@ -258,7 +264,7 @@ class Relay(RuleBasedStateMachine):
         request = self.requests[event.request_id]
         assert event.index == 0
         check_scores(request, event)
-        assert event.token_ids == alone(request.prompt_token_ids, replace(request.sampling, num_logprobs=None))[:1]
+        assert event.token_ids == answer_of(request)[:1]
         if event.finish_reason is not None:
             self.end(event.request_id)
 
@@ -305,9 +311,18 @@ class PipelinedRelay(Relay):
     is_pipelined = True
 
 
-TestRelay = Relay.TestCase
-TestPipelinedRelay = PipelinedRelay.TestCase
+class SpeculatingRelay(Relay):
+    """The same with a decode engine that guesses, two times of three rightly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        speculating = build_small(clock=self.clock, speculation={"method": "ngram"})
+        self.decode = with_drafter(speculating, lambda sequence: answer_of(sequence.request), mixture)
+
+
+TestRelay, TestPipelinedRelay, TestSpeculatingRelay = Relay.TestCase, PipelinedRelay.TestCase, SpeculatingRelay.TestCase
 TestRelay.settings = TestPipelinedRelay.settings = settings(max_examples=80, stateful_step_count=50)
+TestSpeculatingRelay.settings = settings(max_examples=60, stateful_step_count=50)
 
 
 def decoding(engine: Engine) -> list[Sequence]:

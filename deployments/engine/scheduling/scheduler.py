@@ -86,7 +86,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether another step could make progress without a message from outside."""
-        return any(s.has_work for s in self.running) or self._can_admit()
+        return any(s.has_work for s in self.running) or self.can_admit
 
     def add(self, sequence: Sequence) -> None:
         assert sequence.request_id not in self._by_id, f"{sequence.request_id} is already here"
@@ -215,7 +215,9 @@ class Scheduler:
         # With nothing else here the watermark would lock out a sequence that needs the whole pool.
         return self._num_spare_blocks if self.running or self.reserved else 0
 
-    def _can_admit(self) -> bool:
+    @property
+    def can_admit(self) -> bool:
+        """Whether a sequence that waits would get blocks now."""
         return self._has_seat and self._blocks.can_admit(min(self.waiting, key=_precedence), self._num_spare)
 
     def _running_prompts(self) -> Iterator[Sequence]:

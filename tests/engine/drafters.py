@@ -1,0 +1,53 @@
+"""Drafters that know the answers, and say what they like."""
+
+from collections.abc import Callable
+
+from deployments.engine.engine import Engine
+from deployments.engine.scheduling.sequence import Sequence
+from deployments.engine.speculation.base import Draft
+from tests.engine.insides import speculate_by
+
+Answer = Callable[[Sequence], tuple[int, ...]]
+
+
+class Knowing:
+    """Guesses what it is told that the answer is, except where it lies.
+
+    Args:
+        answer: all that a sequence will generate.
+        lies: whether to guess something else in this place of an answer.
+    """
+
+    num_kinds = 1
+
+    def __init__(self, answer: Answer, lies: Callable[[int], bool]) -> None:
+        self._answer, self._lies = answer, lies
+        self.known: set[str] = set()
+
+    def draft(self, sequence: Sequence, max_tokens: int) -> Draft | None:
+        self.known.add(sequence.request_id)
+        first = sequence.num_tokens - len(sequence.request.prompt_token_ids)
+        rest = self._answer(sequence)[first : first + max_tokens]
+        tokens = tuple(token ^ self._lies(first + place) for place, token in enumerate(rest))
+        return Draft(tokens, 0) if tokens else None
+
+    def drop(self, request_id: str) -> None:
+        self.known.discard(request_id)
+
+
+def truth(place: int) -> bool:
+    return False
+
+
+def lies(place: int) -> bool:
+    return True
+
+
+def mixture(place: int) -> bool:
+    return place % 3 == 2
+
+
+def with_drafter(engine: Engine, answer: Answer, lies: Callable[[int], bool]) -> Engine:
+    """Have an engine that guesses try all that this drafter says."""
+    speculate_by(engine, Knowing(answer, lies))
+    return engine
