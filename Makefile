@@ -40,7 +40,8 @@ SOURCES := app deployments tests load_tests
 
 .PHONY: help serve stop status test fuzz check format load-test advise clean \
 	bench-engine bench-host-step bench-gpu bench-gpu-handoff bench-two-gpus bench-handoff bench-serving bench-interference \
-	bench-overload bench-leaving bench-chaos bench-soak bench-router bench-prefix bench-tier bench-structured bench-planner
+	bench-overload bench-leaving bench-chaos bench-soak bench-router bench-prefix bench-tier bench-structured bench-planner \
+	bench-speculation
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 24
@@ -114,6 +115,9 @@ bench-router: $(DEV) ## Route a trace to modelled engines: reuse, load, and what
 
 bench-planner: $(DEV) ## Replicas by the planner, fixed and by Ray Serve, on modelled engines. ARGS= is passed on.
 	@$(PY) -m tests.bench.planner.bench_planner $(ARGS)
+
+bench-speculation: $(DEV) ## Tokens per second with guesses by lookup and without, on one engine. ARGS= is passed on.
+	@$(PY) -m tests.bench.bench_speculation $(ARGS)
 
 bench-structured: $(DEV) ## What grammars cost: compiling, masks, steps of 16 sequences. ARGS= is passed on.
 	@$(PY) -m tests.bench.bench_structured $(ARGS)

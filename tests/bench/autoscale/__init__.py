@@ -1,0 +1,1 @@
+"""Pools that scale, on modelled engines: the parts of `make bench-autoscale`."""
