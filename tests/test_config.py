@@ -11,7 +11,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
 from app.arguments import ConfigError, arguments_of, list_arguments
 from app.config import AppConfig
-from deployments.engine.config import EngineConfig
+from deployments.engine.config import EngineConfig, SpeculationConfig
 from deployments.load.admission import Bounds
 
 
@@ -227,10 +227,18 @@ def test_serve_run_hands_a_builder_the_config_and_its_refusal():
         call_user_app_builder_with_args_if_necessary(graph, {"decode.max_replica": "2"})
 
 
+def test_a_pool_adds_to_the_guesses_of_all_engines():
+    config = read("engine.speculation.method=ngram", "decode.engine.speculation.max_drafts=4")
+    assert config.engine_config("decode").speculation == SpeculationConfig(method="ngram", max_drafts=4)
+    assert config.engine_config("prefill").speculation == SpeculationConfig(method="ngram")
+    assert "max_drafts=65" in refusal("engine.speculation.max_drafts=65")
+
+
 def test_every_argument_is_listed_with_a_meaning():
     arguments = list(arguments_of(AppConfig))
     assert all(argument.meaning for argument in arguments)
-    assert {f"engine.{name}" for name in EngineConfig.model_fields} - {a.name for a in arguments} == {"engine.model"}
+    told = {name.removeprefix("engine.").partition(".")[0] for name in (a.name for a in arguments) if "engine." in name}
+    assert EngineConfig.model_fields.keys() - told == {"model"}
     listing = list_arguments(AppConfig)
     assert "prefill.max_replicas" in listing
     assert "decode.*" in listing
