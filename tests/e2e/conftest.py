@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
 MODEL_NAME = "smollm2"
 MODES = ("disaggregated", "colocated")
-# Ten times a second Serve's controller looks at its replicas: a tenth of a core, all the time that they are there.
-CONTROL_LOOP_INTERVAL_S = 0.5
+# Two of app/serve.env. By default Serve's controller looks at its replicas ten times a second, for 6 % of a core, and
+# its proxy has 15 s to start, which is little on a busy machine.
+SERVE_SETTINGS = {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20"}
 MAX_TOKENS = 16
 # What replicas that are removed have for their requests: hand-offs may all end, and nothing here takes as long.
 PREFILL_SHUTDOWN_S, DECODE_SHUTDOWN_S = 120.0, 1.0
@@ -100,7 +101,8 @@ def services() -> Iterator[dict[str, Service]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", str(CONTROL_LOOP_INTERVAL_S))
+        for name, value in SERVE_SETTINGS.items():
+            patch.setenv(name, value)
         ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
