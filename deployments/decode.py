@@ -174,7 +174,7 @@ class Decode(EngineReplica):
                 return  # the lease ran out, and the engine computes it
             # Again not by the replica that has failed, if Serve finds another.
             asked = replace(request, route=ANYWHERE) if attempt else request
-            call: Any = self._prefill.handle.prefill.remote(asked, first_block, engine.handle, reply_to)
+            call: Any = self._prefill.handle.prefill.remote(asked, first_block, engine.handle, reply_to, engine.info.kv)
             try:
                 prefilled: Prefilled = await call
             except (Exception, asyncio.CancelledError) as error:

@@ -76,6 +76,7 @@ def assemble_engine(loaded: "LoadedModel", config: EngineConfig) -> BuiltEngine:
         pid=os.getpid(),
         num_blocks=limits.num_blocks,
         positions=loaded.positions,
+        kv=layout.name,
     )
     logger.info("engine ready: %s, %s, pid %d", loaded.path, limits, os.getpid())
     arena = None

@@ -20,6 +20,7 @@ class EngineInfo:
         pid: of the engine's process, on its own node.
         num_blocks: KV blocks in the pool.
         positions: what tells KV of one prefix apart, as the model's rotary embedding has it.
+        kv: names model and kind of its KV; engines with different names cannot hand over. Empty: not known.
     """
 
     path: str
@@ -32,6 +33,7 @@ class EngineInfo:
     pid: int
     num_blocks: int
     positions: PositionRule = FIXED
+    kv: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from deployments.engine_client import EventQueue
 from deployments.engine_handle import EngineHandle
-from deployments.errors import TransferError
+from deployments.errors import LayoutMismatchError, TransferError
 from deployments.front import EngineReplica, FrontSource
 from deployments.messages import ChunkArrived, ChunkReady, GenerateRequest, ReplyAddress
 from deployments.receipts import EngineTimes, HandoffReceipt, PrefillReceipt, Timed
@@ -79,7 +79,7 @@ class Prefill(EngineReplica):
         self._front = await engine.start()
 
     async def prefill(
-        self, request: GenerateRequest, first_block: int, target: EngineHandle, reply_to: ReplyAddress
+        self, request: GenerateRequest, first_block: int, target: EngineHandle, reply_to: ReplyAddress, kv: str = ""
     ) -> Prefilled:
         """Compute a prompt for another engine; returns when the target has every block.
 
@@ -88,6 +88,7 @@ class Prefill(EngineReplica):
             first_block: leading blocks that the target already holds.
             target: the decode engine, which has reserved blocks for the request.
             reply_to: where the first token goes, as soon as it is drawn.
+            kv: of the target, see `EngineInfo`; empty: it is found out when a chunk arrives.
 
         Raises:
             TransferError or a Ray error: some chunk did not arrive, or the target waits no longer. A target that waits
@@ -95,6 +96,10 @@ class Prefill(EngineReplica):
             LayoutMismatchError: the engines do not agree on what a block is.
         """
         engine, request_id = self._front.engine, request.request_id
+        # Before anything is computed: the first token goes to the client while its KV is still on the way, and may be
+        # another model's.
+        if kv and kv != engine.info.kv:
+            raise LayoutMismatchError(f"engines disagree on the layout of KV: ours {engine.info.kv}, theirs {kv}")
         events = engine.open(request_id)
         keeper = asyncio.create_task(self._keep_leases(request_id, target, events))
         sends: list[asyncio.Task[None]] = []

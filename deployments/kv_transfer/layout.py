@@ -1,6 +1,7 @@
 """What a KV chunk is made of. Two engines may hand KV over only if they agree on all of it. Knows no tensors."""
 
 from dataclasses import dataclass
+from hashlib import blake2b
 
 from deployments.errors import LayoutMismatchError
 from deployments.kv_groups import (
@@ -33,6 +34,12 @@ class KVLayout:
     def __post_init__(self) -> None:
         if self.dtype not in KV_FORMS:
             raise ValueError(f"dtype is {self.dtype!r}, must be one of {', '.join(KV_FORMS)}")
+
+    @property
+    def name(self) -> str:
+        """The same for engines that agree on all of it, and only for them."""
+        groups = blake2b(repr(self.groups).encode(), digest_size=4).hexdigest()
+        return f"{self.model}/{self.dtype}/{self.block_size}/{groups}"
 
     @property
     def form(self) -> KVForm:
