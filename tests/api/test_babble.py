@@ -72,16 +72,16 @@ def gathered(path: str, events: list[dict[str, Any]]) -> list[object]:
     (reason,) = [choice["finish_reason"] for choice in choices if choice["finish_reason"]]
     if path == "/v1/completions":
         return ["".join(choice["text"] for choice in choices), reason]
-    calls: list[list[str]] = []
+    begun: list[list[str]] = []
     for choice in choices:
         for delta in choice["delta"].get("tool_calls", []):
-            if delta["index"] == len(calls):
-                calls.append([delta["function"]["name"], ""])
-            calls[delta["index"]][1] += delta["function"].get("arguments", "")
+            if delta["index"] == len(begun):
+                begun.append([delta["function"]["name"], ""])
+            begun[delta["index"]][1] += delta["function"].get("arguments", "")
     said = [
         "".join(choice["delta"].get(field) or "" for choice in choices) for field in ("content", "reasoning_content")
     ]
-    return [*said, calls, reason]
+    return [*said, begun, reason]
 
 
 def events_of(text: str) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from transformers import AutoTokenizer
 
@@ -105,7 +106,7 @@ class Contest:
     def prompts(self, task: Task, batch: int, seed: int) -> list[tuple[int, ...]]:
         rng = random.Random(seed)
         chats = [[{"role": "user", "content": question(task, rng)}] for _ in range(batch)]
-        encode = self._tokenizer.apply_chat_template
+        encode: Any = self._tokenizer.apply_chat_template
         return [tuple(encode(chat, add_generation_prompt=True, return_dict=True)["input_ids"]) for chat in chats]
 
     def race(self, row: Row, task: Task, seed: int) -> None:

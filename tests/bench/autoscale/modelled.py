@@ -6,6 +6,7 @@ several engines fit on two cores, and their pace does not depend on who else use
 """
 
 import time
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -48,7 +49,12 @@ class ModelledRunner:
 def build_modelled(config: EngineConfig) -> BuiltEngine:
     """Stands in for `build_engine`; the tokenizer is the default model's."""
     configure_process(1)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     shape = LlamaConfig(vocab_size=_VOCAB_SIZE, max_position_embeddings=8192, num_key_value_heads=1, **sizes)
     torch.manual_seed(0)  # one fingerprint for all
     model = AutoModelForCausalLM.from_config(shape)
