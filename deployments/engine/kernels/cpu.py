@@ -1,5 +1,5 @@
 """Kernels that torch lacks on a CPU, for float32. Numba compiles them when first called and keeps them on disk."""
-# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, call-arg"
 
 from importlib import import_module
 
@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
+
+from deployments.engine.kernels.cpu_tiles import rotate_tile, silu_mul_tile
+from deployments.engine.kernels.cpu_vectors import FLOAT_BYTES, LANES
 
 _FLOAT = np.float32
 
@@ -128,24 +131,31 @@ def normalise_row(row, weight, eps, result):
 
 @njit(fastmath=True)
 def silu_mul_row(gate_up, result):
-    """SwiGLU's activation of one row."""
+    """SwiGLU's activation of one row; contiguous."""
     size = result.shape[0]
-    gate, up = gate_up[:size], gate_up[size:]
-    for j in range(size):
-        small = exp_of_negative(-abs(gate[j]))
-        share = _FLOAT(1) if gate[j] >= 0 else small
-        result[j] = gate[j] * (share / (_FLOAT(1) + small)) * up[j]
+    num_vectors = size // LANES
+    if num_vectors > 0:
+        gate_at = np.int64(gate_up.ctypes.data)
+        silu_mul_tile(gate_at, gate_at + FLOAT_BYTES * size, np.int64(result.ctypes.data), num_vectors)
+    for j in range(num_vectors * LANES, size):
+        gate = gate_up[j]
+        small = exp_of_negative(-abs(gate))
+        share = _FLOAT(1) if gate >= 0 else small
+        result[j] = gate * (share / (_FLOAT(1) + small)) * gate_up[size + j]
 
 
 @njit(fastmath=True)
 def rotate_head(head, cos, sin, result):
-    """Rotary embedding of one head of one token; not in place."""
+    """Rotary embedding of one head of one token; contiguous, not in place."""
     half = head.shape[0] // 2
-    a, b, cos_a, cos_b, sin_a, sin_b = head[:half], head[half:], cos[:half], cos[half:], sin[:half], sin[half:]
-    to_a, to_b = result[:half], result[half:]
-    for j in range(half):
-        to_a[j] = a[j] * cos_a[j] - b[j] * sin_a[j]
-        to_b[j] = b[j] * cos_b[j] + a[j] * sin_b[j]
+    num_vectors = half // LANES
+    if num_vectors > 0:
+        at, to = np.int64(head.ctypes.data), np.int64(result.ctypes.data)
+        rotate_tile(at, np.int64(cos.ctypes.data), np.int64(sin.ctypes.data), to, FLOAT_BYTES * half, num_vectors)
+    for j in range(num_vectors * LANES, half):
+        a, b = head[j], head[half + j]
+        result[j] = a * cos[j] - b * sin[j]
+        result[half + j] = b * cos[half + j] + a * sin[half + j]
 
 
 @njit(parallel=PARALLEL, cache=PARALLEL, nogil=True)

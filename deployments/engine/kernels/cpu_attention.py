@@ -109,19 +109,20 @@ def _softmax(scores, peaks, sums):
     for head in range(scores.shape[0]):
         row = scores[head]
         at, num_vectors = np.int64(row.ctypes.data), row.shape[0] // LANES
+        peak_at, sum_at = np.int64(peaks[head:].ctypes.data), np.int64(sums[head:].ctypes.data)
         whole = num_vectors * LANES
-        peak = row[0]  # not -inf, of which fastmath may assume that there is none
+        peaks[head] = row[0]  # not -inf, of which fastmath may assume that there is none
+        sums[head] = _FLOAT(0)
         if num_vectors:
-            peak = peak_tile(at, num_vectors)
+            peak_tile(at, 0, num_vectors, peak_at, 1)
         for i in range(whole, row.shape[0]):
-            peak = max(peak, row[i])
-        total = weigh_tile(at, num_vectors, peak) if num_vectors else _FLOAT(0)
+            peaks[head] = max(peaks[head], row[i])
+        if num_vectors:
+            weigh_tile(at, 0, num_vectors, peak_at, sum_at, 1)
         for i in range(whole, row.shape[0]):
-            weight = exp_of_negative(row[i] - peak)
+            weight = exp_of_negative(row[i] - peaks[head])
             row[i] = weight
-            total += weight
-        peaks[head] = peak
-        sums[head] = total
+            sums[head] += weight
 
 
 @njit(fastmath=True, inline="never")

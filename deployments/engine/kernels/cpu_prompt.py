@@ -29,6 +29,7 @@ PORTION = _PANELS * _KEYS  # 192 keys: with 64 dimensions 48 KiB, and as much of
 _VALUE_VECTORS = 2
 _VALUE_ROWS = 12 if NUM_REGISTERS == 32 else 6
 _VALUE_LANES = _VALUE_VECTORS * LANES
+_WEIGHED_ROWS = 4 if NUM_REGISTERS == 32 else 2
 _TOKENS = 32  # whose queries one task takes
 _NOTHING = _FLOAT(-3e38)  # not -inf, of which fastmath may assume that there is none
 _PORTIONS_AT_ONCE = 16  # copied together, so that scratch memory does not grow with the context
@@ -54,9 +55,10 @@ def prompt_attention(queries, keys, values, table, context_len, window, scaling,
     begin = max(0, context_len - window + 1) // PORTION
     last = (end + PORTION - 1) // PORTION
     num_tasks = (num_tokens + _TOKENS - 1) // _TOKENS
-    peaks, sums = np.empty((num_tokens, num_heads), _FLOAT), np.empty((num_tokens, num_heads), _FLOAT)
     width = (head_dim + _VALUE_LANES - 1) // _VALUE_LANES * _VALUE_LANES
-    totals = np.empty((num_kv_heads, num_tokens * (num_heads // num_kv_heads), width), _FLOAT)
+    rows = num_tokens * (num_heads // num_kv_heads)  # of a KV head
+    totals = np.empty((num_kv_heads, rows, width), _FLOAT)
+    peaks, sums = np.empty((num_kv_heads, rows), _FLOAT), np.empty((num_kv_heads, rows), _FLOAT)
     at_once = min(_PORTIONS_AT_ONCE, last - begin)
     key_panels = np.empty((num_kv_heads, at_once, _PANELS, head_dim, _KEYS), _FLOAT)
     value_panels = np.empty((num_kv_heads, at_once, width // _VALUE_LANES, PORTION, _VALUE_LANES), _FLOAT)
@@ -74,7 +76,7 @@ def prompt_attention(queries, keys, values, table, context_len, window, scaling,
             token = task * _TOKENS
             span = slice(token, min(token + _TOKENS, num_tokens))
             group = num_heads // num_kv_heads
-            heads = slice(head * group, (head + 1) * group)
+            heads, its_rows = slice(head * group, (head + 1) * group), slice(span.start * group, span.stop * group)
             _attend(
                 queries[span, heads],
                 key_panels[head],
@@ -86,9 +88,9 @@ def prompt_attention(queries, keys, values, table, context_len, window, scaling,
                 context_len + token,
                 window,
                 scaling,
-                totals[head, span.start * group : span.stop * group],
-                peaks[span, heads],
-                sums[span, heads],
+                totals[head, its_rows],
+                peaks[head, its_rows],
+                sums[head, its_rows],
                 out[span, heads],
             )
 
@@ -161,8 +163,8 @@ def _attend(
         window: as above.
         scaling: of the scores.
         totals: (T * group, width): weighted sums of values, relative to the peaks.
-        peaks: (T, group): the greatest score so far.
-        sums: (T, group): of the weights.
+        peaks: (T * group,): the greatest score so far.
+        sums: (T * group,): of the weights.
         out: (T, group, head_dim).
     """
     num_tokens, group = queries.shape[:2]
@@ -177,7 +179,7 @@ def _attend(
         if start >= position + num_tokens or start + PORTION <= position - window + 1:
             continue
         _score(rows, group, key_panels[portion], start, position, zeros, scores)
-        _weigh(scores, start, position, window, totals, peaks, sums)
+        _weigh(scores, group, start, position, window, totals, peaks, sums)
         _accumulate(scores, group, value_panels[portion], start, position, totals)
     if is_last:
         _normalise(totals, sums, out)
@@ -202,46 +204,68 @@ def _normalise(totals, sums, out):
     num_tokens, group, head_dim = out.shape
     for t in range(num_tokens):
         for g in range(group):
-            total, result, share = totals[t * group + g], out[t, g], _FLOAT(1) / sums[t, g]
+            total, result, share = totals[t * group + g], out[t, g], _FLOAT(1) / sums[t * group + g]
             for d in range(head_dim):
                 result[d] = total[d] * share
 
 
 @njit(fastmath=True, inline="never")
-def _weigh(scores, start, position, window, totals, peaks, sums):
+def _weigh(scores, group, start, position, window, totals, peaks, sums):
     """From the scores (R, PORTION) of keys that are seen to weights, of all others to none.
 
-    What was summed is put on the weights' scale.
+    What was summed is put on the weights' scale. Rows that lie before the portion are left as they are.
     """
-    num_tokens, group = peaks.shape
+    num_rows, num_tokens = scores.shape[0], scores.shape[0] // group
+    stride, scores_at, peaks_at = 4 * PORTION, np.int64(scores.ctypes.data), np.int64(peaks.ctypes.data)
     end = min(PORTION, position + num_tokens - start)  # what is behind it is not read
-    for t in range(num_tokens):
-        low, high = max(0, position + t - window + 1 - start), min(PORTION, position + t + 1 - start)
-        first, last = low // LANES * LANES, (high + LANES - 1) // LANES * LANES
-        for g in range(group):
-            row = scores[t * group + g]
-            if low >= high:
-                row[:end] = _FLOAT(0)
-                continue
-            for j in range(first, low):
-                row[j] = _NOTHING
-            for j in range(high, last):
-                row[j] = _NOTHING
-            at, num_vectors = np.int64(row.ctypes.data) + 4 * first, (last - first) // LANES
-            before = peaks[t, g]
-            peak = max(before, peak_tile(at, num_vectors))
-            weights = weigh_tile(at, num_vectors, peak)
-            for j in range(first):
-                row[j] = _FLOAT(0)
-            for j in range(last, end):
-                row[j] = _FLOAT(0)
-            if before != peak:
-                scale, total = exp_of_negative(before - peak), totals[t * group + g]
+    row, stop = max(0, start - position) * group, min(num_tokens, start + PORTION + window - 1 - position) * group
+    for r in range(stop, num_rows):
+        for j in range(end):
+            scores[r, j] = _FLOAT(0)
+    before, weights = np.empty(_WEIGHED_ROWS, _FLOAT), np.empty(_WEIGHED_ROWS, _FLOAT)
+    weights_at = np.int64(weights.ctypes.data)
+    while row < stop:
+        count = _WEIGHED_ROWS if stop - row >= _WEIGHED_ROWS else 1
+        # Places of the first and the last row's token among the portion's, and the vectors that hold what any row sees.
+        place, last_place = position + row // group - start, position + (row + count - 1) // group - start
+        first = max(0, place - window + 1) // LANES * LANES
+        last = min(PORTION, last_place + LANES) // LANES * LANES
+        if last_place >= window or place + 1 < max(last, end):  # a row sees not all
+            for r in range(row, row + count):
+                _hide(scores[r], position + r // group - start, window, first, last, end)
+        for r in range(count):
+            before[r] = peaks[row + r]
+        at, peak_at, num_vectors = scores_at + row * stride + 4 * first, peaks_at + 4 * row, (last - first) // LANES
+        if count == _WEIGHED_ROWS:
+            peak_tile(at, stride, num_vectors, peak_at, _WEIGHED_ROWS)
+            weigh_tile(at, stride, num_vectors, peak_at, weights_at, _WEIGHED_ROWS)
+        else:
+            peak_tile(at, stride, num_vectors, peak_at, 1)
+            weigh_tile(at, stride, num_vectors, peak_at, weights_at, 1)
+        for r in range(count):
+            if before[r] != peaks[row + r]:
+                scale, total = exp_of_negative(before[r] - peaks[row + r]), totals[row + r]
                 for d in range(total.shape[0]):
                     total[d] *= scale
-                sums[t, g] *= scale
-                peaks[t, g] = peak
-            sums[t, g] += weights
+                sums[row + r] *= scale
+            sums[row + r] += weights[r]
+        row += count
+
+
+@njit(inline="never")
+def _hide(scores, place, window, first, last, end):
+    """Of one row: the scores that are not seen, to `_NOTHING` in [first, last), and to 0 before and behind it.
+
+    `place`: of the row's token among the portion's.
+    """
+    for j in range(first):
+        scores[j] = _FLOAT(0)
+    for j in range(first, min(last, place - window + 1)):
+        scores[j] = _NOTHING
+    for j in range(max(first, place + 1), last):
+        scores[j] = _NOTHING
+    for j in range(last, end):
+        scores[j] = _FLOAT(0)
 
 
 @njit(inline="never")
@@ -276,11 +300,14 @@ def _accumulate(weights, group, panels, start, position, totals):
         panel = np.int64(panels[p].ctypes.data)
         row = max(0, start - position) * group
         while row < num_rows:
-            count = _VALUE_ROWS if num_rows - row >= _VALUE_ROWS else 1
+            left = num_rows - row
+            count = _VALUE_ROWS if left >= _VALUE_ROWS else 4 if left >= 4 else 1
             seen = min(PORTION, position + (row + count - 1) // group + 1 - start)
             x, to = weights_at + row * stride, totals_at + row * to_stride + p * 4 * _VALUE_LANES
             if count == _VALUE_ROWS:
                 matmul_tile(x, stride, panel, seen, panel, 0, to, to_stride, to, to_stride, _VALUE_ROWS, _VALUE_VECTORS)
+            elif count == 4:
+                matmul_tile(x, stride, panel, seen, panel, 0, to, to_stride, to, to_stride, 4, _VALUE_VECTORS)
             else:
                 matmul_tile(x, stride, panel, seen, panel, 0, to, to_stride, to, to_stride, 1, _VALUE_VECTORS)
             row += count

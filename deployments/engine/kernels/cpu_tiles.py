@@ -16,6 +16,9 @@ from numba.extending import intrinsic
 
 from deployments.engine.kernels.cpu_vectors import FLOAT_BYTES, LANES, ZERO, Emitter
 
+# Products of a float's smallest numbers take a hundred times as long as others: weights under 1e-26 are 0.
+_LEAST_SCORE, _LEAST_GATE = -60.0, -86.0
+
 
 @intrinsic(prefer_literal=True)
 def matmul_tile(
@@ -154,51 +157,120 @@ def add_weighted_tile(
     return types.void(*[types.int64] * 8, num_rows, num_vectors), generate
 
 
-@intrinsic
-def peak_tile(_, values, num_vectors):
-    """The greatest of num_vectors * LANES floats, none of which is NaN.
+@intrinsic(prefer_literal=True)
+def peak_tile(_, values, stride, num_vectors, peaks, num_rows):
+    """Raise each peak to the greatest of a row's num_vectors * LANES floats, none of which is NaN.
 
     Args:
-        values: address.
+        values: address of (num_rows, num_vectors * LANES).
+        stride: bytes from row to row.
         num_vectors: at least 1.
+        peaks: address of (num_rows,).
+        num_rows: literal.
     """
+    rows = range(num_rows.literal_value)
 
     def generate(_context, builder, _signature, args):
-        values, num_vectors = args
+        values, stride, num_vectors, peaks, *_ = args
         emit = Emitter(builder)
+        starts = [emit.at(values, r, stride) for r in rows]
 
-        def step(v, peaks):
-            return [emit.greater(emit.load(emit.at(values, v, LANES * FLOAT_BYTES)), peaks[0])]
+        def step(v, greatest):
+            found = [emit.load(emit.at(start, v, LANES * FLOAT_BYTES)) for start in starts]
+            return [emit.greater(new, old) for new, old in zip(found, greatest, strict=True)]
 
-        return emit.greatest_of(*emit.repeat(num_vectors, [emit.load(values)], step))
+        greatest = emit.repeat(num_vectors, [emit.load_everywhere(emit.at(peaks, r, FLOAT_BYTES)) for r in rows], step)
+        for r in rows:
+            emit.store_greatest(greatest[r], emit.at(peaks, r, FLOAT_BYTES))
 
-    return types.float32(types.int64, types.int64), generate
+    return types.void(*[types.int64] * 4, num_rows), generate
 
 
-@intrinsic
-def weigh_tile(_, values, num_vectors, peak):
-    """Put exp(value - peak) in the place of num_vectors * LANES floats.
+@intrinsic(prefer_literal=True)
+def weigh_tile(_, values, stride, num_vectors, peaks, sums, num_rows):
+    """Put exp(value - its row's peak) in the place of rows of num_vectors * LANES floats.
+
+    Rows are independent of each other, so several at once hide how long each vector's arithmetic takes.
 
     Args:
-        values: address.
+        values: address of (num_rows, num_vectors * LANES).
+        stride: bytes from row to row.
         num_vectors: at least 1.
-        peak: no value is greater.
-
-    Returns:
-        The sum of what was put.
+        peaks: address of (num_rows,); no value is greater.
+        sums: address of (num_rows,), filled with the sums of what was put.
+        num_rows: literal.
     """
+    rows = range(num_rows.literal_value)
 
     def generate(_context, builder, _signature, args):
-        values, num_vectors, peak = args
+        values, stride, num_vectors, peaks, sums, *_ = args
         emit = Emitter(builder)
-        peaks = emit.in_all_lanes(peak)
+        starts = [emit.at(values, r, stride) for r in rows]
+        greatest = [emit.load_everywhere(emit.at(peaks, r, FLOAT_BYTES)) for r in rows]
 
         def step(v, totals):
-            at = emit.at(values, v, LANES * FLOAT_BYTES)
-            weights = emit.exp_of_negative(builder.fsub(emit.load(at), peaks))
-            emit.store(weights, at)
-            return [builder.fadd(totals[0], weights)]
+            places = [emit.at(start, v, LANES * FLOAT_BYTES) for start in starts]
+            below = [builder.fsub(emit.load(place), peak) for place, peak in zip(places, greatest, strict=True)]
+            weights = emit.exp_of_negative(below, _LEAST_SCORE)
+            for weight, place in zip(weights, places, strict=True):
+                emit.store(weight, place)
+            return [emit.add(total, weight) for total, weight in zip(totals, weights, strict=True)]
 
-        return emit.sum_of(*emit.repeat(num_vectors, [ZERO], step))
+        totals = emit.repeat(num_vectors, [ZERO] * len(rows), step)
+        for r in rows:
+            emit.store_sum(totals[r], emit.at(sums, r, FLOAT_BYTES))
 
-    return types.float32(types.int64, types.int64, types.float32), generate
+    return types.void(*[types.int64] * 5, num_rows), generate
+
+
+@intrinsic
+def silu_mul_tile(_, gate, up, out, num_vectors):
+    """Fill out with silu(gate) * up, num_vectors * LANES floats of each; addresses. At least one vector."""
+
+    def generate(_context, builder, _signature, args):
+        gate, up, out, num_vectors = args
+        emit = Emitter(builder)
+        one = emit.in_all_lanes(1.0)
+
+        def step(v, _totals):
+            x, scaled, to = (emit.at(address, v, LANES * FLOAT_BYTES) for address in (gate, up, out))
+            value = emit.load(x)
+            (small,) = emit.exp_of_negative([emit.negative_of(value)], _LEAST_GATE)
+            share = builder.select(builder.fcmp_ordered(">=", value, ZERO), one, small)
+            share = builder.fdiv(share, builder.fadd(one, small))
+            emit.store(builder.fmul(builder.fmul(value, share), emit.load(scaled)), to)
+            return []
+
+        emit.repeat(num_vectors, [], step)
+
+    return types.void(*[types.int64] * 4), generate
+
+
+@intrinsic
+def rotate_tile(_, head, cos, sin, out, half, num_vectors):
+    """Rotate num_vectors * LANES pairs of floats, whose second ones lie `half` bytes behind the first.
+
+    Args:
+        head: address.
+        cos: address of one factor for each float, laid out as the head.
+        sin: as cos.
+        out: address, filled likewise; not the head's.
+        half: bytes.
+        num_vectors: at least 1.
+    """
+
+    def generate(_context, builder, _signature, args):
+        *addresses, half, num_vectors = args
+        emit = Emitter(builder)
+
+        def step(v, _totals):
+            firsts = [emit.at(address, v, LANES * FLOAT_BYTES) for address in addresses]
+            seconds = [builder.add(first, half) for first in firsts]
+            (a, cos_a, sin_a), (b, cos_b, sin_b) = (map(emit.load, places[:3]) for places in (firsts, seconds))
+            emit.store(builder.fsub(builder.fmul(a, cos_a), builder.fmul(b, sin_a)), firsts[3])
+            emit.store(emit.add_product(builder.fmul(b, cos_b), a, sin_b), seconds[3])
+            return []
+
+        emit.repeat(num_vectors, [], step)
+
+    return types.void(*[types.int64] * 6), generate

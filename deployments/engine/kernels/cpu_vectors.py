@@ -28,7 +28,10 @@ _FIRST = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
 INTEGERS = ir.VectorType(ir.IntType(32), LANES)
 # Of Cephes' expf, the highest power first; 1 + x follow.
 _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
-_FUSED = ("contract",)  # a product and its sum may become one instruction; the order of the sums stays
+_SHIFT = 1.5 * 2**23
+# A product and its sum may become one instruction; the order of the sums stays. What has no flags would get all
+# liberties from a caller that numba compiles with fastmath.
+_FUSED = ("contract",)
 
 
 class Emitter:
@@ -73,46 +76,58 @@ class Emitter:
         """In each lane the greater one, where neither is NaN."""
         return self._builder.select(self._builder.fcmp_ordered(">", a, b), a, b)
 
-    def exp_of_negative(self, x: Any) -> Any:
-        """exp(x) for x <= 0, as a polynomial; 0 where it would be less than 1e-26.
+    def exp_of_negative(self, vectors: list[Any], least: float) -> list[Any]:
+        """exp(x) for x <= 0 of some vectors, as a polynomial.
 
-        What is a float's smallest numbers times another takes a hundred times as long as other products.
+        Each step is written for all vectors before the next one: a vector's steps wait for each other, and the CPU does
+        not look far enough ahead to find another vector's.
+
+        Args:
+            vectors: x.
+            least: where x is not greater the result is 0; -86 or more, of which exp is a normal number.
         """
-        builder = self._builder
-        counts = builder.fcmp_ordered(">", x, self.in_all_lanes(-60.0))
-        x = builder.select(counts, x, self.in_all_lanes(0.0))
-        signature = ir.FunctionType(VECTOR, [VECTOR])
-        floor = cgutils.get_or_insert_function(builder.module, signature, f"llvm.floor.v{LANES}f32")
-        half = self.in_all_lanes(0.5)
-        power = builder.call(floor, [self.add_product(half, x, self.in_all_lanes(1.4426950408889634))])
-        rest = self.add_product(x, power, self.in_all_lanes(-0.693359375))
-        rest = self.add_product(rest, power, self.in_all_lanes(2.12194440e-4))
-        total = self.in_all_lanes(_EXP[0])
+        builder, everywhere = self._builder, self.in_all_lanes
+        counts = [builder.fcmp_ordered(">", x, everywhere(least)) for x in vectors]
+        # Beside so large a number a float has no digits behind its point, and its lowest bits are the power itself.
+        shifted = [self.add_product(everywhere(_SHIFT), x, everywhere(1.4426950408889634)) for x in vectors]
+        powers = [builder.fsub(number, everywhere(_SHIFT), flags=_FUSED) for number in shifted]
+        rests = [self.add_product(x, n, everywhere(-0.693359375)) for x, n in zip(vectors, powers, strict=True)]
+        rests = [self.add_product(x, n, everywhere(2.12194440e-4)) for x, n in zip(rests, powers, strict=True)]
+        totals = [everywhere(_EXP[0])] * len(vectors)
         for factor in _EXP[1:]:
-            total = self.add_product(self.in_all_lanes(factor), total, rest)
-        total = self.add_product(rest, builder.fmul(rest, rest), total)
-        total = builder.fadd(total, self.in_all_lanes(1.0))
-        exponent = builder.add(builder.fptosi(power, INTEGERS), ir.Constant(INTEGERS, [127] * LANES))
-        scale = builder.bitcast(builder.shl(exponent, ir.Constant(INTEGERS, [23] * LANES)), VECTOR)
-        return builder.select(counts, builder.fmul(total, scale), ZERO)
+            totals = [self.add_product(everywhere(factor), p, x) for p, x in zip(totals, rests, strict=True)]
+        squares = [builder.fmul(x, x, flags=_FUSED) for x in rests]
+        totals = [self.add_product(x, xx, p) for x, xx, p in zip(rests, squares, totals, strict=True)]
+        totals = [self.add(total, everywhere(1.0)) for total in totals]
+        place = ir.Constant(INTEGERS, [23] * LANES)
+        exponents = [builder.shl(builder.bitcast(number, INTEGERS), place) for number in shifted]
+        bits = [builder.add(builder.bitcast(p, INTEGERS), n) for p, n in zip(totals, exponents, strict=True)]
+        return [builder.select(c, builder.bitcast(x, VECTOR), ZERO) for c, x in zip(counts, bits, strict=True)]
+
+    def negative_of(self, x: Any) -> Any:
+        """-|x|."""
+        sign = ir.Constant(INTEGERS, [-(1 << 31)] * LANES)
+        return self._builder.bitcast(self._builder.or_(self._builder.bitcast(x, INTEGERS), sign), VECTOR)
+
+    def add(self, a: Any, b: Any) -> Any:
+        return self._builder.fadd(a, b, flags=_FUSED)
 
     def add_product(self, total: Any, a: Any, b: Any) -> Any:
         return self._builder.fadd(total, self._builder.fmul(a, b, flags=_FUSED), flags=_FUSED)
 
     def store_sum(self, vector: Any, address: Any) -> None:
         """The sum of a vector's lanes, as one float."""
-        total = self.sum_of(vector)
-        self._builder.store(total, self._builder.inttoptr(address, _FLOAT.as_pointer()), align=FLOAT_BYTES)
-
-    def sum_of(self, vector: Any) -> Any:
         signature = ir.FunctionType(_FLOAT, [_FLOAT, VECTOR])
         reduce = cgutils.get_or_insert_function(self._builder.module, signature, f"llvm.vector.reduce.fadd.v{LANES}f32")
-        return self._builder.call(reduce, [ir.Constant(_FLOAT, 0.0), vector], fastmath=("reassoc",))
+        total = self._builder.call(reduce, [ir.Constant(_FLOAT, 0.0), vector], fastmath=("reassoc",))
+        self._builder.store(total, self._builder.inttoptr(address, _FLOAT.as_pointer()), align=FLOAT_BYTES)
 
-    def greatest_of(self, vector: Any) -> Any:
+    def store_greatest(self, vector: Any, address: Any) -> None:
+        """The greatest of a vector's lanes, as one float."""
         signature = ir.FunctionType(_FLOAT, [VECTOR])
         reduce = cgutils.get_or_insert_function(self._builder.module, signature, f"llvm.vector.reduce.fmax.v{LANES}f32")
-        return self._builder.call(reduce, [vector], fastmath=("nnan",))
+        greatest = self._builder.call(reduce, [vector], fastmath=("nnan",))
+        self._builder.store(greatest, self._builder.inttoptr(address, _FLOAT.as_pointer()), align=FLOAT_BYTES)
 
     def prefetch(self, address: Any) -> None:
         """Ask for a cache line that is read soon."""
