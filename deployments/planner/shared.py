@@ -19,8 +19,9 @@ from deployments.planner.settings import PlannerSettings
 logger = logging.getLogger("ray.serve")
 
 PERIOD_S = 1.0
-# A pool whose policy was not heard of for so long is not scaled by it, and nothing is known of it.
-_MAX_SILENCE_S = 10.0
+# A pool whose policy was not asked while another's was, so many times, is not scaled by it, and nothing is known of it.
+# Not seconds: the controller itself may stand still for some, as when replicas start.
+_MAX_MISSED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +32,11 @@ class PoolView:
         bounds: as they are set, and what it has or is getting.
         engines: what its replicas said last, by their names.
         as_of_s: they said so then or later.
-        seen_s: when the policy was asked.
     """
 
     bounds: Bounds
     engines: Mapping[str, EngineStats]
     as_of_s: float
-    seen_s: float = math.inf
 
 
 class SharedPlanner:
@@ -60,6 +59,7 @@ class SharedPlanner:
         self._refused_before: Mapping[str, int] | None = None
         self._num_refused = 0
         self._is_silent = False
+        self._num_missed: dict[str, int] = {}
 
     def note_refused(self, counts: Mapping[str, int]) -> None:
         """How many calls each ingress replica has refused so far; what was refused before the first time is past."""
@@ -72,11 +72,12 @@ class SharedPlanner:
 
     def decide(self, pool: str, view: PoolView, at_s: float) -> int:
         """How many replicas a pool is to have now."""
-        self._views[pool] = view = replace(view, seen_s=at_s)
+        self._views[pool] = view
         names = [DECODE] if self.is_colocated else [DECODE, PREFILL]
+        self._num_missed = {name: 0 if name == pool else self._num_missed.get(name, 0) + 1 for name in names}
         if view.bounds.target != self._answers.get(pool):
             self._targets.pop(pool, None)  # somebody else has set it, and the next plan begins with that
-        if self._is_known(names, at_s) and at_s - self._decided_s >= PERIOD_S:
+        if self._is_known(names) and at_s - self._decided_s >= PERIOD_S:
             self._decided_s = at_s
             self._decide(names, at_s)
         bounds = view.bounds
@@ -86,10 +87,10 @@ class SharedPlanner:
             self._answers[pool] = target
         return target
 
-    def _is_known(self, names: list[str], at_s: float) -> bool:
+    def _is_known(self, names: list[str]) -> bool:
         """Whether all pools have told something, and are still scaled by their policies."""
         views = [self._views.get(name) for name in names]
-        silent = [n for n, v in zip(names, views, strict=True) if v and at_s - v.seen_s > _MAX_SILENCE_S]
+        silent = [name for name in names if name in self._views and self._num_missed[name] >= _MAX_MISSED]
         if silent and not self._is_silent:
             logger.warning("the planner decides nothing: %s is not scaled by it", " and ".join(silent))
             self._targets.clear()

@@ -212,3 +212,11 @@ def test_what_is_told_to_the_planner_is_a_second_old_at_most():
     config = AppConfig.model_validate({"planner.enabled": "true"})
     for deployment in ("prefill", "decode", "ingress"):
         assert config.deployment_options(deployment)["autoscaling_config"]["metrics_interval_s"] == 1.0
+
+
+def test_a_controller_that_stood_still_for_a_while_is_no_pool_that_is_not_scaled(caplog):
+    controller = Controller()
+    controller.run(5)
+    with caplog.at_level("WARNING"):
+        controller.loop(60.0)
+    assert caplog.messages == []
