@@ -8,6 +8,7 @@ shared, so hypothesis sets tests no bound of time either.
 """
 
 import os
+import shutil
 from typing import Any
 
 import pytest
@@ -20,6 +21,10 @@ settings.register_profile("kvrelay", deadline=None, max_examples=NUM_EXAMPLES)
 settings.load_profile("kvrelay")
 
 
+# As the Makefile tells it. Here and not later: another conftest.py may import what imports Triton.
+if shutil.which("nvidia-smi") is None:
+    os.environ["TRITON_INTERPRET"] = "1"
+
 NICENESS_OF_RAY = 15  # as by default
 # Two rows of tests that start Ray. After `tests/kv_transfer/actors` no other Ray can be driven by the same process.
 RAY_ROWS = (
@@ -31,15 +36,6 @@ RAY_ROWS = (
     ("tests/e2e/",),
 )
 NO_RAY = len(RAY_ROWS)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
-        return  # this process runs no tests: it need not wait for torch before it starts those that do
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def row_of(nodeid: str) -> int:

@@ -8,8 +8,9 @@ from dataclasses import fields
 
 from deployments.engine.stats import EngineStats, Histogram
 
-_HISTOGRAMS = ("ttft_s", "itl_s")
-_COUNTS = tuple(field.name for field in fields(EngineStats) if field.name not in _HISTOGRAMS)
+_KINDS = {field.name: type(getattr(EngineStats(), field.name)) for field in fields(EngineStats)}
+_HISTOGRAMS = tuple(name for name, kind in _KINDS.items() if kind is Histogram)
+_COUNTS = tuple(name for name in _KINDS if name not in _HISTOGRAMS)
 _PREFIX = "engine."
 REFUSED = "ingress.refused"
 
@@ -29,8 +30,7 @@ def of_numbers(numbers: Mapping[str, float]) -> EngineStats | None:
     stats = EngineStats()
     try:
         for name in _COUNTS:
-            value = numbers[f"{_PREFIX}{name}"]
-            setattr(stats, name, value if name == "prefill_s" else int(value))
+            setattr(stats, name, _KINDS[name](numbers[f"{_PREFIX}{name}"]))
         for name in _HISTOGRAMS:
             histogram: Histogram = getattr(stats, name)
             histogram.total = numbers[f"{_PREFIX}{name}"]

@@ -73,7 +73,7 @@ class Controller:
 
 
 def test_what_an_engine_says_comes_back_from_numbers_as_it_was():
-    stats = EngineStats(num_running=3, prefill_s=1.25, num_blocks=7)
+    stats = EngineStats(num_running=3, prefill_s=1.25, tier_fetch_s=0.5, num_blocks=7)
     stats.itl_s.observe(0.02, 5)
     assert of_numbers(to_numbers(stats)) == stats
     assert of_numbers({"ongoing": 1.0}) is None
