@@ -68,7 +68,7 @@ class Row:
     speculative_s: list[float] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
-    steps_with_drafts: int = 0
+    runs_with_drafts: int = 0
     are_equal: bool = True
 
     @property
@@ -127,7 +127,7 @@ class Contest:
 def count_drafts(row: Row, before: EngineStats, now: EngineStats) -> None:
     row.drafted += round(now.drafted_tokens.total - before.drafted_tokens.total)
     row.accepted += round(now.accepted_tokens.total - before.accepted_tokens.total)
-    row.steps_with_drafts += sum(now.drafted_tokens.counts) - sum(before.drafted_tokens.counts)
+    row.runs_with_drafts += sum(now.drafted_tokens.counts) - sum(before.drafted_tokens.counts)
 
 
 def answer(engine: Engine, prompts: list[tuple[int, ...]], task: Task, seed: int) -> tuple[float, list[list[int]]]:
@@ -162,6 +162,8 @@ def main() -> None:
     config = EngineConfig.model_validate(settings | {"speculation": speculation})
     contest = Contest(load_model(config), config)
     rows = []
+    print("| task | at once | plain tokens/s | speculative | ratio | drafts right | drafts per run | equal |")
+    print("|---|---|---|---|---|---|---|---|")
     for task in (task for task in TASKS if task.name in args.tasks):
         for batch in args.batches:
             row = Row(task.name, batch)
@@ -170,24 +172,22 @@ def main() -> None:
                 # The first one warms up: how often drafts are right, and what steps take, is learned.
                 contest.race(row if number else Row(task.name, batch), task, 1000 * batch + number)
             rows.append(row)
-    report(rows)
-
-
-def report(rows: list[Row]) -> None:
-    print("| task | at once | plain tokens/s | speculative | ratio | drafts right | drafts per step | equal |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        plain, ours = (row.num_tokens / sum(seconds) for seconds in (row.plain_s, row.speculative_s))
-        right = row.accepted / row.drafted if row.drafted else 0.0
-        tried = row.drafted / row.steps_with_drafts if row.steps_with_drafts else 0.0
-        print(
-            f"| {row.task} | {row.batch} | {plain:.1f} | {ours:.1f} | {row.speedup:.2f} | {right:.2f} | {tried:.1f} "
-            f"| {'yes' if row.are_equal else 'NO'} |"
-        )
+            report(row)
     machine = {"machine": platform.processor() or platform.machine(), "python": platform.python_version()}
     print(json.dumps(machine | {"rows": [asdict(row) | {"speedup": row.speedup} for row in rows]}))
     if not all(row.are_equal for row in rows):
         sys.exit("tokens differ")
+
+
+def report(row: Row) -> None:
+    plain, ours = (row.num_tokens / sum(seconds) for seconds in (row.plain_s, row.speculative_s))
+    right = row.accepted / row.drafted if row.drafted else 0.0
+    tried = row.drafted / row.runs_with_drafts if row.runs_with_drafts else 0.0
+    print(
+        f"| {row.task} | {row.batch} | {plain:.1f} | {ours:.1f} | {row.speedup:.2f} | {right:.2f} | {tried:.1f} "
+        f"| {'yes' if row.are_equal else 'NO'} |",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -150,14 +150,17 @@ def test_tokens_are_those_of_one_engine(engines, share_kv):
     before = stats(pair)
     check_tokens(source, target, f"first-{share_kv}")
     num_received = 2 * sum(-(-length // BLOCK_SIZE) for length in LENGTHS)
-    num_in_place = num_received if share_kv else 0
+    received = stats(pair)[1]
+    assert received.num_received - before[1].num_received == num_received
+    num_in_place = received.num_read_in_place - before[1].num_read_in_place
+    # Memory that both map has room for a few chunks. Ray lets go of earlier ones when it comes to it: until then what
+    # finds no room there is sent.
+    assert num_in_place > num_received / 2 if share_kv else num_in_place == 0
     num_sent = num_received - num_in_place
     # What is sent counts behind its arrival.
     wait_until(lambda: stats(pair)[0].num_sent >= before[0].num_sent + num_sent, 60)
     sent, received = stats(pair)
     assert (sent.num_failed, received.num_failed) == (before[0].num_failed, before[1].num_failed)
-    assert received.num_received - before[1].num_received == num_received
-    assert received.num_read_in_place - before[1].num_read_in_place == num_in_place
     assert sent.num_sent - before[0].num_sent == num_sent
 
 
