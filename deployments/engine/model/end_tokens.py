@@ -5,10 +5,11 @@ Called when a model is loaded. What the tokenizer says besides is the ingress's 
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 
 from transformers import GenerationConfig, PretrainedConfig
 
-from deployments.errors import UnsupportedModelError
+from deployments.errors import UnsupportedModelError, brief
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ def read_end_token_ids(path: str, vocab_size: int) -> tuple[int, ...]:
         vocab_size: ids from there on are never drawn, and left out.
 
     Raises:
-        UnsupportedModelError: a file names something that is no token id.
+        UnsupportedModelError: a file names something that is no token id, or is there and cannot be read.
     """
     config, _ = PretrainedConfig.get_config_dict(path)
     named = {"config.json": config.get("eos_token_id")}
@@ -31,8 +32,10 @@ def read_end_token_ids(path: str, vocab_size: int) -> tuple[int, ...]:
         named["config.json, text_config"] = text_config.get("eos_token_id")
     try:
         named["generation_config.json"] = GenerationConfig.from_pretrained(path).eos_token_id
-    except OSError:
-        logger.info("%s has no generation_config.json that can be read", path)
+    except (OSError, TypeError, ValueError) as error:
+        if (Path(path) / "generation_config.json").exists():
+            raise UnsupportedModelError(f"{path}: generation_config.json cannot be read: {brief(error)}") from error
+        logger.info("%s has no generation_config.json", path)
     return end_token_ids(named, vocab_size)
 
 

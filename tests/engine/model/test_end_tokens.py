@@ -57,3 +57,11 @@ def test_a_default_of_the_models_class_is_no_end_token(tmp_path: Path) -> None:
 def test_a_nested_configuration_is_read(tmp_path: Path) -> None:
     write(tmp_path, "config.json", model_type="some", text_config={"eos_token_id": 9})
     assert read_end_token_ids(str(tmp_path), 100) == (9,)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe\x00", b"[]", b"3"])
+def test_a_file_that_is_there_and_cannot_be_read_is_refused(tmp_path: Path, content: bytes) -> None:
+    write(tmp_path, "config.json", model_type="llama", eos_token_id=7)
+    (tmp_path / "generation_config.json").write_bytes(content)
+    with pytest.raises(UnsupportedModelError, match=r"generation_config\.json cannot be read: "):
+        read_end_token_ids(str(tmp_path), vocab_size=100)
