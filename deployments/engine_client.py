@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from deployments.engine_handle import EngineHandle
 from deployments.engine_info import EngineInfo
-from deployments.errors import EngineDeadError
+from deployments.errors import EngineDeadError, brief
 from deployments.messages import Ended, FrontEvent, GenerateRequest, ReplyAddress
 
 logger = logging.getLogger(__name__)
@@ -112,26 +112,27 @@ class EngineClient:
             except TimeoutError:
                 self._give_up(f"it has not answered for {timeout_s:g} s")
             except Exception as error:
-                self._give_up(str(error))
+                self._give_up(brief(error), str(error))
         if self._death is not None:
             raise EngineDeadError(self._death)
 
     async def _distribute(self) -> None:
-        reason = "its event stream ended"
+        reason = details = "its event stream ended"
         try:
             async for batch in self.handle.events():
                 for event in batch:
                     if (events := self._queues.get(event.request_id)) is not None:
                         events.put(event)
         except Exception as error:
-            reason = str(error)
-        self._give_up(reason)
+            reason, details = brief(error), str(error)
+        self._give_up(reason, details)
 
-    def _give_up(self, reason: str) -> None:
+    def _give_up(self, reason: str, details: str = "") -> None:
+        """Clients are told the reason; the log has the details, Ray's traceback among them."""
         if self._death is not None:
             return
         self._death = f"the engine died: {reason}"
-        logger.error("%s", self._death)
+        logger.error("the engine died: %s", details or reason)
         for events in self._queues.values():
             events.put(EngineDeadError(self._death))  # one each: raising an error adds to its traceback
         self._on_death()

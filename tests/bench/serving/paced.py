@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.model.resolve import resolve_model
+from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats
 from deployments.engine_builder import BuiltEngine
 from deployments.engine_info import EngineInfo
@@ -93,22 +94,27 @@ class PacedEngine:
         if sequence is not None:
             self._trace(sequence)
 
-    def step(self) -> list[EngineEvent]:
+    def begin_step(self) -> list[EngineEvent]:
+        placed, self._placed = self._placed, []
+        return placed
+
+    def finish_step(self) -> list[EngineEvent]:
         now_s = time.monotonic()
         due_s = max(self._last_step_s + self._period_s, now_s - self._period_s)
         time.sleep(max(0.0, due_s - now_s))
         self._last_step_s = due_s
-        events, self._placed = self._placed, []
         now_s = time.monotonic()
-        for sequence in list(self._running.values()):
-            events.append(self._next(sequence, now_s))
+        events: list[EngineEvent] = [self._next(sequence, now_s) for sequence in list(self._running.values())]
         self._stats.steps += 1
-        self._stats.generated_tokens += len(self._running)
+        self._stats.generated_tokens += len(events)
         return events
 
     def stats(self) -> EngineStats:
         self._stats.num_running = len(self._running)
         return self._stats.copy()
+
+    def cache_changes(self, read: Position | None) -> CacheEvents:
+        return CacheEvents(Position(0, 0), ())
 
     def _next(self, sequence: _Sequence, now_s: float) -> TokenOutput:
         request, index = sequence.request, len(sequence.times_s)
