@@ -38,8 +38,17 @@ def compile_schema(schema: dict[str, Any]) -> Grammar | str:
 
 
 def written(item: object) -> str:
-    """Not in escapes: a name that is written so counts as another one to llguidance (docs/compatibility.md)."""
+    """As models do."""
     return json.dumps(item, ensure_ascii=False)
+
+
+def with_names_in_escapes(item: object) -> str:
+    """The same, in another way of writing."""
+    if isinstance(item, dict):
+        names = ("".join(f"\\u{ord(letter):04x}" for letter in name) for name in item)
+        pairs = zip(names, map(with_names_in_escapes, item.values()), strict=True)
+        return "{" + ",".join(f'"{name}":{value}' for name, value in pairs) + "}"
+    return written(item)
 
 
 def takes(grammar: Grammar, text: str) -> bool:
@@ -74,7 +83,8 @@ def test_every_schema_of_the_suite_is_followed_to_the_letter_or_refused_by_name(
         counts["followed"] += 1
         counts["valid instances"] += len(valid)
         counts["valid instances that may be written"] += sum(takes(grammar, written(item)) for item in valid)
-        faults += [f"{file}, {about}: takes {item!r}" for item in invalid if takes(grammar, written(item))]
+        ways = [write(item) for item in invalid for write in (written, with_names_in_escapes)]
+        faults += [f"{file}, {about}: takes {text}" for text in ways if takes(grammar, text)]
         for _ in range(NUM_DRAWS):
             answer = draw(vocabulary().compile(grammar), source)
             if answer is None:

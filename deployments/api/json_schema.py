@@ -2,11 +2,15 @@
 
 Owns which words of a schema are no rules. A `format` that the standard does not define says what a text means to those
 who wrote the schema (Pydantic's `path`, `binary`, `password`), and bounds nothing; nor does it to say that the names of
-properties are texts (zod's records). `uniqueItems` cannot be said in a grammar: who asks for `strict` is refused, as
-OpenAI does, and to others nothing was promised. Knows no requests.
+properties are texts (zod's records).
+
+Owns what no grammar can say, too: `uniqueItems`, and `minProperties` of which more than one may have any name, for the
+same could come again. Who asks for `strict` is refused, as OpenAI does, and to others nothing was promised. Knows no
+requests.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 # Of JSON Schema's drafts 4 to 2020-12. Those of them that llguidance does not know it refuses.
@@ -37,7 +41,85 @@ _ONE = frozenset(
 _LISTS = frozenset(("allOf", "anyOf", "oneOf", "prefixItems", "items"))
 _MAPS = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
 
+# At a place where JSON allows it a model may write so much white space: else some go on with that for ever.
+_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{0,16}"
+_GUIDANCE: dict[str, Any] = {"whitespace_flexible": True, "whitespace_pattern": _WHITE_SPACE, "lenient": False}
+# llguidance takes a name that is written in escapes (`"\u0061"`) for another than the one it is. So answers have these
+# escapes alone, and only the control characters that have them.
+_ESCAPES = 'nrbtf\\"'
+# What may stand for other control characters: they themselves, and in patterns escapes, and classes that may hold
+# nothing else.
+_CONTROL = re.compile(r"[\x00-\x07\x0b\x0e-\x1f\x7f]")
+_CONTROL_IN_PATTERN = re.compile(
+    rf"{_CONTROL.pattern}|\\x(?:[01]|7[fF]|\{{)|\\u(?:00[01]|007[fF]|\{{)|\\[0acv]|\\[pP](?!\{{?[LMNPSZ])|\[:"
+)
+
 Schema = dict[str, Any]
+
+
+class UnsayableError(Exception):
+    """A schema asks for what no grammar can say; the message says for what."""
+
+
+def as_followed(schema: Mapping[str, Any], *, is_strict: bool) -> Schema:
+    """A schema in the form in which llguidance follows it.
+
+    Args:
+        schema: nothing of it is changed.
+        is_strict: each of its rules is to be followed; else those that no grammar can say are left out.
+
+    Raises:
+        UnsayableError: it is strict and has such a rule.
+        RecursionError: it is nested too deeply.
+    """
+    rules = with_rules_alone(schema, is_strict=is_strict)
+    if is_strict:
+        _check_names(rules)
+    if any(_texts_with_controls(rules)):
+        return rules | {"x-guidance": _GUIDANCE}
+    return rules | {"x-guidance": _GUIDANCE | {"json_allowed_escapes": _ESCAPES}}
+
+
+def _check_names(schema: Schema) -> None:
+    """Raises `UnsayableError` where a name could be written twice, in a way that matters."""
+    control = next(_texts_with_controls(schema), None)
+    for part in _parts(schema):
+        named = [part.get(word) for word in ("properties", "patternProperties", "required")]
+        is_closed = part.get("additionalProperties") is False
+        if control is not None and any(named) and not is_closed:
+            message = f"{control!r} has control characters, which only goes with additionalProperties: false everywhere"
+            raise UnsayableError(message)
+        least, required = part.get("minProperties", 0), named[2] if isinstance(named[2], list) else []
+        if isinstance(least, int | float) and least > len(required) + 1 and (named[1] or not is_closed):
+            message = f"minProperties is {least}, which leaves more than one name open: no grammar keeps them apart"
+            raise UnsayableError(message)
+
+
+def _texts_with_controls(schema: Schema) -> Iterator[str]:
+    """Texts that an answer can only follow with control characters that have no escapes of their own, perhaps."""
+    for part in _parts(schema):
+        pattern, of_names = part.get("pattern"), part.get("patternProperties")
+        patterns = [pattern, *(of_names if isinstance(of_names, Mapping) else ())]
+        yield from (text for text in patterns if isinstance(text, str) and _CONTROL_IN_PATTERN.search(text))
+        yield from (text for text in _texts([part.get("const"), part.get("enum")]) if _CONTROL.search(text))
+
+
+def _parts(value: object) -> Iterator[Mapping[str, Any]]:
+    """All objects in a schema, be they schemas or not."""
+    if isinstance(value, Mapping):
+        yield value
+    if isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _parts(item)
+
+
+def _texts(value: object) -> Iterator[str]:
+    """In a value, without the names of its properties."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
 
 
 def with_rules_alone(schema: Mapping[str, Any], *, is_strict: bool) -> Schema:

@@ -17,7 +17,7 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from pydantic import ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from deployments.api.json_schema import Schema, with_rules_alone
+from deployments.api.json_schema import Schema, UnsayableError, as_followed
 from deployments.api.strict import Strict
 from deployments.errors import InvalidRequestError
 from deployments.grammars import MAX_SOURCE_CHARACTERS
@@ -27,9 +27,6 @@ MAX_CHOICES = 1024
 # GBNF is translated on the event loop, in time that grows with the square of the rules: 0.1 s for 1,000 that name each
 # other, which are so long (a shared Xeon, 2026-11-28).
 MAX_GBNF_CHARACTERS = 2**14
-# At a place where JSON allows it a model may write so much white space: else some go on with that for ever.
-_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{0,16}"
-FOLLOWED: Any = {"whitespace_flexible": True, "whitespace_pattern": _WHITE_SPACE, "lenient": False}
 
 # A schema, or its JSON.
 SchemaOrText = Schema | Annotated[str, Field(min_length=1)]
@@ -38,7 +35,7 @@ Choices = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=
 
 
 class JsonSchema(Strict):
-    """A named schema. `strict`: it is followed to the letter, or refused; else `uniqueItems` is not looked at."""
+    """A named schema. `strict`: it is followed to the letter, or refused; else but for what no grammar can say."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
@@ -185,8 +182,9 @@ def _json_source(schema: Schema | str, field: str, *, is_strict: bool = True) ->
             schema = orjson.loads(schema)
         if not isinstance(schema, dict):
             raise InvalidRequestError(f"{field} must be a JSON schema, an object", field)
-        text = orjson.dumps(with_rules_alone(schema, is_strict=is_strict)).decode()
-        return LLMatcher.grammar_from_json_schema(text, overrides=FOLLOWED)
+        return LLMatcher.grammar_from_json_schema(orjson.dumps(as_followed(schema, is_strict=is_strict)).decode())
+    except UnsayableError as error:
+        raise InvalidRequestError(f"{field} cannot be followed: {error}", field) from None
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidRequestError(f"{field} is not a JSON schema: {error}", field) from None
 

@@ -172,3 +172,58 @@ async def test_a_pattern_of_the_schemas_own_holds_beside_the_one_of_a_date() -> 
     _, _, grammar = await post(CHAT, {"guided_json": schema})
     assert grammar is not None and follows(grammar, '"2024-02-29"')
     assert not follows(grammar, '"2023-01-01"') and not follows(grammar, '"2024-02-30"')
+
+
+OPEN = {"properties": {"age": {"type": "integer"}}, "patternProperties": {"^is_": {"type": "boolean"}}}
+CONTROL = "\x01"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_name_in_escapes_is_no_way_around_a_rule(kind: str) -> None:
+    _, _, grammar = await post(*asked_as(kind, {"type": "object", **OPEN}, None))
+    assert grammar is not None
+    begin, end = ('<tool_call>\n{"name": "f", "arguments": ', "}\n</tool_call>") if "tool" in kind else ("", "")
+    for answer in ('{"age":1,"is_it":true}', '{"else":"x\\n","else":2}'):
+        assert follows(grammar, begin + answer + end)
+    for answer in (r'{"\u0061ge":"x"}', r'{"age":1,"\u0061ge":"x"}', r'{"\u0069s_it":1}', r'{"is\u005fit":1}'):
+        assert not follows(grammar, begin + answer + end)
+
+
+@pytest.mark.parametrize("schema", [{"const": f"a{CONTROL}b"}, {"type": "string", "pattern": "^a\\x01b$"}])
+async def test_a_text_that_needs_control_characters_is_followed(schema: Any) -> None:
+    _, _, grammar = await post(CHAT, {"guided_json": schema})
+    assert grammar is not None and follows(grammar, r'"a\u0001b"') and not follows(grammar, '"ab"')
+
+
+UNSAYABLE = [
+    ({**OPEN, "additionalProperties": True, "properties": {"x": {"const": CONTROL}}}, "control characters"),
+    ({**OPEN, "properties": {"x": {"pattern": "^\\v+$"}}}, "control characters"),
+    ({"minProperties": 2}, "minProperties"),
+    ({"minProperties": 3, "required": ["a"]}, "minProperties"),
+    ({"minProperties": 2, "patternProperties": {"^a": {}}, "additionalProperties": False}, "minProperties"),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("schema", "reason"), UNSAYABLE)
+async def test_what_needs_names_that_differ_is_refused_with_strict_and_taken_without(
+    kind: str, schema: dict[str, Any], reason: str
+) -> None:
+    status, answer, _ = await post(*asked_as(kind, {"type": "object", **schema}, True))
+    assert status == 400 and reason in answer["error"]["message"] and "cannot be followed" in answer["error"]["message"]
+    status, answer, _ = await post(*asked_as(kind, {"type": "object", **schema}, None))
+    assert status == 200, answer
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"minProperties": 1},
+        {"minProperties": 2, "properties": {"a": {}}, "required": ["a"]},
+        {"properties": {"x": {"const": CONTROL}}, "required": ["x"], "additionalProperties": False},
+        {**OPEN, "properties": {"x": {"pattern": r"^\p{L}[\x20-\x7e]*\n$"}}},
+    ],
+)
+async def test_what_a_grammar_can_say_of_names_is_taken_with_strict(schema: dict[str, Any]) -> None:
+    status, answer, _ = await post(*asked_as("form", {"type": "object", **schema}, True))
+    assert status == 200, answer

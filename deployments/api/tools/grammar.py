@@ -9,8 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from deployments.api.json_schema import Schema, with_rules_alone
-from deployments.api.structured import FOLLOWED
+from deployments.api.json_schema import Schema, UnsayableError, as_followed
 from deployments.api.tools.families import Family
 from deployments.api.tools.fields import Tool
 from deployments.errors import InvalidRequestError
@@ -140,7 +139,9 @@ def _as_object(tool: Tool, family: Family, arguments: Schema) -> Schema:
 
 def _as_json(schema: Schema, tool: Tool) -> str:
     try:
-        rules = with_rules_alone(schema, is_strict=tool.function.strict is True)
-        return json.dumps({**rules, "x-guidance": FOLLOWED}, allow_nan=False)
+        return json.dumps(as_followed(schema, is_strict=tool.function.strict is True), allow_nan=False)
+    except UnsayableError as error:
+        message = f"tools: the parameters of {tool.function.name!r} cannot be followed: {error}"
+        raise InvalidRequestError(message, "tools") from None
     except (ValueError, RecursionError) as error:
         raise InvalidRequestError(f"tools: not a JSON schema: {error}", "tools") from None
