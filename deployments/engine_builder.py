@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from deployments.engine.config import EngineConfig
 from deployments.engine_info import EngineInfo
+from deployments.grammars import VocabularyError, read_vocabulary
 from deployments.kv_transfer.layout import KVLayout
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def assemble_engine(loaded: "LoadedModel", config: EngineConfig) -> BuiltEngine:
     from deployments.engine.engine import Engine
     from deployments.kv_transfer.local import Arena
 
+    _prepare_grammars(loaded)
     engine = Engine(loaded, config)
     limits, shape = engine.limits, engine.kv_shape
     layout = KVLayout(
@@ -84,3 +86,13 @@ def assemble_engine(loaded: "LoadedModel", config: EngineConfig) -> BuiltEngine:
         arena = Arena(engine.export_room.num_bytes, loaded.device.type)
         engine.export_into(arena.allocate)
     return BuiltEngine(engine, info, layout, loaded.device.type, arena)
+
+
+def _prepare_grammars(loaded: "LoadedModel") -> None:
+    """Read the vocabulary now: the first answer with a grammar would stop all others for as long as that takes."""
+    if not loaded.eos_token_ids:
+        return  # no grammar goes without them
+    try:
+        read_vocabulary(loaded.path, loaded.vocab_size, tuple(sorted(loaded.eos_token_ids)))
+    except VocabularyError as error:
+        logger.info("answers of this model follow no grammars: %s", error)

@@ -64,6 +64,15 @@ async def test_a_grammar_that_takes_too_long_is_told_so(held):
         await check.check(GRAMMAR)
 
 
+async def test_who_comes_first_waits_longer_for_the_vocabulary(held):
+    held.lets_read.clear()
+    held.lets_go.set()
+    check = asyncio.create_task(GrammarCheck(Here(held.make), TIMEOUT_S).check(GRAMMAR))
+    await asyncio.wait((check,), timeout=1.1 * TIMEOUT_S)
+    held.lets_read.set()
+    await check
+
+
 async def test_who_waits_behind_it_is_not_to_blame(held):
     check = GrammarCheck(Here(held.make), TIMEOUT_S)
     first = asyncio.create_task(check.check(GRAMMAR))

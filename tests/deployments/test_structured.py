@@ -5,6 +5,9 @@ Disaggregated, colocated, and gone on with by another decode engine after the de
 
 import json
 import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,14 +17,17 @@ from jsonschema import validate
 
 from deployments import grammars
 from deployments.api.http import build_app
+from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
+from deployments.engine_builder import assemble_engine
 from deployments.errors import InvalidRequestError
+from deployments.grammars import read_vocabulary
 from deployments.messages import GenerateRequest, Grammar, ModelInfo, SamplingParams
 from tests.api.fakes import build_codec, serving
 from tests.deployments.conftest import StartPools
 from tests.deployments.pools import PROMPT
 from tests.engine.families import VOCAB_SIZE
-from tests.engine.grammars import END, regex
+from tests.engine.grammars import END, load_with_tokenizer, regex
 from tests.engine.insides import compile_grammars_by
 
 # A model that knows no text writes what it may: bounds make that short.
@@ -45,6 +51,15 @@ INFO = ModelInfo("tiny", "", max_model_len=512, vocab_size=VOCAB_SIZE, eos_token
 # Needs a state of the automaton for each letter.
 OUTGROWN, MAX_STATES = "[a-z]{150}", 100
 QUESTION = "The quick brown fox jumps over the lazy dog, and then it sleeps."
+
+
+def test_an_engine_reads_its_vocabulary_before_anyone_waits_for_its_tokens(tmp_path: Path) -> None:
+    model = load_with_tokenizer("llama")
+    shutil.copy(Path(model.path) / "tokenizer.json", tmp_path)
+    assemble_engine(replace(model, path=str(tmp_path), eos_token_ids=(END,)), EngineConfig(num_blocks=8))
+    num_read = read_vocabulary.cache_info().misses
+    read_vocabulary(str(tmp_path), model.vocab_size, (END,))
+    assert read_vocabulary.cache_info().misses == num_read
 
 
 @pytest.mark.parametrize("way", ["disaggregated", "colocated", "resumed"])
