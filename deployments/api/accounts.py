@@ -44,7 +44,8 @@ class Terms:
         tokens_per_minute: tokens of prompts, cached or not, and generated ones.
         reads_metrics: may read the numbers of the whole service.
         cache: accounts of the same one find each other's KV; empty: that of all who have no account.
-        max_priority: that its calls may have; also what they have that say nothing, if it is below normal.
+        max_priority: that its calls may have.
+        priority: of calls that say nothing; no more than that.
     """
 
     requests_per_minute: int | None = None
@@ -52,11 +53,12 @@ class Terms:
     reads_metrics: bool = False
     cache: str = ""
     max_priority: Priority = Priority.HIGH
+    priority: Priority = Priority.NORMAL
 
     @property
     def usual_priority(self) -> Priority:
         """Of calls that say nothing."""
-        return min(Priority.NORMAL, self.max_priority)
+        return min(self.priority, self.max_priority)
 
 
 @dataclass(slots=True)

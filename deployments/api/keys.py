@@ -10,14 +10,17 @@ import logging
 import os
 import re
 import secrets
+import stat
 import time
 import tomllib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from deployments.api.accounts import Account, Sharers, Terms
 from deployments.errors import KvRelayError
@@ -79,7 +82,7 @@ class _Entry(BaseModel):
 
     `key` is one or several, all of which are good, so that one can replace another. `cache` names what the caller
     shares with others of the same cache; else it has one for itself. High priority is for those whose `max_priority`
-    says so.
+    says so; `priority` is that of calls which ask for none.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
@@ -90,6 +93,7 @@ class _Entry(BaseModel):
     metrics: bool = False
     cache: str | None = Field(default=None, min_length=1, max_length=64)
     max_priority: Literal["low", "normal", "high"] = "normal"
+    priority: Literal["low", "normal", "high"] | None = None
 
     def digests(self) -> list[bytes]:
         """SHA-256 of each key.
@@ -104,8 +108,15 @@ class _Entry(BaseModel):
 
     def terms(self, name: str) -> Terms:
         cache = name if self.cache is None else self.cache
-        priority = Priority[self.max_priority.upper()]
-        return Terms(self.requests_per_minute, self.tokens_per_minute, self.metrics, cache, priority)
+        most = Priority[self.max_priority.upper()]
+        usual = min(Priority.NORMAL, most) if self.priority is None else Priority[self.priority.upper()]
+        return Terms(self.requests_per_minute, self.tokens_per_minute, self.metrics, cache, most, usual)
+
+    @model_validator(mode="after")
+    def _check_priority(self) -> Self:
+        if self.priority is not None and Priority[self.priority.upper()] > Priority[self.max_priority.upper()]:
+            raise PydanticCustomError("priority", "priority is above max_priority")
+        return self
 
 
 def _digest_of(key: str) -> bytes:
@@ -145,7 +156,7 @@ def _explain(error: ValidationError) -> str:
     fault = error.errors(include_url=False, include_input=False, include_context=False)[0]
     if fault["type"] == "extra_forbidden":
         return f"has a field that is none of {', '.join(_Entry.model_fields)}"
-    return f"{fault['loc'][0]}: {fault['msg']}"
+    return f"{fault['loc'][0]}: {fault['msg']}" if fault["loc"] else fault["msg"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +190,7 @@ class KeyRing:
         self._pepper = secrets.token_bytes(32)
         self._seen = self._mark()
         self._held = self._read(_Held({}, {}))
+        self._warn_if_readable()
 
     def find(self, digest: bytes) -> Account | None:
         """The account of a key.
@@ -236,6 +248,15 @@ class KeyRing:
             held.accounts[name].change(entry.terms(name))
         return held
 
+    def _warn_if_readable(self) -> None:
+        """Once, for who mounts a file of secrets may have no choice."""
+        if self._source.startswith(VARIABLE_PREFIX):
+            return
+        with suppress(OSError):
+            if not os.stat(self._source).st_mode & (stat.S_IRGRP | stat.S_IROTH):
+                return
+            logger.warning("other users of this machine can read the API keys in %s: chmod 600 it", self._source)
+
     def _open(self, name: str, entry: _Entry) -> Account:
         return Account(name, entry.terms(name), self._sharers, self._clock)
 
@@ -246,7 +267,7 @@ class KeyRing:
                 raise ValueError("the variable is not set where the ingress runs")
             return text
         try:
-            return Path(self._source).read_text()
+            return Path(self._source).read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise ValueError("it is not UTF-8 text") from None
         except OSError as error:

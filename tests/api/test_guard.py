@@ -31,6 +31,7 @@ from tests.api.fakes import (
 LENGTH = FinishReason.LENGTH
 RESPONSES = "/v1/responses"
 ALICE, BOB, WATCHER = "sk-alice-0123456789", "sk-bob-0123456789abc", "sk-watcher-0123456789"
+BATCH = "sk-batch-0123456789a"
 FILE = f"""
 [alice]
 key = "{ALICE}"
@@ -44,6 +45,9 @@ max_priority = "high"
 key = "{WATCHER}"
 metrics = true
 max_priority = "low"
+[batch]
+key = "{BATCH}"
+priority = "low"
 """
 
 
@@ -232,6 +236,10 @@ async def test_kv_is_found_only_by_callers_of_the_same_cache(keys: KeyRing, path
         (WATCHER, None, {}, Priority.LOW),
         (WATCHER, None, {"service_tier": "auto"}, Priority.LOW),
         (WATCHER, "normal", {}, None),
+        (BATCH, None, {}, Priority.LOW),
+        (BATCH, None, {"service_tier": "auto"}, Priority.LOW),
+        (BATCH, "normal", {}, Priority.NORMAL),
+        (BATCH, "high", {}, None),
     ],
 )
 async def test_a_key_may_ask_for_the_priorities_of_its_terms(

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,10 @@ def table(name: str, key: str, **fields: object) -> str:
 
 
 @pytest.fixture
-def file(tmp_path: Path) -> Path:
-    return tmp_path / "keys.toml"
+def file(tmp_path: Path) -> Iterator[Path]:
+    before = os.umask(0o077)
+    yield tmp_path / "keys.toml"
+    os.umask(before)
 
 
 def name_of(ring: KeyRing, key: str) -> str | None:
@@ -80,6 +83,7 @@ WRONG = [
     (table("alice", KEY, requests_per_minute=0), "[alice] requests_per_minute: "),
     (table("alice", KEY, requests_per_minute='"9"'), "[alice] requests_per_minute: "),
     (f'[alice]\nkey = "{KEY}"\n"{OTHER}" = 1', "[alice] has a field that is none of key, requests_per_minute"),
+    (table("alice", KEY, priority='"high"'), "[alice] priority is above max_priority"),
     (table("alice", KEY) + table("bob", KEY), "[bob] key: another name has the same"),
 ]
 
@@ -129,6 +133,16 @@ def test_a_variable_holds_the_same_as_a_file(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_place_that_is_neither_a_path_nor_a_variable_is_refused(source: str) -> None:
     with pytest.raises(ValueError, match="absolute path"):
         check_source(source)
+
+
+@pytest.mark.parametrize(("mode", "is_told"), [(0o600, False), (0o400, False), (0o640, True), (0o604, True)])
+def test_a_file_that_others_can_read_is_complained_of(
+    file: Path, mode: int, is_told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    file.write_text(table("alice", KEY))
+    file.chmod(mode)
+    KeyRing(str(file))
+    assert ("other users of this machine can read" in caplog.text) is is_told and KEY not in caplog.text
 
 
 def replace(file: Path, text: str) -> None:
