@@ -122,6 +122,9 @@ class ChatTemplate:
         with suppress(TemplateLimitError):
             for role in ("user", *_TRIALS):  # the user's first: the others' trials hold messages of a user
                 self._reads[role] = self._try_role(role)
+        self._loses_late_system = False
+        with suppress(TemplateLimitError):
+            self._loses_late_system = self._try_late_system()
 
     @property
     def shows_tools(self) -> bool:
@@ -164,10 +167,18 @@ class ChatTemplate:
         assert not (add_generation_prompt and continue_final_message)
         self._check_variables(variables)
         shaped = [self._shape(message) for message in messages]
+        self._check_systems(shaped)
         if not continue_final_message:
             return self._render(shaped, add_generation_prompt, limits, variables, tools)
         marked, last_text = _with_mark(shaped[-1])
         return _before_mark(self._render([*shaped[:-1], marked], False, limits, variables, tools), last_text)
+
+    def _check_systems(self, shaped: Sequence[Mapping[str, object]]) -> None:
+        """Refuse what the model would not be told."""
+        late = (place for place, message in enumerate(shaped) if place and message["role"] in _INSTRUCTING)
+        if self._loses_late_system and (place := next(late, None)) is not None:
+            what = f"messages.{place}: the model's chat template leaves out a {shaped[place]['role']} message"
+            raise InvalidRequestError(f"{what} that is not the first", f"messages.{place}")
 
     def _check_variables(self, variables: Mapping[str, object]) -> None:
         """Refuse what the server itself sets, and what would have no effect."""
@@ -229,6 +240,17 @@ class ChatTemplate:
         )
         return reads if reads.text or reads.parts else self._reads["user"]
 
+    def _try_late_system(self) -> bool:
+        """Whether it leaves out, without a word, what the system says later."""
+        roles = ("user", "assistant", "system", "user")
+        messages = [self._shape({"role": role, "content": _PROBES[role == "system"]}) for role in roles]
+        try:
+            return _PROBES[1] not in self._render(messages, True, _TRIAL_LIMITS)
+        except TemplateLimitError:
+            raise
+        except InvalidRequestError:
+            return False
+
     def _shows(self, role: str, content: object, probes: Sequence[str]) -> bool:
         before, after = _TRIALS.get(role, ((), ()))
         others = [self._shape({"role": other, "content": "x"}) for other in (*before, *after)]
@@ -250,6 +272,7 @@ _TRIALS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "assistant": (("user",), ("user",)),
     "tool": (("user", "assistant"), ()),
 }
+_INSTRUCTING = ("system", "developer")
 _TRIAL_LIMITS = Limits(cpu_s=1.0, max_size=2**20)
 _PROBES = ("kvrelay-first-text", "kvrelay-second-text")
 _STRUCTURE = "kvrelay-structure"

@@ -120,6 +120,18 @@ def test_the_developers_message_stays_where_the_template_knows_it():
     assert build(source).render([{"role": "developer", "content": "x"}, USER]) == "Duser"
 
 
+def test_what_the_system_says_later_is_refused_where_the_template_would_leave_it_out():
+    shown = "{% if loop.first or m.role != 'system' %}{{ m.content }}{% endif %}"
+    source = "{% for m in messages %}" + shown + "{% endfor %}"
+    template = build(source)
+    assert template.render([SYSTEM, USER]) == SYSTEM["content"] + USER["content"]
+    for late in (SYSTEM, SYSTEM | {"role": "developer"}):
+        with pytest.raises(InvalidRequestError, match=r"messages\.1: .* leaves out a system message") as refused:
+            template.render([USER, late])
+        assert refused.value.param == "messages.1"
+    assert SYSTEM["content"] in build(templates.CHATML).render([USER, SYSTEM])
+
+
 def test_a_field_that_the_template_reads_reaches_it():
     source = "{% for m in messages %}{{ m.name or 'nobody' }}:{{ m.tool_call_id }};{% endfor %}"
     message = {"role": "tool", "content": "x", "name": "ann", "tool_call_id": "c1"}

@@ -185,6 +185,20 @@ async def test_openais_client_gets_thoughts_text_and_calls_whole_and_streamed(st
     assert f"{thinking}<|start|>assistant{CALL_BY_ROLE}<|call|>" in prompt and prompt.endswith("<|start|>assistant")
 
 
+async def test_each_of_several_calls_of_a_turn_is_shown_and_what_it_gave_behind_it() -> None:
+    calls = [
+        {"id": name, "type": "function", "function": {"name": name, "arguments": "{}"}} for name in ("weather", "clock")
+    ]
+    results = [{"role": "tool", "tool_call_id": name, "content": f"of {name}"} for name in ("clock", "weather")]
+    turn = [{"role": "assistant", "content": "Look:", "tool_calls": calls}, *results]
+    messages = [{"role": "user", "content": "hi"}, *turn, {"role": "user", "content": "so?"}]
+    backend = saying(f"{FINAL}x")
+    assert (await post(backend, messages=messages, tools=[WEATHER, CLOCK])).status_code == 200
+    prompt = codec_of().backend.decode(list(backend.requests[-1].prompt_token_ids), skip_special_tokens=False)
+    places = [prompt.index(text) for text in ("to=functions.weather", "of weather", "to=functions.clock", "of clock")]
+    assert places == sorted(places) and prompt.count("<|call|>") == 2
+
+
 async def test_responses_have_items_of_thoughts_text_and_calls() -> None:
     answer = (await post(saying(f"{THOUGHT}{FINAL}Hello."), RESPONSES)).json()
     assert [item["type"] for item in answer["output"]] == ["reasoning", "message"]

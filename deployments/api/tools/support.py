@@ -7,7 +7,8 @@ asks it what an answer may be.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from deployments.api.chat_template import ChatTemplate, Message, NoChatTemplateError
@@ -80,11 +81,35 @@ class ToolSupport:
         What the template does not show is written as text, in the way of the model's family.
         """
         family = self._family or HERMES
+        if family is HARMONY:
+            messages = [*_with_one_call_each(messages)]
         if not self._shows_calls:
             messages = [_with_calls_as_text(message, family) for message in messages]
         if tools and not self._shows_tools:
             return _with_instructions(messages, _instructions(family, tools)), ()
         return messages, tools
+
+
+def _with_one_call_each(messages: Sequence[Message]) -> Iterator[Message]:
+    """Several calls of one message as messages of their own, each before what it gave.
+
+    gpt-oss' template shows the first call of a message alone, and takes what tools gave for its.
+    """
+    rest = list(messages)
+    while rest:
+        message = rest.pop(0)
+        calls = message.get("tool_calls")
+        if not isinstance(calls, list) or len(calls) < 2:
+            yield message
+            continue
+        given = [*takewhile(lambda following: following["role"] == "tool", rest)]
+        del rest[: len(given)]
+        for number, call in enumerate(calls):
+            fields = message if number == 0 else {"role": message["role"], "content": ""}
+            yield {**fields, "tool_calls": [call]}
+            yield from (result for result in given if result.get("tool_call_id") == call.get("id"))
+        ids = [call.get("id") for call in calls]
+        yield from (result for result in given if result.get("tool_call_id") not in ids)
 
 
 def _with_calls_as_text(message: Message, family: Family) -> Message:
