@@ -5,19 +5,18 @@ Never talks to Ray: it watches the log and asks `/health`.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -25,8 +24,10 @@ import psutil
 from app.arguments import ConfigError, list_arguments
 from app.config import AppConfig
 from app.haproxy import LOOPBACK_VARIABLE
+from app.local_checks import TEMP_PREFIX, LocalError, check_port, check_temp_folder, tell_of_memory
 from app.local_process import RunFolder, Server
-from app.local_server import HOST, RUNS, STAGE_MARK
+from app.local_server import NO_RAY, NO_RAY_MARK, RUNS, STAGE_MARK
+from app.ports import free_ports
 from deployments.api.keys import KeyRing, KeysError
 from deployments.engine.model.files import check_model
 from deployments.errors import UnsupportedModelError
@@ -38,13 +39,29 @@ _CONVERSION = re.compile(r"converting \S+ to \S+ \(once\)")
 # What a shell has of its own.
 _SHELL_VARIABLES = {"PATH", "PWD", "OLDPWD", "SHLVL", "_"}
 _POLL_S = 0.3
-# Where the agent of Ray's dashboard listens: among the ports that the system gives out, but not to be moved.
-_RAY_AGENT_PORT = 52365
 _NUM_ERROR_LINES = 30
 
 
-class LocalError(Exception):
-    """`up` or `down` cannot do what was asked; the message says why and what would help."""
+class NoRayError(LocalError):
+    """Ray did not come up, which on a busy machine may be different the next time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What `up` was asked to start.
+
+    Attributes:
+        app: import path of the graph.
+        pairs: its arguments, each as key=value.
+        deadline_s: when to give up, on the monotonic clock.
+    """
+
+    app: str
+    port: int
+    num_cpus: int
+    pairs: list[str]
+    began_s: float
+    deadline_s: float
 
 
 def parse_arguments(pairs: list[str]) -> AppConfig:
@@ -67,51 +84,63 @@ def up(folder: RunFolder, app: str, port: int, num_cpus: int | None, timeout_s: 
         ConfigError: an argument is wrong; nothing was started.
         UnsupportedModelError: there is no such model, or it is not whole; nothing was started.
         KeysError: the API keys cannot be read; nothing was started.
-        LocalError: it runs already, the port is taken, or it did not start.
+        LocalError: it runs already, the port is taken, there is no room, or it did not start.
     """
     config = parse_arguments(pairs)
     if app == APP:  # what another one does with the name, only it knows
         check_model(config.model)
         if config.ingress.api_keys is not None:
             KeyRing(config.ingress.api_keys)
+    check_temp_folder()
+    if (told := tell_of_memory()) is not None:
+        print(told, flush=True)
     num_cpus = num_cpus or max(os.cpu_count() or 1, math.ceil(config.max_num_cpus()))
-    started = time.monotonic()
-    with folder.locked():
-        if (running := folder.server()) is not None:
-            raise LocalError(f"a server already runs at {running.url} (pid {running.pid}); stop it first: make stop")
-        _check_port(port)
-        server, process = _spawn(folder, app, port, num_cpus, pairs)
-        folder.remember(server)
-    try:
-        _wait_until_healthy(folder, server, process, started, timeout_s)
-    except BaseException:  # KeyboardInterrupt too: what was started is stopped
-        server.stop()
-        folder.forget()
-        raise
+    began_s = time.monotonic()
+    server = _launch(folder, Launch(app, port, num_cpus, pairs, began_s, began_s + timeout_s))
     print(f"\n{config.served_model_name} is served at {server.url} (log: {folder.log}; stop with: make stop). Try:\n")
     print(f"  {_curl(server, config.served_model_name, needs_key=config.ingress.api_keys is not None)}\n")
 
 
-def _check_port(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise LocalError(f"port {port} is taken ({error.strerror}); choose another: --port {port + 1}") from None
+def _launch(folder: RunFolder, launch: Launch) -> Server:
+    """Start the server, once more if Ray did not come up: its own patience is short where a machine is busy."""
+    try:
+        return _launch_once(folder, launch)
+    except NoRayError as error:
+        print(f"{error}; trying once more", flush=True)
+        folder.set_log_aside()
+    try:
+        return _launch_once(folder, launch)
+    except NoRayError as error:
+        load, num_cpus = os.getloadavg()[0], os.cpu_count()
+        busy = f"the load of this machine is {load:.0f} on {num_cpus} CPUs: try again when it has less to do"
+        raise LocalError(f"{error}, twice; {busy} (the log: {folder.log})") from None
 
 
-def _spawn(
-    folder: RunFolder, app: str, port: int, num_cpus: int, pairs: list[str]
-) -> tuple[Server, subprocess.Popen[bytes]]:
-    # Short: Ray puts Unix sockets under it, whose paths end at 107 characters.
-    temp_dir = tempfile.mkdtemp(prefix="kvrelay-")
-    command = [sys.executable, "-m", "app.local_server", "--app", app, "--port", str(port)]
-    command += ["--num-cpus", str(num_cpus), "--temp-dir", temp_dir, "--", *pairs]
+def _launch_once(folder: RunFolder, launch: Launch) -> Server:
+    with folder.locked():
+        if (running := folder.server()) is not None:
+            raise LocalError(f"a server already runs at {running.url} (pid {running.pid}); stop it first: make stop")
+        check_port(launch.port)
+        server, process = _spawn(folder, launch)
+        folder.remember(server)
+    try:
+        _wait_until_healthy(folder, server, process, launch)
+    except BaseException:  # KeyboardInterrupt too: what was started is stopped
+        server.stop()
+        folder.forget()
+        raise
+    return server
+
+
+def _spawn(folder: RunFolder, launch: Launch) -> tuple[Server, subprocess.Popen[bytes]]:
+    # Short: Ray puts Unix sockets under it, see `check_temp_folder`.
+    temp_dir = tempfile.mkdtemp(prefix=TEMP_PREFIX)
+    command = [sys.executable, "-m", "app.local_server", "--app", launch.app, "--port", str(launch.port)]
+    command += ["--num-cpus", str(launch.num_cpus), "--temp-dir", temp_dir, "--", *launch.pairs]
     environment = _serve_environment(temp_dir) | os.environ
     environment.pop("RAY_ADDRESS", None)
     process = _start_detached(command, environment, folder.log)
-    return Server(process.pid, psutil.Process(process.pid).create_time(), port, temp_dir), process
+    return Server(process.pid, psutil.Process(process.pid).create_time(), launch.port, temp_dir), process
 
 
 def _start_detached(command: list[str], environment: dict[str, str], log_path: Path) -> subprocess.Popen[bytes]:
@@ -169,35 +198,29 @@ def _serve_environment(temp_dir: str) -> dict[str, str]:
     }
 
 
-def free_ports(count: int) -> list[int]:
-    """Different ones, and none that Ray is about to take."""
-    with contextlib.ExitStack() as stack:
-        ports: list[int] = []
-        while len(ports) < count:
-            probe = stack.enter_context(socket.socket())
-            probe.bind((HOST, 0))
-            if (port := probe.getsockname()[1]) != _RAY_AGENT_PORT:
-                ports.append(port)
-        return ports
-
-
-def _wait_until_healthy(
-    folder: RunFolder, server: Server, process: subprocess.Popen[bytes], started: float, timeout_s: float
-) -> None:
-    runs = False
+def _wait_until_healthy(folder: RunFolder, server: Server, process: subprocess.Popen[bytes], launch: Launch) -> None:
+    stages: list[str] = []
     with open(folder.log, errors="replace") as log:
         while True:
-            runs = RUNS in _print_stages(log, started) or runs
-            elapsed = time.monotonic() - started
-            if process.poll() is not None:
-                raise LocalError(f"the server ended with status {process.returncode}:\n\n{_last_lines(folder.log)}")
+            ended = process.poll() is not None  # before its last words are read
+            stages += _print_stages(log, launch.began_s)
+            elapsed = time.monotonic() - launch.began_s
+            if ended:
+                raise _end_of(process.returncode, stages, folder)
             # Not before: Serve would hold the question until there is somebody to ask.
-            if runs and server.is_healthy():
+            if RUNS in stages and server.is_healthy():
                 print(f"{elapsed:6.1f} s  ready", flush=True)
                 return
-            if elapsed > timeout_s:
-                raise LocalError(f"not ready after {timeout_s:g} s:\n\n{_last_lines(folder.log)}")
+            if time.monotonic() > launch.deadline_s:
+                raise LocalError(f"not ready after {elapsed:.0f} s:\n\n{_last_lines(folder.log)}")
             time.sleep(_POLL_S)
+
+
+def _end_of(status: int, stages: list[str], folder: RunFolder) -> LocalError:
+    """Why a server that ended did so."""
+    if status == NO_RAY:
+        return NoRayError(next((stage for stage in reversed(stages) if stage.startswith(NO_RAY_MARK)), NO_RAY_MARK))
+    return LocalError(f"the server ended with status {status}:\n\n{_last_lines(folder.log)}")
 
 
 def _print_stages(log: Iterator[str], started: float) -> list[str]:
@@ -297,7 +320,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _run(options, folder)
-    except (ConfigError, KeysError, LocalError, UnsupportedModelError) as error:
+    except (ConfigError, KeysError, LocalError, UnsupportedModelError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from app.local_server import HOST
+from app.ports import HOST
 
 _STOP_TIMEOUT_S = 30.0
 
@@ -97,6 +97,10 @@ class RunFolder:
         with open(self.path / "lock", "w") as lock:
             flock(lock, LOCK_EX)
             yield
+
+    def set_log_aside(self) -> None:
+        """Keep the log of a start that failed beside that of the next."""
+        self.log.replace(self.log.with_suffix(".log.1"))
 
     def remember(self, server: Server) -> None:
         """Write the server down."""

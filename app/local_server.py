@@ -5,8 +5,10 @@ which `app/local.py`, its only caller, finds in the log. Nobody else's Ray clust
 """
 
 import argparse
+import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -17,11 +19,20 @@ from ray import serve
 from ray.serve import Application
 
 from app.config import AppConfig
+from app.ports import HOST
+from app.ray_agents import choose_ports
 
-HOST = "127.0.0.1"
 STAGE_MARK = "[kvrelay] "
 RUNS = "every replica runs"
+# Begins the stage that says why Ray did not come up, and the status with which the process then ends (EX_TEMPFAIL).
+NO_RAY_MARK = "Ray did not start"
+NO_RAY = 75
+_MAX_REASON = 300
 _POLL_S = 1.0
+
+
+class NotUpError(Exception):
+    """Ray or Serve did not come up; the message is theirs. On a busy machine it may be different the next time."""
 
 
 def say(stage: str) -> None:
@@ -36,30 +47,46 @@ def load_builder(import_path: str) -> Callable[[AppConfig], Application]:
     return builder
 
 
-def start(application: Application, port: int, num_cpus: int, temp_dir: Path) -> None:
-    """Start Ray and the application and return when every deployment has its replicas.
+def start_ray(port: int, num_cpus: int, temp_dir: Path) -> None:
+    """Start Ray, and Serve on it.
 
     Raises:
-        RuntimeError: Serve gave up; the message holds what the replicas died of.
+        NotUpError: they did not come up; what of them did ends with this process.
     """
     say("starting Ray")
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=False,
-        # The engines' own messages, such as that of a model's conversion, belong in the log.
-        logging_config=ray.LoggingConfig(encoding="TEXT", log_level="INFO"),
-        # Its own folder, so that `ray status` and `serve run` of others do not take this cluster for theirs.
-        _temp_dir=str(temp_dir),
-        runtime_env={"worker_process_setup_hook": "app.loopback.bind_replicas_to_loopback"},
-    )
+    choose_ports()
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            # The engines' own messages, such as that of a model's conversion, belong in the log.
+            logging_config=ray.LoggingConfig(encoding="TEXT", log_level="INFO"),
+            # Its own folder, so that `ray status` and `serve run` of others do not take this cluster for theirs.
+            _temp_dir=str(temp_dir),
+            runtime_env={"worker_process_setup_hook": "app.loopback.bind_replicas_to_loopback"},
+        )
+        say("starting Serve")
+        serve.start(http_options={"host": HOST, "port": port})
+    except Exception as error:  # Ray has no type of its own for what did not come in time
+        raise NotUpError(str(error)) from error
+
+
+def start(application: Application) -> None:
+    """Start the application and return when every deployment has its replicas.
+
+    Raises:
+        NotUpError: Serve's proxy did not come up.
+        RuntimeError: Serve gave up; the message holds what the replicas died of.
+    """
     say("starting the replicas")
-    serve.start(http_options={"host": HOST, "port": port})
     stopped = threading.Event()
     reporter = threading.Thread(target=_report_replicas, args=(stopped,), daemon=True)
     reporter.start()
     try:
         serve.run(application)
+    except TimeoutError as error:
+        raise NotUpError(str(error)) from error
     except RuntimeError as error:
         raise RuntimeError("\n\n".join([str(error), *_complaints()])) from None
     finally:
@@ -106,11 +133,16 @@ def main() -> None:
     try:
         say("loading the code")
         application = load_builder(options.app)(AppConfig.model_validate(arguments))
-        start(application, options.port, options.num_cpus, options.temp_dir)
+        start_ray(options.port, options.num_cpus, options.temp_dir)
+        start(application)
         # Only now: ray.init sets a handler of its own, and until here `down` ends the whole session by force.
         signal.signal(signal.SIGTERM, _exit)
         say(RUNS)
         threading.Event().wait()
+    except NotUpError as error:
+        traceback.print_exc()
+        say(f"{NO_RAY_MARK}: {' '.join(str(error).split())[:_MAX_REASON]}")
+        os._exit(NO_RAY)  # nothing of it is up that could be taken down in order
     finally:
         # Not without the question: with no Ray of our own, Serve would look for another to shut down.
         if ray.is_initialized():

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
+from ray._private import node
 from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
 from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -140,8 +141,9 @@ def test_serve_env_is_what_a_shell_and_make_serve_read_and_ray_knows() -> None:
     by_us = read_settings(SERVE_SETTINGS)
     assert by_shell == by_us
     assert by_us["RAY_SERVE_HAPROXY_BINARY_PATH"] == str(PROGRAMS / "kvrelay-haproxy")
-    python, native = Path(str(constants.__file__)).read_bytes(), (Path(ray.__path__[0]) / GCS_SERVER).read_bytes()
-    unknown = [name for name in by_us if name.encode() not in python + native]
+    readers = Path(str(constants.__file__)), Path(str(node.__file__)), Path(ray.__path__[0]) / GCS_SERVER
+    known = b"".join(path.read_bytes() for path in readers)
+    unknown = [name for name in by_us if name.encode() not in known]
     assert unknown == ["MALLOC_ARENA_MAX"], "glibc reads that one"
 
 

@@ -1,6 +1,5 @@
 """What of the background server needs no Ray: refusals, and which processes are its own."""
 
-import contextlib
 import os
 import socket
 import subprocess
@@ -9,8 +8,8 @@ import sys
 import psutil
 import pytest
 
-from app import local
-from app.local import LocalError, up
+from app.local import up
+from app.local_checks import LocalError
 from app.local_process import Server
 from tests.local.commands import ROOT, is_alive, run
 from tests.waiting import wait_until
@@ -102,20 +101,3 @@ def test_a_stranger_that_got_the_servers_pid_is_not_touched(bystander):
     assert server.processes() == []
     server.stop(timeout_s=0.5)
     assert bystander.is_running()
-
-
-def test_haproxy_gets_no_port_that_the_agent_of_rays_dashboard_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = iter([52365, 40001, 40002])
-
-    class Socket(contextlib.nullcontext[None]):
-        def __enter__(self) -> "Socket":  # type: ignore[override]
-            return self
-
-        def bind(self, address: tuple[str, int]) -> None:
-            assert address == ("127.0.0.1", 0)
-
-        def getsockname(self) -> tuple[str, int]:
-            return ("127.0.0.1", next(given))
-
-    monkeypatch.setattr(socket, "socket", Socket)
-    assert local.free_ports(2) == [40001, 40002]
