@@ -4,6 +4,7 @@ Owns what a body may claim to be, how long it may get and how long that may take
 """
 
 import asyncio
+from email.message import Message
 from http import HTTPStatus
 
 from starlette.datastructures import Headers
@@ -13,6 +14,7 @@ from starlette.requests import Request
 # Unless the operator says otherwise.
 MAX_BODY_BYTES = 4 * 2**20
 _JSON = "application/json"
+_CHARSETS = frozenset({"utf-8", "utf8", "us-ascii"})
 
 
 async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
@@ -66,9 +68,18 @@ def _check_type(headers: Headers) -> None:
     essence = content_type.partition(";")[0].strip().lower()
     if essence != _JSON and not (essence.startswith("application/") and essence.endswith("+json")):
         _refuse("content-type", content_type, _JSON)
+    # RFC 8259 knows no other. A body that says otherwise would be read as what it is not.
+    if _charset(content_type) not in _CHARSETS:
+        _refuse("content-type", content_type, f"{_JSON} in UTF-8")
     encoding = headers.get("content-encoding", "identity")
     if encoding.strip().lower() not in ("identity", ""):
         _refuse("content-encoding", encoding, "no encoding")
+
+
+def _charset(content_type: str) -> str:
+    header = Message()
+    header["content-type"] = content_type
+    return header.get_content_charset("utf-8")
 
 
 def _shown(value: str) -> str:

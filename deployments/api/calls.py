@@ -4,10 +4,12 @@ Owns what OpenAI's fields mean to the engines. Knows nothing of HTTP; `exchange.
 `read_chat`, in a thread where the body is long.
 """
 
+import json
 import re
 import reprlib
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TypeVar
 
@@ -36,6 +38,7 @@ MIN_CHARACTERS = 2**16
 MAX_CALL_SCORES = 4 * MAX_PROMPT_SCORES
 # What a caller may say of a call that changes nothing.
 _LABELS = "safety_identifier", "metadata", "prompt_cache_key"
+_LONG_NUMBER = re.compile(rb"\d{19}")
 _TOO_LARGE_NUMBER = re.compile(r"-?\d[\d.eE+-]*")
 
 
@@ -142,12 +145,24 @@ def parse_body(data: bytes, kind: type[B], info: ModelInfo) -> B:
     except orjson.JSONDecodeError as error:
         raise InvalidRequestError(_explain_json(data, error)) from None
     try:
-        body = kind.model_validate(fields)
+        body = _check_fields(fields, data, kind)
     except ValidationError as error:
         raise explain(error) from None
     if body.model not in (None, info.name):
         raise ModelNotFoundError(f"the model {reprlib.repr(body.model)} does not exist; {info.name!r} does", "model")
     return body
+
+
+def _check_fields(fields: object, data: bytes, kind: type[B]) -> B:
+    try:
+        return kind.model_validate(fields)
+    except ValidationError:
+        # orjson makes a float of an integer of more than 64 bits: not what was written, and no integer to pydantic.
+        if not _LONG_NUMBER.search(data):
+            raise
+        with suppress(RecursionError):  # of what is nested too deep for this reader
+            fields = json.loads(data)
+        return kind.model_validate(fields)
 
 
 def _explain_json(data: bytes, error: orjson.JSONDecodeError) -> str:

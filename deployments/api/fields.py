@@ -56,8 +56,10 @@ def _none_if_false(value: object) -> object:
 
 def _as_logit_bias(value: object) -> object:
     """By token id, which JSON writes as text."""
-    if not isinstance(value, dict) or not all(_is_decimal(key) for key in value):
+    if not isinstance(value, dict):
         raise PydanticCustomError("logit_bias", "must be an object from token ids to numbers")
+    if not all(_is_decimal(key) for key in value):
+        raise PydanticCustomError("logit_bias", "must have token ids for keys, in at most 9 decimal digits")
     if len(value) > MAX_LOGIT_BIASES:
         raise PydanticCustomError("logit_bias", f"must be of at most {MAX_LOGIT_BIASES} token ids")
     if not all(type(bias) in (int, float) and abs(bias) <= MAX_LOGIT_BIAS for bias in value.values()):

@@ -16,6 +16,9 @@ NoOps = Mapping[str, tuple[object, ...]]
 Refusals = Mapping[str, str]
 # Begins the tags of unions, which are no part of a field's path.
 UNNAMED = "~"
+# Characters of a name and of what is said of it.
+_MAX_NAME = 100
+_MAX_FAULT = 400
 
 
 class Strict(BaseModel):
@@ -80,19 +83,21 @@ def explain(error: ValidationError) -> InvalidRequestError:
     fault = error.errors(include_url=False)[0]
     # A check of several fields has the whole body as its input, and names the field itself.
     field = fault.get("ctx", {}).get("field")
-    path = [part for part in (*fault["loc"], field) if part is not None]
-    param = ".".join(str(part) for part in path if not str(part).startswith(UNNAMED))
+    path = [str(part) for part in (*fault["loc"], field) if part is not None]
+    # Keys of objects are a caller's words, and so are what Pydantic repeats of tags.
+    param = ".".join(_shorten(part, _MAX_NAME) for part in path if not part.startswith(UNNAMED))
     match fault["type"]:
         case "extra_forbidden":
-            return InvalidRequestError(f"unknown field {param[:100]!r}", param[:100])
+            return InvalidRequestError(f"unknown field {param!r}", param)
         case "missing":
             return InvalidRequestError(f"{param} is required", param)
         case "unsupported":
             return InvalidRequestError(f"{param} is not supported yet", param)
         case "model_type":
             fault["msg"] = "must be a JSON object"  # pydantic's own words name a class of ours
-        case "int_type" if isinstance(fault["input"], float) and abs(fault["input"]) >= 2**63:
-            # JSON's integers of more than 64 bits arrive so.
-            fault["msg"] = "is too large, must be an integer of at most 64 bits"
     value = "" if field is not None else f", got {_JSON_REPR.repr(fault['input'])}"
-    return InvalidRequestError(f"{param or 'the body'}: {fault['msg']}{value}", param or None)
+    return InvalidRequestError(f"{param or 'the body'}: {_shorten(fault['msg'], _MAX_FAULT)}{value}", param or None)
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 3]}..."

@@ -29,6 +29,25 @@ async def test_json_is_taken_and_so_is_a_body_that_does_not_say_what_it_is(conte
     assert (await post(BODY, {} if content_type is None else {"content-type": content_type}))[0] == 200
 
 
+@pytest.mark.parametrize(
+    "charset",
+    ["latin-1", "utf-16", '"ISO-8859-1"', "utf-7", "x" * 50_000, "no such", ""],
+)
+async def test_another_character_set_is_refused_by_name(charset: str):
+    content_type = f"application/json; charset={charset}"
+    status, body = await post(BODY, {"content-type": content_type})
+    assert status == 415
+    message = body["error"]["message"]
+    assert message.startswith("the header content-type is 'application/json; charset=")
+    assert message.endswith(", must be application/json in UTF-8")
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "UTF8", '"utf-8"', "us-ascii", "utf-8; v=1"])
+async def test_utf_8_is_taken_by_all_its_names(charset: str):
+    assert (await post(BODY, {"content-type": f"application/json; charset={charset}"}))[0] == 200
+
+
 @pytest.mark.parametrize("headers", [{}, {"content-type": ""}, {"content-type": " "}])
 async def test_a_page_cannot_make_a_browser_send_what_does_not_say_that_it_is_json(headers: dict[str, str]):
     status, body = await post(BODY, headers | {"origin": "https://evil.example"})
