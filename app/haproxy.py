@@ -46,6 +46,10 @@ _ERRORS = (
     (504, "Gateway Timeout", "the service did not answer in time", "server_error", "gateway_timeout"),
 )
 _NOT_FOUND = "no application is served at this path"
+_NO_WEBSOCKET = "no WebSocket is served: send an ordinary request, and read the events of a stream as they come"
+_NO_METHOD = "no such method of HTTP is known here"
+# What servers behind do not know as a method they answer in text.
+_METHODS = "GET HEAD POST PUT PATCH DELETE OPTIONS TRACE CONNECT"
 
 
 class TemplateError(Exception):
@@ -95,6 +99,11 @@ def _quoted(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
+def _refusal(status: int, message: str, code: str, condition: str) -> str:
+    body = _quoted(_error(message, "invalid_request_error", code))
+    return f"    http-request return status {status} content-type application/json string {body} if {condition}"
+
+
 RULES = (
     # A client that sends headers and body apart and leaves is then not noticed until its answer is written: HAProxy
     # waits for more to splice (2.8.25). Without it, `option abortonclose` works as its name says.
@@ -121,7 +130,8 @@ RULES = (
             + _quoted(_error(_NOT_FOUND, "invalid_request_error", "not_found")),
         ),
     ),
-    # One id, also where the replica, Serve and the client each have an idea of it, and on HAProxy's own errors.
+    # One id, also where the replica, Serve and the client each have an idea of it, and on HAProxy's own errors. And
+    # what Serve would answer with no body or with text: a WebSocket (403, empty) and methods that nobody knows.
     Rule(
         "is where requests get one id",
         r"frontend http_frontend\n[ \t]+bind .*",
@@ -133,6 +143,8 @@ RULES = (
             "    http-request set-header x-request-id %[var(txn.request_id)]",
             "    acl is_named var(txn.request_id) -m found",
             "    http-after-response set-header x-request-id %[var(txn.request_id)] if is_named",
+            _refusal(400, _NO_WEBSOCKET, "bad_request", "{ req.hdr(upgrade) -i -m str websocket }"),
+            _refusal(501, _NO_METHOD, "not_implemented", f"!{{ method {_METHODS} }}"),
         ),
     ),
 )

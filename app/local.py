@@ -179,6 +179,9 @@ def _serve_environment(temp_dir: str) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+        # Ray has HAProxy log to UDP port 514, for which it keeps a UDP socket on all addresses. Here nobody listens
+        # either, until `socat -u UNIX-RECV:that-path -` does.
+        "RAY_SERVE_HAPROXY_LOG_TARGET": str(folder / "log.sock"),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         # With HAProxy an ingress replica waits half a minute for load balancers to notice that it goes; here are none.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",

@@ -48,6 +48,10 @@ from tests.api.fakes import INFO, FakeBackend, Hang, Recorder, Step, build_codec
 PROGRAM = Path(sys.executable).with_name("kvrelay-haproxy")
 CLIENT_TIMEOUT_S = 2
 HEADERS_TIMEOUT_S = 1
+WEBSOCKET = (
+    b"GET /app/v1/completions HTTP/1.1\r\nhost: x\r\nconnection: upgrade, close\r\nupgrade: WebSocket\r\n"
+    b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n"
+)
 # A generous limit for what happens at once.
 SOON_S = 10
 
@@ -67,6 +71,7 @@ def write_config(folder: Path, port: int, server_port: int) -> Path:
         server_state_file=str(folder / "server-state"),
         metrics_socket_path=str(folder / "metrics.sock"),
         nbthread=1,
+        log_target=str(folder / "log.sock"),  # as app/local.py has it
         stats_port=free_port(),
         metrics_port=free_port(),
         timeout_client_s=CLIENT_TIMEOUT_S,
@@ -255,6 +260,7 @@ async def test_the_process_that_ray_starts_becomes_haproxy(tmp_path: Path) -> No
     async with proxied(api(playing("a", FinishReason.LENGTH)), tmp_path) as proxy:
         info = await proxy.ask("show info")
         assert f"Pid: {proxy.pid}\n" in info
+        assert psutil.Process(proxy.pid).net_connections("udp") == []
         # Ray finds its HAProxy among all processes by the path of the configuration.
         assert str(tmp_path / "haproxy.cfg") in psutil.Process(proxy.pid).cmdline()
 
@@ -317,15 +323,19 @@ async def test_a_connection_that_says_nothing_is_closed_without_a_word(tmp_path:
     [
         (request()[0] + b'{"mod', 400, "bad_request"),
         (b"GET /other HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", 404, "not_found"),
+        (WEBSOCKET, 400, "bad_request"),
+        (b"FETCH /app/health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n", 501, "not_implemented"),
     ],
-    ids=["a body that never ends", "no application"],
+    ids=["a body that never ends", "no application", "a WebSocket", "no method"],
 )
 async def test_what_haproxy_answers_by_itself_has_openais_form(
     tmp_path: Path, data: bytes, status: int, code: str
 ) -> None:
     async with proxied(api(playing()), tmp_path) as proxy:
-        answered, error = error_of(await proxy.say(data))
+        answer = await proxy.say(data)
+    answered, error = error_of(answer)
     assert (answered, error["code"]) == (status, code)
+    assert answer.count(b"x-request-id: ") == 1
 
 
 async def test_what_never_becomes_a_request_is_refused_and_closed_in_haproxys_own_words(tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ def test_every_socket_of_it_listens_on_loopback_alone(server: Server) -> None:
     for process in server.processes():
         with suppress(psutil.NoSuchProcess):  # ended since
             listening += [c.laddr.ip for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+            listening += [c.laddr.ip for c in process.net_connections("udp") if c.laddr]
     assert len(listening) > 10
     assert [ip for ip in listening if not is_loopback(ip)] == []
 
