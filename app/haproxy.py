@@ -3,7 +3,7 @@
 Ray Serve runs it in HAProxy's place (`RAY_SERVE_HAPROXY_BINARY_PATH` in `serve.env`) with HAProxy's arguments, at every
 start and reload. It changes the file, then becomes HAProxy: the process that Ray watches and signals is HAProxy itself.
 A rule that finds nothing ends the start: where a new Ray has another template, nothing is served with the old faults.
-To change more, add to `RULES`; tests/test_haproxy.py holds them against the template of the installed Ray.
+To change more, add to `RULES`; tests/haproxy/test_rules.py holds them against the template of the installed Ray.
 
 Knows HAProxy 2.8, and of the API no more than the shape of an error. Imports nothing that takes long to load.
 """

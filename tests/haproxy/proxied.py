@@ -1,0 +1,172 @@
+"""HAProxy as Ray Serve configures it and `kvrelay-haproxy` changes it, in front of the API: no Ray runs.
+
+Ray's own code writes the configuration, the installed HAProxy runs it; only how long it waits is shortened.
+"""
+
+import asyncio
+import contextlib
+import csv
+import io
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+from ray.serve._private.http_util import RequestIdMiddleware
+from ray.serve.config import HTTPOptions
+from starlette.types import ASGIApp
+
+from app.haproxy import prepare
+from deployments.api.http import build_app
+from tests.api.fakes import INFO, FakeBackend, build_codec, serving
+
+PROGRAM = Path(sys.executable).with_name("kvrelay-haproxy")
+CLIENT_TIMEOUT_S = 2
+
+
+HEADERS_TIMEOUT_S = 1
+# A generous limit for what happens at once.
+SOON_S = 10
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def write_config(folder: Path, port: int, server_port: int) -> Path:
+    """As Ray Serve writes it for one application at `/app` with one replica."""
+    config = HAProxyConfig(
+        socket_path=str(folder / "admin.sock"),
+        server_state_base=str(folder),
+        server_state_file=str(folder / "server-state"),
+        metrics_socket_path=str(folder / "metrics.sock"),
+        nbthread=1,
+        log_target=str(folder / "log.sock"),  # as app/local.py has it
+        stats_port=free_port(),
+        metrics_port=free_port(),
+        timeout_client_s=CLIENT_TIMEOUT_S,
+        http_options=HTTPOptions(host="127.0.0.1", port=port),
+        has_received_routes=True,
+        has_received_servers=True,
+        is_head=True,
+    )
+    backend = BackendConfig(
+        name="http-default",
+        path_prefix="/app",
+        app_name="default",
+        ingress_deployment_name="Ingress",
+        http_health_check_path="/app/v1/models",
+        servers=[ServerConfig(name="replica", host="127.0.0.1", port=server_port)],
+    )
+    path = folder / "haproxy.cfg"
+    HAProxyApi(config, {backend.name: backend}, str(path))._generate_config_file_internal()
+    return path
+
+
+@dataclass
+class Proxy:
+    """HAProxy in front of the API.
+
+    Attributes:
+        port: of HAProxy.
+        pid: of what Ray would have started.
+        admin: path of its socket.
+    """
+
+    port: int
+    pid: int
+    admin: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/app"
+
+    async def ask(self, command: str) -> str:
+        reader, writer = await asyncio.open_unix_connection(str(self.admin))
+        writer.write(f"{command}\n".encode())
+        answer = (await reader.read()).decode()
+        writer.close()
+        await writer.wait_closed()
+        return answer
+
+    async def until_replica_is_up(self) -> None:
+        def is_up(table: str) -> bool:
+            rows = csv.DictReader(io.StringIO(table.removeprefix("# ")))
+            return any(row["svname"] == "replica" and row["status"] == "UP" for row in rows)
+
+        async with asyncio.timeout(SOON_S):
+            while True:
+                with contextlib.suppress(OSError):  # it is not there yet
+                    if is_up(await self.ask("show stat")):
+                        return
+                await asyncio.sleep(0.02)
+
+    async def connect(self, data: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        writer.write(data)
+        return reader, writer
+
+    async def say(self, data: bytes) -> bytes:
+        """Send something, and nothing more; what comes until HAProxy closes."""
+        reader, writer = await self.connect(data)
+        async with asyncio.timeout(SOON_S):
+            answer = await reader.read()
+        writer.close()
+        return answer
+
+
+@asynccontextmanager
+async def proxied(app: ASGIApp, folder: Path) -> AsyncIterator[Proxy]:
+    """The API at `/app` behind HAProxy and what Serve puts between, started as Ray starts it."""
+
+    async def at_app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            scope = scope | {"root_path": "/app"}
+        await RequestIdMiddleware(app)(scope, receive, send)
+
+    async with serving(at_app) as url:  # type: ignore[arg-type]
+        port = free_port()
+        path = write_config(folder, port, int(url.rpartition(":")[2]))
+        prepare(path)
+        text = path.read_text()
+        assert text.count("timeout http-request 30s") == 1
+        path.write_text(text.replace("timeout http-request 30s", f"timeout http-request {HEADERS_TIMEOUT_S}s"))
+        process = await asyncio.create_subprocess_exec(PROGRAM, "-db", "-f", path, "-dR", stderr=subprocess.DEVNULL)
+        proxy = Proxy(port, process.pid, folder / "admin.sock")
+        try:
+            await proxy.until_replica_is_up()
+            yield proxy
+        finally:
+            process.kill()
+            await process.wait()
+
+
+def api(backend: FakeBackend, **options: Any) -> ASGIApp:
+    return build_app(backend, build_codec(), INFO, server_sends_ids=True, **options)
+
+
+def request(**fields: Any) -> tuple[bytes, bytes]:
+    """Headers and body of a completion."""
+    body = orjson.dumps({"model": INFO.name, "prompt": "abc"} | fields)
+    head = f"POST /app/v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    return head.encode(), body
+
+
+def error_of(answer: bytes) -> tuple[int, dict[str, Any]]:
+    """Status and error of a whole answer, which has to be in OpenAI's form."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status, *fields = head.decode().lower().split("\r\n")
+    assert "content-type: application/json" in fields
+    error: dict[str, Any] = json.loads(body[body.index(b"{") : body.rindex(b"}") + 1])["error"]  # it may be chunked
+    assert error.keys() == {"message", "type", "param", "code"}
+    return int(status.split()[1]), error

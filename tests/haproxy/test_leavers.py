@@ -1,0 +1,88 @@
+"""Clients that leave, wait, or say nothing more, through HAProxy."""
+
+import asyncio
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from deployments.messages import FinishReason
+from tests.api.fakes import INFO, Hang, Step, playing
+from tests.haproxy.proxied import (
+    CLIENT_TIMEOUT_S,
+    HEADERS_TIMEOUT_S,
+    SOON_S,
+    api,
+    error_of,
+    proxied,
+    request,
+)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_clients_that_leave_end_their_requests(tmp_path: Path, stream: bool) -> None:
+    backend = playing(Hang())
+    head, body = request(stream=stream)
+
+    async def ask(apart_s: float) -> asyncio.StreamWriter:
+        _, writer = await proxy.connect(head if apart_s else head + body)
+        if apart_s:
+            await asyncio.sleep(apart_s)
+            writer.write(body)
+        return writer
+
+    async with proxied(api(backend), tmp_path) as proxy:
+        for apart_s, num_clients in ((0, 1), (0, 16), (0.005, 1), (0.005, 16)):
+            writers = await asyncio.gather(*(ask(apart_s) for _ in range(num_clients)))
+            await backend.until(lambda: len(backend.running) == num_clients, SOON_S)  # noqa: B023
+            for writer in writers:
+                writer.close()
+            await backend.until(lambda: not backend.running, SOON_S)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_openais_client_that_has_no_patience_ends_its_request(tmp_path: Path, stream: bool) -> None:
+    backend = playing(Hang())
+    async with (
+        proxied(api(backend), tmp_path) as proxy,
+        openai.AsyncOpenAI(base_url=f"{proxy.url}/v1", api_key="none", max_retries=0, timeout=0.5) as client,
+    ):
+        with pytest.raises(openai.APITimeoutError):
+            await client.completions.create(model=INFO.name, prompt="abc", stream=stream)
+        assert len(backend.requests) == 1
+        await backend.until(lambda: not backend.running, SOON_S)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_a_client_may_wait_in_silence_for_longer_than_it_may_be_idle(tmp_path: Path, stream: bool) -> None:
+    release = asyncio.Event()
+    steps: list[Step] = ["a", release, "b", FinishReason.LENGTH] if stream else [release, "ab", FinishReason.LENGTH]
+    async with proxied(api(playing(*steps)), tmp_path) as proxy, httpx.AsyncClient(timeout=SOON_S) as client:
+        body = {"model": INFO.name, "prompt": "abc", "stream": stream}
+        pending = asyncio.create_task(client.post(f"{proxy.url}/v1/completions", json=body))
+        await asyncio.sleep(1.5 * max(CLIENT_TIMEOUT_S, HEADERS_TIMEOUT_S))  # what is tested is that nothing happens
+        release.set()
+        answer = await pending
+    assert answer.status_code == 200
+    assert answer.text.count('"finish_reason":"length"') == 1
+
+
+async def test_a_connection_that_says_nothing_is_closed_without_a_word(tmp_path: Path) -> None:
+    async with proxied(api(playing()), tmp_path) as proxy:
+        assert await proxy.say(b"") == b""
+
+
+async def test_a_client_that_closes_its_sending_half_counts_as_one_that_left(tmp_path: Path) -> None:
+    """Clients that leave and those that only have nothing more to say look the same; docs/log.md says why it is so."""
+    backend = playing(Hang())
+    async with proxied(api(backend), tmp_path) as proxy:
+        reader, writer = await proxy.connect(b"".join(request()))
+        await backend.until(lambda: len(backend.running) == 1, SOON_S)
+        writer.write_eof()
+        async with asyncio.timeout(SOON_S):
+            status, error = error_of(await reader.read())
+        await backend.until(lambda: not backend.running, SOON_S)
+        writer.close()
+    assert status == 400
+    assert "sending half" in error["message"]

@@ -1,0 +1,58 @@
+"""One id for a request: for HAProxy, Serve, the API and its logs."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from app.haproxy import _REQUEST_ID
+from deployments.api.asgi import REQUEST_ID
+from deployments.messages import FinishReason
+from tests.api.fakes import INFO, Recorder, playing
+from tests.haproxy.proxied import (
+    SOON_S,
+    api,
+    proxied,
+)
+
+
+def test_the_proxy_and_the_api_allow_the_same_request_ids() -> None:
+    assert f"^{REQUEST_ID.pattern}$" == _REQUEST_ID
+
+
+async def test_every_answer_has_one_request_id_and_it_is_the_callers_if_that_is_well_formed(tmp_path: Path) -> None:
+    backend = playing("a", FinishReason.LENGTH)
+    backend.healthy = RuntimeError("nobody thought of it")
+    body = {"model": INFO.name, "prompt": "abc"}
+    well, badly = ("job-7/Root=1", "a" * 128), ("", "a" * 129, 'no "quotes"', "no, commas", "ä".encode("latin-1"))
+    async with proxied(api(backend), tmp_path) as proxy, httpx.AsyncClient(base_url=proxy.url) as client:
+        for named in (*well, *badly, None):
+            headers: Any = {} if named is None else {"x-request-id": named}
+            answers = [
+                await client.post("/v1/completions", json=body, headers=headers),
+                await client.post("/v1/completions", json={}, headers=headers),
+                *[await client.get(path, headers=headers) for path in ("/v1/models", "/nowhere", "/health")],
+                await client.get(f"http://127.0.0.1:{proxy.port}/other", headers=headers),
+            ]
+            assert [answer.status_code for answer in answers] == [200, 400, 200, 404, 500, 404]
+            for answer in answers:
+                (request_id,) = answer.headers.get_list("x-request-id")
+                assert (request_id == named) is (named in well)
+                assert REQUEST_ID.fullmatch(request_id)
+
+
+async def test_the_logs_name_a_request_as_the_answer_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    recorder = Recorder()
+    app = api(playing("a", FinishReason.LENGTH), observer=recorder)
+    async with proxied(app, tmp_path) as proxy, httpx.AsyncClient() as client:
+        body = {"model": INFO.name, "prompt": "abc"}
+        for headers in ({}, {"x-request-id": "mine"}):
+            answer = await client.post(f"{proxy.url}/v1/completions", json=body, headers=headers)
+            name = f"X-Request-Id {answer.headers['x-request-id']}"
+            async with asyncio.timeout(SOON_S):
+                await recorder.has_finished.wait()  # and in the same turn of the loop it is logged
+            recorder.has_finished.clear()
+            assert any(answer.json()["id"] in line and name in line for line in caplog.messages)
