@@ -116,7 +116,8 @@ def _check_folder(model: str, path: Path) -> None:
         raise _refusal(model, "no such folder")
     if not path.is_dir():
         raise _refusal(model, "neither a folder nor a .gguf file")
-    read_json(model, path / "config.json")
+    if (path / "config.json").exists() or not (path / "adapter_config.json").exists():
+        read_json(model, path / "config.json")
     _check_weights(model, path)
 
 
@@ -161,13 +162,21 @@ def _refusing_unreadable(model: str) -> Iterator[None]:
 
 
 def _check_weights(model: str, folder: Path) -> None:
+    adapters = sorted(file.name for file in folder.glob("adapter_model*") if file.suffix in (".safetensors", ".bin"))
     for name in _WEIGHTS:
-        if (folder / name).exists():
-            return _check_file(model, folder / name)
-        if (folder / f"{name}.index.json").exists():
-            return _check_shards(model, folder / f"{name}.index.json")
+        single, index = folder / name, folder / f"{name}.index.json"
+        if not (single.exists() or index.exists()):
+            continue
+        if adapters:  # merged or not: nobody can tell
+            found = f"both a whole model ({name}) and an adapter ({adapters[0]})"
+            raise _refusal(model, f"{found}; merge it and leave its files out, or leave them out to serve without it")
+        return _check_file(model, single) if single.exists() else _check_shards(model, index)
     if (folder / "adapter_config.json").exists():
-        raise _refusal(model, "an adapter (adapter_config.json), not a whole model; merge it into its base model")
+        base = read_json(model, folder / "adapter_config.json").get("base_model_name_or_path")
+        into = f", {base!r}" if isinstance(base, str) else ""
+        raise _refusal(
+            model, f"an adapter (adapter_config.json), not a whole model; merge it into its base model{into}"
+        )
     raise _refusal(model, f"no weights in this folder (neither {' nor '.join(_WEIGHTS)})")
 
 
@@ -179,6 +188,8 @@ def _check_shards(model: str, index: Path) -> None:
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise _refusal(model, f"{index.name} has no weight_map")
     names = sorted(set(shards.values()))
+    if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts or not name]:
+        raise _refusal(model, f"{index.name} names files outside of this folder: {outside[0]!r}")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""

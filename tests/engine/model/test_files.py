@@ -105,6 +105,28 @@ def test_a_folder_without_weights_or_with_an_adapter_alone_is_refused(folder: Pa
     assert "an adapter (adapter_config.json), not a whole model" in refusal(folder)
 
 
+def test_an_adapter_is_told_by_its_base_model_with_or_without_a_configuration(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "config.json").unlink()
+    (folder / "adapter_model.safetensors").write_bytes(safetensors())
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    assert refusal(folder).endswith("not a whole model; merge it into its base model, 'owner/base'")
+
+
+def test_an_adapter_beside_a_whole_model_is_not_passed_over(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    check_model(str(folder))  # left by whoever merged it
+    (folder / "adapter_model.safetensors").write_bytes(safetensors())
+    assert "both a whole model (model.safetensors) and an adapter (adapter_model.safetensors)" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/../../x.safetensors", ""])
+def test_shards_outside_of_the_folder_are_refused(folder: Path, name: str) -> None:
+    (folder.parent / "x.safetensors").write_bytes(safetensors())
+    shard(folder, name)
+    assert f"model.safetensors.index.json names files outside of this folder: {name!r}" in refusal(folder)
+
+
 def test_a_folder_without_a_tokenizer_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     assert "no tokenizer in this folder" in refusal(folder)
