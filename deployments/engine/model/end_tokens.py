@@ -21,20 +21,21 @@ def read_end_token_ids(path: str, vocab_size: int) -> tuple[int, ...]:
 
     Args:
         path: folder or hub id.
-        vocab_size: ids from there on are never drawn, and left out.
+        vocab_size: ids from there on are never drawn: left out, with a warning.
 
     Raises:
         UnsupportedModelError: a file names something that is no token id, or is there and cannot be read.
     """
     config, _ = PretrainedConfig.get_config_dict(path)
-    named = {"config.json": config.get("eos_token_id")}
+    named = {f"{path}/config.json": config.get("eos_token_id")}
     if isinstance(text_config := config.get("text_config"), dict):
-        named["config.json, text_config"] = text_config.get("eos_token_id")
+        named[f"{path}/config.json, text_config"] = text_config.get("eos_token_id")
+    generation = f"{path}/generation_config.json"
     try:
-        named["generation_config.json"] = GenerationConfig.from_pretrained(path).eos_token_id
+        named[generation] = GenerationConfig.from_pretrained(path).eos_token_id
     except (OSError, TypeError, ValueError) as error:
-        if (Path(path) / "generation_config.json").exists():
-            raise UnsupportedModelError(f"{path}: generation_config.json cannot be read: {brief(error)}") from error
+        if Path(generation).exists():
+            raise UnsupportedModelError(f"{generation} cannot be read: {brief(error)}") from error
         logger.info("%s has no generation_config.json", path)
     return end_token_ids(named, vocab_size)
 
@@ -50,5 +51,8 @@ def end_token_ids(named: Mapping[str, object], vocab_size: int) -> tuple[int, ..
         for token_id in value if isinstance(value, list | tuple) else [] if value is None else [value]:
             if not (type(token_id) is int or (type(token_id) is float and token_id.is_integer())):
                 raise UnsupportedModelError(f"{place}: eos_token_id {value!r} is neither an id nor a list of ids")
-            token_ids.add(int(token_id))
-    return tuple(sorted(token_id for token_id in token_ids if 0 <= token_id < vocab_size))
+            if 0 <= token_id < vocab_size:
+                token_ids.add(int(token_id))
+            else:
+                logger.warning("%s: eos_token_id %d is never drawn, ids are 0 to %d", place, token_id, vocab_size - 1)
+    return tuple(sorted(token_ids))

@@ -65,3 +65,21 @@ def test_a_file_that_is_there_and_cannot_be_read_is_refused(tmp_path: Path, cont
     (tmp_path / "generation_config.json").write_bytes(content)
     with pytest.raises(UnsupportedModelError, match=r"generation_config\.json cannot be read: "):
         read_end_token_ids(str(tmp_path), vocab_size=100)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_the_file_is_named_that_has_no_token_id(tmp_path: Path, name: str) -> None:
+    write(tmp_path, "config.json", model_type="llama")
+    write(tmp_path, name, model_type="llama", eos_token_id=["2"])
+    with pytest.raises(UnsupportedModelError, match=f"{tmp_path}/{name}: eos_token_id "):
+        read_end_token_ids(str(tmp_path), vocab_size=100)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_the_file_is_named_whose_end_token_is_not_in_the_vocabulary(
+    tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, "config.json", model_type="llama")
+    write(tmp_path, name, model_type="llama", eos_token_id=[7, 100])
+    assert read_end_token_ids(str(tmp_path), vocab_size=100) == (7,)
+    assert f"{tmp_path}/{name}: eos_token_id 100 is never drawn, ids are 0 to 99" in caplog.text
