@@ -5,7 +5,7 @@ quotes. Knows transformers' configuration classes and no weights. Called while a
 """
 
 import logging
-import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
@@ -19,29 +19,22 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from deployments.engine.model.bounds import NUM_EXPERTS, ROPE_FIELDS, faults, shown
 from deployments.engine.model.files import local_path, read_json
+from deployments.engine.model.headers import Headers
 from deployments.errors import UnsupportedModelError, brief
 
 logger = logging.getLogger(__name__)
 
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
-_ROPE_FIELDS = ("rope_parameters", "rope_scaling")
 # Numbers that transformers calculates with, and does not check.
 _ROPE_FLOATS = ("rope_theta", "partial_rotary_factor")
 _ROPE_INTS = frozenset({"original_max_position_embeddings"})
 _ROPE_WORDS = frozenset({"rope_type", "type"})
-_ROPE_POSITIVE = frozenset({"rope_theta", "rope_local_base_freq", "factor"}) | _ROPE_INTS
-# As transformers calls them; a class's `attribute_map` has its own names for some.
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "head_dim",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-)
+# For small checkpoints of classes that have a size which they do not use.
+_ROOM = 4096
+# What other tasks add to a model, as the names of their classes end.
+_OTHER_TASK = re.compile(r"For(?!CausalLM$|ConditionalGeneration$)[A-Z]\w*$")
 
 
 def read_config(path: str) -> PretrainedConfig:
@@ -107,14 +100,19 @@ def blamed(
 ) -> UnsupportedModelError:
     """An error that names the fields without which the attempt succeeds; all of it, if there are none."""
     guilty = [name for name in values if name != "model_type" and _succeeds(attempt, values, name)]
-    shown = ", ".join(f"{name} is {_shown(values[name])}" for name in guilty)
+    fields_shown = ", ".join(f"{name} is {shown(values[name])}" for name in guilty)
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    where = f"config.json: {shown}: " if guilty else "config.json: "
+    where = f"config.json: {fields_shown}: " if guilty else "config.json: "
     return UnsupportedModelError(f"model {path!r}: {where}{reason}")
 
 
 def _layer_types(config: PretrainedConfig) -> set[str]:
     return set(getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ())
+
+
+def _architectures(config: PretrainedConfig) -> list[str]:
+    named = config.architectures
+    return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
 
 
 def check_config(config: PretrainedConfig) -> None:
@@ -132,8 +130,32 @@ def check_config(config: PretrainedConfig) -> None:
     if other := sorted(_layer_types(config) - _SERVED_LAYERS):
         kinds = ", ".join(other)
         raise UnsupportedModelError(f"{name} has layers of type {kinds}; only attention layers can be served")
+    other_tasks = [task for task in _architectures(config) if _OTHER_TASK.search(task)]
+    if other_tasks:
+        raise UnsupportedModelError(
+            f"{', '.join(other_tasks)} (architectures) writes no text; only causal language models are served"
+        )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(f"{name} is not a causal language model known to transformers")
+
+
+def check_counts(path: str, config: PretrainedConfig, headers: Headers) -> None:
+    """Refuse what a checkpoint cannot have before it is built: that many layers, experts or numbers of a head.
+
+    Raises:
+        UnsupportedModelError: names the field, and what the checkpoint has.
+    """
+    largest, shape = headers.largest
+    longest, has = max(shape, default=1), f"checkpoint's largest weight is {largest}, {list(shape)}"
+    bounds = [(name, longest, has) for name in NUM_EXPERTS]  # a gate has a row for each
+    bounds += [(name, max(longest, _ROOM), has) for name in ("hidden_size", "head_dim")]
+    if (held := headers.num_layers) is not None:
+        bounds.append(("num_hidden_layers", held, f"checkpoint has the weights of {held} layer{'s' * (held > 1)}"))
+    for name, bound, has in bounds:
+        own_name = config.attribute_map.get(name, name)
+        value = getattr(config, own_name, None)
+        if isinstance(value, int) and value > bound:
+            raise UnsupportedModelError(f"model {path!r}: config.json: {own_name} is {value}, but the {has}")
 
 
 def repair(values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> dict[str, Any]:
@@ -145,12 +167,12 @@ def repair(values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> d
     for name in _ROPE_FLOATS:
         if name in repaired:
             repaired[name] = as_one_of(repaired[name], frozenset({float}))
-    for name in _ROPE_FIELDS:
+    for name in ROPE_FIELDS:
         if isinstance(repaired.get(name), dict):
             repaired[name] = _repair_rope(repaired[name])
     for name, value in values.items():
         if repaired[name] != value or type(repaired[name]) is not type(value):
-            logger.info("config.json: taking %s for %s", _shown(value), _shown(repaired[name]))
+            logger.info("config.json: taking %s for %s", shown(value), shown(repaired[name]))
     return repaired
 
 
@@ -188,33 +210,28 @@ def _repair_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 def _faults(values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> Iterator[str]:
     """What transformers would take, to go wrong later or never say so."""
-    own_names = config_class.attribute_map
-    positive = _ROPE_POSITIVE | {name for size in _SIZES for name in (size, own_names.get(size, size))}
-    for path, name, value in _numbers(values):
-        # Only a limit, one of a pair, may be infinite.
-        if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and name)):
-            yield f"{path} is {_shown(value)}: not a finite number"
-        elif name in positive and value <= 0:
-            yield f"{path} is {_shown(value)}: must be greater than 0"
+    yield from faults(values, config_class.attribute_map)
+    for name in sorted(values.keys() & _own_names(config_class)):
+        own, value = getattr(config_class, name), values[name]
+        if callable(own) or not isinstance(value, type(own) | dict | None):
+            yield f"{name} is {shown(value)}: not what transformers keeps under that name"
     for name in ("dtype", "torch_dtype"):
         dtype = values.get(name)
-        if dtype is not None and not (isinstance(dtype, str) and isinstance(getattr(torch, dtype, None), torch.dtype)):
-            yield f"{name} is {_shown(dtype)}: not a type of number that torch knows"
+        known = getattr(torch, dtype, None) if isinstance(dtype, str) else None
+        if dtype is not None and not isinstance(known, torch.dtype):
+            yield f"{name} is {shown(dtype)}: not a type of number that torch knows"
+        elif known is not None and not known.is_floating_point:
+            yield f"{name} is {shown(dtype)}: not a type of floating-point numbers"
     quantization = values.get("quantization_config")
     if quantization is not None and not _knows_quantization(quantization):
-        yield f"quantization_config is {_shown(quantization)}: a quantization unknown to transformers"
+        yield f"quantization_config is {shown(quantization)}: a quantization unknown to transformers"
 
 
-def _numbers(value: Any, path: str = "", name: str = "") -> Iterator[tuple[str, str, float]]:
-    """All numbers in there, each with its path and its name; those of a list have no name."""
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from _numbers(entry, f"{path}.{key}" if path else key, key)
-    elif isinstance(value, list):
-        for index, entry in enumerate(value):
-            yield from _numbers(entry, f"{path}[{index}]")
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield path, name, value
+def _own_names(config_class: type[PretrainedConfig]) -> set[str]:
+    """Names of what a class does and keeps for itself, and that are no fields of a configuration."""
+    data = {field.name for field in fields(config_class)} | {"model_type"}
+    own = {name for name in dir(config_class) if not isinstance(getattr(config_class, name), property)}
+    return {name for name in own - data if not name.startswith("_")}
 
 
 def _knows_quantization(quantization: Any) -> bool:
@@ -234,10 +251,10 @@ def _kinds(annotation: object) -> frozenset[type]:
 def _unknown(values: Mapping[str, Any]) -> str:
     model_type = values.get("model_type")
     if "auto_map" in values:
-        return f"config.json: {_shown(model_type)} brings its own code (auto_map), which is not run"
+        return f"config.json: {shown(model_type)} brings its own code (auto_map), which is not run"
     if model_type is None:
         return "config.json: model_type is missing"
-    return f"config.json: model_type is {_shown(model_type)}, unknown to transformers {transformers.__version__}"
+    return f"config.json: model_type is {shown(model_type)}, unknown to transformers {transformers.__version__}"
 
 
 def _succeeds(attempt: Callable[[Mapping[str, Any]], object], values: Mapping[str, Any], without: str) -> bool:
@@ -253,8 +270,3 @@ def _copied(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _copied(entry) for name, entry in value.items()}
     return [_copied(entry) for entry in value] if isinstance(value, list) else value
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

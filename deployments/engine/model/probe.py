@@ -15,8 +15,11 @@ from deployments.engine.attention.base import LayerAttention
 from deployments.engine.kv.cache import KVShape
 from deployments.engine.layers.trial import is_near
 from deployments.engine.model.rope import max_model_len
-from deployments.errors import UnsupportedModelError
+from deployments.errors import UnsupportedModelError, brief
 from deployments.kv_groups import KVGroup
+
+# What transformers' code raises where a configuration makes no sense.
+_FAULTS_OF_MODELS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError)
 
 
 class _Probe:
@@ -57,6 +60,9 @@ def probe_kv_shape(model: PreTrainedModel, device: torch.device) -> KVShape:
     # moves them by much more.
     logits = _last_logits(model, [first, second], positions, probe)
     shape = _kv_shape(model, probe)
+    if not bool(logits.isfinite().all()):
+        dtype = str(model.dtype).removeprefix("torch.")
+        raise UnsupportedModelError(f"{name} computes what is not finite from its first tokens on, in {dtype}")
     _check_windows(model, probe)
     if not is_near(_last_logits(model, [first, second], None, _Probe()), logits):
         raise UnsupportedModelError(f"{name} does not count positions from 0, as the engine does")
@@ -67,14 +73,19 @@ def probe_kv_shape(model: PreTrainedModel, device: torch.device) -> KVShape:
 
 def _last_logits(model: PreTrainedModel, token_ids: list[int], positions: Tensor | None, probe: _Probe) -> Tensor:
     input_ids = torch.tensor([token_ids], device=model.device)
-    output = model(
-        input_ids=input_ids,
-        position_ids=positions,
-        use_cache=False,
-        logits_to_keep=1,
-        paged_step=probe,
-        return_dict=True,
-    )
+    try:
+        output = model(
+            input_ids=input_ids,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=1,
+            paged_step=probe,
+            return_dict=True,
+        )
+    except _FAULTS_OF_MODELS as error:
+        if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+            raise
+        raise UnsupportedModelError(f"{model.config.model_type} does not run: {brief(error)}") from error
     logits: Tensor = output.logits[0, -1].float()
     return logits
 
@@ -107,6 +118,10 @@ def _group(layers: Mapping[int, tuple[int, int, int]]) -> tuple[KVGroup, ...]:
 def _check_windows(model: PreTrainedModel, probe: _Probe) -> None:
     """Some layers are told of their window by a mask alone, and masks are what paged attention does without."""
     config = model.config
+    if blinded := [i for i, window in probe.windows.items() if window is not None and window < 1]:
+        raise UnsupportedModelError(
+            f"{config.model_type}: layers {blinded} have a sliding window of {probe.windows[blinded[0]]} tokens"
+        )
     window = getattr(config, "sliding_window", None)
     if window is None or window >= max_model_len(config):
         return

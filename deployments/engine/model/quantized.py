@@ -9,18 +9,16 @@ loaded.
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils.hub import cached_file
 
 from deployments.engine.kernels.fp8 import LEAST_SCALE, Scales, dequantize
 from deployments.engine.layers.fp8 import note_scales
-from deployments.engine.model.files import read_json
+from deployments.engine.model.headers import weight_files
 from deployments.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
@@ -145,6 +143,11 @@ def _block_of(value: Any) -> tuple[int, int]:
     return down, across
 
 
+def is_scale(name: str) -> bool:
+    """Whether a weight's name in a checkpoint is that of a scale."""
+    return name.rpartition(".")[2] in _SCALES + _OF_KV
+
+
 @torch.inference_mode()
 def apply_scales(path: str, model: PreTrainedModel, scheme: Scheme) -> frozenset[str]:
     """Multiply weights that were loaded as codes with their scales, in place.
@@ -182,7 +185,10 @@ def _find(path: str) -> tuple[set[str], dict[str, Tensor], frozenset[str]]:
     codes: set[str] = set()
     scales: dict[str, Tensor] = {}
     others: set[str] = set()
-    for file in _files(path):
+    files = weight_files(path)
+    if not files:
+        raise UnsupportedModelError(f"model {path!r}: weights in FP8 are read from safetensors files alone")
+    for file in files:
         with safe_open(file, "pt") as content:
             for name in content.keys():  # noqa: SIM118  # no mapping
                 last = name.rpartition(".")[2]
@@ -193,22 +199,6 @@ def _find(path: str) -> tuple[set[str], dict[str, Tensor], frozenset[str]]:
                 elif content.get_slice(name).get_dtype() == _FP8_NAME:
                     codes.add(name)
     return codes, scales, frozenset(others)
-
-
-def _files(path: str) -> list[str]:
-    """The safetensors files of a checkpoint, which transformers has found or fetched before."""
-    if (single := _cached(path, "model.safetensors")) is not None:
-        return [single]
-    index = _cached(path, "model.safetensors.index.json")
-    if index is None:
-        raise UnsupportedModelError(f"model {path!r}: weights in FP8 are read from safetensors files alone")
-    names = sorted(set(read_json(path, Path(index))["weight_map"].values()))
-    return [found for name in names if (found := _cached(path, name)) is not None]
-
-
-def _cached(path: str, name: str) -> str | None:
-    found: str | None = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-    return found
 
 
 def _layer_of(path: str, model: PreTrainedModel, name: str) -> nn.Linear:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from deployments.engine.model.bounds import MAX_MODEL_LEN
 from deployments.engine.scheduling.positions import FIXED, PositionRule, ScaledPositions, SwitchedPositions
 from deployments.errors import UnsupportedModelError
 
@@ -34,8 +35,14 @@ def max_model_len(config: PretrainedConfig) -> int:
     """
     if (longest := getattr(config, "max_position_embeddings", None)) is None:
         raise UnsupportedModelError(f"{config.model_type} does not say how long a text may be: max_position_embeddings")
-    stretched = [_stretched_len(rope, longest) for rope in _rope_parameters(config)]
-    return int(max([longest, *stretched]))
+    for rope in _rope_parameters(config):
+        if (stretched := _stretched_len(rope, config.max_position_embeddings)) > MAX_MODEL_LEN:
+            raise UnsupportedModelError(
+                f"{config.model_type}: its rotary embedding, stretched by factor {rope['factor']}, is for {stretched}"
+                f" tokens, must be at most {MAX_MODEL_LEN}"
+            )
+        longest = max(longest, stretched)
+    return int(longest)
 
 
 def separate_lengths(model: PreTrainedModel) -> tuple[PositionRule, int]:
@@ -43,8 +50,12 @@ def separate_lengths(model: PreTrainedModel) -> tuple[PositionRule, int]:
 
     Returns:
         What is added to positions from now on, and the longest sequence that the model can run, in tokens.
+
+    Raises:
+        UnsupportedModelError: its parameters say nothing that makes sense.
     """
     longest = max_model_len(model.config)
+    _check_factors(model)
     kinds = {rope["rope_type"] for rope in _rope_parameters(model.config)} & _LENGTH_DEPENDENT
     if not kinds:
         return FIXED, longest
@@ -67,6 +78,20 @@ def separate_lengths(model: PreTrainedModel) -> tuple[PositionRule, int]:
         setattr(parent, name, (ScaledRotary if is_dynamic else SwitchedRotary)(child, border, stride))
     rule = ScaledPositions(border, stride) if is_dynamic else SwitchedPositions(border, stride)
     return rule, longest
+
+
+def _check_factors(model: PreTrainedModel) -> None:
+    """A list of one factor would be taken for all frequencies."""
+    frequencies = (getattr(module, "inv_freq", None) for module in model.modules())
+    sizes = {len(each) for each in frequencies if isinstance(each, Tensor)}
+    for rope in _rope_parameters(model.config):
+        for name in ("short_factor", "long_factor"):
+            factors = rope.get(name)
+            if isinstance(factors, list) and sizes and len(factors) not in sizes:
+                count, wanted = len(factors), " or ".join(map(str, sorted(sizes)))
+                raise UnsupportedModelError(
+                    f"{model.config.model_type}: {name} of its rotary embedding has {count} factors, must have {wanted}"
+                )
 
 
 def waits_for_device(model: PreTrainedModel) -> bool:

@@ -4,17 +4,21 @@ transformers only warns of parameters that a checkpoint lacks, and of weights th
 model is loaded, and while a GGUF file is converted.
 """
 
+import copy
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from deployments.engine.model.config import blamed, build_empty, read_values
-from deployments.engine.model.quantized import apply_scales, take_scheme
+from deployments.engine.model.headers import Headers
+from deployments.engine.model.quantized import apply_scales, is_scale, take_scheme
 from deployments.errors import UnsupportedModelError, brief
 
 logger = logging.getLogger(__name__)
@@ -22,21 +26,28 @@ logger = logging.getLogger(__name__)
 _MAX_NAMES = 5
 # What old checkpoints saved beside their weights: buffers that a model computes for itself.
 _BUFFERS = re.compile(r"\.(inv_freq|masked_bias|position_ids|(attn|attention)\.bias)$")
+# Elements, beside those of the weights, of what a model computes for itself: positions times sizes of heads.
+_MAX_TABLE = 2**28
+_SIZE = re.compile(r"size|dim|num_|n_|experts|heads")
 
 
-def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrainedModel:
+def load_weights(path: str, config: PretrainedConfig, headers: Headers, **options: Any) -> PreTrainedModel:
     """Load a checkpoint; one in FP8 with the numbers that its codes stand for.
 
     Args:
         path: folder or hub id.
         config: its configuration; what is said there of FP8 is taken out.
+        headers: of its weights.
         options: for transformers' `from_pretrained`.
 
     Raises:
         UnsupportedModelError: a parameter is missing or has another shape, or the checkpoint has a layer, a bias or
-            the like that its configuration does not: names them. Or it is quantized in a way that is not read.
+            the like that its configuration does not: names them. Or it is quantized in a way that is not read, or holds
+            what is not finite.
     """
     scheme = take_scheme(path, config)
+    if headers and getattr(config, "quantization_config", None) is None:
+        rehearse(path, config, headers, has_scales=scheme is not None, **options)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -55,7 +66,68 @@ def load_weights(path: str, config: PretrainedConfig, **options: Any) -> PreTrai
     if scheme is not None:
         found["unexpected_keys"] = set(found["unexpected_keys"]) - apply_scales(path, model, scheme)
     check_complete(path, model, found)
+    check_finite(path, model)
     return cast(PreTrainedModel, model)
+
+
+@torch.inference_mode()
+def rehearse(path: str, config: PretrainedConfig, headers: Headers, *, has_scales: bool, **options: Any) -> None:
+    """Load everything but the numbers, within milliseconds and without memory, and refuse what would not be whole.
+
+    Args:
+        path: for the message.
+        config: as loading takes it.
+        headers: of the checkpoint's weights.
+        has_scales: whether there are scales beside the weights, which are read by themselves.
+        options: as for loading.
+
+    Raises:
+        UnsupportedModelError: see `check_complete`; or a weight is of whole numbers.
+    """
+    weights = {name: torch.empty(header.shape, device="meta") for name, header in headers.items()}
+    if has_scales:
+        weights = {name: weight for name, weight in weights.items() if not is_scale(name)}
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    try:
+        model, found = model_class.from_pretrained(
+            None,
+            config=copy.deepcopy(config),
+            state_dict=weights,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options | {"device_map": {"": "meta"}, "dtype": torch.float32},
+        )
+    except Exception as error:
+        raise _explained(path, config, error) from error
+    check_complete(path, model, found)
+    whole = {name for name in weights if headers[name].is_integer} - set(found["unexpected_keys"])
+    of_buffers = {name for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
+    if integers := sorted(whole - of_buffers):
+        raise UnsupportedModelError(
+            f"model {path!r}: weights of whole numbers, and no quantization_config in config.json: {_listed(integers)}"
+        )
+    for name, buffer in model.named_buffers():
+        if buffer.numel() > _MAX_TABLE + headers.num_elements:
+            raise UnsupportedModelError(f"model {path!r}: config.json wants a table {name} of {list(buffer.shape)}")
+
+
+@torch.inference_mode()
+def check_finite(path: str, model: nn.Module) -> None:
+    """Refuse weights that make every answer nonsense.
+
+    Raises:
+        UnsupportedModelError: names them.
+    """
+    weights = ((name, weight) for name, weight in model.state_dict().items() if weight.is_floating_point())
+    faulty = [name for name, weight in weights if weight.itemsize > 1 and not _is_finite(weight)]
+    if faulty:
+        dtype = str(model.state_dict()[faulty[0]].dtype).removeprefix("torch.")
+        raise UnsupportedModelError(f"model {path!r}: weights that are not finite as {dtype}: {_listed(faulty)}")
+
+
+def _is_finite(weight: Tensor) -> bool:
+    """Without another tensor of its size."""
+    return weight.numel() == 0 or all(bool(end.isfinite()) for end in weight.aminmax())
 
 
 def check_complete(path: str, model: nn.Module, found: dict[str, Any]) -> None:
@@ -74,7 +146,8 @@ def check_complete(path: str, model: nn.Module, found: dict[str, Any]) -> None:
         faults.append(f"the checkpoint lacks {_listed(missing)}")
     if mismatched := sorted(found["mismatched_keys"]):
         shapes = (f"{name} ({list(has)}, config.json wants {list(wants)})" for name, has, wants in mismatched)
-        faults.append(f"other shapes than config.json says: {_listed(shapes)}")
+        sizes = _sizes_of(mismatched, getattr(model, "config", None))
+        faults.append(f"other shapes than config.json says{sizes}: {_listed(shapes)}")
     unexpected = sorted(found["unexpected_keys"])
     if extra := [name for name in unexpected if _belongs_to(model, name)]:
         faults.append(f"the checkpoint has weights that config.json has no place for: {_listed(extra)}")
@@ -84,6 +157,16 @@ def check_complete(path: str, model: nn.Module, found: dict[str, Any]) -> None:
         raise UnsupportedModelError(f"model {path!r}: {'; '.join(faults)}")
     if unexpected:
         logger.info("not part of the language model, left out: %s", _listed(unexpected))
+
+
+def _sizes_of(mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]], config: PretrainedConfig | None) -> str:
+    """Fields of a configuration that say what the weights' shapes do not."""
+    sides = {want for _, has, wants in mismatched for had, want in zip_longest(has, wants) if had != want}
+    values = {} if config is None else config.to_dict()
+    sizes = {name: value for name, value in values.items() if type(value) is int and _SIZE.search(name)}
+    of_heads = {name for name, value in sizes.items() if "heads" in name and value * sizes.get("head_dim", 0) in sides}
+    named = {name for name, value in sizes.items() if value in sides} | of_heads | ({"head_dim"} if of_heads else set())
+    return f" ({', '.join(f'{name} is {sizes[name]}' for name in sizes if name in named)})" if named else ""
 
 
 def _belongs_to(model: nn.Module, name: str) -> bool:

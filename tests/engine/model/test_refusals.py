@@ -90,6 +90,30 @@ def test_a_token_that_reaches_its_neighbour_outside_of_attention_is_noticed() ->
         prepare_model(model, "", CPU)
 
 
+def test_outputs_that_are_not_finite_are_not_taken_for_something_else() -> None:
+    model = build("LlamaConfig", **_SMALL)
+    model.model.norm.variance_epsilon = -10.0
+    with pytest.raises(
+        UnsupportedModelError, match="llama computes what is not finite from its first tokens on, in float32"
+    ):
+        prepare_model(model, "", CPU)
+
+
+def test_a_model_that_cannot_run_is_refused_with_the_reason() -> None:
+    model = build("Glm4MoeConfig", **_SMALL | {"n_routed_experts": 4, "n_group": 1, "first_k_dense_replace": 1})
+    model.model.layers[1].mlp.top_k = 9
+    with pytest.raises(
+        UnsupportedModelError, match="glm4_moe does not run: RuntimeError: selected index k out of range"
+    ):
+        prepare_model(model, "", CPU)
+
+
+@pytest.mark.parametrize("window", [0, -4])
+def test_a_window_without_tokens_is_refused(window: int) -> None:
+    with pytest.raises(UnsupportedModelError, match=rf"layers \[0, 1\] have a sliding window of {window} tokens"):
+        prepare_model(build("MistralConfig", **_SMALL | {"sliding_window": window}), "", CPU)
+
+
 def test_a_model_that_does_not_exist_is_named() -> None:
     with pytest.raises(UnsupportedModelError, match=r"nowhere\.gguf"):
         load_model(EngineConfig(model="/nowhere.gguf"))

@@ -1,0 +1,114 @@
+"""What a checkpoint holds: names, shapes and types of its weights, read without the weights.
+
+Called while a model is loaded, before anything is built or allocated by what its configuration says.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.utils.hub import cached_file
+
+from deployments.engine.model.files import read_json
+from deployments.errors import UnsupportedModelError, brief
+
+_NUMBER = re.compile(r"\.(\d+)\.")  # the first one in a weight's name is its layer's
+_INTEGERS = re.compile(r"[IU]\d+|BOOL")  # in the headers of safetensors files
+_OLD_FILE = "pytorch_model.bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """One weight.
+
+    Attributes:
+        is_integer: whole numbers, or truth values.
+    """
+
+    shape: tuple[int, ...]
+    is_integer: bool
+
+
+class Headers(dict[str, Header]):
+    """Weights of a checkpoint by their names."""
+
+    @property
+    def num_layers(self) -> int | None:
+        """Layers that it has, at most; None: its names have no numbers."""
+        numbers = [int(found[1]) for name in self if (found := _NUMBER.search(f".{name}")) is not None]
+        return max(numbers) + 1 if numbers else None
+
+    @property
+    def largest(self) -> tuple[str, tuple[int, ...]]:
+        """Name and shape of the weight with the longest side."""
+        name = max(self, key=lambda name: max(self[name].shape, default=1))
+        return name, self[name].shape
+
+    @property
+    def num_elements(self) -> int:
+        return sum(math.prod(header.shape) for header in self.values())
+
+
+def read_headers(path: str) -> Headers:
+    """Headers of all weights; those of a hub's model are fetched with the weights, which loading finds then.
+
+    Args:
+        path: folder or hub id.
+
+    Returns:
+        None in there: the files are of a form that does not tell.
+
+    Raises:
+        UnsupportedModelError: a file cannot be read.
+    """
+    headers = Headers()
+    try:
+        for file in weight_files(path):
+            with safe_open(file, "pt") as content:
+                for name in content.keys():  # noqa: SIM118  # no mapping
+                    weight = content.get_slice(name)
+                    is_integer = _INTEGERS.fullmatch(weight.get_dtype()) is not None
+                    headers[name] = Header(tuple(weight.get_shape()), is_integer)
+        if not headers:
+            for file in weight_files(path, _OLD_FILE):
+                headers |= _read_old(file)
+    except (OSError, SafetensorError) as error:
+        raise UnsupportedModelError(f"model {path!r}: {brief(error)}") from error
+    return headers
+
+
+def weight_files(path: str, single: str = "model.safetensors") -> list[str]:
+    """The files that hold the weights, of a hub's model once they are here; none, if it has none of this form.
+
+    Args:
+        path: folder or hub id.
+        single: what it is called if there is one; those of an index otherwise.
+    """
+    if (found := _cached(path, single)) is not None:
+        return [found]
+    if (index := _cached(path, f"{single}.index.json")) is None:
+        return []
+    names = sorted(set(read_json(path, Path(index))["weight_map"].values()))
+    return [found for name in names if (found := _cached(path, name)) is not None]
+
+
+def _cached(path: str, name: str) -> str | None:
+    found: str | None = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    return found
+
+
+def _read_old(file: str) -> Mapping[str, Header]:
+    """Of a pickle in a zip archive; those from before torch 1.6 do not tell without being read."""
+    try:
+        weights = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    except Exception:  # loading says what is wrong with it
+        return {}
+    return {
+        name: Header(tuple(weight.shape), not weight.dtype.is_floating_point)
+        for name, weight in weights.items()
+        if isinstance(weight, torch.Tensor)
+    }
