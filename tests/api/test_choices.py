@@ -79,6 +79,7 @@ END = "<end>"
         (["ab", [END_ID], "cd", FinishReason.LENGTH], ("bc",), ("a", 4, "stop")),
         (["a", [END_ID], "bcd", FinishReason.LENGTH], ("bc", f"{END}d"), ("a", 4, "stop")),
         (["a", END, "b", FinishReason.LENGTH], (END,), ("a", 6, "stop")),
+        (["ab", [END_ID], "c", FinishReason.LENGTH], ("end",), ("abc", 4, "length")),
         (["a", "é".encode()[:1], [END_ID], "b", FinishReason.LENGTH], (END,), ("a\ufffd", 3, "stop")),
         (["a", "é".encode()[:1], [END_ID], "b", FinishReason.LENGTH], (f"a{END}",), ("a\ufffdb", 4, "length")),
     ],
@@ -113,6 +114,9 @@ async def test_what_ended_a_choice_is_part_of_its_text_where_that_is_asked_for(
         (["ab", [END_ID], FinishReason.STOP], (), ("ab", 3, "stop")),
         (["ab", [END_ID], "c", FinishReason.LENGTH], (END,), ("ab", 3, "stop")),
         (["ab", [END_ID], "c", FinishReason.LENGTH], ("<e",), ("ab", 3, "stop")),
+        (["ab", [END_ID], "c", FinishReason.LENGTH], ("nd",), ("ab<e", 3, "stop")),
+        (["ab", [END_ID], "c", FinishReason.LENGTH], (">c",), ("ab<end", 4, "stop")),
+        (["ab", [END_ID], FinishReason.STOP], ("nd",), ("ab", 3, "stop")),
     ],
 )
 async def test_special_tokens_are_text_where_they_are_shown(
