@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from deployments.engine.model.files import scratch_beside
+from deployments.engine.model.headers import Header, Headers
 from deployments.engine.model.weights import check_complete
 from deployments.errors import UnsupportedModelError, brief
 
@@ -36,6 +37,16 @@ _FIELDS = {
     "expert_feed_forward_length": "moe_intermediate_size",
     "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
 }
+# Each is a side of some tensor, or a part of one.
+_SIZES = (
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "expert_count",
+)
 _GEMMA_27B_LAYERS = (46, 62)
 _BIASES = {"blk.0.attn_q.bias": "attention_bias", "blk.0.ffn_up.bias": "mlp_bias"}
 
@@ -126,8 +137,20 @@ class _Source:
     def refusal(self, reason: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"model {str(self.named)!r}: {reason}")
 
+    def _check_sizes(self) -> None:
+        """Refuse sizes that no tensor has before anything is built by them."""
+        headers = Headers({name: Header(tuple(map(int, each.shape)), False) for name, each in self._tensors.items()})
+        if not headers:
+            raise self.refusal("it has no tensors")
+        longest, layers = max(max(header.shape) for header in headers.values()), headers.num_layers
+        for key in ("block_count", *_SIZES):
+            bound, value = layers if key == "block_count" else longest, self._of_architecture(key)
+            if bound is not None and isinstance(value, int) and not 0 < value <= bound:
+                raise self.refusal(f"{self._architecture}.{key} is {value}: must be from 1 to {bound}, by its tensors")
+
     def config(self) -> PretrainedConfig:
         """What transformers reads, and what it passes over."""
+        self._check_sizes()
         try:
             config: PretrainedConfig = AutoConfig.from_pretrained(self._file.parent, gguf_file=self._file.name)
         except Exception as error:

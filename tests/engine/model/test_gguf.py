@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.model import gguf as conversion
@@ -215,4 +215,23 @@ def test_a_truncated_file_is_refused(cache: Path, share: float) -> None:
     whole = file.read_bytes()
     file.write_bytes(whole[: int(share * len(whole))])
     with pytest.raises(UnsupportedModelError, match=r"m\.gguf.*(is empty|perhaps truncated)"):
+        resolve_model(str(file))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "bound"),
+    [
+        ("block_count", 50_000, 2),
+        ("embedding_length", 10**9, 512),
+        ("feed_forward_length", 10**9, 512),
+        ("attention.head_count", 0, 512),
+        ("attention.key_length", 10**9, 512),
+    ],
+)
+def test_a_size_that_no_tensor_has_is_refused_before_anything_is_built(
+    cache: Path, key: str, value: int, bound: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("built"))
+    (file,) = write_gguf(cache / "m.gguf", build(), metadata={f".{key}": value})
+    with pytest.raises(UnsupportedModelError, match=rf"llama\.{key} is {value}: must be from 1 to {bound}, by its"):
         resolve_model(str(file))
