@@ -39,8 +39,8 @@ DEV := $(VENV)/.stamp-dev
 SOURCES := app deployments tests load_tests
 
 .PHONY: help serve stop status test fuzz check format load-test advise clean \
-	bench-engine bench-host-step bench-gpu bench-gpu-handoff bench-two-gpus bench-handoff bench-serving bench-interference \
-	bench-overload bench-leaving bench-chaos bench-soak bench-router bench-prefix bench-tier bench-structured bench-planner \
+	bench-engine bench-host-step bench-gpu bench-gpu-handoff bench-two-gpus bench-beside-vllm bench-handoff bench-serving \
+	bench-interference bench-overload bench-leaving bench-chaos bench-soak bench-router bench-prefix bench-tier bench-structured bench-planner \
 	bench-speculation
 
 help: ## List the targets.
@@ -88,6 +88,9 @@ bench-gpu-handoff: $(DEV) ## Measure the hand-off between two engines on one GPU
 
 bench-two-gpus: $(DEV) ## Serve on two GPUs: colocated against disaggregated, and killed engines. ARGS= is passed on.
 	@$(PY) -m tests.bench.two_gpus.bench_two_gpus $(ARGS)
+
+bench-beside-vllm: $(DEV) ## Play the same schedules to the service and to vLLM, on two GPUs. ARGS= is passed on.
+	@$(PY) -m tests.bench.two_gpus.beside_vllm $(ARGS)
 
 bench-handoff: $(DEV) ## Measure the hand-off of KV between two engines. ARGS= is passed on.
 	@$(PY) -m tests.bench.bench_handoff $(ARGS)
