@@ -1,8 +1,9 @@
 """The decode pool: owns a request from its admission to its last token.
 
-Called by the ingress, once per request. Its engine reserves KV blocks first; then a prefill replica fills them, or,
-where the prompt is short, mostly cached, or there is no prefill pool, the engine computes the prompt itself. Tokens do
-not pass through here: the engines send them to the ingress.
+Called by the ingress, once per request. Its engine reserves KV blocks; a prefill replica fills them, or, where the
+prompt is short, mostly cached, or there is no prefill pool, the engine computes the prompt itself. Prefill begins while
+the engine still reserves, if it is sure to be asked for the whole prompt. Tokens do not pass through here: the engines
+send them to the ingress.
 """
 
 import asyncio
@@ -33,6 +34,7 @@ _MAX_PREFILLS = 3
 _PREFILL_RETRY_S = 1.0
 # A prefill replica says so at once when all of a prompt has arrived, and the first token takes no longer to come here.
 _PREFILL_RECEIPT_S = 1.0
+_MAX_BEGINNINGS = 10_000
 
 
 class RemotePrefill:
@@ -78,6 +80,32 @@ class RemotePrefill:
         logger.warning("the prefill pool answers again")
 
 
+class Beginnings:
+    """First blocks of the prompts that came here.
+
+    Of a prompt with another one an engine without a tier has nothing cached.
+
+    Args:
+        block_size: tokens per block.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._known: dict[int, None] = {}
+
+    def note(self, request: GenerateRequest) -> bool:
+        """Remember a prompt's; whether it is new. One that was forgotten counts as new."""
+        if request.num_given_tokens <= self._block_size:
+            return True  # the block of the last token is computed in any case
+        beginning = hash((request.cache_salt, request.given_token_ids[: self._block_size]))
+        is_new = beginning not in self._known
+        self._known.pop(beginning, None)
+        self._known[beginning] = None
+        if len(self._known) > _MAX_BEGINNINGS:
+            del self._known[next(iter(self._known))]
+        return is_new
+
+
 class Decode(EngineReplica):
     """One decode replica.
 
@@ -97,6 +125,8 @@ class Decode(EngineReplica):
     ) -> None:
         self._prefill = None if prefill is None else RemotePrefill(prefill, min_tokens)
         self._front = await engine.start()
+        self._beginnings = Beginnings(self._front.engine.info.block_size)
+        self._num_unplaced = 0
         if parity_check and prefill is not None:
             await check_parity(self.generate_by, ray.util.get_node_ip_address(), self._front.engine.info)
 
@@ -129,18 +159,30 @@ class Decode(EngineReplica):
         """`generate` with a threshold of one's own."""
         engine, request_id = self._front.engine, request.request_id
         events = engine.open(request_id)
-        handoff: asyncio.Task[None] | None = None
         times, prefills = None, list[PrefillReceipt]()
+        begins_early = self._begins_early(request, remote_threshold)
+        place = self._expect_place()
+        handoff: asyncio.Task[None] | None = None
+
+        def hand_off() -> asyncio.Task[None]:
+            return asyncio.create_task(self._prefill_remotely(request, place, reply_to, events, prefills))
+
         try:
+            # A task runs once this one waits: when the engine is asked.
+            handoff = hand_off() if begins_early else None
             await engine.add(request, remote_threshold, reply_to)
             async for event in events:
                 if isinstance(event, Placed):
-                    if handoff is not None and self._prefill is not None:
-                        handoff.cancel()  # its lease ran out, and the engine computes the prompt now
-                        self._prefill.note_silence()
-                    elif event.remote:
-                        coming = self._prefill_remotely(request, event, reply_to, events, prefills)
-                        handoff = asyncio.create_task(coming)
+                    if is_again := place.done():
+                        assert not event.remote, "a hand-off begins once"
+                    else:
+                        place.set_result(event)
+                    if event.remote:
+                        handoff = handoff or hand_off()
+                    elif handoff is not None:
+                        handoff.cancel()  # the engine computes the prompt
+                        if is_again and self._prefill is not None:
+                            self._prefill.note_silence()  # its lease ran out
                 elif isinstance(event, Timed):
                     times = event.times
             if request.wants_receipt and handoff is not None:
@@ -148,8 +190,30 @@ class Decode(EngineReplica):
         finally:
             if handoff is not None:
                 handoff.cancel()
+            place.cancel()
             engine.close(request_id)
         return DecodeReceipt(self._front.replica, times, tuple(prefills)) if request.wants_receipt else None
+
+    def _begins_early(self, request: GenerateRequest, remote_threshold: int | None) -> bool:
+        """Whether its engine is sure to leave the whole prompt to the prefill pool, and does not let it wait."""
+        is_new = self._beginnings.note(request)
+        if self._prefill is None or remote_threshold is None or request.num_prompt_logprobs is not None:
+            return False
+        if request.generated_token_ids:
+            return False  # it was lost once: a token shall come only from where others can follow
+        if self._front.engine.info.has_tier:
+            return False
+        return is_new and self._num_unplaced == 0 and request.num_given_tokens >= remote_threshold
+
+    def _expect_place(self) -> "asyncio.Future[Placed]":
+        """A request is about to be asked for: it waits for its place until this is done, or cancelled."""
+        place: asyncio.Future[Placed] = asyncio.get_running_loop().create_future()
+        self._num_unplaced += 1
+        place.add_done_callback(self._note_place)
+        return place
+
+    def _note_place(self, _: "asyncio.Future[Placed]") -> None:
+        self._num_unplaced -= 1
 
     async def engine_info(self) -> EngineInfo:
         return self._front.engine.info
@@ -157,24 +221,29 @@ class Decode(EngineReplica):
     async def _prefill_remotely(
         self,
         request: GenerateRequest,
-        placed: Placed,
+        place: "asyncio.Future[Placed]",
         reply_to: ReplyAddress,
         events: EventQueue,
         receipts: list[PrefillReceipt],
     ) -> None:
         """Have the prompt computed by a prefill replica; if that fails, by another; in the end here.
 
-        A request that no replica could do anything with fails.
+        The first one begins even if there is no place yet. A request that no replica could do anything with fails.
         """
         assert self._prefill is not None, "placed remotely without a prefill pool"
         engine, request_id = self._front.engine, request.request_id
-        first_block = placed.num_cached_tokens // engine.info.block_size
         for attempt in range(_MAX_PREFILLS):
-            if attempt and not await engine.handle.renew(request_id):
-                return  # the lease ran out, and the engine computes it
+            if attempt:
+                await asyncio.shield(place)
+                if not await engine.handle.renew(request_id):
+                    return  # the lease ran out, and the engine computes it
+            is_placed = place.done()
+            first_block = place.result().num_cached_tokens // engine.info.block_size if is_placed else 0
             # Again not by the replica that has failed, if Serve finds another.
             asked = replace(request, route=ANYWHERE) if attempt else request
-            call: Any = self._prefill.handle.prefill.remote(asked, first_block, engine.handle, reply_to, engine.info.kv)
+            call: Any = self._prefill.handle.prefill.remote(
+                asked, first_block, engine.handle, reply_to, engine.info.kv, is_placed
+            )
             try:
                 prefilled: Prefilled = await call
             except (Exception, asyncio.CancelledError) as error:
@@ -193,5 +262,6 @@ class Decode(EngineReplica):
             if prefilled.has_finished:  # with its first token: there is nothing to decode
                 events.finish()
             return
+        await asyncio.shield(place)
         logger.warning("%s: prefilling locally", request_id)
         await engine.handle.prefill_locally(request_id)

@@ -7,6 +7,7 @@ methods may be called from any thread; some wait for the loop.
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -70,6 +71,7 @@ class EngineHost:
 
     def use_tier(self, store: TierStore, keys: TierKeys, copy_share: float) -> None:
         """From now on give KV to the tier and take it from there; before the first request."""
+        self.info = replace(self.info, has_tier=True)
         self._tier = EngineTier(self._engine, self._loop, store, keys, self.info.positions, copy_share)
 
     def ping(self) -> None:

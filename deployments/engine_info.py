@@ -21,6 +21,7 @@ class EngineInfo:
         num_blocks: KV blocks in the pool.
         positions: what tells KV of one prefix apart, as the model's rotary embedding has it.
         kv: names model and kind of its KV; engines with different names cannot hand over. Empty: not known.
+        has_tier: whether it takes KV from the shared tier, too.
     """
 
     path: str
@@ -34,6 +35,7 @@ class EngineInfo:
     num_blocks: int
     positions: PositionRule = FIXED
     kv: str = ""
+    has_tier: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from deployments.errors import UnsupportedModelError
 # Of a token in a layer: one vector of keys, one of values, of the same size.
 _PARTS = 2
 # The axis of a chunk's shape along which its blocks lie.
-_BLOCK_AXIS = 2
+BLOCK_AXIS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ KVGroups: TypeAlias = tuple[KVGroup, ...]
 
 def num_blocks_of(chunk_shape: Sequence[int]) -> int:
     """Blocks of a chunk of this shape; 0: no chunk has such a shape."""
-    return chunk_shape[_BLOCK_AXIS] if len(chunk_shape) > _BLOCK_AXIS else 0
+    return chunk_shape[BLOCK_AXIS] if len(chunk_shape) > BLOCK_AXIS else 0
 
 
 def bytes_per_token(groups: KVGroups, form: KVForm) -> int:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _RENEWALS_PER_LEASE = 3
 # An engine that takes longer hangs or is dead.
 _ABORT_TIMEOUT_S = 1.0
+# A few times per step.
+_PLACE_POLL_S = 0.003
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +81,23 @@ class Prefill(EngineReplica):
         self._front = await engine.start()
 
     async def prefill(
-        self, request: GenerateRequest, first_block: int, target: EngineHandle, reply_to: ReplyAddress, kv: str = ""
+        self,
+        request: GenerateRequest,
+        first_block: int,
+        target: EngineHandle,
+        reply_to: ReplyAddress,
+        kv: str = "",
+        is_placed: bool = True,
     ) -> Prefilled:
         """Compute a prompt for another engine; returns when the target has every block.
 
         Args:
             request: the prompt.
             first_block: leading blocks that the target already holds.
-            target: the decode engine, which has reserved blocks for the request.
+            target: the decode engine, which reserves blocks for the request.
             reply_to: where the first token goes, as soon as it is drawn.
             kv: of the target, see `EngineInfo`; empty: it is found out when a chunk arrives.
+            is_placed: whether the target has reserved the blocks already; else nothing is passed on before it has.
 
         Raises:
             TransferError or a Ray error: some chunk did not arrive, or the target waits no longer. A target that waits
@@ -96,12 +105,13 @@ class Prefill(EngineReplica):
             LayoutMismatchError: the engines do not agree on what a block is.
         """
         engine, request_id = self._front.engine, request.request_id
-        # Before anything is computed: the first token goes to the client while its KV is still on the way, and may be
-        # another model's.
+        # Before anything is computed: the first token goes to the client before its KV, and may be another model's.
         if kv and kv != engine.info.kv:
             raise LayoutMismatchError(f"engines disagree on the layout of KV: ours {engine.info.kv}, theirs {kv}")
         events = engine.open(request_id)
         keeper = asyncio.create_task(self._keep_leases(request_id, target, events))
+        place = asyncio.create_task(_await_place(request_id, target, is_placed))
+        place.add_done_callback(lambda done: done.cancelled() or done.exception())  # chunks say so, if there are any
         sends: list[asyncio.Task[None]] = []
         times, sent = None, HandoffTimer()
         num_arrived, num_chunks = 0, None
@@ -112,7 +122,7 @@ class Prefill(EngineReplica):
                     times = event.times
                     sent.all_ready()
                 elif isinstance(event, ChunkReady):
-                    sends.append(asyncio.create_task(self._send(event, target, events, sent)))
+                    sends.append(asyncio.create_task(self._send(event, target, events, sent, place)))
                     if event.is_last:
                         num_chunks = len(sends)
                 elif isinstance(event, ChunkArrived):
@@ -124,20 +134,23 @@ class Prefill(EngineReplica):
             self._front.handoff.num_requests += 1
         except Exception:
             self._front.handoff.num_failures += 1
-            # The same replica may be asked again at once.
-            if (aborted := engine.close(request_id)) is not None:
-                with suppress(Exception):
-                    async with asyncio.timeout(_ABORT_TIMEOUT_S):
-                        await aborted
-                        # Answered between two steps, behind the abort: no step tells of this hand-off any more.
-                        await engine.handle.renew(request_id)
+            await self._abort(request_id)
             raise
         finally:
-            keeper.cancel()
-            for send in sends:
-                send.cancel()
+            for task in (keeper, place, *sends):
+                task.cancel()
             engine.close(request_id)
         return Prefilled(False, self._receipt(times, sent))
+
+    async def _abort(self, request_id: str) -> None:
+        """End a hand-off on the engine, and wait for that: the same replica may be asked again at once."""
+        engine = self._front.engine
+        if (aborted := engine.close(request_id)) is not None:
+            with suppress(Exception):
+                async with asyncio.timeout(_ABORT_TIMEOUT_S):
+                    await aborted
+                    # Answered between two steps, behind the abort: no step tells of this hand-off any more.
+                    await engine.handle.renew(request_id)
 
     def _receipt(self, times: EngineTimes | None, sent: HandoffTimer | None = None) -> PrefillReceipt | None:
         if times is None:
@@ -160,9 +173,17 @@ class Prefill(EngineReplica):
                 events.put(error)
                 return
 
-    async def _send(self, chunk: ChunkReady, target: EngineHandle, events: EventQueue, sent: HandoffTimer) -> None:
+    async def _send(
+        self,
+        chunk: ChunkReady,
+        target: EngineHandle,
+        events: EventQueue,
+        sent: HandoffTimer,
+        place: "asyncio.Task[None]",
+    ) -> None:
         source = self._front.engine
         try:
+            await asyncio.shield(place)  # several chunks wait for it
             # In a thread: the first contact of two engines can hold up the call.
             # `taken` keeps the chunk until it has arrived.
             taken, received = await asyncio.to_thread(_submit, chunk, source.handle, target)
@@ -186,6 +207,17 @@ class Prefill(EngineReplica):
         else:
             if is_held:
                 events.put(error)
+
+
+async def _await_place(request_id: str, target: EngineHandle, is_placed: bool) -> None:
+    """Return once the target has reserved blocks; a chunk that came before would be ignored.
+
+    It is asked again and again: the prompt is computed meanwhile, and a target without room is given up by the leases.
+    """
+    while not is_placed:
+        is_placed = await target.renew(request_id)
+        if not is_placed:
+            await asyncio.sleep(_PLACE_POLL_S)
 
 
 def _submit(

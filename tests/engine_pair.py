@@ -161,9 +161,10 @@ def hand_over(
         # The target tells the first token too, when the last block is in its pool.
         first, arrived = source.inbox.take(sent, 1), target.inbox.take(told, max_tokens)
         begun = time.perf_counter()
-        ray.get(target.actor.add.remote(request, 1, target.inbox.address))
+        # At once, as the fronts do with a prompt of which the target has nothing; chunks go on only to reserved blocks.
+        added = target.actor.add.remote(request, 1, target.inbox.address)
+        ray.get([added, source.actor.prefill.remote(request, 0, source.inbox.address)])
         assert target.await_events(Placed, name)[0].remote
-        ray.get(source.actor.prefill.remote(request, 0, source.inbox.address))
         announced, num_blocks, acks, is_last = 0.0, 0, [], False
         while not is_last:
             for chunk in source.await_events(ChunkReady, name):

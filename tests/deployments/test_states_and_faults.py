@@ -17,7 +17,7 @@ from deployments.messages import TokenOutput
 from tests.deployments.conftest import StartPools
 from tests.deployments.pools import MANY_TOKENS, NUM_TOKENS, PROMPT, Pools, is_decoding, tokens_of
 from tests.engine.driving import greedy
-from tests.engine.families import reference
+from tests.engine.families import random_prompt, reference
 
 LEASE_S = 0.4
 # What is held for ever is held for longer than this; how soon it is free is for benchmarks.
@@ -59,6 +59,14 @@ async def queued(case: Case) -> None:
     await case.pools.decode.engine.until(is_decoding)
     case.ask()
     await case.pools.decode.engine.until(lambda engine: engine.stats().num_waiting == 1)
+
+
+async def begun(case: Case) -> None:
+    """The decode engine has no seat for it, and the prompt, whose beginning is new there, is computed all the same."""
+    case.occupant = asyncio.create_task(case.pools.collect(greedy("occupant", random_prompt(9, seed=8), 900)))
+    await case.pools.decode.engine.until(is_decoding)
+    case.ask()
+    await case.pools.prefill.engine.until(lambda engine: engine.stats().prompt_tokens >= len(PROMPT))
 
 
 async def reserved(case: Case) -> None:
@@ -126,7 +134,7 @@ async def decode_engine_hangs(case: Case) -> None:
         await case.pools.decode.deployment.check_health()
 
 
-STATES = [queued, reserved, filling, ready, decoding]
+STATES = [queued, begun, reserved, filling, ready, decoding]
 FAULTS = [
     client_leaves,
     ingress_dies,

@@ -7,6 +7,7 @@ from deployments.engine.handoff.states import State
 from deployments.engine.kv.copies import KVCopies
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.engine.stats import EngineStats
+from deployments.kv_groups import BLOCK_AXIS
 from deployments.messages import ChunkReady, DrawnToken
 
 
@@ -47,7 +48,10 @@ class Importer:
         if blocks is None:
             return None
         sequence = self._sequences[chunk.request_id]
-        self._copies.import_([sequence.block_table[i] for i in blocks], tensor)
+        if len(blocks) < chunk.num_blocks:
+            tensor = tensor.narrow(BLOCK_AXIS, chunk.num_blocks - len(blocks), len(blocks)).contiguous()
+        if blocks:
+            self._copies.import_([sequence.block_table[i] for i in blocks], tensor)
         sequence.limit_cached(chunk.num_cached_tokens)
         if self._inbox.fill(chunk) is not State.READY:
             return None

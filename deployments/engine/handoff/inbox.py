@@ -48,20 +48,20 @@ class Inbox:
         self._handoffs[request_id] = _Incoming(self._clock() + self._lease_s, blocks)
 
     def expect(self, chunk: ChunkReady) -> range | None:
-        """Which blocks a chunk is for; None: nobody waits for it any more.
+        """Which blocks a chunk is for: its last ones, for some were here before; None: nobody waits for it any more.
 
         One that has come before is no error: a second prefill engine computes the same KV, and nobody reads it yet.
 
         Raises:
-            ValueError: not all of its blocks are set aside.
+            ValueError: it has blocks that are neither set aside nor in front of those.
         """
         handoff = self._handoffs.get(chunk.request_id)
         if handoff is None:
             return None
         blocks = range(chunk.start_block, chunk.start_block + chunk.num_blocks)
-        if not blocks or blocks[0] not in handoff.blocks or blocks[-1] not in handoff.blocks:
+        if not blocks or blocks[0] < 0 or blocks.stop > handoff.blocks.stop:
             raise ValueError(f"{chunk.request_id}: chunk {chunk.index} has {blocks}, {handoff.blocks} are awaited")
-        return blocks
+        return range(max(blocks.start, min(blocks.stop, handoff.blocks.start)), blocks.stop)
 
     def fill(self, chunk: ChunkReady) -> State:
         """The blocks of a chunk that `expect` accepted are here."""

@@ -168,9 +168,15 @@ class TestEveryStateOfTheTarget:
         assert target.inbox.expect(chunk) == range(1, 3)
         assert target.inbox.fill(chunk) is (State.READY if state is State.READY else State.FILLING)
 
+    def test_skips_blocks_of_a_chunk_that_are_here_already(self, state: State) -> None:
+        target = Target().bring_to(state)
+        for (start, num_blocks), taken in {(0, 2): range(1, 2), (0, 5): range(1, 5), (0, 1): range(1, 1)}.items():
+            expected = None if state is State.RELEASED else taken
+            assert target.inbox.expect(ChunkReady("r", 0, start, num_blocks)) == expected
+
     def test_refuses_a_chunk_of_blocks_that_were_not_reserved(self, state: State) -> None:
         target = Target().bring_to(state)
-        for start, num_blocks in ((0, 2), (4, 2), (1, 0)):
+        for start, num_blocks in ((-1, 3), (4, 2), (0, 6), (1, 0)):
             chunk = ChunkReady("r", 0, start, num_blocks)
             if state is State.RELEASED:
                 assert target.inbox.expect(chunk) is None
