@@ -8,8 +8,8 @@ line, one JSON object with every raw number.
 
 "Alone" is a hand-off of KV that the prefill engine holds already, from the first chunk announced to the last block in
 the other engine's pool; "behind" is what is left of it when the first token is there, if the prompt is computed
-meanwhile; the rest was hidden. "GiB/s" is that of the bytes' own way into the pool: copies on the GPU's clock, and
-over NCCL the receiving too, from the receiver's question for a chunk to its last byte.
+meanwhile; the rest was hidden. "GiB/s" is that of the bytes' own way into the pool: copies on the GPU's clock; over
+NCCL the receiving, from the source's word that a chunk is complete to its last byte, and the copy of the last chunk.
 """
 
 import argparse
@@ -162,8 +162,9 @@ def measure(
         received_s = after.receive_s - before.receive_s
         row = {"way": way, "tokens": length, "bytes": handed.num_bytes, "rounds": found, "copies": copies}
         rows.append(row | {"received_s": received_s})
-        # Over NCCL a chunk is received first and then copied; the rate is that of both.
-        moved_s = sum(seconds for _, seconds in copies) / rounds + received_s / (2 * rounds)
+        # A chunk that is received is copied while the next one is: only the copy of the last one is behind that.
+        counted = copies[len(copies) // rounds - 1 :: len(copies) // rounds] if received_s else copies
+        moved_s = sum(seconds for _, seconds in counted) / rounds + received_s / (2 * rounds)
         median = {name: statistics.median(r[name] for r in found) for name in found[0]}
         print(
             f"{way:>9} {length:>7} {handed.num_bytes / 2**20:>8.0f} {median['prefill_s'] * 1e3:>11.1f}"
