@@ -50,14 +50,17 @@ class Inbox:
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         self._receiver = self._run(TokenReceiver.start("127.0.0.1", max_unread_tokens=1000))
         self.address = self._receiver.address
+        self._takes: dict[str, list[Future[Arrivals]]] = {}
 
     @contextmanager
     def listening(self, name: str) -> Iterator[TokenStream]:
-        """Listen for a request, from before the engine hears of it."""
+        """Listen for a request, from before the engine hears of it; what is still awaited at the end is given up."""
         stream = self._run(self._open(name))
         try:
             yield stream
         finally:
+            for take in self._takes.pop(stream.name, []):
+                take.cancel()
             self._run(stream.aclose())
 
     @contextmanager
@@ -68,7 +71,9 @@ class Inbox:
 
     def take(self, stream: TokenStream, count: int) -> "Future[Arrivals]":
         """So many tokens, noted as they come."""
-        return asyncio.run_coroutine_threadsafe(self._take(stream, count), self._loop)
+        found = asyncio.run_coroutine_threadsafe(self._take(stream, count), self._loop)
+        self._takes.setdefault(stream.name, []).append(found)
+        return found
 
     async def _take(self, stream: TokenStream, count: int) -> Arrivals:
         found = Arrivals()
