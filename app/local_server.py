@@ -8,11 +8,13 @@ import argparse
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import ray
 from ray import serve
@@ -29,6 +31,7 @@ NO_RAY_MARK = "Ray did not start"
 NO_RAY = 75
 _MAX_REASON = 300
 _POLL_S = 1.0
+_SIGNAL_POLL_S = 0.5
 
 
 class NotUpError(Exception):
@@ -120,6 +123,15 @@ def _exit(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(0)
 
 
+def wait_for_signal() -> NoReturn:
+    """Wait until a signal's handler raises.
+
+    Not in one wait: the system may give a signal to any thread, and then nothing wakes this one, which runs handlers.
+    """
+    while True:
+        time.sleep(_SIGNAL_POLL_S)
+
+
 def main() -> None:
     """Serve until SIGTERM, then take everything down in order."""
     parser = argparse.ArgumentParser()
@@ -138,7 +150,7 @@ def main() -> None:
         # Only now: ray.init sets a handler of its own, and until here `down` ends the whole session by force.
         signal.signal(signal.SIGTERM, _exit)
         say(RUNS)
-        threading.Event().wait()
+        wait_for_signal()
     except NotUpError as error:
         traceback.print_exc()
         say(f"{NO_RAY_MARK}: {' '.join(str(error).split())[:_MAX_REASON]}")
