@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from deployments.engine.model.config import blamed, build_empty, read_values
 from deployments.engine.model.headers import Headers
+from deployments.engine.model.mxfp4 import widen_mxfp4
 from deployments.engine.model.quantized import apply_scales, is_scale, take_scheme
 from deployments.errors import UnsupportedModelError, brief
 
@@ -46,8 +47,9 @@ def load_weights(path: str, config: PretrainedConfig, headers: Headers, **option
             what is not finite.
     """
     scheme = take_scheme(path, config)
-    if headers and getattr(config, "quantization_config", None) is None:
-        rehearse(path, config, headers, has_scales=scheme is not None, **options)
+    widened = widen_mxfp4(path, config, headers)
+    if headers and (widened is not None or getattr(config, "quantization_config", None) is None):
+        rehearse(path, config, widened or headers, has_scales=scheme is not None, **options)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -88,10 +90,12 @@ def rehearse(path: str, config: PretrainedConfig, headers: Headers, *, has_scale
     if has_scales:
         weights = {name: weight for name, weight in weights.items() if not is_scale(name)}
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    plain = copy.deepcopy(config)
+    vars(plain).pop("quantization_config", None)  # the weights are as they will be
     try:
         model, found = model_class.from_pretrained(
             None,
-            config=copy.deepcopy(config),
+            config=plain,
             state_dict=weights,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
