@@ -153,7 +153,8 @@ def test_prompts_attend_what_codes_of_their_context_stand_for(
     expected, actual = (
         prefill_attention(queries, kv, starts, 7, scores, lens=lens, tables=tables) for kv in (plain, cache.paged(1))
     )
-    assert torch.equal(actual, expected), "widened before they are multiplied, nothing differs"
+    # Widened before they are multiplied, nothing differs; compiled, the two kernels add up in orders of their own.
+    check(actual, expected, 0 if DEVICE.type == "cpu" else 1e-3)
 
 
 def test_queries_behind_the_last_sequence_are_padding() -> None:
