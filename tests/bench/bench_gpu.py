@@ -1,9 +1,10 @@
 """The whole engine loop on one GPU, with random weights: time per output token, prefill, throughput, against a floor.
 
 Run: `make bench-gpu` on a machine with a GPU. The engine is driven as `EngineLoop` drives it, scheduler, sampler and
-events included. Prints a table beside vLLM's figures (same shapes, dummy weights, greedy) and, as its last line, one
-JSON object with the raw numbers. A row that fails says why, and the others are measured. `ARGS=--profile` says
-instead where the GPU's time goes in the run that measures throughput.
+events included. Prints a table beside vLLM's figures (same shapes, dummy weights, greedy) and floors (of
+tokens: weights and KV read once at the speed of a copy; of prompts: the linear layers alone) and, as its last line, one
+JSON object with the raw numbers. A row that fails says why, and the others are measured. `ARGS=--profile` says instead
+where the GPU's time goes in the run that measures throughput.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from deployments.engine.engine import Engine
 from deployments.engine.layers.fp8 import quantize_weights
 from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
 from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
-from tests.bench.gpu_floors import copy_bandwidth, decode_bytes, floor, lengths, throughput_bound
+from tests.bench.gpu_floors import copy_bandwidth, decode_bytes, floor, lengths, products_alone, throughput_bound
 from tests.bench.gpu_profile import gpu_seconds
 from tests.bench.gpu_shapes import SHAPES, VLLM_VERSION, Shape
 from tests.engine.insides import forget_step_in_flight
@@ -280,7 +281,7 @@ def measure_model(name: str, shape: Shape, bandwidth: float, options: argparse.N
         return {"failed": _reason(error)}
     print(f"\n{name}: ready in {time.perf_counter() - begun:.1f} s, {engine.limits}", flush=True)
     driver = Driver(engine, config.vocab_size)
-    found: dict[str, Any] = {"tpot": {}, "context": {}, "beside": {}, "prefill": {}, "failed": {}}
+    found: dict[str, Any] = {"tpot": {}, "context": {}, "beside": {}, "prefill": {}, "products": {}, "failed": {}}
     measure = partial(_measure_row, found["failed"], options)
     print(f"{'':24}{'vLLM ' + VLLM_VERSION:>12}{'engine':>12}{'ratio':>8}{'floor':>10}")
     for batch_size, peer in shape.tpot_ms.items():
@@ -307,10 +308,14 @@ def measure_model(name: str, shape: Shape, bandwidth: float, options: argparse.N
             _print_row(what, None, statistics.median(times) * 1e3, None)
     for (count, tokens), peer in shape.prefill_ms.items():
         run = partial(prefill, driver, count, tokens)
-        times = measure(f"prefill-{count}x{tokens}", driver, partial(repeated, run, options.repeats))
+        label = f"prefill-{count}x{tokens}"
+        times = measure(label, driver, partial(repeated, run, options.repeats))
         if times:
             found["prefill"][f"{count}x{tokens}"] = times
-            _print_row(f"prefill {count} x {tokens}", peer, statistics.median(times) * 1e3, None)
+            alone = measure(label, driver, partial(products_alone, engine, count * tokens))
+            found["products"][f"{count}x{tokens}"] = alone
+            floor_ms = statistics.median(alone) * 1e3 if alone else None
+            _print_row(f"prefill {count} x {tokens}", peer, statistics.median(times) * 1e3, floor_ms)
     rates = measure("tokens/s", driver, partial(repeated, partial(throughput, driver), options.repeats))
     if rates:
         found["throughput"] = rates

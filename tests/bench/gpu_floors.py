@@ -52,6 +52,35 @@ def floor(engine: Engine, batch_size: int, bandwidth: float, context: float) -> 
     return float(num_bytes) / bandwidth
 
 
+@torch.inference_mode()
+def products_alone(engine: Engine, num_tokens: int) -> list[float]:
+    """Seconds that the linear layers take for so many tokens of prompts, one behind the other and nothing between.
+
+    The output layer is left out, which only last tokens go through.
+
+    Returns:
+        Three runs; none for a model with experts, which are no linear layers.
+    """
+    from deployments.engine.layers.cuda_experts import FusedExperts  # only where there is a GPU
+
+    model = model_of(engine)
+    if any(isinstance(module, FusedExperts) for module in model.modules()):
+        return []
+    layers = [m for m in model.modules() if isinstance(m, LinearLayer) and m is not model.get_output_embeddings()]
+    numbers = torch.randn(num_tokens * max(m.in_features for m in layers), dtype=layers[0].dtype, device="cuda")
+    rows = {m.in_features: numbers[: num_tokens * m.in_features].view(num_tokens, -1) for m in layers}
+    times = []
+    for _ in range(4):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for layer in layers:
+            layer(rows[layer.in_features])
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return times[1:]  # the first one warms up
+
+
 def throughput_bound(engine: Engine, bandwidth: float, prompt_tokens_per_s: float) -> float:
     """Tokens per second of `throughput` if decode steps did nothing but read weights and KV at this bandwidth.
 
