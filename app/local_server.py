@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import ray
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
 
 from app.config import AppConfig
@@ -36,6 +37,14 @@ _SIGNAL_POLL_S = 0.5
 
 class NotUpError(Exception):
     """Ray or Serve did not come up; the message is theirs. On a busy machine it may be different the next time."""
+
+
+def _reason(error: NotUpError) -> str:
+    """One line; of what failed in another process the last one, behind its traceback."""
+    text = str(error).strip()
+    if isinstance(error.__cause__, RayError) and text:
+        text = text.splitlines()[-1]
+    return " ".join(text.split())[:_MAX_REASON]
 
 
 def say(stage: str) -> None:
@@ -153,7 +162,7 @@ def main() -> None:
         wait_for_signal()
     except NotUpError as error:
         traceback.print_exc()
-        say(f"{NO_RAY_MARK}: {' '.join(str(error).split())[:_MAX_REASON]}")
+        say(f"{NO_RAY_MARK}: {_reason(error)}")
         os._exit(NO_RAY)  # nothing of it is up that could be taken down in order
     finally:
         # Not without the question: with no Ray of our own, Serve would look for another to shut down.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from ray.exceptions import RayTaskError
 
 from app import local_server
 from app.config import AppConfig
@@ -90,12 +91,25 @@ def test_a_ray_that_never_comes_up_is_told_in_one_line_with_advice_and_leaves_no
     assert_started_twice_and_nothing_is_left_of_failures(tmp_path)
 
 
-@pytest.mark.parametrize("fails", ["ray.init", "serve.start", "serve.run"])
+LINES = "HTTP proxies not\navailable after 60s."
+MISSING = FileNotFoundError("no kvrelay-haproxy in PATH")
+TRACEBACK = 'Traceback (most recent call last):\n  File "x.py", line 1, in ready\n'
+
+
+LATE = TimeoutError(LINES), " ".join(LINES.split())
+ELSEWHERE = RayTaskError("ready", TRACEBACK * 9 + str(MISSING), MISSING), str(MISSING)
+
+
+@pytest.mark.parametrize(
+    ("fails", "error", "said"),
+    [("ray.init", *LATE), ("serve.start", *LATE), ("serve.start", *ELSEWHERE), ("serve.run", *LATE)],
+    ids=["Ray", "Serve", "Serve's proxy", "replicas"],
+)
 def test_a_server_whose_ray_does_not_come_up_says_so_in_one_line_and_ends_with_its_status(
-    fails: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fails: str, error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(*args: object, **kwargs: object) -> None:
-        raise TimeoutError("HTTP proxies not\navailable after 60s.")
+        raise error
 
     def end(status: int) -> None:
         raise SystemExit(status)
@@ -111,4 +125,4 @@ def test_a_server_whose_ray_does_not_come_up_says_so_in_one_line_and_ends_with_i
     with pytest.raises(SystemExit) as ended:
         local_server.main()
     assert ended.value.code == NO_RAY
-    assert f"{STAGE_MARK}{NO_RAY_MARK}: HTTP proxies not available after 60s.\n" in capsys.readouterr().out
+    assert f"{STAGE_MARK}{NO_RAY_MARK}: {said}\n" in capsys.readouterr().out
