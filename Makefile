@@ -50,7 +50,7 @@ help: ## List the targets.
 	@echo "  All of ARGS, with defaults and meanings: $(PY) -m app.config (after the first make)"
 
 serve: $(RUNTIME) ## Start the server in the background and wait until it answers. PORT=, MODEL=, ARGS=.
-	@$(PY) -m app.local up --port $(PORT) $(if $(MODEL),'model=$(subst ','\'',$(MODEL))') $(ARGS)
+	@$(PY) -m app.local up --port $(PORT) $(if $(value MODEL),'model=$(subst ','\'',$(value MODEL))') $(ARGS)
 
 # These two install nothing: without an environment there is no server.
 stop: ## Stop the server and everything it started.

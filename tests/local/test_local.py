@@ -60,11 +60,11 @@ def test_api_keys_that_cannot_be_read_are_refused_before_anything_starts(folder,
     assert not folder.log.exists()
 
 
-def test_make_serve_hands_on_a_model_whose_path_has_spaces_and_quotes(tmp_path):
+def test_make_serve_hands_on_a_model_whose_path_has_what_shells_and_make_would_read(tmp_path):
     echo = tmp_path / "python"
     echo.write_text("#!/bin/bash\nprintf '%s\\n' \"$@\"\n")
     echo.chmod(0o755)
-    model = """/a b/it's a "model", small"""
+    model = """/a b/it's a "model", small; $HOME/$(shell echo x)/100% \\#1"""
     installed = [f"--assume-old={path}" for path in (".venv/.stamp-runtime", ".venv/bin/python")]
     made = subprocess.run(
         ["make", *installed, "serve", f"PY={echo}", f"MODEL={model}"],
