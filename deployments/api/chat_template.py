@@ -56,12 +56,11 @@ def choose_template(templates: object) -> str:
     if isinstance(templates, str) and templates:
         return templates
     if isinstance(templates, Mapping) and templates:
-        if len(templates) == 1:
-            return str(*templates.values())
-        if "default" in templates:
-            return str(templates["default"])
+        chosen = next(iter(templates.values())) if len(templates) == 1 else templates.get("default")
+        if isinstance(chosen, str):
+            return chosen
         names = ", ".join(sorted(map(str, templates)))
-        raise _unusable(f"this model has several chat templates ({names}), and none of them is the default")
+        raise _unusable(f"this model has chat templates by name ({names}), and none of them is the default")
     raise _unusable("this model has no chat template")
 
 
@@ -78,7 +77,7 @@ def read_legacy_template(folder: str) -> object:
         templates: object = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
         if isinstance(templates, list):
             templates = {entry["name"]: entry["template"] for entry in templates}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UnsupportedModelError(f"{file} holds no chat template: {type(error).__name__}: {error}") from None
     return templates
 

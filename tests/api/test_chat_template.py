@@ -215,6 +215,8 @@ def test_the_default_of_several_templates_is_used():
         (None, "has no chat template"),
         ("", "has no chat template"),
         ({"tool_use": "a", "rag": "b"}, r"\(rag, tool_use\)"),
+        ({"default": {"a": 1}}, r"\(default\)"),
+        (3, "has no chat template"),
     ],
 )
 def test_a_model_without_a_template_for_chats_says_so(templates: object, reason: str):
@@ -241,7 +243,9 @@ def test_the_template_in_a_processors_file_is_read(tmp_path: Path, stored: objec
     assert read_legacy_template(str(tmp_path)) == expected
 
 
-@pytest.mark.parametrize("stored", ["{", "[]", "{}", '"text"', '{"chat_template": [{"name": "default"}]}'])
+@pytest.mark.parametrize(
+    "stored", ["{", "[]", "[" * 100_000, "{}", '"text"', '{"chat_template": [{"name": "default"}]}']
+)
 def test_a_processors_file_without_a_template_is_refused_by_name(tmp_path: Path, stored: str):
     (tmp_path / "chat_template.json").write_text(stored)
     with pytest.raises(UnsupportedModelError, match=r"chat_template\.json holds no chat template"):
