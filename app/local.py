@@ -30,6 +30,7 @@ from app.local_server import NO_RAY, NO_RAY_MARK, RUNS, STAGE_MARK
 from app.ports import free_ports
 from deployments.api.keys import KeyRing, KeysError
 from deployments.engine.model.files import check_model
+from deployments.engine.model.tokenizer_files import check_tokenizer
 from deployments.errors import UnsupportedModelError
 
 SERVE_SETTINGS = Path(__file__).with_name("serve.env")
@@ -89,6 +90,7 @@ def up(folder: RunFolder, app: str, port: int, num_cpus: int | None, timeout_s: 
     config = parse_arguments(pairs)
     if app == APP:  # what another one does with the name, only it knows
         check_model(config.model)
+        check_tokenizer(config.model)
         if config.ingress.api_keys is not None:
             KeyRing(config.ingress.api_keys)
     check_temp_folder()

@@ -30,7 +30,9 @@ from deployments.api.tokenizer import read_tokenizer
 from deployments.api.tools.families import ToolParserName
 from deployments.decode_client import DecodeClient
 from deployments.engine.model.resolve import resolve_model
+from deployments.engine.model.tokenizer_files import check_tokenizer
 from deployments.engine_info import EngineInfo
+from deployments.errors import UnsupportedModelError
 from deployments.load.admission import Admission, Bounds, Ticket
 from deployments.load.pool_health import PoolHealth
 from deployments.load.pool_watch import PoolWatch
@@ -325,5 +327,9 @@ def load_codec(
     # If transformers finds torch it imports it, and no tokenizer needs it: 5.8 s and 310 MB, without 2.7 s and 95 MB
     # (SmolLM2's tokenizer, 2 cores of a shared Xeon, 2026-11-28).
     quietly = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
-    tokenizer = call_apart(read_tokenizer, path, without=["torch"], environment=quietly)
+    try:
+        tokenizer = call_apart(read_tokenizer, path, without=["torch"], environment=quietly)
+    except UnsupportedModelError:
+        check_tokenizer(path)  # whose reasons are plainer
+        raise
     return TextCodec(tokenizer, control_tokens, tool_parser, reasoning_parser)

@@ -109,6 +109,7 @@ LIGHT_ENGINE = [
     "deployments.engine.stats",
     "deployments.engine.model.files",
     "deployments.engine.model.resolve",
+    "deployments.engine.model.tokenizer_files",
     "deployments.engine.scheduling.block_hash",
     "deployments.engine.scheduling.cache_log",
     "deployments.engine.scheduling.positions",

@@ -84,7 +84,7 @@ def check_model(model: str) -> None:
     Raises:
         UnsupportedModelError: one line that names the model, the file and the fault.
     """
-    with _refusing_unreadable(model):
+    with refusing_unreadable(model):
         if model == BUNDLED_MODEL:
             bundled_file()
         elif (path := local_path(model)) is None:
@@ -92,7 +92,7 @@ def check_model(model: str) -> None:
         else:
             check_files(model)
             if path.is_dir() and not any((path / name).exists() for name in _TOKENIZERS):
-                raise _refusal(model, f"no tokenizer in this folder (none of {', '.join(_TOKENIZERS)})")
+                raise refusal(model, f"no tokenizer in this folder (none of {', '.join(_TOKENIZERS)})")
 
 
 def check_files(model: str) -> None:
@@ -103,7 +103,7 @@ def check_files(model: str) -> None:
     """
     path = local_path(model)
     assert path is not None, f"{model} is not local"
-    with _refusing_unreadable(model):
+    with refusing_unreadable(model):
         if model.endswith(".gguf"):
             for shard in gguf_shards(path):
                 _check_gguf(model, shard)
@@ -113,9 +113,9 @@ def check_files(model: str) -> None:
 
 def _check_folder(model: str, path: Path) -> None:
     if not path.exists():
-        raise _refusal(model, "no such folder")
+        raise refusal(model, "no such folder")
     if not path.is_dir():
-        raise _refusal(model, "neither a folder nor a .gguf file")
+        raise refusal(model, "neither a folder nor a .gguf file")
     if (path / "config.json").exists() or not (path / "adapter_config.json").exists():
         read_json(model, path / "config.json")
     _check_weights(model, path)
@@ -131,34 +131,32 @@ def read_json(model: str, file: Path) -> dict[str, Any]:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:
         found = ", ".join(sorted(path.name for path in file.parent.glob("*.gguf"))[:3])
-        raise _refusal(
-            model, f"no {file.name} in this folder" + (f"; did you mean {found}?" if found else "")
-        ) from None
+        raise refusal(model, f"no {file.name} in this folder" + (f"; did you mean {found}?" if found else "")) from None
     except OSError as error:
-        raise _refusal(model, f"{file.name}: {error.strerror}") from None
+        raise refusal(model, f"{file.name}: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise _refusal(model, f"{file.name} is not JSON: {error}") from None
+        raise refusal(model, f"{file.name} is not JSON: {error}") from None
     except ValueError:  # Python's advice is for programmers
-        raise _refusal(model, f"{file.name}: a number is too long") from None
+        raise refusal(model, f"{file.name}: a number is too long") from None
     except RecursionError:
-        raise _refusal(model, f"{file.name} is nested too deeply") from None
+        raise refusal(model, f"{file.name} is nested too deeply") from None
     if not isinstance(content, dict):
-        raise _refusal(model, f"{file.name} holds no object")
+        raise refusal(model, f"{file.name} holds no object")
     return content
 
 
-def _refusal(model: str, reason: str) -> UnsupportedModelError:
+def refusal(model: str, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"model {model!r}: {reason}")
 
 
 @contextmanager
-def _refusing_unreadable(model: str) -> Iterator[None]:
+def refusing_unreadable(model: str) -> Iterator[None]:
     """Turn what the system says of a file into a refusal."""
     try:
         yield
     except OSError as error:
         name = Path(os.fsdecode(error.filename)).name if error.filename else "a file"  # none: reading broke off
-        raise _refusal(model, f"{name}: {error.strerror or error}") from None
+        raise refusal(model, f"{name}: {error.strerror or error}") from None
 
 
 def _check_weights(model: str, folder: Path) -> None:
@@ -169,47 +167,45 @@ def _check_weights(model: str, folder: Path) -> None:
             continue
         if adapters:  # merged or not: nobody can tell
             found = f"both a whole model ({name}) and an adapter ({adapters[0]})"
-            raise _refusal(model, f"{found}; merge it and leave its files out, or leave them out to serve without it")
-        return _check_file(model, single) if single.exists() else _check_shards(model, index)
+            raise refusal(model, f"{found}; merge it and leave its files out, or leave them out to serve without it")
+        return check_file(model, single) if single.exists() else _check_shards(model, index)
     if (folder / "adapter_config.json").exists():
         base = read_json(model, folder / "adapter_config.json").get("base_model_name_or_path")
         into = f", {base!r}" if isinstance(base, str) else ""
-        raise _refusal(
-            model, f"an adapter (adapter_config.json), not a whole model; merge it into its base model{into}"
-        )
-    raise _refusal(model, f"no weights in this folder (neither {' nor '.join(_WEIGHTS)})")
+        raise refusal(model, f"an adapter (adapter_config.json), not a whole model; merge it into its base model{into}")
+    raise refusal(model, f"no weights in this folder (neither {' nor '.join(_WEIGHTS)})")
 
 
 def _check_shards(model: str, index: Path) -> None:
     content = read_json(model, index)
     if not isinstance(content.get("metadata"), dict):
-        raise _refusal(model, f"{index.name} has no metadata, without which transformers does not read it")
+        raise refusal(model, f"{index.name} has no metadata, without which transformers does not read it")
     shards = content.get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
-        raise _refusal(model, f"{index.name} has no weight_map")
+        raise refusal(model, f"{index.name} has no weight_map")
     names = sorted(set(shards.values()))
     if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts or not name]:
-        raise _refusal(model, f"{index.name} names files outside of this folder: {outside[0]!r}")
+        raise refusal(model, f"{index.name} names files outside of this folder: {outside[0]!r}")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise _refusal(model, f"{index.name} names files that are missing: {', '.join(missing[:3])}{more}")
+        raise refusal(model, f"{index.name} names files that are missing: {', '.join(missing[:3])}{more}")
     for name in names:
-        _check_file(model, index.parent / name)
+        check_file(model, index.parent / name)
 
 
-def _check_file(model: str, file: Path) -> None:
+def check_file(model: str, file: Path) -> None:
     size = file.stat().st_size
     if size == 0:
-        raise _refusal(model, f"{file.name} is empty")
+        raise refusal(model, f"{file.name} is empty")
     with open(file, "rb") as content:
         start = content.read(len(_LFS_POINTER))
     if start == _LFS_POINTER:
-        raise _refusal(model, f"{file.name} is a pointer of Git LFS, not the file itself; fetch it with git lfs pull")
+        raise refusal(model, f"{file.name} is a pointer of Git LFS, not the file itself; fetch it with git lfs pull")
     if file.suffix == ".safetensors":
         _check_safetensors(model, file, size)
     elif file.suffix == ".bin" and start.startswith(b"PK") and not zipfile.is_zipfile(file):
-        raise _refusal(model, f"{file.name} is truncated ({size} bytes)")
+        raise refusal(model, f"{file.name} is truncated ({size} bytes)")
 
 
 def _check_safetensors(model: str, file: Path, size: int) -> None:
@@ -217,32 +213,32 @@ def _check_safetensors(model: str, file: Path, size: int) -> None:
     with open(file, "rb") as content:
         length = int.from_bytes(content.read(8), "little")
         if length > size - 8:
-            raise _refusal(model, f"{file.name} is truncated ({size} bytes, its header alone has {length})")
+            raise refusal(model, f"{file.name} is truncated ({size} bytes, its header alone has {length})")
         if length > _MAX_HEADER:
-            raise _refusal(model, f"{file.name} has a header of {length} bytes; the format allows {_MAX_HEADER}")
+            raise refusal(model, f"{file.name} has a header of {length} bytes; the format allows {_MAX_HEADER}")
         try:
             header = json.loads(content.read(length))
             ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
             expected = 8 + length + max(ends, default=0)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise _refusal(model, f"{file.name} has no readable header") from None
+            raise refusal(model, f"{file.name} has no readable header") from None
     if size != expected:
         fault = "truncated" if size < expected else "too long"
-        raise _refusal(model, f"{file.name} is {fault} ({size} bytes, its header says {expected})")
+        raise refusal(model, f"{file.name} is {fault} ({size} bytes, its header says {expected})")
 
 
 def _check_gguf(model: str, file: Path) -> None:
     if not file.is_file():
-        raise _refusal(model, "no such file" if str(file) == str(local_path(model)) else f"{file.name} is missing")
-    _check_file(model, file)
+        raise refusal(model, "no such file" if str(file) == str(local_path(model)) else f"{file.name} is missing")
+    check_file(model, file)
     with open(file, "rb") as content:
         if content.read(4) != b"GGUF":
-            raise _refusal(model, f"{file.name} is not a GGUF file")
+            raise refusal(model, f"{file.name} is not a GGUF file")
 
 
 def _check_hub(model: str) -> None:
     if _HUB_ID.fullmatch(model) is None:
-        raise _refusal(model, "neither a folder or file that is there, nor a hub id (OWNER/NAME)")
+        raise refusal(model, "neither a folder or file that is there, nor a hub id (OWNER/NAME)")
     from huggingface_hub import constants, try_to_load_from_cache
 
     names = ("config.json", *_WEIGHTS, *(f"{name}.index.json" for name in _WEIGHTS))
@@ -250,10 +246,10 @@ def _check_hub(model: str) -> None:
     if has_config and any(has_weights):
         return
     if constants.HF_HUB_OFFLINE:
-        raise _refusal(model, f"no such folder, not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set")
+        raise refusal(model, f"no such folder, not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set")
     fault = within(_HUB_TIMEOUT_S, lambda: _ask_hub(model), f"no answer within {_HUB_TIMEOUT_S:g} s")
     if fault is not None:
-        raise _refusal(model, f"no such folder, and the hub at {constants.ENDPOINT}: {fault}")
+        raise refusal(model, f"no such folder, and the hub at {constants.ENDPOINT}: {fault}")
 
 
 def within(timeout_s: float, question: Callable[[], str | None], else_answer: str) -> str | None:
