@@ -302,13 +302,19 @@ async def _watch_sharers(sharers: Sharers) -> None:
 
 
 def describe_served(engine: EngineInfo, codec: TextCodec, name: str, root: str = "") -> ModelInfo:
-    """What the API must know of the model: what its engines say of it, and its tokenizer."""
+    """What the API must know of the model: what its engines say of it, and its tokenizer.
+
+    Raises:
+        UnsupportedModelError: see `TextCodec.check_vocabulary`.
+    """
+    codec.check_vocabulary(engine.vocab_size)
+    own_ends = {token_id for token_id in codec.end_token_ids if token_id < engine.vocab_size}
     return ModelInfo(
         name=name,
         path=engine.path,
         max_model_len=min(engine.max_model_len, engine.num_blocks * engine.block_size),
         vocab_size=engine.vocab_size,
-        eos_token_ids=tuple(sorted({*engine.eos_token_ids, *codec.end_token_ids})),
+        eos_token_ids=tuple(sorted({*engine.eos_token_ids, *own_ends})),
         root=root,
     )
 

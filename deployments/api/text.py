@@ -109,6 +109,30 @@ class TextCodec:
         token_id = None if end is None else self.backend.token_to_id(str(end))
         return () if token_id is None else (token_id,)
 
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Compare with the model: some of its prompts cannot be computed if the tokenizer has tokens that it lacks.
+
+        Args:
+            vocab_size: of the model; its ids are below.
+
+        Raises:
+            UnsupportedModelError: none of its prompts could be, for they all begin or end with such a token.
+        """
+        always = [token_id for token_id in self.encode("") if token_id >= vocab_size]
+        if always:
+            named = f"{self.backend.id_to_token(always[0])!r}, id {always[0]}"
+            raise UnsupportedModelError(
+                f"the tokenizer adds {named}, to every prompt, and the model's ids are 0 to {vocab_size - 1}"
+            )
+        last = max([self.backend.get_vocab_size(with_added_tokens=False) - 1, *self.backend.get_added_tokens_decoder()])
+        if last >= vocab_size:
+            named = f"{self.backend.id_to_token(last)!r}, id {last}"
+            logger.warning(
+                "the tokenizer has tokens up to %s, and the model's ids are 0 to %d: prompts with others are refused",
+                named,
+                vocab_size - 1,
+            )
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a plain prompt, with the special tokens that the tokenizer adds by itself."""
         return self._encode(text, add_special_tokens)

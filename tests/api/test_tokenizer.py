@@ -127,3 +127,31 @@ def test_a_tokenizer_that_panics_is_refused(folder: Path) -> None:
     del content["post_processor"]["special_tokens"]["<end>"]
     file.write_text(json.dumps(content))
     assert refusal(folder).startswith("its tokenizer encodes no text: PanicException: ")
+
+
+# --- beside a model
+
+
+def build_codec(single: str = "$A") -> TextCodec:
+    """Ids 0 to 255 are bytes, `<end>` is 256 and `<begin>` 300."""
+    tokenizer = build_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.add_special_tokens([AddedToken(f"<{number}>", special=True) for number in range(257, 300)])
+    backend.add_special_tokens([AddedToken("<begin>", special=True)])
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<begin>", 300)])
+    return TextCodec(tokenizer)
+
+
+def test_tokens_that_the_model_lacks_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    build_codec().check_vocabulary(301)
+    assert caplog.text == ""
+    build_codec().check_vocabulary(300)
+    assert "the tokenizer has tokens up to '<begin>', id 300, and the model's ids are 0 to 299" in caplog.text
+
+
+def test_a_token_that_begins_every_prompt_and_that_the_model_lacks_is_refused() -> None:
+    build_codec("<begin> $A").check_vocabulary(301)
+    with pytest.raises(
+        UnsupportedModelError, match="adds '<begin>', id 300, to every prompt, and the model's ids are 0"
+    ):
+        build_codec("<begin> $A").check_vocabulary(300)

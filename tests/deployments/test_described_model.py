@@ -29,6 +29,7 @@ ENGINE = EngineInfo(
         ((7, END_ID), "<end>", (7, END_ID)),
         ((0,), None, (0,)),
         ((), "<end>", (END_ID,)),
+        ((7,), "<nowhere>", (7,)),  # which transformers adds to the tokenizer, beyond the model's ids
     ],
 )
 def test_a_text_ends_where_the_engines_or_the_tokenizer_say(
@@ -36,6 +37,7 @@ def test_a_text_ends_where_the_engines_or_the_tokenizer_say(
 ) -> None:
     tokenizer = build_tokenizer()
     tokenizer.eos_token = tokenizers_own
+    tokenizer.add_special_tokens({"eos_token": tokenizers_own} if tokenizers_own else {})
     engine = replace(ENGINE, eos_token_ids=configured)
     assert describe_served(engine, TextCodec(tokenizer), "m").eos_token_ids == expected
 
