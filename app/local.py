@@ -37,6 +37,8 @@ SERVE_SETTINGS = Path(__file__).with_name("serve.env")
 APP = "app:graph"
 # What deployments/engine/model/resolve.py logs; its one step that takes a minute.
 _CONVERSION = re.compile(r"converting \S+ to \S+ \(once\)")
+# What an engine or the ingress says of a model that only loading shows to be none. Serve would try twice more.
+_REFUSAL = re.compile(r"deployments\.errors\.UnsupportedModelError: (.*)\n")
 # What a shell has of its own.
 _SHELL_VARIABLES = {"PATH", "PWD", "OLDPWD", "SHLVL", "_"}
 _POLL_S = 0.3
@@ -83,7 +85,7 @@ def up(folder: RunFolder, app: str, port: int, num_cpus: int | None, timeout_s: 
 
     Raises:
         ConfigError: an argument is wrong; nothing was started.
-        UnsupportedModelError: there is no such model, or it is not whole; nothing was started.
+        UnsupportedModelError: there is no such model, it is not whole, or cannot be served.
         KeysError: the API keys cannot be read; nothing was started.
         LocalError: it runs already, the port is taken, there is no room, or it did not start.
     """
@@ -238,8 +240,14 @@ def _print_stages(log: Iterator[str], started: float) -> list[str]:
 
 
 def _stages(log: Iterator[str]) -> Iterator[str]:
-    """Pick out of new log lines what a waiting user wants to know."""
+    """Pick out of new log lines what a waiting user wants to know.
+
+    Raises:
+        UnsupportedModelError: one says that the model cannot be served.
+    """
     for line in log:
+        if (refusal := _REFUSAL.search(line)) is not None:
+            raise UnsupportedModelError(refusal[1])
         if line.startswith(STAGE_MARK):
             yield line.removeprefix(STAGE_MARK).strip()
         elif _CONVERSION.search(line):
