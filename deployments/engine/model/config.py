@@ -16,7 +16,11 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from deployments.engine.model.bounds import NUM_EXPERTS, ROPE_FIELDS, faults, shown
@@ -115,11 +119,22 @@ def _architectures(config: PretrainedConfig) -> list[str]:
     return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
 
 
+def _model_types(architecture: str) -> set[str]:
+    """Which models transformers calls so; none: a name of somebody else's."""
+    return {
+        model_type
+        for classes in (MODEL_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+        for model_type, names in classes.items()
+        if architecture in ((names,) if isinstance(names, str) else names)
+    }
+
+
 def check_config(config: PretrainedConfig) -> None:
     """Refuse what can be seen from the configuration alone.
 
     Raises:
-        UnsupportedModelError: encoder-decoder, multimodal, or layers other than attention.
+        UnsupportedModelError: encoder-decoder, multimodal, layers other than attention, another task, or a class that
+            is another model's.
     """
     name = config.model_type
     if config.is_encoder_decoder:
@@ -135,6 +150,13 @@ def check_config(config: PretrainedConfig) -> None:
         raise UnsupportedModelError(
             f"{', '.join(other_tasks)} (architectures) writes no text; only causal language models are served"
         )
+    for named in _architectures(config):
+        others = _model_types(named)
+        if others and name not in others:
+            raise UnsupportedModelError(
+                f"config.json: architectures names {named}, which is of model_type {' or '.join(sorted(others))}, and"
+                f" model_type is {name!r}"
+            )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(f"{name} is not a causal language model known to transformers")
 

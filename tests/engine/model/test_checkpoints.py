@@ -275,6 +275,19 @@ def test_a_model_of_another_task_is_refused_by_its_name(folder: Path, name: str)
     assert name in refusal(folder)
 
 
+@pytest.mark.parametrize("name", ["BertModel", "MistralForCausalLM", "GPT2LMHeadModel"])
+def test_a_class_of_another_model_is_refused_by_its_name(folder: Path, name: str) -> None:
+    change_config(folder, architectures=[name])
+    assert refusal(folder).startswith(f"config.json: architectures names {name}, which is of model_type ")
+    assert refusal(folder).endswith("and model_type is 'llama'")
+
+
+@pytest.mark.parametrize("names", [["LlamaModel"], ["OwnForCausalLM"], [], None, 3, [3]], ids=str)
+def test_a_class_that_is_the_models_or_of_nobody_known_does_not_matter(folder: Path, names: object) -> None:
+    change_config(folder, architectures=names)
+    assert tokens_of(folder) == continue_greedily(build_model("llama"), PROMPT, 6)
+
+
 @pytest.mark.parametrize("chosen", [0, 5])
 def test_more_experts_for_a_token_than_there_are_or_none_are_refused(tmp_path: Path, chosen: int) -> None:
     copy.deepcopy(build_model("mixtral")).save_pretrained(tmp_path)
