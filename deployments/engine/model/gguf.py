@@ -19,7 +19,9 @@ from gguf import GGUFReader, GGUFWriter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
+from deployments.engine.model.bounds import shown
 from deployments.engine.model.files import scratch_beside
+from deployments.engine.model.gguf_reader import BoundedReader
 from deployments.engine.model.headers import Header, Headers
 from deployments.engine.model.weights import check_complete
 from deployments.errors import UnsupportedModelError, brief
@@ -47,19 +49,33 @@ _SIZES = (
     "attention.value_length",
     "expert_count",
 )
+# A class's own default would be in their place, which may be another model's.
+_REQUIRED = ("block_count", "context_length", "embedding_length", "attention.head_count")
+_EPSILONS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 _GEMMA_27B_LAYERS = (46, 62)
 _BIASES = {"blk.0.attn_q.bias": "attention_bias", "blk.0.ffn_up.bias": "mlp_bias"}
 
 
 def write_dense(shards: list[Path], folder: Path) -> None:
-    """Write what `shards` hold into a folder that `from_pretrained` reads."""
-    if len(shards) == 1:
-        _write_dense(shards[0], shards[0], folder)
-        return
-    with scratch_beside(folder) as scratch:
-        whole = scratch / shards[0].name
-        _join(shards, whole)
-        _write_dense(whole, shards[0], folder)
+    """Write what `shards` hold into a folder that `from_pretrained` reads.
+
+    Raises:
+        UnsupportedModelError: they hold no model that is known here; says why.
+    """
+    try:
+        if len(shards) == 1:
+            _write_dense(shards[0], shards[0], folder)
+            return
+        with scratch_beside(folder) as scratch:
+            whole = scratch / shards[0].name
+            _join(shards, whole)
+            _write_dense(whole, shards[0], folder)
+    except (UnsupportedModelError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # metadata of types that nobody expects end in whatever they happen to mean
+        raise UnsupportedModelError(
+            f"model {str(shards[0])!r}: its metadata makes no model ({brief(error)})"
+        ) from error
 
 
 def _write_dense(file: Path, named: Path, folder: Path) -> None:
@@ -111,7 +127,7 @@ class _Source:
     def __init__(self, file: Path, named: Path) -> None:
         self._file, self.named = file, named
         try:
-            self._reader = GGUFReader(file)
+            self._reader = BoundedReader(file)
             self._architecture = str(self._value("general.architecture"))
         except Exception as error:  # a truncated file ends in whatever its bytes happen to mean
             raise self.refusal(f"not readable, perhaps truncated ({brief(error)})") from error
@@ -142,9 +158,14 @@ class _Source:
         headers = Headers({name: Header(tuple(map(int, each.shape)), False) for name, each in self._tensors.items()})
         if not headers:
             raise self.refusal("it has no tensors")
-        longest, layers = max(max(header.shape) for header in headers.values()), headers.num_layers
+        missing = [key for key in _REQUIRED if self._of_architecture(key) is None]
+        if missing or all(self._of_architecture(key) is None for key in _EPSILONS):
+            raise self.refusal(f"it lacks {self._architecture}.{(missing or _EPSILONS)[0]}")
+        longest, layers = max(max(header.shape, default=1) for header in headers.values()), headers.num_layers
         for key in ("block_count", *_SIZES):
             bound, value = layers if key == "block_count" else longest, self._of_architecture(key)
+            if not isinstance(value, int | list | None):
+                raise self.refusal(f"{self._architecture}.{key} is {shown(value)}: must be a whole number")
             if bound is not None and isinstance(value, int) and not 0 < value <= bound:
                 raise self.refusal(f"{self._architecture}.{key} is {value}: must be from 1 to {bound}, by its tensors")
 
@@ -269,9 +290,18 @@ def _ends_turn(token: str, kind: int) -> bool:
     return kind == _CONTROL and token in _TURN_ENDS
 
 
+def _read(shard: Path) -> GGUFReader:
+    try:
+        return BoundedReader(shard)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"model {str(shard)!r}: not readable, perhaps truncated ({brief(error)})"
+        ) from error
+
+
 def _join(shards: list[Path], whole: Path) -> None:
     """Write the file that was split; the first shard has all of the metadata."""
-    readers = [GGUFReader(shard) for shard in shards]
+    readers = [_read(shard) for shard in shards]
     first = readers[0]
     architecture = first.get_field("general.architecture")
     if architecture is None:

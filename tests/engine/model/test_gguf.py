@@ -154,7 +154,7 @@ def test_a_file_is_read_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> No
             super().__init__(path)
 
     monkeypatch.setattr(gguf, "GGUFReader", CountingReader)
-    monkeypatch.setattr(conversion, "GGUFReader", CountingReader)
+    monkeypatch.setattr(conversion, "BoundedReader", CountingReader)
     (file,) = write_gguf(cache / "m.gguf", build())
     resolve_model(str(file))
     assert readings == [file]
