@@ -266,8 +266,11 @@ def _build_samples(request: GenerateRequest, call_id: str, first: int, num_sampl
 
 
 def _prompt_text(prompt: str | Sequence[int], codec: TextCodec, body: CompletionBody) -> str:
+    """What the text of an answer begins with; a character that ids leave unfinished comes with what follows."""
     if isinstance(prompt, str):
         return prompt
+    if body.max_tokens != 0:
+        return codec.detokenizers.read_prompt(prompt, skip_special_tokens=body.skip_special_tokens)
     detokenizer = codec.detokenizers.build(skip_special_tokens=body.skip_special_tokens)
     return detokenizer.push(prompt) + detokenizer.flush()
 

@@ -90,6 +90,14 @@ class DetokenizerFactory:
             vocabulary = self._build_showing(shown)
         return vocabulary.detokenizer(prompt_token_ids)
 
+    def read_prompt(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of a prompt, behind which that of a detokenizer built for it is read.
+
+        A character that the prompt leaves unfinished is not in it.
+        """
+        vocabulary = self._skipping if skip_special_tokens else self._showing
+        return vocabulary.read_prompt(token_ids)
+
     def text_of(self, token_id: int) -> bytes:
         """UTF-8 of one token as it stands within a text, special or not; perhaps no whole character."""
         return self._showing.text_of(token_id)
@@ -122,6 +130,9 @@ class _TokenBytes(dict[int, bytes]):
 
     def detokenizer(self, prompt_token_ids: Sequence[int]) -> Detokenizer:
         return _ByteLevelDetokenizer(self, prompt_token_ids)
+
+    def read_prompt(self, token_ids: Sequence[int]) -> str:
+        return self.detokenizer(()).push(token_ids)
 
     def text_of(self, token_id: int) -> bytes:
         return self[token_id]
@@ -192,6 +203,10 @@ class _Pieces(dict[int, _Kind]):
     def detokenizer(self, prompt_token_ids: Sequence[int]) -> Detokenizer:
         return _WindowDetokenizer(self, prompt_token_ids)
 
+    def read_prompt(self, token_ids: Sequence[int]) -> str:
+        visible = [token_id for token_id in token_ids if self[token_id] is not _Kind.HIDDEN]
+        return self.decode(visible[: len(visible) - self.num_unfinished_bytes(visible)])
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, none of which is hidden."""
         return self._backend.decode(token_ids, skip_special_tokens=False)
@@ -218,6 +233,17 @@ class _Pieces(dict[int, _Kind]):
         assert match is not None, token_id
         return int(match[1], 16)
 
+    def num_unfinished_bytes(self, token_ids: Sequence[int]) -> int:
+        """How many of the last tokens, none of which is hidden, are bytes that begin a character and do not end it."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        for token_id in token_ids[-_LONGEST_CHARACTER_BYTES:]:
+            if self[token_id] is _Kind.BYTE:
+                decoder.decode(bytes([self.byte(token_id)]))
+            else:
+                decoder.reset()
+        unfinished, _ = decoder.getstate()
+        return len(unfinished)
+
     def _find_neutral(self) -> list[int]:
         """One token that has text and is no byte, if there is any."""
         ids = range(self._backend.get_vocab_size(with_added_tokens=True))
@@ -241,7 +267,7 @@ class _WindowDetokenizer:
         self._held: list[int] = []
         visible = (token_id for token_id in reversed(prompt_token_ids) if pieces[token_id] is not _Kind.HIDDEN)
         tail = list(islice(visible, _MAX_CONTEXT_TOKENS + _LONGEST_CHARACTER_BYTES))[::-1]
-        num_unfinished = self._num_unfinished_bytes(tail)
+        num_unfinished = pieces.num_unfinished_bytes(tail)
         self._move(tail[: len(tail) - num_unfinished])
         self._held = tail[len(tail) - num_unfinished :]
 
@@ -286,17 +312,6 @@ class _WindowDetokenizer:
         # Within the next bytes a good run completes a character; a bad one never does.
         is_bad = len(self._held) >= _MAX_BYTE_RUN + _LONGEST_CHARACTER_BYTES
         return is_bad or not self._pieces.decode(self._held).endswith("\N{REPLACEMENT CHARACTER}")
-
-    def _num_unfinished_bytes(self, token_ids: Sequence[int]) -> int:
-        """How many of the last tokens are bytes that begin a character and do not end it."""
-        pieces, decoder = self._pieces, codecs.getincrementaldecoder("utf-8")("replace")
-        for token_id in token_ids[-_LONGEST_CHARACTER_BYTES:]:
-            if pieces[token_id] is _Kind.BYTE:
-                decoder.decode(bytes([pieces.byte(token_id)]))
-            else:
-                decoder.reset()
-        unfinished, _ = decoder.getstate()
-        return len(unfinished)
 
 
 def _decoder_state(backend: Tokenizer) -> dict[str, object]:

@@ -126,6 +126,7 @@ def test_prompt_and_pieces_read_like_decode_of_all_wherever_the_prompt_ends(
     assume(not cuts_a_broken_run(codec, prompt, output, skip_special_tokens=skip_special_tokens))
     before = text_of_prompt(codec, prompt, skip_special_tokens=skip_special_tokens)
     assert before + "".join(pieces) == decode(codec, token_ids, skip_special_tokens=skip_special_tokens)
+    assert codec.detokenizers.read_prompt(prompt, skip_special_tokens=skip_special_tokens) == before
 
 
 @pytest.mark.parametrize("name", TRAINED_CODECS)

@@ -103,6 +103,20 @@ async def test_echo_puts_the_prompt_before_the_text() -> None:
     assert [chunk["choices"][0]["text"] for chunk in chunks] == ["abcd", "e"]
 
 
+@pytest.mark.parametrize("stops", [[], ["z"]], ids=["no stop", "a stop"])
+async def test_a_character_that_an_echoed_prompt_leaves_unfinished_comes_once_and_whole(stops: list[str]) -> None:
+    *prompt, last = "né".encode()
+    fields = {"prompt": prompt, "echo": True, "stop": stops}
+    answer = await whole(COMPLETIONS, playing([last, ord("e")], LENGTH), **fields)
+    assert answer["choices"][0]["text"] == "née"
+    chunks = await streamed(COMPLETIONS, playing([last], "e", LENGTH), **fields)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "née"
+    answer = await whole(COMPLETIONS, playing("e", LENGTH), **fields)
+    assert answer["choices"][0]["text"] == "n\N{REPLACEMENT CHARACTER}e", "it is never finished"
+    answer = await whole(COMPLETIONS, playing("e", LENGTH), **fields, max_tokens=0)
+    assert answer["choices"][0]["text"] == "n\N{REPLACEMENT CHARACTER}"
+
+
 async def test_a_stop_string_is_not_looked_for_in_an_echoed_prompt() -> None:
     answer = await whole(COMPLETIONS, playing("de", LENGTH), prompt="abc", echo=True, stop=["b", "cd"])
     assert answer["choices"][0]["text"] == "abcde"
