@@ -22,6 +22,7 @@ from ray.exceptions import RayError
 from ray.serve import Application
 
 from app.config import AppConfig
+from app.haproxy import REPLICA_KEEP_ALIVE_S
 from app.ports import HOST
 from app.ray_agents import choose_ports
 
@@ -59,6 +60,11 @@ def load_builder(import_path: str) -> Callable[[AppConfig], Application]:
     return builder
 
 
+def http_options(port: int) -> dict[str, object]:
+    """Of Serve."""
+    return {"host": HOST, "port": port, "keep_alive_timeout_s": REPLICA_KEEP_ALIVE_S}
+
+
 def start_ray(port: int, num_cpus: int, temp_dir: Path) -> None:
     """Start Ray, and Serve on it.
 
@@ -79,7 +85,7 @@ def start_ray(port: int, num_cpus: int, temp_dir: Path) -> None:
             runtime_env={"worker_process_setup_hook": "app.loopback.bind_replicas_to_loopback"},
         )
         say("starting Serve")
-        serve.start(http_options={"host": HOST, "port": port})
+        serve.start(http_options=http_options(port))
     except Exception as error:  # Ray has no type of its own for what did not come in time
         raise NotUpError(str(error)) from error
 

@@ -23,15 +23,14 @@ from ray.serve._private.http_util import RequestIdMiddleware
 from ray.serve.config import HTTPOptions
 from starlette.types import ASGIApp
 
-from app.haproxy import prepare
+from app.haproxy import REPLICA_KEEP_ALIVE_S, prepare
 from deployments.api.http import build_app
 from tests.api.fakes import INFO, FakeBackend, build_codec, serving
 
 PROGRAM = Path(sys.executable).with_name("kvrelay-haproxy")
 CLIENT_TIMEOUT_S = 2
-
-
 HEADERS_TIMEOUT_S = 1
+KEEP_ALIVE_S = 1
 # A generous limit for what happens at once.
 SOON_S = 10
 
@@ -55,7 +54,7 @@ def write_config(folder: Path, port: int, server_port: int) -> Path:
         stats_port=free_port(),
         metrics_port=free_port(),
         timeout_client_s=CLIENT_TIMEOUT_S,
-        http_options=HTTPOptions(host="127.0.0.1", port=port),
+        http_options=HTTPOptions(host="127.0.0.1", port=port, keep_alive_timeout_s=REPLICA_KEEP_ALIVE_S),
         has_received_routes=True,
         has_received_servers=True,
         is_head=True,
@@ -139,8 +138,13 @@ async def proxied(app: ASGIApp, folder: Path) -> AsyncIterator[Proxy]:
         path = write_config(folder, port, int(url.rpartition(":")[2]))
         prepare(path)
         text = path.read_text()
-        assert text.count("timeout http-request 30s") == 1
-        path.write_text(text.replace("timeout http-request 30s", f"timeout http-request {HEADERS_TIMEOUT_S}s"))
+        for timeout, seconds, shortened in (
+            ("http-request", 30, HEADERS_TIMEOUT_S),
+            ("http-keep-alive", 90, KEEP_ALIVE_S),
+        ):
+            assert text.count(f"timeout {timeout} {seconds}s") == 1
+            text = text.replace(f"timeout {timeout} {seconds}s", f"timeout {timeout} {shortened}s")
+        path.write_text(text)
         process = await asyncio.create_subprocess_exec(PROGRAM, "-db", "-f", path, "-dR", stderr=subprocess.DEVNULL)
         proxy = Proxy(port, process.pid, folder / "admin.sock")
         try:

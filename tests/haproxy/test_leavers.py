@@ -73,6 +73,12 @@ async def test_a_connection_that_says_nothing_is_closed_without_a_word(tmp_path:
         assert await proxy.say(b"") == b""
 
 
+async def test_a_connection_that_says_nothing_after_an_answer_is_closed(tmp_path: Path) -> None:
+    async with proxied(api(playing("a", FinishReason.LENGTH)), tmp_path) as proxy:
+        answer = await proxy.say(b"".join(request()))
+    assert answer.startswith(b"HTTP/1.1 200 ") and answer.count(b"HTTP/1.1 ") == 1
+
+
 async def test_a_client_that_closes_its_sending_half_counts_as_one_that_left(tmp_path: Path) -> None:
     """Clients that leave and those that only have nothing more to say look the same; docs/log.md says why it is so."""
     backend = playing(Hang())

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from ray.serve._private.haproxy import get_haproxy_binary
+from ray.serve.config import HTTPOptions
 
 from app.haproxy import (
     LOOPBACK_RULES,
     LOOPBACK_VARIABLE,
+    REPLICA_KEEP_ALIVE_S,
     RULES,
     Rule,
     TemplateError,
@@ -18,9 +21,12 @@ from app.haproxy import (
     prepare,
 )
 from app.local import SERVE_SETTINGS, read_settings
+from app.local_server import http_options
 from deployments.messages import FinishReason
 from tests.api.fakes import playing
 from tests.haproxy.proxied import PROGRAM, api, free_port, proxied, write_config
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -77,6 +83,15 @@ def test_a_template_of_ray_that_has_changed_ends_the_start_and_says_why(config: 
     started = subprocess.run([PROGRAM, "-c", "-f", config], capture_output=True, text=True)
     assert started.returncode == 1
     assert "has no 'option splice-request' now" in started.stderr
+
+
+def test_clients_keep_idle_connections_for_seconds_and_replicas_theirs_for_hours(config: Path) -> None:
+    check(PROGRAM, config)
+    (of_clients,) = re.findall(r"^\s*timeout http-keep-alive (\d+)s$", config.read_text(), re.MULTILINE)
+    assert int(of_clients) <= 120
+    files = [yaml.safe_load((ROOT / "app" / name).read_text()) for name in ("serve.yaml", "serve.cluster.yaml")]
+    for options in (http_options(8000), *(file["http_options"] for file in files)):
+        assert HTTPOptions(**options).keep_alive_timeout_s == REPLICA_KEEP_ALIVE_S >= 3600
 
 
 def test_serve_env_bounds_the_time_in_which_a_client_does_nothing() -> None:
