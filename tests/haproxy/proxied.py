@@ -125,8 +125,8 @@ class Proxy:
 
 
 @asynccontextmanager
-async def proxied(app: ASGIApp, folder: Path) -> AsyncIterator[Proxy]:
-    """The API at `/app` behind HAProxy and what Serve puts between, started as Ray starts it."""
+async def proxied(app: ASGIApp, folder: Path, *, without: str = "") -> AsyncIterator[Proxy]:
+    """The API at `/app` behind HAProxy and what Serve puts between, started as Ray starts it; `without` an option."""
 
     async def at_app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http":
@@ -144,7 +144,7 @@ async def proxied(app: ASGIApp, folder: Path) -> AsyncIterator[Proxy]:
         ):
             assert text.count(f"timeout {timeout} {seconds}s") == 1
             text = text.replace(f"timeout {timeout} {seconds}s", f"timeout {timeout} {shortened}s")
-        path.write_text(text)
+        path.write_text(text.replace(f"option {without}\n", ""))
         process = await asyncio.create_subprocess_exec(PROGRAM, "-db", "-f", path, "-dR", stderr=subprocess.DEVNULL)
         proxy = Proxy(port, process.pid, folder / "admin.sock")
         try:

@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from deployments.messages import FinishReason
-from tests.api.fakes import INFO, Hang, Step, playing
+from tests.api.fakes import INFO, FakeBackend, Hang, Step, playing
 from tests.haproxy.proxied import (
     CLIENT_TIMEOUT_S,
     HEADERS_TIMEOUT_S,
@@ -80,7 +80,7 @@ async def test_a_connection_that_says_nothing_after_an_answer_is_closed(tmp_path
 
 
 async def test_a_client_that_closes_its_sending_half_counts_as_one_that_left(tmp_path: Path) -> None:
-    """Clients that leave and those that only have nothing more to say look the same; docs/log.md says why it is so."""
+    """Clients that leave and those that only have nothing more to say look the same to HAProxy; see the next test."""
     backend = playing(Hang())
     async with proxied(api(backend), tmp_path) as proxy:
         reader, writer = await proxy.connect(b"".join(request()))
@@ -92,3 +92,35 @@ async def test_a_client_that_closes_its_sending_half_counts_as_one_that_left(tmp
         writer.close()
     assert status == 400
     assert "sending half" in error["message"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_haproxy_answers_who_closed_its_sending_half_only_if_it_does_not_notice_who_leaves(
+    tmp_path: Path, stream: bool
+) -> None:
+    """Why `option abortonclose` stays: there is nothing between. Where this fails, HAProxy has learned to tell them."""
+    release = asyncio.Event()
+    backend = FakeBackend(
+        lambda asked: (
+            ("a", FinishReason.LENGTH) if asked.sampling.max_tokens == 1 else (release, "ab", FinishReason.LENGTH)
+        )
+    )
+    async with proxied(api(backend), tmp_path, without="abortonclose") as proxy:
+        reader, writer = await proxy.connect(b"".join(request(stream=stream)))
+        await backend.until(lambda: len(backend.running) == 1, SOON_S)
+        writer.write_eof()
+        await proxy.say(b"".join(request(max_tokens=1)))  # so HAProxy has seen what was said before
+        release.set()
+        async with asyncio.timeout(SOON_S):
+            answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 200 ") and b'"finish_reason":"length"' in answer
+        writer.close()
+
+        release.clear()
+        _, writer = await proxy.connect(b"".join(request(stream=stream)))
+        await backend.until(lambda: len(backend.running) == 1, SOON_S)
+        writer.close()
+        await proxy.say(b"".join(request(max_tokens=1)))
+        assert len(backend.running) == 1
+        release.set()
+        await backend.until(lambda: not backend.running, SOON_S)
