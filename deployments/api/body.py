@@ -49,7 +49,7 @@ def _length(headers: Headers) -> float:
     """What the body claims to be; 0 where it does not say."""
     length = headers.get("content-length", "0")
     if not (length.isascii() and length.isdigit()):
-        message = f"the header content-length is {_shown(length)}, must be a number of bytes"
+        message = f"the header content-length is {shown(length)}, must be a number of bytes"
         raise HTTPException(HTTPStatus.BAD_REQUEST, message)
     return float(length)  # `int` refuses thousands of digits
 
@@ -82,10 +82,11 @@ def _charset(content_type: str) -> str:
     return header.get_content_charset("utf-8")
 
 
-def _shown(value: str) -> str:
+def shown(value: str) -> str:
+    """What a caller wrote, as far as an error repeats it."""
     return repr(value if len(value) <= 100 else f"{value[:100]}...")
 
 
 def _refuse(header: str, value: str, accepted: str) -> None:
-    message = f"the header {header} is {_shown(value)}, must be {accepted}"
+    message = f"the header {header} is {shown(value)}, must be {accepted}"
     raise HTTPException(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, message)

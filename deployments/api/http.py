@@ -6,6 +6,7 @@ builds the app with `build_app` and lets Ray Serve, or any ASGI server, run it.
 """
 
 from collections.abc import Sequence
+from http import HTTPStatus
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -18,7 +19,7 @@ from deployments.api import sse
 from deployments.api.answers import ChatAnswer, CompletionAnswer
 from deployments.api.asgi import REQUEST_ID_HEADER, ClosesUnread, RequestIds
 from deployments.api.backend import Backend
-from deployments.api.body import MAX_BODY_BYTES
+from deployments.api.body import MAX_BODY_BYTES, shown
 from deployments.api.calls import read_chat, read_completion
 from deployments.api.cors import build_cors
 from deployments.api.examiners import Examiner, Here
@@ -98,9 +99,22 @@ def build_app(
     )
 
 
+def _explain(request: Request, error: Exception) -> Exception:
+    """What the router refuses it does in two words, which do not help who mistyped an address."""
+    match error:
+        case HTTPException(status_code=HTTPStatus.NOT_FOUND):
+            message = f"nothing is served at {shown(request.url.path)}; GET /docs says what is"
+        case HTTPException(status_code=HTTPStatus.METHOD_NOT_ALLOWED, headers={"Allow": allowed}):
+            names = ", ".join(sorted(allowed.split(", ")))
+            message = f"{request.method} is not allowed at {shown(request.url.path)}; allowed: {names}"
+        case _:
+            return error
+    return HTTPException(error.status_code, message, error.headers)
+
+
 def _refuse(request: Request, error: Exception) -> Response:
     """Answer for the routes that are no `Endpoint`: unknown paths, wrong methods, health, tokens."""
-    failure = failure_of(error)
+    failure = failure_of(_explain(request, error))
     request_id = request.scope["state"]["request_id"]
     failure.log(request_id, error)
     response = to_response(failure.body(), failure.status)

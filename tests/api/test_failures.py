@@ -103,6 +103,21 @@ async def test_other_refusals_have_the_same_shape(method: str, path: str, status
     assert ("allow" in answer.headers) == (status == 405)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "message"),
+    [
+        ("POST", "/chat/completions", "nothing is served at '/chat/completions'; GET /docs says what is"),
+        ("GET", "/" + "a" * 1000, f"nothing is served at '/{'a' * 99}...'; GET /docs says what is"),
+        ("GET", COMPLETIONS, "GET is not allowed at '/v1/completions'; allowed: POST"),
+        ("DELETE", "/health", "DELETE is not allowed at '/health'; allowed: GET, HEAD"),
+    ],
+)
+async def test_a_wrong_address_is_named_with_what_helps(method: str, path: str, message: str):
+    async with client_of(build_app(playing(), build_codec(), INFO)) as client:
+        answer = await client.request(method, path)
+    assert answer.json()["error"]["message"] == message
+
+
 async def test_bad_json_is_400():
     async with client_of(build_app(playing(), build_codec(), INFO)) as client:
         answer = await client.post(COMPLETIONS, content=b"{")
