@@ -21,7 +21,6 @@ REPETITION_PENALTIES = 0.1, 10.0
 MAX_LOGPROBS = 20
 # Logprobs of one prompt, those of the likeliest tokens included: 0.9 MB on the wire, within one frame.
 MAX_PROMPT_SCORES = 2**16
-
 # Between a request's id and the number of its attempt.
 _RESUMED = "~"
 
@@ -136,9 +135,10 @@ class GenerateRequest:
         priority: among other requests.
         generated_token_ids: what was generated of it already, before it was lost and resumed; the next token follows.
         cache_salt: KV is shared only among requests with the same one.
+        gathers: it goes where others of its salt go, if nothing that is cached and no wait speaks against it.
         route: where it is to go.
-        num_prompt_logprobs: as `SamplingParams.num_logprobs`, of the tokens of the prompt; they come with the first
-            output. Such a prompt is computed from its first token, by the engine that decodes it.
+        num_prompt_logprobs: as `SamplingParams.num_logprobs`, of the prompt's tokens; they come with the first output.
+            Such a prompt is computed from its first token, by the engine that decodes it.
         wants_receipt: whoever serves it says how long things took.
     """
 
@@ -148,6 +148,7 @@ class GenerateRequest:
     priority: Priority = Priority.NORMAL
     generated_token_ids: tuple[int, ...] = ()
     cache_salt: str = ""
+    gathers: bool = False
     route: Route = ANYWHERE
     num_prompt_logprobs: int | None = None
     wants_receipt: bool = False

@@ -37,7 +37,7 @@ MIN_CHARACTERS = 2**16
 # Logprobs of prompts: some megabytes of JSON, made in a second.
 MAX_CALL_SCORES = 4 * MAX_PROMPT_SCORES
 # What a caller may say of a call that changes nothing.
-_LABELS = "safety_identifier", "metadata", "prompt_cache_key"
+_LABELS = "safety_identifier", "metadata"
 _LONG_NUMBER = re.compile(rb"\d{19}")
 _TOO_LARGE_NUMBER = re.compile(r"-?\d[\d.eE+-]*")
 
@@ -246,7 +246,8 @@ def _build_request(
         tuple(token_ids),
         read_sampling(body, max_tokens, info),
         _priority_of(body, priority),
-        cache_salt=body.cache_salt or "",
+        cache_salt=body.salt,
+        gathers=bool(body.prompt_cache_key),
         num_prompt_logprobs=body.prompt_logprobs,
     )
 

@@ -50,6 +50,12 @@ class LabelFields(Strict):
     safety_identifier: str | None = Field(default=None, max_length=256)
     metadata: Metadata = Field(default_factory=dict)
 
+    @property
+    def salt(self) -> str:
+        """What both fields about caches make of it; another pair makes another one."""
+        salt, key = self.cache_salt or "", self.prompt_cache_key or ""
+        return f"{len(salt)}:{salt}{key}" if salt or key else ""
+
     @model_validator(mode="after")
     def _check_priority(self) -> Self:
         if self.priority is not None and self.service_tier in ("flex", "priority"):

@@ -2,8 +2,7 @@
 
 Every field that is accepted takes effect. A field of OpenAI's API that is not supported yet is accepted only with the
 value that changes nothing (`functions: []`), and refused by name with any other; an unknown field is refused by name.
-The exceptions go to the operator's log and never change an answer: `user`, `safety_identifier`, `metadata`, and
-`prompt_cache_key`, which tells other routers what the one here finds by itself.
+The exceptions go to the operator's log and never change an answer: `user`, `safety_identifier`, `metadata`.
 Knows nothing of tokens or HTTP; `calls.py` reads bodies with it.
 """
 

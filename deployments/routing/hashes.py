@@ -17,10 +17,14 @@ class PromptHashes:
         token_ids: the prompt.
         position_offset: of its rotary embedding, see `engine/scheduling/positions.py`; 0 for nearly all models.
         cache_salt: see `GenerateRequest`.
+        gathers: likewise.
     """
 
-    def __init__(self, token_ids: Sequence[int], position_offset: int = 0, cache_salt: str = "") -> None:
+    def __init__(
+        self, token_ids: Sequence[int], position_offset: int = 0, cache_salt: str = "", *, gathers: bool = False
+    ) -> None:
         self.num_tokens = len(token_ids)
+        self.meeting_key = root_of(0, cache_salt) if gathers else None
         self._token_ids = array("I", token_ids)
         self._root = root_of(position_offset, cache_salt)
         self._by_size: dict[int, list[bytes]] = {}

@@ -131,7 +131,7 @@ class PoolRouters:
             return RoutedRequest(ANYWHERE, (), self._clock)
         begun_s = time.perf_counter()
         offset = self._positions.offset(len(request.prompt_token_ids), request.num_given_tokens)
-        prompt = PromptHashes(request.given_token_ids, offset, request.cache_salt)
+        prompt = PromptHashes(request.given_token_ids, offset, request.cache_salt, gathers=request.gathers)
         routed = self.route_prompt(request.request_id, prompt, request.max_new_tokens)
         self.seconds += time.perf_counter() - begun_s
         return routed

@@ -206,6 +206,7 @@ class Router:
         self.costs = costs
         self._index = PrefixIndex(settings.max_blocks_per_replica, settings.expected_for_s)
         self._heat = Heat()
+        self._key_tie = settings.key_tie
         self._loads: dict[str, ReplicaLoad] = {}
         self._readings = readings
         self._num_routers = 1
@@ -302,7 +303,8 @@ class Router:
         scores = [rule.score(request, candidate, costs) for candidate in candidates]
         longest = max(scores, key=_cached_tokens)
         key = prompt.key_after(longest.cached_tokens, sizes.get(longest.replica))
-        return choose(scores, rule.tie * prompt.num_tokens * costs.token_s, key)
+        whole_s = prompt.num_tokens * costs.token_s
+        return choose(scores, rule.tie * whole_s, key, prompt.meeting_key, self._key_tie * whole_s)
 
     def send(
         self, prompt: PromptHashes, choice: Choice, now_s: float, *, num_new_tokens: int = 0, computes: bool = True

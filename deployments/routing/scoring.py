@@ -8,7 +8,9 @@ A request at a decode replica costs the fill of what is not there already, the w
 of the batch slow each other down, and the risk of having too few blocks later.
 
 Of replicas that cost nearly the same the choice falls by a hash of the prompt and of the replica's name: routers that
-know nearly the same choose the same without talking, and different prompts go to different replicas.
+know nearly the same choose the same without talking, and different prompts go to different replicas. Where a caller
+gives a `prompt_cache_key`, it takes the place of the prompt, and decides among replicas that differ by more; but not
+against what is known to be cached.
 
 Source: rendezvous hashing (Thaler and Ravishankar, 1998).
 """
@@ -81,6 +83,7 @@ class Reason(StrEnum):
     LOAD = "load"  # none has more of it, and it is the least busy
     SPREAD = "spread"  # another one has more of it, and is too busy, or it is too hot a prefix
     TIE = "tie"  # several cost as much, and a hash has chosen
+    KEY = "key"  # several cost nearly as much, and the request's `prompt_cache_key` has chosen
 
 
 # Structs, not dataclasses: one of each is made for every replica and every decision (0.2 us against 1.2 us).
@@ -144,11 +147,13 @@ class Choice:
         score: of the chosen one.
         others: scores of the others.
         num_equals: of them, those that were taken to cost the same.
+        by_key: among these a `prompt_cache_key` has decided, not the prompt.
     """
 
     score: Score
     others: tuple[Score, ...]
     num_equals: int
+    by_key: bool = False
 
     @property
     def replica(self) -> str:
@@ -164,7 +169,7 @@ class Choice:
         if max(cached) > self.score.cached_tokens:
             return Reason.SPREAD
         if self.num_equals:
-            return Reason.TIE
+            return Reason.KEY if self.by_key else Reason.TIE
         return Reason.CACHE if min(cached) < self.score.cached_tokens else Reason.LOAD
 
     def describe(self) -> str:
@@ -173,7 +178,8 @@ class Choice:
         if not self.others:
             return f"{words}; the only replica"
         if self.num_equals:
-            words += f"; {self.num_equals} more of {len(self.others) + 1} cost as much"
+            count = f"{self.num_equals} more of {len(self.others) + 1}"
+            words += f"; {count} cost {'nearly as much, and its key chose' if self.by_key else 'as much'}"
         longest = max(self.others, key=lambda score: score.cached_tokens)
         if longest.cached_tokens > self.score.cached_tokens:
             return f"{words}; not {longest.replica}, which has more: {_describe(longest)}"
@@ -242,18 +248,26 @@ def _bring(candidate: Candidate, shared_tokens: int, costs: Costs) -> tuple[int,
     return num_brought, num_brought * costs.tier_token_s
 
 
-def choose(scores: Sequence[Score], tie_s: float, key: bytes) -> Choice:
+def choose(
+    scores: Sequence[Score], tie_s: float, key: bytes, meeting_key: bytes | None = None, meeting_tie_s: float = 0.0
+) -> Choice:
     """The replica that costs least.
 
     Args:
         scores: of all replicas, at least one.
         tie_s: those that cost at most so much above the cheapest are taken to cost the same.
         key: of the prompt; among equals it decides.
+        meeting_key: of requests that are to meet; None: this one need not. It takes the place of `key` where all
+            replicas have equally much of the prompt.
+        meeting_tie_s: likewise, of `tie_s`, if it is more.
     """
+    by_key = meeting_key is not None and len({score.cached_tokens for score in scores}) == 1
+    if meeting_key is not None and by_key:
+        key, tie_s = meeting_key, max(tie_s, meeting_tie_s)
     least = min(score.cost for score in scores)
     equals = [score for score in scores if score.cost <= least + tie_s]
     best = equals[0] if len(equals) == 1 else max(equals, key=lambda score: _draw(key, score.replica))
-    return Choice(best, tuple(score for score in scores if score is not best), len(equals) - 1)
+    return Choice(best, tuple(score for score in scores if score is not best), len(equals) - 1, by_key)
 
 
 def _draw(key: bytes, replica: str) -> bytes:

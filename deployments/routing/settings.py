@@ -64,6 +64,9 @@ class RoutingSettings(BaseModel):
             choice to Ray Serve.
         prefill: weights of the choice of a prefill replica.
         decode: weights of the choice of a decode replica.
+        key_tie: of replicas that have equally much of a prompt with a `prompt_cache_key`, those that cost at most this
+            share of the whole prompt's time more than the cheapest are taken to cost the same, and the key decides. All
+            that can be saved where others of the key went is to compute the prompt.
         max_blocks_per_replica: cached KV blocks that each ingress replica knows of one engine at most.
         expected_for_s: seconds for which the blocks of a prompt that was sent are expected at its replica.
     """
@@ -73,5 +76,6 @@ class RoutingSettings(BaseModel):
     by_prefix: bool = True
     prefill: PrefillWeights = Field(default_factory=PrefillWeights)
     decode: DecodeWeights = Field(default_factory=DecodeWeights)
+    key_tie: float = Field(default=1.0, ge=0)
     max_blocks_per_replica: int = Field(default=MAX_BLOCKS_PER_REPLICA, ge=1)
     expected_for_s: float = Field(default=EXPECTED_FOR_S, gt=0)

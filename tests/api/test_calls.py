@@ -211,14 +211,35 @@ def test_a_body_says_how_urgent_it_is_else_the_header_does(read: Any, fields: di
 
 
 @pytest.mark.parametrize("read", [completion, chat])
-def test_a_salt_reaches_the_engines_and_a_cache_key_does_not(read: Any):
-    assert read(cache_salt="theirs").requests[0].cache_salt == "theirs"
-    assert read(prompt_cache_key="theirs").requests[0].cache_salt == ""
+def test_a_salt_and_a_cache_key_both_part_caches(read: Any):
+    def salt(**fields: str) -> str:
+        made: str = read(**fields).requests[0].cache_salt
+        return made
+
+    others = [
+        {},
+        {"cache_salt": "a"},
+        {"prompt_cache_key": "a"},
+        {"cache_salt": "a", "prompt_cache_key": "b"},
+        {"cache_salt": "ab"},
+        {"cache_salt": "a:b"},
+        {"cache_salt": "1:ab"},
+        {"prompt_cache_key": "ab"},
+    ]
+    assert len({salt(**fields) for fields in others}) == len(others)
+    assert salt(prompt_cache_key="a") == salt(prompt_cache_key="a")
+    assert salt() == salt(prompt_cache_key="") == ""
+
+
+@pytest.mark.parametrize("read", [completion, chat])
+def test_requests_of_one_cache_key_meet_and_those_of_a_salt_need_not(read: Any):
+    assert all(request.gathers for request in read(prompt_cache_key="k", n=2).requests)
+    assert not any(read(**fields).requests[0].gathers for fields in ({}, {"cache_salt": "k"}, {"prompt_cache_key": ""}))
 
 
 @pytest.mark.parametrize("read", [completion, chat])
 def test_what_callers_say_of_a_call_is_kept_for_the_log(read: Any):
-    said = {"safety_identifier": "u1", "metadata": {"team": "a"}, "prompt_cache_key": "k"}
+    said = {"safety_identifier": "u1", "metadata": {"team": "a"}}
     assert read(**said, store=False).labels == said
     assert read(metadata=None).labels == {}
 

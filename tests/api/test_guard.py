@@ -221,6 +221,18 @@ async def test_kv_is_found_only_by_callers_of_the_same_cache(keys: KeyRing, path
     assert [request.cache_salt for request in backend.requests] == [f"{cache}\0"]
 
 
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT, RESPONSES])
+async def test_within_a_cache_a_key_for_prompts_parts_it_further(keys: KeyRing, path: str) -> None:
+    backend = playing("a", LENGTH)
+    async with client_for(keys, backend) as client:
+        for key in ("one", "two"):
+            body = {"input": "x"} if path == RESPONSES else body_of(path)
+            answer = await client.post(path, headers=bearing(ALICE), json=body | {"prompt_cache_key": key})
+            assert answer.status_code == 200
+    assert len({request.cache_salt for request in backend.requests}) == 2
+    assert all(request.gathers and request.cache_salt.startswith("alice\0") for request in backend.requests)
+
+
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, RESPONSES])
 @pytest.mark.parametrize(
     ("key", "header", "fields", "expected"),

@@ -162,6 +162,32 @@ def test_kv_of_another_tenant_is_not_looked_for(salt: str) -> None:
     assert (pools.routers.promised_tokens[DECODE] > 0) == (salt == "tenant")
 
 
+def test_requests_of_one_key_meet_before_anything_of_them_is_cached_and_those_of_another_meet_elsewhere() -> None:
+    def places(salt: str, *, gathers: bool) -> set[tuple[str, str]]:
+        pools = Pools()  # each time as another ingress replica, which does not know what this one has sent
+        pools.know()
+        first = tuple(range(next(beginnings), 100_000))[:1600]
+        route = pools.routers.route(request(first, cache_salt=salt, gathers=gathers)).route
+        return {(route.decode, route.prefill)}
+
+    beginnings = iter(range(0, 90_000, 7))
+    homes = [set().union(*(places(f"key {key}", gathers=True) for _ in range(8))) for key in range(16)]
+    assert all(len(home) == 1 for home in homes)
+    assert len(set().union(*homes)) == 4, "two decode replicas, two prefill replicas"
+    assert len(set().union(*(places("salt", gathers=False) for _ in range(16)))) == 4, "of a salt they need not"
+
+
+def test_requests_of_one_key_go_apart_where_one_replica_is_too_busy() -> None:
+    pools = Pools(mode="colocated")
+    pools.know()
+    home = pools.routers.route(request(SESSION, cache_salt="key", gathers=True)).route.decode
+    pools.engines[DECODE][home] = replace(IDLE, num_running=64, num_waiting=100)
+    pools.now_s += 3600.0
+    pools.know()
+    other = pools.routers.route(request(SESSION[::-1], cache_salt="key", gathers=True)).route.decode
+    assert {home, other} == {"d0", "d1"}
+
+
 def test_what_was_generated_before_a_request_was_lost_is_part_of_its_prompt() -> None:
     pools = Pools(mode="colocated")
     pools.holds("d1", PromptHashes(SESSION))

@@ -7,6 +7,7 @@ from hypothesis import given
 from deployments.routing.crossover import Crossover, Gaps, Goals, There
 from deployments.routing.scoring import (
     Candidate,
+    Choice,
     Costs,
     Elsewhere,
     Reason,
@@ -163,6 +164,28 @@ def test_what_decided_is_told_apart() -> None:
     assert reason(busy, idle, tie_s=100.0) is Reason.TIE
     assert reason(prefill(1000, cached_tokens=512), idle) is Reason.CACHE
     assert reason(prefill(1000, cached_tokens=512, queued_tokens=9000.0), idle) is Reason.SPREAD
+
+
+def test_a_key_of_its_own_takes_the_place_of_the_prompt_where_load_allows() -> None:
+    def chosen(*scores: Score, prompt: bytes, tie_s: float) -> Choice:
+        return choose(scores, 0.0, prompt, b"key", tie_s)
+
+    named = [score_prefill(1000, Candidate(f"r{i}"), COSTS, PrefillWeights()) for i in range(8)]
+    choices = [chosen(*named, prompt=number.to_bytes(16, "big"), tie_s=1.0) for number in range(20)]
+    assert len({choice.replica for choice in choices}) == 1, "whatever the prompt"
+    assert {choice.reason for choice in choices} == {Reason.KEY}
+    assert "7 more of 8 cost nearly as much, and its key chose" in choices[0].describe()
+    home, *others = sorted(named, key=lambda score: score.replica != choices[0].replica)
+    busier = [replace_cost(home, home.cost + more) for more in (0.9, 1.1)]
+    assert chosen(busier[0], *others, prompt=b"", tie_s=1.0).replica == home.replica
+    assert chosen(busier[1], *others, prompt=b"", tie_s=1.0).replica != home.replica
+
+
+def test_a_key_does_not_lead_away_from_what_is_cached() -> None:
+    cached = prefill(1000, cached_tokens=16)
+    there, *rest = (score_prefill(1000, Candidate(f"r{i}"), COSTS, PrefillWeights()) for i in range(8))
+    choice = choose([cached, there, *rest], 0.0, b"", b"key", 1000.0)
+    assert (choice.replica, choice.reason) == (cached.replica, Reason.CACHE)
 
 
 def test_what_is_computed_elsewhere_costs_the_wait_there_and_the_way_back() -> None:
