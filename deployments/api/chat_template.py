@@ -121,9 +121,10 @@ class ChatTemplate:
         with suppress(TemplateLimitError):
             for role in ("user", *_TRIALS):  # the user's first: the others' trials hold messages of a user
                 self._reads[role] = self._try_role(role)
-        self._loses_late_system = False
+        self._loses_system = self._loses_late_system = False
         with suppress(TemplateLimitError):
-            self._loses_late_system = self._try_late_system()
+            self._loses_system = self._loses_words("system", "user")
+            self._loses_late_system = self._loses_words("user", "assistant", "system", "user")
 
     @property
     def shows_tools(self) -> bool:
@@ -174,10 +175,12 @@ class ChatTemplate:
 
     def _check_systems(self, shaped: Sequence[Mapping[str, object]]) -> None:
         """Refuse what the model would not be told."""
-        late = (place for place, message in enumerate(shaped) if place and message["role"] in _INSTRUCTING)
-        if self._loses_late_system and (place := next(late, None)) is not None:
-            what = f"messages.{place}: the model's chat template leaves out a {shaped[place]['role']} message"
-            raise InvalidRequestError(f"{what} that is not the first", f"messages.{place}")
+        for place, message in enumerate(shaped):
+            is_lost = self._loses_late_system if place else self._loses_system
+            if is_lost and message["role"] in _INSTRUCTING and message["content"]:
+                what = f"messages.{place}: the model's chat template leaves out a {message['role']} message"
+                help_ = " that is not the first" if place else "; say it in the first message of the user"
+                raise InvalidRequestError(f"{what}{help_}", f"messages.{place}")
 
     def _check_variables(self, variables: Mapping[str, object]) -> None:
         """Refuse what the server itself sets, and what would have no effect."""
@@ -239,9 +242,8 @@ class ChatTemplate:
         )
         return reads if reads.text or reads.parts else self._reads["user"]
 
-    def _try_late_system(self) -> bool:
-        """Whether it leaves out, without a word, what the system says later."""
-        roles = ("user", "assistant", "system", "user")
+    def _loses_words(self, *roles: str) -> bool:
+        """Whether it leaves out, without a word, what the system says in such a conversation."""
         messages = [self._shape({"role": role, "content": _PROBES[role == "system"]}) for role in roles]
         try:
             return _PROBES[1] not in self._render(messages, True, _TRIAL_LIMITS)

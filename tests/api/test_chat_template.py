@@ -116,8 +116,8 @@ def test_the_developers_message_is_the_systems_where_the_template_knows_no_devel
 
 
 def test_the_developers_message_stays_where_the_template_knows_it():
-    source = "{% for m in messages %}{{ 'D' if m.role == 'developer' else m.role }}{% endfor %}"
-    assert build(source).render([{"role": "developer", "content": "x"}, USER]) == "Duser"
+    source = "{% for m in messages %}{{ 'D' if m.role == 'developer' else m.role }}:{{ m.content }}{% endfor %}"
+    assert build(source).render([{"role": "developer", "content": "x"}, USER]).startswith("D:xuser:")
 
 
 def test_what_the_system_says_later_is_refused_where_the_template_would_leave_it_out():
@@ -130,6 +130,19 @@ def test_what_the_system_says_later_is_refused_where_the_template_would_leave_it
             template.render([USER, late])
         assert refused.value.param == "messages.1"
     assert SYSTEM["content"] in build(templates.CHATML).render([USER, SYSTEM])
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_what_the_system_says_first_is_refused_where_the_template_would_leave_it_out(role: str):
+    shown = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+    for source in (shown, shown.replace("messages if", "messages[messages[0].role == 'system':] if")):
+        template, said = build(source), SYSTEM | {"role": role}
+        with pytest.raises(
+            InvalidRequestError, match=r"messages\.0: .* leaves out a system message; say it in"
+        ) as refused:
+            template.render([said, USER])
+        assert refused.value.param == "messages.0"
+        assert template.render([said | {"content": ""}, USER]) == template.render([USER]) == USER["content"]
 
 
 def test_a_field_that_the_template_reads_reaches_it():
