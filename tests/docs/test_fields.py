@@ -24,6 +24,7 @@ from deployments.api.responses.fields import (
 from deployments.api.responses.items import FunctionCall, FunctionCallOutput, InputMessage, Reasoning
 from deployments.api.strict import Strict
 from deployments.api.structured import JsonSchema, ResponseFormat, StructuredOutputs
+from deployments.api.tokenization import DetokenizeBody, TokenizeBody
 from deployments.api.tools.fields import Function, Tool
 from tests.api.fakes import INFO, build_codec, client_of, playing
 from tests.docs.pages import ROOT
@@ -137,6 +138,13 @@ WITHIN_RESPONSES = {
 }
 
 
+PAGES = {
+    "`/tokenize`": Place(TokenizeBody, "/tokenize", lambda field: chat_body(**field)),
+    "`/detokenize`": Place(DetokenizeBody, "/detokenize", lambda field: {"tokens": [1]} | field),
+}
+TABLES = {"endpoints": ENDPOINTS, "chats": WITHIN_CHATS, "responses": WITHIN_RESPONSES, "pages": PAGES}
+
+
 class Row(NamedTuple):
     """What a table says of one field."""
 
@@ -147,7 +155,7 @@ class Row(NamedTuple):
 
     @property
     def where(self) -> Place:
-        return {"endpoints": ENDPOINTS, "chats": WITHIN_CHATS, "responses": WITHIN_RESPONSES}[self.table][self.place]
+        return TABLES[self.table][self.place]
 
     @property
     def taken(self) -> list[Any]:
@@ -157,7 +165,7 @@ class Row(NamedTuple):
 
 def rows() -> Iterator[Row]:
     tables = [block.splitlines() for block in re.findall(r"(?:^\|.*\n)+", PAGE, re.M)]
-    for name, (_, _, *lines) in zip(("endpoints", "chats", "responses"), tables, strict=True):
+    for name, (_, _, *lines) in zip(TABLES, tables, strict=True):
         for line in lines:
             cells = [cell.strip() for cell in line.strip("|").split("|")]
             if name == "endpoints":
@@ -184,7 +192,7 @@ def test_tables_say_one_thing_of_each_field() -> None:
 
 
 def test_every_field_that_is_read_is_in_the_tables_and_every_field_that_is_taken_is_read() -> None:
-    for name, places in {"endpoints": ENDPOINTS, "chats": WITHIN_CHATS, "responses": WITHIN_RESPONSES}.items():
+    for name, places in TABLES.items():
         for place in places:
             told = [row for row in ROWS if row[:2] == (name, place)]
             assert {row.field for row in told if row.says in TAKEN} == names_of(told[0]), place
@@ -196,7 +204,7 @@ def test_the_tables_hold_every_field_that_openais_client_knows() -> None:
     assert written_for is not None
     if not version("openai").startswith(written_for[1] + "."):
         pytest.skip("another release of OpenAI's client: it may have other fields, and those are refused as unknown")
-    for name, places in {"endpoints": ENDPOINTS, "chats": WITHIN_CHATS, "responses": WITHIN_RESPONSES}.items():
+    for name, places in TABLES.items():
         for place, where in places.items():
             told = {row.field for row in ROWS if row[:2] == (name, place) and row.says != "-"}
             known = {field for kind in where.known for field in kind.__annotations__}
