@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -46,8 +45,7 @@ def load_random(shape: Shape) -> LoadedModel:
     fill_random(model)
     if shape.quantization == "fp8":
         quantize_weights(model)
-    loaded = prepare_model(model, "random", torch.device("cuda"))
-    return replace(loaded, has_cuda_layers=optimize_layers(model))
+    return optimize_layers(prepare_model(model, "random", torch.device("cuda")))
 
 
 def fill_random(model: PreTrainedModel) -> None:

@@ -142,9 +142,7 @@ def randomize(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
 def load(family: str, *, optimized: bool = False) -> LoadedModel:
     """The model as an engine takes it; engines may share it."""
     loaded = prepare_model(copy.deepcopy(build_model(family)), "", CPU)
-    if optimized:
-        optimize_layers(loaded.model)
-    return loaded
+    return optimize_layers(loaded) if optimized else loaded
 
 
 @cache

@@ -1,7 +1,6 @@
 """Small models with random weights on the GPU, shared by the tests of one process."""
 
 import copy
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -104,5 +103,4 @@ def exact(family: str) -> PreTrainedModel:
 def loaded(family: str) -> LoadedModel:
     """The same weights with the engine's layers."""
     model = copy.deepcopy(plain(family))
-    found = prepare_model(model, "random", torch.device("cuda"))
-    return replace(found, has_cuda_layers=optimize_layers(model))
+    return optimize_layers(prepare_model(model, "random", torch.device("cuda")))

@@ -1,7 +1,6 @@
 """The engine with FP8 weights on a GPU: tokens of a model whose weights, and inputs of prompts, are rounded."""
 
 import copy
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -63,8 +62,7 @@ def _round_inputs(_: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
 @cache
 def loaded(grid: str) -> LoadedModel:
     model = copy.deepcopy(rounded(grid))
-    found = prepare_model(model, "random", torch.device("cuda"))
-    return replace(found, has_cuda_layers=optimize_layers(model))
+    return optimize_layers(prepare_model(model, "random", torch.device("cuda")))
 
 
 def build(grid: str, **overrides: object) -> Engine:

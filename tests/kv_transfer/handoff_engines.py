@@ -1,7 +1,6 @@
 """Engine actors around a small model with random weights, on a GPU where there is one, that say what tests must see."""
 
 import os
-from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -51,7 +50,7 @@ def load() -> "LoadedModel":
     if not ON_GPU:
         return prepare_model(model.eval(), "random", DEVICE)
     model = model.to(DEVICE, torch.bfloat16).eval()
-    return replace(prepare_model(model, "random", DEVICE), has_cuda_layers=optimize_layers(model))
+    return optimize_layers(prepare_model(model, "random", DEVICE))
 
 
 def build(config: EngineConfig) -> BuiltEngine:

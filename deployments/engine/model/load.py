@@ -83,8 +83,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
         model = load_weights(path, hf_config, headers, **options)
         if config.quantization == "fp8":
             quantize_weights(model)
-        loaded = prepare_model(model, path, device)
-        return replace(loaded, eos_token_ids=end_ids, has_cuda_layers=optimize_layers(model, config))
+        loaded = replace(prepare_model(model, path, device), eos_token_ids=end_ids)
+        return optimize_layers(loaded, config)
 
 
 @contextmanager
@@ -98,20 +98,19 @@ def _naming(path: str) -> Iterator[None]:
         raise UnsupportedModelError(f"model {path!r}: {error}") from error
 
 
-def optimize_layers(model: PreTrainedModel, config: EngineConfig | None = None) -> bool:
-    """Replace layers of a loaded model, in place, by faster ones that compute the same.
+def optimize_layers(loaded: LoadedModel, config: EngineConfig | None = None) -> LoadedModel:
+    """Replace layers of a model, in place, by faster ones that compute the same.
 
     Args:
-        model: as `prepare_model` leaves it.
+        loaded: as `prepare_model` leaves it.
         config: of the engine; None: the defaults.
 
     Returns:
-        Whether they are those that `CudaRunner` runs.
+        The same model, and whether its layers are those of a GPU now.
     """
-    kv_shape = probe_kv_shape(model, model.device)
-    is_known = _is_known_to_cuda(model, kv_shape)
-    replace_layers(model, config or EngineConfig(), kv_shape, attention_rotates=is_known)
-    return is_known
+    is_known = _is_known_to_cuda(loaded.model, loaded.kv_shape)
+    replace_layers(loaded.model, config or EngineConfig(), loaded.kv_shape, attention_rotates=is_known)
+    return replace(loaded, has_cuda_layers=is_known)
 
 
 def _is_known_to_cuda(model: PreTrainedModel, kv_shape: KVShape) -> bool:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.kernels.cpu_matmul import PackedWeight
+from deployments.engine.kv.cache import KVShape
 from deployments.engine.layers import packed
 from deployments.engine.layers.linear import convert_linears
 from deployments.engine.layers.merged import LinearPart, MergedLinear, merge_linears
@@ -23,6 +24,7 @@ from deployments.engine.model import files, resolve
 from deployments.engine.model import gguf as conversion
 from deployments.engine.model.files import BUNDLED_MODEL
 from deployments.engine.model.load import LoadedModel, load_model, prepare_model
+from deployments.engine.model.probe import probe_kv_shape
 from deployments.engine.model.resolve import resolve_model
 from deployments.errors import UnsupportedModelError
 from deployments.kv_groups import KVGroup
@@ -55,6 +57,17 @@ def test_the_bundled_model_is_converted_into_the_cache(bundled: LoadedModel) -> 
 def test_the_converted_model_is_found_again(bundled: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion, "write_dense", lambda *_: pytest.fail("converted again"))
     assert resolve_model(BUNDLED_MODEL) == bundled.path
+
+
+def test_a_start_probes_the_model_once(local_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    probed = []
+
+    def probe(model: PreTrainedModel, device: torch.device) -> KVShape:
+        probed.append(model)
+        return probe_kv_shape(model, device)
+
+    monkeypatch.setattr("deployments.engine.model.load.probe_kv_shape", probe)
+    assert probed == [load_model(EngineConfig(model=local_model, device="cpu")).model]
 
 
 def test_the_bundled_model_knows_the_capital_of_france(bundled: LoadedModel) -> None:
