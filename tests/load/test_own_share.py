@@ -67,6 +67,12 @@ def test_what_is_done_since_the_reading_is_not_waited_for_though_no_speed_is_kno
     assert own.whole(700, 0, 1) == 0
 
 
+def test_what_is_given_up_and_what_time_has_drained_of_others_are_different_tokens() -> None:
+    own, (gone,) = entered_and_read(50)
+    own.leave(gone, 6.0, is_drained=False)
+    assert own.whole(100, 20, 1) == 30
+
+
 def test_what_is_done_and_what_time_has_drained_are_the_same_tokens() -> None:
     own, (done, _) = entered_and_read(100, 900)
     own.leave(done, 6.0, is_drained=True)
