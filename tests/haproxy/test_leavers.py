@@ -41,6 +41,39 @@ async def test_clients_that_leave_end_their_requests(tmp_path: Path, stream: boo
             await backend.until(lambda: not backend.running, SOON_S)
 
 
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """Of HTTP/2 (RFC 9113, section 4.1)."""
+    return len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload
+
+
+def post_of_http2(stream: int, path: bytes, body: bytes) -> bytes:
+    """A request's HEADERS and DATA; names by their place in HPACK's static table (RFC 7541, appendix A)."""
+
+    def named(place: bytes, value: bytes) -> bytes:
+        return place + bytes([len(value)]) + value
+
+    method_and_scheme = b"\x83\x86"
+    headers = method_and_scheme + named(b"\x04", path) + named(b"\x01", b"x") + named(b"\x0f\x10", b"application/json")
+    return frame(1, 4, stream, headers) + frame(0, 1, stream, body)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+async def test_http2_is_understood_and_each_request_that_is_reset_ends(tmp_path: Path, stream: bool) -> None:
+    backend = playing(Hang())
+    _, body = request(stream=stream)
+    begin = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0)
+    async with proxied(api(backend), tmp_path) as proxy:
+        _, writer = await proxy.connect(begin)
+        for number in (1, 3, 5):
+            writer.write(post_of_http2(number, b"/app/v1/completions", body))
+        await backend.until(lambda: len(backend.running) == 3, SOON_S)
+        for num_left, number in ((2, 3), (1, 1), (0, 5)):
+            cancelled = (8).to_bytes(4, "big")
+            writer.write(frame(3, 0, number, cancelled))
+            await backend.until(lambda: len(backend.running) == num_left, SOON_S)  # noqa: B023
+        writer.close()
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 async def test_openais_client_that_has_no_patience_ends_its_request(tmp_path: Path, stream: bool) -> None:
     backend = playing(Hang())
