@@ -47,13 +47,17 @@ def read_caller(headers: Headers, usual: Priority = Priority.NORMAL) -> Caller:
 
 
 def read_key(headers: Headers) -> bytes:
-    """SHA-256 of the API key, or `ANONYMOUS`; of two headers `Authorization` none counts, for who is meant?"""
-    given = headers.getlist("authorization")
-    scheme, _, token = (given[0] if len(given) == 1 else "").strip().partition(" ")
+    """SHA-256 of the API key, or `ANONYMOUS`; of two headers of one name none counts, for who is meant?"""
+    scheme, _, token = _only(headers, "authorization").partition(" ")
     key = token.strip() if scheme.lower() == "bearer" else ""
-    key = key or headers.get("x-api-key", "").strip()
+    key = key or _only(headers, "x-api-key")
     # As they were sent: Starlette makes a character of each byte.
     return hashlib.sha256(key.encode("latin-1")).digest() if key else ANONYMOUS
+
+
+def _only(headers: Headers, name: str) -> str:
+    given = headers.getlist(name)
+    return given[0].strip() if len(given) == 1 else ""
 
 
 def _read_wish(headers: Headers) -> bool:

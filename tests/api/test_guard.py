@@ -119,9 +119,10 @@ async def test_without_a_good_key_a_call_is_401_in_openais_form_and_reaches_noth
     assert recorder.denied == ["unauthorized"]
 
 
-async def test_two_authorizations_are_none(keys: KeyRing) -> None:
+@pytest.mark.parametrize(("name", "form"), [("authorization", "Bearer {}"), ("x-api-key", "{}")])
+async def test_two_headers_with_a_key_are_none(keys: KeyRing, name: str, form: str) -> None:
     async with client_for(keys) as client:
-        headers = [("authorization", f"Bearer {ALICE}"), ("authorization", f"Bearer {BOB}")]
+        headers = [(name, form.format(ALICE)), (name, form.format(BOB))]
         assert (await client.get("/v1/models", headers=headers)).status_code == 401
 
 
