@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import torch
@@ -33,8 +33,11 @@ logger = logging.getLogger(__name__)
 _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
 # Numbers that transformers calculates with, and does not check.
 _ROPE_FLOATS = ("rope_theta", "partial_rotary_factor")
+_WINDOW = "sliding_window"
 _ROPE_INTS = frozenset({"original_max_position_embeddings"})
 _ROPE_WORDS = frozenset({"rope_type", "type"})
+# Of other tasks, and of how answers are given back, which is the engine's to say. A million labels are a million names.
+_MEANINGLESS = ("num_labels", "id2label", "label2id", "problem_type", "return_dict", "output_hidden_states")
 # For small checkpoints of classes that have a size which they do not use.
 _ROOM = 4096
 # What other tasks add to a model, as the names of their classes end.
@@ -182,19 +185,21 @@ def check_counts(path: str, config: PretrainedConfig, headers: Headers) -> None:
 
 def repair(values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> dict[str, Any]:
     """Give values the types that the class asks for, where they mean the same: 2.0 for 2, 1 for 1.0, "2" for 2."""
-    repaired: dict[str, Any] = _copied(values)
+    repaired: dict[str, Any] = _copied({name: value for name, value in values.items() if name not in _MEANINGLESS})
     for field in fields(config_class):
         if field.name in repaired:
             repaired[field.name] = as_one_of(repaired[field.name], _kinds(field.type))
     for name in _ROPE_FLOATS:
         if name in repaired:
             repaired[name] = as_one_of(repaired[name], frozenset({float}))
+    if _WINDOW in repaired:  # also of a class that has none, for some checkpoints say so by null
+        repaired[_WINDOW] = as_one_of(repaired[_WINDOW], frozenset({int}))
     for name in ROPE_FIELDS:
         if isinstance(repaired.get(name), dict):
             repaired[name] = _repair_rope(repaired[name])
-    for name, value in values.items():
-        if repaired[name] != value or type(repaired[name]) is not type(value):
-            logger.info("config.json: taking %s for %s", shown(value), shown(repaired[name]))
+    for name, value in repaired.items():
+        if value != values[name] or type(value) is not type(values[name]):
+            logger.info("config.json: taking %s for %s", shown(values[name]), shown(value))
     return repaired
 
 
@@ -233,6 +238,8 @@ def _repair_rope(rope: dict[str, Any]) -> dict[str, Any]:
 def _faults(values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> Iterator[str]:
     """What transformers would take, to go wrong later or never say so."""
     yield from faults(values, config_class.attribute_map)
+    if type(values.get(_WINDOW)) not in (int, NoneType):
+        yield f"{_WINDOW} is {shown(values[_WINDOW])}: not a number of tokens"
     for name in sorted(values.keys() & _own_names(config_class)):
         own, value = getattr(config_class, name), values[name]
         if callable(own) or not isinstance(value, type(own) | dict | None):
