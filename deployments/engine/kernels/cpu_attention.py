@@ -166,10 +166,20 @@ def _merge(parts, peaks, sums, out):
                 row[j] += weight * part[j]
 
 
+def _compile_as(name, function):
+    """Compile one of several functions of one `def`, under a name of its own.
+
+    numba makes a symbol of a name and a number, and gives numbers in the order in which a process compiles. Under one
+    name, `dots` 1 would be of four heads in the cache of one process and of one head in that of another. An engine that
+    loads kernels which both have cached uses the first symbol it meets for both, and answers nonsense.
+    """
+    function.__name__ = function.__qualname__ = name
+    return njit(nogil=True)(function)
+
+
 def _build_dots(num_heads):
     """Compile `_dots` for a number of heads, a constant there."""
 
-    @njit(nogil=True)
     def dots(queries, head_bytes, keys, key_stride, num_keys, ahead, out, out_stride):
         num_vectors = head_bytes // _VECTOR_BYTES
         if num_keys == _KEYS:
@@ -179,13 +189,12 @@ def _build_dots(num_heads):
             key, to = keys + i * key_stride, out + 4 * i
             dot_tile(queries, head_bytes, key, key_stride, num_vectors, ahead, to, out_stride, num_heads, 1)
 
-    return dots
+    return _compile_as(f"dots_of_{num_heads}", dots)
 
 
 def _build_weighted(num_heads):
     """Compile `_weighted` for a number of heads, a constant there."""
 
-    @njit(nogil=True)
     def weighted(weights, weight_stride, values, value_stride, num_values, ahead, out, head_bytes):
         at = 0
         while at + _VECTORS * _VECTOR_BYTES <= head_bytes:
@@ -201,7 +210,7 @@ def _build_weighted(num_heads):
             )
             at += _VECTOR_BYTES
 
-    return weighted
+    return _compile_as(f"weighted_of_{num_heads}", weighted)
 
 
 _dots_of_4, _dots_of_3, _dots_of_2, _dots_of_1 = map(_build_dots, (4, 3, 2, 1))

@@ -1,4 +1,7 @@
-"""Attention of a whole step over a paged pool: its decodes, then its prompts one after the other; float32 on a CPU."""
+"""Attention of a whole step over a paged pool: its decodes, then its prompts one after the other; float32 on a CPU.
+
+numba caches it with all that it calls, and looks at this file alone for changes.
+"""
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from typing import NamedTuple

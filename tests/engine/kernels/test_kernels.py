@@ -1,10 +1,16 @@
 """Kernels on a CPU against torch, in shapes that do not fit their tiles as well."""
 
+import pkgutil
+from collections import Counter
+from importlib import import_module
+
 import numpy as np
 import pytest
 import torch
+from numba.core.dispatcher import Dispatcher
 from torch import Tensor
 
+from deployments.engine import kernels
 from deployments.engine.kernels.cpu import silu_mul, use_torch_threads
 from deployments.engine.kernels.cpu_attention import decode_attention
 from deployments.engine.kernels.cpu_matmul import PackedWeight, linear
@@ -20,6 +26,18 @@ def test_torch_has_one_thread_in_tests_whatever_kernel_has_run() -> None:
     use_torch_threads()  # as an engine does before each step
     silu_mul(randn(2, 8))
     assert torch.get_num_threads() == 1
+
+
+def test_no_two_kernels_have_one_name() -> None:
+    """By names a process tells apart what several others have compiled and cached."""
+    names = [f"{kernels.__name__}.{found.name}" for found in pkgutil.iter_modules(kernels.__path__)]
+    modules = [import_module(name) for name in names if name.rpartition(".")[2].startswith("cpu")]
+    compiled = {
+        id(value): value for module in modules for value in vars(module).values() if isinstance(value, Dispatcher)
+    }
+    counts = Counter((kernel.py_func.__module__, kernel.py_func.__qualname__) for kernel in compiled.values())
+    assert len(counts) > 20
+    assert [name for name, count in counts.items() if count > 1] == []
 
 
 @pytest.mark.parametrize(("num_columns", "depth"), [(1, 1), (3, 7), (48, 16), (77, 100), (130, 1600), (96, 768)])
