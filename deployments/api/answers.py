@@ -55,14 +55,14 @@ class Tally:
         self._thoughts = [] if thoughts is None else [build_count(thoughts) for _ in call.requests]
 
     def add(self, event: TextEvent) -> None:
-        self._num_generated_tokens += event.num_tokens
+        self._num_generated_tokens += len(event.token_ids)
         if self._thoughts:
             self._thoughts[event.choice].add(event.token_ids, event.text)
-        if self._call.lead_of(event.choice) != event.choice:
-            return  # what it found is what the first of the same prompt has left
         # What one engine found another may have had to compute, after a death: the least is true.
-        known = self._num_cached_tokens.get(event.choice, event.num_cached_tokens)
-        self._num_cached_tokens[event.choice] = min(known, event.num_cached_tokens)
+        known = self._num_cached_tokens.get(event.choice)
+        # What another than the first of the same prompt found is what that one has left.
+        if (known is None or event.num_cached_tokens < known) and self._call.lead_of(event.choice) == event.choice:
+            self._num_cached_tokens[event.choice] = event.num_cached_tokens
 
     def usage(self, num_untold: int = 0) -> Usage:
         """All that was added, less `num_untold` generated tokens that are to come in a later chunk."""
@@ -89,6 +89,10 @@ class Answer(Protocol):
 
     def chunks(self, event: TextEvent) -> Sequence[Mapping[str, object]]:
         """The chunks of a stream that this event makes; none while it has nothing to show."""
+        ...
+
+    def is_plain(self, event: TextEvent) -> bool:
+        """Whether it makes one chunk, which differs from other plain ones of the same choice in the text alone."""
         ...
 
     def ending(self) -> Sequence[Mapping[str, object]]:
@@ -146,6 +150,7 @@ class CompletionAnswer:
     def __init__(self, call: Call, tally: Tally) -> None:
         self._call = call
         self._tally = tally
+        self._tells_text_alone = call.tells_text_alone
         self._open: set[int] = set()
         self._prompts: dict[int, PromptScores] = {}
         self._shapes: dict[int, CompletionScores] = {}
@@ -159,15 +164,18 @@ class CompletionAnswer:
         if not event.text and event.finish_reason is None and not shows_more:
             return []
         self._open.add(event.choice)
-        choice = self._choice(
-            event.choice, ChoiceResult(event.text, [*event.token_ids], event.finish_reason, [*event.scores], prompt)
-        )
+        choice = self._choice(event.choice, event, prompt)
         if not is_first:
             choice.pop("prompt_token_ids", None)
         chunk = self._build([choice])
         if call.include_usage or call.continuous_usage:
             chunk["usage"] = self._tally.usage() if call.continuous_usage else None
         return [chunk]
+
+    def is_plain(self, event: TextEvent) -> bool:
+        return (
+            self._tells_text_alone and event.finish_reason is None and event.choice in self._open and event.text != ""
+        )
 
     def ending(self) -> list[Completion]:
         if not self._call.tells_total:
@@ -180,17 +188,17 @@ class CompletionAnswer:
         return [failure.body()]
 
     def whole(self, choices: Sequence[ChoiceResult]) -> Completion:
-        built = [self._choice(i, choice) for i, choice in enumerate(choose_best(self._call, choices))]
+        built = [self._choice(i, choice, choice.prompt) for i, choice in enumerate(choose_best(self._call, choices))]
         answer = self._build(built) | {"usage": self._tally.usage()}
         self._tally.add_receipt(answer)
         return answer
 
-    def _choice(self, index: int, result: ChoiceResult) -> CompletionChoice:
+    def _choice(self, index: int, result: ChoiceResult | TextEvent, prompt: PromptScores | None) -> CompletionChoice:
         call = self._call
         choice: CompletionChoice = {
             "index": index,
             "text": result.text,
-            "logprobs": self._logprobs(index, result),
+            "logprobs": None if call.num_logprobs is None else self._logprobs(index, result, prompt, call.num_logprobs),
             "finish_reason": result.finish_reason,
         }
         if call.return_token_ids:
@@ -198,16 +206,15 @@ class CompletionAnswer:
             # All samples of a prompt have the same.
             choice["prompt_token_ids"] = call.requests[index // call.num_choices * call.num_samples].prompt_token_ids
         if call.num_prompt_logprobs is not None:
-            choice["prompt_logprobs"] = shape_prompt(result.prompt, call.num_prompt_logprobs)
+            choice["prompt_logprobs"] = shape_prompt(prompt, call.num_prompt_logprobs)
         return choice
 
-    def _logprobs(self, index: int, result: ChoiceResult) -> CompletionLogprobs | None:
-        call = self._call
-        if call.num_logprobs is None:
-            return None
-        shape = self._shapes.setdefault(index, CompletionScores(call.num_logprobs))
-        prompt = [] if result.prompt is None or not call.echo else result.prompt.read(call.num_logprobs)
-        return shape.shape(prompt + result.scores)
+    def _logprobs(
+        self, index: int, result: ChoiceResult | TextEvent, prompt: PromptScores | None, num_likeliest: int
+    ) -> CompletionLogprobs:
+        shape = self._shapes.setdefault(index, CompletionScores(num_likeliest))
+        echoed = [] if prompt is None or not self._call.echo else prompt.read(num_likeliest)
+        return shape.shape([*echoed, *result.scores])
 
     def _build(self, choices: list[CompletionChoice]) -> Completion:
         completion: Completion = {
@@ -228,6 +235,7 @@ class ChatAnswer:
     def __init__(self, call: Call, tally: Tally) -> None:
         self._call = call
         self._tally = tally
+        self._tells_text_alone = call.tells_text_alone
         self._open: set[int] = set()
         self._messages: dict[int, MessageShaper] = {}
 
@@ -257,6 +265,11 @@ class ChatAnswer:
         if event.finish_reason is not None:
             chunks.append(self._chunk(event.choice, {}, finish_reason))
         return chunks
+
+    def is_plain(self, event: TextEvent) -> bool:
+        return (
+            self._tells_text_alone and event.finish_reason is None and event.choice in self._open and event.text != ""
+        )
 
     def ending(self) -> list[ChatChunk]:
         if not self._call.tells_total:

@@ -81,6 +81,12 @@ class Call:
         return self.tools is not None or self.thoughts is not None
 
     @property
+    def tells_text_alone(self) -> bool:
+        """Whether what a stream says of new tokens is their text, as it is, and nothing else."""
+        is_scored = self.num_logprobs is not None or self.num_prompt_logprobs is not None
+        return not (is_scored or self.return_token_ids or self.continuous_usage or self.is_read)
+
+    @property
     def scores_prompts(self) -> bool:
         """Whether logprobs of prompts come with the first tokens."""
         return self.requests[0].num_prompt_logprobs is not None

@@ -26,6 +26,7 @@ from deployments.api.caller import Caller, read_caller
 from deployments.api.chat_template import TemplateLimitError
 from deployments.api.choices import ChoiceText, TextEvent, follow, lead, merge, stream_choice
 from deployments.api.failures import failure_of
+from deployments.api.framing import Framer
 from deployments.api.grammar_check import GrammarCheck
 from deployments.api.keys import ForbiddenError
 from deployments.api.observer import Observer, Outcome, Stopwatch
@@ -217,17 +218,17 @@ class Exchange:
         return choices
 
     async def _stream(self, events: AsyncGenerator[TextEvent, None], answer: Answer, tally: Tally) -> None:
-        frame = self._endpoint.frame
+        framer = Framer(answer, self._endpoint.frame)
         # The headers wait for the first event: until then an error can have its status code.
         async for event in events:
             is_first = not self._has_started
             if is_first:
                 await self._start(HTTPStatus.OK, "text/event-stream; charset=utf-8", {"x-accel-buffering": "no"})
             tally.add(event)
-            self._account.take_tokens(event.num_tokens)
+            self._account.take_tokens(len(event.token_ids))
             # Thousands of logprobs take long enough to stop other streams.
-            chunks = answer.chunks(event) if event.prompt is None else await asyncio.to_thread(answer.chunks, event)
-            if frames := b"".join([frame(chunk) for chunk in chunks]):
+            frames = framer.push(event) if event.prompt is None else await asyncio.to_thread(framer.push, event)
+            if frames:
                 if not is_first:
                     # The other streams of the same engine step make their text first, and then all write in a row: the
                     # proxy behind is woken once, not for each of them. 174 -> 152 us of CPU per token in all processes,
@@ -235,7 +236,7 @@ class Exchange:
                     await asyncio.sleep(0)
                 await self._send_body(frames, more_body=True)
             self._stopwatch.lap(event)
-        await self._send_body(b"".join([frame(chunk) for chunk in answer.ending()]) + sse.DONE)
+        await self._send_body(framer.ending())
 
     async def _collect(self, events: AsyncGenerator[TextEvent, None], answer: Answer, tally: Tally, call: Call) -> None:
         choices = [ChoiceResult() for _ in call.requests]

@@ -88,5 +88,6 @@ class Stopwatch:
             self._observer.first_token(now_s - self._arrival_s)
             self.on_first(event.choice)
         else:
-            self._observer.inter_token((now_s - last_s) / event.num_tokens, event.num_tokens)
+            num_tokens = len(event.token_ids)
+            self._observer.inter_token((now_s - last_s) / num_tokens, num_tokens)
         self._last_s[event.choice] = now_s

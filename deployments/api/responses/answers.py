@@ -45,6 +45,9 @@ class ResponseAnswer:
             events.append(self._snapshot(f"response.{status}", status))
         return events
 
+    def is_plain(self, event: TextEvent) -> bool:
+        return False  # every event has its number
+
     def ending(self) -> Sequence[Event]:
         return ()  # the last event of the choice has told everything
 
