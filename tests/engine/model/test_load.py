@@ -20,7 +20,7 @@ from deployments.engine.layers import packed
 from deployments.engine.layers.linear import convert_linears
 from deployments.engine.layers.merged import LinearPart, MergedLinear, merge_linears
 from deployments.engine.layers.packed import PackedLinear
-from deployments.engine.model import files, resolve
+from deployments.engine.model import files, load, resolve
 from deployments.engine.model import gguf as conversion
 from deployments.engine.model.files import BUNDLED_MODEL
 from deployments.engine.model.load import LoadedModel, load_model, prepare_model
@@ -148,6 +148,17 @@ def test_the_bundled_model_is_converted_once_however_often_it_is_installed(
 
 
 # --- loading
+
+
+def test_a_model_is_tried_out_once(local_model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[KVShape] = []
+
+    def probe(model: Any, device: torch.device) -> KVShape:
+        tried.append(probe_kv_shape(model, device))
+        return tried[-1]
+
+    monkeypatch.setattr(load, "probe_kv_shape", probe)
+    assert [load_model(EngineConfig(model=local_model, device="cpu")).kv_shape] == tried
 
 
 def test_a_local_folder_loads_and_generates_what_transformers_does(local_model: str) -> None:
