@@ -56,8 +56,8 @@ def floor(engine: Engine, batch_size: int, bandwidth: float, context: float) -> 
 def products_alone(engine: Engine, num_tokens: int) -> list[float]:
     """Seconds that the linear layers take for so many tokens of prompts, one behind the other and nothing between.
 
-    The output layer is left out, which only last tokens go through. Layers are launched one by one: where that takes the
-    host longer than the GPU (FP8, 512 tokens) an engine, which launches whole steps, is faster than this.
+    The output layer is left out, which only last tokens go through. Layers are launched one by one: where that takes
+    the host longer than the GPU (FP8, 512 tokens) an engine, which launches whole steps, is faster than this.
 
     Returns:
         Three runs; none for a model with experts, which are no linear layers.

@@ -8,6 +8,8 @@ Source: PagedAttention (Kwon et al., SOSP 2023); splits and their merging from F
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, call-arg"
 
+from typing import Any
+
 import numpy as np
 from numba import njit, prange
 
@@ -166,7 +168,7 @@ def _merge(parts, peaks, sums, out):
                 row[j] += weight * part[j]
 
 
-def _compile_as(name, function):
+def _compile_as(name: str, function: Any) -> Any:
     """Compile one of several functions of one `def`, under a name of its own.
 
     numba makes a symbol of a name and a number, and gives numbers in the order in which a process compiles. Under one
