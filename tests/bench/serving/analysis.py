@@ -1,9 +1,7 @@
 """From replies and the engine's trace to figures. Pure functions."""
 
-import json
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from pathlib import Path
 
 from tests.bench.serving.client import Reply
 from tests.bench.serving.paced import TokenLoop
@@ -13,12 +11,6 @@ def percentile(values: Iterable[float], share: float) -> float:
     """The value that `share` of all are not above; nearest rank."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
-def read_trace(path: Path) -> dict[str, list[float]]:
-    """Times at which the engine drew each token, by request id."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {row["id"]: row["times_s"] for row in map(json.loads, lines)}
 
 
 def request_id_of(reply: Reply) -> str:

@@ -31,7 +31,6 @@ from deployments.engine.model.resolve import resolve_model
 from tests.bench.serving.analysis import (
     added_gaps,
     largest_gap_between,
-    read_trace,
     request_id_of,
     token_times,
 )
@@ -39,6 +38,7 @@ from tests.bench.serving.client import Connection, completion, post, post_and_ne
 from tests.bench.serving.paced import TokenLoop
 from tests.bench.serving.report import OFFERED_TOKENS_PER_S, STREAMS, show, show_flags
 from tests.bench.serving.server import DEFAULT_FLAGS, MeasuredServer
+from tests.bench.serving.traces import read_trace, wait_for_traces
 
 PERIOD_US = 20_000
 _LONG_PROMPT = "The quick brown fox jumps over the lazy dog, and it did so again and again. " * 5_600  # 100,801 tokens
@@ -120,8 +120,7 @@ class Bench:
             connection = await post(server.port, completion(3, PERIOD_US))
             await connection.reply.done.wait()
             arrivals[request_id_of(connection.reply)] = token_times(connection.reply, self.loop)[0]
-        await asyncio.sleep(0.2)
-        trace = read_trace(server.trace)
+        trace = await wait_for_traces(server.trace, arrivals)
         return [at_s - trace[request_id][0] for request_id, at_s in arrivals.items()]
 
     async def added_itl(self, name: str, num_streams: int) -> list[float]:
@@ -130,11 +129,11 @@ class Bench:
         connections = await self._open(server, num_streams, PERIOD_US, warm_s=1.0)
         await asyncio.sleep(self.window_s)
         await self._close(server, connections)
-        trace = read_trace(server.trace)
+        replies = {request_id_of(connection.reply): connection.reply for connection in connections}
+        trace = await wait_for_traces(server.trace, replies)
         added: list[float] = []
-        for connection in connections:
-            times = token_times(connection.reply, self.loop)
-            added += added_gaps(times, trace[request_id_of(connection.reply)])
+        for request_id, reply in replies.items():
+            added += added_gaps(token_times(reply, self.loop), trace[request_id])
         return added
 
     async def long_prompt(self, name: str, num_posts: int) -> list[dict[str, float]]:
@@ -174,7 +173,7 @@ class Bench:
         """One client stops reading while 8 others read: when is it dropped, and what does that cost the others?"""
         server = self.servers[name]
         period_us = 500
-        rss, seen = server.rss_bytes("ingress"), server.trace.stat().st_size
+        rss = server.rss_bytes("ingress")
         connections = await self._open(server, 8, period_us, warm_s=1.0)
         start_s = time.monotonic()
         deaf = post_and_never_read(server.port, completion(100_000, period_us, stream_options=_WORDY))
@@ -182,18 +181,19 @@ class Bench:
         while time.monotonic() - start_s < 60:
             await asyncio.sleep(0.25)
             peak = max(peak, server.rss_bytes("ingress"))
-            if server.trace.stat().st_size > seen:  # only requests that end are traced, and the others go on
+            # Only requests that end are traced, and the others go on.
+            if dropped := [times for times in read_trace(server.trace).values() if times and times[0] > start_s]:
                 break
         else:
             raise AssertionError("the client that does not read was never dropped")
         end_s = time.monotonic()
         await self._close(server, connections)
         deaf.close()
-        dropped = min((t for t in read_trace(server.trace).values() if t[0] > start_s), key=lambda t: t[-1])
+        (deaf_times,) = dropped
         times = [token_times(connection.reply, self.loop) for connection in connections]
         row = {
-            "dropped_after_s": dropped[-1] - start_s,
-            "tokens_until_dropped": len(dropped),
+            "dropped_after_s": deaf_times[-1] - start_s,
+            "tokens_until_dropped": len(deaf_times),
             "ingress_grew_by_bytes": peak - rss,
             "longest_gap_of_others_s": max(largest_gap_between(stream, start_s, end_s) for stream in times),
             "longest_gap_before_s": max(largest_gap_between(stream, start_s - 1, start_s) for stream in times),
