@@ -9,7 +9,7 @@ import pytest
 
 from deployments.engine.engine import Engine
 from deployments.errors import EngineDeadError
-from deployments.messages import ChunkReady, FinishReason, GenerateRequest, SamplingParams, TokenOutput
+from deployments.messages import ChunkReady, FinishReason, GenerateRequest, SamplingParams
 from tests.deployments.conftest import StartPools
 from tests.deployments.pools import MANY_TOKENS, NUM_TOKENS, PROMPT, is_decoding, tokens_of
 from tests.engine.driving import greedy
@@ -62,13 +62,11 @@ async def test_whoever_goes_on_with_a_request_is_told_which_of_its_tokens_were_g
 @pytest.mark.parametrize("num_deaths", [1, 2, 3])
 async def test_a_request_outlives_several_deaths(start: StartPools, num_deaths: int) -> None:
     pools = await start(num_decode=num_deaths + 1)
-    outputs: list[TokenOutput] = []
-    async with aclosing(pools.generate(greedy("r", PROMPT, NUM_TOKENS))) as stream:
-        for actor in pools.engines[1 : 1 + num_deaths]:
-            outputs.append(await anext(stream))
-            actor.die()
-        outputs += [output async for output in stream]
-    assert tokens_of(outputs) == reference("llama", PROMPT, NUM_TOKENS)
+    reading = asyncio.create_task(pools.collect(greedy("r", PROMPT, MANY_TOKENS)))
+    for decode in pools.decodes[:num_deaths]:
+        await decode.engine.until(is_decoding)  # those before it are dead, and it was the next one in their order
+        decode.engine.die()
+    assert tokens_of(await reading) == reference("llama", PROMPT, MANY_TOKENS)
     resumed = pools.backend.clients.registry.get_sample_value("kvrelay_requests_resumed_total")
     assert resumed == num_deaths
     await pools.wait_idle()

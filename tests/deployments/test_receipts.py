@@ -1,5 +1,6 @@
 """What a receipt says of real engines: its times fit into those that the ingress sees, and name who served."""
 
+import time
 from contextlib import aclosing
 
 import pytest
@@ -30,7 +31,9 @@ async def serve(pools: Pools, request_id: str, *, dies: bool = False) -> tuple[l
 @pytest.mark.parametrize("is_remote", [True, False])
 async def test_a_receipt_names_who_served_and_its_times_add_up(start: StartPools, is_remote: bool) -> None:
     pools = await start(min_tokens=16 if is_remote else 10_000)
+    begun_s = time.monotonic()
     outputs, (attempt,) = await serve(pools, "r1")
+    elapsed_s = time.monotonic() - begun_s
     told = attempt.decode
     assert told is not None and told.times is not None and attempt.first_token_s is not None
     assert (attempt.replica, told.replica, attempt.num_tokens, attempt.error) == ("d0", "d0", NUM_TOKENS, "")
@@ -48,10 +51,10 @@ async def test_a_receipt_names_who_served_and_its_times_add_up(start: StartPools
     # All of it may be there when its last step is told of.
     assert handoff.num_bytes > 0 and min(handoff.hidden_s, handoff.exposed_s) >= 0
     assert handoff.hidden_s + handoff.exposed_s > 0
-    # One after the other, and within what the ingress has waited; what is left are the ways between them.
-    parts = decode.queued_s + prefill.times.queued_s + prefill.times.computing_s
-    assert 0 < parts <= attempt.first_token_s + TINY_S
-    assert prefill.times.computing_s <= decode.awaited_s + TINY_S
+    # Beside each other: the prompt may be begun before its blocks are reserved, and its first token does not wait for the
+    # last of its KV.
+    assert 0 < prefill.times.queued_s + prefill.times.computing_s <= attempt.first_token_s + TINY_S
+    assert 0 < decode.queued_s + decode.awaited_s + decode.computing_s <= elapsed_s + TINY_S
     assert decode.computing_s < decode.awaited_s, "its first token came with the prompt"
     assert decode.num_found_tokens == prefill.times.num_found_tokens == 0
     _, (again,) = await serve(pools, "r2")
