@@ -59,8 +59,8 @@ stop: ## Stop the server and everything it started.
 status: ## Say whether the server runs.
 	@test -x $(PY) || { echo "no server runs"; exit 1; }; $(PY) -m app.local status
 
-test: $(DEV) $(LOAD) $(CLIENTS) ## Run the tests that need no GPU, in three processes. ARGS= is passed on to pytest.
-	@$(PY) -m pytest -n 3 $(ARGS)
+test: $(DEV) $(LOAD) $(CLIENTS) ## Run the tests that need no GPU, in two processes. ARGS= is passed on to pytest.
+	@$(PY) -m pytest -n 2 $(ARGS)
 
 fuzz: $(DEV) $(FUZZ) ## Thousands of cases against the API, with a model that babbles. ARGS= is passed on.
 	@$(PY) -m tests.fuzz --python $(FUZZ_VENV)/bin/python $(ARGS)

@@ -1,7 +1,7 @@
 """One thread of torch for all tests: the models are tiny, and threads that wait for each other only slow them.
 
-`make test` runs three processes. Two begin with tests that start Ray, one after the other: much of their time is
-waiting, which the third one fills with all others, file by file. Whoever is done with its own helps.
+`make test` runs two processes. Each begins with tests that start Ray, one after the other: much of their time is
+waiting. All others follow, file by file.
 
 Where there is no GPU Triton's kernels run in its interpreter; it must know before anything imports it. Machines are
 shared, so hypothesis sets tests no bound of time either.
