@@ -51,8 +51,8 @@ async def test_a_receipt_names_who_served_and_its_times_add_up(start: StartPools
     # All of it may be there when its last step is told of.
     assert handoff.num_bytes > 0 and min(handoff.hidden_s, handoff.exposed_s) >= 0
     assert handoff.hidden_s + handoff.exposed_s > 0
-    # Beside each other: the prompt may be begun before its blocks are reserved, and its first token does not wait for the
-    # last of its KV.
+    # Beside each other: the prompt may be begun before its blocks are reserved, and its first token does not wait for
+    # the last of its KV.
     assert 0 < prefill.times.queued_s + prefill.times.computing_s <= attempt.first_token_s + TINY_S
     assert 0 < decode.queued_s + decode.awaited_s + decode.computing_s <= elapsed_s + TINY_S
     assert decode.computing_s < decode.awaited_s, "its first token came with the prompt"
