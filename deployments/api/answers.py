@@ -144,14 +144,26 @@ def choose_best(call: Call, samples: Sequence[ChoiceResult]) -> list[ChoiceResul
     return chosen
 
 
-class CompletionAnswer:
-    """Shapes of `/v1/completions`. The last text of a choice and its finish reason share a chunk."""
+class _StreamedAnswer:
+    """What completions and chats have in common: a choice is open once a chunk of it was made."""
 
     def __init__(self, call: Call, tally: Tally) -> None:
         self._call = call
         self._tally = tally
         self._tells_text_alone = call.tells_text_alone
         self._open: set[int] = set()
+
+    def is_plain(self, event: TextEvent) -> bool:
+        return (
+            self._tells_text_alone and event.finish_reason is None and event.choice in self._open and event.text != ""
+        )
+
+
+class CompletionAnswer(_StreamedAnswer):
+    """Shapes of `/v1/completions`. The last text of a choice and its finish reason share a chunk."""
+
+    def __init__(self, call: Call, tally: Tally) -> None:
+        super().__init__(call, tally)
         self._prompts: dict[int, PromptScores] = {}
         self._shapes: dict[int, CompletionScores] = {}
 
@@ -171,11 +183,6 @@ class CompletionAnswer:
         if call.include_usage or call.continuous_usage:
             chunk["usage"] = self._tally.usage() if call.continuous_usage else None
         return [chunk]
-
-    def is_plain(self, event: TextEvent) -> bool:
-        return (
-            self._tells_text_alone and event.finish_reason is None and event.choice in self._open and event.text != ""
-        )
 
     def ending(self) -> list[Completion]:
         if not self._call.tells_total:
@@ -229,14 +236,11 @@ class CompletionAnswer:
         return completion
 
 
-class ChatAnswer:
+class ChatAnswer(_StreamedAnswer):
     """Shapes of `/v1/chat/completions`: each choice of a stream opens with the role and ends with an empty delta."""
 
     def __init__(self, call: Call, tally: Tally) -> None:
-        self._call = call
-        self._tally = tally
-        self._tells_text_alone = call.tells_text_alone
-        self._open: set[int] = set()
+        super().__init__(call, tally)
         self._messages: dict[int, MessageShaper] = {}
 
     def chunks(self, event: TextEvent) -> list[ChatChunk]:
@@ -265,11 +269,6 @@ class ChatAnswer:
         if event.finish_reason is not None:
             chunks.append(self._chunk(event.choice, {}, finish_reason))
         return chunks
-
-    def is_plain(self, event: TextEvent) -> bool:
-        return (
-            self._tells_text_alone and event.finish_reason is None and event.choice in self._open and event.text != ""
-        )
 
     def ending(self) -> list[ChatChunk]:
         if not self._call.tells_total:

@@ -29,7 +29,7 @@ async def serve(pools: Pools, request_id: str, *, dies: bool = False) -> tuple[l
 
 
 @pytest.mark.parametrize("is_remote", [True, False])
-async def test_a_receipt_names_who_served_and_its_times_add_up(start: StartPools, is_remote: bool) -> None:
+async def test_a_receipt_names_who_served_and_its_times_fit(start: StartPools, is_remote: bool) -> None:
     pools = await start(min_tokens=16 if is_remote else 10_000)
     begun_s = time.monotonic()
     outputs, (attempt,) = await serve(pools, "r1")
