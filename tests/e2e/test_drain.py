@@ -20,7 +20,8 @@ from tests.waiting import wait_until
 # Long enough to be handed over, and to be at work yet when both decode engines are told to stop.
 PROMPT_TOKENS, MAX_TOKENS = (100, 400), (500, 600)
 VOCAB_SIZE = 256
-NUM_PROBES = 8
+# So many that none is left without one, whichever replica the hash of each prompt prefers.
+NUM_PROBES = 16
 # What Serve takes to tell a replica to go, and to see that it has, on a busy machine.
 PATIENCE_S = 120.0
 
@@ -36,12 +37,18 @@ def build_small_probes() -> list[Probe]:
     return [replace(probe, prompt=tuple(token % VOCAB_SIZE for token in probe.prompt)) for probe in probes]
 
 
+def every_replica_decodes(service: Service) -> bool:
+    return all(row.engine.num_running for row in service.stats("Decode"))
+
+
 async def ask(service: Service, probes: list[Probe], disturb: Callable[[], None] | None = None) -> list[Record]:
-    """Stream every probe at once; `disturb` when half of them have tokens."""
+    """Stream every probe at once; `disturb` when half of them have tokens, and every decode replica has some."""
     async with Client(service.url, MODEL_NAME) as client:
         streams = [asyncio.create_task(client.send(Call(probe))) for probe in probes]
         if disturb is not None:
-            while sum(bool(record.token_ids) for record in client.records) < NUM_PROBES / 2:
+            while sum(bool(record.token_ids) for record in client.records) < NUM_PROBES / 2 or not (
+                await asyncio.to_thread(every_replica_decodes, service)
+            ):
                 assert not all(stream.done() for stream in streams)
                 await asyncio.sleep(0.001)
             await asyncio.to_thread(disturb)
