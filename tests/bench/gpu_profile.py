@@ -11,7 +11,7 @@ IDLE = "no kernel"
 KINDS = {
     "attention of decodes": ("_decode_attention", "_plan_splits"),
     "attention of prompts": ("flash", "fmha", "sdpa", "_prefill_attention", "_merge_rows", "_scale_rows"),
-    "products": ("gemm", "nvjet", "cutlass", "_linear_of_row", "_fp8_", "splitk", "gemv"),
+    "products": ("gemm", "nvjet", "cutlass", "_linear_of_row", "_step_product", "_fp8_", "splitk", "gemv"),
     "experts": ("_grouped", "_of_few", "_combine"),
     "routing": ("_route", "_plan", "_count", "_logits"),
     "norms": ("_rms_norm", "_add_norm"),

@@ -1,14 +1,15 @@
 """Matrix products of a decode step's rows on a GPU, in Triton: where launching counts as much as reading the weight.
 
 cuBLAS starts no product before the kernel in front of it has ended. These do: while it ends, each program asks the L2
-cache for its part of the weight, which no earlier kernel writes. That gains where a product takes a few microseconds,
-as in models of less than a billion parameters. bfloat16 and float16.
+cache for its part of the weight, which no earlier kernel writes. That gains most where a product takes a few
+microseconds, as in models of less than a billion parameters. bfloat16 and float16.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cache
+from typing import TypeVar
 
 import torch
 import triton
@@ -18,11 +19,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from deployments.engine.kernels.cuda_overlap import OVERLAPPING, ask_for, wait_for_earlier
 
-# Of a weight: numbers. Tried with those of Qwen3-0.6B; of larger ones the reading counts, which cuBLAS does as fast.
-_MAX_NUMBERS = 8 << 20
+# Numbers of a weight whose reading takes as long as a launch; a larger one is a matter of reading fast.
+_SMALL = 8 << 20
 # All run at once, one on each multiprocessor (132 of them, H100 and H200), in whatever was faster than cuBLAS.
 _MAX_PROGRAMS = 132
-_NARROW, _DEEP = 2048, 2048
+_NARROW, _WIDER, _DEEP, _DEEPER = 1024, 2048, 2048, 8192
+
+
+_Entry = TypeVar("_Entry")
 
 
 class Gate(IntEnum):
@@ -54,11 +58,22 @@ class StepTile:
     splits: int = 1
 
 
-# Of up to so many rows, the best tiles of those tried on an H200 (docs/log.md), the smallest first.
+# Of up to so many rows, the best tiles of those tried on an H200 (docs/log.md), the smallest first. In turn: of small
+# weights, of large ones, and of large ones with a gate, whose programs need not run at once.
 _TILES = (
     (16, (StepTile(16, 64, 256, 4, 4),)),
     (32, (StepTile(32, 64, 256, 4, 4),)),
     (256, (StepTile(32, 64, 128, 5, 4), StepTile(64, 64, 128, 4, 4))),
+)
+_LARGE_TILES = (
+    (16, (StepTile(16, 64, 256, 4, 4),)),
+    (64, (StepTile(32, 64, 256, 4, 4),)),
+)
+_LARGE_GATED_TILES = (
+    (16, StepTile(16, 64, 256, 3, 4)),
+    (32, StepTile(32, 64, 128, 4, 4)),
+    (64, StepTile(64, 64, 128, 4, 4)),
+    (128, StepTile(128, 128, 64, 4, 8)),
 )
 
 
@@ -71,19 +86,27 @@ def step_tile(num_columns: int, depth: int, num_rows: int, *, is_gated: bool = F
         num_rows: of x.
         is_gated: the weight has a gate's rows as well.
     """
-    if num_rows < 2 or depth % 8 or num_columns * depth * (1 + is_gated) > _MAX_NUMBERS:
+    if num_rows < 2 or depth % 8:
         return None
+    is_small = num_columns * depth * (1 + is_gated) <= _SMALL
+    if is_gated and not is_small:
+        return _up_to(num_rows, _LARGE_GATED_TILES)
     if num_rows <= 16 and num_columns <= _NARROW:
         return None
-    for tile in next((tiles for most_rows, tiles in _TILES if num_rows <= most_rows), ()):
+    for tile in _up_to(num_rows, _TILES if is_small else _LARGE_TILES) or ():
         num_programs = triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_columns, tile.columns)
         if num_programs > _MAX_PROGRAMS:
             continue
         if is_gated:  # two tiles of the weight at once
             return replace(tile, depth=128)
-        is_split = depth >= _DEEP and num_rows > 16 and 2 * num_programs <= _MAX_PROGRAMS
-        return replace(tile, splits=2) if is_split else tile
+        gains = depth >= (_DEEP if num_columns <= _WIDER else _DEEPER)
+        return replace(tile, splits=2) if gains and 2 * num_programs <= _MAX_PROGRAMS else tile
     return None
+
+
+def _up_to(num_rows: int, table: tuple[tuple[int, _Entry], ...]) -> _Entry | None:
+    """What a table has for so many rows."""
+    return next((entry for most_rows, entry in table if num_rows <= most_rows), None)
 
 
 def multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, tile: StepTile, *, adds: bool) -> None:

@@ -86,8 +86,12 @@ def test_all_programs_of_a_product_run_at_once(is_gated: bool) -> None:
                 assert -(-num_rows // tile.rows) * -(-num_columns // tile.columns) * tile.splits <= 132
 
 
-def test_one_row_and_the_weights_of_large_models_are_left_to_others() -> None:
+def test_one_row_and_many_of_a_large_weight_are_left_to_others() -> None:
     assert step_tile(4096, 1024, 1) is None
     assert step_tile(4096, 1024, 64) is not None
-    assert all(step_tile(4096, 4096, num_rows) is None for num_rows in (2, 64, 256))
+    assert all(step_tile(4096, 4096, num_rows) is not None for num_rows in (2, 64))
+    assert all(step_tile(4096, 4096, num_rows) is None for num_rows in (1, 65, 256))
+    assert all(step_tile(14336, 4096, num_rows, is_gated=True) is not None for num_rows in (2, 128))
+    assert all(step_tile(14336, 4096, num_rows, is_gated=True) is None for num_rows in (1, 129))
+    assert step_tile(32768, 4096, 2) is None, "more programs than run at once"
     assert step_tile(1024, 1027, 64) is None, "rows that do not begin at 16 bytes"
