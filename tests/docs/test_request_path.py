@@ -11,14 +11,20 @@ import pytest
 ROOT = Path(__file__).parents[2]
 WALK = (ROOT / "docs" / "request-path.md").read_text()
 MAX_FILES = 30
-NUM_HANDOFF_FILES = 5
+NUM_HANDOFF_FILES = 6
 
 ITEM = re.compile(r"^(\d+)\. \[`([^`]+)`\](.*?)(?=^\d+\. |^$)", re.MULTILINE | re.DOTALL)
+ROW = re.compile(r"^\| [\d, ]+ \| (.*?) \|", re.MULTILINE)
 NAME = re.compile(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)?)`")
 
 
 def items() -> list[tuple[int, str, str]]:
     return [(int(number), path, text) for number, path, text in ITEM.findall(WALK)]
+
+
+def leaves() -> list[str]:
+    """Files that a request enters and a reader need not open."""
+    return [f"deployments/{path}" for cell in ROW.findall(WALK) for path in re.findall(r"`([\w/]+\.py)`", cell)]
 
 
 def definitions(source: str) -> Iterator[str]:
@@ -57,7 +63,13 @@ def test_the_files_are_numbered_in_order_and_no_more_than_thirty():
     assert len(numbers) <= MAX_FILES
     assert len({path for _, path, _ in items()}) == len(numbers)
     assert f"There are {len(numbers)} files." in WALK
-    assert f"skip the five of the hand-off: {len(numbers) - NUM_HANDOFF_FILES}." in WALK
+    assert f"skip the six of the hand-off: {len(numbers) - NUM_HANDOFF_FILES}." in WALK
+
+
+def test_the_other_files_that_a_request_enters_are_counted_and_each_is_told_once():
+    entered = [*(path for _, path, _ in items()), *leaves()]
+    assert len(set(entered)) == len(entered)
+    assert f"enters {len(entered)} files" in WALK and f"The other {len(leaves())} return" in WALK
 
 
 @pytest.mark.parametrize(("path", "text"), [item[1:] for item in items()], ids=[item[1] for item in items()])
