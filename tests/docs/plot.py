@@ -56,21 +56,24 @@ def _cells(line: str) -> list[str]:
 def panels(measured: str) -> tuple[Panel, Panel]:
     """What the plot shows, from the text of `docs/measured.md`."""
     section = measured.split(_SECTION)[1].split("\n## ")[0]
-    latency, goodput, *_ = tables(section)
-    names = ("p50", "p95", "p99")
-    disaggregated, colocated = (re.findall(r"[\d.]+", row[3]) for row in latency[1:])
-    gaps = tuple(zip(names, disaggregated, colocated, strict=True))
-    rates = tuple((_slo(bound, share), _number(mine), _number(theirs)) for bound, share, mine, theirs, _ in goodput[1:])
+    (table,) = tables(section)
+    gaps, rates = _pairs(table, "chat: ITL "), _pairs(table, "goodput: ")
     return (
         Panel("Gap between tokens of a chat (ITL), ms", "shorter is better", gaps),
         Panel("Requests per second within the SLO", "longer is better; rows: bound of ITL, share of gaps", rates),
     )
 
 
-def _slo(bound: str, share: str) -> str:
-    match = re.search(r"\((\d+ ms)\)", bound)
-    assert match, f"no bound in milliseconds in {bound!r}"
-    return f"{match[1]}, {share}"
+def _pairs(table: list[list[str]], kind: str) -> tuple[tuple[str, str, str], ...]:
+    """The rows of one kind."""
+    rows = [(row[0].removeprefix(kind), row[1], row[2]) for row in table if row[0].startswith(kind)]
+    return tuple((_label(name), _number(mine), _number(theirs)) for name, mine, theirs in rows)
+
+
+def _label(name: str) -> str:
+    """`p99`, or the bound in milliseconds and the share of gaps of `2 times idle (11 ms), 95% of gaps`."""
+    match = re.search(r"\((\d+ ms)\), (\d+%)", name)
+    return f"{match[1]}, {match[2]}" if match else name
 
 
 def _number(cell: str) -> str:
