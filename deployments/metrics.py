@@ -114,6 +114,10 @@ class AdmissionMetrics(Collector):
         for (reason, priority), count in sorted(self._admission.refusals.items()):
             refusals.add_metric((reason, priority.name.lower()), count)
         yield refusals
+        num_readings = self._admission.num_readings
+        yield CounterMetricFamily(
+            f"{_PREFIX}readings", "Times that it has read the pools' numbers.", value=num_readings
+        )
         outlooks = {pool: self._admission.outlook(pool) for pool in self._admission.pools}
         for name, text, values in (
             ("estimated_wait_seconds", "Of a prompt that comes now.", {p: o.wait.best for p, o in outlooks.items()}),

@@ -138,6 +138,7 @@ class Admission:
         self.waiting: Counter[tuple[str, bytes]] = Counter()
         self._last_call_s: dict[bytes, float] = {}  # by key; the one that called last is at the end
         self.refusals: Counter[tuple[Reason, Priority]] = Counter()
+        self.num_readings = 0
 
     @property
     def active_keys(self) -> Collection[bytes]:
@@ -151,6 +152,7 @@ class Admission:
             self.pools[name].update(engines, reading.as_of_s)
         for own in self._all_own:
             own.note_reading(reading.as_of_s, now_s)
+        self.num_readings += 1
 
     def admit(self, sizes: Sequence[int], priority: Priority, key: bytes) -> Ticket:
         """Let a call in.

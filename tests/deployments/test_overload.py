@@ -52,6 +52,10 @@ async def test_a_reading_of_real_engines_gives_the_speed_of_each_pool() -> None:
     assert prefill.prefill_s > 0 and decode.prefill_s > 0
     assert (prefill.prefill_steps, decode.prefill_steps) == (1, 1)
     assert (decode.finished, decode.num_remote_prompt_tokens) == (2, 0)
+    registry = pools.backend.clients.registry
+    assert registry.get_sample_value("kvrelay_readings_total") == 0
+    await pools.read()
+    assert registry.get_sample_value("kvrelay_readings_total") == 1
     await pools.stop()
 
 

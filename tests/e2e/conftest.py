@@ -6,6 +6,7 @@ And, for what needs two replicas of each pool, with a model that takes no time.
 import copy
 import json
 import random
+import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,6 +90,12 @@ class Service:
 
     def stats(self, pool: str) -> list[ReplicaStats]:
         return self.pool(pool).broadcast("stats").results(timeout_s=30)
+
+    def metric(self, name: str) -> float:
+        """The value of a metric without labels, from the one ingress replica that there is."""
+        text = httpx.get(f"{self.url}/metrics").raise_for_status().text
+        (value,) = re.findall(rf"^{name} (\S+)$", text, re.MULTILINE)
+        return float(value)
 
     @property
     def pools(self) -> tuple[str, ...]:

@@ -2,14 +2,11 @@
 
 import asyncio
 import os
-import re
 import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-
-import httpx
 
 from tests.bench.chaos.load import Client, Ending, Record
 from tests.bench.chaos.probes import Call, Probe, build_probes
@@ -24,12 +21,7 @@ VOCAB_SIZE = 256
 NUM_PROBES = 16
 # What Serve takes to tell a replica to go, and to see that it has, on a busy machine.
 PATIENCE_S = 120.0
-
-
-def num_resumed(service: Service) -> float:
-    text = httpx.get(f"{service.url}/metrics").text
-    (value,) = re.findall(r"^kvrelay_requests_resumed_total (\S+)$", text, re.MULTILINE)
-    return float(value)
+RESUMED = "kvrelay_requests_resumed_total"
 
 
 def build_small_probes() -> list[Probe]:
@@ -61,7 +53,7 @@ def test_pools_that_shrink_lose_no_request_and_no_token(scaled: Scaled) -> None:
     probes = build_small_probes()
     expected = {record.call.probe.number: record.token_ids for record in asyncio.run(ask(service, probes))}
     wait_idle(service, 120)
-    before = num_resumed(service)
+    before = service.metric(RESUMED)
     engines = [info.pid for info in service.pool("Decode").broadcast("engine_info").results(timeout_s=30)]
     begun: list[float] = []
 
@@ -81,6 +73,6 @@ def test_pools_that_shrink_lose_no_request_and_no_token(scaled: Scaled) -> None:
     records = asyncio.run(ask(service, probes, shrink))
     assert {record.ending for record in records} == {Ending.WHOLE}, [record.error for record in records]
     assert {record.call.probe.number: record.token_ids for record in records} == expected
-    assert num_resumed(service) > before, "the removed decode replica had more to do than its time allowed"
+    assert service.metric(RESUMED) > before, "the removed decode replica had more to do than its time allowed"
     wait_until(lambda: scaled.num_replicas("Prefill") <= 1, begun[0] + PREFILL_SHUTDOWN_S - time.monotonic())
     wait_idle(service, 120)

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 
 from tests.e2e.conftest import MODEL_NAME, Scaled, Service
 from tests.e2e.waiting import wait_idle
+from tests.waiting import wait_until
 
 BLOCK_SIZE = 16
 FIRST_TURN = 400  # tokens
@@ -47,10 +47,12 @@ def num_handed_over(service: Service) -> int:
     return sum(row.handoff.num_requests for row in service.stats("Prefill"))
 
 
-def wait_for_a_reading(service: Service, client: httpx.Client) -> None:
+def wait_for_a_reading(service: Service) -> None:
     """What the engines know by now the ingress knows as well."""
     wait_idle(service, 60)
-    time.sleep(2.5)  # it reads each second, and says nothing of it
+    # One reading may have begun before.
+    enough = service.metric("kvrelay_readings_total") + 2
+    wait_until(lambda: service.metric("kvrelay_readings_total") >= enough, 60)
 
 
 def test_next_turns_go_where_the_kv_is_until_that_replica_dies(routed: Service, client: httpx.Client) -> None:
@@ -59,14 +61,14 @@ def test_next_turns_go_where_the_kv_is_until_that_replica_dies(routed: Service, 
     for first in firsts:
         assert ask(routed, client, first)["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     assert num_handed_over(routed) == NUM_CONVERSATIONS
-    wait_for_a_reading(routed, client)
+    wait_for_a_reading(routed)
     answers = [ask(routed, client, second) for second in seconds]
     num_cached = FIRST_TURN // BLOCK_SIZE * BLOCK_SIZE
     cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
     assert cached == [num_cached] * NUM_CONVERSATIONS
     assert [why(answer).partition(":")[0] for answer in answers] == ["cache"] * NUM_CONVERSATIONS, [*map(why, answers)]
     assert num_handed_over(routed) == NUM_CONVERSATIONS, "decode had all but their last 40 tokens"
-    wait_for_a_reading(routed, client)
+    wait_for_a_reading(routed)
     victim = routed.pool("Decode").broadcast("engine_info").results(timeout_s=30)[0].pid
     os.kill(victim, signal.SIGKILL)
     again = [ask(routed, client, second) for second in seconds]
