@@ -7,7 +7,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_until(condition: Callable[[], T], timeout_s: float = 20.0, describe: Callable[[], object] = str) -> T:
+def wait_until(condition: Callable[[], T | None], timeout_s: float = 20.0, describe: Callable[[], object] = str) -> T:
     """What the condition gives once it is true.
 
     Args:

@@ -18,6 +18,7 @@ from deployments.local_engine import Answer, LocalEngine, first_token_of
 from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyAddress
 from tests.engine.driving import build_engine
 from tests.engine.grammars import load_with_tokenizer
+from tests.engine.insides import runner_of
 from tests.kv_tier.local_tier import LocalStore, LocalTier
 
 OBJECT_BLOCKS = 3
@@ -82,7 +83,7 @@ class FaultyEngine(LocalEngine):
         def fail(*_: object) -> None:
             raise error
 
-        self._engine._runner.launch = fail  # type: ignore[assignment,method-assign]
+        runner_of(self._engine).launch = fail
 
     async def until(self, condition: Callable[[Engine], bool]) -> None:
         """Return when the engine is where the test wants it; the test's own timeout bounds it."""

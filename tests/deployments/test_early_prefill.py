@@ -8,7 +8,7 @@ from deployments.decode import Beginnings
 from deployments.errors import RequestTooLargeError
 from tests.deployments.conftest import StartPools
 from tests.deployments.pools import NUM_TOKENS, PROMPT, Pools, is_decoding, tokens_of
-from tests.engine.driving import BLOCK_SIZE, greedy
+from tests.engine.driving import greedy
 from tests.engine.families import random_prompt, reference
 
 OTHER = random_prompt(150, seed=5)
@@ -67,10 +67,13 @@ async def test_a_prompt_with_a_known_beginning_is_begun_behind_what_is_cached(st
 
 
 @pytest.mark.parametrize("num_known", [100, len(PROMPT)], ids=["partly cached", "all cached, so not left to prefill"])
-async def test_what_was_begun_though_it_is_cached_gives_the_same_tokens(start: StartPools, num_known: int) -> None:
+async def test_what_was_begun_though_it_is_cached_gives_the_same_tokens(
+    start: StartPools, num_known: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deployments.decode._MAX_BEGINNINGS", 1)
     pools = await start()
     await pools.collect(greedy("earlier", PROMPT[:num_known], NUM_TOKENS))
-    pools.decode.deployment._beginnings = Beginnings(BLOCK_SIZE)  # as if others had come since
+    await pools.collect(greedy("another", OTHER, NUM_TOKENS))  # its beginning is remembered instead
     assert tokens_of(await pools.collect(greedy("r", PROMPT, NUM_TOKENS))) == reference("llama", PROMPT, NUM_TOKENS)
     assert pools.decode.front.handoff.num_failures == 0
     await pools.wait_idle()

@@ -63,10 +63,13 @@ async def test_closing_the_stream_frees_both_pools(pools: Pools, num_outputs: in
     await pools.wait_idle()
 
 
-@pytest.mark.parametrize("after_s", [0.0, 0.01, 0.03, 0.1])
-async def test_cancelling_the_reader_frees_both_pools(pools: Pools, after_s: float) -> None:
+@pytest.mark.parametrize(("of_prefill", "of_decode"), [(0, 0), (1, 0), (3, 0), (5, 0), (5, 1), (5, 4)])
+async def test_cancelling_the_reader_after_any_step_frees_both_pools(
+    pools: Pools, of_prefill: int, of_decode: int
+) -> None:
     reader = asyncio.create_task(pools.collect(greedy("r", PROMPT, 800)))
-    await asyncio.sleep(after_s)
+    await pools.prefill.engine.until(lambda engine: engine.stats().steps >= of_prefill)
+    await pools.decode.engine.until(lambda engine: engine.stats().steps >= of_decode)
     reader.cancel()
     with pytest.raises(asyncio.CancelledError):
         await reader

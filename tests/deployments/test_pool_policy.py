@@ -11,6 +11,8 @@ from app.arguments import ConfigError
 from app.config import AppConfig
 from deployments.engine.stats import EngineStats
 from deployments.planner import shared
+from deployments.planner.observer import Observer
+from deployments.planner.settings import PlannerSettings
 from deployments.planner.wire import REFUSED, of_numbers, to_numbers
 from deployments.pool_policy import IngressPolicy, PoolPolicy, view_of
 
@@ -22,10 +24,8 @@ class Controller:
 
     def __init__(self, **settings) -> None:
         self.app = f"app{next(_apps)}"
-        self.policies = {
-            pool: PoolPolicy(pool, False, {"enabled": True, "ttft_s": 1.0, "itl_s": 0.05, "start_s": 1.0} | settings)
-            for pool in ("decode", "prefill")
-        }
+        self.settings = {"enabled": True, "ttft_s": 1.0, "itl_s": 0.05, "start_s": 1.0} | settings
+        self.policies = {pool: PoolPolicy(pool, False, self.settings) for pool in ("decode", "prefill")}
         self.stats = {pool: [self.engine()] for pool in self.policies}
         self.targets = dict.fromkeys(self.policies, 1)
         self.bounds = dict.fromkeys(self.policies, (1, 10))
@@ -72,6 +72,20 @@ class Controller:
         return self.targets
 
 
+@pytest.fixture
+def observed(monkeypatch) -> list[tuple[float, int]]:
+    """When planners observed the pools, and how many refused calls they were told of then."""
+    seen: list[tuple[float, int]] = []
+    observe = Observer.observe
+
+    def note(self, reading, at_s, num_refused=0):
+        seen.append((at_s, num_refused))
+        return observe(self, reading, at_s, num_refused)
+
+    monkeypatch.setattr(Observer, "observe", note)
+    return seen
+
+
 def test_what_an_engine_says_comes_back_from_numbers_as_it_was():
     stats = EngineStats(num_running=3, prefill_s=1.25, tier_fetch_s=0.5, num_blocks=7)
     stats.itl_s.observe(0.02, 5)
@@ -87,15 +101,14 @@ def test_prompts_that_wait_add_prefill_replicas_within_two_seconds():
     assert controller.targets["prefill"] > 3 and controller.targets["decode"] == 1
 
 
-def test_both_policies_share_one_planner_and_one_observation_each_second():
+def test_both_policies_share_one_planner_and_one_observation_each_second(observed):
     controller = Controller()
     controller.run(1)
-    planner = shared.planner_of(controller.app, controller.policies["decode"]._settings, False)
-    before = planner._observer._at_s
+    before = observed.copy()
     controller.loop(0.4)
-    assert planner._observer._at_s == before
+    assert observed == before
     controller.loop(0.7)
-    assert planner._observer._at_s == controller.now_s
+    assert observed == [*before, (controller.now_s, 0)]
 
 
 def test_a_count_that_was_set_by_hand_is_kept_and_then_reduced():
@@ -117,7 +130,7 @@ def test_bounds_that_change_are_kept_at_once():
 
 def test_other_settings_begin_anew():
     controller = Controller()
-    settings = controller.policies["decode"]._settings
+    settings = PlannerSettings.model_validate(controller.settings)
     planner = shared.planner_of(controller.app, settings, False)
     assert shared.planner_of(controller.app, settings, False) is planner
     assert shared.planner_of(controller.app, settings.model_copy(update={"ttft_s": 9.0}), False) is not planner
@@ -164,13 +177,14 @@ def test_settings_that_contradict_the_planner_are_refused(arguments, message):
         AppConfig.model_validate({"planner.enabled": "true"} | arguments)
 
 
-def test_a_count_that_was_set_between_two_plans_is_kept():
+def test_a_count_that_was_set_between_two_plans_is_kept(observed):
     controller = Controller(hold_s=20.0)
     controller.run(30)
-    planner = shared.planner_of(controller.app, controller.policies["decode"]._settings, False)
-    planner._decided_s = controller.now_s
+    controller.loop(1.0)
+    assert observed[-1] == (controller.now_s, 0), "it has just planned"
     controller.targets["decode"] = 6
     assert controller.loop(0.4)["decode"] == 6
+    assert observed[-1][0] < controller.now_s, "and not again"
 
 
 def test_a_pool_that_is_not_scaled_by_its_policy_stops_the_planner_and_is_named(caplog):
@@ -187,10 +201,10 @@ def test_a_pool_that_is_not_scaled_by_its_policy_stops_the_planner_and_is_named(
     assert controller.targets["prefill"] > 3
 
 
-def test_calls_that_an_ingress_refuses_count_as_if_they_had_come():
+def test_calls_that_an_ingress_refuses_count_as_if_they_had_come(observed):
     controller = Controller()
     controller.run(30)
-    ingress = IngressPolicy(False, controller.policies["decode"]._settings.model_dump())
+    ingress = IngressPolicy(False, controller.settings)
     context = controller.context("decode")
     replica = context.running_replicas[0]
 
@@ -199,13 +213,13 @@ def test_calls_that_an_ingress_refuses_count_as_if_they_had_come():
         assert ingress(context) == replica_queue_length_autoscaling_policy(context)
 
     refuse(1000)  # before the planner was there
-    planner = shared.planner_of(controller.app, controller.policies["decode"]._settings, False)
-    assert planner._num_refused == 0
-    refuse(1005)
-    assert planner._num_refused == 5
     controller.loop(1.0)
-    assert planner._num_refused == 0
-    assert planner._observer._requests.rate.fast > 0
+    assert observed[-1] == (controller.now_s, 0)
+    refuse(1005)
+    controller.loop(1.0)
+    assert observed[-1] == (controller.now_s, 5)
+    controller.loop(1.0)
+    assert observed[-1] == (controller.now_s, 0), "each counts once"
 
 
 def test_what_is_told_to_the_planner_is_a_second_old_at_most():

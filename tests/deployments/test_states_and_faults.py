@@ -121,7 +121,8 @@ async def prefill_engine_hangs(case: Case) -> None:
 
 async def prefill_front_hangs(case: Case) -> None:
     """It renews nothing, so that the leases run out on either side."""
-    await asyncio.sleep(2 * LEASE_S)
+    for engine in case.pools.engines:
+        await engine.until(lambda engine: engine.next_expiry_s is None)
 
 
 async def decode_engine_dies(case: Case) -> None:

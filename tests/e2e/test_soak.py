@@ -1,7 +1,6 @@
 """Hundreds of requests, clients that leave among them, leave nothing behind: the short form of `make bench-soak`."""
 
 import asyncio
-import time
 from collections.abc import Sequence
 
 import psutil
@@ -13,6 +12,7 @@ from tests.bench.soak.processes import Usage, take
 from tests.bench.soak.verdict import Idle, by_process, find_leaks
 from tests.e2e.conftest import MODEL_NAME, Service
 from tests.e2e.waiting import wait_idle
+from tests.waiting import wait_until
 
 # Half of the measured requests are new and handed over, the other half was asked before and is found in caches.
 NUM_PROBES = 100
@@ -55,10 +55,13 @@ def test_hundreds_of_requests_leave_nothing_behind(disaggregated: Service) -> No
     drive(disaggregated, old, seed=1)  # the first ones make threads, connections and buffers that stay
     before = count()
     num_requests = drive(disaggregated, new, seed=2) + drive(disaggregated, old, seed=3)
-    deadline_s = time.monotonic() + CLOSING_TIMEOUT_S  # connections of clients who left close by and by
-    while leaks := list(find_leaks(before, after := count())):
-        assert time.monotonic() < deadline_s, leaks
-        time.sleep(0.5)
+
+    def count_without_leaks() -> Idle | None:
+        after = count()
+        return None if list(find_leaks(before, after)) else after
+
+    # Connections of clients who left close by and by.
+    after = wait_until(count_without_leaks, CLOSING_TIMEOUT_S, lambda: list(find_leaks(before, count())))
     was, is_now = watched(before), watched(after)
     assert {usage.role for usage in was.values()} == set(MAX_GROWTH)
     for name, usage in is_now.items():

@@ -1,15 +1,23 @@
 """Looks into an engine where a test needs what nobody else asks it for: the one place that knows its parts by name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
+from unittest.mock import patch
 
+import pytest
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from deployments.engine.attention import sdpa
+from deployments.engine.attention.sdpa import SdpaStep
 from deployments.engine.config import SpeculationConfig
 from deployments.engine.engine import Engine
 from deployments.engine.execution.base import Runner
 from deployments.engine.grammar.guides import Guides
+from deployments.engine.kv.cache import KVShape
+from deployments.engine.layers import cpu
 from deployments.engine.loop import EngineLoop
 from deployments.engine.scheduling.block_manager import BlockManager
 from deployments.engine.scheduling.scheduler import Scheduler
@@ -17,6 +25,10 @@ from deployments.engine.scheduling.sequence import Sequence
 from deployments.engine.speculation.base import Drafter
 from deployments.engine.speculation.speculator import Speculator
 from deployments.messages import Grammar
+
+if TYPE_CHECKING:
+    from deployments.engine.batch.arrays import StepArrays
+    from deployments.engine.execution.graphs import PromptGraph
 
 CompileGrammar: TypeAlias = Callable[[Grammar, list[int]], Any]
 
@@ -86,3 +98,35 @@ def speculate_by(engine: Engine, drafter: Drafter) -> None:
     """Have an engine whose settings let it guess try all that this one guesses."""
     assert engine._speculator.is_on
     engine._speculator = Speculator(drafter, SpeculationConfig(method="ngram", is_adaptive=False), engine._stats)
+
+
+@contextmanager
+def scores_at_once() -> Iterator[list[int]]:
+    """How many scores each part of attention computes at once, meanwhile."""
+    sizes: list[int] = []
+    whole = sdpa._attend
+
+    def attend(queries: Tensor, keys: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        sizes.append(queries.shape[:3].numel() * keys.shape[2])
+        return whole(queries, keys, *args, **kwargs)
+
+    with patch.object(sdpa, "_attend", attend):
+        yield sizes
+
+
+def probe_step(shape: KVShape) -> SdpaStep:
+    """The step by which decoder layers are tried."""
+    return cpu._probe_step(shape)
+
+
+def tell_of_replays(monkeypatch: pytest.MonkeyPatch, tell: "Callable[[StepArrays, list[PromptGraph]], None]") -> None:
+    """Have every step of recorded parts told to a test."""
+    from deployments.engine.execution.cuda import CudaRunner  # needs Triton
+
+    replay = CudaRunner._replay_parts
+
+    def tell_and_replay(self: CudaRunner, arrays: "StepArrays", graphs: "list[PromptGraph]") -> Tensor:
+        tell(arrays, graphs)
+        return replay(self, arrays, graphs)
+
+    monkeypatch.setattr(CudaRunner, "_replay_parts", tell_and_replay)

@@ -3,19 +3,18 @@
 import multiprocessing
 import os
 import signal
+import threading
 import weakref
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.synchronize import Event
-from threading import Thread
-from time import sleep
 
 import pytest
 import torch
 
-from deployments.kv_transfer.group import Group, build_group, host_store, join_store
+from deployments.kv_transfer.group import Group, Wait, build_group, host_store, join_store
 
 HOST = "127.0.0.1"
-# 800 MB: far from over after 0.1 s.
+# 800 MB: far from over while the test looks.
 LARGE = 200_000_000
 # For what must happen; a process that starts on a busy machine takes a while.
 PATIENCE_S = 120
@@ -31,19 +30,32 @@ def ends() -> tuple[Group, Group]:
         return build_group("cpu", store, 0, HOST, PATIENCE_S), other.result()
 
 
-def send(group: Group, tensor: torch.Tensor, timeout_s: float) -> None:
-    group.start_send(tensor)(timeout_s)
+def send(group: Group, tensor: torch.Tensor, timeout_s: float, begun: threading.Event | None = None) -> None:
+    finish(group.start_send(tensor), timeout_s, begun)
 
 
-def recv(group: Group, tensor: torch.Tensor, timeout_s: float) -> None:
-    group.start_recv(tensor)(timeout_s)
+def recv(group: Group, tensor: torch.Tensor, timeout_s: float, begun: threading.Event | None = None) -> None:
+    finish(group.start_recv(tensor), timeout_s, begun)
+
+
+def finish(wait: Wait, timeout_s: float, begun: threading.Event | None) -> None:
+    if begun is not None:
+        begun.set()
+    wait(timeout_s)
+
+
+def check_waits(pending: "Future[None]", begun: threading.Event) -> None:
+    """It was begun, and does not end by itself."""
+    assert begun.wait(PATIENCE_S)
+    with pytest.raises(TimeoutError):
+        pending.result(timeout=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_bytes_arrive_unchanged(ends, dtype):
     sent = torch.randn(3, 2, 1000).to(dtype)
     received = torch.empty_like(sent)
-    sender = Thread(target=send, args=(ends[1], sent, PATIENCE_S))
+    sender = threading.Thread(target=send, args=(ends[1], sent, PATIENCE_S))
     sender.start()
     recv(ends[0], received, PATIENCE_S)
     sender.join()
@@ -53,9 +65,8 @@ def test_bytes_arrive_unchanged(ends, dtype):
 @pytest.mark.parametrize("aborting", [0, 1])
 def test_abort_wakes_a_pending_receive_on_either_end(ends, aborting):
     with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(recv, ends[0], torch.empty(1_000_000), LONG_S)
-        sleep(0.1)
-        assert not pending.done()
+        pending = pool.submit(recv, ends[0], torch.empty(1_000_000), LONG_S, begun := threading.Event())
+        check_waits(pending, begun)
         ends[aborting].abort()
         with pytest.raises(RuntimeError):
             pending.result(timeout=PATIENCE_S)
@@ -63,9 +74,8 @@ def test_abort_wakes_a_pending_receive_on_either_end(ends, aborting):
 
 def test_abort_wakes_a_send_that_nobody_receives(ends):
     with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(send, ends[0], torch.empty(50_000_000), LONG_S)
-        sleep(0.1)
-        assert not pending.done()
+        pending = pool.submit(send, ends[0], torch.empty(50_000_000), LONG_S, begun := threading.Event())
+        check_waits(pending, begun)
         ends[0].abort()
         with pytest.raises(RuntimeError):
             pending.result(timeout=PATIENCE_S)
@@ -103,10 +113,10 @@ def test_a_peer_lost_amid_the_bytes_pins_nothing(direction, stop_signal):
         tensors = [torch.ones(LARGE)]
         memory = weakref.ref(tensors[0])
         assert ready.wait(PATIENCE_S)
+        carry, begun = send if direction == "send" else recv, threading.Event()
         with ThreadPoolExecutor(1) as pool:
-            pending = pool.submit(lambda: (send if direction == "send" else recv)(group, tensors.pop(), LONG_S))
-            sleep(0.1)
-            assert not pending.done()
+            pending = pool.submit(lambda: carry(group, tensors.pop(), LONG_S, begun))
+            check_waits(pending, begun)
             os.kill(other.pid, stop_signal)
             group.abort()
             assert isinstance(pending.exception(timeout=PATIENCE_S), RuntimeError)

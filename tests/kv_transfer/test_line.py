@@ -75,7 +75,7 @@ def test_saying_to_an_end_that_is_gone_raises(pair):
 
 
 def test_a_flood_without_an_end_is_hung_up_on(pair):
-    pair[0]._connection.sendall(b"x" * 10_000)
+    pair[0].say("x" * 10_000)  # its end comes too late
     assert pair[1].hear(5) is None
 
 

@@ -27,9 +27,19 @@ def raising() -> Iterator[signal.Signals]:
 
 
 @pytest.mark.timeout(60)
-def test_a_signal_that_another_thread_takes_ends_the_waiting(raising: signal.Signals) -> None:
+def test_a_signal_that_another_thread_takes_ends_the_waiting(
+    raising: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits, sleep = threading.Event(), time.sleep
+
+    def note_and_sleep(seconds: float) -> None:
+        waits.set()
+        sleep(seconds)
+
+    monkeypatch.setattr("app.local_server.time.sleep", note_and_sleep)
+
     def take() -> None:
-        time.sleep(0.2)  # until the main thread waits; one that comes before is no harder
+        waits.wait()
         signal.pthread_kill(threading.get_ident(), raising)
 
     taker = threading.Thread(target=take)

@@ -126,7 +126,7 @@ class SdpaStep:
     def _decode(self, layer: int, queries: Tensor, scores: Scores) -> Tensor:
         plan = self._decode_plans.get(scores.window)
         if plan is None:
-            plan = _plan_decodes(self._arrays, self.cache.block_size, scores.window, queries)
+            plan = plan_decodes(self._arrays, self.cache.block_size, scores.window, queries)
             self._decode_plans[scores.window] = plan
         num_heads, num_decodes, head_dim = queries.shape
         num_kv_heads = self.cache.group.num_kv_heads
@@ -300,7 +300,7 @@ def _cut_chunks(arrays: StepArrays, block_size: int, device: torch.device) -> li
     return chunks
 
 
-def _plan_decodes(arrays: StepArrays, block_size: int, window: int | None, queries: Tensor) -> _DecodePlan:
+def plan_decodes(arrays: StepArrays, block_size: int, window: int | None, queries: Tensor) -> _DecodePlan:
     lens = arrays.decode_lens
     first = np.zeros_like(lens) if window is None else np.maximum(lens - window, 0) // block_size
     num_blocks = -(-lens // block_size) - first

@@ -1,6 +1,5 @@
 """The step's attention against dense attention in float64: splits, merging, windows, softcaps, any block table."""
 
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -11,12 +10,13 @@ from torch import Tensor
 from deployments.engine.attention import sdpa
 from deployments.engine.attention.base import LayerAttention
 from deployments.engine.attention.paged import PagedStep
-from deployments.engine.attention.sdpa import _plan_decodes
+from deployments.engine.attention.sdpa import plan_decodes
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.kernels.arguments import Scores
 from deployments.engine.kv.cache import KVCache, KVShape
 from deployments.kv_groups import KVGroup
 from tests.engine.families import CPU
+from tests.engine.insides import scores_at_once
 
 BLOCK_SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 6, 2, 16
 SCALING = 0.31
@@ -170,16 +170,9 @@ def test_sinks_take_their_share_of_every_softmax(window: int | None, softcap: fl
 @pytest.mark.parametrize("is_fused", [True, False])
 @pytest.mark.parametrize("window", [None, 60])
 def test_no_more_is_computed_at_once_than_is_bounded(window: int | None, is_fused: bool) -> None:
-    sizes: list[int] = []
-
-    def attend(queries: Tensor, keys: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        sizes.append(queries.shape[:3].numel() * keys.shape[2])
-        return whole(queries, keys, *args, **kwargs)
-
-    whole = sdpa._attend
     bound = 8 * NUM_HEADS * 400
     with (
-        patch.object(sdpa, "_attend", attend),
+        scores_at_once() as sizes,
         patch.object(sdpa, "_MAX_BYTES", 8 * bound),
         patch.object(sdpa, "_MAX_PART", 16),
         patch.object(sdpa, "_is_fused", lambda *_: is_fused),
@@ -194,7 +187,7 @@ def test_one_long_decode_is_split_and_the_short_ones_are_not_padded_to_it() -> N
     lens = [600, 5, 9, 17, 30]
     pool = Pool(0)
     tables = [pool.take(length) for length in lens]
-    plan = _plan_decodes(
+    plan = plan_decodes(
         build_arrays(torch.zeros(0, dtype=torch.int64), lens, tables, []), BLOCK_SIZE, None, pool.cache.blocks
     )
     assert plan.owner is not None
@@ -207,7 +200,7 @@ def test_decodes_of_one_length_that_fill_their_blocks_need_neither_mask_nor_merg
     pool = Pool(0)
     lens = [16, 16]
     tables = [pool.take(length) for length in lens]
-    plan = _plan_decodes(
+    plan = plan_decodes(
         build_arrays(torch.zeros(0, dtype=torch.int64), lens, tables, []), BLOCK_SIZE, None, pool.cache.blocks
     )
     assert plan.mask is None and plan.owner is None
@@ -217,7 +210,7 @@ def test_decodes_of_one_length_that_fill_their_blocks_need_neither_mask_nor_merg
 def test_a_window_gathers_only_the_blocks_it_reaches() -> None:
     pool = Pool(0)
     tables = [pool.take(600)]
-    plan = _plan_decodes(
+    plan = plan_decodes(
         build_arrays(torch.zeros(0, dtype=torch.int64), [600], tables, []), BLOCK_SIZE, 16, pool.cache.blocks
     )
     assert set(plan.block_ids.tolist()) == set(tables[0][-2:])

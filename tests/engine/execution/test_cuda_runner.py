@@ -19,7 +19,7 @@ from deployments.engine.kv.cache import KVCache
 from deployments.messages import SamplingParams
 from tests.engine.driving import Transcript, build_engine, greedy, run
 from tests.engine.families import load, random_prompt, reference
-from tests.engine.insides import replace_runner, runner_of
+from tests.engine.insides import replace_runner, runner_of, tell_of_replays
 from tests.gpu.expected import expected_attention
 
 if DEVICE.type == "cuda":
@@ -122,13 +122,11 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def replayed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
     """Of each step of recorded parts: its decodes, and which graphs its prompts took."""
     seen: list[tuple[int, list[int]]] = []
-    replay = runners.CudaRunner._replay_parts
 
-    def note(self: runners.CudaRunner, arrays: StepArrays, graphs: list[PromptGraph]) -> Tensor:
+    def note(arrays: StepArrays, graphs: list[PromptGraph]) -> None:
         seen.append((arrays.num_decodes, [graph.length for graph in graphs]))
-        return replay(self, arrays, graphs)
 
-    monkeypatch.setattr(runners.CudaRunner, "_replay_parts", note)
+    tell_of_replays(monkeypatch, note)
     return seen
 
 

@@ -18,6 +18,7 @@ from deployments.engine.layers.merged import merge_linears
 from deployments.engine.model.load import prepare_model
 from deployments.engine.model.probe import probe_kv_shape
 from tests.engine.families import CPU, build_model
+from tests.engine.insides import probe_step
 
 
 def fuse(family: str, change: Any = lambda model: None) -> tuple[Any, int]:
@@ -34,7 +35,7 @@ def fuse(family: str, change: Any = lambda model: None) -> tuple[Any, int]:
 def num_calls(model: Any) -> int:
     """Of compiled code, for all layers of a step of a small Llama."""
     shape = prepare_model(copy.deepcopy(build_model("llama")), "", CPU).kv_shape
-    step, tokens = cpu._probe_step(shape), torch.arange(5).unsqueeze(0)
+    step, tokens = probe_step(shape), torch.arange(5).unsqueeze(0)
     with patch.object(cpu, "run_layers", wraps=run_layers) as run:
         model(input_ids=tokens, position_ids=tokens, use_cache=False, paged_step=step)
     return run.call_count
