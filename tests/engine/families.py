@@ -9,39 +9,21 @@ from functools import cache
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
 from tests.engine.length_dependent import LENGTH_DEPENDENT
+from tests.tiny_models import SMALL, small_config
 
 CPU = torch.device("cpu")
-VOCAB_SIZE = 512
+VOCAB_SIZE: int = SMALL["vocab_size"]
 WINDOW = 24
 
-SIZES: dict[str, object] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
-# Classes that know no size of a head but that of their share of the hidden size.
-_WITHOUT_HEAD_DIM = frozenset(
-    ("GraniteConfig", "Olmo2Config", "Phi3Config", "PhimoeConfig", "Qwen2Config", "Qwen2MoeConfig", "SmolLM3Config")
-)
 # Softcaps and sinks are dropped by torch's fused attention: the reference must be the explicit one.
 _EXPLICIT = frozenset(("Gemma2Config", "GptOssConfig"))
 _EXPERTS: dict[str, object] = {"num_experts_per_tok": 2}
 
-# A class of configurations, and what differs from `SIZES`.
+# A class of configurations, and what differs from `SMALL`.
 _CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("LlamaConfig", {}),
     "qwen2": ("Qwen2Config", {}),
@@ -94,15 +76,6 @@ _CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     ),
 }
 FAMILIES = tuple(_CONFIGS)
-
-
-def small_config(name: str, **changes: object) -> PretrainedConfig:
-    """A configuration of transformers' class of that name: `SIZES`, but for the changes."""
-    sizes = SIZES
-    if name in _WITHOUT_HEAD_DIM:
-        sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
-    config: PretrainedConfig = getattr(transformers, name)(**copy.deepcopy(sizes | changes))
-    return config
 
 
 def small_model(name: str, attention: str | None = None, **changes: object) -> PreTrainedModel:

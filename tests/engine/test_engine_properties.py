@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import hypothesis.strategies as st
 import pytest
@@ -30,23 +29,17 @@ from tests.engine.drafters import mixture, with_drafter
 from tests.engine.driving import FakeClock, Transcript, build_engine, generate, greedy, prefill_all, run
 from tests.engine.families import CPU, small_model
 from tests.engine.insides import is_between_engines, scheduler_of
+from tests.tiny_models import ONE_LAYER
 
 LEASE_S = 15.0  # as by default
-BLOCK_SIZE, MAX_PROMPT, MAX_TOKENS, VOCAB_SIZE = 4, 30, 10, 64
+BLOCK_SIZE, MAX_PROMPT, MAX_TOKENS, VOCAB_SIZE = 4, 30, 10, ONE_LAYER["vocab_size"]
 POOL_BLOCKS = 14  # one request may need 10: two long ones must fight for blocks
 
 
 @cache
 def tiny() -> LoadedModel:
     """One layer, so that a step takes about a millisecond."""
-    sizes: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "max_position_embeddings": 64,
-    }
-    heads: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    return prepare_model(small_model("LlamaConfig", **sizes, **heads), "", CPU)
+    return prepare_model(small_model("LlamaConfig", **ONE_LAYER), "", CPU)
 
 
 def build_small(*, is_pipelined: bool = False, clock: Clock = time.monotonic, **overrides: object) -> Engine:

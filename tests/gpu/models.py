@@ -2,7 +2,6 @@
 
 import copy
 from functools import cache
-from typing import Any
 
 import torch
 from transformers import (
@@ -25,17 +24,10 @@ from transformers import (
 )
 
 from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
+from tests.tiny_models import ON_A_GPU
 
-VOCAB_SIZE = 3000
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-}
+SHAPE = ON_A_GPU
+VOCAB_SIZE: int = SHAPE["vocab_size"]
 PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**SHAPE),

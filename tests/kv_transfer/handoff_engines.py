@@ -32,16 +32,10 @@ def load() -> "LoadedModel":
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from deployments.engine.model.load import optimize_layers, prepare_model
+    from tests.tiny_models import NARROW, ON_A_GPU
 
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=512 if ON_GPU else 64,
-        intermediate_size=1024 if ON_GPU else 128,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        max_position_embeddings=NUM_BLOCKS * BLOCK_SIZE // 2,
-    )
+    longest = {"max_position_embeddings": NUM_BLOCKS * BLOCK_SIZE // 2}
+    config = LlamaConfig(**((ON_A_GPU if ON_GPU else NARROW) | longest))
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
     for parameter in model.parameters():

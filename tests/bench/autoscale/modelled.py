@@ -6,7 +6,6 @@ several engines fit on two cores, and their pace does not depend on who else use
 """
 
 import time
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -21,6 +20,7 @@ from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine_builder import BuiltEngine, assemble_engine
 from deployments.simulator.curves import Curves
 from tests.engine.insides import replace_runner, runner_of
+from tests.tiny_models import MODELLED
 
 # A prompt of 1,000 tokens takes a second, a token 50 ms and more the more sequences there are.
 CURVES = Curves(step_s=0.05, token_s=0.001, sequence_s=0.004, context_s=0.0)
@@ -49,13 +49,7 @@ class ModelledRunner:
 def build_modelled(config: EngineConfig) -> BuiltEngine:
     """Stands in for `build_engine`; the tokenizer is the default model's."""
     configure_process(1)
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    shape = LlamaConfig(vocab_size=_VOCAB_SIZE, max_position_embeddings=8192, num_key_value_heads=1, **sizes)
+    shape = LlamaConfig(vocab_size=_VOCAB_SIZE, **MODELLED)
     torch.manual_seed(0)  # one fingerprint for all
     model = AutoModelForCausalLM.from_config(shape)
     built = assemble_engine(prepare_model(model, resolve_model(config.model), torch.device("cpu")), config)

@@ -14,21 +14,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 from tests.bench.bench_gpu import fill_random
 from tests.bench.gpu_shapes import SHAPES
+from tests.tiny_models import DRY_RUN
 
 
 def config_of(shape: str) -> PretrainedConfig:
     """One of `gpu_shapes`, or `tiny`, with which the benchmark itself can be tried on a CPU."""
     if shape != "tiny":
         return SHAPES[shape].config()
-    return LlamaConfig(
-        vocab_size=50_000,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
-    )
+    return LlamaConfig(**DRY_RUN)
 
 
 def write_model(folder: Path, shape: str) -> None:

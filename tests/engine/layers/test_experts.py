@@ -18,6 +18,7 @@ from deployments.engine.kernels.cuda_router import router_logits  # isort: skip
 from deployments.engine.kernels.cuda_routing import Routing, plan_blocks, route  # isort: skip
 
 from tests.engine.families import small_model
+from tests.tiny_models import ONE_LAYER_OF_EXPERTS
 
 TILE = Tile(columns=16, depth=16, num_stages=2, num_warps=4)
 EVERY_TILE = (TILE, Tile(columns=32, depth=32, num_stages=2, num_warps=4, weight_first=False))
@@ -179,13 +180,6 @@ def test_a_layer_of_experts_adds_to_the_residual_that_it_is_told_of(
     check(experts(x, ids.long(), weights), expected - expected + of.expected(x, ids, weights))
 
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 24,
-    "num_hidden_layers": 1,
-    "num_experts_per_tok": 2,
-}
 INNER: dict[str, Any] = {"moe_intermediate_size": 16}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {"num_local_experts": 4}),
@@ -203,7 +197,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def build(family: str) -> PreTrainedModel:
     name, changes = FAMILIES[family]
-    return small_model(name, "eager", **SIZES, **changes).half().to(DEVICE)  # type: ignore[no-any-return]
+    return small_model(name, "eager", **ONE_LAYER_OF_EXPERTS, **changes).half().to(DEVICE)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -25,16 +25,9 @@ from deployments.engine.layers.fused import fuse_layers
 from deployments.engine.layers.linear import LinearKind, convert_linears
 from deployments.engine.layers.merged import merge_linears
 from tests.engine.families import randomize
+from tests.tiny_models import INTERPRETED
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "dtype": torch.float16,
-}
+SIZES: dict[str, Any] = INTERPRETED | {"dtype": torch.float16}
 
 
 class _Echo:

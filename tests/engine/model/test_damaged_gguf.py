@@ -12,6 +12,7 @@ from deployments.engine.model.resolve import resolve_model
 from deployments.errors import UnsupportedModelError
 from tests.engine.families import small_model
 from tests.engine.gguf_files import write_gguf
+from tests.tiny_models import FOR_A_FILE
 
 NUM_DAMAGED = 60
 
@@ -20,7 +21,7 @@ NUM_DAMAGED = 60
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KVRELAY_CACHE", str(tmp_path / "cache"))
     (tmp_path / "files").mkdir()
-    model = small_model("LlamaConfig", vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    model = small_model("LlamaConfig", **FOR_A_FILE)
     (file,) = write_gguf(tmp_path / "files" / "m.gguf", model)
     return file
 
@@ -85,13 +86,13 @@ def test_a_wrong_number_in_the_description_is_named(file: Path, damage: Callable
     ],
 )
 def test_a_value_of_another_type_is_refused(file: Path, key: str, value: object, message: str) -> None:
-    model = small_model("LlamaConfig", vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    model = small_model("LlamaConfig", **FOR_A_FILE)
     (other,) = write_gguf(file.with_name("o.gguf"), model, metadata={key: value})
     assert refusal(other).startswith(message)
 
 
 def test_a_part_that_is_damaged_is_named(file: Path) -> None:
-    model = small_model("LlamaConfig", vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    model = small_model("LlamaConfig", **FOR_A_FILE)
     first, second, *_ = write_gguf(file.with_name("s.gguf"), model, max_tensors=4)
     put(second, b"GGUF", 4, 2**50, 8)
     assert str(second) in refusal(first) and "1125899906842624 tensors; 524288 are allowed" in refusal(first)

@@ -17,9 +17,10 @@ from deployments.errors import InvalidRequestError, RequestTooLargeError, Unsupp
 from deployments.kv_groups import KVGroup
 from deployments.messages import GenerateRequest, SamplingParams
 from tests.engine.driving import build_engine, greedy, run
-from tests.engine.families import CPU, SIZES, build_config, load, random_prompt
+from tests.engine.families import CPU, build_config, load, random_prompt
+from tests.tiny_models import SMALL
 
-_SMALL = {key: value for key, value in SIZES.items() if key != "head_dim"}  # some cannot take one
+_SMALL = {key: value for key, value in SMALL.items() if key != "head_dim"}  # some cannot take one
 
 
 def build(name: str, **settings: object) -> PreTrainedModel:

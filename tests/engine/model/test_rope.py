@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from deployments.engine.engine import Engine
 from deployments.engine.model.rope import max_model_len
 from tests.engine.driving import BLOCK_SIZE, build_engine, generate, greedy, hand_over
-from tests.engine.families import build_model, load, random_prompt, small_config
+from tests.engine.families import build_model, load, random_prompt
 from tests.engine.length_dependent import BORDER, LENGTH_DEPENDENT
+from tests.tiny_models import small_config
 
 NUM_TOKENS = 12
 # Within, up to the border, across it while decoding, from one beyond it, and far beyond.
