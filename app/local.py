@@ -26,7 +26,7 @@ from app.config import AppConfig
 from app.haproxy import LOOPBACK_VARIABLE
 from app.local_checks import TEMP_PREFIX, LocalError, check_port, check_temp_folder, tell_of_memory
 from app.local_process import RunFolder, Server
-from app.local_server import NO_RAY, NO_RAY_MARK, RUNS, STAGE_MARK
+from app.local_server import APP, NO_RAY, NO_RAY_MARK, RUNS, STAGE_MARK
 from app.ports import free_ports
 from deployments.api.keys import KeyRing, KeysError
 from deployments.engine.model.files import check_model
@@ -34,10 +34,9 @@ from deployments.engine.model.tokenizer_files import check_tokenizer
 from deployments.errors import UnsupportedModelError
 
 SERVE_SETTINGS = Path(__file__).with_name("serve.env")
-APP = "app:graph"
 # What deployments/engine/model/resolve.py logs; its one step that takes a minute.
 _CONVERSION = re.compile(r"converting \S+ to \S+ \(once\)")
-# What an engine or the ingress says of a model that only loading shows to be none. Serve would try twice more.
+# What the check, an engine or the ingress says of a model that cannot be served; Serve would try twice more.
 _REFUSAL = re.compile(r"deployments\.errors\.UnsupportedModelError: (.*)\n")
 # What a shell has of its own.
 _SHELL_VARIABLES = {"PATH", "PWD", "OLDPWD", "SHLVL", "_"}

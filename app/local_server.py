@@ -7,6 +7,8 @@ which `app/local.py`, its only caller, finds in the log. Nobody else's Ray clust
 import argparse
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -25,12 +27,15 @@ from app.config import AppConfig
 from app.haproxy import REPLICA_KEEP_ALIVE_S
 from app.ports import HOST
 from app.ray_agents import choose_ports
+from deployments.engine.model.files import REFUSED
 
+APP = "app:graph"
 STAGE_MARK = "[kvrelay] "
 RUNS = "every replica runs"
 # Begins the stage that says why Ray did not come up, and the status with which the process then ends (EX_TEMPFAIL).
 NO_RAY_MARK = "Ray did not start"
 NO_RAY = 75
+CHECK = "deployments.engine.model.check"
 _MAX_REASON = 300
 _POLL_S = 1.0
 _SIGNAL_POLL_S = 0.5
@@ -63,6 +68,22 @@ def load_builder(import_path: str) -> Callable[[AppConfig], Application]:
 def http_options(port: int) -> dict[str, object]:
     """Of Serve."""
     return {"host": HOST, "port": port, "keep_alive_timeout_s": REPLICA_KEEP_ALIVE_S}
+
+
+def start_check(model: str) -> subprocess.Popen[bytes]:
+    """Look at the model's files in a process of its own: that loads torch, which this one would keep."""
+    # Its names and shapes alone, of what is here: without a question to the hub.
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen([sys.executable, "-m", CHECK, model], env=environment)
+
+
+def finish_check(check: subprocess.Popen[bytes]) -> None:
+    """Wait for the verdict, and end where the model is refused, of which the log says why.
+
+    A process that ended in any other way has judged nothing; engines will.
+    """
+    if check.wait() == REFUSED:
+        sys.exit(REFUSED)
 
 
 def start_ray(port: int, num_cpus: int, temp_dir: Path) -> None:
@@ -159,7 +180,13 @@ def main() -> None:
     arguments = dict(argument.split("=", 1) for argument in options.arguments)
     try:
         say("loading the code")
-        application = load_builder(options.app)(AppConfig.model_validate(arguments))
+        config = AppConfig.model_validate(arguments)
+        # What another application does with the name, only it knows.
+        check = start_check(config.model) if options.app == APP else None
+        application = load_builder(options.app)(config)
+        if check is not None:
+            say("checking the model")
+            finish_check(check)
         start_ray(options.port, options.num_cpus, options.temp_dir)
         start(application)
         # Only now: ray.init sets a handler of its own, and until here `down` ends the whole session by force.

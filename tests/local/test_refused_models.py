@@ -1,11 +1,14 @@
-"""A model that only loading shows to be none: said in one line as soon as an engine says so, and nothing is left."""
+"""A model that is none: said in one line, before Ray starts where its files show it, and nothing is left."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+from safetensors.numpy import load_file, save_file
+
 from app.local_process import RunFolder
-from tests.local.commands import ROOT
+from tests.engine.families import small_model
+from tests.local.commands import ROOT, run
 
 REASON = "model '/some/folder': the checkpoint lacks lm_head.weight"
 # In the place of a server: an engine has refused the model, and Serve goes on trying.
@@ -30,4 +33,19 @@ def test_a_refusal_ends_the_start_at_once_in_one_line_and_leaves_nothing(
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert (failed.returncode, failed.stderr) == (1, f"{REASON}\n")
+    assert folder.server() is None
+
+
+def test_weights_of_another_shape_are_refused_before_ray_starts(tmp_path: Path, folder: RunFolder, port: int) -> None:
+    model, weights = tmp_path / "a model", tmp_path / "a model" / "model.safetensors"
+    small_model("LlamaConfig").save_pretrained(model)
+    (model / "tokenizer.json").write_text("{}")
+    held = load_file(weights)
+    save_file(held | {"model.norm.weight": held["model.norm.weight"][:60]}, weights, metadata={"format": "pt"})
+    failed = run(folder, "up", "--port", str(port), f"model={model}")
+    reason = "model.norm.weight ([60] in model.safetensors, config.json wants [64])"
+    assert failed.returncode == 1
+    assert failed.stderr.startswith(f"model {str(model)!r}: ") and failed.stderr.endswith(f"{reason}\n")
+    assert failed.stderr.count("\n") == 1
+    assert "checking the model" in failed.stdout and "Ray" not in failed.stdout + folder.log.read_text()
     assert folder.server() is None

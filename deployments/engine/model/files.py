@@ -31,6 +31,8 @@ _SHARD = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.gguf")
 _MAX_HEADER = 100_000_000
 _LFS_POINTER = b"version https://git-lfs"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+# The status with which a process ends that was to look at a model, and refuses it (EX_DATAERR).
+REFUSED = 65
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -239,17 +241,38 @@ def _check_gguf(model: str, file: Path) -> None:
 def _check_hub(model: str) -> None:
     if _HUB_ID.fullmatch(model) is None:
         raise refusal(model, "neither a folder or file that is there, nor a hub id (OWNER/NAME)")
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    names = ("config.json", *_WEIGHTS, *(f"{name}.index.json" for name in _WEIGHTS))
-    has_config, *has_weights = (isinstance(try_to_load_from_cache(model, name), str) for name in names)
-    if has_config and any(has_weights):
+    if is_cached(model):
         return
+    from huggingface_hub import constants
+
     if constants.HF_HUB_OFFLINE:
         raise refusal(model, f"no such folder, not in the cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE is set")
     fault = within(_HUB_TIMEOUT_S, lambda: _ask_hub(model), f"no answer within {_HUB_TIMEOUT_S:g} s")
     if fault is not None:
         raise refusal(model, f"no such folder, and the hub at {constants.ENDPOINT}: {fault}")
+
+
+def is_cached(model: str) -> bool:
+    """Whether a hub's model is here: its configuration, and all files of its weights.
+
+    Raises:
+        UnsupportedModelError: the index of its weights cannot be read.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    def find(name: str) -> Path | None:
+        found = try_to_load_from_cache(model, name)
+        return Path(found) if isinstance(found, str) else None
+
+    if find("config.json") is None:
+        return False
+    for name in _WEIGHTS:
+        if find(name) is not None:
+            return True
+        if (index := find(f"{name}.index.json")) is not None:
+            shards = read_json(model, index).get("weight_map")
+            return isinstance(shards, dict) and all(type(name) is str and find(name) for name in shards.values())
+    return False
 
 
 def within(timeout_s: float, question: Callable[[], str | None], else_answer: str) -> str | None:

@@ -112,7 +112,7 @@ def _load(source: "_Source", file: Path) -> tuple[PretrainedConfig, Any, Any]:
     except Exception as error:
         raise source.refusal(brief(error)) from error
     model, found = loaded
-    check_complete(str(source.named), model, found)
+    check_complete(str(source.named), model, found, headers={})
     return config, model, tokenizer
 
 

@@ -27,10 +27,12 @@ class Header:
 
     Attributes:
         is_integer: whole numbers, or truth values.
+        file: its name; empty: not known.
     """
 
     shape: tuple[int, ...]
     is_integer: bool
+    file: str = ""
 
 
 class Headers(dict[str, Header]):
@@ -72,7 +74,7 @@ def read_headers(path: str) -> Headers:
                 for name in content.keys():  # noqa: SIM118  # no mapping
                     weight = content.get_slice(name)
                     is_integer = _INTEGERS.fullmatch(weight.get_dtype()) is not None
-                    headers[name] = Header(tuple(weight.get_shape()), is_integer)
+                    headers[name] = Header(tuple(weight.get_shape()), is_integer, Path(file).name)
         if not headers:
             for file in weight_files(path, _OLD_FILE):
                 headers |= _read_old(file)
@@ -108,7 +110,7 @@ def _read_old(file: str) -> Mapping[str, Header]:
     except Exception:  # loading says what is wrong with it
         return {}
     return {
-        name: Header(tuple(weight.shape), not weight.dtype.is_floating_point)
+        name: Header(tuple(weight.shape), not weight.dtype.is_floating_point, Path(file).name)
         for name, weight in weights.items()
         if isinstance(weight, torch.Tensor)
     }

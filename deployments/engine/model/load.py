@@ -1,12 +1,10 @@
 """Finds, checks and loads the model. What the engine cannot run is refused here, by the name of the layer.
 
-Called once, when an engine starts. Where a model is, `resolve.py` knows; what its configuration says,
-`config.py`; which weights it has, `weights.py`.
+Called once, when an engine starts. Where a model is, `resolve.py` knows; what its files say, `checkpoint.py`;
+which weights it has, `weights.py`.
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
@@ -18,15 +16,14 @@ from deployments.engine.config import EngineConfig
 from deployments.engine.kv.cache import KVShape
 from deployments.engine.layers.fp8 import quantize_weights
 from deployments.engine.layers.replace import replace_layers
-from deployments.engine.model.config import check_config, check_counts, read_config
-from deployments.engine.model.end_tokens import end_token_ids, read_end_token_ids
-from deployments.engine.model.headers import read_headers
+from deployments.engine.model.checkpoint import naming, read_checkpoint
+from deployments.engine.model.config import check_config
+from deployments.engine.model.end_tokens import end_token_ids
 from deployments.engine.model.probe import probe_kv_shape
 from deployments.engine.model.resolve import resolve_model
 from deployments.engine.model.rope import separate_lengths, waits_for_device
 from deployments.engine.model.weights import load_weights
 from deployments.engine.scheduling.positions import FIXED, PositionRule
-from deployments.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
 
@@ -72,30 +69,15 @@ def load_model(config: EngineConfig) -> LoadedModel:
     path = resolve_model(config.model)
     device = _choose_device(config.device)
     torch.empty(0, device=device)  # raises here, if there is none: no fault of the model
-    with _naming(path):
-        hf_config = read_config(path)
-        check_config(hf_config)
-        headers = read_headers(path)
-        check_counts(path, hf_config, headers)
-        end_ids = read_end_token_ids(path, hf_config.vocab_size)
+    with naming(path):
+        checkpoint = read_checkpoint(path)
         dtype: torch.dtype | str = _DTYPES.get(config.dtype, torch.float32 if device.type == "cpu" else "auto")
         options = {"dtype": dtype, "device_map": device, "attn_implementation": IMPLEMENTATION}
-        model = load_weights(path, hf_config, headers, **options)
+        model = load_weights(path, checkpoint.config, checkpoint.headers, **options)
         if config.quantization == "fp8":
             quantize_weights(model)
-        loaded = replace(prepare_model(model, path, device), eos_token_ids=end_ids)
+        loaded = replace(prepare_model(model, path, device), eos_token_ids=checkpoint.end_token_ids)
         return optimize_layers(loaded, config)
-
-
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """Have every refusal say which model it is of."""
-    try:
-        yield
-    except UnsupportedModelError as error:
-        if path in str(error):
-            raise
-        raise UnsupportedModelError(f"model {path!r}: {error}") from error
 
 
 def optimize_layers(loaded: LoadedModel, config: EngineConfig | None = None) -> LoadedModel:

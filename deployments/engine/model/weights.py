@@ -7,7 +7,7 @@ model is loaded, and while a GGUF file is converted.
 import copy
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, cast
 
@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from deployments.engine.model.config import blamed, build_empty, read_values
-from deployments.engine.model.headers import Headers
+from deployments.engine.model.headers import Header, Headers
 from deployments.engine.model.mxfp4 import widen_mxfp4
-from deployments.engine.model.quantized import apply_scales, is_scale, take_scheme
+from deployments.engine.model.quantized import Scheme, apply_scales, is_scale, take_scheme
 from deployments.errors import UnsupportedModelError, brief
 
 logger = logging.getLogger(__name__)
@@ -46,10 +46,7 @@ def load_weights(path: str, config: PretrainedConfig, headers: Headers, **option
             the like that its configuration does not: names them. Or it is quantized in a way that is not read, or holds
             what is not finite.
     """
-    scheme = take_scheme(path, config)
-    widened = widen_mxfp4(path, config, headers)
-    if headers and (widened is not None or getattr(config, "quantization_config", None) is None):
-        rehearse(path, config, widened or headers, has_scales=scheme is not None, **options)
+    scheme = check_weights(path, config, headers, **options)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -67,9 +64,31 @@ def load_weights(path: str, config: PretrainedConfig, headers: Headers, **option
     model, found = loaded
     if scheme is not None:
         found["unexpected_keys"] = set(found["unexpected_keys"]) - apply_scales(path, model, scheme)
-    check_complete(path, model, found)
+    check_complete(path, model, found, headers)
     check_finite(path, model)
     return cast(PreTrainedModel, model)
+
+
+def check_weights(path: str, config: PretrainedConfig, headers: Headers, **options: Any) -> Scheme | None:
+    """Refuse what `load_weights` would, as far as names and shapes tell; all but weights that are not finite.
+
+    Args:
+        path: folder or hub id.
+        config: as for `load_weights`.
+        headers: of its weights.
+        options: as for loading.
+
+    Returns:
+        How it is quantized in FP8, if it is.
+
+    Raises:
+        UnsupportedModelError: see `load_weights`.
+    """
+    scheme = take_scheme(path, config)
+    widened = widen_mxfp4(path, config, headers)
+    if headers and (widened is not None or getattr(config, "quantization_config", None) is None):
+        rehearse(path, config, widened or headers, has_scales=scheme is not None, **options)
+    return scheme
 
 
 @torch.inference_mode()
@@ -103,7 +122,7 @@ def rehearse(path: str, config: PretrainedConfig, headers: Headers, *, has_scale
         )
     except Exception as error:
         raise _explained(path, config, error) from error
-    check_complete(path, model, found)
+    check_complete(path, model, found, headers)
     whole = {name for name in weights if headers[name].is_integer} - set(found["unexpected_keys"])
     of_buffers = {name for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
     if integers := sorted(whole - of_buffers):
@@ -134,13 +153,14 @@ def _is_finite(weight: Tensor) -> bool:
     return weight.numel() == 0 or all(bool(end.isfinite()) for end in weight.aminmax())
 
 
-def check_complete(path: str, model: nn.Module, found: dict[str, Any]) -> None:
+def check_complete(path: str, model: nn.Module, found: dict[str, Any], headers: Mapping[str, Header]) -> None:
     """Refuse a model that is not what its checkpoint holds.
 
     Args:
         path: for the message.
         model: as loaded.
         found: the loading info of transformers.
+        headers: of the weights; they say in which files these are, where that is known.
 
     Raises:
         UnsupportedModelError: see `load_weights`.
@@ -149,7 +169,10 @@ def check_complete(path: str, model: nn.Module, found: dict[str, Any]) -> None:
     if missing := sorted(found["missing_keys"]):
         faults.append(f"the checkpoint lacks {_listed(missing)}")
     if mismatched := sorted(found["mismatched_keys"]):
-        shapes = (f"{name} ({list(has)}, config.json wants {list(wants)})" for name, has, wants in mismatched)
+        shapes = (
+            f"{name} ({list(has)}{_file_of(name, headers)}, config.json wants {list(wants)})"
+            for name, has, wants in mismatched
+        )
         sizes = _sizes_of(mismatched, getattr(model, "config", None))
         faults.append(f"other shapes than config.json says{sizes}: {_listed(shapes)}")
     unexpected = sorted(found["unexpected_keys"])
@@ -161,6 +184,11 @@ def check_complete(path: str, model: nn.Module, found: dict[str, Any]) -> None:
         raise UnsupportedModelError(f"model {path!r}: {'; '.join(faults)}")
     if unexpected:
         logger.info("not part of the language model, left out: %s", _listed(unexpected))
+
+
+def _file_of(name: str, headers: Mapping[str, Header]) -> str:
+    """Where a weight is; nothing of one that is made of several, or has another name there."""
+    return f" in {headers[name].file}" if name in headers and headers[name].file else ""
 
 
 def _sizes_of(mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]], config: PretrainedConfig | None) -> str:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deployments.engine.config import EngineConfig
+from deployments.engine.model.check import check_weights_of
 from deployments.engine.model.config import read_config
 from deployments.engine.model.load import LoadedModel, load_model
 from deployments.errors import UnsupportedModelError
@@ -76,11 +77,59 @@ def test_an_output_layer_that_is_the_embedding_may_be_missing(tmp_path: Path) ->
     assert tokens_of(tmp_path) == continue_greedily(model, PROMPT, 6)
 
 
-def test_weights_of_another_shape_are_named_with_both(folder: Path) -> None:
+def test_weights_of_another_shape_are_named_with_both_and_their_file(folder: Path) -> None:
     change_config(folder, intermediate_size=128)
     message = refusal(folder)
-    assert "model.layers.0.mlp.gate_proj.weight ([96, 64], config.json wants [128, 64])" in message
-    assert "mlp.down_proj.weight ([64, 96], config.json wants [64, 128])" in message
+    assert "model.layers.0.mlp.gate_proj.weight ([96, 64] in model.safetensors, config.json wants [128, 64])" in message
+    assert "mlp.down_proj.weight ([64, 96] in model.safetensors, config.json wants [64, 128])" in message
+
+
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that nobody may load."""
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loads the weights"))
+
+
+@pytest.mark.usefixtures("unreadable")
+def test_before_anything_is_loaded_a_checkpoint_is_refused_in_the_same_words(folder: Path) -> None:
+    check_weights_of(str(folder))
+    change_config(folder, vocab_size=513)
+    with pytest.raises(UnsupportedModelError) as caught:
+        check_weights_of(str(folder))
+    assert str(caught.value).removeprefix(f"model {str(folder)!r}: ") == refusal(folder)
+    change_config(folder, vocab_size=512)
+    change_weights(folder, **{"model.norm.weight": None})
+    with pytest.raises(UnsupportedModelError, match=r"the checkpoint lacks model\.norm\.weight"):
+        check_weights_of(str(folder))
+
+
+def test_what_was_converted_here_is_not_looked_at_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change_config(folder, vocab_size=513)
+    monkeypatch.setenv("KVRELAY_CACHE", str(folder.parent))
+    check_weights_of(str(folder))
+
+
+@pytest.mark.usefixtures("unreadable")
+def test_a_model_of_a_hub_is_checked_before_anything_is_loaded_once_it_is_here_whole(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--some--model" / "snapshots" / "abc"
+    (cache / "models--some--model" / "refs").mkdir(parents=True)
+    (cache / "models--some--model" / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    index = {"metadata": {}, "weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    snapshot.mkdir(parents=True)
+    change_config(folder, intermediate_size=128)
+    (snapshot / "config.json").write_bytes((folder / "config.json").read_bytes())
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
+    (snapshot / "1.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    check_weights_of("some/model")  # a file of it is still to come
+    weights = load_file(folder / "model.safetensors")
+    save_file({"lm_head.weight": weights["lm_head.weight"]}, snapshot / "2.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=r"model 'some/model': .*\[96, 64\] in 1.safetensors, config.json"):
+        check_weights_of("some/model")
 
 
 def test_a_layer_that_the_configuration_lacks_is_not_left_out(folder: Path) -> None:
@@ -237,7 +286,10 @@ def test_a_field_that_makes_no_model_is_named(folder: Path, changes: dict[str, A
             {"head_dim": 10**9},
             "config.json: head_dim is 1000000000, but the checkpoint's largest weight is lm_head.wei",
         ),
-        ({"hidden_size": 128}, "other shapes than config.json says (hidden_size is 128): lm_head.weight ([512, 64], "),
+        (
+            {"hidden_size": 128},
+            "other shapes than config.json says (hidden_size is 128): lm_head.weight ([512, 64] in ",
+        ),
         (
             {"head_dim": 40},
             "other shapes than config.json says (num_attention_heads is 4, num_key_value_heads is 2, head",

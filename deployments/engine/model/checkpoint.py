@@ -1,0 +1,73 @@
+"""A checkpoint as its files tell it, without its weights: what it says it is, and whether it holds that.
+
+Called when a model is loaded, and by `check.py` before a server starts.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from deployments.engine.attention.base import IMPLEMENTATION, register
+from deployments.engine.model.config import check_config, check_counts, read_config
+from deployments.engine.model.end_tokens import read_end_token_ids
+from deployments.engine.model.headers import Headers, read_headers
+from deployments.engine.model.weights import check_weights
+from deployments.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a model's files say of it.
+
+    Attributes:
+        headers: of its weights.
+        end_token_ids: that end a text, as far as the configuration says.
+    """
+
+    config: PretrainedConfig
+    headers: Headers
+    end_token_ids: tuple[int, ...]
+
+
+def read_checkpoint(path: str) -> Checkpoint:
+    """Read and check everything but the weights.
+
+    Args:
+        path: folder or hub id.
+
+    Raises:
+        UnsupportedModelError: it is not whole, or the engine cannot run it; names what is at fault.
+    """
+    config = read_config(path)
+    check_config(config)
+    headers = read_headers(path)
+    check_counts(path, config, headers)
+    return Checkpoint(config, headers, read_end_token_ids(path, config.vocab_size))
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Have every refusal say which model it is of."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        if path in str(error):
+            raise
+        raise UnsupportedModelError(f"model {path!r}: {error}") from error
+
+
+def check_checkpoint(path: str) -> None:
+    """Refuse what an engine would not load, without loading it.
+
+    Args:
+        path: folder or hub id.
+
+    Raises:
+        UnsupportedModelError: names what is at fault.
+    """
+    register()
+    with naming(path):
+        checkpoint = read_checkpoint(path)
+        check_weights(path, checkpoint.config, checkpoint.headers, attn_implementation=IMPLEMENTATION)
