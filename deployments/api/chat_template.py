@@ -173,6 +173,14 @@ class ChatTemplate:
         marked, last_text = _with_mark(shaped[-1])
         return _before_mark(self._render([*shaped[:-1], marked], False, limits, variables, tools), last_text)
 
+    def check_systems(self, messages: Sequence[Message]) -> None:
+        """As `render` does, and before anything is added to what the caller wrote.
+
+        Raises:
+            InvalidRequestError: the model would not be told one of them.
+        """
+        self._check_systems([self._shape(message) for message in messages])
+
     def _check_systems(self, shaped: Sequence[Mapping[str, object]]) -> None:
         """Refuse what the model would not be told."""
         for place, message in enumerate(shaped):

@@ -42,6 +42,7 @@ class ToolSupport:
         elif isinstance(template, ChatTemplate) and self._shows_tools:
             self._family = family_of(template.source)
         self._backend = backend
+        self._template = template
 
     def family(self, *, is_forced: bool) -> Family:
         """How the model writes calls.
@@ -79,15 +80,33 @@ class ToolSupport:
         """What to give to the template: messages, and tools unless they are in the messages.
 
         What the template does not show is written as text, in the way of the model's family.
+
+        Raises:
+            InvalidRequestError: the template would leave a message out, or what is said here of tools.
         """
+        if isinstance(self._template, ChatTemplate):
+            self._template.check_systems(messages)
         family = self._family or HERMES
         if family is HARMONY:
             messages = [*_with_one_call_each(messages)]
         if not self._shows_calls:
             messages = [_with_calls_as_text(message, family) for message in messages]
         if tools and not self._shows_tools:
-            return _with_instructions(messages, _instructions(family, tools)), ()
+            return self._with_instructions(messages, _instructions(family, tools)), ()
         return messages, tools
+
+    def _with_instructions(self, messages: Sequence[Message], instructions: str) -> list[Message]:
+        """In the first system message, or in one of their own."""
+        told: list[Message] = [{"role": "system", "content": instructions}, *messages]
+        if messages and messages[0]["role"] in ("system", "developer"):
+            told = [_append(messages[0], instructions, "\n\n"), *messages[1:]]
+        try:
+            if isinstance(self._template, ChatTemplate):
+                self._template.check_systems(told[:1])
+        except InvalidRequestError:
+            message = "this model's chat template shows neither tools nor a system message that could describe them"
+            raise InvalidRequestError(f"tools: {message}", "tools") from None
+        return told
 
 
 def _with_one_call_each(messages: Sequence[Message]) -> Iterator[Message]:
@@ -145,13 +164,6 @@ def _instructions(family: Family, tools: Sequence[Definition]) -> str:
         f"You may call one or more of these functions, each described as JSON:\n<tools>\n{listed}\n</tools>\n\n"
         f"To call a function, answer in this form:\n{write_calls(family, [example])}"
     )
-
-
-def _with_instructions(messages: Sequence[Message], instructions: str) -> list[Message]:
-    """In the first system message, or in one of their own."""
-    if messages and messages[0]["role"] in ("system", "developer"):
-        return [_append(messages[0], instructions, "\n\n"), *messages[1:]]
-    return [{"role": "system", "content": instructions}, *messages]
 
 
 def _append(message: Message, text: str, between: str) -> Message:

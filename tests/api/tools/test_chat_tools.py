@@ -188,6 +188,12 @@ def turn(**call: Any) -> dict[str, Any]:
 
 
 BRIEF = HERMES.replace("{{ t | tojson }}", "{{ t.function.name }}")
+FORCED: Any = {"tools": TOOLS, "tool_choice": "required"}
+SYSTEM: Any = {"role": "system", "content": "Be brief."}
+NO_SYSTEM = PLAIN.replace("in messages", "in messages if m.role != 'system'")
+FIRST_SYSTEM = PLAIN.replace("{{ m.role[0] }}", "{% if m.role != 'system' or loop.first %}{{ m.role[0] }}").replace(
+    ";{% endfor %}", ";{% endif %}{% endfor %}"
+)
 SOME: Any = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}}
 NESTED = '{"a":' * 1000 + "1" + "}" * 1000
 
@@ -196,6 +202,10 @@ NESTED = '{"a":' * 1000 + "1" + "}" * 1000
     ("template", "fields", "param", "said"),
     [
         (PLAIN, {"tools": TOOLS}, "tools", "knows no tools"),
+        (NO_SYSTEM, FORCED, "tools", "shows neither tools nor a system message"),
+        (NO_SYSTEM, FORCED | {"messages": [SYSTEM | {"content": ""}, USER]}, "tools", "shows neither"),
+        (NO_SYSTEM, FORCED | {"messages": [SYSTEM, USER]}, "messages.0", "leaves out a system message"),
+        (FIRST_SYSTEM, FORCED | {"messages": [USER, SYSTEM]}, "messages.1", "leaves out a system message"),
         (OTHER, {"tools": TOOLS}, "tools", "ingress.tool_parser"),
         (OTHER, {"tools": TOOLS, "tool_choice": "required"}, "tools", "ingress.tool_parser"),
         (HERMES, {"tool_choice": "auto"}, "tool_choice", "without tools"),
