@@ -129,7 +129,7 @@ bench-prefix: $(DEV) ## Conversations on two replicas of each pool, routed by Se
 	@$(PY) -m tests.bench.prefix.bench_prefix $(ARGS)
 
 bench-tier: $(DEV) ## TTFT behind a cached prefix: same engine, hand-off, shared tier, engine killed; what the tier costs. ARGS= is passed on.
-	@$(PY) -m tests.bench.bench_tier $(ARGS)
+	@$(PY) -m tests.bench.tier.bench_tier $(ARGS)
 
 load-test: $(LOAD) ## Load a running service: SCENARIO=, URL=. ARGS= is passed on.
 	@$(LOAD_PY) -m load_tests.run $(SCENARIO) --url $(URL) $(ARGS)

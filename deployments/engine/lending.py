@@ -99,6 +99,11 @@ class Lending:
         self._size = size
         self._blocks.on_published = self._note
 
+    def unwatch(self) -> None:
+        """Note no more of them, and forget those that were noted. From any thread."""
+        self._blocks.on_published = None
+        self._fresh.clear()
+
     def take_fresh(self) -> list[Stretch]:
         """Those that became findable since this was last asked, except the oldest if they are many. From any thread."""
         self.has_fresh.clear()

@@ -114,6 +114,7 @@ class Giver:
 
     def stop(self) -> None:
         """Offer nothing more."""
+        self._lending.unwatch()
         self._stopped.set()
         self._lending.has_fresh.set()
         self._offerer.join()

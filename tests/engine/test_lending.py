@@ -114,6 +114,15 @@ def test_stretches_are_told_once_they_are_whole_also_those_of_an_answer() -> Non
     assert [stretch.end for stretch in engine.lending.take_fresh()] == [9, 12], "the prompt's were found"
 
 
+def test_nothing_is_told_any_more_once_nobody_watches() -> None:
+    engine = build_engine(load("llama"))
+    engine.lending.watch(3)
+    continued(engine, 2)
+    engine.lending.unwatch()
+    generate(engine, [greedy("other", random_prompt(57, seed=1), 2)])
+    assert engine.lending.take_fresh() == []
+
+
 def test_copies_of_bfloat16_are_byte_by_byte() -> None:
     shape = build_engine(load("llama")).kv_shape
     caches = [KVCache(KVShape(shape.groups, torch.bfloat16), 5, BLOCK_SIZE, CPU) for _ in range(2)]

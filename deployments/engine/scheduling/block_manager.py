@@ -128,8 +128,8 @@ class BlockManager:
             if hashes[i] not in self._block_of and block not in self._hash_of:
                 is_new = (i + 1) * self.block_size > sequence.num_cached_tokens
                 self._enter(block, hashes[i], sequence.request.origin if is_new else None)
-        if self.on_published is not None:
-            self.on_published(hashes, sequence.num_published_blocks, num_full)
+        if (told := self.on_published) is not None:  # another thread may say that nobody is told any more
+            told(hashes, sequence.num_published_blocks, num_full)
         sequence.note_published(num_full)
 
     def free(self, sequence: Sequence) -> None:

@@ -3,8 +3,9 @@
 Run: `make bench-tier`. Engines of the default model on a Ray of their own, without ingress and fronts. A prompt is a
 prefix and a suffix of its own. In each round one engine computes the prefix; then the whole prompt is asked for
 everywhere, and its tokens are compared with those of an engine that caches nothing. Hand-offs go to that engine, so
-that all of the KV is sent. In the end the engine that computed is killed. Then prompts that share nothing are generated
-with the tier and without it, in turn. Prints a table and, as its last line, one JSON object.
+that all of the KV is sent. In the end the engine that computed is killed. Then one engine generates prompts that share
+nothing, in short rounds with the tier, without it, and without it once more (`cost.py`). Prints tables and, as its last
+line, one JSON object.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from itertools import count
 from typing import Any
@@ -32,6 +34,8 @@ from deployments.kv_tier.ray_store import counts_of, shards
 from deployments.kv_tier.settings import TierSettings
 from deployments.kv_transfer import direct
 from deployments.messages import GenerateRequest, SamplingParams
+from tests.bench.tier.cost import CONTROL, ON, Costs, judge, measure, ratios
+from tests.bench.tier.switched import SwitchedActor
 from tests.engine_pair import DrivenEngine, hand_over, random_prompt
 from tests.waiting import wait_until
 
@@ -61,15 +65,22 @@ class Bench:
         self._names = count()
         self.ttft_s: dict[str, list[float]] = defaultdict(list)
         self.differing: list[str] = []
-        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.costs = Costs()
 
     @contextmanager
-    def engine(self, *, has_tier: bool, caches: bool = True) -> Iterator[DrivenEngine]:
-        """An engine that has computed something, and is gone afterwards."""
+    def engine(self, *, has_tier: bool, caches: bool = True, is_switched: bool = False) -> Iterator[DrivenEngine]:
+        """An engine that has computed something, and is gone afterwards.
+
+        Args:
+            has_tier: from the start.
+            caches: prefixes.
+            is_switched: its tier can be turned on later.
+        """
         settings = {"enable_prefix_caching": caches, "hands_over": True, "num_threads": self._args.threads}
         config = AppConfig.model_validate({"engine": settings}).engine_config("prefill")
-        actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(EngineActor)
-        actor = actor_class.options(num_cpus=1).remote(config, build_engine, self._tier if has_tier else None)
+        actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(SwitchedActor if is_switched else EngineActor)
+        arguments = (self._tier,) if is_switched else (build_engine, self._tier if has_tier else None)
+        actor = actor_class.options(num_cpus=1).remote(config, *arguments)
         engine = DrivenEngine(actor)
         self.ask(engine, self.prompt(300))
         try:
@@ -121,13 +132,13 @@ class Bench:
 
     def throughput(self) -> None:
         """Prompts that share nothing, with the tier and without it, in turn."""
-        with self.engine(has_tier=True) as shares, self.engine(has_tier=False) as keeps:
-            for number in range(2 * self._args.throughput_rounds):
-                way, engine = (("on", shares), ("off", keeps))[(number + number // 2) % 2]
-                begun_s = time.perf_counter()
-                self._generate_many(engine)
-                self.seconds[way].append(time.perf_counter() - begun_s)
-                self._settle()
+        with self.engine(has_tier=False, is_switched=True) as engine:
+            work = partial(self._generate_many, engine)
+            # The index's process has started, and the object store's memory was touched, before anything is timed.
+            ray.get(engine.actor.switch.remote(True))
+            work()
+            self._settle()
+            self.costs = measure(engine, work, self._settle, self._args.throughput_rounds)
 
     def objects(self) -> list[tuple[int, int]]:
         """Objects of each shard and their bytes, once nothing is on its way."""
@@ -177,25 +188,37 @@ def _is_settled(tier: TierSettings) -> bool:
     return all(counts.num_pending == 0 for counts in counts_of(tier))
 
 
-def report(bench: Bench, left: list[tuple[int, int]], args: argparse.Namespace) -> dict[str, Any]:
-    """Print the table; the same as one object."""
+def report_ttft(bench: Bench) -> dict[str, Any]:
+    """Print the table of times to a first token; the same as one object."""
+    if not bench.ttft_s:
+        return {}
     cold_s = statistics.median(bench.ttft_s["cold"])
     ratios = {way: statistics.median(bench.ttft_s[way]) / cold_s for way in ASKED}
     print(f"\n{'TTFT':20} {'median s':>9} {'of cold':>8} {'asked':>6}\n{'cold':20} {cold_s:9.3f}")
     for way, asked in ASKED.items():
         print(f"{way:20} {statistics.median(bench.ttft_s[way]):9.3f} {ratios[way]:8.3f} {asked:6.2f}")
-    on_s, off_s = (statistics.median(bench.seconds[way]) for way in ("on", "off"))
     print(f"tokens differ from cold: {', '.join(bench.differing) or 'never'}")
+    return {"ratios": ratios, "differing": bench.differing, "ttft_s": bench.ttft_s}
+
+
+def report_cost(costs: Costs, args: argparse.Namespace) -> dict[str, Any]:
+    """Print what the tier costs those who share nothing; the same as one object."""
+    if not costs.load:
+        return {}
+    tokens = args.batch * (args.unshared_tokens + args.unshared_answer_tokens)
     print(
-        f"seconds of {args.batch} prompts that share nothing: {on_s:.2f} with the tier, {off_s:.2f} without it: ",
-        end="",
+        f"\n{args.batch} prompts that share nothing, {tokens} tokens; median of {len(costs.load)} rounds, 95% interval"
     )
-    print(f"{on_s / off_s - 1:+.1%} (asked: {MAX_SLOWDOWN:.0%}); left in the tier: {left}")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    versions = {"torch": torch.__version__, "ray": ray.__version__, "python": platform.python_version()}
-    figures = {"ratios": ratios, "slowdown": on_s / off_s - 1, "differing": bench.differing, "left": left}
-    raw = {"ttft_s": bench.ttft_s, "unshared_s": bench.seconds}
-    return {"commit": commit, "versions": versions, "arguments": vars(args), **figures, **raw}
+    found: dict[str, Any] = {"raw": asdict(costs)}
+    for what, taken_s in (("time", costs.wall_s), ("CPU seconds", costs.cpu_s)):
+        of = ratios(taken_s)
+        verdict = judge(of[ON], MAX_SLOWDOWN)
+        print(f"{what}: with the tier {of[ON]}, {MAX_SLOWDOWN:.0%} asked: {verdict}; without it again {of[CONTROL]}")
+        found[what] = {"verdict": verdict} | {way: asdict(one) for way, one in of.items()}
+    for way, threads_s in costs.threads_s.items():
+        print(f"CPU seconds, {way}: {', '.join(f'{kind} {seconds:.2f}' for kind, seconds in threads_s.items())}")
+    print(f"load {statistics.mean(costs.load):.1f}, this benchmark's included")
+    return {"cost": found}
 
 
 def main() -> int:
@@ -205,21 +228,26 @@ def main() -> int:
     parser.add_argument("--prefix-tokens", type=int, default=2000)
     parser.add_argument("--suffix-tokens", type=int, default=32)
     parser.add_argument("--answer-tokens", type=int, default=8)
-    parser.add_argument("--throughput-rounds", type=int, default=6, help="with the tier, and as many without it")
+    parser.add_argument("--throughput-rounds", type=int, default=20, help="of three times the same prompts each")
     parser.add_argument("--batch", type=int, default=8, help="prompts at a time that share nothing")
-    parser.add_argument("--unshared-tokens", type=int, default=512)
-    parser.add_argument("--unshared-answer-tokens", type=int, default=32)
+    parser.add_argument("--unshared-tokens", type=int, default=256)
+    parser.add_argument("--unshared-answer-tokens", type=int, default=16)
     parser.add_argument("--tier-bytes", type=int, default=2 << 30)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each engine")
     args = parser.parse_args()
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
     bench = Bench(args)
-    bench.rounds()
-    bench.throughput()
+    if args.rounds:
+        bench.rounds()
+    if args.throughput_rounds:
+        bench.throughput()
     print(f"in the tier: {bench.objects()}")
-    found = report(bench, bench.end(), args)
+    found = report_ttft(bench) | report_cost(bench.costs, args) | {"left": bench.end()}
+    print(f"left in the tier: {found['left']}")
     ray.shutdown()
-    print(json.dumps(found))
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    versions = {"torch": torch.__version__, "ray": ray.__version__, "python": platform.python_version()}
+    print(json.dumps({"commit": commit, "versions": versions, "arguments": vars(args), **found}))
     return 1 if bench.differing else 0
 
 
