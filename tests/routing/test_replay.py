@@ -5,6 +5,7 @@ import random
 import pytest
 
 from deployments.routing.settings import RoutingSettings
+from tests.bench.router.decisions import time_decisions
 from tests.bench.router.engines import Speed
 from tests.bench.router.policies import BoundedHash, Policy, RandomChoice, RoundRobin, Routers, TwoChoices
 from tests.bench.router.replay import replay
@@ -59,3 +60,9 @@ def test_a_hot_prefix_is_spread_by_routers_that_do_not_talk() -> None:
     result = replay(arrivals, Routers(RoutingSettings(), 3, 0.05), 8, 400, SPEED)
     assert result.imbalance < 1.5
     assert result.found_tokens > 0.9 * reusable_tokens(arrivals)
+
+
+def test_timed_requests_find_their_prefixes_in_both_pools() -> None:
+    timings = time_decisions(4, 800, BLOCK_SIZE, num_decisions=120, num_new_tokens=20, seed=1)
+    assert timings.num_blocks == 800
+    assert len(timings.routing_s) == len(timings.request_s) == 120

@@ -20,6 +20,8 @@ from deployments.routing.settings import RoutingSettings
 _NUM_SESSIONS_PER_REPLICA = 20
 # A reading comes each second.
 _REQUESTS_PER_READING = 100
+# Prompt tokens that wait at each decode replica: more than anybody would wait for.
+_BUSY_TOKENS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +120,16 @@ def time_requests(
         draw: what turns are made of.
     """
     now_s = 0.0
+    # Else decode computes all prompts itself, and a prefill replica is looked at, but never sent anything.
+    busy = replace(stats, num_queued_prompt_tokens=_BUSY_TOKENS)
     routers = PoolRouters(RoutingSettings(), Crossover(Goals(ttft_s=2.0, itl_s=0.1)), clock=lambda: now_s)
 
     def read() -> None:
         replicas = {}
-        for pool in (DECODE, PREFILL):
+        for pool, now in ((DECODE, busy), (PREFILL, stats)):
             known = routers.positions(pool)
             replicas[pool] = [
-                ReplicaStats(name, stats, HandoffStats(), 0.0, None if known is None else log.since(known.get(name)))
+                ReplicaStats(name, now, HandoffStats(), 0.0, None if known is None else log.since(known.get(name)))
                 for name, log in logs.items()
             ]
         routers.update(Reading.of(replicas, now_s))
