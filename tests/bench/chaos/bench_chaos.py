@@ -4,6 +4,7 @@ Run: `make bench-chaos`. Brings the graph up as `make serve` does, 2 prefill, 2 
 CPUs; learns the tokens of a fixed set of requests in calm, twice; then sends them at a steady rate while a storm, drawn
 from the seed, is carried out. Prints a line per fault, tables and, as its last line, one JSON object. Exit status 0
 only if no token differed, no request was lost, at most 0.5% failed, every pool came back and nothing was left behind.
+With `--tier-bytes` the engines share a tier, whose blocks are counted when all is over.
 """
 
 import argparse
@@ -16,11 +17,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from app.local_process import RunFolder
+from tests.bench.chaos import tier
 from tests.bench.chaos.cluster import Cluster, Holdings, serving
 from tests.bench.chaos.faults import Storm
 from tests.bench.chaos.load import Client, Ending, Record, send_steadily
 from tests.bench.chaos.probes import Call, Deck, Probe, build_probes
-from tests.bench.chaos.report import about, print_verdict, record_row, verdict_row, write_samples
+from tests.bench.chaos.report import about, print_problems, print_verdict, record_row, verdict_row, write_samples
 from tests.bench.chaos.storm import Done, Fault, Pool, plan_storm
 from tests.bench.chaos.verdict import Reference, decide
 
@@ -49,6 +51,7 @@ class Observed:
         records: of every request during it.
         holdings: what engines hold when all requests have ended.
         num_engines: engines that there should be by then.
+        left: what is in the tier then; None: there is none.
     """
 
     begun_s: float
@@ -57,6 +60,7 @@ class Observed:
     records: list[Record]
     holdings: Holdings
     num_engines: int
+    left: tier.Left | None
 
 
 async def learn(cluster: Cluster, probes: Sequence[Probe]) -> Reference:
@@ -89,7 +93,8 @@ async def endure(
         ended_s = time.monotonic()
         await sending
         holdings = await cluster.settle(SETTLE_S)
-        return Observed(begun_s, ended_s, storm.done, client.records, holdings, cluster.num_engines)
+        left = await asyncio.to_thread(tier.count, options.tier_bytes) if options.tier_bytes else None
+        return Observed(begun_s, ended_s, storm.done, client.records, holdings, cluster.num_engines, left)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rate", type=float, default=0.6, help="requests per second (default: %(default)s)")
     parser.add_argument("--probes", type=int, default=60, help="distinct requests (default: %(default)s)")
     parser.add_argument("--port", type=int, default=PORT, help="of the service (default: %(default)s)")
+    parser.add_argument("--tier-bytes", type=int, default=0, help="of the shared tier; 0: none (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=Path(".run/chaos"), help="for the samples")
     return parser
 
@@ -112,19 +118,23 @@ def main() -> int:
     short = build_probes(seed, options.probes)
     long = build_probes(seed + 1, NUM_LEAVERS, max_tokens=LEAVERS_TOKENS, first_number=len(short))
     probes = [*short, *long]
-    with serving(RunFolder(Path(".run/chaos")), options.port, MODEL, WANTED, ARGUMENTS) as cluster:
+    pairs = [*ARGUMENTS, *tier.arguments(options.tier_bytes)]
+    with serving(RunFolder(Path(".run/chaos")), options.port, MODEL, WANTED, pairs) as cluster:
         begun_s = time.monotonic()
         reference = asyncio.run(learn(cluster, probes))
         calm_rate = 2 * len(probes) / (time.monotonic() - begun_s)
         unstable = len(reference.unstable)
         print(f"calm: {calm_rate:.2f} requests/s, {unstable} not answered the same twice; now the storm", flush=True)
         seen = asyncio.run(endure(cluster, Deck(short, seed), Deck(long, seed), plan, options))
+    tier_problems = list(seen.left.problems()) if seen.left is not None else []
     verdict = decide(seen.records, reference, seen.faults, len(plan), seen.holdings, seen.num_engines)
     figures = {
         "lasted_s": seen.ended_s - seen.begun_s,
         "requests_per_s": options.rate,
         "calm_requests_per_s": calm_rate,
         "verdict": verdict_row(verdict),
+        "tier": None if seen.left is None else asdict(seen.left),
+        "tier_problems": tier_problems,
     }
     samples = about(
         **figures,
@@ -134,10 +144,13 @@ def main() -> int:
         requests=[record_row(record, seen.begun_s) for record in seen.records],
     )
     path = write_samples(options.results, "chaos", samples)
+    if seen.left is not None:
+        print(f"in the tier: {seen.left}")
     print_verdict(verdict)
+    print_problems(tier_problems)
     print(f"{seen.ended_s - seen.begun_s:.0f} s; samples: {path}")
     print(json.dumps({"samples": str(path), **figures}))
-    return 1 if verdict.problems() else 0
+    return 1 if verdict.problems() or tier_problems else 0
 
 
 if __name__ == "__main__":

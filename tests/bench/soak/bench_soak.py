@@ -3,7 +3,8 @@
 Run: `make bench-soak`. Brings the graph up as `make serve` does, measures how many requests per second it finishes with
 clients that never pause, and then sends 70% of that, of which one in ten leaves. Memory of every process is sampled
 under load, all else is counted while idle, before and after. Prints tables and, as its last line, one JSON object. Exit
-status 0 only if no process's memory rises, nothing leaked and no request failed.
+status 0 only if no process's memory rises, nothing leaked and no request failed. With `--tier-bytes` the engines share
+a tier, whose blocks are counted in the end.
 
 Of memory that processes share each counts what it has touched, so that in which engines read each other's KV would
 count several times, and seem to rise until all of it has been written to once. Its size is fixed when an engine starts:
@@ -21,6 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from app.local_process import RunFolder
+from tests.bench.chaos import tier
 from tests.bench.chaos.cluster import Cluster, live_actors, serving
 from tests.bench.chaos.load import Client, Ending, Record, send_steadily
 from tests.bench.chaos.probes import Call, Deck, build_probes
@@ -56,6 +58,7 @@ class Soaked:
         after: idle, at the end.
         samples: of every process under load.
         records: of every request in the steady state.
+        left: what is in the tier at the end; None: there is none.
     """
 
     capacity: float
@@ -63,6 +66,7 @@ class Soaked:
     after: Idle
     samples: list[Usage]
     records: list[Record]
+    left: tier.Left | None
 
 
 class Soak:
@@ -87,7 +91,9 @@ class Soak:
         before = await self._idle()
         samples: list[Usage] = []
         records = await self._load(capacity * LOAD_SHARE, options.minutes * 60, samples)
-        return Soaked(capacity, before, await self._idle(), samples, records)
+        after = await self._idle()
+        left = await asyncio.to_thread(tier.count, options.tier_bytes) if options.tier_bytes else None
+        return Soaked(capacity, before, after, samples, records, left)
 
     async def _measure_capacity(self, seconds: float) -> float:
         deck, begun_s = Deck(self._probes, self._options.seed), time.monotonic()
@@ -152,6 +158,7 @@ def find_problems(soaked: Soaked, uss: dict[str, Trend]) -> list[str]:
     failed = {ending: n for ending, n in endings.items() if ending not in (Ending.WHOLE, Ending.LEFT)}
     problems = [f"memory of {name} rises by {uss[name].mib_per_hour:.1f} MiB per hour" for name in rising]
     problems += find_leaks(soaked.before, soaked.after)
+    problems += soaked.left.problems() if soaked.left is not None else ()
     return problems + [f"{count} requests ended with: {ending}" for ending, count in failed.items()]
 
 
@@ -164,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=1, help="of the requests (default: %(default)s)")
     parser.add_argument("--probes", type=int, default=60, help="distinct requests (default: %(default)s)")
     parser.add_argument("--port", type=int, default=PORT, help="of the service (default: %(default)s)")
+    parser.add_argument("--tier-bytes", type=int, default=0, help="of the shared tier; 0: none (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=Path(".run/soak"), help="for the samples")
     return parser
 
@@ -171,7 +179,8 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> int:
     """0 if nothing was gathered and nothing failed."""
     options = _parser().parse_args()
-    with serving(RunFolder(Path(".run/soak")), options.port, MODEL, WANTED, ARGUMENTS) as cluster:
+    pairs = [*ARGUMENTS, *tier.arguments(options.tier_bytes)]
+    with serving(RunFolder(Path(".run/soak")), options.port, MODEL, WANTED, pairs) as cluster:
         soaked = asyncio.run(Soak(cluster, options).run())
     rss = fit_trends(soaked.samples, lambda usage: usage.rss_bytes)
     uss = fit_trends(soaked.samples, lambda usage: usage.uss_bytes)
@@ -185,11 +194,14 @@ def main() -> int:
         "uss": {name: asdict(trend) for name, trend in uss.items()},
         "idle_before": asdict(soaked.before),
         "idle_after": asdict(soaked.after),
+        "tier": None if soaked.left is None else asdict(soaked.left),
         "problems": problems,
     }
     path = write_samples(options.results, "soak", about(**result, samples=[asdict(one) for one in soaked.samples]))
     print_trends(uss, rss)
     print_arenas(soaked.before, soaked.after)
+    if soaked.left is not None:
+        print(f"\nin the tier: {soaked.left}")
     print(f"\nrequests: {dict(endings)}\nsamples: {path}")
     print_problems(problems)
     print(json.dumps({"samples": str(path), **result}))
