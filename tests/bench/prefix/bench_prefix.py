@@ -5,6 +5,9 @@ to it: some groups share a system prompt, each turn repeats all before it, its a
 its last line, one JSON object. "reuse" is of the tokens that one infinite cache would have had: of each turn all of the
 conversation before, of each first turn the system prompt of its group if it was asked for before.
 
+With `ARGS="--scenario agentic"`, or the name of another scenario of the load tests, that is played instead, and the way
+by cached prefixes has the shared tier as well (`scenarios.py`).
+
 Before, some prompts of their own meet every engine: the first contact of two takes seconds.
 
 Nothing is judged: what routing is worth depends on how busy the engines are, and two cores are shared by four.
@@ -22,6 +25,7 @@ from pathlib import Path
 
 from app.local import down, up
 from app.local_process import RunFolder
+from tests.bench.prefix.scenarios import Bench, report
 from tests.bench.serving.client import post
 
 FOLDER = RunFolder(Path(".run/prefix"))
@@ -163,7 +167,17 @@ def main() -> int:
     parser.add_argument("--pause-s", type=float, default=2.0, help="between turns, in the mean")
     parser.add_argument("--settle-s", type=float, default=3.0, help="before the first request")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scenario", help="of the load tests, in place of conversations")
+    parser.add_argument("--load", type=float, default=1.0, help="multiplier of the scenario's arrivals")
+    parser.add_argument("--duration", type=float, default=90.0, help="of the scenario, in seconds")
+    parser.add_argument("--num-blocks", type=int, help="of each engine's pool, in a scenario; else what memory allows")
+    parser.add_argument("--tier-bytes", type=int, default=2 << 30, help="of the tier, in a scenario")
     args = parser.parse_args()
+    if args.scenario:
+        bench = Bench(args, ARGUMENTS, lambda: Clients(args).warm_up())
+        bench.play(FOLDER)
+        print(json.dumps({"arguments": vars(args)} | report(bench)))
+        return 0
     found: dict[str, list[Turn]] = {way: [] for way in WAYS}
     seconds = dict.fromkeys(WAYS, 0.0)
     for number in range(args.rounds):
