@@ -114,6 +114,7 @@ class Pools:
         prefills: the replicas in the order in which they are asked; a test may change it.
         decodes: likewise.
         engines: those of the prefill replicas, then those of the decode replicas.
+        start_ingress: puts another one in the ingress's place, that knows nothing yet.
     """
 
     prefills: list[Replica]
@@ -122,6 +123,7 @@ class Pools:
     tokens: TokenReceiver
     routers: PoolRouters
     backend: PoolBackend
+    start_ingress: Callable[[], None]
 
     @classmethod
     async def start(
@@ -153,11 +155,17 @@ class Pools:
         decode_handle: Any = Handle(pools.decodes, DECODE)
         pools.engines = [replica.engine for replica in pools.prefills + pools.decodes]
         pools.tokens = await TokenReceiver.start("127.0.0.1", max_unread_tokens)
-        admission = Admission(Bounds(max_ttft_s=30.0, max_queued_tokens=10_000, min_remote_tokens=min_tokens))
-        pools.routers = PoolRouters(routing or RoutingSettings(), Crossover(Goals(ttft_s=2.0, itl_s=0.1), min_tokens))
-        pools.backend = PoolBackend(
-            decode_handle, prefill_handle, pools.tokens, admission, pools.routers, resume_timeout_s
-        )
+        bounds = Bounds(max_ttft_s=30.0, max_queued_tokens=10_000, min_remote_tokens=min_tokens)
+        crossover = Crossover(Goals(ttft_s=2.0, itl_s=0.1), min_tokens)
+
+        def start_ingress() -> None:
+            pools.routers = PoolRouters(routing or RoutingSettings(), crossover)
+            pools.backend = PoolBackend(
+                decode_handle, prefill_handle, pools.tokens, Admission(bounds), pools.routers, resume_timeout_s
+            )
+
+        pools.start_ingress = start_ingress
+        pools.start_ingress()
         return pools
 
     def generate(self, request: GenerateRequest, on_overflow: Callable[[], None] = lambda: None) -> TokenStream:

@@ -71,6 +71,18 @@ async def test_what_was_just_sent_counts_before_any_replica_has_told_of_it(start
     assert pools.routers.num_open == 0, "what has ended does not count"
 
 
+async def test_an_ingress_that_starts_late_sends_the_next_turn_where_the_kv_is(start: StartPools) -> None:
+    pools = await two_each(start)
+    await serve(pools, "first")
+    (holder,) = [replica for replica in pools.decodes if (await replica.engine.stats()).generated_tokens]
+    pools.start_ingress()
+    pools.decodes.sort(key=lambda replica: replica is holder)  # whoever asks for any replica is given the other one
+    await pools.read()  # who is there comes first, then what they have
+    await pools.read()
+    assert await serve(pools, "next", NEXT_TURN) == WHOLE_BLOCKS
+    assert pools.routers.choices == {(DECODE, Reason.CACHE): 1}
+
+
 async def test_a_prompt_is_computed_by_the_prefill_replica_that_has_most_of_it(start: StartPools) -> None:
     pools = await two_each(start, routing=KNOWS_WHAT_IT_IS_TOLD)
     other_end = PROMPT[:120] + random_prompt(60, seed=5)

@@ -8,6 +8,7 @@ import pytest_asyncio
 
 from deployments.load.reading import DECODE, PREFILL
 from deployments.messages import TokenOutput
+from deployments.routing.scoring import Reason
 from tests.deployments.conftest import StartPools
 from tests.deployments.faulty_engine import OBJECT_BLOCKS
 from tests.deployments.pools import NUM_TOKENS, PROMPT, Pools, tokens_of
@@ -62,6 +63,33 @@ async def test_a_replica_that_never_had_the_prompt_computes_only_what_the_tier_h
     labels = f'origin="tier",pool="{waits}",replica="{replica.name}"'
     assert f"kvrelay_prompt_tokens_by_origin_total{{{labels}}} {ALL}.0" in text
     assert f'kvrelay_tier_failures_total{{pool="{waits}",replica="{replica.name}"}} 0.0' in text
+    await pools.wait_idle()
+
+
+async def test_a_session_whose_replica_has_no_seat_goes_on_elsewhere_and_its_kv_comes_along(
+    start: StartPools, tier: LocalTier
+) -> None:
+    pools = await start(num_prefill=2, num_decode=2, tiers={DECODE: tier}, max_num_seqs=1)
+    await pools.read()
+    await ask(pools, "first turn")
+    await asyncio.to_thread(tier.wait_for, NUM_OBJECTS)
+    (holder,) = [replica for replica in pools.decodes if (await replica.engine.stats()).generated_tokens]
+    (other,) = [replica for replica in pools.decodes if replica is not holder]
+    pools.tokens.open("takes the seat", lambda: None, lambda _: None)
+    seated = asyncio.create_task(
+        holder.deployment.generate_by(greedy("takes the seat", SHORT, 400), pools.tokens.address, None)
+    )
+    await holder.engine.until(lambda engine: engine.stats().num_running == 1)
+    computed = [(await replica.engine.stats()).prompt_tokens for replica in pools.prefills]
+    await pools.read()
+    await pools.read()
+    outputs = await ask(pools, "next turn")
+    assert min(output.num_cached_tokens for output in outputs) == ALL
+    assert pools.routers.choices[DECODE, Reason.SPREAD] == 1
+    stats = await other.engine.stats()
+    assert (stats.tier_hit_tokens, stats.prompt_tokens) == (ALL, len(PROMPT) - ALL)
+    assert [(await replica.engine.stats()).prompt_tokens for replica in pools.prefills] == computed
+    await seated
     await pools.wait_idle()
 
 
