@@ -142,8 +142,11 @@ class PoolRouters:
             return RoutedRequest(ANYWHERE, (), self._clock)
         now_s = self._clock()
         num_new_tokens = self._costs.num_new_tokens(max_new_tokens)
-        elsewhere, prefill = self._look_elsewhere(prompt, now_s, num_new_tokens)
-        decode = self._decode.choose(prompt, now_s, num_new_tokens=num_new_tokens, elsewhere=elsewhere)
+        shared = self._shared_tokens(prompt, now_s)
+        elsewhere, prefill = self._look_elsewhere(prompt, now_s, num_new_tokens, shared)
+        decode = self._decode.choose(
+            prompt, now_s, num_new_tokens=num_new_tokens, elsewhere=elsewhere, shared_tokens=shared
+        )
         threshold = _threshold(prompt, decode, elsewhere)
         computes = threshold is None or prompt.num_tokens - decode.score.cached_tokens < threshold
         routed = [self._decode.send(prompt, decode, now_s, num_new_tokens=num_new_tokens, computes=computes)]
@@ -175,7 +178,7 @@ class PoolRouters:
         if not self._decode.replicas:
             return None
         nothing = PromptHashes(())
-        elsewhere, _ = self._look_elsewhere(nothing, now_s, 0)
+        elsewhere, _ = self._look_elsewhere(nothing, now_s, 0, 0)
         here = self._decode.choose(nothing, now_s, elsewhere=elsewhere).score.here
         return None if elsewhere is None or here is None else (here, elsewhere.there, elsewhere.gaps)
 
@@ -188,13 +191,19 @@ class PoolRouters:
         """The decode replica that a request was sent to is gone, until it is heard of again."""
         self._decode.leave(route.decode)
 
+    def _shared_tokens(self, prompt: PromptHashes, now_s: float) -> int:
+        """Leading tokens that the tier likely has, since an engine of either pool has them; 0 without a tier."""
+        if self._tier.token_s is None:
+            return 0
+        return max(router.longest(prompt, now_s) for router in self._routers.values())
+
     def _look_elsewhere(
-        self, prompt: PromptHashes, now_s: float, num_new_tokens: int
+        self, prompt: PromptHashes, now_s: float, num_new_tokens: int, shared_tokens: int
     ) -> tuple[Elsewhere | None, Choice | None]:
         """What the prefill pool would take for a prompt, and which of its replicas."""
         if self._prefill is None or self._crossover is None or not self._prefill.replicas:
             return None, None
-        choice = self._prefill.choose(prompt, now_s)
+        choice = self._prefill.choose(prompt, now_s, shared_tokens=shared_tokens)
         there = self._costs.there(choice.score.wait_s + choice.score.own_s, self._prefill.costs.token_s)
         return Elsewhere(self._crossover, there, self._costs.gaps(num_new_tokens)), choice
 

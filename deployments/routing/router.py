@@ -256,8 +256,8 @@ class Router:
 
     def _learn_costs(self, readings: PoolReadings, reports: Mapping[str, Report], as_of_s: float) -> None:
         readings.update({name: report.stats for name, report in reports.items()}, as_of_s)
-        steps, tokens = 1.0, readings.tokens_per_step
-        if token_s := readings.cost.seconds(steps, tokens).best / tokens:
+        tokens = readings.tokens_per_step
+        if token_s := readings.cost.seconds(1.0, tokens).best / tokens:
             self.costs = replace(self.costs, token_s=token_s)
 
     def leave(self, name: str) -> None:
@@ -272,6 +272,10 @@ class Router:
         choice = self.choose(prompt, now_s, num_new_tokens=num_new_tokens, among=among)
         return self.send(prompt, choice, now_s, num_new_tokens=num_new_tokens)
 
+    def longest(self, prompt: PromptHashes, now_s: float) -> int:
+        """Leading tokens of a prompt that some replica has, or will have soon."""
+        return max(self._index.match(prompt, now_s).values(), default=0)
+
     def choose(
         self,
         prompt: PromptHashes,
@@ -279,6 +283,7 @@ class Router:
         *,
         num_new_tokens: int = 0,
         elsewhere: Elsewhere | None = None,
+        shared_tokens: int = 0,
         among: Collection[str] | None = None,
     ) -> Choice:
         """Choose a replica for a request.
@@ -288,6 +293,7 @@ class Router:
             now_s: the time.
             num_new_tokens: that it is expected to generate.
             elsewhere: see `score_decode`.
+            shared_tokens: see `Sizes`; those of this pool count in any case.
             among: replicas that may be chosen, also such as no report has come of; None: all that were told of. At
                 least one.
         """
@@ -298,10 +304,10 @@ class Router:
         if hot_asks is not None:
             parts = {size: self._parts(prompt.of(size), now_s) for size in set(sizes.values())}
         at = Moment(now_s, 1.0 / costs.token_s, self._num_routers, sizes, parts, hot_asks or 0.0)
-        request = Sizes(prompt.num_tokens, num_new_tokens, elsewhere, max(cached.values(), default=0))
+        request = Sizes(prompt.num_tokens, num_new_tokens, elsewhere, max([shared_tokens, *cached.values()]))
         candidates = [rule.see(name, cached.get(name, 0), self._load_of(name, now_s), at) for name in names]
         scores = [rule.score(request, candidate, costs) for candidate in candidates]
-        longest = max(scores, key=_cached_tokens)
+        longest = max(scores, key=lambda score: score.cached_tokens)
         key = prompt.key_after(longest.cached_tokens, sizes.get(longest.replica))
         whole_s = prompt.num_tokens * costs.token_s
         return choose(scores, rule.tie * whole_s, key, prompt.meeting_key, self._key_tie * whole_s)
@@ -341,7 +347,3 @@ class Router:
                 load.start_at(sum(others) / len(others), now_s)
             self._loads[name] = load
         return load
-
-
-def _cached_tokens(score: Score) -> int:
-    return score.cached_tokens

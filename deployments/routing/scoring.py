@@ -66,7 +66,7 @@ class Sizes:
         num_tokens: of its prompt.
         num_new_tokens: that it is expected to generate.
         elsewhere: see `score_decode`.
-        shared_tokens: leading ones of the prompt that some replica of the pool has, so that the tier likely has them.
+        shared_tokens: leading ones of the prompt that some engine has, so that the tier likely has them.
     """
 
     num_tokens: int

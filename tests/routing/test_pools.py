@@ -10,6 +10,7 @@ from deployments.engine.stats import EngineStats
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import ANYWHERE, GenerateRequest, SamplingParams
 from deployments.replica_stats import HandoffStats, ReplicaStats
+from deployments.routing.costs import UNMEASURED_TOKEN_S
 from deployments.routing.crossover import Crossover, Goals
 from deployments.routing.hashes import PromptHashes
 from deployments.routing.pools import PoolRouters
@@ -101,6 +102,21 @@ def test_what_prefill_has_anyway_makes_little_of_what_decode_has() -> None:
     pools.now_s += 3600.0  # and what was sent is not expected any more
     pools.know()
     assert pools.routers.route(request((*SESSION, *range(100)))).route.decode == "d0"
+
+
+@pytest.mark.parametrize("has_tier", [False, True])
+def test_a_prefill_replica_is_taken_to_fetch_from_the_tier_what_a_busy_decode_replica_has(has_tier: bool) -> None:
+    pools = Pools()
+    pools.holds("d1", PromptHashes(SESSION))
+    if has_tier:  # a token of it took a tenth of what it takes to compute one
+        fetched = replace(IDLE, tier_hit_tokens=1000, tier_fetch_s=1000 * UNMEASURED_TOKEN_S / 10)
+        pools.engines[PREFILL]["p0"] = fetched
+    pools.know()
+    routed = pools.routers.route(request((*SESSION, *range(300))))
+    decode, prefill = routed.reasons
+    assert routed.route.decode == "d1" and "1600 tokens cached" in decode
+    seconds = (300 + 1600 / 10 if has_tier else 1900) * UNMEASURED_TOKEN_S
+    assert f"0 tokens cached, {seconds:.3f} s for the rest" in prefill
 
 
 def test_a_request_weighs_as_others_turned_out_to_and_not_as_it_may() -> None:
