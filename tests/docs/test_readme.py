@@ -77,6 +77,14 @@ def test_the_application_takes_the_settings_of_a_command(command):
     parse_arguments(settings_of(command))
 
 
+def test_the_settings_of_ray_serve_are_read_by_a_shell_as_the_readme_says():
+    (command,) = [command for command in COMMANDS if "serve.env" in command]
+    told = run("bash", "-euc", f"{command}; exec env")
+    settings = [line for line in (ROOT / "app" / "serve.env").read_text().splitlines() if re.match(r"\w+=", line)]
+    assert settings
+    assert {setting.partition("=")[0] for setting in settings} <= {line.partition("=")[0] for line in told.splitlines()}
+
+
 def test_files_that_commands_are_given_exist():
     named = {path for command in COMMANDS for path in re.findall(r"[\w./]+\.yaml", command.replace("~/kvrelay/", ""))}
     assert named

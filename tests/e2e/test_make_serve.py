@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -20,11 +21,14 @@ import openai
 import psutil
 import pytest
 
+from app.config import AppConfig
 from app.local_process import RunFolder, Server
+from tests.docs.pages import ROOT, commands
 from tests.e2e.conftest import MODEL_NAME, Service
 from tests.e2e.greedy import Reference, complete
 from tests.waiting import wait_until
 
+BUNDLED_NAME = AppConfig().served_model_name
 PROMPT_NAMES = ("plain-1", "plain-33", "plain-300", "plain-511", "chat-0", "chat-1", "chat-3")
 STOP_TIMEOUT_S = 240.0
 KEY, LIMITED_KEY = "sk-tests-0123456789", "sk-limited-0123456789"
@@ -144,6 +148,16 @@ def test_tokens_equal_transformers_through_both_ingress_replicas(
         answers = pool.map(lambda name: complete(client, local, name, prompts[name]), names)
         for name, tokens in zip(names, answers, strict=True):
             reference.assert_same(name, tokens)
+
+
+def test_the_request_of_the_readme_is_answered(local: Service) -> None:
+    (command,) = [command for command in commands((ROOT / "README.md").read_text()) if command.startswith("curl ")]
+    words = shlex.split(command.replace("http://127.0.0.1:8000", local.url).replace(BUNDLED_NAME, MODEL_NAME))
+    words += ["-sS", "--fail-with-body", "-H", f"authorization: {bearing(KEY)['authorization']}"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["choices"][0]["message"]["content"] and answer["usage"]["completion_tokens"] <= 32
 
 
 def test_openai_client_streams_what_it_gets_whole(local: Service) -> None:
