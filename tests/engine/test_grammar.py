@@ -1,8 +1,12 @@
 """Answers with a grammar: they follow it however their request is served, and nobody else's tokens change."""
 
+import os
 import re
+import sys
+import threading
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -165,3 +169,19 @@ def test_an_aborted_answer_leaves_nothing() -> None:
     engine.check_integrity()
     assert not list(guides_of(engine))
     assert re.fullmatch(PATTERN, text_of(generate(engine, [guided("r")])[0]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives threads a priority of their own")
+def test_compiling_lets_the_steps_of_others_go_first() -> None:
+    own, before = os.getpriority(os.PRIO_PROCESS, 0), thread_priorities()
+    engine = build()
+    generate(engine, [guided("r"), greedy("plain", PROMPT, 3)])
+    later = [niceness for thread, niceness in thread_priorities().items() if thread not in before]
+    assert sum(niceness > own for niceness in later) == 1
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == own, "this one takes the steps"
+
+
+def thread_priorities() -> dict[str, int]:
+    """The niceness of each thread of this process."""
+    threads = [path.name for path in Path("/proc/self/task").iterdir()]
+    return {thread: os.getpriority(os.PRIO_PROCESS, int(thread)) for thread in threads}
