@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from tests.engine.driving import Transcript, build_engine, greedy, run
+from tests.engine.driving import Transcript, build_engine, generate, greedy, run
 from tests.engine.families import load, random_prompt
 from tests.engine.insides import pretend_idle
 
@@ -24,6 +24,26 @@ def test_only_steps_with_prompt_tokens_count_and_no_moment_counts_twice(is_pipel
     run(engine, transcript)
     assert engine.stats().prefill_s == computed.prefill_s, "the rest were decodes"
     assert (engine.stats().max_num_seqs, engine.stats().finished) == (8, 1)
+
+
+@pytest.mark.parametrize("method", ["off", "ngram"])
+@pytest.mark.parametrize("is_pipelined", [False, True])
+def test_the_last_token_of_a_cached_prompt_is_a_prompt_beside_a_shorter_decode(is_pipelined: bool, method: str) -> None:
+    engine = build_engine(load("llama"), is_pipelined=is_pipelined, speculation={"method": method})
+    prompt = random_prompt(33, seed=3)  # of its 4 blocks of 8 and a token all but that are found
+    generate(engine, [greedy("first", prompt, 1)])
+    engine.add(greedy("short", random_prompt(9, seed=4), 40))
+    transcript = Transcript()
+    while len(transcript.tokens["short"]) < 4:
+        transcript.note(engine.step())
+    before = engine.stats()
+    assert (before.prompt_tokens, before.prefill_steps) == (33 + 9, 2)
+    engine.add(greedy("again", prompt, 2))
+    run(engine, transcript)
+    after = engine.stats()
+    assert transcript.cached["again"] == 32
+    assert (after.prompt_tokens, after.prefill_steps) == (33 + 9 + 1, 3)
+    assert after.prefill_s > before.prefill_s
 
 
 def test_time_without_work_does_not_count() -> None:

@@ -98,7 +98,7 @@ class Service:
     def _step(self) -> None:
         schedule = self.scheduler.schedule()
         num_prompt = sum(item.num_prompt_tokens for item in schedule.scheduled)
-        num_decodes = sum(item.sequence.is_decoding for item in schedule.scheduled)
+        num_decodes = sum(item.is_decode for item in schedule.scheduled)
         step_s = STEP_S + num_prompt * PROMPT_TOKEN_S + num_decodes * DECODE_S
         self.now_s += step_s
         self.stats.prompt_tokens += num_prompt

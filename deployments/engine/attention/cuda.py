@@ -1,4 +1,4 @@
-"""Attention on a GPU, over the paged pool: decodes by our kernel, prompts by FlashAttention or by a kernel of ours.
+"""Attention on a GPU, over the paged pool: single tokens by our kernel, prompts by FlashAttention or one of ours.
 
 Whole prompts attend their own keys and values, which are at hand: by FlashAttention 3, where it is installed, else by
 torch's variable-length attention (2). Without 3 recorded lengths are cuDNN's, which is nearly as fast, but plans anew
@@ -94,9 +94,9 @@ class CudaStep:
     Args:
         cache: the pool.
         slots: (T,) where each token's KV goes; negative: nowhere.
-        decode_tables: (D, max_blocks) int32 block ids; the D decodes come first in the flat batch.
-        decode_lens: (D,) int32 tokens of each decoding sequence, the new one included.
-        prompts: the chunks behind the decodes.
+        single_tables: (D, max_blocks) int32 block ids; the D single tokens come first in the flat batch.
+        single_lens: (D,) int32 tokens of each one's sequence, itself included.
+        prompts: the chunks behind the single tokens.
         rows: see `AttentionStep`.
     """
 
@@ -104,13 +104,13 @@ class CudaStep:
         self,
         cache: KVCache,
         slots: Tensor,
-        decode_tables: Tensor,
-        decode_lens: Tensor,
+        single_tables: Tensor,
+        single_lens: Tensor,
         prompts: tuple[Prompts, ...] = (),
         rows: Tensor | None = None,
     ) -> None:
         self._cache, self._slots = cache, slots
-        self._tables, self._lens = decode_tables, decode_lens
+        self._tables, self._lens = single_tables, single_lens
         self._prompts = prompts
         self._splits: dict[int | None, Splits] = {}
         self.rows = rows
@@ -120,10 +120,10 @@ class CudaStep:
         kv = self._cache.paged(layer)
         rotated, new_keys, new_values = self._write(kv, queries, keys, values, rotation)
         if not self._prompts:
-            return self._attend_decodes(rotated, kv, scores)
+            return self._attend_singles(rotated, kv, scores)
         parts = []
-        if num_decodes := len(self._lens):
-            parts.append(self._attend_decodes(rotated[:num_decodes], kv, scores))
+        if num_singles := len(self._lens):
+            parts.append(self._attend_singles(rotated[:num_singles], kv, scores))
         for prompts in self._prompts:
             span = slice(prompts.start, prompts.start + prompts.num_tokens)
             seen = _without_idle_window(scores, prompts.max_keys)
@@ -134,7 +134,7 @@ class CudaStep:
                 parts.append(_attend_context(prompts, rotated[span], self._cache, layer, seen))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _attend_decodes(self, queries: Tensor, kv: PagedKV, scores: Scores) -> Tensor:
+    def _attend_singles(self, queries: Tensor, kv: PagedKV, scores: Scores) -> Tensor:
         max_tokens = self._tables.shape[1] * self._cache.block_size
         scores = _without_idle_window(scores, max_tokens)
         splits = self._splits.get(scores.window)

@@ -46,7 +46,7 @@ class PagedStep:
     """
 
     def __init__(self, arrays: StepArrays, cache: KVCache, window: int | None) -> None:
-        lens = arrays.decode_lens
+        lens = arrays.single_lens
         start = np.zeros_like(lens) if window is None else np.maximum(lens - window, 0)
         num_splits = -(-(lens - start) // _SPLIT_TOKENS)
         first_split = np.concatenate(([0], np.cumsum(num_splits)))

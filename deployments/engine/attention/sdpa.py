@@ -1,9 +1,10 @@
 """Paged attention anywhere: gather blocks, then torch's fused attention on a CPU, many sequences in one call.
 
 In float32 there are kernels of our own (`paged.py`), which gather nothing and serve all layers but those with sinks or
-squashed scores. Other decodes, of different lengths, are cut into splits of one length, attended together, and merged
-by their log-sum-exp, so that one long sequence beside many short ones costs its own tokens and no padding of the
-others. A prompt chunk attends its context without a mask and itself causally, and the two are merged likewise.
+squashed scores. Other single tokens, whose sequences differ in length, are cut into splits of one length, attended
+together, and merged by their log-sum-exp, so that one long sequence beside many short ones costs its own tokens and no
+padding of the others. A prompt chunk attends its context without a mask and itself causally, and the two are merged
+likewise.
 
 Source: Flash-Decoding (Dao et al., 2023) for splits; cascade inference (Ye et al., 2024) for merging states.
 """
@@ -32,7 +33,7 @@ _flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.defau
 
 @dataclass(frozen=True, slots=True)
 class PromptChunk:
-    """A run that is no decode of one token.
+    """A run that is no single token.
 
     Attributes:
         query_start: where the chunk begins in the flat batch.
@@ -48,13 +49,13 @@ class PromptChunk:
 
 
 @dataclass(frozen=True, slots=True)
-class _DecodePlan:
-    """How the decodes of a step are cut.
+class _SplitPlan:
+    """How the contexts of the single tokens of a step are cut.
 
     Attributes:
         block_ids: (N * blocks_per_split,) int64 blocks to gather.
         mask: (N, 1, 1, split_len) 0 where a token may be seen, else -inf; None if all may.
-        owner: (N,) int64 decode that each split belongs to; None if every decode has one split.
+        owner: (N,) int64 single token that each split belongs to; None if each has one split.
     """
 
     block_ids: Tensor
@@ -81,20 +82,20 @@ class SdpaStep:
         self.rows = torch.from_numpy(rows) if is_dropping else None
         self._arrays = arrays
         self._chunks = _cut_chunks(arrays, cache.block_size, cache.blocks.device)
-        self._decode_plans: dict[int | None, _DecodePlan] = {}
+        self._split_plans: dict[int | None, _SplitPlan] = {}
         self._paged: dict[int | None, PagedStep] = {}
 
     def attend(self, asked: LayerAttention) -> Tensor:
         layer, queries, keys, values, scores, rotation = asked
         assert rotation is None, "this attention takes queries and keys that are rotated"
-        num_decodes = self._arrays.num_decodes
+        num_singles = self._arrays.num_singles
         stored = self.cache.write(layer, self.slots, keys.transpose(0, 1), values.transpose(0, 1))
         if can_attend(self.cache, scores):
             return self.attend_stored(layer, queries.transpose(0, 1), scores)
         keys, values = (part.transpose(0, 1) for part in stored)
         outputs = []
-        if num_decodes:
-            outputs.append(self._decode(layer, queries[:, :num_decodes], scores))
+        if num_singles:
+            outputs.append(self._attend_singles(layer, queries[:, :num_singles], scores))
         for chunk in self._chunks:
             span = slice(chunk.query_start, chunk.query_start + chunk.num_queries)
             outputs.append(self._prefill(layer, chunk, queries[:, span], keys[:, span], values[:, span], scores))
@@ -123,23 +124,23 @@ class SdpaStep:
             paged = self._paged[window] = PagedStep(self._arrays, self.cache, window)
         return paged
 
-    def _decode(self, layer: int, queries: Tensor, scores: Scores) -> Tensor:
-        plan = self._decode_plans.get(scores.window)
+    def _attend_singles(self, layer: int, queries: Tensor, scores: Scores) -> Tensor:
+        plan = self._split_plans.get(scores.window)
         if plan is None:
-            plan = plan_decodes(self._arrays, self.cache.block_size, scores.window, queries)
-            self._decode_plans[scores.window] = plan
-        num_heads, num_decodes, head_dim = queries.shape
+            plan = plan_splits(self._arrays, self.cache.block_size, scores.window, queries)
+            self._split_plans[scores.window] = plan
+        num_heads, num_singles, head_dim = queries.shape
         num_kv_heads = self.cache.group.num_kv_heads
-        grouped = queries.transpose(0, 1).reshape(num_decodes, num_kv_heads, num_heads // num_kv_heads, head_dim)
+        grouped = queries.transpose(0, 1).reshape(num_singles, num_kv_heads, num_heads // num_kv_heads, head_dim)
         if plan.owner is not None:
             grouped = grouped.index_select(0, plan.owner)
         out, lse = self._attend_splits(layer, plan, grouped, scores)
         if plan.owner is not None:
-            out, lse = _merge_splits(out, lse, plan.owner, num_decodes)
-        out = out.reshape(num_decodes, num_heads, head_dim)
-        return out if scores.sinks is None else _sink(out, lse.reshape(num_decodes, num_heads), scores.sinks)
+            out, lse = _merge_splits(out, lse, plan.owner, num_singles)
+        out = out.reshape(num_singles, num_heads, head_dim)
+        return out if scores.sinks is None else _sink(out, lse.reshape(num_singles, num_heads), scores.sinks)
 
-    def _attend_splits(self, layer: int, plan: _DecodePlan, grouped: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
+    def _attend_splits(self, layer: int, plan: _SplitPlan, grouped: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """All splits: (N, num_kv_heads, group, head_dim) and their log-sum-exp; no more at once than is bounded."""
         num_splits, num_kv_heads, group, head_dim = grouped.shape
         width = len(plan.block_ids) // num_splits
@@ -269,13 +270,13 @@ def _sink(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     return out * torch.sigmoid(lse - sinks.float()).unsqueeze(-1).to(out.dtype)
 
 
-def _merge_splits(out: Tensor, lse: Tensor, owner: Tensor, num_decodes: int) -> tuple[Tensor, Tensor]:
-    """Combine the splits of each decode: (N, H, Q, head_dim), (N, H, Q) to the same of num_decodes."""
-    peak = lse.new_full((num_decodes, *lse.shape[1:]), float("-inf"))
+def _merge_splits(out: Tensor, lse: Tensor, owner: Tensor, num_singles: int) -> tuple[Tensor, Tensor]:
+    """Combine the splits of each single token: (N, H, Q, head_dim), (N, H, Q) to the same of num_singles."""
+    peak = lse.new_full((num_singles, *lse.shape[1:]), float("-inf"))
     peak.scatter_reduce_(0, owner[:, None, None].expand_as(lse), lse, "amax")
     weight = torch.exp(lse - peak.index_select(0, owner))
     total = torch.zeros_like(peak).index_add_(0, owner, weight)
-    merged = torch.zeros((num_decodes, *out.shape[1:]), dtype=torch.float32, device=out.device)
+    merged = torch.zeros((num_singles, *out.shape[1:]), dtype=torch.float32, device=out.device)
     merged.index_add_(0, owner, out.float() * weight.unsqueeze(-1))
     return (merged / total.unsqueeze(-1)).to(out.dtype), peak + total.log()
 
@@ -289,9 +290,9 @@ def _split_blocks(num_blocks: np.ndarray, block_size: int) -> int:
 
 
 def _cut_chunks(arrays: StepArrays, block_size: int, device: torch.device) -> list[PromptChunk]:
-    """The runs behind the decodes."""
-    chunks, query_start = [], arrays.num_decodes
-    for run in range(arrays.num_decodes, arrays.num_runs):
+    """The runs behind the single tokens."""
+    chunks, query_start = [], arrays.num_singles
+    for run in range(arrays.num_singles, arrays.num_runs):
         context_len, num_queries = int(arrays.starts[run]), int(arrays.counts[run])
         num_blocks = -(-(context_len + num_queries) // block_size)
         block_ids = upload(arrays.tables[run, :num_blocks], device)
@@ -300,17 +301,17 @@ def _cut_chunks(arrays: StepArrays, block_size: int, device: torch.device) -> li
     return chunks
 
 
-def plan_decodes(arrays: StepArrays, block_size: int, window: int | None, queries: Tensor) -> _DecodePlan:
-    lens = arrays.decode_lens
+def plan_splits(arrays: StepArrays, block_size: int, window: int | None, queries: Tensor) -> _SplitPlan:
+    lens = arrays.single_lens
     first = np.zeros_like(lens) if window is None else np.maximum(lens - window, 0) // block_size
     num_blocks = -(-lens // block_size) - first
     width = _split_blocks(num_blocks, block_size)
     num_splits = -(-num_blocks // width)
     owner = np.repeat(np.arange(len(lens)), num_splits)
-    # Place of each split within its decode: 0, 1, ... for every owner.
+    # Place of each split within its owner's: 0, 1, ... for every owner.
     rank = np.arange(len(owner)) - np.repeat(np.cumsum(num_splits) - num_splits, num_splits)
     logical = (first[owner] + rank * width)[:, None] + np.arange(width)
-    tables = arrays.decode_tables
+    tables = arrays.single_tables
     physical = tables[owner[:, None], np.minimum(logical, tables.shape[1] - 1)]
     positions = (logical[:, :, None] * block_size + np.arange(block_size)).reshape(len(owner), -1)
     visible = positions < lens[owner, None]
@@ -320,7 +321,7 @@ def plan_decodes(arrays: StepArrays, block_size: int, window: int | None, querie
     if not visible.all():
         mask = torch.from_numpy(np.where(visible, np.float32(0), np.float32("-inf")))[:, None, None, :]
         mask = mask.to(device=queries.device, dtype=queries.dtype)
-    return _DecodePlan(
+    return _SplitPlan(
         block_ids=torch.from_numpy(physical.reshape(-1)).to(queries.device),
         mask=mask,
         owner=torch.from_numpy(owner).to(queries.device) if len(owner) > len(lens) else None,

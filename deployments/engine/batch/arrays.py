@@ -1,6 +1,6 @@
 """One step as plain numbers, from which every runner and every attention is fed. Knows no sequence and no tensor.
 
-Shape suffixes: T tokens of the step, R runs, D decodes among them, B blocks of the longest run, S draws.
+Shape suffixes: T tokens of the step, R runs, D single tokens among them, B blocks of the longest run, S draws.
 """
 
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class StepArrays:
-    """The inputs of one step, a flat ragged batch of int64: runs lie behind each other, decodes of one token first.
+    """The inputs of one step, a flat ragged batch of int64: runs lie behind each other, single tokens first.
 
     Attributes:
         token_ids: (T,) tokens; 0 where a step in flight draws them.
-        sources: (D,) row among the draws of the step before, where it draws a decode's token; -1 where it is known.
+        sources: (D,) row among the draws of the step before, where it draws the single token; -1 where it is known.
         positions: (T,) within each sequence, plus the sequence's `position_offset`.
         slots: (T,) where each token's KV goes in the flattened pool.
         starts: (R,) tokens of each run's sequence before the run.
         counts: (R,) tokens of each run.
         tables: (R, B) block ids that cover each run and everything before it, padded with zeros.
-        num_decodes: D.
+        num_singles: D, runs of one token that draws: a shape, see `order_for_batch`. Not all need be decodes.
         draw_rows: (S,) places in the batch of the tokens that draw.
         draw_positions: (S,) where the drawn tokens will stand in their sequences.
     """
@@ -32,7 +32,7 @@ class StepArrays:
     starts: np.ndarray
     counts: np.ndarray
     tables: np.ndarray
-    num_decodes: int
+    num_singles: int
     draw_rows: np.ndarray
     draw_positions: np.ndarray
 
@@ -45,11 +45,11 @@ class StepArrays:
         return len(self.counts)
 
     @property
-    def decode_lens(self) -> np.ndarray:
-        """(D,) tokens of each decoding sequence, the new one included."""
-        return self.starts[: self.num_decodes] + 1
+    def single_lens(self) -> np.ndarray:
+        """(D,) tokens of the sequence of each single token, itself included."""
+        return self.starts[: self.num_singles] + 1
 
     @property
-    def decode_tables(self) -> np.ndarray:
+    def single_tables(self) -> np.ndarray:
         """(D, B) their blocks."""
-        return self.tables[: self.num_decodes]
+        return self.tables[: self.num_singles]

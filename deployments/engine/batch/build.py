@@ -16,17 +16,18 @@ _start = attrgetter("start")
 
 
 def order_for_batch(scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
-    """Decodes first, the longest of them in front, then those with drafts.
+    """Single tokens first, the longest sequence's in front, then decodes with drafts, then prompts.
 
-    Decodes of one token are attended together, whatever their lengths. Their attention begins in this order, and ends
-    early where the short ones are left to the end.
+    Single is a shape: one token, and it draws. Most are decodes without drafts; the last token of a prompt is one too.
+    They are attended together, whatever their sequences' lengths. Their attention begins in this order, and ends early
+    where the short ones are left to the end.
     """
-    decodes = [item for item in scheduled if item.num_tokens == item.num_draws == 1]
-    decodes.sort(key=_start, reverse=True)
-    if len(decodes) == len(scheduled):
-        return decodes
-    others = [item for item in scheduled if not item.num_tokens == item.num_draws == 1]
-    return decodes + sorted(others, key=lambda item: not item.is_decode)
+    singles: list[ScheduledSequence] = []
+    others: list[ScheduledSequence] = []
+    for item in scheduled:
+        (singles if item.num_tokens == item.num_draws == 1 else others).append(item)
+    singles.sort(key=_start, reverse=True)
+    return singles + sorted(others, key=lambda item: not item.is_decode) if others else singles
 
 
 def build_arrays(items: list[ScheduledSequence], block_size: int, row_of: Mapping[str, int]) -> StepArrays:
@@ -42,8 +43,8 @@ def build_arrays(items: list[ScheduledSequence], block_size: int, row_of: Mappin
     counts = _column([item.num_tokens for item in items])
     draws = _column([item.num_draws for item in items])
     offsets = _column([item.sequence.position_offset for item in items])
-    num_decodes = int(((counts == 1) & (draws == 1)).sum())
-    token_ids, sources = _tokens(items, num_decodes, row_of)
+    num_singles = int(((counts == 1) & (draws == 1)).sum())
+    token_ids, sources = _tokens(items, num_singles, row_of)
     tables = _tables(items, -(-(starts + counts) // block_size))
     ends = np.cumsum(counts)
     rows = np.repeat(np.arange(num_runs), counts)
@@ -57,7 +58,7 @@ def build_arrays(items: list[ScheduledSequence], block_size: int, row_of: Mappin
         starts=starts,
         counts=counts,
         tables=tables,
-        num_decodes=num_decodes,
+        num_singles=num_singles,
         draw_rows=draw_rows,
         draw_positions=positions[draw_rows] + 1,
     )
@@ -74,19 +75,19 @@ def _column(values: list[int]) -> np.ndarray:
 
 
 def _tokens(
-    items: list[ScheduledSequence], num_decodes: int, row_of: Mapping[str, int]
+    items: list[ScheduledSequence], num_singles: int, row_of: Mapping[str, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids, and sources of those of the decodes; no others can be pending."""
-    decodes = [(item.sequence.token_ids, item.start) for item in items[:num_decodes]]
-    newest = _column([known[start] if start < len(known) else _PENDING for known, start in decodes])
-    sources = np.full(num_decodes, -1)
+    """Token ids, and sources of the single ones; no others can be pending."""
+    singles = [(item.sequence.token_ids, item.start) for item in items[:num_singles]]
+    newest = _column([known[start] if start < len(known) else _PENDING for known, start in singles])
+    sources = np.full(num_singles, -1)
     pending = np.flatnonzero(newest == _PENDING)
     sources[pending] = [row_of[items[row].sequence.request_id] for row in pending.tolist()]
     newest[pending] = 0
-    if num_decodes == len(items):
+    if num_singles == len(items):
         return newest, sources
     others = token_array()
-    for item in items[num_decodes:]:
+    for item in items[num_singles:]:
         others += item.sequence.token_ids[item.start : item.start + item.num_tokens]
         others.extend(item.drafts)
     return np.concatenate((newest, np.frombuffer(others, np.uint32))), sources

@@ -74,7 +74,7 @@ class Preparation:
                 masking = build_masking(items)
             if sampling.columns.is_scored:
                 scoring = build_scoring(items)
-        if scoring is None and len(items) > arrays.num_decodes and any(item.num_scored for item in items):
+        if scoring is None and len(items) > arrays.num_singles and any(item.num_scored for item in items):
             scoring = build_scoring(items)
         return PreparedStep(items, arrays, sampling, adjusting, masking, scoring)
 
@@ -98,10 +98,7 @@ class LaunchedStep:
 
     @property
     def num_prompt_tokens(self) -> int:
-        # Prompts are last in a batch, if there are any.
-        if not self.items[-1].num_prompt_tokens:
-            return 0
-        return sum(item.num_prompt_tokens for item in self.items)
+        return sum([item.num_prompt_tokens for item in self.items if not item.is_decode])
 
     def collect(self) -> list[tuple[ScheduledSequence, Draws]]:
         """Wait for it: what ran, each with those of its draws that count."""

@@ -40,13 +40,13 @@ class StepCosts:
         return self.num_layers * _LAUNCH_MS_PER_LAYER
 
     def parts_ms(self, arrays: StepArrays) -> float:
-        """What the recorded parts of a step take the GPU: the decodes, and each prompt or chunk by itself."""
+        """What the recorded parts of a step take the GPU: the single tokens, and each prompt or chunk by itself."""
         least = max(self.weight_bytes / _BYTES_PER_MS, self.num_layers * _LEAST_MS_PER_LAYER)
-        first = arrays.num_decodes
+        first = arrays.num_singles
         contexts, num_tokens = int(arrays.starts[first:].sum()), int(arrays.counts[first:].sum())
         per_token = self.weight_bytes / _TOKEN_BYTES_PER_MS + self.num_layers * _TOKEN_MS_PER_LAYER
         prompts = (arrays.num_runs - first) * least + num_tokens * per_token
         prompts += contexts * self.num_layers * _CONTEXT_MS_PER_LAYER
         if not first:
             return prompts
-        return prompts + least + int(arrays.decode_lens.sum()) * self.kv_token_bytes / _BYTES_PER_MS
+        return prompts + least + int(arrays.single_lens.sum()) * self.kv_token_bytes / _BYTES_PER_MS

@@ -1,7 +1,7 @@
 """Runs scheduled steps on a GPU without ever waiting for it: as CUDA graphs, or launched as a whole.
 
-Decodes alone are recorded, and so are a whole prompt and a short chunk of one, each by itself. Where there is little to
-compute, they are replayed one after the other for one step (`parts.py`).
+Single tokens, mostly decodes, are recorded, and so are a whole prompt and a short chunk of one, each by itself. Where
+there is little to compute, they are replayed one after the other for one step (`parts.py`).
 
 The host prepares a step in pinned memory while the GPU runs the one before. Drawn tokens stay on the GPU, where the
 next step finds them; their copies for the host arrive by themselves and are waited for one step later.
@@ -24,9 +24,9 @@ from deployments.engine.execution.base import LaunchedStep, Preparation, Prepare
 from deployments.engine.execution.costs import StepCosts
 from deployments.engine.execution.graphs import (
     MAX_GRAPH_BATCH,
-    DecodeGraph,
     MemoryPool,
     PromptGraph,
+    SinglesGraph,
     ladder,
     padded_batch,
     prompt_lengths,
@@ -36,8 +36,8 @@ from deployments.engine.execution.parts import (
     MAX_CHUNK,
     chunk_values,
     fill_chunk,
-    fill_decodes,
     fill_prompt,
+    fill_singles,
     recorded_prompts,
 )
 from deployments.engine.kv.cache import KVCache
@@ -75,15 +75,15 @@ class CudaRunner:
         self._max_graph_batch = min(num_seqs, MAX_GRAPH_BATCH)
         # Two of each: one step is prepared while the copy of the one before may still be read.
         flat = 5 * num_seqs + num_seqs * self._max_blocks
-        self._decode_uploads = [Upload(flat) for _ in range(2)]
-        self._decode_inputs = torch.zeros(flat, dtype=torch.int32, device=self._device)
-        self._decode_inputs[3 * num_seqs : 4 * num_seqs] = -1
+        self._singles_uploads = [Upload(flat) for _ in range(2)]
+        self._singles_inputs = torch.zeros(flat, dtype=torch.int32, device=self._device)
+        self._singles_inputs[3 * num_seqs : 4 * num_seqs] = -1
         prompt_values = 6 * limits.max_num_batched_tokens + num_seqs * (2 * self._max_blocks + 64) + 64
         self._prompt_uploads = [Upload(prompt_values) for _ in range(2)]
         self._results = [torch.empty(max_draws, dtype=torch.int64, pin_memory=True) for _ in range(2)]
         self._drawn = torch.zeros(max_draws, dtype=torch.int64, device=self._device)
         self._turn = 0
-        self._graphs: dict[int, DecodeGraph] = {}
+        self._graphs: dict[int, SinglesGraph] = {}
         self._prompt_graphs: dict[int, PromptGraph] = {}
         self._chunk_graphs: dict[int, PromptGraph] = {}
         self._capture()
@@ -96,9 +96,9 @@ class CudaRunner:
         arrays, sampling = step.arrays, step.sampling
         # Before the step: a graph puts its own draws where those of the step before are.
         adjusting = None if step.adjusting is None else step.adjusting.on(self._device, self._drawn)
-        is_drawn = arrays.num_decodes == arrays.num_runs <= self._max_graph_batch
+        is_drawn = arrays.num_singles == arrays.num_runs <= self._max_graph_batch
         if is_drawn:
-            logits = self._replay_decodes(arrays).logits
+            logits = self._replay_singles(arrays).logits
         elif (graphs := self._recorded_parts(step)) is not None:
             logits = self._replay_parts(arrays, graphs)
         else:
@@ -117,13 +117,13 @@ class CudaRunner:
         done.record()
         return LaunchedStep(step.items, result, done, scores)
 
-    def _replay_decodes(self, arrays: StepArrays) -> DecodeGraph:
-        graph = self._graphs[padded_batch(arrays.num_decodes, self._max_graph_batch)]
-        upload, num_columns = self._decode_uploads[self._turn], 5 * self._limits.max_num_seqs
+    def _replay_singles(self, arrays: StepArrays) -> SinglesGraph:
+        graph = self._graphs[padded_batch(arrays.num_singles, self._max_graph_batch)]
+        upload, num_columns = self._singles_uploads[self._turn], 5 * self._limits.max_num_seqs
         columns = upload.values[:num_columns].reshape(5, -1)
         tables = upload.values[num_columns:].reshape(-1, self._max_blocks)
-        fill_decodes(columns, tables, arrays, graph.batch_size)
-        upload.to(self._decode_inputs, num_columns + graph.batch_size * self._max_blocks)
+        fill_singles(columns, tables, arrays, graph.batch_size)
+        upload.to(self._singles_inputs, num_columns + graph.batch_size * self._max_blocks)
         graph.graph.replay()
         return graph
 
@@ -133,10 +133,10 @@ class CudaRunner:
             return None  # more logits of a prompt are wanted than a graph gives
         arrays = step.arrays
         counts = recorded_prompts(arrays, self._costs)
-        if not counts or arrays.num_decodes > self._max_graph_batch:
+        if not counts or arrays.num_singles > self._max_graph_batch:
             return None
         found = []
-        for count, context in zip(counts, arrays.starts[arrays.num_decodes :].tolist(), strict=True):
+        for count, context in zip(counts, arrays.starts[arrays.num_singles :].tolist(), strict=True):
             graphs = self._chunk_graphs if context else self._prompt_graphs
             if count > max(graphs, default=0):
                 return None
@@ -144,8 +144,8 @@ class CudaRunner:
         return found
 
     def _replay_parts(self, arrays: StepArrays, graphs: list[PromptGraph]) -> Tensor:
-        """Decodes, then each prompt or chunk, each as the graph of its size; logits of all that draw."""
-        first, upload = arrays.num_decodes, self._prompt_uploads[self._turn]
+        """Single tokens, then each prompt or chunk, each as the graph of its size; logits of all that draw."""
+        first, upload = arrays.num_singles, self._prompt_uploads[self._turn]
         writer = Writer(upload.values)
         spans = [writer.take(len(graph.inputs)) for graph in graphs]
         for run, (graph, span) in enumerate(zip(graphs, spans, strict=True), first):
@@ -158,7 +158,7 @@ class CudaRunner:
         recorded = self._graphs[self._max_graph_batch].logits
         logits = recorded.new_empty((len(arrays.draw_rows), recorded.shape[1]))
         if first:
-            logits[:first] = self._replay_decodes(arrays).logits[:first]
+            logits[:first] = self._replay_singles(arrays).logits[:first]
         drawing = np.isin(np.cumsum(arrays.counts) - 1, arrays.draw_rows)
         row = first
         for graph, span, draws in zip(graphs, spans, drawing[first:].tolist(), strict=True):
@@ -171,20 +171,20 @@ class CudaRunner:
         return logits
 
     def _run_eagerly(self, arrays: StepArrays, logit_rows: np.ndarray) -> Tensor:
-        upload, num_decodes = self._prompt_uploads[self._turn], arrays.num_decodes
+        upload, num_singles = self._prompt_uploads[self._turn], arrays.num_singles
         writer = Writer(upload.values)
-        flat = (arrays.token_ids, arrays.positions, arrays.slots, arrays.sources, arrays.decode_lens, logit_rows)
+        flat = (arrays.token_ids, arrays.positions, arrays.slots, arrays.sources, arrays.single_lens, logit_rows)
         token_ids, positions, slots, sources, lens, last = (writer.write(values) for values in flat)
-        tables = self._write_tables(writer, arrays, 0, num_decodes)
+        tables = self._write_tables(writer, arrays, 0, num_singles)
         prompts = self._write_prompts(writer, arrays)
         inputs = upload.to(torch.empty(writer.num_values, dtype=torch.int32, device=self._device), writer.num_values)
         ids = token_ids.on(inputs)
-        if num_decodes:
-            ids[:num_decodes] = self._resolve(ids[:num_decodes], sources.on(inputs))
+        if num_singles:
+            ids[:num_singles] = self._resolve(ids[:num_singles], sources.on(inputs))
         step = CudaStep(
             self.cache,
             slots.on(inputs),
-            tables.on(inputs).view(num_decodes, -1) if num_decodes else tables.on(inputs).view(0, 0),
+            tables.on(inputs).view(num_singles, -1) if num_singles else tables.on(inputs).view(0, 0),
             lens.on(inputs),
             tuple(prompt.on(inputs) for prompt in prompts),
             last.on(inputs).long(),
@@ -199,7 +199,7 @@ class CudaRunner:
 
     def _write_prompts(self, writer: Writer, arrays: StepArrays) -> list["_PendingPrompts"]:
         """Bring neighbours in the batch that attend together into groups."""
-        written, row = [], arrays.num_decodes
+        written, row = [], arrays.num_singles
         for first, end in _groups(arrays):
             starts, counts = arrays.starts[first:end], arrays.counts[first:end]
             lens = starts + counts
@@ -243,7 +243,7 @@ class CudaRunner:
         parts: list[tuple[Callable[[int, MemoryPool | None], MemoryPool], int]] = [
             *((self._capture_prompt, length) for length in lengths),
             *((self._capture_chunk, length) for length in chunks),
-            *((self._capture_decode, size) for size in sizes),
+            *((self._capture_singles, size) for size in sizes),
         ]
         pool: MemoryPool | None = None
         for number, (capture, size) in enumerate(parts, 1):
@@ -252,10 +252,10 @@ class CudaRunner:
                 logger.info("CUDA graphs: %d of %d, %.1f s", number, len(parts), time.monotonic() - started)
 
     @torch.inference_mode()
-    def _capture_decode(self, size: int, pool: MemoryPool | None) -> MemoryPool:
+    def _capture_singles(self, size: int, pool: MemoryPool | None) -> MemoryPool:
         num_seqs = self._limits.max_num_seqs
-        ids, sources, positions, slots, lens = self._decode_inputs[: 5 * num_seqs].view(5, num_seqs)[:, :size]
-        tables = self._decode_inputs[5 * num_seqs :].view(num_seqs, self._max_blocks)[:size]
+        ids, sources, positions, slots, lens = self._singles_inputs[: 5 * num_seqs].view(5, num_seqs)[:, :size]
+        tables = self._singles_inputs[5 * num_seqs :].view(num_seqs, self._max_blocks)[:size]
 
         def run() -> Tensor:
             step = CudaStep(self.cache, slots, tables, lens)
@@ -264,7 +264,7 @@ class CudaRunner:
             return logits
 
         graph = torch.cuda.CUDAGraph()
-        self._graphs[size] = DecodeGraph(size, graph, record(graph, run, pool))
+        self._graphs[size] = SinglesGraph(size, graph, record(graph, run, pool))
         return graph.pool()
 
     @torch.inference_mode()
@@ -303,9 +303,9 @@ class CudaRunner:
 
 
 def _groups(arrays: StepArrays) -> list[tuple[int, int]]:
-    """First and end of the runs behind the decodes that attend together: whole prompts, and chunks with context."""
+    """First and end of the longer runs that attend together: whole prompts, and chunks with context."""
     groups: list[tuple[int, int]] = []
-    for run in range(arrays.num_decodes, arrays.num_runs):
+    for run in range(arrays.num_singles, arrays.num_runs):
         if groups and _attend_together(arrays, run - 1, run):
             groups[-1] = groups[-1][0], run + 1
         else:

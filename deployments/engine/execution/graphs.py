@@ -35,8 +35,8 @@ def padded_batch(batch_size: int, max_batch: int) -> int:
     return min(-(-batch_size // _BATCH_STEP) * _BATCH_STEP, max_batch)
 
 
-class DecodeGraph:
-    """A decode step of a fixed batch size, recorded.
+class SinglesGraph:
+    """A step of single tokens alone, of a fixed batch size, recorded.
 
     Attributes:
         batch_size: rows of its inputs.

@@ -1,4 +1,4 @@
-"""Steps as recorded parts: which run as one graph for the decodes and one for each prompt, and what these graphs read.
+"""Steps as recorded parts: which run as one graph for single tokens and one for each prompt, and what graphs read.
 
 Launched as a whole, a step reads the weights once, but this process has to launch several hundred kernels, and the GPU
 waits for it where there is little to compute. The choice depends on the model and the step alone, so that tokens
@@ -23,7 +23,7 @@ def recorded_prompts(arrays: StepArrays, costs: StepCosts) -> list[int]:
         arrays: the step.
         costs: of the model.
     """
-    first = arrays.num_decodes
+    first = arrays.num_singles
     counts, contexts = arrays.counts[first:], arrays.starts[first:]
     if not np.isin(arrays.draw_rows, np.cumsum(arrays.counts) - 1).all():
         return []  # there are drafts
@@ -35,21 +35,21 @@ def recorded_prompts(arrays: StepArrays, costs: StepCosts) -> list[int]:
     return found
 
 
-def fill_decodes(columns: np.ndarray, tables: np.ndarray, arrays: StepArrays, batch_size: int) -> None:
-    """Write what a decode graph reads.
+def fill_singles(columns: np.ndarray, tables: np.ndarray, arrays: StepArrays, batch_size: int) -> None:
+    """Write what a graph of single tokens reads.
 
     Args:
         columns: (5, at least batch_size): token ids, sources, positions, slots and lengths.
         tables: (at least batch_size, blocks of the longest sequence).
         arrays: of the step, whose prompts are left out.
-        batch_size: of the graph; rows without a decode have no length and go nowhere.
+        batch_size: of the graph; rows without a token have no length and go nowhere.
     """
-    count = arrays.num_decodes
-    given = arrays.token_ids, arrays.sources, arrays.positions, arrays.slots, arrays.decode_lens
+    count = arrays.num_singles
+    given = arrays.token_ids, arrays.sources, arrays.positions, arrays.slots, arrays.single_lens
     for column, values, nothing in zip(columns, given, (0, -1, 0, -1, 0), strict=True):
         column[:count] = values[:count]
         column[count:batch_size] = nothing
-    tables[:count, : arrays.tables.shape[1]] = arrays.decode_tables
+    tables[:count, : arrays.tables.shape[1]] = arrays.single_tables
 
 
 def fill_prompt(values: np.ndarray, arrays: StepArrays, run: int) -> None:

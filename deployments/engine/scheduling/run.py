@@ -18,6 +18,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
         drafts: the last of its tokens, guessed and not yet part of the sequence. A draw counts if all drafts before it
             were guessed right.
         num_scored: so many of its first tokens tell how likely the known token behind each was.
+        is_decode: it begins with the newest token of a sequence that decodes (`Sequence.is_decoding`), with any drafts.
     """
 
     sequence: Sequence
@@ -26,6 +27,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     num_draws: int
     drafts: tuple[int, ...] = ()
     num_scored: int = 0
+    is_decode: bool = False
 
     @classmethod
     def of(cls, sequence: Sequence, num_tokens: int, drafts: tuple[int, ...] = ()) -> "ScheduledSequence":
@@ -34,18 +36,14 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
         assert is_newest or not drafts, f"{sequence.request_id}: drafts in the middle"
         num_draws = 1 + len(drafts) if is_newest else 0
         num_scored = num_tokens - num_draws if sequence.wants_scores else 0
-        return cls(sequence, sequence.num_launched_tokens, num_tokens + len(drafts), num_draws, drafts, num_scored)
+        start, num_tokens = sequence.num_launched_tokens, num_tokens + len(drafts)
+        return cls(sequence, start, num_tokens, num_draws, drafts, num_scored, sequence.is_decoding)
 
     @classmethod
     def decode(cls, sequence: Sequence, drafts: tuple[int, ...] = ()) -> "ScheduledSequence":
         """The newest token of a sequence that decodes, with drafts behind it."""
         num_tokens = 1 + len(drafts)
-        return cls(sequence, sequence.num_launched_tokens, num_tokens, num_tokens, drafts)
-
-    @property
-    def is_decode(self) -> bool:
-        """Each of its tokens draws the next one."""
-        return self.num_draws == self.num_tokens
+        return cls(sequence, sequence.num_launched_tokens, num_tokens, num_tokens, drafts, 0, True)
 
     @property
     def num_prompt_tokens(self) -> int:

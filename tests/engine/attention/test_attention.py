@@ -10,7 +10,7 @@ from torch import Tensor
 from deployments.engine.attention import sdpa
 from deployments.engine.attention.base import LayerAttention
 from deployments.engine.attention.paged import PagedStep
-from deployments.engine.attention.sdpa import plan_decodes
+from deployments.engine.attention.sdpa import plan_splits
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.kernels.arguments import Scores
 from deployments.engine.kv.cache import KVCache, KVShape
@@ -70,7 +70,7 @@ def dense(
 
 
 def check(
-    decode_lens: list[int],
+    single_lens: list[int],
     chunks: list[tuple[int, int]],
     window: int | None,
     softcap: float | None,
@@ -81,11 +81,11 @@ def check(
     """Attend one step and compare every token.
 
     Args:
-        decode_lens: tokens of each decode, the new one included.
+        single_lens: tokens of each decode, the new one included.
         chunks: (context, new tokens) of each prompt chunk.
     """
     pool = Pool(seed)
-    runs = [(length - 1, 1) for length in decode_lens] + chunks
+    runs = [(length - 1, 1) for length in single_lens] + chunks
     total = sum(count for _, count in runs)
     sinks = pool.randn(NUM_HEADS) if has_sinks else None
     queries = pool.randn(NUM_HEADS, total, HEAD_DIM)
@@ -101,7 +101,7 @@ def check(
         slots.append(pool.slots(table, context, context + count))
         tables.append(table)
         start += count
-    arrays = build_arrays(torch.cat(slots), decode_lens, tables, chunks)
+    arrays = build_arrays(torch.cat(slots), single_lens, tables, chunks)
     for kernel in (True, False):  # without it as well, as for other dtypes
         with patch.object(sdpa, "can_attend", lambda *_, kernel=kernel: kernel and softcap is None and sinks is None):
             scores = Scores(SCALING, window, softcap, sinks)
@@ -110,15 +110,15 @@ def check(
 
 
 def build_arrays(
-    slots: Tensor, decode_lens: list[int], tables: list[list[int]], chunks: list[tuple[int, int]]
+    slots: Tensor, single_lens: list[int], tables: list[list[int]], chunks: list[tuple[int, int]]
 ) -> StepArrays:
     """What attention reads of a step; the tokens themselves, and which of them draw, it does not."""
     padded = np.zeros((len(tables), max(map(len, tables))), dtype=np.int64)
     for row, table in zip(padded, tables, strict=True):
         row[: len(table)] = table
-    starts, counts = zip(*[(length - 1, 1) for length in decode_lens], *chunks, strict=True)
+    starts, counts = zip(*[(length - 1, 1) for length in single_lens], *chunks, strict=True)
     unused = np.zeros(0, np.int64)
-    runs = np.array(starts, np.int64), np.array(counts, np.int64), padded, len(decode_lens)
+    runs = np.array(starts, np.int64), np.array(counts, np.int64), padded, len(single_lens)
     return StepArrays(unused, unused, unused, slots.numpy(), *runs, unused, unused)
 
 
@@ -129,12 +129,12 @@ every_softcap = pytest.mark.parametrize("softcap", [None, 1.5])
 @every_window
 @every_softcap
 @pytest.mark.parametrize(
-    "decode_lens", [[1], [8, 8, 8], [600, 5, 9, 17, 30], [3, 1, 300, 64, 2, 65, 299]], ids=lambda lens: f"{lens}"
+    "single_lens", [[1], [8, 8, 8], [600, 5, 9, 17, 30], [3, 1, 300, 64, 2, 65, 299]], ids=lambda lens: f"{lens}"
 )
 def test_decodes_of_any_lengths_match_dense_attention(
-    decode_lens: list[int], window: int | None, softcap: float | None
+    single_lens: list[int], window: int | None, softcap: float | None
 ) -> None:
-    check(decode_lens, [], window, softcap, seed=sum(decode_lens))
+    check(single_lens, [], window, softcap, seed=sum(single_lens))
 
 
 @every_window
@@ -187,7 +187,7 @@ def test_one_long_decode_is_split_and_the_short_ones_are_not_padded_to_it() -> N
     lens = [600, 5, 9, 17, 30]
     pool = Pool(0)
     tables = [pool.take(length) for length in lens]
-    plan = plan_decodes(
+    plan = plan_splits(
         build_arrays(torch.zeros(0, dtype=torch.int64), lens, tables, []), BLOCK_SIZE, None, pool.cache.blocks
     )
     assert plan.owner is not None
@@ -200,7 +200,7 @@ def test_decodes_of_one_length_that_fill_their_blocks_need_neither_mask_nor_merg
     pool = Pool(0)
     lens = [16, 16]
     tables = [pool.take(length) for length in lens]
-    plan = plan_decodes(
+    plan = plan_splits(
         build_arrays(torch.zeros(0, dtype=torch.int64), lens, tables, []), BLOCK_SIZE, None, pool.cache.blocks
     )
     assert plan.mask is None and plan.owner is None
@@ -210,7 +210,7 @@ def test_decodes_of_one_length_that_fill_their_blocks_need_neither_mask_nor_merg
 def test_a_window_gathers_only_the_blocks_it_reaches() -> None:
     pool = Pool(0)
     tables = [pool.take(600)]
-    plan = plan_decodes(
+    plan = plan_splits(
         build_arrays(torch.zeros(0, dtype=torch.int64), [600], tables, []), BLOCK_SIZE, 16, pool.cache.blocks
     )
     assert set(plan.block_ids.tolist()) == set(tables[0][-2:])

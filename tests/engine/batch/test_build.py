@@ -2,9 +2,11 @@
 
 import hypothesis.strategies as st
 import numpy as np
+import torch
 from hypothesis import given
 
 from deployments.engine.batch.build import build_arrays, order_for_batch, rows_of
+from deployments.engine.execution.base import LaunchedStep
 from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Role, Sequence
@@ -49,8 +51,9 @@ def test_every_token_has_its_place(shapes: list[tuple[tuple[int, int, int, int, 
         sequence = item.sequence
         tokens = [*sequence.token_ids, *[0] * sequence.num_pending_tokens, *item.drafts]
         assert (arrays.starts[run], arrays.counts[run]) == (item.start, item.num_tokens)
-        assert (item.num_tokens == 1 and item.is_decode) is (run < arrays.num_decodes)
-        if run < arrays.num_decodes:
+        assert (item.num_tokens == item.num_draws == 1) is (run < arrays.num_singles)
+        assert item.is_decode is (item.num_tokens == item.num_draws and item.num_prompt_tokens == 0)
+        if run < arrays.num_singles:
             is_known = item.start < len(sequence.token_ids)
             assert arrays.sources[run] == (-1 if is_known else row_of[sequence.request_id])
         for position in range(item.start, item.start + item.num_tokens):
@@ -67,6 +70,15 @@ def test_every_token_has_its_place(shapes: list[tuple[tuple[int, int, int, int, 
     assert (arrays.draw_rows.tolist(), arrays.draw_positions.tolist()) == (draw_rows, draw_positions)
     firsts = np.cumsum([0, *(item.num_draws for item in items)]).tolist()
     assert rows_of(items) == {i.sequence.request_id: row for i, row in zip(items, firsts, strict=False) if i.num_draws}
+
+
+@given(st.lists(st.tuples(runs, st.booleans()), min_size=1, max_size=8))
+def test_prompt_tokens_count_wherever_their_runs_stand(
+    shapes: list[tuple[tuple[int, int, int, int, int], bool]],
+) -> None:
+    items = order_for_batch([build(number, *shape) for number, shape in enumerate(shapes)])
+    step = LaunchedStep(items, torch.empty(0, dtype=torch.int64), None)
+    assert step.num_prompt_tokens == sum(item.num_prompt_tokens for item in items)
 
 
 def test_the_longest_decode_is_first_and_prompts_stay_in_their_order() -> None:

@@ -41,13 +41,13 @@ class PlainStep:
         self,
         cache: KVCache,
         slots: Tensor,
-        decode_tables: Tensor,
-        decode_lens: Tensor,
+        single_tables: Tensor,
+        single_lens: Tensor,
         prompts: tuple[Prompts, ...] = (),
         rows: Tensor | None = None,
     ) -> None:
         self._cache, self._slots, self.rows = cache, slots, rows
-        self._decodes = list(zip(decode_lens.tolist(), decode_tables, strict=True))
+        self._decodes = list(zip(single_lens.tolist(), single_tables, strict=True))
         self._prompts = prompts
 
     def attend(self, asked: LayerAttention) -> Tensor:
@@ -124,7 +124,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
     seen: list[tuple[int, list[int]]] = []
 
     def note(arrays: StepArrays, graphs: list[PromptGraph]) -> None:
-        seen.append((arrays.num_decodes, [graph.length for graph in graphs]))
+        seen.append((arrays.num_singles, [graph.length for graph in graphs]))
 
     tell_of_replays(monkeypatch, note)
     return seen

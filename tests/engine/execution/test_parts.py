@@ -11,8 +11,8 @@ from deployments.engine.execution.parts import (
     MAX_CONTEXT,
     chunk_values,
     fill_chunk,
-    fill_decodes,
     fill_prompt,
+    fill_singles,
     recorded_prompts,
 )
 from deployments.engine.scheduling.ids import block_array, token_array
@@ -107,7 +107,7 @@ def test_long_chunks_and_long_contexts_have_kernels_of_their_own() -> None:
 def test_the_graph_of_decodes_reads_those_of_a_mixed_step_alone() -> None:
     arrays = arrays_of(PROMPT, DECODE, run(9, 1, 10))
     columns, tables = np.full((5, 6), 77), np.full((6, 5), 77)
-    fill_decodes(columns, tables, arrays, 4)
+    fill_singles(columns, tables, arrays, 4)
     token_ids, sources, positions, slots, lens = columns.tolist()
     assert token_ids == [1009, 605, 0, 0, 77, 77], "the longest first"
     assert sources == [-1, -1, -1, -1, 77, 77]
