@@ -9,13 +9,10 @@ the one before, so a token may be pending: a step in flight draws it, and the ne
 from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING
 
 from deployments.engine.scheduling.ids import block_array, token_array
+from deployments.engine.scheduling.span import Span
 from deployments.messages import DrawnToken, Draws, FinishReason, GenerateRequest
-
-if TYPE_CHECKING:
-    from deployments.engine.scheduling.run import ScheduledSequence
 
 
 class Role(Enum):
@@ -195,7 +192,7 @@ class Sequence:
         before, self.last_token_s = self.last_token_s, now_s
         return before
 
-    def add_scores(self, run: "ScheduledSequence", scores: Draws) -> None:
+    def add_scores(self, run: Span, scores: Draws) -> None:
         """The step that scored tokens of its prompt has ended; those of an earlier pass are as good and give way."""
         assert len(self.prompt_scores) >= run.start, f"{self.request_id}: scores of {run} are out of turn"
         self.prompt_scores[run.start :] = scores
@@ -259,7 +256,7 @@ class Sequence:
         self.num_computed_tokens = self.num_launched_tokens = self.num_published_blocks = 0
         return blocks
 
-    def begin(self, run: "ScheduledSequence") -> None:
+    def begin(self, run: Span) -> None:
         """A step that computes this run was started: its next tokens are those behind it."""
         assert run.start == self.num_launched_tokens, f"{self.request_id}: {run} behind {self.num_launched_tokens}"
         self.num_launched_tokens += run.num_tokens
@@ -267,7 +264,7 @@ class Sequence:
         if run.num_draws and self.role is not _EXPORT:
             self.num_tokens += 1
 
-    def conclude(self, run: "ScheduledSequence", draws: Draws) -> Draws:
+    def conclude(self, run: Span, draws: Draws) -> Draws:
         """The step that computes this run has ended.
 
         KV of rejected drafts is taken back by never counting: the next run writes over it. Nothing counts for a
@@ -275,7 +272,7 @@ class Sequence:
 
         Args:
             run: as it was begun.
-            draws: those that count, see `ScheduledSequence.accept`; at least one if the run draws.
+            draws: those that count, see `Span.accept`; at least one if the run draws.
 
         Returns:
             Those that the request wants: none behind the one that ends it.
