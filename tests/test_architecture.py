@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -212,15 +213,55 @@ def test_a_module_imports_only_what_its_place_allows(module):
     assert violations(module, MODULES[module].read_text()) == []
 
 
-def reached_from(module: str) -> set[str]:
-    """Modules of the project that come along when this one is imported, packages' own files included."""
-    reached, todo = set[str](), [module]
+def reached_from(module: str, source: str | None = None) -> set[str]:
+    """All that comes along when a module is imported and its functions run: the project's modules and what they import.
+
+    Args:
+        module: where it begins.
+        source: of that module; None: as it is.
+    """
+    reached, todo = {module}, [module]
     while todo:
         name = todo.pop()
-        if name in MODULES and name not in reached:
-            reached.add(name)
-            todo += [*imports_of(name, MODULES[name].read_text()), name.rpartition(".")[0]]
+        imported = _imports(name) if source is None or name != module else set(imports_of(name, source))
+        found = {*imported, name.rpartition(".")[0]} - reached
+        reached |= found
+        todo += found & MODULES.keys()
     return reached
+
+
+@cache
+def _imports(module: str) -> frozenset[str]:
+    return frozenset(imports_of(module, _source(module)))
+
+
+@cache
+def _source(module: str) -> str:
+    return MODULES[module].read_text()
+
+
+def forbidden_within_reach(module: str, source: str | None = None) -> list[str]:
+    """What a module may not import and comes to by way of others, in functions too."""
+    forbidden = {bad for prefix, names in FORBIDDEN.items() if is_under(module, prefix) for bad in names}
+    reached = reached_from(module, source) if forbidden else set()
+    return sorted(name for name in reached if any(is_under(name, bad) for bad in forbidden))
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_reaches_nothing_that_it_may_not_import(module):
+    assert forbidden_within_reach(module) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("deployments.engine.scheduling.scheduler", "from deployments.engine.upload import upload"),
+        ("deployments.engine.scheduling.scheduler", "def f():\n    from deployments.engine.kv.cache import KVCache"),
+        ("deployments.planner.plan", "from deployments.engine.engine import Engine"),
+    ],
+)
+def test_what_is_imported_by_way_of_others_is_found(module, source):
+    assert forbidden_within_reach(module, source) != []
 
 
 @pytest.mark.parametrize("room", ["attention", "kernels", "kv", "layers", "model"])
@@ -228,53 +269,104 @@ def test_what_computes_knows_nothing_of_sequences_not_even_through_others(room):
     rooms = [module for module in MODULES if is_under(module, f"deployments.engine.{room}")]
     # What positions mean is the model's matter: the scheduler's file of it knows no sequence.
     known = {"deployments.engine.scheduling", "deployments.engine.scheduling.positions"} if room == "model" else set()
-    reached = {name for module in rooms for name in reached_from(module)}
+    reached = {name for module in rooms for name in reached_from(module) & MODULES.keys()}
     assert {name for name in reached if is_under(name, "deployments.engine.scheduling")} <= known
 
 
-def test_only_a_sequence_writes_its_fields():
-    owner = "deployments.engine.scheduling.sequence"
+SEQUENCE = "deployments.engine.scheduling.sequence"
+CHANGES = (
+    "append",
+    "extend",
+    "insert",
+    "pop",
+    "remove",
+    "clear",
+    "sort",
+    "reverse",
+    "fromlist",
+    "frombytes",
+    "byteswap",
+)
+
+
+def sequence_fields() -> set[str]:
     (sequence,) = [
-        node
-        for node in ast.parse(MODULES[owner].read_text()).body
-        if isinstance(node, ast.ClassDef) and node.name == "Sequence"
+        node for node in ast.parse(_source(SEQUENCE)).body if isinstance(node, ast.ClassDef) and node.name == "Sequence"
     ]
-    fields = {n.target.id for n in sequence.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    return {n.target.id for n in sequence.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+
+
+def writes_of(source: str, fields: set[str]) -> list[str]:
+    """Where a source writes fields of others: sets or deletes them or items of them, or calls what changes them.
+
+    A list that was first given another name is not followed.
+    """
+    written = []
+    for node in ast.walk(ast.parse(source)):
+        changed: ast.AST | None = None
+        if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
+            changed = node
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES:
+            changed = node.func.value
+        while isinstance(changed, ast.Subscript):
+            changed = changed.value
+        is_field = isinstance(changed, ast.Attribute) and changed.attr in fields
+        if is_field and isinstance(changed, ast.Attribute) and ast.unparse(changed.value) not in ("self", "cls"):
+            written.append(ast.unparse(node))
+    return written
+
+
+def test_only_a_sequence_writes_its_fields():
+    fields = sequence_fields()
     assert "num_computed_tokens" in fields
-    written = [
-        f"{module}: {ast.unparse(node)}"
-        for module, path in MODULES.items()
-        if is_under(module, "deployments.engine") and module != owner
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del) and node.attr in fields
-        if ast.unparse(node.value) != "self"
-    ]
-    assert written == []
+    users = [m for m in MODULES if m != SEQUENCE and SEQUENCE in _imports(m)]
+    rooms = {m for m in MODULES if is_under(m, "deployments.engine")} - {SEQUENCE}
+    assert {m: found for m in {*rooms, *users} if (found := writes_of(_source(m), fields))} == {}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "sequence.token_ids.append(1)",
+        "run.sequence.block_table[0] = 1",
+        "sequence.block_table[1:] += other",
+        "del sequence.block_hashes[3:]",
+        "sequence.num_tokens += 1",
+        "for sequence.is_held in (): pass",
+    ],
+)
+def test_a_write_to_a_sequence_is_found(source):
+    assert writes_of(source, sequence_fields()) != []
+
+
+def constructions_of(source: str, name: str) -> int:
+    """How often a source makes an instance of a class, by whatever name it was imported."""
+    tree = ast.parse(source)
+    imported = [a for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names]
+    names = {name, *(alias.asname for alias in imported if alias.name == name and alias.asname)}
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return sum(
+        (isinstance(called, ast.Name) and called.id in names)
+        or (isinstance(called, ast.Attribute) and called.attr == name)
+        for called in calls
+    )
 
 
 def test_one_place_says_that_a_request_has_ended():
-    sayers = [
-        module
-        for module, path in MODULES.items()
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Ended"
-    ]
-    assert sayers == ["deployments.engine_host"]
+    sayers = {module: count for module in MODULES if (count := constructions_of(_source(module), "Ended"))}
+    assert sayers == {"deployments.engine_host": 1}
 
 
-def imports_at_start(module: str) -> set[str]:
-    """The project's modules that are loaded with a module: none that a function imports, or the type checker alone."""
-    found: set[str] = set()
-    waiting = list(ast.parse(MODULES[module].read_text()).body)
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            found.update(imports_of(module, ast.unparse(node)))
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            waiting += node.orelse
-        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            waiting += [child for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt)]
-    return (found & MODULES.keys()) - {module}
+@pytest.mark.parametrize(
+    "source", ["Ended('r')", "messages.Ended('r')", "from deployments.messages import Ended as Over\nOver('r')"]
+)
+def test_a_construction_is_found(source):
+    assert constructions_of(source, "Ended") == 1
+
+
+def imported_of_project(module: str) -> set[str]:
+    """The project's modules that a module imports anywhere: in functions too, and for the type checker alone."""
+    return (_imports(module) & MODULES.keys()) - {module}
 
 
 def find_cycle(graph: dict[str, set[str]]) -> list[str]:
@@ -291,7 +383,14 @@ def find_cycle(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_no_module_imports_itself_by_way_of_others():
-    assert find_cycle({module: imports_at_start(module) for module in MODULES}) == []
+    assert find_cycle({module: imported_of_project(module) for module in MODULES}) == []
+
+
+def test_an_import_within_a_function_or_for_the_type_checker_counts():
+    late = {"deployments.engine.model.gguf", "deployments.engine_host"}
+    assert late <= imported_of_project("deployments.engine.model.resolve") | imported_of_project(
+        "deployments.engine_actor"
+    )
 
 
 def test_a_cycle_is_found():
