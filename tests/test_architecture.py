@@ -366,7 +366,7 @@ def test_a_construction_is_found(source):
 
 def imported_of_project(module: str) -> set[str]:
     """The project's modules that a module imports anywhere: in functions too, and for the type checker alone."""
-    return (_imports(module) & MODULES.keys()) - {module}
+    return ({*_imports(module)} & MODULES.keys()) - {module}
 
 
 def find_cycle(graph: dict[str, set[str]]) -> list[str]:
