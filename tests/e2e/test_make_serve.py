@@ -131,6 +131,17 @@ def test_every_socket_of_it_listens_on_loopback_alone(server: Server) -> None:
     assert [ip for ip in listening if not is_loopback(ip)] == []
 
 
+def test_a_benchmark_joins_its_ray(server: Server) -> None:
+    # In a process of its own: a driver has one Ray, and that of other tests is another.
+    program = (
+        "from app.local_process import Server; from tests.bench.chaos import cluster; "
+        f"cluster.join({server!r}); "
+        "print(sum(actor['ActorClassName'] == 'EngineActor' for actor in cluster.live_actors()))"
+    )
+    joined = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert joined.stdout.split() == ["2"], joined.stderr
+
+
 def is_loopback(ip: str) -> bool:
     address = ip_address(ip)
     # Python 3.11 takes ::ffff:127.0.0.1, which sockets of both families have, for no loopback address.

@@ -203,16 +203,21 @@ def serving(folder: RunFolder, port: int, model: str, wanted: dict[Pool, int], p
     try:
         server = folder.server()
         assert server is not None, "it answered a moment ago"
-        # A Ray that a program starts asks for the user's token; to join one, the program has to turn that on itself.
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-        # That Ray listens on loopback alone (`app/local.py`). Without this Ray 2.60 would look for it at the machine's
-        # own address, whatever it is told.
-        ray_constants.ENABLE_RAY_CLUSTER = False
-        ray.init(address=_gcs_address(server), log_to_driver=False, logging_level=logging.ERROR)
+        join(server)
         yield Cluster(server, model, dict(wanted), replicas_file)
     finally:
         ray.shutdown()
         down(folder)
+
+
+def join(server: Server) -> None:
+    """Connect this process to the server's Ray."""
+    # A Ray that a program starts asks for the user's token; to join one, the program has to turn that on itself.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    # That Ray listens on loopback alone (`app/local.py`). Without this Ray 2.60 would look for it at the machine's own
+    # address, whatever it is told.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    ray.init(address=_gcs_address(server), log_to_driver=False, logging_level=logging.ERROR)
 
 
 def _gcs_address(server: Server) -> str:
