@@ -170,6 +170,8 @@ def check_counts(path: str, config: PretrainedConfig, headers: Headers) -> None:
     Raises:
         UnsupportedModelError: names the field, and what the checkpoint has.
     """
+    if not headers:  # of a form that does not tell
+        return
     largest, shape = headers.largest
     longest, has = max(shape, default=1), f"checkpoint's largest weight is {largest}, {list(shape)}"
     bounds = [(name, longest, has) for name in NUM_EXPERTS]  # a gate has a row for each

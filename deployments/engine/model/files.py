@@ -183,7 +183,7 @@ def _check_shards(model: str, index: Path) -> None:
     if not isinstance(content.get("metadata"), dict):
         raise refusal(model, f"{index.name} has no metadata, without which transformers does not read it")
     shards = content.get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise refusal(model, f"{index.name} has no weight_map")
     names = sorted(set(shards.values()))
     if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts or not name]:

@@ -4,6 +4,7 @@ Called while a model is loaded, before anything is built or allocated by what it
 """
 
 import math
+import pickle
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -65,21 +66,21 @@ def read_headers(path: str) -> Headers:
         None in there: the files are of a form that does not tell.
 
     Raises:
-        UnsupportedModelError: a file cannot be read.
+        UnsupportedModelError: a file cannot be read, or holds something else than weights.
     """
+    read, files = _read_new, weight_files(path)
+    if not files:  # an older file beside newer ones is not loaded
+        read, files = _read_old, weight_files(path, _OLD_FILE)
     headers = Headers()
-    try:
-        for file in weight_files(path):
-            with safe_open(file, "pt") as content:
-                for name in content.keys():  # noqa: SIM118  # no mapping
-                    weight = content.get_slice(name)
-                    is_integer = _INTEGERS.fullmatch(weight.get_dtype()) is not None
-                    headers[name] = Header(tuple(weight.get_shape()), is_integer, Path(file).name)
-        if not headers:
-            for file in weight_files(path, _OLD_FILE):
-                headers |= _read_old(file)
-    except (OSError, SafetensorError) as error:
-        raise UnsupportedModelError(f"model {path!r}: {brief(error)}") from error
+    for file in files:
+        try:
+            headers |= read(file)
+        except pickle.UnpicklingError as error:
+            raise UnsupportedModelError(f"model {path!r}: {Path(file).name} {error}") from error
+        except (OSError, SafetensorError) as error:
+            raise UnsupportedModelError(f"model {path!r}: {Path(file).name}: {brief(error)}") from error
+    if files and read is _read_new and not headers:
+        raise UnsupportedModelError(f"model {path!r}: no weights in {Path(files[0]).name}")
     return headers
 
 
@@ -103,12 +104,30 @@ def _cached(path: str, name: str) -> str | None:
     return found
 
 
+def _read_new(file: str) -> Mapping[str, Header]:
+    headers = {}
+    with safe_open(file, "pt") as content:
+        for name in content.keys():  # noqa: SIM118  # no mapping
+            weight = content.get_slice(name)
+            is_integer = _INTEGERS.fullmatch(weight.get_dtype()) is not None
+            headers[name] = Header(tuple(weight.get_shape()), is_integer, Path(file).name)
+    return headers
+
+
 def _read_old(file: str) -> Mapping[str, Header]:
-    """Of a pickle in a zip archive; those from before torch 1.6 do not tell without being read."""
+    """Of a pickle in a zip archive; those from before torch 1.6 do not tell without being read.
+
+    Raises:
+        UnpicklingError: it holds something else than weights by their names. Nothing of it is run.
+    """
     try:
         weights = torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise pickle.UnpicklingError("holds objects other than tensors, whose code is not run") from error
     except Exception:  # loading says what is wrong with it
         return {}
+    if not isinstance(weights, Mapping):
+        raise pickle.UnpicklingError(f"holds no weights by their names, but a {type(weights).__name__}")
     return {
         name: Header(tuple(weight.shape), not weight.dtype.is_floating_point, Path(file).name)
         for name, weight in weights.items()

@@ -103,6 +103,55 @@ def test_before_anything_is_loaded_a_checkpoint_is_refused_in_the_same_words(fol
         check_weights_of(str(folder))
 
 
+def test_a_pickle_of_before_torch_1_6_which_has_no_headers_is_loaded(folder: Path) -> None:
+    model = build_model("llama")
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    check_weights_of(str(folder))
+    assert tokens_of(folder) == continue_greedily(model, PROMPT, 6)
+
+
+@pytest.mark.usefixtures("unreadable")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "pytorch_model.bin holds no weights by their names, but a list"),
+        ({"a": Path("b")}, "pytorch_model.bin holds objects other than tensors, whose code is not run"),
+    ],
+)
+def test_a_pickle_of_something_else_is_refused_before_anything_is_loaded(
+    folder: Path, content: object, message: str
+) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+    with pytest.raises(UnsupportedModelError, match=f"{message}$"):
+        check_weights_of(str(folder))
+
+
+@pytest.mark.usefixtures("unreadable")
+def test_a_file_without_weights_is_named_whatever_lies_beside_it(folder: Path) -> None:
+    save_file({}, folder / "model.safetensors", metadata={"format": "pt"})
+    torch.save(build_model("llama").state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(UnsupportedModelError, match=r": no weights in model\.safetensors$"):
+        check_weights_of(str(folder))
+
+
+@pytest.mark.usefixtures("unreadable")
+def test_an_index_without_weights_is_named(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {}}')
+    with pytest.raises(UnsupportedModelError, match=r"model\.safetensors\.index\.json has no weight_map$"):
+        check_weights_of(str(folder))
+
+
+@pytest.mark.usefixtures("unreadable")
+def test_a_header_that_contradicts_itself_is_refused_by_the_name_of_its_file(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"shape":[64]', b'"shape":[65]', 1))
+    with pytest.raises(UnsupportedModelError, match=r": model\.safetensors: SafetensorError: "):
+        check_weights_of(str(folder))
+
+
 def test_what_was_converted_here_is_not_looked_at_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change_config(folder, vocab_size=513)
     monkeypatch.setenv("KVRELAY_CACHE", str(folder.parent))
