@@ -128,8 +128,12 @@ def _read_old(file: str) -> Mapping[str, Header]:
         return {}
     if not isinstance(weights, Mapping):
         raise pickle.UnpicklingError(f"holds no weights by their names, but a {type(weights).__name__}")
-    return {
+    headers = {
         name: Header(tuple(weight.shape), not weight.dtype.is_floating_point, Path(file).name)
         for name, weight in weights.items()
-        if isinstance(weight, torch.Tensor)
+        if isinstance(name, str) and isinstance(weight, torch.Tensor)
     }
+    if not headers:
+        keys = ", ".join(repr(key) for key in list(weights)[:3]) or "nothing"
+        raise pickle.UnpicklingError(f"holds no weights by their names, but {keys}")
+    return headers

@@ -218,6 +218,7 @@ def _explained(path: str, config: PretrainedConfig, error: Exception) -> Unsuppo
 
 
 def _listed(names: Iterable[str]) -> str:
-    every = list(names)
+    """In one line, whatever the names hold."""
+    every = [name if name.isprintable() else repr(name) for name in names]
     more = f" and {len(every) - _MAX_NAMES} more" if len(every) > _MAX_NAMES else ""
     return ", ".join(every[:_MAX_NAMES]) + more

@@ -116,6 +116,9 @@ def test_a_pickle_of_before_torch_1_6_which_has_no_headers_is_loaded(folder: Pat
     ("content", "message"),
     [
         ([1, 2], "pytorch_model.bin holds no weights by their names, but a list"),
+        ({}, "pytorch_model.bin holds no weights by their names, but nothing"),
+        ({"state_dict": {"a": torch.zeros(1)}}, "pytorch_model.bin holds no weights by their names, but 'state_dict'"),
+        ({0: torch.zeros(1)}, "pytorch_model.bin holds no weights by their names, but 0"),
         ({"a": Path("b")}, "pytorch_model.bin holds objects other than tensors, whose code is not run"),
     ],
 )
@@ -126,6 +129,11 @@ def test_a_pickle_of_something_else_is_refused_before_anything_is_loaded(
     torch.save(content, folder / "pytorch_model.bin")
     with pytest.raises(UnsupportedModelError, match=f"{message}$"):
         check_weights_of(str(folder))
+
+
+def test_a_name_of_several_lines_does_not_cut_the_one_line_of_a_refusal(folder: Path) -> None:
+    change_weights(folder, **{"model.a\nb": torch.zeros(1)})
+    assert refusal(folder) == r"the checkpoint has weights that config.json has no place for: 'model.a\nb'"
 
 
 @pytest.mark.usefixtures("unreadable")
