@@ -58,7 +58,7 @@ def _check_type(headers: Headers) -> None:
     """Refuse what is not JSON as it stands. A body that does not say what it is counts as JSON, but not from a page.
 
     Forms, plain text and bodies of no type are what a page of another origin can make a browser send without asking the
-    server first. A compressed body is not unpacked: a few bytes could become gigabytes.
+    server first.
     """
     content_type = headers.get("content-type", "").strip()
     if not content_type:
@@ -71,7 +71,11 @@ def _check_type(headers: Headers) -> None:
     # RFC 8259 knows no other. A body that says otherwise would be read as what it is not.
     if _charset(content_type) not in _CHARSETS:
         _refuse("content-type", content_type, f"{_JSON} in UTF-8")
-    encoding = headers.get("content-encoding", "identity")
+    _check_encoding(headers.get("content-encoding", "identity"))
+
+
+def _check_encoding(encoding: str) -> None:
+    """Refuse a compressed body: unpacked, a few bytes could become gigabytes."""
     if encoding.strip().lower() not in ("identity", ""):
         _refuse("content-encoding", encoding, "no encoding")
 

@@ -159,10 +159,15 @@ class ChoiceText:
                 return self._event(output, text, output.token_ids[:num_tokens], FinishReason.STOP)
         finish_reason = output.finish_reason
         if finish_reason is not None:
-            piece, is_hit = checker.push(self._detokenizer.flush())
-            text += piece if is_hit else piece + checker.flush()
+            piece, is_hit = self._flush_checked(checker)
+            text += piece
             finish_reason = FinishReason.STOP if is_hit else finish_reason
         return self._event(output, text, output.token_ids, finish_reason)
+
+    def _flush_checked(self, checker: StopChecker) -> tuple[str, bool]:
+        """What was held back, up to a stop string, and whether there was one."""
+        piece, is_hit = checker.push(self._detokenizer.flush())
+        return (piece if is_hit else piece + checker.flush()), is_hit
 
     def _push_hidden(self, special: str, checker: StopChecker) -> tuple[str, bool]:
         """Take a special token that a stop string names; what stands before it must be known by then."""

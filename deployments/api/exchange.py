@@ -139,17 +139,21 @@ class Exchange:
             if (grammar := call.requests[0].sampling.grammar) is not None:
                 await self._service.grammars.check(grammar)
             with closing(await self._admit(call, caller)) as ticket:
-                receipts = None
-                self._stopwatch.on_first = ticket.first_token
-                if call.wants_receipt:
-                    receipts = ReceiptKeeper(len(call.requests), self._stopwatch.elapsed_s, ticket.first_token)
-                    self._stopwatch.on_first = receipts.first_token
-                await self._generate(call, receipts)
+                await self._generate(call, self._keep_receipts(call, ticket))
         except ClientDisconnect:
             return Outcome.ABORTED
         except Exception as error:
             return await self._fail(error)
         return Outcome.OK
+
+    def _keep_receipts(self, call: Call, ticket: Ticket) -> ReceiptKeeper | None:
+        """Let the first token end the ticket's wait, and be noted if the caller wants a receipt."""
+        if not call.wants_receipt:
+            self._stopwatch.on_first = ticket.first_token
+            return None
+        receipts = ReceiptKeeper(len(call.requests), self._stopwatch.elapsed_s, ticket.first_token)
+        self._stopwatch.on_first = receipts.first_token
+        return receipts
 
     async def _read_call(self, body: bytes, priority: Priority) -> Call:
         read, codec, info = self._endpoint.read, self._service.codec, self._service.info

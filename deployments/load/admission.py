@@ -243,14 +243,20 @@ class Admission:
             return Refusal(
                 part, Reason.QUEUED_TOKENS, f"at most {max_tokens:.0f} prompt tokens may wait", retry_after_s
             )
-        max_ttft_s, ttft = part.share * self.bounds.max_ttft_s, part.ttft
-        if part.ahead.is_queue and ttft.low > max_ttft_s:
-            message = (
-                f"the first token may take {ttft.best:.1f} s, {ttft.low:.1f} s by the optimistic end of the estimate; "
-                f"at most {max_ttft_s:.1f} s are allowed"
-            )
-            return Refusal(part, Reason.TTFT, message, part.relief_s(ttft.low - max_ttft_s))
-        return self._check_fair(part, total, max(total / max_tokens, ttft.low / max_ttft_s))
+        max_ttft_s = part.share * self.bounds.max_ttft_s
+        if refusal := self._check_ttft(part, max_ttft_s):
+            return refusal
+        return self._check_fair(part, total, max(total / max_tokens, part.ttft.low / max_ttft_s))
+
+    def _check_ttft(self, part: "_Part", max_ttft_s: float) -> "Refusal | None":
+        ttft = part.ttft
+        if not part.ahead.is_queue or ttft.low <= max_ttft_s:
+            return None
+        message = (
+            f"the first token may take {ttft.best:.1f} s, {ttft.low:.1f} s by the optimistic end of the estimate; "
+            f"at most {max_ttft_s:.1f} s are allowed"
+        )
+        return Refusal(part, Reason.TTFT, message, part.relief_s(ttft.low - max_ttft_s))
 
     def _check_fair(self, part: "_Part", total: float, fullness: float) -> "Refusal | None":
         """Once the queue is half full, no key that has something waiting gets more of it than every other could."""

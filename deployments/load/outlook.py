@@ -148,16 +148,19 @@ class PoolReadings:
         """
         elapsed_s = max(0.0, as_of_s - self.as_of_s) if self._engines else 0.0
         for name, now in engines.items():
-            if (before := self._engines.get(name)) is not None:
-                self._learn(now, before)
-                self._held.add(_seated(now) * elapsed_s, now.finished - before.finished)
-            else:
-                self._learn_history(now)
+            self._learn_from(now, self._engines.get(name), elapsed_s)
         self._engines = dict(engines)
         self._add_up(engines.values())
         self.as_of_s = as_of_s
         if full := max((engine.max_num_batched_tokens for engine in engines.values()), default=0):
             self.tokens_per_step = full
+
+    def _learn_from(self, now: EngineStats, before: EngineStats | None, elapsed_s: float) -> None:
+        if before is None:
+            self._learn_history(now)
+        else:
+            self._learn(now, before)
+            self._held.add(_seated(now) * elapsed_s, now.finished - before.finished)
 
     def _add_up(self, engines: Collection[EngineStats]) -> None:
         # Now, and not with every request that asks.

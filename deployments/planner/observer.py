@@ -8,7 +8,7 @@ contacts. Pure: no clock.
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from deployments.engine.stats import EngineStats
@@ -209,7 +209,6 @@ class Observer:
         kv_tokens = sum(engine.num_used_blocks * engine.block_size for engine in engines)
         token_s = pool.prompts.token_s or (self._prefill.prompts.token_s if self._prefill is not None else 0.0)
         gaps = self._gaps.curve(token_s, kv_tokens / max(1, num_running + num_reserved))
-        num_blocks = sum(engine.num_blocks for engine in engines)
         answers = Answers(
             self._requests.rate,
             self._output.value,
@@ -217,10 +216,16 @@ class Observer:
             num_running,
             sum(engine.num_waiting for engine in engines),
             max([1, *(engine.max_num_seqs for engine in engines)]),
-            sum(engine.num_used_blocks for engine in engines) / num_blocks if num_blocks else 0.0,
+            _used_share(engines),
             num_reserved,
         )
         return PoolSeen(len(engines), pool.replicas.start_s, pool.prompts, answers, pool.tail.value)
+
+
+def _used_share(engines: Sequence[EngineStats]) -> float:
+    """Of the blocks of all engines; 0: there are none."""
+    num_blocks = sum(engine.num_blocks for engine in engines)
+    return sum(engine.num_used_blocks for engine in engines) / num_blocks if num_blocks else 0.0
 
 
 def _kv_read(engine: EngineStats) -> float:

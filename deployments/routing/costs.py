@@ -107,15 +107,18 @@ class DecodeCosts:
             as_of_s: what they say was true then or later.
         """
         self._readings.update(engines, as_of_s)
+        self._learn_steps(engines)
+        elapsed_s = max(0.0, as_of_s - self._as_of_s) if self._as_of_s > -math.inf else 0.0
+        self._learn_handoffs(handoffs, block_size, elapsed_s)
+        self._learn_gaps(engines, elapsed_s)
+        self._engines, self._handoffs, self._as_of_s = dict(engines), dict(handoffs), as_of_s
+
+    def _learn_steps(self, engines: Mapping[str, EngineStats]) -> None:
         for name, now in engines.items():
             before = self._engines.get(name, EngineStats())
             if (steps := decode_steps_between(now, before)) is not None:
                 self._steps.add(steps.steps, steps.sequences, steps.seconds)
             self._output.add(now.generated_tokens - before.generated_tokens, now.finished - before.finished)
-        elapsed_s = max(0.0, as_of_s - self._as_of_s) if self._as_of_s > -math.inf else 0.0
-        self._learn_handoffs(handoffs, block_size, elapsed_s)
-        self._learn_gaps(engines, elapsed_s)
-        self._engines, self._handoffs, self._as_of_s = dict(engines), dict(handoffs), as_of_s
 
     def _learn_handoffs(self, handoffs: Mapping[str, HandoffStats], block_size: int, elapsed_s: float) -> None:
         self._handoff_trust *= 0.5 ** (elapsed_s / _HANDOFF_PATIENCE_S)

@@ -175,13 +175,17 @@ def check_choice(names: Sequence[str], choice: object, chosen: Sequence[str], pa
         path: to the name of a tool.
         where: they stand in the choice.
     """
-    for number, name in enumerate(names):
-        if name in names[:number]:
-            message = f"two tools cannot go with one name, {name!r}"
-            raise PydanticCustomError("tools", message, {"field": f"tools.{number}.{path}"})
+    _check_names(names, path)
     if not names and choice not in (None, "none"):
         raise PydanticCustomError("tool_choice", "cannot go without tools", {"field": "tool_choice"})
     for name in chosen:
         if name not in names:
             message = f"cannot go with these tools: none of them is {name!r}"
             raise PydanticCustomError("tool_choice", message, {"field": f"tool_choice.{where}"})
+
+
+def _check_names(names: Sequence[str], path: str) -> None:
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            message = f"two tools cannot go with one name, {name!r}"
+            raise PydanticCustomError("tools", message, {"field": f"tools.{number}.{path}"})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deployments.api.chat_template import ChatTemplate, Message, NoChatTemplateError
 from deployments.api.tools.families import FAMILIES, HARMONY, HERMES, Family, ToolParserName, family_of
@@ -123,12 +123,17 @@ def _with_one_call_each(messages: Sequence[Message]) -> Iterator[Message]:
             continue
         given = [*takewhile(lambda following: following["role"] == "tool", rest)]
         del rest[: len(given)]
-        for number, call in enumerate(calls):
-            fields = message if number == 0 else {"role": message["role"], "content": ""}
-            yield {**fields, "tool_calls": [call]}
-            yield from (result for result in given if result.get("tool_call_id") == call.get("id"))
-        ids = [call.get("id") for call in calls]
-        yield from (result for result in given if result.get("tool_call_id") not in ids)
+        yield from _one_by_one(message, calls, given)
+
+
+def _one_by_one(message: Message, calls: Sequence[Any], given: Sequence[Message]) -> Iterator[Message]:
+    """Each call with what it gave; at the end what was given for none of them."""
+    for number, call in enumerate(calls):
+        fields = message if number == 0 else {"role": message["role"], "content": ""}
+        yield {**fields, "tool_calls": [call]}
+        yield from (result for result in given if result.get("tool_call_id") == call.get("id"))
+    ids = [call.get("id") for call in calls]
+    yield from (result for result in given if result.get("tool_call_id") not in ids)
 
 
 def _with_calls_as_text(message: Message, family: Family) -> Message:

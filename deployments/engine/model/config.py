@@ -246,6 +246,13 @@ def _faults(values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> 
         own, value = getattr(config_class, name), values[name]
         if callable(own) or not isinstance(value, type(own) | dict | None):
             yield f"{name} is {shown(value)}: not what transformers keeps under that name"
+    yield from _dtype_faults(values)
+    quantization = values.get("quantization_config")
+    if quantization is not None and not _knows_quantization(quantization):
+        yield f"quantization_config is {shown(quantization)}: a quantization unknown to transformers"
+
+
+def _dtype_faults(values: Mapping[str, Any]) -> Iterator[str]:
     for name in ("dtype", "torch_dtype"):
         dtype = values.get(name)
         known = getattr(torch, dtype, None) if isinstance(dtype, str) else None
@@ -253,9 +260,6 @@ def _faults(values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> 
             yield f"{name} is {shown(dtype)}: not a type of number that torch knows"
         elif known is not None and not known.is_floating_point:
             yield f"{name} is {shown(dtype)}: not a type of floating-point numbers"
-    quantization = values.get("quantization_config")
-    if quantization is not None and not _knows_quantization(quantization):
-        yield f"quantization_config is {shown(quantization)}: a quantization unknown to transformers"
 
 
 def _own_names(config_class: type[PretrainedConfig]) -> set[str]:

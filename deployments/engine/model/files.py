@@ -264,8 +264,11 @@ def is_cached(model: str) -> bool:
         found = try_to_load_from_cache(model, name)
         return Path(found) if isinstance(found, str) else None
 
-    if find("config.json") is None:
-        return False
+    return find("config.json") is not None and _has_weights(model, find)
+
+
+def _has_weights(model: str, find: Callable[[str], Path | None]) -> bool:
+    """Whether all files of one kind of weights are found."""
     for name in _WEIGHTS:
         if find(name) is not None:
             return True

@@ -195,6 +195,9 @@ class BlockManager:
         free = set(self._blank) | set(self._cached)
         assert len(free) == self.num_free_blocks, "a block is free twice"
         assert free == {b for b, count in enumerate(expected) if count == 0}, "free blocks are not the unheld ones"
+        self._check_hashes()
+
+    def _check_hashes(self) -> None:
         assert not any(b in self._hash_of for b in self._blank), "a blank block has a hash"
         assert all(b in self._hash_of for b in self._cached), "a cached block has no hash"
         assert {b: h for h, b in self._block_of.items()} == self._hash_of, "hash tables disagree"
