@@ -88,6 +88,7 @@ class RayEngine:
         actor: an `EngineActor`.
     """
 
+    # Any: whatever the parameter, Ray types all methods of a handle as Never. The methods below give them their types.
     def __init__(self, actor: "ActorHandle[Any]") -> None:
         self._actor = actor
 

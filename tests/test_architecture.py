@@ -464,6 +464,10 @@ def _words(source: str) -> Iterator[str]:
             yield node.arg
 
 
+def test_one_module_holds_an_untyped_handle_of_an_actor():
+    assert {m for m in MODULES if "ray.actor.ActorHandle" in _imports(m)} == {"deployments.engine_handle"}
+
+
 def function_lengths(source: str) -> list[int]:
     """Lines of each function from `def` to its end, methods and functions within functions too."""
     functions = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import ray
@@ -23,17 +23,58 @@ from deployments.kv_tier.store import leading
 
 if TYPE_CHECKING:
     from ray import ObjectRef
-    from ray.actor import ActorHandle
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+P = ParamSpec("P")
+Answer = TypeVar("Answer")
 
 # One namespace for all applications of a cluster.
 _NAMESPACE = "kvrelay-tier"
 _OFFER_TIMEOUT_S = 10.0
 # Without a word from any engine for so long an index ends itself; longer than engines take to be replaced.
 _LINGER_S = 600.0
+
+
+class RemoteMethod(Protocol[P, Answer]):
+    """A method of an actor, called through the actor's handle."""
+
+    def remote(self, *args: P.args, **kwargs: P.kwargs) -> "ObjectRef[Answer]": ...
+
+
+class Give(Protocol):
+    """`EngineActor.give`, called likewise; each of its results is an object of its own."""
+
+    def options(self, *, num_returns: int) -> "Give": ...
+
+    def remote(self, key: bytes) -> "list[ObjectRef[Any]]": ...
+
+
+class GivingEngine(Protocol):
+    """An engine's actor, as the index sees it."""
+
+    @property
+    def give(self) -> Give: ...
+
+
+class IndexShard(Protocol):
+    """An `IndexActor`, as those see it that ask it."""
+
+    @property
+    def offer(self) -> RemoteMethod[[GivingEngine, Sequence[Offer]], None]: ...
+
+    @property
+    def find(self) -> RemoteMethod[[Sequence[bytes]], list[Found[Any]]]: ...
+
+    @property
+    def lose(self) -> RemoteMethod[[Sequence[bytes]], None]: ...
+
+    @property
+    def counts(self) -> RemoteMethod[[], TierCounts]: ...
+
+    @property
+    def clear(self) -> RemoteMethod[[], None]: ...
 
 
 class IndexActor:
@@ -51,7 +92,7 @@ class IndexActor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._start(self._end_alone())
 
-    async def offer(self, engine: "ActorHandle[Any]", offers: Sequence[Offer]) -> None:
+    async def offer(self, engine: GivingEngine, offers: Sequence[Offer]) -> None:
         """An engine could give these; what is wanted is asked for, and comes later."""
         self._heard_s = time.monotonic()
         for offer in self._index.accept(offers, self._heard_s):
@@ -75,10 +116,10 @@ class IndexActor:
         """Give all up that is there."""
         self._index.clear()
 
-    async def _collect(self, engine: "ActorHandle[Any]", offer: Offer) -> None:
+    async def _collect(self, engine: GivingEngine, offer: Offer) -> None:
         try:
             # Two results: to wait for the bytes themselves would bring them to this process's node.
-            refs: list[Any] = engine.give.options(num_returns=2).remote(offer.key)
+            refs = engine.give.options(num_returns=2).remote(offer.key)
             origins: Origins | None = await refs[0]
         except RayError as error:
             logger.info("an engine gives nothing of what it has offered: %s", brief(error))
@@ -102,7 +143,7 @@ class IndexActor:
         task.add_done_callback(self._tasks.discard)
 
 
-def shards(settings: TierSettings) -> "list[ActorHandle[Any]]":
+def shards(settings: TierSettings) -> list[IndexShard]:
     """The parts of the index; those that are not there yet are started."""
     actor_class: Any = ray.remote(IndexActor)
     options: dict[str, Any] = {
@@ -158,7 +199,7 @@ class RayStore:
             raise TierError(f"an object is lost: {brief(error)}") from error
         return data
 
-    def _split(self, items: Sequence[T], key: Callable[[T], bytes]) -> "list[tuple[ActorHandle[Any], list[T]]]":
+    def _split(self, items: Sequence[T], key: Callable[[T], bytes]) -> list[tuple[IndexShard, list[T]]]:
         parts: list[list[T]] = [[] for _ in self._shards]
         for item in items:
             parts[shard_of(key(item), len(parts))].append(item)

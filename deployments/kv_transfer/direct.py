@@ -32,7 +32,6 @@ from typing import Any, ParamSpec, TypeVar
 import msgspec
 import ray
 from ray._private.worker import global_worker
-from ray.actor import ActorHandle
 from ray.experimental import (
     CommunicatorMetadata,
     TensorTransportManager,
@@ -212,7 +211,7 @@ class KvTransport(TensorTransportManager):
         """Else Ray kills both actors when a transfer fails."""
         return True
 
-    def actor_has_tensor_transport(self, actor: ActorHandle[Any]) -> bool:
+    def actor_has_tensor_transport(self, actor: object) -> bool:
         return True
 
     def extract_tensor_transport_metadata(self, obj_id: str, rdt_object: list[Tensor]) -> _ChunkMetadata:
@@ -234,7 +233,7 @@ class KvTransport(TensorTransportManager):
         return _ChunkMetadata([(tensor.shape, tensor.dtype)], tensor.device.type, chunk)
 
     def get_communicator_metadata(
-        self, src_actor: ActorHandle[Any], dst_actor: ActorHandle[Any], backend: str | None = None
+        self, src_actor: object, dst_actor: object, backend: str | None = None
     ) -> CommunicatorMetadata:
         return CommunicatorMetadata()
 

@@ -14,7 +14,6 @@ from time import monotonic, sleep
 from typing import Any, Protocol
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from torch import Tensor
 
@@ -37,7 +36,22 @@ class LinkLostError(TransferError):
     """The other end had closed the link before the transfer began: a new link will do."""
 
 
-def call_engine(actor: ActorHandle[Any], function: Callable[..., Any], *args: object) -> "ray.ObjectRef[Any]":
+class RemoteCall(Protocol):
+    """Ray's way to run a function in an actor's process."""
+
+    def options(self, *, concurrency_group: str) -> "RemoteCall": ...
+
+    def remote(self, function: Callable[..., Any], *args: object) -> "ray.ObjectRef[Any]": ...
+
+
+class RemoteEngine(Protocol):
+    """The actor of another engine, as the hand-off sees it: functions of this room can be run in its process."""
+
+    @property
+    def __ray_call__(self) -> RemoteCall: ...
+
+
+def call_engine(actor: RemoteEngine, function: Callable[..., Any], *args: object) -> "ray.ObjectRef[Any]":
     """Run `function(engine, *args)` in the engine's process, in the group of threads kept for short calls."""
     return actor.__ray_call__.options(concurrency_group=CONTROL_GROUP).remote(function, *args)
 
@@ -77,7 +91,7 @@ class OpenInquiries(Protocol):
 class Peer:
     """Whether another engine lives, found out without waiting for it."""
 
-    def __init__(self, actor: ActorHandle[Any]) -> None:
+    def __init__(self, actor: RemoteEngine) -> None:
         self.actor = actor
         self._question: ray.ObjectRef[Any] | None = None
         self._asked_at = monotonic()

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from threading import Lock, Semaphore
 from time import monotonic
-from typing import Any
 from uuid import uuid4
 
 import ray
 import torch
-from ray.actor import ActorHandle
 from torch import Tensor
 
 from deployments.errors import LayoutMismatchError, TransferError
@@ -21,7 +19,16 @@ from deployments.kv_transfer.group import Group, build_group, host_store
 from deployments.kv_transfer.inquiries import Inquiries
 from deployments.kv_transfer.layout import KVLayout
 from deployments.kv_transfer.line import LineHost
-from deployments.kv_transfer.link import Link, LinkLostError, Peer, Steps, Watchdog, call_engine, until_over
+from deployments.kv_transfer.link import (
+    Link,
+    LinkLostError,
+    Peer,
+    RemoteEngine,
+    Steps,
+    Watchdog,
+    call_engine,
+    until_over,
+)
 from deployments.kv_transfer.local import Neighbours, Place
 from deployments.kv_transfer.process import Counters, actor_id, node_ip
 from deployments.kv_transfer.source import Invitation, forget
@@ -46,7 +53,7 @@ class RemoteChunk:
     """
 
     object_id: str
-    source: ActorHandle[Any]
+    source: RemoteEngine
     source_id: str
     layout: KVLayout
     shape: tuple[int, ...]

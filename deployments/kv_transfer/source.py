@@ -9,9 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock, Thread
-from typing import Any
 
-from ray.actor import ActorHandle
 from torch import Tensor
 
 from deployments.kv_transfer.base import TransferConfig
@@ -19,7 +17,7 @@ from deployments.kv_transfer.channel import Channel
 from deployments.kv_transfer.group import Group, build_group, join_store
 from deployments.kv_transfer.inquiries import Answers
 from deployments.kv_transfer.line import Line, call
-from deployments.kv_transfer.link import Job, Link, Peer, Steps, Watchdog, until_over
+from deployments.kv_transfer.link import Job, Link, Peer, RemoteEngine, Steps, Watchdog, until_over
 from deployments.kv_transfer.process import Counters, node_ip
 
 Address = tuple[str, int]
@@ -38,7 +36,7 @@ class Invitation:
     """
 
     name: str
-    receiver: ActorHandle[Any]
+    receiver: RemoteEngine
     receiver_id: str
     line: Address
     store: Address | None

@@ -149,6 +149,7 @@ class Bench:
         """Give the tier up; what it holds then."""
         ray.get([shard.clear.remote() for shard in shards(self._tier)])
         left = self.objects()
+        shard: Any  # Ray kills by its own type of handle
         for shard in shards(self._tier):
             ray.kill(shard)
         return left

@@ -71,6 +71,7 @@ def test_the_tier_outlives_the_engine_and_a_new_index_starts_empty(cluster):
     assert stats.tier_hit_tokens == stats.prefix_hit_tokens == NUM_OBJECTS * BLOCK_SIZE
     assert (stats.tier_failures, stats.num_used_blocks) == (0, 0)
 
+    shard: Any  # Ray kills by its own type of handle
     for shard in shards(TIER):
         ray.kill(shard, no_restart=False)
     wait_until(lambda: _answers(TIER), 60)
