@@ -10,6 +10,7 @@ from torch import Tensor
 from deployments.engine.kernels.arguments import PagedKV
 from deployments.engine.kernels.fp8 import FP8
 from deployments.engine.kernels.fp8_kv import round_heads, widen_heads
+from deployments.engine.kv.slots import places
 
 
 class RoundedBlocks:
@@ -40,7 +41,7 @@ class RoundedBlocks:
 
     def _write(self, layer: int, part: int, slots: Tensor, numbers: Tensor) -> Tensor:
         codes, scales = round_heads(numbers)
-        blocks, tokens = slots // self._block_size, slots % self._block_size
+        blocks, tokens = places(slots, self._block_size)
         self._codes[layer, part][blocks, tokens] = codes.view(torch.uint8)
         self._scales[layer, part][blocks, :, tokens] = scales
         return widen_heads(codes, scales, self._dtype)

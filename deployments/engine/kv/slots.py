@@ -1,6 +1,13 @@
-"""Where a token's KV lies in the pool: the arithmetic of block tables, for all who lay out a step. Knows no tensors."""
+"""Where a token's KV lies in the pool: the arithmetic of block tables, for all who lay out a step or write one."""
+
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Integers = TypeVar("Integers", np.ndarray, "Tensor")
 
 
 def slots(tables: np.ndarray, rows: np.ndarray | int, positions: np.ndarray, block_size: int) -> np.ndarray:
@@ -21,3 +28,8 @@ def slots(tables: np.ndarray, rows: np.ndarray | int, positions: np.ndarray, blo
     """
     found: np.ndarray = tables[rows, positions // block_size] * block_size + positions % block_size
     return found
+
+
+def places(slots: Integers, block_size: int) -> tuple[Integers, Integers]:
+    """Map slots back to blocks and tokens within them, each (T,); blocks of 16 map 127 to block 7, token 15."""
+    return slots // block_size, slots % block_size

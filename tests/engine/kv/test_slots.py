@@ -1,10 +1,11 @@
 """Block tables and positions to slots."""
 
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.engine.kv.slots import slots
+from deployments.engine.kv.slots import places, slots
 
 
 def test_a_position_goes_to_its_place_in_its_block():
@@ -23,5 +24,11 @@ def test_no_two_tokens_of_a_batch_share_a_slot(block_size, num_sequences, num_bl
     positions = np.concatenate([np.arange(length) for length in lens])
     found = slots(blocks, rows, positions, block_size)
     assert len(set(found.tolist())) == len(positions)
-    assert (found // block_size == blocks[rows, positions // block_size]).all()
-    assert (found % block_size == positions % block_size).all()
+    held, tokens = places(found, block_size)
+    assert (held == blocks[rows, positions // block_size]).all()
+    assert (tokens == positions % block_size).all()
+
+
+def test_a_slot_goes_back_to_its_block_and_its_token_in_tensors_too():
+    blocks, tokens = places(torch.tensor([127, 32]), 16)
+    assert (blocks.tolist(), tokens.tolist()) == ([7, 2], [15, 0])
