@@ -484,6 +484,11 @@ def test_functions_are_short():
     assert longest <= 61
 
 
+def test_files_are_short():
+    lengths = {m: len(_source(m).splitlines()) for m in MODULES if not is_under(m, "load_tests")}
+    assert {m: length for m, length in lengths.items() if length > 350} == {}
+
+
 def test_a_function_is_measured_without_its_decorators_and_with_what_is_in_it():
     assert function_lengths("@cache\ndef f():\n    def g():\n        pass\n\n    return g") == [5, 2]
 
