@@ -203,15 +203,10 @@ class Exchange:
 
     def _open_choices(self, call: Call, receipts: ReceiptKeeper | None) -> list[AsyncGenerator[TextEvent, None]]:
         """Where a prompt is sampled several times, the others begin when the first has left its KV to be found."""
-        generate, codec = partial(self._service.backend.generate, on_overflow=self._stall), self._service.codec
         choices: list[AsyncGenerator[TextEvent, None]] = []
         is_ahead = asyncio.Event()
-        for index, request in enumerate(call.requests):
-            scores_prompt = request.num_prompt_logprobs is not None
-            prefix = call.prefixes[index]
-            text = ChoiceText(index, codec, request.prompt_token_ids, call.text, prefix, scores_prompt)
-            told = generate if receipts is None else partial(generate, on_receipt=partial(receipts.take, index))
-            choice = stream_choice(told, request, text)
+        for index in range(len(call.requests)):
+            choice = self._open_choice(index, call, receipts)
             if call.num_samples == 1:
                 choices.append(choice)
             elif call.lead_of(index) == index:
@@ -220,6 +215,14 @@ class Exchange:
             else:
                 choices.append(follow(choice, is_ahead))
         return choices
+
+    def _open_choice(self, index: int, call: Call, receipts: ReceiptKeeper | None) -> AsyncGenerator[TextEvent, None]:
+        request, prefix = call.requests[index], call.prefixes[index]
+        scores_prompt = request.num_prompt_logprobs is not None
+        text = ChoiceText(index, self._service.codec, request.prompt_token_ids, call.text, prefix, scores_prompt)
+        generate = partial(self._service.backend.generate, on_overflow=self._stall)
+        told = generate if receipts is None else partial(generate, on_receipt=partial(receipts.take, index))
+        return stream_choice(told, request, text)
 
     async def _stream(self, events: AsyncGenerator[TextEvent, None], answer: Answer, tally: Tally) -> None:
         framer = Framer(answer, self._endpoint.frame)

@@ -116,14 +116,19 @@ class PoolRouters:
         num_routers = max([1, *(replica.engine.num_receivers for replica in decode.values())])
         for pool, replicas in pools.items():
             self._routers[pool].update(_reports(replicas), reading.as_of_s, now_s, num_routers)
-        handoffs = {name: replica.handoff for name, replica in prefill.items()}
-        engines = {name: replica.engine for name, replica in decode.items()}
-        block_size = max([0, *(engine.block_size for engine in engines.values())])
-        self._costs.update(engines, handoffs, block_size, reading.as_of_s)
-        self._decode.costs = self._costs.costs(None if self._prefill is None else self._prefill.costs.token_s)
+        self._learn_costs(decode, prefill, reading.as_of_s)
         self._tier.update({name: replica.engine for name, replica in (decode | prefill).items()})
         for router in self._routers.values():
             router.costs = replace(router.costs, tier_token_s=self._tier.token_s)
+
+    def _learn_costs(
+        self, decode: Mapping[str, ReplicaStats], prefill: Mapping[str, ReplicaStats], as_of_s: float
+    ) -> None:
+        handoffs = {name: replica.handoff for name, replica in prefill.items()}
+        engines = {name: replica.engine for name, replica in decode.items()}
+        block_size = max([0, *(engine.block_size for engine in engines.values())])
+        self._costs.update(engines, handoffs, block_size, as_of_s)
+        self._decode.costs = self._costs.costs(None if self._prefill is None else self._prefill.costs.token_s)
 
     def route(self, request: GenerateRequest) -> RoutedRequest:
         """Choose the replicas for a request; it counts as sent there. Where there is one of each, that is no choice."""

@@ -81,14 +81,17 @@ class Output:
                     yield from self._think(text)
                 case CallBegin(_, name):
                     self._held_scores.clear()
-                    yield from self._close("completed")
-                    call = _Call(self._events, len(self.items), name, self._new_call_id())
-                    self._open = call
-                    yield from call.begin()
+                    yield from self._begin_call(name)
                 case CallArguments(_, text):
                     assert isinstance(self._open, _Call)
                     self._held_scores.clear()
                     yield from self._open.grow(text)
+
+    def _begin_call(self, name: str) -> Iterator[Event]:
+        yield from self._close("completed")
+        call = _Call(self._events, len(self.items), name, self._new_call_id())
+        self._open = call
+        yield from call.begin()
 
     def finish(self, *, is_whole: bool) -> Iterator[Event]:
         """No more will come. An answer that holds nothing is an empty message."""
