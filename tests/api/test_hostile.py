@@ -28,6 +28,7 @@ from tests.api.fakes import (
     playing,
     serving,
 )
+from tests.waiting import until
 
 LENGTH = FinishReason.LENGTH
 MEBIBYTE = 2**20
@@ -183,9 +184,7 @@ async def test_many_who_leave_at_every_moment_leave_nothing_behind() -> None:
             writer.close()
         async with httpx.AsyncClient() as client:
             assert (await client.get(f"{url}/health")).status_code == 200
-        async with asyncio.timeout(20):
-            while len(recorder.outcomes) < recorder.num_started or backend.running:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await until(lambda: len(recorder.outcomes) >= recorder.num_started and not backend.running)
     assert all(outcome.value == "aborted" for outcome in recorder.outcomes)
     assert all(ticket.is_closed for ticket in backend.tickets)
 

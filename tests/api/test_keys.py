@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.api.keys import KeyRing, KeysError, check_source, parse_keys
+from tests.waiting import until
 
 KEY, OTHER = "sk-alice-0123456789", "sk-bob-0123456789abc"
 
@@ -205,7 +206,5 @@ async def test_the_watch_finds_a_change_by_itself(written: Path) -> None:
     ring = KeyRing(str(written))
     watch = asyncio.create_task(ring.watch(period_s=0.001))
     replace(written, table("bob", OTHER))
-    async with asyncio.timeout(20):
-        while name_of(ring, OTHER) is None:  # noqa: ASYNC110  # it tells nobody
-            await asyncio.sleep(0.001)
+    await until(lambda: name_of(ring, OTHER) is not None)
     watch.cancel()

@@ -16,6 +16,7 @@ from deployments.api.observer import Outcome
 from deployments.messages import GenerateRequest, TokenOutput
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 from tests.api.fakes import INFO, FakeTicket, Recorder, build_codec, serving
+from tests.waiting import until
 
 MAX_UNREAD_TOKENS = 500
 
@@ -103,12 +104,6 @@ class DeafClient:
         while not read.endswith(b"0\r\n\r\n") and (data := await loop.sock_recv(self.socket, 65536)):
             read += data
         return bytes(read)
-
-
-async def until(is_reached: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not is_reached():  # noqa: ASYNC110  # nobody tells of an overflow but the backend itself
-            await asyncio.sleep(0.01)
 
 
 async def test_it_is_dropped_and_forgotten(

@@ -14,6 +14,7 @@ from tests.deployments.conftest import StartPools
 from tests.deployments.pools import MANY_TOKENS, NUM_TOKENS, PROMPT, is_decoding, tokens_of
 from tests.engine.driving import greedy
 from tests.engine.families import reference
+from tests.waiting import until
 
 LEASE_S = 0.5
 SAMPLED = SamplingParams(max_tokens=MANY_TOKENS, temperature=1.0, top_p=0.9, seed=11)
@@ -165,8 +166,7 @@ async def test_a_prefill_pool_that_does_not_answer_costs_one_lease_and_is_used_a
     assert tokens_of(await pools.collect(greedy("pays not", PROMPT, NUM_TOKENS))) == expected
     assert (await pools.decode.engine.stats()).expired_leases == 1
     pools.prefill.engine.goes_on.set()
-    while not pools.decode.deployment.has_prefill:  # noqa: ASYNC110
-        await asyncio.sleep(0.001)
+    await until(lambda: pools.decode.deployment.has_prefill)
     assert tokens_of(await pools.collect(greedy("again", PROMPT, NUM_TOKENS))) == expected
     assert pools.prefill.front.handoff.num_requests == 1
     await pools.wait_idle()
@@ -186,8 +186,7 @@ async def test_a_decode_engine_that_hangs_amid_the_last_chunk_does_not_keep_the_
     reading = asyncio.create_task(pools.collect(greedy("r", PROMPT, NUM_TOKENS)))
     await pools.prefill.engine.until(lambda engine: engine.stats().expired_leases == 1)
     await pools.prefill.engine.run(_holds_nothing)
-    while pools.prefill.front.handoff.num_failures == 0:  # noqa: ASYNC110
-        await asyncio.sleep(0.001)
+    await until(lambda: pools.prefill.front.handoff.num_failures > 0)
     reading.cancel()
     pools.decode.engine.goes_on.set()
     await pools.wait_idle()
