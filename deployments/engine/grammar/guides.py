@@ -35,8 +35,8 @@ _PATIENCE, _MAX_PATIENCE_S = 0.1, 0.01
 # An engine with nothing else to do looks for messages so often.
 _IDLE_WAIT_S = 0.002
 _MAX_MASK_THREADS = 4
-# Of the compiler's thread beside those of the steps: it gets a tenth of a core that both want.
-_NICENESS = 10
+# By so much the compiler's thread is nicer than those of the steps: it gets a tenth of a core that both want.
+_NICER, _NICEST = 10, 19
 
 
 @dataclass(slots=True, eq=False)
@@ -185,8 +185,14 @@ class Guides:
 
 def _let_steps_go_first() -> None:
     """Called in a thread; only Linux gives threads a priority of their own."""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0)))
+    if sys.platform != "linux":
+        return
+    thread = threading.get_native_id()
+    niceness = os.getpriority(os.PRIO_PROCESS, thread) + _NICER
+    if niceness <= _NICEST:
+        os.setpriority(os.PRIO_PROCESS, thread, niceness)
+    else:  # Ray's workers have 15: an idle thread weighs a twelfth of that
+        os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
 
 
 def _take(guide: Guide, token_ids: list[int]) -> tuple[Guide, bytes]:
