@@ -32,7 +32,7 @@ def decode_attention(queries, keys, values, tables, splits, first_split, scaling
         keys: (num_blocks, block_size, H_kv, head_dim), contiguous.
         values: as the keys.
         tables: (D, max_blocks) int64 block ids.
-        splits: (S, 3) int64: decode, first token and end of each split, in the decodes' order; none is empty.
+        splits: (S, 3) int64: single token, first token and end of each split, in that order; none is empty.
         first_split: (D + 1,) int64, where each decode's splits begin.
         scaling: of the scores.
         parts: (S, H, head_dim) scratch.

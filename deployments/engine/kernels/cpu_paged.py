@@ -1,4 +1,4 @@
-"""Attention of a whole step over a paged pool: its decodes, then its prompts one after the other; float32 on a CPU.
+"""Attention of a step over a paged pool: its single tokens, then its chunks one after the other; float32 on a CPU.
 
 numba caches it with all that it calls, and looks at this file alone for changes.
 """
@@ -17,14 +17,14 @@ _FLOAT = np.float32
 
 
 class Runs(NamedTuple):
-    """Where the tokens of a step's runs are, and how its decodes are cut; all int64.
+    """Where the tokens of a step's runs are, and how the sequences of its single tokens are cut; all int64.
 
     Attributes:
         starts: (R,) tokens before each run.
         counts: (R,) tokens of each run.
         tables: (R, B) block ids of its sequence.
         splits: (S, 3) see `decode_attention`.
-        first_split: (D + 1,) see `decode_attention`; the first D runs are decodes.
+        first_split: (D + 1,) see `decode_attention`; the first D runs are single tokens.
     """
 
     starts: np.ndarray
@@ -43,30 +43,30 @@ def attend_runs(queries, keys, values, runs, window, scaling, out):
         keys: (num_blocks, block_size, H_kv, head_dim), contiguous; the T tokens' own are there.
         values: as the keys.
         runs: a `Runs`.
-        window: a prompt's token sees itself and this many less one before it; the splits say it of decodes.
+        window: a prompt's token sees itself and this many less one before it; the splits say it of single tokens.
         scaling: of the scores.
         out: as queries, filled.
     """
-    num_decodes, num_splits = runs.first_split.shape[0] - 1, runs.splits.shape[0]
-    if num_decodes > 0:
+    num_singles, num_splits = runs.first_split.shape[0] - 1, runs.splits.shape[0]
+    if num_singles > 0:
         _, num_heads, head_dim = queries.shape
         parts = np.empty((num_splits, num_heads, head_dim), _FLOAT)
         peaks, sums = np.empty((num_splits, num_heads), _FLOAT), np.empty((num_splits, num_heads), _FLOAT)
         decode_attention(
-            queries[:num_decodes],
+            queries[:num_singles],
             keys,
             values,
-            runs.tables[:num_decodes],
+            runs.tables[:num_singles],
             runs.splits,
             runs.first_split,
             scaling,
             parts,
             peaks,
             sums,
-            out[:num_decodes],
+            out[:num_singles],
         )
-    first = num_decodes
-    for run in range(num_decodes, runs.counts.shape[0]):
+    first = num_singles
+    for run in range(num_singles, runs.counts.shape[0]):
         last = first + runs.counts[run]
         prompt_attention(
             queries[first:last], keys, values, runs.tables[run], runs.starts[run], window, scaling, out[first:last]

@@ -1,4 +1,7 @@
-"""Where a token's KV lies in the pool: the arithmetic of block tables, for all who lay out a step or write one."""
+"""Where a token's KV lies in the pool: the arithmetic of block tables, for all who lay out a step or write one.
+
+Compiled kernels can call nothing of this: those that are given slots or tables divide by the block's size themselves.
+"""
 
 from typing import TYPE_CHECKING, TypeVar
 

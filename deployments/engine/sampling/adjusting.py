@@ -148,7 +148,7 @@ def build_adjusting(items: list[ScheduledSequence], sources: np.ndarray) -> Adju
 
     Args:
         items: in the batch's order.
-        sources: of the decodes, as in `StepArrays`.
+        sources: of the single tokens, as in `StepArrays`.
     """
     biased, repeated, generated, barred = _Builder(1), _Builder(1), _Builder(2), _Builder(0)
     draw = 0

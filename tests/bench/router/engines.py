@@ -76,7 +76,7 @@ class ModelledEngine:
             return None
         sequence = self.waiting.popleft()
         assert self.blocks.admit(sequence), "a prompt is longer than the pool"
-        sequence.num_cached_tokens = sequence.num_computed_tokens
+        sequence.find_cached(sequence.num_computed_tokens)
         self.num_running_tokens = sequence.num_prompt_tokens - sequence.num_computed_tokens
         self.runs_until_s = now_s + self.speed.seconds(self.num_running_tokens)[1]
         self.running = sequence
