@@ -9,6 +9,7 @@ from tests.deployments.conftest import StartPools
 from tests.deployments.pools import NUM_TOKENS, PROMPT, Pools, tokens_of
 from tests.engine.driving import BLOCK_SIZE, greedy
 from tests.engine.families import random_prompt, reference
+from tests.waiting import until
 
 # All whole blocks but that of the last token, which is always computed.
 ALL = (len(PROMPT) - 1) // BLOCK_SIZE * BLOCK_SIZE
@@ -29,7 +30,7 @@ async def test_what_either_engine_alone_has_cached_counts_as_far_as_nobody_compu
     assert await cached(pools, "decode engine") == ALL
     pools.decodes.reverse()
     assert await cached(pools, "only the prefill engine") == ALL
-    assert pools.prefill.front.handoff.num_requests == 2
+    await until(lambda: pools.prefill.front.handoff.num_requests == 2)
     assert await cached(pools, "both, in part", PROMPT[:50] + random_prompt(100, seed=4)) == 48
     await pools.wait_idle()
 

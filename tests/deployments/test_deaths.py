@@ -130,7 +130,7 @@ async def test_another_prefill_engine_computes_the_prompt(start: StartPools, whe
     pools.prefill.engine.die()
     pools.decode.engine.lets_go.set()
     assert tokens_of(await reading) == reference("llama", PROMPT, NUM_TOKENS)
-    assert pools.prefills[1].front.handoff.num_requests == 1
+    await until(lambda: pools.prefills[1].front.handoff.num_requests == 1)
     assert (await pools.decode.engine.stats()).prompt_tokens == 0, "the decode engine had nothing to compute"
     await pools.wait_idle()
 
@@ -168,7 +168,7 @@ async def test_a_prefill_pool_that_does_not_answer_costs_one_lease_and_is_used_a
     pools.prefill.engine.goes_on.set()
     await until(lambda: pools.decode.deployment.has_prefill)
     assert tokens_of(await pools.collect(greedy("again", PROMPT, NUM_TOKENS))) == expected
-    assert pools.prefill.front.handoff.num_requests == 1
+    await until(lambda: pools.prefill.front.handoff.num_requests == 1)
     await pools.wait_idle()
 
 

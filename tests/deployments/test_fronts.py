@@ -12,6 +12,7 @@ from tests.deployments.conftest import StartPools
 from tests.deployments.pools import NUM_TOKENS, PROMPT, Pools, tokens_of
 from tests.engine.driving import greedy
 from tests.engine.families import random_prompt, reference
+from tests.waiting import until
 
 
 @pytest_asyncio.fixture
@@ -27,7 +28,7 @@ async def test_a_long_prompt_is_handed_over_and_a_short_one_is_not(pools: Pools)
     assert handoff[1].num_chunks >= 5, "a chunk leaves with every step of the prompt"
     short = PROMPT[:10]
     assert tokens_of(await pools.collect(greedy("short", short, NUM_TOKENS))) == reference("llama", short, NUM_TOKENS)
-    assert pools.prefill.front.handoff.num_requests == 1
+    await until(lambda: pools.prefill.front.handoff.num_requests == 1)
     await pools.wait_idle()
 
 

@@ -10,6 +10,7 @@ from deployments import parity
 from deployments.errors import ParityError
 from deployments.parity import check_parity
 from tests.deployments.pools import Pools
+from tests.waiting import until
 
 
 @pytest_asyncio.fixture
@@ -26,7 +27,7 @@ async def compare(pools: Pools) -> None:
 async def test_equal_engines_agree_and_hold_nothing_afterwards(pools: Pools) -> None:
     for _ in range(2):
         await compare(pools)
-    assert pools.prefill.front.handoff.num_requests == 2, "the prompt was handed over each time"
+    await until(lambda: pools.prefill.front.handoff.num_requests == 2)
     await pools.wait_idle()
 
 

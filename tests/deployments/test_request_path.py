@@ -14,6 +14,7 @@ from tests.api import fakes
 from tests.api.fakes import CHAT, body_of, build_codec, client_of
 from tests.deployments.conftest import StartPools
 from tests.engine.families import VOCAB_SIZE
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 DEPLOYMENTS = ROOT / "deployments"
@@ -61,7 +62,7 @@ async def test_the_page_names_every_file_that_a_streamed_chat_enters(profile: Pr
         answer = await client.post(CHAT, json=body)
         entered = profile.files()
     assert answer.text.endswith("data: [DONE]\n\n")
-    assert (await pools.prefill.front.stats()).handoff.num_requests == 1
+    await until(lambda: pools.prefill.front.handoff.num_requests == 1)
     assert {"decode.py", "prefill.py", "engine/kv/cache.py", "tokens/wire.py"} <= entered, "every thread is watched"
     named = {path.removeprefix("deployments/") for path in PAGE.replace("`", " ").split() if path.endswith(".py")}
     assert sorted(entered - named - IN_THE_PLACE_OF_RAY) == []

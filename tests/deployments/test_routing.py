@@ -12,6 +12,7 @@ from tests.deployments.conftest import StartPools
 from tests.deployments.pools import MANY_TOKENS, NUM_TOKENS, PROMPT, Pools, tokens_of
 from tests.engine.driving import BLOCK_SIZE, greedy
 from tests.engine.families import random_prompt, reference
+from tests.waiting import until
 
 WHOLE_BLOCKS = len(PROMPT) // BLOCK_SIZE * BLOCK_SIZE
 NEXT_TURN = PROMPT + random_prompt(8, seed=4)  # fewer than are handed over
@@ -118,6 +119,8 @@ async def test_a_hand_off_that_failed_is_tried_with_another_prefill_replica(star
     for replica in pools.decodes:
         replica.engine.fail_receives = 1
     assert await serve(pools, "first") == 0
+    # Decode may have answered before prefill's front has heard that the last chunk is there.
+    await until(lambda: any(replica.front.handoff.num_requests for replica in pools.prefills))
     assert [replica.front.handoff.num_requests for replica in pools.prefills] == [1, 0]
 
 
