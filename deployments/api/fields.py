@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, PlainValidator, WithJso
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict
 
-from deployments.messages import MAX_LOGIT_BIAS
+from deployments.messages import MAX_LOGIT_BIAS, MAX_LOGPROBS
 
 MAX_PROMPTS = 1024
 # OpenAI allows 4, some peers any number; each costs a step per character of output.
@@ -168,7 +168,8 @@ Prompts = Annotated[tuple[Prompt, ...], PlainValidator(_as_prompts, json_schema_
 RequiredContent = Annotated[Content, PlainValidator(_as_content, json_schema_input_type=_Contents)]
 # A message's, or none.
 OptionalContent = Annotated[Content | None, PlainValidator(_as_content, json_schema_input_type=_Contents)]
+_BoundedCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 # How many of the likeliest tokens are told. Chats say with false that they want none, and some clients in completions.
 LogprobCount = Annotated[
-    int | None, BeforeValidator(_none_if_false, json_schema_input_type=int | Literal[False] | None)
+    _BoundedCount | None, BeforeValidator(_none_if_false, json_schema_input_type=_BoundedCount | Literal[False] | None)
 ]

@@ -153,7 +153,7 @@ class CompletionBody(GenerateBody):
     max_tokens: int | None = Field(default=None, ge=0)
     best_of: int | None = Field(default=None, ge=1, le=MAX_SAMPLES)
     echo: bool = False
-    logprobs: LogprobCount = Field(default=None, ge=0, le=MAX_LOGPROBS)
+    logprobs: LogprobCount = None
 
     @property
     def num_logprobs(self) -> int | None:

@@ -139,6 +139,8 @@ def bodies(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
 
 @settings(max_examples=400)
 @given(bodies())
+@example(("CompletionBody", {"prompt": "a", "logprobs": -1}))
+@example(("CompletionBody", {"prompt": "a", "logprobs": 21}))
 @example(("ChatBody", {"messages": [{"role": "assistant"}], "stream": True, "stream_options": {"include_usage": True}}))
 def test_a_body_is_taken_only_if_it_is_as_described_and_refused_only_if_not(drawn: tuple[str, dict[str, Any]]) -> None:
     kind, body = drawn
