@@ -1,8 +1,11 @@
 """Waiting for what comes to be true and tells nobody; other processes, for the most part."""
 
 import asyncio
+import os
+import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -28,3 +31,21 @@ async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> Non
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110  # it tells nobody
             await asyncio.sleep(0.001)
+
+
+def stop_process(pid: int) -> None:
+    """Stop a process, and return when no thread of it runs any more.
+
+    The system gives the signal to one thread, which stops the others once it runs itself; until then, and on a busy
+    machine that is long, they work and answer.
+    """
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: all(state_of(thread) in "TZX" for thread in Path(f"/proc/{pid}/task").iterdir()))
+
+
+def state_of(thread: Path) -> str:
+    """The letter of `proc_pid_stat(5)` for one folder of /proc/PID/task; X for one that has ended."""
+    try:
+        return (thread / "stat").read_text().rpartition(") ")[2][0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"

@@ -12,7 +12,7 @@ from tests.bench.chaos.load import Client, Ending, Record
 from tests.bench.chaos.probes import Call, Probe, build_probes
 from tests.e2e.conftest import MODEL_NAME, PREFILL_SHUTDOWN_S, Scaled, Service
 from tests.e2e.waiting import wait_idle
-from tests.waiting import wait_until
+from tests.waiting import stop_process, wait_until
 
 # Long enough to be handed over, and to be at work yet when both decode engines are told to stop.
 PROMPT_TOKENS, MAX_TOKENS = (100, 400), (500, 600)
@@ -60,7 +60,7 @@ def test_pools_that_shrink_lose_no_request_and_no_token(scaled: Scaled) -> None:
     def shrink() -> None:
         """With engines that do not work meanwhile: what the removed replica has to do, it cannot do in its time."""
         for pid in engines:
-            os.kill(pid, signal.SIGSTOP)
+            stop_process(pid)
         try:
             begun.append(time.monotonic())
             scaled.scale(1)

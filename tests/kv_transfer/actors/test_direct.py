@@ -15,7 +15,7 @@ from deployments.errors import LayoutMismatchError, TransferError
 from deployments.kv_transfer.base import TransferConfig
 from deployments.messages import ChunkReady, DrawnToken
 from tests.kv_transfer.engines import EARLY, LAYOUT, FakeEngine
-from tests.waiting import wait_until
+from tests.waiting import stop_process, wait_until
 
 CONFIG = TransferConfig(
     connect_timeout_s=4, transfer_timeout_s=8, probe_interval_s=0.1, idle_probe_interval_s=0.3, doubt_after_s=1
@@ -194,7 +194,7 @@ def test_a_stopped_source_is_bounded_and_holds_up_nobody(engines):
     refs = [stopped.take_chunk.remote(16, 2.0) for _ in range(12)]
     ray.wait(refs, num_returns=12, fetch_local=False)
     pid = ray.get(stopped.pid.remote())
-    os.kill(pid, signal.SIGSTOP)
+    stop_process(pid)
     try:
         hung = [destination.receive_kv.remote(ChunkReady("request", 0, 0, 16), ref) for ref in refs]
         assert_arrived([hand_off(other, destination, 16, 3.0) for _ in range(3)], [(16, 3.0)] * 3)
@@ -264,7 +264,7 @@ def test_a_stopped_source_can_be_read_and_a_dead_one_is_forgotten(engines, start
     ref = source.take_chunk.remote(4, 2.0)
     ray.wait([ref], fetch_local=False)
     pid = ray.get(source.pid.remote())
-    os.kill(pid, signal.SIGSTOP)
+    stop_process(pid)
     assert_arrived([destination.receive_kv.remote(ChunkReady("request", 0, 0, 4), ref)], [(4, 2.0)])
     os.kill(pid, signal.SIGKILL)
     wait_for(lambda: ray.get(destination.stats.remote()).num_neighbours == num_neighbours)
