@@ -1,10 +1,9 @@
 """Whatever a model writes: no endpoint fails, a stream says what a whole answer says, and nothing is left behind."""
 
 import json
-import os
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.api.http import build_app
@@ -90,7 +89,6 @@ def events_of(text: str) -> list[dict[str, Any]]:
     return [json.loads(event) for event in data]
 
 
-@settings(derandomize="KVRELAY_EXAMPLES" not in os.environ)  # the same ones in every run of the suite
 @given(
     st.sampled_from([*ASKED]),
     TEXTS,
