@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -18,10 +19,35 @@ from deployments.local_engine import Answer, LocalEngine, first_token_of
 from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyAddress
 from tests.engine.driving import build_engine
 from tests.engine.grammars import load_with_tokenizer
-from tests.engine.insides import runner_of
+from tests.engine.insides import guard_steps, runner_of
 from tests.kv_tier.local_tier import LocalStore, LocalTier
 
 OBJECT_BLOCKS = 3
+# An engine that takes no steps looks so often whether it is asked for anything else.
+_PAUSE_S = 0.002
+
+
+class HeldClock:
+    """Seconds that stand still until they are let go, and again when they are held: no lease runs out meanwhile.
+
+    However busy the machine is, a test with a short lease gets to where it wants to be. Any thread may ask.
+    """
+
+    def __init__(self) -> None:
+        self._held_s: float | None = time.monotonic()
+        self._behind_s = 0.0
+
+    def __call__(self) -> float:
+        held_s = self._held_s
+        return time.monotonic() - self._behind_s if held_s is None else held_s
+
+    def go_on(self) -> None:
+        if self._held_s is not None:
+            self._behind_s = time.monotonic() - self._held_s
+            self._held_s = None
+
+    def hold(self) -> None:
+        self._held_s = self()
 
 
 class FaultyEngine(LocalEngine):
@@ -30,12 +56,13 @@ class FaultyEngine(LocalEngine):
     Attributes:
         death: what whoever asks it is told; None: it lives.
         goes_on: cleared while it hangs.
-        holds: whether a chunk that comes is held up, until `lets_go` is set.
+        holds: whether a chunk that comes, or that it is about to tell of, is held up, until `lets_go` is set.
         has_held: set once one was.
         fail_receives: so many of the next chunks do not arrive.
         changes: what becomes of a chunk on its way.
         added: requests that it was asked to decode.
         renews: False: it says that it renews leases, and does not.
+        step_s: what each step takes at least, as one of a larger model does.
 
     Args:
         tier: that it gives KV to and takes it from; None: none.
@@ -60,6 +87,9 @@ class FaultyEngine(LocalEngine):
         self.changes: Callable[[Tensor], Tensor] = lambda tensor: tensor
         self.added: list[GenerateRequest] = []
         self.renews = True
+        self.step_s = 0.0
+        self._stops_at: Callable[[Engine], bool] | None = None
+        guard_steps(self._engine, self._may_step)
 
     def _join(self, tier: LocalTier) -> None:
         """Take part in a tier of objects of `OBJECT_BLOCKS`."""
@@ -73,7 +103,7 @@ class FaultyEngine(LocalEngine):
         self.goes_on.clear()
 
     def die(self) -> None:
-        """As if the process had been killed."""
+        """As if the process had been killed: it draws no further token."""
         self.death = ConnectionError("the engine's process is gone")
         self._tell([])
 
@@ -85,10 +115,22 @@ class FaultyEngine(LocalEngine):
 
         runner_of(self._engine).launch = fail
 
+    def stop_at(self, condition: Callable[[Engine], bool] | None) -> None:
+        """Take no step any more once this is true, and do all else; None: go on.
+
+        An engine that goes on while a test looks may be past it, however soon the test does what it wants to do then.
+        """
+        self._stops_at = condition
+
     async def until(self, condition: Callable[[Engine], bool]) -> None:
-        """Return when the engine is where the test wants it; the test's own timeout bounds it."""
-        while not await self.run(condition):  # noqa: ASYNC110  an engine tells nobody how far it is
-            await asyncio.sleep(0.001)
+        """Return when the engine is where the test wants it, before its next step; the test's own timeout bounds it."""
+        before = self._stops_at
+        self.stop_at(lambda engine: condition(engine) or (before is not None and before(engine)))
+        try:
+            while not await self.run(condition):  # noqa: ASYNC110  an engine tells nobody how far it is
+                await asyncio.sleep(0.001)
+        finally:
+            self.stop_at(before)
 
     def add(self, request: GenerateRequest, remote_threshold: int | None, reply_to: ReplyAddress) -> Awaitable[None]:
         self.added.append(request)
@@ -103,6 +145,9 @@ class FaultyEngine(LocalEngine):
 
     async def events(self) -> AsyncIterator[list[FrontEvent]]:
         async for batch in super().events():
+            for event in batch:
+                if isinstance(event, ChunkReady):
+                    await self._hold(event)
             await self.goes_on.wait()
             if not batch:
                 assert self.death is not None
@@ -112,13 +157,31 @@ class FaultyEngine(LocalEngine):
     async def _arrival(self, chunk: ChunkReady, taken: Awaitable[TakenChunk]) -> TakenChunk:
         arrived = await taken
         await first_token_of(chunk, arrived)
-        if not self.lets_go.is_set() and self.holds(chunk):
-            self.has_held.set()
-            await self.lets_go.wait()
+        await self._hold(chunk)
         if self.fail_receives:
             self.fail_receives -= 1
             raise ConnectionError("the transfer broke")
         return replace(arrived, tensor=self.changes(arrived.tensor))
+
+    async def _hold(self, chunk: ChunkReady) -> None:
+        if not self.lets_go.is_set() and self.holds(chunk):
+            self.has_held.set()
+            await self.lets_go.wait()
+
+    def _may_step(self, engine: Engine) -> bool:
+        """Asked in the engine's thread, before each step."""
+        is_over = self.death is not None or self._is_there(engine)
+        if pause_s := _PAUSE_S if is_over else self.step_s:
+            time.sleep(pause_s)
+        return not is_over
+
+    def _is_there(self, engine: Engine) -> bool:
+        """Whether it is to stop here."""
+        stops_at = self._stops_at
+        try:
+            return stops_at is not None and stops_at(engine)
+        except Exception:  # `until` asks the same, and fails
+            return True
 
     async def _reach(self) -> None:
         await self.goes_on.wait()

@@ -11,6 +11,7 @@ from deployments.engine.engine import Engine
 from deployments.errors import EngineDeadError
 from deployments.messages import ChunkReady, FinishReason, GenerateRequest, SamplingParams
 from tests.deployments.conftest import StartPools
+from tests.deployments.faulty_engine import HeldClock
 from tests.deployments.pools import MANY_TOKENS, NUM_TOKENS, PROMPT, is_decoding, tokens_of
 from tests.engine.driving import greedy
 from tests.engine.families import reference
@@ -26,6 +27,10 @@ def is_reserved(engine: Engine) -> bool:
 
 def is_filling(engine: Engine) -> bool:
     return engine.stats().num_exported_blocks > 0 or engine.stats().prompt_tokens > 32
+
+
+def is_last(chunk: ChunkReady) -> bool:
+    return chunk.is_last
 
 
 WHERE_DECODE_IS = [is_reserved, is_decoding]
@@ -51,10 +56,13 @@ async def test_another_decode_engine_goes_on_token_for_token(
 async def test_whoever_goes_on_with_a_request_is_told_which_of_its_tokens_were_generated(start: StartPools) -> None:
     pools = await start(num_decode=2)
     request = replace(greedy("r", PROMPT, MANY_TOKENS), cache_salt="theirs")
-    reading = asyncio.create_task(pools.collect(request))
-    await pools.decode.engine.until(is_decoding)
-    pools.decode.engine.die()
-    tokens = tokens_of(await reading)
+    pools.decode.engine.stop_at(is_decoding)
+    async with aclosing(pools.generate(request)) as stream:
+        outputs = [await anext(stream)]  # else none of its tokens may have come
+        await pools.decode.engine.until(is_decoding)
+        pools.decode.engine.die()
+        outputs += [output async for output in stream]
+    tokens = tokens_of(outputs)
     (resumed,) = pools.decodes[1].engine.added
     assert resumed.generated_token_ids == tokens[: len(resumed.generated_token_ids)] != ()
     assert replace(resumed, request_id="r", generated_token_ids=()) == request
@@ -125,10 +133,12 @@ async def test_a_request_that_no_replica_goes_on_with_fails_in_bounded_time(star
 async def test_another_prefill_engine_computes_the_prompt(start: StartPools, where: Callable[[Engine], bool]) -> None:
     pools = await start(num_prefill=2)
     pools.decode.engine.holds = lambda chunk: True
+    pools.prefill.engine.holds = is_last  # it dies before it has told of all
     reading = asyncio.create_task(pools.collect(greedy("r", PROMPT, NUM_TOKENS)))
     await (pools.decode if where is is_reserved else pools.prefill).engine.until(where)
     pools.prefill.engine.die()
-    pools.decode.engine.lets_go.set()
+    for engine in pools.engines:
+        engine.lets_go.set()
     assert tokens_of(await reading) == reference("llama", PROMPT, NUM_TOKENS)
     await until(lambda: pools.prefills[1].front.handoff.num_requests == 1)
     assert (await pools.decode.engine.stats()).prompt_tokens == 0, "the decode engine had nothing to compute"
@@ -144,12 +154,15 @@ async def test_a_transfer_that_breaks_again_and_again_ends_with_a_local_prefill(
 
 
 async def test_a_prefill_engine_that_hangs_costs_the_lease_and_holds_nothing_when_it_goes_on(start: StartPools) -> None:
-    pools = await start(lease_s=LEASE_S)
+    pools = await start(lease_s=LEASE_S, clock=(clock := HeldClock()))
     pools.decode.engine.holds = lambda chunk: True
+    pools.prefill.engine.holds = is_last  # it hangs before it has told of all
     reading = asyncio.create_task(pools.collect(greedy("r", PROMPT, NUM_TOKENS)))
     await pools.decode.engine.until(is_reserved)
     pools.prefill.engine.hang()
-    pools.decode.engine.lets_go.set()
+    for engine in pools.engines:
+        engine.lets_go.set()
+    clock.go_on()
     assert tokens_of(await reading) == reference("llama", PROMPT, NUM_TOKENS)
     assert (await pools.decode.engine.stats()).expired_leases == 1
     pools.prefill.engine.goes_on.set()
@@ -159,14 +172,16 @@ async def test_a_prefill_engine_that_hangs_costs_the_lease_and_holds_nothing_whe
 async def test_a_prefill_pool_that_does_not_answer_costs_one_lease_and_is_used_again_when_it_does(
     start: StartPools,
 ) -> None:
-    pools = await start(lease_s=LEASE_S, enable_prefix_caching=False)
+    pools = await start(lease_s=LEASE_S, clock=(clock := HeldClock()), enable_prefix_caching=False)
     pools.prefill.engine.hang()
+    clock.go_on()
     expected = reference("llama", PROMPT, NUM_TOKENS)
     assert tokens_of(await pools.collect(greedy("pays", PROMPT, NUM_TOKENS))) == expected
     assert tokens_of(await pools.collect(greedy("pays not", PROMPT, NUM_TOKENS))) == expected
     assert (await pools.decode.engine.stats()).expired_leases == 1
     pools.prefill.engine.goes_on.set()
     await until(lambda: pools.decode.deployment.has_prefill)
+    clock.hold()
     assert tokens_of(await pools.collect(greedy("again", PROMPT, NUM_TOKENS))) == expected
     await until(lambda: pools.prefill.front.handoff.num_requests == 1)
     await pools.wait_idle()
@@ -175,11 +190,12 @@ async def test_a_prefill_pool_that_does_not_answer_costs_one_lease_and_is_used_a
 async def test_a_decode_engine_that_hangs_amid_the_last_chunk_does_not_keep_the_blocks_of_prefill(
     start: StartPools,
 ) -> None:
-    pools = await start(lease_s=LEASE_S)
+    pools = await start(lease_s=LEASE_S, clock=(clock := HeldClock()))
 
     def hangs_at_the_last_one(chunk: ChunkReady) -> bool:
         if chunk.is_last:
             pools.decode.engine.hang()
+            clock.go_on()
         return False
 
     pools.decode.engine.holds = hangs_at_the_last_one
@@ -197,11 +213,12 @@ def _holds_nothing(engine: Engine) -> None:
 
 
 async def test_a_decode_engine_that_hangs_does_not_keep_the_blocks_of_prefill(start: StartPools) -> None:
-    pools = await start(lease_s=LEASE_S)
+    pools = await start(lease_s=LEASE_S, clock=(clock := HeldClock()))
     pools.decode.engine.holds = lambda chunk: True
     reading = asyncio.create_task(pools.collect(greedy("r", PROMPT, NUM_TOKENS)))
     await pools.prefill.engine.until(is_filling)
     pools.decode.engine.hang()
+    clock.go_on()
     await pools.prefill.engine.until(
         lambda engine: engine.num_sequences == 0 and engine.stats().num_exported_blocks == 0
     )

@@ -12,56 +12,60 @@ from tests.engine.driving import greedy
 from tests.engine.families import random_prompt, reference
 
 OTHER = random_prompt(150, seed=5)
+# The occupant's 900 tokens take half a minute: it is there for as long as a test looks, and the lease is longer.
+OCCUPANT_STEP_S, LEASE_S = 0.03, 120.0
 
 
 async def occupy(pools: Pools) -> asyncio.Task[object]:
     """A request has the decode engine's only seat until its task is cancelled."""
+    pools.decode.engine.step_s = OCCUPANT_STEP_S
     occupant = asyncio.create_task(pools.collect(greedy("occupant", random_prompt(9, seed=8), 900)))
     await pools.decode.engine.until(is_decoding)
     return occupant
 
 
-async def vacate(occupant: asyncio.Task[object]) -> None:
+async def vacate(pools: Pools, occupant: asyncio.Task[object]) -> None:
     occupant.cancel()
+    pools.decode.engine.step_s = 0.0
     with pytest.raises(asyncio.CancelledError):
         await occupant
 
 
 async def test_a_prompt_is_computed_while_it_waits_for_its_place(start: StartPools) -> None:
-    pools = await start(max_num_seqs=1)
+    pools = await start(max_num_seqs=1, lease_s=LEASE_S)
     occupant = await occupy(pools)
     reading = asyncio.create_task(pools.collect(greedy("r", PROMPT, NUM_TOKENS)))
     await pools.prefill.engine.until(lambda engine: engine.stats().prompt_tokens >= len(PROMPT))
     stats = await pools.decode.engine.stats()
     assert (stats.num_waiting, stats.num_reserved) == (1, 0), "no chunk may be passed on"
-    await vacate(occupant)
+    await vacate(pools, occupant)
     assert tokens_of(await reading) == reference("llama", PROMPT, NUM_TOKENS)
     assert pools.decode.front.handoff.num_failures == 0
     await pools.wait_idle()
 
 
 async def test_of_prompts_that_wait_for_a_place_only_the_first_is_begun(start: StartPools) -> None:
-    pools = await start(max_num_seqs=1)
+    pools = await start(max_num_seqs=1, lease_s=LEASE_S)
     occupant = await occupy(pools)
     readings = [asyncio.create_task(pools.collect(greedy(f"{seed}", p, 3))) for seed, p in enumerate((PROMPT, OTHER))]
     await pools.decode.engine.until(lambda engine: engine.stats().num_waiting == 2)
     await pools.prefill.engine.until(lambda engine: engine.stats().prompt_tokens >= len(PROMPT))
     stats = await pools.prefill.engine.stats()
     assert (stats.prompt_tokens, stats.num_waiting) == (len(PROMPT), 0)
-    await vacate(occupant)
+    await vacate(pools, occupant)
     assert [tokens_of(await reading) for reading in readings] == [reference("llama", p, 3) for p in (PROMPT, OTHER)]
     await pools.wait_idle()
 
 
 async def test_a_prompt_with_a_known_beginning_is_begun_behind_what_is_cached(start: StartPools) -> None:
-    pools = await start(max_num_seqs=1)
+    pools = await start(max_num_seqs=1, lease_s=LEASE_S)
     await pools.collect(greedy("earlier", PROMPT[:100], NUM_TOKENS))
     occupant = await occupy(pools)
     computed = (await pools.prefill.engine.stats()).prompt_tokens
     reading = asyncio.create_task(pools.collect(greedy("r", PROMPT, NUM_TOKENS)))
     await pools.decode.engine.until(lambda engine: engine.stats().num_waiting == 1)
     assert (await pools.prefill.engine.stats()).prompt_tokens == computed
-    await vacate(occupant)
+    await vacate(pools, occupant)
     assert tokens_of(await reading) == reference("llama", PROMPT, NUM_TOKENS)
     await pools.wait_idle()
 

@@ -15,11 +15,14 @@ import pytest_asyncio
 from deployments.errors import EngineDeadError
 from deployments.messages import TokenOutput
 from tests.deployments.conftest import StartPools
+from tests.deployments.faulty_engine import HeldClock
 from tests.deployments.pools import MANY_TOKENS, NUM_TOKENS, PROMPT, Pools, is_decoding, tokens_of
 from tests.engine.driving import greedy
 from tests.engine.families import random_prompt, reference
 
 LEASE_S = 0.4
+# The occupant's 900 tokens take half a minute: it has its seat for as long as the request is brought to its state.
+OCCUPANT_STEP_S = 0.03
 # What is held for ever is held for longer than this; how soon it is free is for benchmarks.
 PATIENCE_S = 60.0
 
@@ -29,13 +32,15 @@ class Case:
 
     Attributes:
         pools: two replicas each; the first ones have the request.
+        clock: of all leases; it stands still until the request is in its state.
         reading: what the client gets.
         occupant: another request, which has the only seat; None: there is none.
         expected: what the client gets of an undisturbed run.
     """
 
-    def __init__(self, pools: Pools) -> None:
+    def __init__(self, pools: Pools, clock: HeldClock) -> None:
         self.pools = pools
+        self.clock = clock
         self.reading: asyncio.Task[list[TokenOutput]]
         self.occupant: asyncio.Task[list[TokenOutput]] | None = None
         self.expected: tuple[int, ...]
@@ -44,9 +49,17 @@ class Case:
         self.expected = reference("llama", PROMPT, num_tokens)
         self.reading = asyncio.create_task(self.pools.collect(greedy("r", PROMPT, num_tokens)))
 
+    async def occupy(self, prompt: tuple[int, ...]) -> None:
+        """Let another request have the first decode engine's only seat."""
+        self.pools.decode.engine.step_s = OCCUPANT_STEP_S
+        self.occupant = asyncio.create_task(self.pools.collect(greedy("occupant", prompt, 900)))
+        await self.pools.decode.engine.until(is_decoding)
+
     async def let_go(self) -> None:
         """Let what was held arrive, and the occupant leave."""
         self.pools.decode.engine.lets_go.set()
+        self.pools.decode.engine.step_s = 0.0
+        self.pools.decode.engine.stop_at(None)
         if self.occupant is not None:
             self.occupant.cancel()
             with suppress(asyncio.CancelledError):
@@ -55,16 +68,14 @@ class Case:
 
 async def queued(case: Case) -> None:
     """The decode engine has no seat for it."""
-    case.occupant = asyncio.create_task(case.pools.collect(greedy("occupant", PROMPT[:9], 900)))
-    await case.pools.decode.engine.until(is_decoding)
+    await case.occupy(PROMPT[:9])
     case.ask()
     await case.pools.decode.engine.until(lambda engine: engine.stats().num_waiting == 1)
 
 
 async def begun(case: Case) -> None:
     """The decode engine has no seat for it, and the prompt, whose beginning is new there, is computed all the same."""
-    case.occupant = asyncio.create_task(case.pools.collect(greedy("occupant", random_prompt(9, seed=8), 900)))
-    await case.pools.decode.engine.until(is_decoding)
+    await case.occupy(random_prompt(9, seed=8))
     case.ask()
     await case.pools.prefill.engine.until(lambda engine: engine.stats().prompt_tokens >= len(PROMPT))
 
@@ -91,7 +102,8 @@ async def ready(case: Case) -> None:
 
 
 async def decoding(case: Case) -> None:
-    """The decode engine has claimed it and generates."""
+    """The decode engine has claimed it and generates, until what is to go wrong does."""
+    case.pools.decode.engine.stop_at(is_decoding)
     case.ask(MANY_TOKENS)
     await case.pools.decode.engine.until(is_decoding)
 
@@ -151,8 +163,8 @@ Step = Callable[[Case], Awaitable[None]]
 
 @pytest_asyncio.fixture
 async def case(start: StartPools) -> Case:
-    silence = {"lease_s": LEASE_S, "max_silence_s": LEASE_S}
-    return Case(await start(num_prefill=2, num_decode=2, max_num_seqs=1, **silence))
+    silence, clock = {"lease_s": LEASE_S, "max_silence_s": LEASE_S}, HeldClock()
+    return Case(await start(num_prefill=2, num_decode=2, max_num_seqs=1, clock=clock, **silence), clock)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
@@ -161,6 +173,7 @@ async def test_every_fault_in_every_state(case: Case, state: Step, fault: Step) 
     for engine in case.pools.engines:
         engine.renews = fault is not prefill_front_hangs
     await state(case)
+    case.clock.go_on()
     await fault(case)
     await case.let_go()
     if case.reading.cancelling():

@@ -24,7 +24,7 @@ from deployments.engine.scheduling.scheduler import Scheduler
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.engine.speculation.base import Drafter
 from deployments.engine.speculation.speculator import Speculator
-from deployments.messages import Grammar
+from deployments.messages import EngineEvent, Grammar
 
 if TYPE_CHECKING:
     from deployments.engine.batch.arrays import StepArrays
@@ -67,6 +67,19 @@ def compile_grammars_by(engine: Engine, compile_grammar: Callable[[CompileGramma
 def replace_runner(engine: Engine, runner: Runner) -> None:
     """Have its steps run by something else."""
     engine._runner = runner
+
+
+def guard_steps(engine: Engine, may_step: Callable[[Engine], bool]) -> None:
+    """Have whoever steps it ask before each step, in vain where it may not be."""
+    begin, finish, is_begun = engine.begin_step, engine.finish_step, True
+
+    def begin_step() -> list[EngineEvent]:
+        nonlocal is_begun
+        is_begun = may_step(engine)
+        return begin() if is_begun else []
+
+    engine.begin_step = begin_step  # type: ignore[method-assign]
+    engine.finish_step = lambda: finish() if is_begun else []  # type: ignore[method-assign]
 
 
 def preempt(engine: Engine, sequence: Sequence) -> None:
