@@ -16,12 +16,14 @@ from openai.types import Completion
 from torch import Tensor
 
 from deployments.api.http import build_app
+from deployments.engine.engine import Engine
 from deployments.messages import Adjustments, ModelInfo
 from tests.api.fakes import build_codec, serving
 from tests.deployments.conftest import StartPools
 from tests.deployments.pools import PROMPT, Pools
 from tests.engine.families import VOCAB_SIZE, build_model, reference
 from tests.engine.processors import continue_adjusted
+from tests.waiting import until
 
 T = TypeVar("T")
 
@@ -42,11 +44,15 @@ async def client_of(start: StartPools, way: str) -> AsyncIterator[tuple[openai.A
         yield client, pools
 
 
+def has_begun(engine: Engine) -> bool:
+    return engine.stats().generated_tokens >= 4
+
+
 async def answer_of(call: Awaitable[T], pools: Pools, way: str) -> T:
     """With a death under way, if that is the way."""
     answer = asyncio.ensure_future(call)
     if way == "resumed":
-        await pools.decode.engine.until(lambda engine: engine.stats().generated_tokens >= 3)
+        await pools.decode.engine.until(has_begun)
         pools.decode.engine.die()
     told = await answer
     num_resumed = pools.backend.clients.registry.get_sample_value("kvrelay_requests_resumed_total")
@@ -94,6 +100,7 @@ async def test_logprobs_are_transformers(start: StartPools, way: str) -> None:
 @every_way
 async def test_a_streamed_chat_has_them_too(start: StartPools, way: str) -> None:
     async with client_of(start, way) as (client, pools):
+        pools.decode.engine.stop_at(has_begun if way == "resumed" else None)
         stream = await client.chat.completions.create(
             model="tiny",
             messages=[{"role": "user", "content": "The quick brown fox jumps over the lazy dog."}],
@@ -116,6 +123,8 @@ async def test_a_streamed_chat_has_them_too(start: StartPools, way: str) -> None
                 pools.decode.engine.die()
     check_logprobs(told, tuple(prompt), tokens)
     assert len(tokens) == NUM_TOKENS
+    num_resumed = pools.backend.clients.registry.get_sample_value("kvrelay_requests_resumed_total")
+    assert bool(num_resumed) is (way == "resumed")
 
 
 @pytest.mark.parametrize("way", ["disaggregated", "colocated"])
@@ -170,4 +179,5 @@ async def test_the_prompt_of_n_samples_is_computed_and_handed_over_once(start: S
         block_size = await pools.decode.engine.run(lambda engine: engine.limits.block_size)
     computed = sum(each.prompt_tokens for each in stats)
     assert computed <= len(PROMPT) + 3 * block_size, "the others compute what fills no block"
-    assert pools.prefill.front.handoff.num_requests == (way == "disaggregated")
+    # Decode may have answered before prefill's front has heard that the last chunk is there.
+    await until(lambda: pools.prefill.front.handoff.num_requests == (way == "disaggregated"))

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from deployments.engine.engine import Engine
 from deployments.load.reading import DECODE
 from deployments.messages import ANYWHERE
 from deployments.routing.scoring import Reason
@@ -38,6 +39,10 @@ async def serve(pools: Pools, name: str, prompt: tuple[int, ...] = PROMPT) -> in
 async def decoded_by(pools: Pools) -> list[int]:
     """Tokens that each decode engine has drawn; the first ones of prompts from elsewhere are not its own."""
     return [(await replica.engine.stats()).generated_tokens for replica in pools.decodes]
+
+
+def has_begun(engine: Engine) -> bool:
+    return engine.stats().generated_tokens >= 1
 
 
 def num_handed_over(pools: Pools) -> int:
@@ -97,12 +102,16 @@ async def test_a_prompt_is_computed_by_the_prefill_replica_that_has_most_of_it(s
 
 
 async def test_a_replica_that_dies_costs_a_retry_and_is_asked_no_more(start: StartPools) -> None:
-    pools = await two_each(start, resume_timeout_s=30.0)
+    pools = await two_each(start)
+    for replica in pools.decodes:
+        replica.engine.stop_at(has_begun)
     reading = asyncio.create_task(pools.collect(greedy("first", PROMPT, MANY_TOKENS)))
     while not any(counts := await decoded_by(pools)):  # noqa: ASYNC110  an engine tells nobody how far it is
         await asyncio.sleep(0.001)
     victim = pools.decodes[counts.index(max(counts))]
     victim.engine.die()
+    for replica in pools.decodes:
+        replica.engine.stop_at(None)
     assert tokens_of(await reading) == reference("llama", PROMPT, MANY_TOKENS)
     others = [pools.routers.route(greedy(f"r{i}", random_prompt(50, seed=i), 4)) for i in range(8)]
     assert victim.name not in {routed.route.decode for routed in others}, "before the next reading"
