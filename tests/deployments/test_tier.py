@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pytest
 import pytest_asyncio
 
+from deployments.engine.engine import Engine
 from deployments.load.reading import DECODE, PREFILL
 from deployments.messages import TokenOutput
 from deployments.routing.scoring import Reason
@@ -48,6 +49,14 @@ async def with_kv_in_the_tier(start: StartPools, tier: LocalTier, pools_with_it:
     return pools
 
 
+def has_a_seat_taken(engine: Engine) -> bool:
+    return engine.stats().num_running == 1
+
+
+def has_begun(engine: Engine) -> bool:
+    return engine.stats().generated_tokens >= 3
+
+
 @pytest.mark.parametrize("waits", [DECODE, PREFILL])
 async def test_a_replica_that_never_had_the_prompt_computes_only_what_the_tier_has_not(
     start: StartPools, tier: LocalTier, waits: str
@@ -76,10 +85,11 @@ async def test_a_session_whose_replica_has_no_seat_goes_on_elsewhere_and_its_kv_
     (holder,) = [replica for replica in pools.decodes if (await replica.engine.stats()).generated_tokens]
     (other,) = [replica for replica in pools.decodes if replica is not holder]
     pools.tokens.open("takes the seat", lambda: None, lambda _: None)
+    holder.engine.stop_at(has_a_seat_taken)  # for as long as the next turn looks for one
     seated = asyncio.create_task(
         holder.deployment.generate_by(greedy("takes the seat", SHORT, 400), pools.tokens.address, None)
     )
-    await holder.engine.until(lambda engine: engine.stats().num_running == 1)
+    await holder.engine.until(has_a_seat_taken)
     computed = [(await replica.engine.stats()).prompt_tokens for replica in pools.prefills]
     await pools.read()
     await pools.read()
@@ -89,6 +99,7 @@ async def test_a_session_whose_replica_has_no_seat_goes_on_elsewhere_and_its_kv_
     stats = await other.engine.stats()
     assert (stats.tier_hit_tokens, stats.prompt_tokens) == (ALL, len(PROMPT) - ALL)
     assert [(await replica.engine.stats()).prompt_tokens for replica in pools.prefills] == computed
+    holder.engine.stop_at(None)
     await seated
     await pools.wait_idle()
 
@@ -97,8 +108,9 @@ async def test_a_request_whose_decode_replica_dies_is_resumed_with_kv_of_the_tie
     start: StartPools, tier: LocalTier
 ) -> None:
     pools = await start(num_decode=2, tiers={DECODE: tier})
+    pools.decode.engine.stop_at(has_begun)  # while the tier takes what it has
     reading = asyncio.create_task(ask(pools, "r", 200))
-    await pools.decode.engine.until(lambda engine: engine.stats().generated_tokens >= 3)
+    await pools.decode.engine.until(has_begun)
     await asyncio.to_thread(tier.wait_for, NUM_OBJECTS)
     pools.decode.engine.die()
     outputs = await reading
@@ -171,6 +183,7 @@ async def test_every_fault_while_a_request_waits_for_the_tier(
     start: StartPools, tier: LocalTier, waits: str, fault: Callable[[Case], Awaitable[None]]
 ) -> None:
     pools = await with_kv_in_the_tier(start, tier, (waits,))
+    tier.is_patient = True
     tier.goes_on.clear()
     case = Case(pools, tier, waits)
     await asyncio.to_thread(tier.is_read.wait)

@@ -244,6 +244,7 @@ def test_a_fetch_that_takes_longer_than_computing_is_given_up(tier: LocalTier, m
 
 
 def test_a_request_that_ends_while_it_waits_never_enters(tier: LocalTier, members: list[Member]) -> None:
+    tier.is_patient = True
     tier.goes_on.clear()
     end = members[1].ask(greedy("left", PROMPT, 8))
     assert tier.is_read.wait(60)
@@ -256,6 +257,7 @@ def test_a_request_that_ends_while_it_waits_never_enters(tier: LocalTier, member
 
 
 def test_the_batch_goes_on_while_a_request_waits(tier: LocalTier, members: list[Member]) -> None:
+    tier.is_patient = True
     tier.goes_on.clear()
     waiting = members[1].ask(greedy("waits", PROMPT, 8))
     assert tier.is_read.wait(60)
@@ -301,6 +303,7 @@ def test_an_engine_that_dies_amid_a_fetch_leaves_no_thread_waiting(tier: LocalTi
     members = [Member(tier), Member(tier)]
     members[0].tokens(greedy("cold", PROMPT, 8))
     tier.wait_for(NUM_OBJECTS)
+    tier.is_patient = True
     tier.goes_on.clear()
     members[1].ask(greedy("r", PROMPT, 8))
     assert tier.is_read.wait(60)

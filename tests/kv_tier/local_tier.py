@@ -22,6 +22,7 @@ class LocalTier:
         is_away: the index does not answer, as while Ray restarts it.
         num_readable: so many reads succeed before the objects are found lost; None: all.
         goes_on: cleared, reads wait, for as long as they may.
+        is_patient: they wait for longer than they may: until they go on.
         is_read: set once somebody reads.
         offered: all that was.
         on_find: called when somebody has been told what there is.
@@ -32,6 +33,7 @@ class LocalTier:
         self.index = TierIndex[np.ndarray](max_bytes)
         self.is_away = False
         self.num_readable: int | None = None
+        self.is_patient = False
         self.goes_on = threading.Event()
         self.goes_on.set()
         self.is_read = threading.Event()
@@ -60,7 +62,7 @@ class LocalTier:
 
     def read(self, found: Found[Any], timeout_s: float) -> np.ndarray:
         self.is_read.set()
-        if not self.goes_on.wait(timeout_s):
+        if not self.goes_on.wait(None if self.is_patient else timeout_s):
             raise TierError("it does not come in time")
         if self.error is not None and found.key[0] % 2:  # half of them come
             raise self.error
