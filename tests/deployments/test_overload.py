@@ -6,6 +6,7 @@ import time
 import pytest
 from ray.serve.exceptions import BackPressureError
 
+from deployments import ingress
 from deployments.engine.stats import EngineStats
 from deployments.errors import OverloadedError
 from deployments.load.admission import Admission, Bounds
@@ -15,7 +16,7 @@ from deployments.metrics import AdmissionMetrics, ClientMetrics, render
 from deployments.ray_errors import as_ours
 from deployments.replica_stats import HandoffStats, ReplicaStats
 from tests.deployments.conftest import StartPools
-from tests.deployments.pools import Pools
+from tests.deployments.pools import PATIENCE_S, Pools
 from tests.engine.driving import greedy
 from tests.engine.families import random_prompt
 
@@ -59,7 +60,9 @@ async def test_a_reading_of_real_engines_gives_the_speed_of_each_pool() -> None:
     await pools.stop()
 
 
-async def test_what_a_neighbour_has_given_up_since_the_last_reading_refuses_nobody(start: StartPools) -> None:
+async def test_what_a_neighbour_has_given_up_since_the_last_reading_refuses_nobody(
+    start: StartPools, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pools = await start()
     request = greedy("ours", random_prompt(100, seed=1), 2)
     full = EngineStats(num_queued_prompt_tokens=10_000, max_num_batched_tokens=32, num_receivers=2)
@@ -67,6 +70,7 @@ async def test_what_a_neighbour_has_given_up_since_the_last_reading_refuses_nobo
     pools.backend.take(Reading.of(said, time.monotonic() - 0.5))
     with pytest.raises(OverloadedError, match="at most 8000 prompt tokens may wait"):
         await pools.backend.admit([request], b"")  # nobody reads
+    monkeypatch.setattr(ingress, "_REFRESH_TIMEOUT_S", PATIENCE_S)
     watch = asyncio.create_task(pools.backend.watch.run())
     (await pools.backend.admit([request], b"")).close()
     watch.cancel()
