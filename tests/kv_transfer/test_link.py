@@ -95,7 +95,7 @@ class Rig:
             tensor = torch.zeros(4)
             wait = group.start_recv(tensor)
             yield
-            yield from until_over(wait, 10)
+            yield from until_over(wait, 2 * PATIENCE_S)
             return tensor
 
         return self.link.submit(job)
@@ -107,7 +107,7 @@ class Rig:
             notes.append(("start", number))
             wait = group.start_recv(torch.zeros(4))
             yield
-            yield from until_over(wait, 10)
+            yield from until_over(wait, 2 * PATIENCE_S)
             notes.append(("end", number))
             return None
 
