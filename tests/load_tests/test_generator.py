@@ -168,7 +168,7 @@ def test_aiperf_sends_a_schedule_and_brings_back_every_request(server, tmp_path)
     refused = Planned("chat", "refused", 0, 0.5, 0.0, (13, 14), 3)
     other = Planned("long", "long", 0, 1.0, 0.0, tuple(range(100, 200)), 10)
     schedule = [planned("a", at_s=0.2), planned("a", 1), planned("a", 2), refused, other]
-    observed = send(schedule, Target(server, "fake"), 5.0, 5.0, tmp_path / "run")
+    observed = send(schedule, Target(server, "fake"), 30.0, 30.0, tmp_path / "run")
     assert [(sample.session, sample.turn, sample.error) for sample in observed.samples] == [
         ("a", 0, None),
         ("a", 1, None),
