@@ -10,6 +10,8 @@ import torch
 from deployments.engine.config import EngineConfig
 from deployments.engine_actor import EngineActor
 from deployments.engine_builder import BuiltEngine, assemble_engine
+from deployments.engine_tier import fetching
+from deployments.kv_tier import policy
 from deployments.kv_tier.settings import TierSettings
 from deployments.kv_transfer import direct
 from deployments.kv_transfer.base import TransferStats
@@ -23,6 +25,7 @@ DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 BLOCK_SIZE = 256 if ON_GPU else 16
 NUM_BLOCKS = 64
 VOCAB_SIZE = 3000
+PATIENCE_S = 120.0
 
 
 @cache
@@ -64,7 +67,10 @@ class WatchedEngine(EngineActor):
             max_num_batched_tokens=BLOCK_SIZE,
             enable_prefix_caching=tier is not None,
             share_kv=share_kv,
+            lease_s=PATIENCE_S,  # nobody renews it
         )
+        # A tier that is late on a busy machine is waited for all the same.
+        fetching._LOOKUP_TIMEOUT_S = policy._UNMEASURED_PATIENCE_S = PATIENCE_S
         super().__init__(config, build, tier)
 
     @ray.method(concurrency_group="ctl")

@@ -17,11 +17,14 @@ from deployments.messages import ChunkReady, DrawnToken
 from tests.kv_transfer.engines import EARLY, LAYOUT, FakeEngine
 from tests.waiting import stop_process, wait_until
 
+# What a machine that is busy for a while does not exceed.
 CONFIG = TransferConfig(
-    connect_timeout_s=4, transfer_timeout_s=8, probe_interval_s=0.1, idle_probe_interval_s=0.3, doubt_after_s=1
+    connect_timeout_s=60, transfer_timeout_s=60, probe_interval_s=0.1, idle_probe_interval_s=0.3, doubt_after_s=30
 )
+# Of engines whose peers hang.
+IMPATIENT = replace(CONFIG, transfer_timeout_s=8, doubt_after_s=4)
 # What never happens takes longer than this; how soon the rest happens is for benchmarks.
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 TIMED_OUT = "not done after"
 BIG = 4000  # blocks: 250 MiB
 ARENA_BLOCKS = 256
@@ -75,6 +78,14 @@ def assert_arrived(
     assert received == [(value, value + 0.5, num_blocks) for num_blocks, value in expected]
 
 
+def arrives(ack: "ray.ObjectRef[Any]") -> bool:
+    try:
+        ray.get(ack, timeout=PATIENCE_S)
+    except TransferError:
+        return False
+    return True
+
+
 wait_for = partial(wait_until, timeout_s=PATIENCE_S)
 
 
@@ -120,10 +131,10 @@ def test_an_engine_hands_over_to_itself(engines):
 def test_a_dropped_reference_frees_the_chunk_at_its_source(engines):
     ref = engines[0].take_chunk.remote(100, 1.0)
     ray.wait([ref], fetch_local=False)
-    assert ray.get(engines[0].stats.remote()).num_held == 1
+    wait_for(lambda: ray.get(engines[0].stats.remote()).num_held == 1)  # and not one of before
     del ref
     wait_for(lambda: ray.get(engines[0].num_exported_alive.remote()) == 0)
-    assert ray.get(engines[0].stats.remote()).num_held == 0
+    wait_for(lambda: ray.get(engines[0].stats.remote()).num_held == 0)
 
 
 def test_a_chunk_can_be_pulled_twice(engines):
@@ -157,7 +168,7 @@ def test_a_killed_source_fails_the_transfer_fast_and_others_go_on(engines, start
     source, (other, destination) = start_engine(), engines[:2]
     assert_arrived([hand_off(other, destination, 1, 1.0)], [(1, 1.0)])  # their link is there before and behind
     before = links_and_threads(destination)
-    ray.get(source.hold_back.remote("send", 20.0))
+    ray.get(source.hold_back.remote("send", PATIENCE_S))
     ack = hand_off(source, destination, BIG, 2.0)
     wait_until_moving(source, is_amid)
     ray.kill(source)
@@ -173,10 +184,10 @@ def test_a_killed_receiver_frees_the_chunk_and_the_source_serves_others(engines,
     (source, other), destination = engines[:2], start_engine()
     assert_arrived([hand_off(source, other, 1, 0.0)], [(1, 0.0)])
     before = links_and_threads(source)
-    ray.get(destination.hold_back.remote("recv", 20.0))
+    ray.get(destination.hold_back.remote("recv", PATIENCE_S))
     ack = hand_off(source, destination, BIG, 1.0)
     assert ray.get(destination.wait_until_about_to_move.remote())
-    assert ray.get(source.num_exported_alive.remote()) == 1
+    wait_for(lambda: ray.get(source.num_exported_alive.remote()) == 1)  # and not one of before
     wait_until_moving(destination, is_amid)
     ray.kill(destination)
     with pytest.raises(ray.exceptions.ActorDiedError):
@@ -187,9 +198,9 @@ def test_a_killed_receiver_frees_the_chunk_and_the_source_serves_others(engines,
     wait_for(lambda: links_and_threads(source) == before)
 
 
-def test_a_stopped_source_is_bounded_and_holds_up_nobody(engines):
+def test_a_stopped_source_is_bounded_and_holds_up_nobody(engines, start_engine):
     # More chunks than the receiver has threads to receive with.
-    other, destination, stopped = engines[:3]
+    (other, stopped), destination = engines[:2], start_engine(IMPATIENT)
     assert_arrived([hand_off(e, destination, 1, 1.0) for e in (stopped, other)], [(1, 1.0)] * 2)
     refs = [stopped.take_chunk.remote(16, 2.0) for _ in range(12)]
     ray.wait(refs, num_returns=12, fetch_local=False)
@@ -204,16 +215,15 @@ def test_a_stopped_source_is_bounded_and_holds_up_nobody(engines):
                 ray.get(ack, timeout=PATIENCE_S)
     finally:
         os.kill(pid, signal.SIGCONT)
-    # The first may still meet the end of the broken link.
-    ray.wait([hand_off(stopped, destination, 1, 4.0)], timeout=PATIENCE_S)
+    # The first ones may still meet the end of the broken link, or an engine that is in doubt.
+    wait_for(lambda: arrives(hand_off(stopped, destination, 1, 4.0)))
     retried = [destination.receive_kv.remote(ChunkReady("request", 0, 0, 16), ref) for ref in refs]
     assert_arrived(retried, [(16, 2.0)] * 12)
 
 
 def test_a_pair_is_formed_again_after_a_failure_and_after_a_rest(engines, start_engine):
-    source, destination = engines[3], start_engine(replace(CONFIG, idle_timeout_s=0.5))
+    source, destination = engines[3], start_engine(replace(IMPATIENT, idle_timeout_s=0.5))
     before = links_and_threads(source)
-    num_alive = ray.get(source.num_exported_alive.remote())
 
     def wait_until_closed() -> None:
         wait_for(partial(has_no_links, destination))
@@ -222,13 +232,13 @@ def test_a_pair_is_formed_again_after_a_failure_and_after_a_rest(engines, start_
     assert_arrived([hand_off(source, destination, 4, 1.0)], [(4, 1.0)])
     wait_until_closed()  # unused: the receiver closes, and tells the source
     assert_arrived([hand_off(source, destination, 4, 2.0)], [(4, 2.0)])
-    ray.get(source.hold_back.remote("send", 2 * CONFIG.transfer_timeout_s))
+    ray.get(source.hold_back.remote("send", PATIENCE_S))
     with pytest.raises(TransferError):
         ray.get(hand_off(source, destination, 4, 3.0), timeout=PATIENCE_S)
     ray.get(source.let_go.remote())
     assert_arrived([hand_off(source, destination, 4, 4.0)], [(4, 4.0)])
     wait_until_closed()
-    assert ray.get([engine.num_exported_alive.remote() for engine in (source, destination)]) == [num_alive, 0]
+    wait_for(lambda: ray.get([engine.num_exported_alive.remote() for engine in (source, destination)]) == [0, 0])
 
 
 def test_on_one_machine_chunks_are_read_where_they_are_and_freed(engines, sharing):
@@ -259,7 +269,8 @@ def test_a_chunk_for_which_shared_memory_has_no_room_is_sent(engines, sharing):
 
 def test_a_stopped_source_can_be_read_and_a_dead_one_is_forgotten(engines, start_engine):
     source, (other, destination) = start_engine(arena_bytes=16 << 20), engines[:2]
-    num_neighbours = ray.get(destination.stats.remote()).num_neighbours
+    assert_arrived([hand_off(other, destination, 1, 0.0)], [(1, 0.0)])
+    before, num_neighbours = links_and_threads(destination), ray.get(destination.stats.remote()).num_neighbours
     assert_arrived([hand_off(source, destination, 4, 1.0)], [(4, 1.0)])
     ref = source.take_chunk.remote(4, 2.0)
     ray.wait([ref], fetch_local=False)
@@ -271,6 +282,7 @@ def test_a_stopped_source_can_be_read_and_a_dead_one_is_forgotten(engines, start
     with pytest.raises(TransferError):
         ray.get(destination.receive_kv.remote(ChunkReady("request", 0, 0, 4), ref), timeout=PATIENCE_S)
     assert_arrived([hand_off(other, destination, 1, 3.0)], [(1, 3.0)])
+    wait_for(lambda: links_and_threads(destination) == before)  # which other tests count
 
 
 @pytest.mark.parametrize("arena_bytes", [0, 16 << 20], ids=["sent", "read in place"])
