@@ -11,8 +11,7 @@ from deployments.errors import EngineDeadError, SlowReaderError
 from deployments.messages import DrawnToken, FinishReason, ReplyAddress, TokenOutput
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 from deployments.tokens.sender import TokenSender
-
-TIMEOUT_S = 10
+from tests.waiting import PATIENCE_S
 
 
 def token(request_id: str, index: int, last: int | None = None) -> TokenOutput:
@@ -36,7 +35,7 @@ class Losses:
         self._loop.call_soon_threadsafe(self.told.put_nowait, (request_id, reason))
 
     async def next(self) -> tuple[str, str]:
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(PATIENCE_S):
             return await self.told.get()
 
 
@@ -60,7 +59,7 @@ async def sender(losses: Losses) -> AsyncIterator[TokenSender]:
 
 
 async def read(stream: TokenStream) -> list[int]:
-    async with asyncio.timeout(TIMEOUT_S):
+    async with asyncio.timeout(PATIENCE_S):
         return [token_id async for output in stream for token_id in output.token_ids]
 
 
@@ -237,11 +236,11 @@ async def test_a_receiver_that_goes_ends_its_requests_and_no_others(
 
 
 async def test_a_receiver_that_is_not_there_is_a_loss(sender: TokenSender, losses: Losses) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    sender.register("r", ReplyAddress("127.0.0.1", port, bytes(32)))
-    name, reason = await losses.next()
+    with socket.socket() as taken:  # held, so that nobody else listens at it, but not listened at
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        sender.register("r", ReplyAddress("127.0.0.1", port, bytes(32)))
+        name, reason = await losses.next()
     assert name == "r"
     assert f"cannot reach the ingress at 127.0.0.1:{port}" in reason
 
