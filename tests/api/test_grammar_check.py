@@ -64,13 +64,23 @@ async def test_a_grammar_that_takes_too_long_is_told_so(held):
         await check.check(GRAMMAR)
 
 
-async def test_who_comes_first_waits_longer_for_the_vocabulary(held):
+async def test_who_comes_first_waits_longer_for_the_vocabulary(held, monkeypatch):
     held.lets_read.clear()
     held.lets_go.set()
-    check = asyncio.create_task(GrammarCheck(Here(held.make), TIMEOUT_S).check(GRAMMAR))
-    await asyncio.wait((check,), timeout=1.1 * TIMEOUT_S)
+    check = asyncio.create_task(GrammarCheck(Here(held.make), PATIENCE_S).check(GRAMMAR))
+    assert await asyncio.to_thread(held.reading.wait, PATIENCE_S)
+    pass_time(1.1 * PATIENCE_S, monkeypatch)
+    done, _ = await asyncio.wait((check,), timeout=0.1)
+    assert not done
     held.lets_read.set()
     await check
+
+
+def pass_time(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make it so much later for the event loop."""
+    loop = asyncio.get_running_loop()
+    time = loop.time
+    monkeypatch.setattr(loop, "time", lambda: time() + seconds)
 
 
 async def test_who_waits_behind_it_is_not_to_blame(held):
