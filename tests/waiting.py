@@ -10,8 +10,13 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+# Of no test the matter: a machine that others keep busy may take so long for what else takes milliseconds.
+PATIENCE_S = 60.0
 
-def wait_until(condition: Callable[[], T | None], timeout_s: float = 20.0, describe: Callable[[], object] = str) -> T:
+
+def wait_until(
+    condition: Callable[[], T | None], timeout_s: float = PATIENCE_S, describe: Callable[[], object] = str
+) -> T:
     """What the condition gives once it is true.
 
     Args:
@@ -26,7 +31,7 @@ def wait_until(condition: Callable[[], T | None], timeout_s: float = 20.0, descr
     return found
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
     """Let the event loop turn until the condition is true; after so long the test fails."""
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110  # it tells nobody

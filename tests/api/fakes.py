@@ -20,6 +20,7 @@ from deployments.api.observer import Outcome
 from deployments.api.text import TextCodec
 from deployments.messages import DrawnToken, Draws, FinishReason, GenerateRequest, ModelInfo, TokenOutput
 from deployments.receipts import Receipt
+from tests.waiting import PATIENCE_S
 
 END_ID = 256  # special: shows no text
 PLAIN_END_ID = ord("!")  # a stop id that is ordinary text
@@ -152,7 +153,7 @@ class FakeBackend:
         async with self.changed:
             self.changed.notify_all()
 
-    async def until(self, is_reached: Callable[[], bool], timeout_s: float = 30.0) -> None:
+    async def until(self, is_reached: Callable[[], bool], timeout_s: float = PATIENCE_S) -> None:
         async with asyncio.timeout(timeout_s), self.changed:
             await self.changed.wait_for(is_reached)
 
@@ -217,6 +218,11 @@ class Recorder:
     def request_finished(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
         self.has_finished.set()
+
+
+def client_at(url: str = "", **settings: Any) -> httpx.AsyncClient:
+    """A client of a real server that waits for longer than httpx does by itself, which is 5 s."""
+    return httpx.AsyncClient(base_url=url, timeout=PATIENCE_S, **settings)
 
 
 def client_of(app: Starlette) -> httpx.AsyncClient:

@@ -10,7 +10,8 @@ import pytest
 from deployments.api.http import build_app
 from deployments.api.observer import Outcome
 from deployments.messages import FinishReason
-from tests.api.fakes import INFO, FakeBackend, Hang, Recorder, Step, build_codec, playing, serving
+from tests.api.fakes import INFO, FakeBackend, Hang, Recorder, Step, build_codec, client_at, playing, serving
+from tests.waiting import PATIENCE_S
 
 WAITING: list[Step] = [Hang()]
 SPEAKING: list[Step] = ["a", "b", Hang()]
@@ -44,7 +45,7 @@ async def test_leaving_ends_every_request_of_the_call(steps: list[Step], stream:
 async def test_leaving_does_not_touch_another_call():
     release = asyncio.Event()
     backend = FakeBackend(lambda r: [Hang()] if r.prompt_token_ids == (97,) else [release, "fine", FinishReason.LENGTH])
-    async with serving(build_app(backend, build_codec(), INFO)) as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(build_app(backend, build_codec(), INFO)) as url, client_at(url) as client:
         staying = asyncio.create_task(client.post("/v1/completions", json={"model": INFO.name, "prompt": "b"}))
         await backend.until(lambda: len(backend.running) == 1)
         await open_and_leave(url, {"prompt": "a"}, backend, num_running=2)
@@ -62,7 +63,7 @@ async def test_leaving_while_the_body_is_sent_reaches_no_backend():
         await writer.drain()
         await recorder.has_started.wait()
         writer.close()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             await recorder.has_finished.wait()
     assert recorder.outcomes == [Outcome.ABORTED]
     assert not backend.requests
@@ -73,7 +74,7 @@ async def test_a_connection_serves_the_next_request_after_a_stream():
     limits = httpx.Limits(max_connections=1)
     async with (
         serving(build_app(backend, build_codec(), INFO)) as url,
-        httpx.AsyncClient(base_url=url, limits=limits) as client,
+        client_at(url, limits=limits) as client,
     ):
         for stream in (True, False, True):
             answer = await client.post("/v1/completions", json={"model": INFO.name, "prompt": "a", "stream": stream})
@@ -82,7 +83,7 @@ async def test_a_connection_serves_the_next_request_after_a_stream():
 
 async def test_a_body_over_the_limit_is_refused_by_a_real_server():
     app = build_app(playing(), build_codec(), INFO, max_body_bytes=1000)
-    async with serving(app) as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(app) as url, client_at(url) as client:
         answer = await client.post("/v1/completions", content=b" " * 1001)
         assert answer.status_code == 413
         assert (await client.get("/health")).status_code == 200

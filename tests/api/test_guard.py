@@ -23,6 +23,7 @@ from tests.api.fakes import (
     Recorder,
     body_of,
     build_codec,
+    client_at,
     client_of,
     playing,
     serving,
@@ -295,8 +296,8 @@ async def test_the_log_names_whose_key_it_was_and_never_the_key(
 
 
 async def test_a_body_of_somebody_without_a_key_is_not_read(keys: KeyRing) -> None:
-    async with serving(build_app(playing(), build_codec(), INFO, keys=keys)) as url, httpx.AsyncClient() as client:
-        answer = await client.post(url + COMPLETIONS, json=body_of(COMPLETIONS))
+    async with serving(build_app(playing(), build_codec(), INFO, keys=keys)) as url, client_at(url) as client:
+        answer = await client.post(COMPLETIONS, json=body_of(COMPLETIONS))
     assert (answer.status_code, answer.headers["connection"]) == (401, "close")
 
 

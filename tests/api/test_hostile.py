@@ -5,7 +5,6 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-import httpx
 import orjson
 import pytest
 
@@ -24,11 +23,12 @@ from tests.api.fakes import (
     body_of,
     build_codec,
     build_tokenizer,
+    client_at,
     client_of,
     playing,
     serving,
 )
-from tests.waiting import until
+from tests.waiting import PATIENCE_S, until
 
 LENGTH = FinishReason.LENGTH
 MEBIBYTE = 2**20
@@ -142,7 +142,7 @@ async def send_raw(url: str, data: bytes) -> bytes:
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(data)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         answer = await reader.read()
     writer.close()
     return answer
@@ -163,7 +163,7 @@ async def test_a_body_that_trickles_is_ended_in_time_and_its_connection_with_it(
                 await asyncio.sleep(0.01)
 
         sending = asyncio.create_task(trickle())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             answer = await reader.readuntil(b"\r\n\r\n")
         sending.cancel()
         writer.close()
@@ -182,8 +182,8 @@ async def test_many_who_leave_at_every_moment_leave_nothing_behind() -> None:
             writer.write(whole[:length])
             await writer.drain()
             writer.close()
-        async with httpx.AsyncClient() as client:
-            assert (await client.get(f"{url}/health")).status_code == 200
+        async with client_at(url) as client:
+            assert (await client.get("/health")).status_code == 200
         await until(lambda: len(recorder.outcomes) >= recorder.num_started and not backend.running)
     assert all(outcome.value == "aborted" for outcome in recorder.outcomes)
     assert all(ticket.is_closed for ticket in backend.tickets)

@@ -7,6 +7,7 @@ import pytest
 from deployments.api.http import build_app
 from deployments.messages import FinishReason
 from tests.api.fakes import INFO, Recorder, build_codec, client_of, playing, serving
+from tests.waiting import PATIENCE_S
 
 BODY = {"model": INFO.name, "prompt": "abc"}
 
@@ -57,7 +58,7 @@ async def test_a_body_that_does_not_end_in_time_is_refused() -> None:
         host, port = url.removeprefix("http://").split(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             head = await reader.readuntil(b"\r\n\r\n")
             body = await reader.readuntil(b"}}")
         writer.close()

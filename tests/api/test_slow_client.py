@@ -15,8 +15,8 @@ from deployments.api.http import build_app
 from deployments.api.observer import Outcome
 from deployments.messages import GenerateRequest, TokenOutput
 from deployments.tokens.receiver import TokenReceiver, TokenStream
-from tests.api.fakes import INFO, FakeTicket, Recorder, build_codec, serving
-from tests.waiting import until
+from tests.api.fakes import INFO, FakeTicket, Recorder, build_codec, client_at, serving
+from tests.waiting import PATIENCE_S, until
 
 MAX_UNREAD_TOKENS = 500
 
@@ -113,19 +113,22 @@ async def test_it_is_dropped_and_forgotten(
     client = DeafClient(url)
     await client.ask()
     await until(lambda: bool(fountain.overflowed))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE_S):
         await recorder.has_finished.wait()
     assert recorder.outcomes == [Outcome.STALLED]
     assert fountain.tokens.num_streams == 0
     client.socket.close()
 
 
-async def test_it_hears_why_if_it_reads_again_in_time(url: str, fountain: Fountain, recorder: Recorder) -> None:
+async def test_it_hears_why_if_it_reads_again_in_time(
+    url: str, fountain: Fountain, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exchange, "LAST_WORDS_S", PATIENCE_S)
     client = DeafClient(url)
     await client.ask()
     await until(lambda: bool(fountain.overflowed))
     pushed = fountain.num_pushed
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE_S):
         received = await client.read_to_the_end()
         await recorder.has_finished.wait()
     assert fountain.num_pushed == pushed, "the request ended when the bound was reached"
@@ -141,7 +144,7 @@ async def test_another_client_reads_on(url: str, fountain: Fountain) -> None:
     deaf = DeafClient(url)
     await deaf.ask()
     await until(lambda: bool(fountain.overflowed))
-    async with httpx.AsyncClient() as client, client.stream("POST", f"{url}/v1/completions", content=body()) as stream:
+    async with client_at(url) as client, client.stream("POST", "/v1/completions", content=body()) as stream:
         num_read = 0
         async for line in stream.aiter_lines():
             num_read += len(line)

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import openai
 import pytest
 from jsonschema import validate
@@ -23,9 +22,9 @@ from deployments.engine_builder import assemble_engine
 from deployments.errors import InvalidRequestError
 from deployments.grammars import read_vocabulary
 from deployments.messages import GenerateRequest, Grammar, ModelInfo, SamplingParams
-from tests.api.fakes import build_codec, serving
+from tests.api.fakes import build_codec, client_at, serving
 from tests.deployments.conftest import StartPools
-from tests.deployments.pools import PATIENCE_S, PROMPT
+from tests.deployments.pools import PROMPT
 from tests.engine.families import VOCAB_SIZE
 from tests.engine.grammars import END, load_with_tokenizer, regex
 from tests.engine.insides import compile_grammars_by
@@ -105,10 +104,7 @@ async def test_a_grammar_that_outgrows_its_bounds_is_refused_and_no_engine_tries
     pools = await start(min_tokens=10_000 if way == "colocated" else 16, num_prefill=2, num_decode=2)
     monkeypatch.setattr(grammars, "_MAX_LEXER_STATES", MAX_STATES)
     asked = {"model": "tiny", "prompt": QUESTION, "max_tokens": 200, "guided_regex": OUTGROWN}
-    async with (
-        serving(build_app(pools.backend, build_codec(), INFO)) as url,
-        httpx.AsyncClient(base_url=url, timeout=PATIENCE_S) as client,
-    ):
+    async with serving(build_app(pools.backend, build_codec(), INFO)) as url, client_at(url) as client:
         whole = await client.post("/v1/completions", json=asked)
         stream = await client.post("/v1/completions", json=asked | {"stream": True})
     error = whole.json()["error"]
