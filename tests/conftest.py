@@ -81,3 +81,11 @@ def one_thread() -> None:
     # tests/engine took 190 s so, and 60 s with one thread (2 shared cores, 2026-11-28).
     start_threads()
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers(one_thread: None) -> None:
+    """What a test draws at random is the same in every run, whichever tests this process ran before."""
+    import torch
+
+    torch.manual_seed(0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from deployments.engine.engine import Engine
 from deployments.messages import Placed
 from tests.engine.driving import BLOCK_SIZE, Transcript, build_engine, generate, greedy, hand_over, prefill_all, run
-from tests.engine.families import FAMILIES, load, random_prompt, reference
+from tests.engine.families import FAMILIES, build_model, load, random_prompt, reference
 
 NUM_TOKENS = 12
 # Shorter than a block, at its border and beside it, and beyond the sliding windows.
@@ -26,6 +26,17 @@ def expected(family: str, prompts: tuple[tuple[int, ...], ...] = PROMPTS) -> lis
 
 def outputs(engine: Engine, prompts: tuple[tuple[int, ...], ...] = PROMPTS) -> list[tuple[int, ...]]:
     return generate(engine, [greedy(f"r{i}", prompt, NUM_TOKENS) for i, prompt in enumerate(prompts)])
+
+
+@every_family
+def test_the_model_does_not_depend_on_what_was_drawn_before(family: str) -> None:
+    one, other = (fresh_parameters(family, seed) for seed in (1, 2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def fresh_parameters(family: str, seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return dict(build_model.__wrapped__(family).named_parameters())
 
 
 @every_family
