@@ -9,8 +9,8 @@ from deployments.local_engine import LocalEngine
 from deployments.messages import Ended, FrontEvent, GenerateRequest, Placed, SamplingParams
 from deployments.tokens.receiver import TokenReceiver
 from tests.bench.serving.paced import PacedEngine, TokenLoop
+from tests.waiting import PATIENCE_S
 
-TIMEOUT_S = 30
 INFO = EngineInfo("paced", 100, 10, (), block_size=16, bytes_per_block=0, lease_s=15.0, pid=0, num_blocks=10)
 
 
@@ -19,7 +19,7 @@ async def test_it_serves_and_reports() -> None:
     engine = LocalEngine(BuiltEngine(paced, INFO, None, "cpu"))
     receiver = await TokenReceiver.start("127.0.0.1", max_unread_tokens=100)
     try:
-        async with asyncio.timeout(TIMEOUT_S):
+        async with asyncio.timeout(PATIENCE_S):
             stream = receiver.open("r", lambda: None, lambda stream: None)
             await engine.add(GenerateRequest("r", (1, 2), SamplingParams(max_tokens=5, seed=1)), None, receiver.address)
             tokens = [token_id async for output in stream for token_id in output.token_ids]

@@ -5,9 +5,7 @@ import weakref
 from typing import Any
 
 from deployments.engine.handoff.completions import Completions
-from tests.waiting import wait_until
-
-PATIENCE_S = 30.0
+from tests.waiting import PATIENCE_S, wait_until
 
 
 class FakeEvent:

@@ -30,6 +30,7 @@ from deployments.errors import UnsupportedModelError
 from deployments.kv_groups import KVGroup
 from tests.engine.driving import build_engine, generate, greedy
 from tests.engine.families import CPU, build_model, continue_greedily, random_prompt
+from tests.waiting import PATIENCE_S
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_concurrent_callers_convert_once(gguf: Path, monkeypatch: pytest.MonkeyP
 
     def write(shards: list[Path], folder: Path) -> None:
         writing.set()
-        assert may_finish.wait(30)
+        assert may_finish.wait(PATIENCE_S)
         (folder / "config.json").write_text("{}")
         written.append(folder)
 
@@ -104,11 +105,11 @@ def test_concurrent_callers_convert_once(gguf: Path, monkeypatch: pytest.MonkeyP
     threads = [threading.Thread(target=lambda: found.append(resolve_model(str(gguf)))) for _ in range(3)]
     for thread in threads:
         thread.start()
-    assert writing.wait(30)
+    assert writing.wait(PATIENCE_S)
     assert found == [], "nobody is given a folder that is still being written"
     may_finish.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE_S)
     assert len(written) == 1 and len(found) == 3 and len(set(found)) == 1
     assert (Path(found[0]) / "config.json").is_file()
 
