@@ -12,13 +12,17 @@ import shutil
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # Every run of the suite tries the same examples; who asks for a number of them, as `make fuzz` does, gets new ones.
 WANTED_EXAMPLES = os.environ.get("KVRELAY_EXAMPLES")
 
 settings.register_profile(
-    "kvrelay", deadline=None, max_examples=int(WANTED_EXAMPLES or 100), derandomize=WANTED_EXAMPLES is None
+    "kvrelay",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],  # to make examples up, which a deadline says nothing of
+    max_examples=int(WANTED_EXAMPLES or 100),
+    derandomize=WANTED_EXAMPLES is None,
 )
 settings.load_profile("kvrelay")
 

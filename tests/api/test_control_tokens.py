@@ -98,7 +98,7 @@ PIECES = st.sampled_from(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(st.lists(PIECES, max_size=8).map("".join), min_size=1, max_size=3))
 def test_whatever_users_write_the_turns_are_those_of_the_messages(
     chatml, as_text: TextCodec, texts: Sequence[str]
