@@ -37,6 +37,7 @@ def build_engine(
         "num_blocks": 128,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 256,
+        "lease_s": 600.0,  # by the default of 15 a slow machine loses hand-offs
     }
     return Engine(loaded, EngineConfig.model_validate(settings | overrides), is_pipelined, clock)
 

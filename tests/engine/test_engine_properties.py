@@ -43,8 +43,9 @@ def tiny() -> LoadedModel:
 
 
 def build_small(*, is_pipelined: bool = False, clock: Clock = time.monotonic, **overrides: object) -> Engine:
-    shape = {"block_size": BLOCK_SIZE, "num_blocks": POOL_BLOCKS, "max_num_seqs": 4, "max_num_batched_tokens": 8}
-    return build_engine(tiny(), is_pipelined=is_pipelined, clock=clock, **(shape | overrides))
+    shape: dict[str, object] = {"block_size": BLOCK_SIZE, "num_blocks": POOL_BLOCKS, "lease_s": LEASE_S}
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 8}
+    return build_engine(tiny(), is_pipelined=is_pipelined, clock=clock, **(shape | limits | overrides))
 
 
 @cache
