@@ -27,7 +27,10 @@ async def test_every_answer_has_one_request_id_and_it_is_the_callers_if_that_is_
     backend.healthy = RuntimeError("nobody thought of it")
     body = {"model": INFO.name, "prompt": "abc"}
     well, badly = ("job-7/Root=1", "a" * 128), ("", "a" * 129, 'no "quotes"', "no, commas", "ä".encode("latin-1"))
-    async with proxied(api(backend), tmp_path) as proxy, httpx.AsyncClient(base_url=proxy.url) as client:
+    async with (
+        proxied(api(backend), tmp_path) as proxy,
+        httpx.AsyncClient(base_url=proxy.url, timeout=SOON_S) as client,
+    ):
         for named in (*well, *badly, None):
             headers: Any = {} if named is None else {"x-request-id": named}
             answers = [
@@ -47,7 +50,7 @@ async def test_the_logs_name_a_request_as_the_answer_does(tmp_path: Path, caplog
     caplog.set_level("INFO")
     recorder = Recorder()
     app = api(playing("a", FinishReason.LENGTH), observer=recorder)
-    async with proxied(app, tmp_path) as proxy, httpx.AsyncClient() as client:
+    async with proxied(app, tmp_path) as proxy, httpx.AsyncClient(timeout=SOON_S) as client:
         body = {"model": INFO.name, "prompt": "abc"}
         for headers in ({}, {"x-request-id": "mine"}):
             answer = await client.post(f"{proxy.url}/v1/completions", json=body, headers=headers)
