@@ -20,6 +20,8 @@ import psutil
 from app.ports import HOST
 
 _STOP_TIMEOUT_S = 30.0
+# To find the processes alone takes more than a second where a machine is busy.
+_KILL_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,12 +62,16 @@ class Server:
             return False
 
     def stop(self, timeout_s: float = _STOP_TIMEOUT_S) -> None:
-        """End every process of the session: the server by its own order, then by force whatever is left."""
+        """End every process of the session: the server by its own order, then by force whatever is left.
+
+        Args:
+            timeout_s: of its own order.
+        """
         for process in self.processes():
             if process.pid == self.pid:
                 process.terminate()
                 psutil.wait_procs([process], timeout=timeout_s)
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + _KILL_TIMEOUT_S
         # Again and again: Ray's raylet starts workers until it is gone itself.
         while (left := self.processes()) and time.monotonic() < deadline:
             for process in left:

@@ -80,8 +80,9 @@ def test_a_process_that_ignores_the_order_to_stop_is_ended_by_force():
     with subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        session(process).stop(timeout_s=0.5)
-        assert not psutil.pid_exists(process.pid)
+        stopped = psutil.Process(process.pid)
+        session(process).stop(timeout_s=0)
+        assert not is_alive(stopped)
 
 
 def test_children_that_outlive_the_server_are_found_and_stopped():
