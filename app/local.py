@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -25,7 +26,7 @@ from app.arguments import ConfigError, list_arguments
 from app.config import AppConfig
 from app.haproxy import LOOPBACK_VARIABLE
 from app.local_checks import TEMP_PREFIX, LocalError, check_port, check_temp_folder, tell_of_memory
-from app.local_process import RunFolder, Server
+from app.local_process import RunFolder, Server, whole_lines
 from app.local_server import APP, NO_RAY, NO_RAY_MARK, RUNS, STAGE_MARK
 from app.ports import free_ports
 from deployments.api.keys import KeyRing, KeysError
@@ -232,22 +233,22 @@ def _end_of(status: int, stages: list[str], folder: RunFolder) -> LocalError:
     return LocalError(f"the server ended with status {status}:\n\n{_last_lines(folder.log)}")
 
 
-def _print_stages(log: Iterator[str], started: float) -> list[str]:
+def _print_stages(log: TextIO, started: float) -> list[str]:
     """What new log lines tell, which is printed."""
     stages = []
-    for stage in _stages(log):
+    for stage in _stages(whole_lines(log)):
         print(f"{time.monotonic() - started:6.1f} s  {stage}", flush=True)
         stages.append(stage)
     return stages
 
 
-def _stages(log: Iterator[str]) -> Iterator[str]:
+def _stages(lines: Iterator[str]) -> Iterator[str]:
     """Pick out of new log lines what a waiting user wants to know.
 
     Raises:
         UnsupportedModelError: one says that the model cannot be served.
     """
-    for line in log:
+    for line in lines:
         if (refusal := _REFUSAL.search(line)) is not None:
             raise UnsupportedModelError(refusal[1])
         if line.startswith(STAGE_MARK):

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fcntl import LOCK_EX, flock
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -86,6 +87,15 @@ def _in_session(process: psutil.Process, session: int) -> bool:
         return os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
     except (ProcessLookupError, PermissionError, psutil.NoSuchProcess):
         return False
+
+
+def whole_lines(log: TextIO) -> Iterator[str]:
+    """New lines of a log; one that is still being written is left for the next time."""
+    at = log.tell()
+    while (line := log.readline()).endswith("\n"):
+        yield line
+        at = log.tell()
+    log.seek(at)
 
 
 class RunFolder:

@@ -15,7 +15,10 @@ REASON = "model '/some/folder': the checkpoint lacks lm_head.weight"
 FAKE = f"""#!{sys.executable}
 import time
 print("Traceback (most recent call last):")
-print("deployments.errors.UnsupportedModelError: {REASON}", flush=True)
+# In two writes, as Python makes them without buffers; whoever reads in between has half a line.
+print("deployments.errors.UnsupportedModelError: {REASON}", end="", flush=True)
+time.sleep(1)
+print(flush=True)
 time.sleep(300)
 """
 
