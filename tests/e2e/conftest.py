@@ -7,7 +7,6 @@ import copy
 import json
 import random
 import re
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,11 @@ from transformers import AutoTokenizer
 
 from app.config import AppConfig
 from app.graph import graph
+from app.ports import free_ports
 from deployments.engine.model.files import BUNDLED_MODEL
 from deployments.engine.model.resolve import resolve_model
+from deployments.errors import EngineDeadError
+from deployments.ray_errors import as_ours
 from deployments.replica_stats import ReplicaStats
 from tests.api.fakes import build_tokenizer
 from tests.bench.chaos import scaling
@@ -40,8 +42,14 @@ MODES = ("disaggregated", "colocated")
 # its proxy has 15 s to start, which is little on a busy machine.
 SERVE_SETTINGS = {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20"}
 MAX_TOKENS = 16
+# And not what is free just now of a machine that others use, too.
+NUM_BLOCKS = 1024
 # What replicas that are removed have for their requests: hand-offs may all end, and nothing here takes as long.
-PREFILL_SHUTDOWN_S, DECODE_SHUTDOWN_S = 120.0, 1.0
+PREFILL_SHUTDOWN_S, DECODE_SHUTDOWN_S = 300.0, 1.0
+# For what an engine or a replica has to say, on a machine that others keep busy.
+ANSWER_TIMEOUT_S = 120.0
+# Engines of tests share cores with each other and with the tests: none is taken for hung, or its hand-off given up.
+ENGINE_PATIENCE = {"max_silence_s": 300.0, "lease_s": 120.0}
 PLAIN_LENGTHS = (1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 128, 256, 300, 511, 2049)
 CHATS = (
     "What is the capital of France?",
@@ -89,12 +97,37 @@ class Service:
         return serve.get_deployment_handle(name, self.name or self.mode)
 
     def stats(self, pool: str) -> list[ReplicaStats]:
-        return self.pool(pool).broadcast("stats").results(timeout_s=30)
+        """What every engine of a pool says now.
+
+        Asked again while one is behind a long step, for which its front answers with what it said last, and while one
+        is gone of which this process has not heard yet.
+        """
+
+        def ask() -> list[ReplicaStats] | None:
+            try:
+                rows: list[ReplicaStats] = self.pool(pool).broadcast("stats").results(timeout_s=30)
+            except TimeoutError:
+                return None
+            except Exception as error:
+                if isinstance(as_ours(error), EngineDeadError):
+                    return None
+                raise
+            return None if any(row.age_s for row in rows) else rows
+
+        return wait_until(ask, ANSWER_TIMEOUT_S)
+
+    def metrics(self) -> str:
+        """All of them, from the one ingress replica that there is; asked again while a replica is gone."""
+
+        def ask() -> str | None:
+            answer = httpx.get(f"{self.url}/metrics", timeout=ANSWER_TIMEOUT_S)
+            return answer.text if answer.status_code == httpx.codes.OK else None
+
+        return wait_until(ask, ANSWER_TIMEOUT_S)
 
     def metric(self, name: str) -> float:
-        """The value of a metric without labels, from the one ingress replica that there is."""
-        text = httpx.get(f"{self.url}/metrics").raise_for_status().text
-        (value,) = re.findall(rf"^{name} (\S+)$", text, re.MULTILINE)
+        """The value of a metric without labels."""
+        (value,) = re.findall(rf"^{name} (\S+)$", self.metrics(), re.MULTILINE)
         return float(value)
 
     @property
@@ -104,21 +137,22 @@ class Service:
 
 @pytest.fixture(scope="package")  # not longer: other tests start a Ray of their own in this process
 def services() -> Iterator[dict[str, Service]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SERVE_SETTINGS.items():
             patch.setenv(name, value)
         ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
     try:
+        (port,) = free_ports(1)  # not before: Ray takes many while it starts
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         targets = []
         for mode in MODES:
             # 64 and not the default: most prompts here are short, and shall take the long way.
             remote: dict[str, Any] = {"min_remote_prefill_tokens": 64} if mode == "disaggregated" else {}
             # Three engines and the tests share two cores: nothing shall be refused for being slow.
-            patience: dict[str, Any] = {"ingress.max_ttft_s": 600}
+            patience: dict[str, Any] = {
+                "ingress.max_ttft_s": 600,
+                "engine": ENGINE_PATIENCE | {"num_blocks": NUM_BLOCKS},
+            }
             args = AppConfig(mode=mode, served_model_name=MODEL_NAME, **patience, **remote)
             targets.append(serve.RunTarget(graph(args), name=mode, route_prefix=f"/{mode}"))
         serve.run_many(targets)  # side by side: much of a start is waiting
@@ -141,7 +175,9 @@ class Scaled:
     path: Path
 
     def scale(self, num_replicas: int) -> None:
-        self.path.write_text(json.dumps({"Prefill": num_replicas, "Decode": num_replicas}))
+        draft = self.path.with_suffix(".draft")
+        draft.write_text(json.dumps({"Prefill": num_replicas, "Decode": num_replicas}))
+        draft.replace(self.path)  # at once: the pools read it when they like
 
     def num_replicas(self, pool: str) -> int:
         """Those that start or stop included."""
@@ -149,11 +185,18 @@ class Scaled:
         return sum(status.deployments[pool].replica_states.values())
 
     def wait_for_two(self) -> None:
-        """Until both pools have two replicas that work."""
+        """Until both pools have two replicas that answer, this process and the ingress.
+
+        Serve counts one that has just died as running, and tells others later than us of one that has just come.
+        """
 
         def have_two() -> bool:
             status = serve.status().applications[self.service.name or ""]
-            return all(status.deployments[pool].replica_states == {"RUNNING": 2} for pool in self.service.pools)
+            return (
+                all(status.deployments[pool].replica_states == {"RUNNING": 2} for pool in self.service.pools)
+                and all(len(self.service.stats(pool)) == 2 for pool in self.service.pools)
+                and len(re.findall(r"^kvrelay_kv_blocks{", self.service.metrics(), re.MULTILINE)) == 4
+            )
 
         wait_until(have_two, 300)
 
@@ -175,8 +218,8 @@ def scaled(services: dict[str, Service], tmp_path_factory: pytest.TempPathFactor
             "served_model_name": MODEL_NAME,
             "min_remote_prefill_tokens": 64,
             "parity_check": False,
-            "engine": {"num_blocks": 2000, "block_size": 16, "max_silence_s": 300},
-            "ingress": {"max_ttft_s": 600},
+            "engine": ENGINE_PATIENCE | {"num_blocks": 2000, "block_size": 16},
+            "ingress": {"max_ttft_s": 600, "resume_timeout_s": 600},
             "prefill": size | {"graceful_shutdown_timeout_s": PREFILL_SHUTDOWN_S},
             "decode": size | {"graceful_shutdown_timeout_s": DECODE_SHUTDOWN_S},
         }

@@ -8,10 +8,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
+import pytest
+
+from tests.bench.chaos import load
 from tests.bench.chaos.load import Client, Ending, Record
 from tests.bench.chaos.probes import Call, Probe, build_probes
 from tests.e2e.conftest import MODEL_NAME, PREFILL_SHUTDOWN_S, Scaled, Service
-from tests.e2e.waiting import wait_idle
+from tests.e2e.waiting import wait_for_a_reading, wait_idle
 from tests.waiting import stop_process, wait_until
 
 # Long enough to be handed over, and to be at work yet when both decode engines are told to stop.
@@ -20,7 +23,7 @@ VOCAB_SIZE = 256
 # So many that none is left without one, whichever replica the hash of each prompt prefers.
 NUM_PROBES = 16
 # What Serve takes to tell a replica to go, and to see that it has, on a busy machine.
-PATIENCE_S = 120.0
+PATIENCE_S = 240.0
 RESUMED = "kvrelay_requests_resumed_total"
 
 
@@ -47,9 +50,11 @@ async def ask(service: Service, probes: list[Probe], disturb: Callable[[], None]
         return [await stream for stream in streams]
 
 
-def test_pools_that_shrink_lose_no_request_and_no_token(scaled: Scaled) -> None:
+def test_pools_that_shrink_lose_no_request_and_no_token(scaled: Scaled, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "ANSWER_TIMEOUT_S", 2 * PATIENCE_S)  # engines are stopped meanwhile
     service = scaled.service
     scaled.wait_for_two()
+    wait_for_a_reading(service)  # so that both replicas of each pool get requests
     probes = build_small_probes()
     expected = {record.call.probe.number: record.token_ids for record in asyncio.run(ask(service, probes))}
     wait_idle(service, 120)

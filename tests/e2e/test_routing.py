@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.e2e.conftest import MODEL_NAME, Scaled, Service
-from tests.e2e.waiting import wait_idle
+from tests.e2e.waiting import wait_for_a_reading
 from tests.waiting import wait_until
 
 BLOCK_SIZE = 16
@@ -47,20 +47,13 @@ def num_handed_over(service: Service) -> int:
     return sum(row.handoff.num_requests for row in service.stats("Prefill"))
 
 
-def wait_for_a_reading(service: Service) -> None:
-    """What the engines know by now the ingress knows as well."""
-    wait_idle(service, 60)
-    # One reading may have begun before.
-    enough = service.metric("kvrelay_readings_total") + 2
-    wait_until(lambda: service.metric("kvrelay_readings_total") >= enough, 60)
-
-
 def test_next_turns_go_where_the_kv_is_until_that_replica_dies(routed: Service, client: httpx.Client) -> None:
     firsts = [prompt(FIRST_TURN, seed) for seed in range(NUM_CONVERSATIONS)]
     seconds = [first + prompt(40, seed + 100) for seed, first in enumerate(firsts)]
     for first in firsts:
         assert ask(routed, client, first)["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-    assert num_handed_over(routed) == NUM_CONVERSATIONS
+    # An answer may overtake what tells prefill's front that the last chunk has arrived.
+    wait_until(lambda: num_handed_over(routed) == NUM_CONVERSATIONS, describe=lambda: num_handed_over(routed))
     wait_for_a_reading(routed)
     answers = [ask(routed, client, second) for second in seconds]
     num_cached = FIRST_TURN // BLOCK_SIZE * BLOCK_SIZE
@@ -89,6 +82,6 @@ def test_a_hot_prefix_is_spread_over_both_pools(routed: Service, client: httpx.C
 def test_prompts_of_one_call_that_wait_for_replicas_at_once_all_come(routed: Service, client: httpx.Client) -> None:
     answer = ask(routed, client, [prompt(150, seed) for seed in range(70, 74)])
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
-    text = client.get(f"{routed.url}/metrics").text
+    text = routed.metrics()
     assert 'kvrelay_routing_choices_total{pool="decode",reason="' in text
     assert 'kvrelay_routing_promised_tokens_total{pool="prefill"}' in text
