@@ -17,7 +17,7 @@ def command(folder: RunFolder, *arguments: str) -> list[str]:
 
 def run(folder: RunFolder, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(folder, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+        command(folder, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
     )
 
 

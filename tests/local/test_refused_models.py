@@ -33,7 +33,7 @@ def test_a_refusal_ends_the_start_at_once_in_one_line_and_leaves_nothing(
     command = [sys.executable, "-c", code, str(fake), "--run-dir", str(folder.path), "up", "--port", str(port)]
     failed = subprocess.run(
         [*command, "--app", "tests.tiny_graphs:healthy"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
     assert (failed.returncode, failed.stderr) == (1, f"{REASON}\n")
     assert folder.server() is None

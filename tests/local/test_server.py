@@ -4,19 +4,32 @@ import json
 import signal
 import subprocess
 import urllib.request
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from app.local_process import RunFolder, Server
 from tests.local.commands import ROOT, command, is_alive, run
+from tests.waiting import wait_until
+
+# A start of Ray's on a machine that others keep busy, and once more where it does not come up.
+pytestmark = pytest.mark.timeout(900)
 
 
 def remembered(folder: RunFolder) -> Server:
     server = folder.server()
     assert server is not None
     return server
+
+
+def title_of(process: psutil.Process) -> str:
+    """What it calls itself; nothing once it has ended."""
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline()[:1])
+    return ""
 
 
 @pytest.mark.e2e
@@ -32,8 +45,9 @@ def test_a_server_comes_up_answers_and_goes_away_whole_and_alone(folder, port, b
     members = server.processes()
     assert len(members) > 3
     # The name of Ray's workers that are not, or not yet, actors: here nothing is to come for them.
-    assert [process for process in members if "ray::IDLE" in process.cmdline()[0]] == []
-    assert f"at {server.url} answers" in run(folder, "status").stdout
+    assert [process for process in members if "ray::IDLE" in title_of(process)] == []
+    # It waits five seconds for the answer, which on a busy machine may be too few.
+    wait_until(lambda: f"at {server.url} answers" in run(folder, "status").stdout, 120)
     again = run(folder, "up", "--app", "tests.tiny_graphs:healthy", "--port", str(port))
     assert again.returncode == 1
     assert f"already runs at {server.url}" in again.stderr
@@ -67,7 +81,7 @@ def test_interrupting_the_start_stops_what_was_started(folder, port):
         assert any("starting Ray" in line for line in process.stdout)
         server = remembered(folder)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=90)
+        process.communicate(timeout=240)
         assert process.returncode == 130
     assert server.processes() == []
     assert folder.server() is None
