@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.bench.soak.processes import Usage
+from tests.bench.soak.processes import Usage, role_of
 from tests.bench.soak.verdict import NUM_STRETCHES, SPARE_FDS, SPARE_THREADS, Idle, find_leaks, fit_trend, fit_trends
 
 MIB = 2**20
@@ -55,6 +55,24 @@ def test_what_is_about_as_before_or_less_is_no_leak():
     assert list(find_leaks(before, before)) == []
     assert list(find_leaks(before, Idle((usage(threads=8 + SPARE_THREADS, fds=20 + SPARE_FDS),), 5, {}))) == []
     assert list(find_leaks(before, Idle((usage(threads=7, fds=20), usage(pid=3, role="worker")), 4, {}))) == []
+
+
+class Named:
+    """What `role_of` looks at of a process."""
+
+    def __init__(self, name, *command):
+        self.name, self.cmdline = (lambda: name), (lambda: list(command))
+
+
+def test_a_worker_is_one_before_it_has_a_title_too():
+    workers = "/lib/ray/_private/workers"
+    assert role_of(Named("python", "/bin/python", f"{workers}/default_worker.py", "--node-ip-address=1")) == "worker"
+    assert (
+        role_of(Named("python", "/bin/python", f"{workers}/setup_worker.py", f"{workers}/default_worker.py"))
+        == "worker"
+    )
+    assert role_of(Named("ray::IDLE", "ray::IDLE")) == "worker"
+    assert role_of(Named("python", "/bin/python", "/x/agent.py")) == "agent"
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ _ROLES = (
     ("gcs_server", "gcs"),
     ("ray::", "worker"),
 )
+# What a worker of Ray's runs until it has a title, which takes it seconds on a busy machine.
+_STARTS_OF_WORKERS = ("setup_worker", "default_worker")
 _ARENA = "/memfd:kvrelay"
 
 
@@ -56,6 +58,8 @@ def role_of(process: psutil.Process) -> str:
     command, name = process.cmdline(), process.name()
     title = " ".join([*command[:1], name])
     scripts = [Path(argument).stem for argument in command if argument.endswith(".py")]
+    if scripts and scripts[0] in _STARTS_OF_WORKERS:
+        return "worker"
     return next((role for mark, role in _ROLES if mark in title), scripts[0] if scripts else name)
 
 
