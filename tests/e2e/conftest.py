@@ -31,6 +31,7 @@ from deployments.replica_stats import ReplicaStats
 from tests.api.fakes import build_tokenizer
 from tests.bench.chaos import scaling
 from tests.engine.families import build_model
+from tests.ray_start import start_ray
 from tests.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def services() -> Iterator[dict[str, Service]]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SERVE_SETTINGS.items():
             patch.setenv(name, value)
-        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False)
+        start_ray(num_cpus=8)
     try:
         (port,) = free_ports(1)  # not before: Ray takes many while it starts
         serve.start(http_options={"host": "127.0.0.1", "port": port})
