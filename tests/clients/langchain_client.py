@@ -5,7 +5,7 @@ from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 from openai import LengthFinishReasonError
 
-from tests.clients.wanted import MAX_TOKENS, TEXT, Town, Word
+from tests.clients.wanted import MAX_TOKENS, SEED, TEXT, Town, Word
 
 
 @tool
@@ -15,12 +15,12 @@ def population(town: Word) -> int:
 
 
 def talk(url: str, model: str) -> None:
-    chat = ChatOpenAI(base_url=url, api_key="none", model=model, max_retries=0, max_tokens=MAX_TOKENS)
+    chat = ChatOpenAI(base_url=url, api_key="none", model=model, max_retries=0, max_tokens=MAX_TOKENS, seed=SEED)
     use_tools(chat)
     for method in ("json_schema", "function_calling"):
         town = chat.with_structured_output(Town, method=method).invoke(f"Which town is it? {TEXT}")
         assert isinstance(town, Town), (method, town)
-    short = ChatOpenAI(base_url=url, api_key="none", model=model, max_retries=0, max_tokens=50)
+    short = ChatOpenAI(base_url=url, api_key="none", model=model, max_retries=0, max_tokens=50, seed=SEED)
     try:
         mode = short.with_structured_output(method="json_mode", include_raw=True).invoke("Describe a town, as JSON.")
         text = mode["raw"].content

@@ -5,7 +5,7 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
 
-from tests.clients.wanted import MAX_TOKENS, TEXT, Town, Word
+from tests.clients.wanted import MAX_TOKENS, SEED, TEXT, TIMEOUT_S, Town, Word
 
 
 def population(town: Word) -> int:
@@ -23,6 +23,8 @@ def talk(url: str, model: str) -> None:
         "max_retries": 0,
         "max_tokens": MAX_TOKENS,
         "context_window": 2048,
+        "timeout": TIMEOUT_S,
+        "additional_kwargs": {"seed": SEED},
     }
     prompt = PromptTemplate("Which town is it? {text}")
     for by_form in (False, True):

@@ -6,7 +6,7 @@ from typing import Any
 import openai
 from pydantic import BaseModel
 
-from tests.clients.wanted import MAX_TOKENS, TEXT, Town, Word
+from tests.clients.wanted import MAX_TOKENS, SEED, TEXT, Town, Word
 
 QUESTION = f"Which town is it? {TEXT}"
 
@@ -22,7 +22,7 @@ def talk(url: str, model: str) -> None:
         "model": model,
         "messages": [{"role": "user", "content": QUESTION}],
         "max_completion_tokens": MAX_TOKENS,
-        "seed": 1,
+        "seed": SEED,
     }
     with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
         parse(client, asked)

@@ -4,7 +4,7 @@ from pydantic_ai import Agent, NativeOutput, RunContext, Tool, ToolDefinition
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
-from tests.clients.wanted import MAX_TOKENS, TEXT, Town, Word
+from tests.clients.wanted import MAX_TOKENS, SEED, TEXT, Town, Word
 
 
 def find_country(town: Word) -> str:
@@ -19,7 +19,8 @@ async def offer_at_first(context: RunContext[None], tool: ToolDefinition) -> Too
 
 def talk(url: str, model: str) -> None:
     chat = OpenAIChatModel(model, provider=OpenAIProvider(base_url=url, api_key="none"))
-    question, settings = f"Which town is it? {TEXT}", {"max_tokens": MAX_TOKENS, "parallel_tool_calls": False}
+    question = f"Which town is it? {TEXT}"
+    settings = {"max_tokens": MAX_TOKENS, "parallel_tool_calls": False, "seed": SEED}
     agents = (
         Agent(chat, output_type=Town, model_settings=settings),
         Agent(chat, output_type=NativeOutput(Town), model_settings=settings),

@@ -2,7 +2,7 @@
 
 from smolagents import LogLevel, OpenAIServerModel, ToolCallingAgent, tool
 
-from tests.clients.wanted import TEXT
+from tests.clients.wanted import SEED, TEXT
 
 
 @tool
@@ -16,7 +16,7 @@ def find_size(town: str) -> str:
 
 
 def talk(url: str, model: str) -> None:
-    chat = OpenAIServerModel(model, api_base=url, api_key="none", max_tokens=100)
+    chat = OpenAIServerModel(model, api_base=url, api_key="none", max_tokens=100, seed=SEED)
     agent = ToolCallingAgent(tools=[find_size], model=chat, max_steps=2, verbosity_level=LogLevel.OFF)
     agent.run(f"How large is the town? {TEXT}")
     messages = [step.get("model_output_message") for step in agent.memory.get_full_steps()]

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from tests.clients import openai_client
+from tests.clients.wanted import TIMEOUT_S
 from tests.e2e.conftest import MODEL_NAME, Service
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ROOT / "tests" / "clients"
 PYTHON, NODE_MODULES = ROOT / ".venv-clients" / "bin" / "python", PROGRAMS / "node" / "node_modules"
-TIMEOUT_S = 600
 
 OF_PYTHON = [path.stem.removesuffix("_client") for path in sorted(PROGRAMS.glob("*_client.py"))]
 OF_NODE = [path.stem.removesuffix("_client") for path in sorted(PROGRAMS.glob("node/*_client.mjs"))]
