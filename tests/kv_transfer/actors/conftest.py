@@ -10,10 +10,11 @@ import pytest
 import ray
 
 from tests.kv_transfer.handoff_engines import NUM_GPUS
+from tests.ray_start import start_ray
 
 
 @pytest.fixture(scope="package")
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=4, num_gpus=NUM_GPUS, include_dashboard=False, log_to_driver=False)
+    start_ray(num_cpus=4, num_gpus=NUM_GPUS)
     yield
     ray.shutdown()
