@@ -38,7 +38,6 @@ from deployments.load.pool_health import PoolHealth
 from deployments.load.pool_watch import PoolWatch
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import GenerateRequest, ModelInfo
-from deployments.metrics import AdmissionMetrics, ClientMetrics, RoutingMetrics, render
 from deployments.planner.wire import REFUSED
 from deployments.ray_errors import as_ours
 from deployments.receipt_log import ReceiptLog, ReceiptStream
@@ -48,6 +47,8 @@ from deployments.routing.crossover import Crossover
 from deployments.routing.pools import PoolRouters
 from deployments.routing.settings import RoutingSettings
 from deployments.serve_state import http_host, is_loopback, num_replicas
+from deployments.telemetry.client_metrics import AdmissionMetrics, ClientMetrics, RoutingMetrics
+from deployments.telemetry.pool_metrics import render
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 
 if TYPE_CHECKING:

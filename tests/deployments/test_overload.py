@@ -12,9 +12,10 @@ from deployments.errors import OverloadedError
 from deployments.load.admission import Admission, Bounds
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import Priority
-from deployments.metrics import AdmissionMetrics, ClientMetrics, render
 from deployments.ray_errors import as_ours
 from deployments.replica_stats import HandoffStats, ReplicaStats
+from deployments.telemetry.client_metrics import AdmissionMetrics, ClientMetrics
+from deployments.telemetry.pool_metrics import render
 from tests.deployments.conftest import StartPools
 from tests.deployments.pools import PATIENCE_S, Pools
 from tests.engine.driving import greedy

@@ -21,7 +21,7 @@ from deployments.front import SpawnedEngine
 from deployments.ingress import Ingress
 from deployments.load.admission import Admission, Bounds, Ticket
 from deployments.messages import EngineEvent, GenerateRequest, ModelInfo, TokenOutput
-from deployments.metrics import ClientMetrics
+from deployments.telemetry.client_metrics import ClientMetrics
 from tests.bench.serving.paced import build_paced
 
 
