@@ -11,7 +11,8 @@ from typing import Any
 from ray.serve import Application
 from ray.serve.config import AutoscalingContext
 
-from app.config import AppConfig, PoolConfig
+from app.config import AppConfig
+from app.deployment_config import PoolConfig
 
 # Names the file; it holds the number of replicas of each pool by the name of its deployment, and must exist.
 VARIABLE = "KVRELAY_BENCH_REPLICAS"
