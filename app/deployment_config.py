@@ -1,11 +1,12 @@
 """What a user can set of each deployment, and what Ray Serve is told of it. `app/config.py` puts them together."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from ray._private.label_utils import validate_label_selector
 from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import LoggingConfig
 
 from deployments.api.body import MAX_BODY_BYTES
 from deployments.api.control_tokens import ControlPolicy
@@ -124,6 +125,7 @@ class IngressConfig(ReplicaConfig):
             `harmony` (gpt-oss); `auto`: as its chat template shows.
         reasoning_parser: how it marks its thoughts: `think`, as Qwen 3 and DeepSeek do, `harmony`, as gpt-oss does, or
             `none`, which leaves them in the answer; `auto`: as its chat template shows.
+        request_log: a line for each call, as `text` or `json`, with what it cost and where it was served; `off`: none.
     """
 
     num_cpus: float = Field(default=0.1, ge=0)
@@ -139,13 +141,16 @@ class IngressConfig(ReplicaConfig):
     control_tokens: ControlPolicy = "allow"
     tool_parser: ToolParserName = "auto"
     reasoning_parser: ReasoningParserName = "auto"
+    request_log: Literal["text", "json", "off"] = "text"
 
     def deployment_options(self) -> dict[str, Any]:
         """Return the options of this deployment, as `Deployment.options` takes them."""
         actor: dict[str, Any] = {"num_cpus": self.num_cpus}
         if self.node_labels:
             actor["label_selector"] = self.node_labels
-        return self.common_options() | {"ray_actor_options": actor}
+        # Ray Serve's own lines of access tell less, and of every question for metrics, too.
+        logs = LoggingConfig(encoding="JSON" if self.request_log == "json" else "TEXT", enable_access_log=False)
+        return self.common_options() | {"ray_actor_options": actor, "logging_config": logs}
 
 
 class PoolConfig(ReplicaConfig):
@@ -174,6 +179,8 @@ class PoolConfig(ReplicaConfig):
             "ray_actor_options": {"num_cpus": FRONT_NUM_CPUS},
             "placement_group_bundles": bundles,
             "placement_group_strategy": "STRICT_PACK",
+            # Else a line for each call of ours, two of them each second for numbers.
+            "logging_config": LoggingConfig(enable_access_log=False),
         }
         if self.node_labels:
             options["placement_group_bundle_label_selector"] = [self.node_labels] * len(bundles)

@@ -50,6 +50,7 @@ def ingress_settings(args: AppConfig) -> IngressSettings:
         control_tokens=args.ingress.control_tokens,
         tool_parser=args.ingress.tool_parser,
         reasoning_parser=args.ingress.reasoning_parser,
+        logs_requests=args.ingress.request_log != "off",
         tells_planner=args.planner.enabled,
     )
 

@@ -1,15 +1,12 @@
-"""The front door: OpenAI's API over HTTP, and the way from there to the decode pool. Runs on CPU nodes.
+"""The front door: a replica that serves OpenAI's API over HTTP. Runs on CPU nodes.
 
-Knows the pools by their handles: one call per request, which lasts as long as the request does. Its tokens come from
-the engines directly, to the `TokenReceiver` of this replica. What HTTP looks like is `api/`'s business.
+Puts together what it needs; what HTTP looks like is `api/`'s business, and the way to the pools `pool_backend.py`'s.
 """
 
 import asyncio
 import gc
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,148 +25,28 @@ from deployments.api.reasoning.support import ReasoningParserName
 from deployments.api.text import TextCodec
 from deployments.api.tokenizer import read_tokenizer
 from deployments.api.tools.families import ToolParserName
-from deployments.decode_client import DecodeClient
 from deployments.engine.model.resolve import resolve_model
 from deployments.engine.model.tokenizer_files import check_tokenizer
 from deployments.engine_info import EngineInfo
 from deployments.errors import UnsupportedModelError
-from deployments.load.admission import Admission, Bounds, Ticket
-from deployments.load.pool_health import PoolHealth
-from deployments.load.pool_watch import PoolWatch
-from deployments.load.reading import DECODE, PREFILL, Reading
-from deployments.messages import GenerateRequest, ModelInfo
+from deployments.load.admission import Admission, Bounds
+from deployments.messages import ModelInfo
 from deployments.planner.wire import REFUSED
-from deployments.ray_errors import as_ours
-from deployments.receipt_log import ReceiptLog, ReceiptStream
-from deployments.receipts import Receipt
-from deployments.replica_stats import Positions, ReplicaStats
+from deployments.pool_backend import PoolBackend
 from deployments.routing.crossover import Crossover
 from deployments.routing.pools import PoolRouters
 from deployments.routing.settings import RoutingSettings
 from deployments.serve_state import http_host, is_loopback, num_replicas
-from deployments.telemetry.client_metrics import AdmissionMetrics, ClientMetrics, RoutingMetrics
-from deployments.telemetry.pool_metrics import render
-from deployments.tokens.receiver import TokenReceiver, TokenStream
+from deployments.telemetry.request_log import log_call
+from deployments.tokens.receiver import TokenReceiver
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
 logger = logging.getLogger(__name__)
 
-_STATS_TIMEOUT_S = 10.0
-# A call that is in doubt waits no longer for a fresh reading; an engine answers between two of its steps.
-_REFRESH_TIMEOUT_S = 0.5
 # Between two looks at how many ingress replicas count for the limits of a key.
 _SHARERS_PERIOD_S = 10.0
-
-
-class PoolBackend:
-    """What the API needs, done by the pools.
-
-    Args:
-        decode: handle of the decode deployment.
-        prefill: handle of the prefill deployment; None: colocated.
-        tokens: where the engines send the tokens of this replica's requests.
-        admission: lets calls in.
-        routers: choose the replicas.
-        resume_timeout_s: see `DecodeClient`.
-    """
-
-    def __init__(
-        self,
-        decode: "DeploymentHandle[Any]",
-        prefill: "DeploymentHandle[Any] | None",
-        tokens: TokenReceiver,
-        admission: Admission,
-        routers: PoolRouters,
-        resume_timeout_s: float,
-    ) -> None:
-        self._pools = {DECODE: decode} if prefill is None else {PREFILL: prefill, DECODE: decode}
-        self.pool_health = PoolHealth({name: partial(_be_ready, handle) for name, handle in self._pools.items()})
-        self._tokens = tokens
-        self._admission = admission
-        self._routers = routers
-        self.watch = PoolWatch(self.read_pools, self.take)
-        self.clients = ClientMetrics()
-        self._decode = DecodeClient(decode, tokens, resume_timeout_s, self.clients.request_resumed, routers)
-        self.clients.registry.register(AdmissionMetrics(admission))
-        self.clients.registry.register(RoutingMetrics(routers))
-
-    async def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
-        """Let a call in; see `Admission.admit`. Before others' requests have it refused, the pools are read anew."""
-        sizes, priority = _sizes(requests), requests[0].priority
-        if self._admission.is_in_doubt(sizes, priority, key):
-            await self.watch.refresh(_REFRESH_TIMEOUT_S)
-        return self._admission.admit(sizes, priority, key)
-
-    def generate(
-        self,
-        request: GenerateRequest,
-        on_overflow: Callable[[], None],
-        on_receipt: Callable[[Receipt], None] | None = None,
-    ) -> "TokenStream | ReceiptStream":
-        """Tokens of a request; closing the stream ends the request on every pool."""
-
-        def overflow() -> None:
-            serving.cancel()
-            on_overflow()
-
-        stream = self._tokens.open(request.request_id, overflow, lambda _: serving.cancel())
-        if on_receipt is None:
-            serving = asyncio.create_task(self._decode.serve(request, stream))
-            return stream
-        log = ReceiptLog(on_receipt)
-        serving = asyncio.create_task(self._decode.serve(replace(request, wants_receipt=True), stream, log))
-        return ReceiptStream(stream, log)
-
-    async def health(self) -> tuple[bool, str]:
-        """Whether every pool can serve, and if not, which one cannot; see `PoolHealth`."""
-        return self.pool_health.state()
-
-    @property
-    def num_refused(self) -> int:
-        """Calls that were not let in."""
-        return self._admission.refusals.total()
-
-    async def metrics(self) -> bytes:
-        return render(await self._read_pools(dict.fromkeys(self._pools)), self.clients)
-
-    async def read_pools(self) -> dict[str, list[ReplicaStats]]:
-        """The numbers of every replica, by the name of its pool, and what its cache has to tell the routers."""
-        return await self._read_pools({name: self._routers.positions(name) for name in self._pools})
-
-    def take(self, reading: Reading) -> None:
-        """Whoever decides by it is told of a reading."""
-        self._admission.update(reading)
-        self._routers.update(reading)
-
-    async def _read_pools(self, read: Mapping[str, Positions | None]) -> dict[str, list[ReplicaStats]]:
-        # A failure waits for the other pool's answer, so that whoever asks again has asked once at a time.
-        asked = [self._stats(handle, read[name]) for name, handle in self._pools.items()]
-        readings = await asyncio.gather(*asked, return_exceptions=True)
-        pools: dict[str, list[ReplicaStats]] = {}
-        for name, reading in zip(self._pools, readings, strict=True):
-            if isinstance(reading, BaseException):
-                raise reading
-            pools[name] = reading
-        return pools
-
-    async def _stats(self, handle: "DeploymentHandle[Any]", read: Positions | None) -> list[ReplicaStats]:
-        stats: list[ReplicaStats] = await handle.broadcast("stats", read).results_async(timeout_s=_STATS_TIMEOUT_S)
-        return stats
-
-
-def _sizes(requests: Sequence[GenerateRequest]) -> list[int]:
-    """Tokens of each prompt that are to be computed; one that is sampled again finds what its first sample left."""
-    prompts = [request.prompt_token_ids for request in requests]
-    return [1 if n and prompt is prompts[n - 1] else len(prompt) for n, prompt in enumerate(prompts)]
-
-
-async def _be_ready(handle: "DeploymentHandle[Any]") -> None:
-    try:
-        await handle.ready.remote()
-    except Exception as error:
-        raise as_ours(error) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +69,7 @@ class IngressSettings:
         control_tokens: what becomes of those that users write in messages.
         tool_parser: how the model writes calls of tools.
         reasoning_parser: how it marks its thoughts.
+        logs_requests: a line for each call.
         tells_planner: Ray Serve carries to its controller, for the planner, how many calls were refused.
     """
 
@@ -210,6 +88,7 @@ class IngressSettings:
     control_tokens: ControlPolicy
     tool_parser: ToolParserName
     reasoning_parser: ReasoningParserName
+    logs_requests: bool = False
     tells_planner: bool = False
 
 
@@ -244,7 +123,8 @@ class Ingress:
         tokens = await TokenReceiver.start(ray.util.get_node_ip_address(), settings.max_unread_tokens)
         routers = PoolRouters(settings.routing, settings.crossover, engine.positions)
         admission = Admission(settings.bounds, is_remote=routers.is_remote)
-        self._backend = PoolBackend(decode, prefill, tokens, admission, routers, settings.resume_timeout_s)
+        followers = [log_call] if settings.logs_requests else []
+        self._backend = PoolBackend(decode, prefill, tokens, admission, routers, settings.resume_timeout_s, followers)
         self._watch = asyncio.create_task(self._backend.watch.run())
         self._health_watch = asyncio.create_task(self._backend.pool_health.watch())
         # What is loaded by now stays. To look through it for garbage takes 0.3 s (450,000 objects, 2 busy cores of a

@@ -34,6 +34,7 @@ class ReceiptLog:
         self._sent_s = 0.0
         self._num_tokens_before = 0
         self._is_settled = asyncio.Event()
+        self._on_settled: asyncio.Task[None] | None = None
 
     def sent(self, routed: RoutedRequest, num_tokens: int) -> None:
         """It goes to a replica; so many of its tokens have come by now."""
@@ -54,6 +55,16 @@ class ReceiptLog:
         self._note(num_tokens=num_tokens - self._num_tokens_before, decode=decode, error=error)
         if not error:
             self._is_settled.set()
+            if self._on_settled is not None:
+                self._on_settled.cancel()
+
+    def end_when_settled(self, serving: "asyncio.Task[None]") -> None:
+        """Cancel what serves the request, whose tokens have all come, once it has heard how it was served."""
+        if self._is_settled.is_set():
+            serving.cancel()
+        else:
+            self._on_settled = serving
+            asyncio.get_running_loop().call_later(_PATIENCE_S, serving.cancel)
 
     async def settle(self, num_tokens: int) -> None:
         """Wait until all is known; so many tokens have come, and there are no more."""

@@ -109,6 +109,7 @@ PLACES = (
     "decode",
     "receipt_log",
     "decode_client",
+    "pool_backend",
     "ingress",
 )
 # What of the engine loads no torch, and so may be known outside; the rest is for those in whose process it lives.

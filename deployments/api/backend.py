@@ -41,6 +41,8 @@ class Backend(Protocol):
         request: GenerateRequest,
         on_overflow: Callable[[], None],
         on_receipt: Callable[[Receipt], None] | None = None,
+        *,
+        holds_last: bool = True,
     ) -> TokenOutputs:
         """Run a request. Closing what comes back aborts it on every pool; so each is closed, whatever happens.
 
@@ -48,8 +50,9 @@ class Backend(Protocol):
             request: the prompt.
             on_overflow: called when the reader has left too many tokens unread. The request is over then, and
                 the next output that is asked for is `SlowReaderError`.
-            on_receipt: called with what is known of how the request is served, whenever that is more; all of it is
-                known before the last output comes. None: nobody wants to know.
+            on_receipt: called with what is known of how the request is served, whenever that is more. None: nobody
+                wants to know.
+            holds_last: all of that is known before the last output comes; else it may come a moment after it.
 
         Raises:
             KvRelayError: at any point; before the first token it still becomes a status code.

@@ -4,7 +4,7 @@ Knows the backend as a Protocol alone, and errors as `failures.py` has them; `ht
 """
 
 import asyncio
-import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass, replace
@@ -29,12 +29,10 @@ from deployments.api.failures import failure_of
 from deployments.api.framing import Framer
 from deployments.api.grammar_check import GrammarCheck
 from deployments.api.keys import ForbiddenError
-from deployments.api.observer import Observer, Outcome, Stopwatch
+from deployments.api.observer import EndedCall, Observer, Outcome, Stopwatch
 from deployments.api.receipts import ReceiptKeeper
 from deployments.api.text import TextCodec
 from deployments.messages import ModelInfo, Priority
-
-logger = logging.getLogger(__name__)
 
 # Reading 4 KiB of JSON and encoding it takes about 2 ms (SmolLM2's tokenizer, one core of a shared CPU); a longer body
 # goes to a thread, so that it does not stop the streams of others.
@@ -83,11 +81,15 @@ class Exchange:
         self._call_id = f"{endpoint.id_prefix}{scope['state']['call_id']}"
         self._request_id: str = scope["state"]["request_id"]
         self._stopwatch = Stopwatch(self._service.observer)
+        self._began_s = time.time()
         self._has_started = False
         self._answer: Answer | None = None
+        self._status: HTTPStatus | None = None
+        self._call: Call | None = None
+        self._tally: Tally | None = None
+        self._receipts: ReceiptKeeper | None = None
         self._given_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._is_stalled = False
-        self._user: str | None = None
         self._account: Account = scope["state"].get("account", NO_ACCOUNT)
 
     async def run(self) -> None:
@@ -98,16 +100,40 @@ class Exchange:
             outcome = await self._serve()
         finally:
             self._service.observer.request_finished(outcome)
-            elapsed_s = self._stopwatch.elapsed_s()
-            logger.info(
-                "%s: %s after %.3f s, key %r, user %r, X-Request-Id %s",
-                self._call_id,
-                outcome,
-                elapsed_s,
-                self._account.name,
-                self._user,
-                self._request_id,
-            )
+            self._tell(outcome)
+
+    def _tell(self, outcome: Outcome) -> None:
+        """Tell of the whole call, at once if nothing more comes to be known of it."""
+        seconds = self._stopwatch.elapsed_s()
+
+        def tell() -> None:
+            self._service.observer.call_ended(self._describe(outcome, seconds))
+
+        if self._receipts is None or outcome is not Outcome.OK:
+            tell()
+        else:
+            self._receipts.call_when_whole(tell)
+
+    def _describe(self, outcome: Outcome, seconds: float) -> EndedCall:
+        call, tally = self._call, self._tally
+        usage = None if tally is None else tally.usage()
+        return EndedCall(
+            call_id=self._call_id,
+            request_id=self._request_id,
+            path=self._scope["path"],
+            outcome=outcome,
+            status=self._status,
+            began_s=self._began_s,
+            seconds=seconds,
+            ttft_s=self._stopwatch.ttft_s,
+            key=self._account.name,
+            user=None if call is None else call.user,
+            labels={} if call is None else call.labels,
+            num_prompt_tokens=0 if call is None else call.num_prompt_tokens,
+            num_cached_tokens=0 if usage is None else usage["prompt_tokens_details"]["cached_tokens"],
+            num_generated_tokens=0 if usage is None else usage["completion_tokens"],
+            receipt=None if self._receipts is None else self._receipts.shape(),
+        )
 
     async def _serve(self) -> Outcome:
         request, service = Request(self._scope, self._receive), self._service
@@ -136,6 +162,7 @@ class Exchange:
             call = self._own(await self._read_call(body, caller.priority))
             if caller.wants_receipt:
                 call = replace(call, wants_receipt=True)
+            self._call = call
             if (grammar := call.requests[0].sampling.grammar) is not None:
                 await self._service.grammars.check(grammar)
             with closing(await self._admit(call, caller)) as ticket:
@@ -148,10 +175,10 @@ class Exchange:
 
     def _keep_receipts(self, call: Call, ticket: Ticket) -> ReceiptKeeper | None:
         """Let the first token end the ticket's wait, and be noted if the caller wants a receipt."""
-        if not call.wants_receipt:
+        if not call.wants_receipt and not self._service.observer.wants_receipts:
             self._stopwatch.on_first = ticket.first_token
             return None
-        receipts = ReceiptKeeper(len(call.requests), self._stopwatch.elapsed_s, ticket.first_token)
+        receipts = self._receipts = ReceiptKeeper(len(call.requests), self._stopwatch.elapsed_s, ticket.first_token)
         self._stopwatch.on_first = receipts.first_token
         return receipts
 
@@ -189,10 +216,7 @@ class Exchange:
         return replace(call, requests=tuple(salted))
 
     async def _generate(self, call: Call, receipts: ReceiptKeeper | None) -> None:
-        self._user = call.user
-        if call.labels:
-            logger.info("%s: %r", self._call_id, call.labels)
-        tally = Tally(call, receipts)
+        tally = self._tally = Tally(call, receipts if call.wants_receipt else None)
         self._answer = answer = self._endpoint.build_answer(call, tally)
         choices = self._open_choices(call, receipts)
         async with aclosing(merge(choices)) as events:
@@ -221,7 +245,9 @@ class Exchange:
         scores_prompt = request.num_prompt_logprobs is not None
         text = ChoiceText(index, self._service.codec, request.prompt_token_ids, call.text, prefix, scores_prompt)
         generate = partial(self._service.backend.generate, on_overflow=self._stall)
-        told = generate if receipts is None else partial(generate, on_receipt=partial(receipts.take, index))
+        told = generate
+        if receipts is not None:
+            told = partial(generate, on_receipt=partial(receipts.take, index), holds_last=call.wants_receipt)
         return stream_choice(told, request, text)
 
     async def _stream(self, events: AsyncGenerator[TextEvent, None], answer: Answer, tally: Tally) -> None:
@@ -272,7 +298,7 @@ class Exchange:
     async def _start(self, status: HTTPStatus, content_type: str, headers: dict[str, str] | None = None) -> None:
         fields = {"content-type": content_type, "cache-control": "no-store"} | (headers or {})
         raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in fields.items()]
-        self._has_started = True
+        self._has_started, self._status = True, status
         await self._send({"type": "http.response.start", "status": int(status), "headers": raw})
 
     async def _send_body(self, body: bytes, more_body: bool = False) -> None:

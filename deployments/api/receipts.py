@@ -1,5 +1,6 @@
 """Receipts in answers: what became of a call, for a caller who asks. Owns their form; the backend tells the facts."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NotRequired
@@ -10,6 +11,8 @@ from typing_extensions import TypedDict
 from deployments.receipts import Attempt, EngineTimes, PrefillReceipt, Receipt
 
 HEADER = "x-kvrelay-receipt"
+# Between the end of a call and the last that replicas say of it; what they say is on its way by then.
+PATIENCE_S = 1.0
 
 
 class EngineReceipt(TypedDict):
@@ -65,9 +68,14 @@ class _Choice:
     ttft_s: float | None = None
     receipt: Receipt = ()
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the replica that went on to the end has said how it went."""
+        return bool(self.receipt) and self.receipt[-1].decode is not None
+
 
 class ReceiptKeeper:
-    """What is known of one call that wants a receipt.
+    """What is known of one call of which somebody wants a receipt.
 
     Args:
         num_requests: of the call.
@@ -80,10 +88,29 @@ class ReceiptKeeper:
         self._elapsed_s = elapsed_s
         self._ingress_s = elapsed_s()
         self._choices = [_Choice() for _ in range(num_requests)]
+        self._then: Callable[[], None] | None = None
 
     def take(self, index: int, receipt: Receipt) -> None:
         """What is known of a request now."""
         self._choices[index].receipt = receipt
+        if self._is_whole():
+            self._go_on()
+
+    def call_when_whole(self, then: Callable[[], None]) -> None:
+        """Call this once: when all is known, or is waited for no longer."""
+        self._then = then
+        if self._is_whole():
+            self._go_on()
+        else:
+            asyncio.get_running_loop().call_later(PATIENCE_S, self._go_on)
+
+    def _is_whole(self) -> bool:
+        return all(choice.is_whole for choice in self._choices)
+
+    def _go_on(self) -> None:
+        if self._then is not None:
+            then, self._then = self._then, None
+            then()
 
     def first_token(self, index: int) -> None:
         """The first output of a request was sent, or collected."""

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from deployments.api.http import build_app
-from deployments.api.observer import Outcome
+from deployments.api.observer import EndedCall, Outcome
 from deployments.api.text import TextCodec
 from deployments.messages import DrawnToken, Draws, FinishReason, GenerateRequest, ModelInfo, TokenOutput
 from deployments.receipts import Receipt
@@ -98,6 +98,7 @@ class FakeBackend:
     calls: list[tuple[tuple[GenerateRequest, ...], bytes]] = field(default_factory=list)
     tickets: list[FakeTicket] = field(default_factory=list)
     requests: list[GenerateRequest] = field(default_factory=list)
+    on_told: Callable[[Callable[[Receipt], None]], None] = lambda _: None
     running: set[str] = field(default_factory=set)
     num_outputs: Counter[str] = field(default_factory=Counter)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
@@ -114,10 +115,13 @@ class FakeBackend:
         request: GenerateRequest,
         on_overflow: Callable[[], None] = lambda: None,
         on_receipt: Callable[[Receipt], None] | None = None,
+        *,
+        holds_last: bool = True,
     ) -> AsyncGenerator[TokenOutput, None]:
         self.requests.append(request)
         if on_receipt is not None:
             on_receipt(self.receipt)
+            self.on_told(on_receipt)
         self.running.add(request.request_id)
         await self._tell()
         try:
@@ -199,6 +203,8 @@ class Recorder:
     first_s: list[float] = field(default_factory=list)
     gaps: list[tuple[float, int]] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
+    ended: list[EndedCall] = field(default_factory=list)
+    wants_receipts: bool = False
     has_started: asyncio.Event = field(default_factory=asyncio.Event)
     has_finished: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -218,6 +224,9 @@ class Recorder:
     def request_finished(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
         self.has_finished.set()
+
+    def call_ended(self, call: EndedCall) -> None:
+        self.ended.append(call)
 
 
 def client_at(url: str = "", **settings: Any) -> httpx.AsyncClient:

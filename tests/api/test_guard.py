@@ -28,6 +28,7 @@ from tests.api.fakes import (
     playing,
     serving,
 )
+from tests.call_lines import kept_lines, logging_observer
 
 LENGTH = FinishReason.LENGTH
 RESPONSES = "/v1/responses"
@@ -284,14 +285,17 @@ async def test_the_log_names_whose_key_it_was_and_never_the_key(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     backend = playing(RuntimeError("broken"))
-    async with client_for(keys, backend) as client:
-        await complete(client, ALICE)
-        await complete(client, "sk-wrong-0123456789")
-        for _ in range(5):
-            await complete(client, BOB)
-    assert "key 'alice'" in caplog.text
+    app = build_app(backend, build_codec(), INFO, keys=keys, observer=logging_observer())
+    with kept_lines() as kept:
+        async with client_of(app) as client:
+            await complete(client, ALICE)
+            await complete(client, "sk-wrong-0123456789")
+            for _ in range(5):
+                await complete(client, BOB)
+    lines = [record.getMessage() for record in kept]
+    assert " key=alice " in lines[0] and " key=bob " in lines[1]
     for key in (ALICE, BOB, "sk-wrong-0123456789"):
-        assert key not in caplog.text
+        assert key not in caplog.text + repr(lines)
     assert ALICE not in repr(backend.calls) + repr(vars(keys))
 
 

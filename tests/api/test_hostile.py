@@ -28,6 +28,7 @@ from tests.api.fakes import (
     playing,
     serving,
 )
+from tests.call_lines import kept_lines, logging_observer
 from tests.waiting import PATIENCE_S, until
 
 LENGTH = FinishReason.LENGTH
@@ -224,11 +225,12 @@ async def test_no_log_holds_what_a_caller_wrote(
     assert SECRET not in caplog.text
 
 
-async def test_what_a_caller_says_of_itself_cannot_forge_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    async with client_of(build_app(playing("a", LENGTH), build_codec(), INFO)) as client:
-        await client.post(COMPLETIONS, json=body_of(COMPLETIONS, user="eve\nINFO forged"))
-        await client.post(COMPLETIONS, json=body_of(COMPLETIONS), headers={"x-request-id": "a\tb forged"})
-    ours = [record.getMessage() for record in caplog.records if record.name.startswith("deployments")]
-    assert len(ours) == 2
-    assert not [line for line in ours if "\n" in line or "\t" in line]
+async def test_what_a_caller_says_of_itself_cannot_forge_a_line_of_the_log() -> None:
+    app = build_app(playing("a", LENGTH), build_codec(), INFO, observer=logging_observer())
+    with kept_lines() as kept:
+        async with client_of(app) as client:
+            await client.post(COMPLETIONS, json=body_of(COMPLETIONS, user="eve\nINFO forged"))
+            await client.post(COMPLETIONS, json=body_of(COMPLETIONS), headers={"x-request-id": "a\tb forged"})
+        await until(lambda: len(kept) == 2)
+    lines = [record.getMessage() for record in kept]
+    assert not [line for line in lines if "\n" in line or "\t" in line]

@@ -36,6 +36,8 @@ from tests.api.fakes import (
     playing,
     post,
 )
+from tests.call_lines import kept_lines, logging_observer
+from tests.waiting import until
 
 LENGTH, STOP = FinishReason.LENGTH, FinishReason.STOP
 
@@ -372,10 +374,15 @@ async def test_the_observer_learns_how_a_call_ended(error: Exception, outcome: O
     assert recorder.outcomes == [outcome, outcome]
 
 
-async def test_the_operators_log_names_the_user(caplog: pytest.LogCaptureFixture):
-    caplog.set_level("INFO")
-    answer = await post(playing("a", LENGTH), COMPLETIONS, user="alice")
-    assert any(answer.headers["x-request-id"] in line and "'alice'" in line for line in caplog.messages)
+async def test_the_operators_log_names_the_user():
+    with kept_lines() as kept:
+        async with client_of(
+            build_app(playing("a", LENGTH), build_codec(), INFO, observer=logging_observer())
+        ) as client:
+            answer = await client.post(COMPLETIONS, json=body_of(COMPLETIONS, user="alice"))
+        await until(lambda: kept)
+    (line,) = (record.getMessage() for record in kept)
+    assert f" user=alice request_id={answer.headers['x-request-id']}" in line
 
 
 def test_importing_the_api_loads_nothing_heavy():

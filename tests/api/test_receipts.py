@@ -1,16 +1,30 @@
 """Receipts in answers: in which form they come, and that nobody hears of them who did not ask."""
 
 import json
+from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
 
 from deployments.api.http import build_app
+from deployments.api.observer import Outcome
 from deployments.api.openapi import describe_api
 from deployments.messages import FinishReason
-from deployments.receipts import Attempt, DecodeReceipt, EngineTimes, HandoffReceipt, PrefillReceipt
-from tests.api.fakes import CHAT, COMPLETIONS, INFO, FakeBackend, body_of, build_codec, client_of, events_of, playing
+from deployments.receipts import Attempt, DecodeReceipt, EngineTimes, HandoffReceipt, PrefillReceipt, Receipt
+from tests.api.fakes import (
+    CHAT,
+    COMPLETIONS,
+    INFO,
+    FakeBackend,
+    Recorder,
+    body_of,
+    build_codec,
+    client_of,
+    events_of,
+    playing,
+)
 
 RESPONSES = "/v1/responses"
 SHAPES = {COMPLETIONS: "Completion", CHAT: "ChatCompletion", RESPONSES: "Response"}
@@ -99,3 +113,42 @@ async def test_each_choice_has_its_own() -> None:
 async def test_a_header_that_says_something_else_is_refused() -> None:
     answer = await ask(CHAT, {"x-kvrelay-receipt": "yes"})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "x-kvrelay-receipt"
+
+
+async def test_the_log_is_told_of_a_call_whose_caller_did_not_ask() -> None:
+    observer = Recorder(wants_receipts=True)
+    headers = {"x-request-id": "mine"}
+    async with client_of(build_app(saying(), build_codec(), INFO, observer=observer)) as client:
+        answer = await client.post(CHAT, json=body_of(CHAT, user="u", metadata={"team": "a"}), headers=headers)
+    assert "receipt" not in answer.json()
+    (ended,) = observer.ended
+    assert (ended.path, ended.outcome, ended.status, ended.request_id) == (CHAT, Outcome.OK, HTTPStatus.OK, "mine")
+    assert (ended.user, ended.labels) == ("u", {"metadata": {"team": "a"}})
+    usage = answer.json()["usage"]
+    assert (ended.num_prompt_tokens, ended.num_generated_tokens) == (usage["prompt_tokens"], usage["completion_tokens"])
+    assert ended.ttft_s is not None and 0 < ended.ttft_s <= ended.seconds
+    assert ended.receipt is not None
+    check(ended.receipt)
+
+
+async def test_the_log_waits_for_what_a_replica_says_behind_the_last_token() -> None:
+    backend, observer = saying(), Recorder(wants_receipts=True)
+    whole, backend.receipt = backend.receipt, backend.receipt[:1]
+    told: list[Callable[[Receipt], None]] = []
+    backend.on_told = told.append
+    async with client_of(build_app(backend, build_codec(), INFO, observer=observer)) as client:
+        await client.post(CHAT, json=body_of(CHAT))
+        assert observer.outcomes == [Outcome.OK] and observer.ended == []
+        told[0](whole)
+    (ended,) = observer.ended
+    assert ended.receipt is not None
+    check(ended.receipt)
+
+
+async def test_the_log_is_told_of_calls_that_never_came_to_the_pools() -> None:
+    observer = Recorder(wants_receipts=True)
+    async with client_of(build_app(saying(), build_codec(), INFO, observer=observer)) as client:
+        await client.post(CHAT, json=body_of(CHAT, max_tokens=-1))
+    (ended,) = observer.ended
+    assert (ended.outcome, ended.status, ended.receipt) == (Outcome.INVALID, HTTPStatus.BAD_REQUEST, None)
+    assert (ended.num_prompt_tokens, ended.num_generated_tokens, ended.ttft_s) == (0, 0, None)

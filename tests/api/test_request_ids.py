@@ -7,7 +7,8 @@ import pytest
 from deployments.api.http import build_app
 from deployments.messages import FinishReason
 from tests.api.fakes import INFO, Recorder, build_codec, client_of, playing, serving
-from tests.waiting import PATIENCE_S
+from tests.call_lines import kept_lines, logging_observer
+from tests.waiting import PATIENCE_S, until
 
 BODY = {"model": INFO.name, "prompt": "abc"}
 
@@ -38,17 +39,20 @@ async def test_a_server_that_sends_the_id_sends_it_alone() -> None:
         assert "x-request-id" not in (await client.post("/v1/completions", json=BODY)).headers
 
 
-async def test_two_calls_of_one_id_are_told_apart_and_both_logged_by_it(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
+async def test_two_calls_of_one_id_are_told_apart_and_both_logged_by_it() -> None:
     backend = playing("a", FinishReason.LENGTH)
-    async with client_of(build_app(backend, build_codec(), INFO)) as client:
-        ids = [
-            (await client.post("/v1/completions", json=BODY, headers={"x-request-id": "mine"})).json()["id"]
-            for _ in range(2)
-        ]
+    app = build_app(backend, build_codec(), INFO, observer=logging_observer())
+    with kept_lines() as kept:
+        async with client_of(app) as client:
+            ids = [
+                (await client.post("/v1/completions", json=BODY, headers={"x-request-id": "mine"})).json()["id"]
+                for _ in range(2)
+            ]
+        await until(lambda: len(kept) == 2)
     assert ids[0] != ids[1]
     assert {request.request_id.rpartition("-")[0] for request in backend.requests} == set(ids)
-    assert all(any(one in line and "X-Request-Id mine" in line for line in caplog.messages) for one in ids)
+    lines = [record.getMessage() for record in kept]
+    assert all(f"call={one} " in line and "request_id=mine" in line for one, line in zip(ids, lines, strict=True))
 
 
 async def test_a_body_that_does_not_end_in_time_is_refused() -> None:

@@ -33,7 +33,12 @@ class Fountain:
         return FakeTicket()
 
     def generate(
-        self, request: GenerateRequest, on_overflow: Callable[[], None], on_receipt: Any = None
+        self,
+        request: GenerateRequest,
+        on_overflow: Callable[[], None],
+        on_receipt: Any = None,
+        *,
+        holds_last: bool = True,
     ) -> TokenStream:
         def overflow() -> None:
             self.overflowed.add(request.request_id)

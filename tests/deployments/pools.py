@@ -12,10 +12,10 @@ from deployments.decode import Decode
 from deployments.engine.engine import Engine
 from deployments.engine_client import EngineClient
 from deployments.front import EngineFront
-from deployments.ingress import PoolBackend
 from deployments.load.admission import Admission, Bounds
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import GenerateRequest, TokenOutput
+from deployments.pool_backend import PoolBackend
 from deployments.prefill import Prefill
 from deployments.routing.crossover import Crossover, Goals
 from deployments.routing.pools import PoolRouters

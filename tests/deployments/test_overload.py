@@ -6,7 +6,7 @@ import time
 import pytest
 from ray.serve.exceptions import BackPressureError
 
-from deployments import ingress
+from deployments import pool_backend
 from deployments.engine.stats import EngineStats
 from deployments.errors import OverloadedError
 from deployments.load.admission import Admission, Bounds
@@ -71,7 +71,7 @@ async def test_what_a_neighbour_has_given_up_since_the_last_reading_refuses_nobo
     pools.backend.take(Reading.of(said, time.monotonic() - 0.5))
     with pytest.raises(OverloadedError, match="at most 8000 prompt tokens may wait"):
         await pools.backend.admit([request], b"")  # nobody reads
-    monkeypatch.setattr(ingress, "_REFRESH_TIMEOUT_S", PATIENCE_S)
+    monkeypatch.setattr(pool_backend, "_REFRESH_TIMEOUT_S", PATIENCE_S)
     watch = asyncio.create_task(pools.backend.watch.run())
     (await pools.backend.admit([request], b"")).close()
     watch.cancel()

@@ -1,5 +1,6 @@
 """What a receipt says of real engines: its times fit into those that the ingress sees, and name who served."""
 
+import asyncio
 import time
 from contextlib import aclosing
 
@@ -12,6 +13,7 @@ from deployments.receipts import Receipt
 from tests.deployments.conftest import StartPools
 from tests.deployments.pools import NUM_TOKENS, PATIENCE_S, PROMPT, Pools
 from tests.engine.driving import greedy
+from tests.waiting import until
 
 # Durations are differences of floats.
 TINY_S = 1e-6
@@ -83,3 +85,19 @@ async def test_a_resumed_request_lists_its_attempts(start: StartPools) -> None:
     assert lost.error and lost.decode is None and lost.num_tokens > 0 and lost.first_token_s is not None
     assert served.decode is not None and served.replica == "d1" and not served.error
     assert lost.num_tokens + served.num_tokens == NUM_TOKENS == sum(len(output.token_ids) for output in outputs)
+
+
+async def test_a_receipt_that_holds_nothing_back_is_whole_a_moment_later(start: StartPools) -> None:
+    pools = await start(min_tokens=16)
+    told: list[Receipt] = []
+    request = greedy("r1", PROMPT, NUM_TOKENS)
+    async with aclosing(pools.backend.generate(request, lambda: None, told.append, holds_last=False)) as stream:
+        outputs = [output async for output in stream]
+    assert sum(len(output.token_ids) for output in outputs) == NUM_TOKENS
+    await until(lambda: told[-1][-1].decode is not None)
+    (attempt,) = told[-1]
+    assert attempt.decode is not None and attempt.decode.times is not None and len(attempt.decode.prefills) == 1
+    assert (attempt.num_tokens, attempt.error) == (NUM_TOKENS, "")
+    await until(
+        lambda: all(task is asyncio.current_task() or "serve" not in repr(task) for task in asyncio.all_tasks())
+    )

@@ -1,13 +1,16 @@
 """What a client can rely on beside the tokens: OpenAI's client, health, metrics, errors, and that leaving frees."""
 
 import json
+import re
 from contextlib import closing
 from http.client import HTTPConnection
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from ray.serve._private.logging_utils import get_serve_logs_dir
 
 from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL_NAME, Service
 from tests.e2e.waiting import idle, wait_idle
@@ -110,6 +113,27 @@ def test_health_and_metrics_cover_both_pools(disaggregated: Service, client: htt
     assert "kvrelay_ttft_seconds_count" in text
     assert "kvrelay_itl_seconds_count" in text
     assert 'kvrelay_estimated_wait_seconds{pool="prefill"}' in text
+
+
+def test_the_log_has_a_line_for_each_call_and_none_for_what_the_service_asks_itself(
+    service: Service, client: httpx.Client
+) -> None:
+    body = {"model": MODEL_NAME, "prompt": list(range(5000, 5200)), "max_tokens": 4}
+    name = client.post(f"{service.url}/v1/completions", json=body).json()["id"]
+
+    def lines() -> str:
+        return "\n".join(
+            path.read_text()
+            for path in Path(get_serve_logs_dir()).glob(f"replica_{service.name or service.mode}_*.log")
+        )
+
+    (line,) = wait_until(lambda: re.findall(rf"^.*call={name} .*$", lines(), re.MULTILINE))
+    figures = dict(re.findall(r"(\w+)=(\S+)", line))
+    assert (figures["prompt_tokens"], figures["generated_tokens"], figures["status"]) == ("200", "4", "200")
+    assert float(figures["ttft_s"]) <= float(figures["seconds"])
+    assert ("prefill" in figures, "handoff_bytes" in figures) == (service.mode == "disaggregated",) * 2
+    # Its ingress asks for numbers each second.
+    assert " CALL " not in lines()
 
 
 def test_admission_learns_the_speed_of_prompts(service: Service, client: httpx.Client) -> None:

@@ -1,21 +1,21 @@
 """One id for a request: for HAProxy, Serve, the API and its logs."""
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 
 from app.haproxy import _REQUEST_ID
 from deployments.api.asgi import REQUEST_ID
 from deployments.messages import FinishReason
-from tests.api.fakes import INFO, Recorder, playing
+from tests.api.fakes import INFO, playing
+from tests.call_lines import kept_lines, logging_observer
 from tests.haproxy.proxied import (
     SOON_S,
     api,
     proxied,
 )
+from tests.waiting import until
 
 
 def test_the_proxy_and_the_api_allow_the_same_request_ids() -> None:
@@ -46,16 +46,15 @@ async def test_every_answer_has_one_request_id_and_it_is_the_callers_if_that_is_
                 assert REQUEST_ID.fullmatch(request_id)
 
 
-async def test_the_logs_name_a_request_as_the_answer_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    recorder = Recorder()
-    app = api(playing("a", FinishReason.LENGTH), observer=recorder)
-    async with proxied(app, tmp_path) as proxy, httpx.AsyncClient(timeout=SOON_S) as client:
-        body = {"model": INFO.name, "prompt": "abc"}
-        for headers in ({}, {"x-request-id": "mine"}):
-            answer = await client.post(f"{proxy.url}/v1/completions", json=body, headers=headers)
-            name = f"X-Request-Id {answer.headers['x-request-id']}"
-            async with asyncio.timeout(SOON_S):
-                await recorder.has_finished.wait()  # and in the same turn of the loop it is logged
-            recorder.has_finished.clear()
-            assert any(answer.json()["id"] in line and name in line for line in caplog.messages)
+async def test_the_logs_name_a_request_as_the_answer_does(tmp_path: Path) -> None:
+    app = api(playing("a", FinishReason.LENGTH), observer=logging_observer())
+    with kept_lines() as kept:
+        async with proxied(app, tmp_path) as proxy, httpx.AsyncClient(timeout=SOON_S) as client:
+            body = {"model": INFO.name, "prompt": "abc"}
+            for headers in ({}, {"x-request-id": "mine"}):
+                kept.clear()
+                answer = await client.post(f"{proxy.url}/v1/completions", json=body, headers=headers)
+                await until(lambda: kept)
+                line = kept[0].getMessage()
+                assert line.startswith(f"call={answer.json()['id']} ")
+                assert line.endswith(f" request_id={answer.headers['x-request-id']}")

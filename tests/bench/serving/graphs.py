@@ -109,7 +109,12 @@ class OrdinaryBackend:
         return Admission(Bounds(1.0, 2**30, None)).admit([1], requests[0].priority, key)  # everybody
 
     async def generate(
-        self, request: GenerateRequest, on_overflow: Callable[[], None], on_receipt: Any = None
+        self,
+        request: GenerateRequest,
+        on_overflow: Callable[[], None],
+        on_receipt: Any = None,
+        *,
+        holds_last: bool = True,
     ) -> AsyncGenerator[TokenOutput, None]:
         async for output in self._decode.options(stream=True).generate.remote(request):
             yield output

@@ -1,0 +1,151 @@
+"""What the API asks of the pools behind it, done by deployments of Ray Serve. Lives in the ingress.
+
+Knows the pools by their handles: one call per request, which lasts as long as the request does. Its tokens come from
+the engines directly, to the `TokenReceiver` of this replica.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from deployments.api.observer import EndedCall
+from deployments.decode_client import DecodeClient
+from deployments.load.admission import Admission, Ticket
+from deployments.load.pool_health import PoolHealth
+from deployments.load.pool_watch import PoolWatch
+from deployments.load.reading import DECODE, PREFILL, Reading
+from deployments.messages import GenerateRequest
+from deployments.ray_errors import as_ours
+from deployments.receipt_log import ReceiptLog, ReceiptStream
+from deployments.receipts import Receipt
+from deployments.replica_stats import Positions, ReplicaStats
+from deployments.routing.pools import PoolRouters
+from deployments.telemetry.client_metrics import AdmissionMetrics, ClientMetrics, RoutingMetrics
+from deployments.telemetry.pool_metrics import render
+from deployments.tokens.receiver import TokenReceiver, TokenStream
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+_STATS_TIMEOUT_S = 10.0
+# A call that is in doubt waits no longer for a fresh reading; an engine answers between two of its steps.
+_REFRESH_TIMEOUT_S = 0.5
+
+
+class PoolBackend:
+    """What the API needs, done by the pools.
+
+    Args:
+        decode: handle of the decode deployment.
+        prefill: handle of the prefill deployment; None: colocated.
+        tokens: where the engines send the tokens of this replica's requests.
+        admission: lets calls in.
+        routers: choose the replicas.
+        resume_timeout_s: see `DecodeClient`.
+        followers: told of each call that is over.
+    """
+
+    def __init__(
+        self,
+        decode: "DeploymentHandle[Any]",
+        prefill: "DeploymentHandle[Any] | None",
+        tokens: TokenReceiver,
+        admission: Admission,
+        routers: PoolRouters,
+        resume_timeout_s: float,
+        followers: Sequence[Callable[[EndedCall], None]] = (),
+    ) -> None:
+        self._pools = {DECODE: decode} if prefill is None else {PREFILL: prefill, DECODE: decode}
+        self.pool_health = PoolHealth({name: partial(_be_ready, handle) for name, handle in self._pools.items()})
+        self._tokens = tokens
+        self._admission = admission
+        self._routers = routers
+        self.watch = PoolWatch(self.read_pools, self.take)
+        self.clients = ClientMetrics(followers)
+        self._decode = DecodeClient(decode, tokens, resume_timeout_s, self.clients.request_resumed, routers)
+        self.clients.registry.register(AdmissionMetrics(admission))
+        self.clients.registry.register(RoutingMetrics(routers))
+
+    async def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
+        """Let a call in; see `Admission.admit`. Before others' requests have it refused, the pools are read anew."""
+        sizes, priority = _sizes(requests), requests[0].priority
+        if self._admission.is_in_doubt(sizes, priority, key):
+            await self.watch.refresh(_REFRESH_TIMEOUT_S)
+        return self._admission.admit(sizes, priority, key)
+
+    def generate(
+        self,
+        request: GenerateRequest,
+        on_overflow: Callable[[], None],
+        on_receipt: Callable[[Receipt], None] | None = None,
+        *,
+        holds_last: bool = True,
+    ) -> "TokenStream | ReceiptStream":
+        """Tokens of a request; closing the stream ends the request on every pool."""
+        log = None if on_receipt is None else ReceiptLog(on_receipt)
+
+        def overflow() -> None:
+            serving.cancel()
+            on_overflow()
+
+        def close(stream: TokenStream) -> None:
+            if log is not None and stream.has_finished:
+                log.end_when_settled(serving)
+            else:
+                serving.cancel()
+
+        stream = self._tokens.open(request.request_id, overflow, close)
+        asked = request if log is None else replace(request, wants_receipt=True)
+        serving = asyncio.create_task(self._decode.serve(asked, stream, log))
+        return ReceiptStream(stream, log) if log is not None and holds_last else stream
+
+    async def health(self) -> tuple[bool, str]:
+        """Whether every pool can serve, and if not, which one cannot; see `PoolHealth`."""
+        return self.pool_health.state()
+
+    @property
+    def num_refused(self) -> int:
+        """Calls that were not let in."""
+        return self._admission.refusals.total()
+
+    async def metrics(self) -> bytes:
+        return render(await self._read_pools(dict.fromkeys(self._pools)), self.clients)
+
+    async def read_pools(self) -> dict[str, list[ReplicaStats]]:
+        """The numbers of every replica, by the name of its pool, and what its cache has to tell the routers."""
+        return await self._read_pools({name: self._routers.positions(name) for name in self._pools})
+
+    def take(self, reading: Reading) -> None:
+        """Whoever decides by it is told of a reading."""
+        self._admission.update(reading)
+        self._routers.update(reading)
+
+    async def _read_pools(self, read: Mapping[str, Positions | None]) -> dict[str, list[ReplicaStats]]:
+        # A failure waits for the other pool's answer, so that whoever asks again has asked once at a time.
+        asked = [self._stats(handle, read[name]) for name, handle in self._pools.items()]
+        readings = await asyncio.gather(*asked, return_exceptions=True)
+        pools: dict[str, list[ReplicaStats]] = {}
+        for name, reading in zip(self._pools, readings, strict=True):
+            if isinstance(reading, BaseException):
+                raise reading
+            pools[name] = reading
+        return pools
+
+    async def _stats(self, handle: "DeploymentHandle[Any]", read: Positions | None) -> list[ReplicaStats]:
+        stats: list[ReplicaStats] = await handle.broadcast("stats", read).results_async(timeout_s=_STATS_TIMEOUT_S)
+        return stats
+
+
+def _sizes(requests: Sequence[GenerateRequest]) -> list[int]:
+    """Tokens of each prompt that are to be computed; one that is sampled again finds what its first sample left."""
+    prompts = [request.prompt_token_ids for request in requests]
+    return [1 if n and prompt is prompts[n - 1] else len(prompt) for n, prompt in enumerate(prompts)]
+
+
+async def _be_ready(handle: "DeploymentHandle[Any]") -> None:
+    try:
+        await handle.ready.remote()
+    except Exception as error:
+        raise as_ours(error) from error

@@ -1,0 +1,101 @@
+"""The line of a call: its figures and names, as text that can be split and as fields; nothing that was said."""
+
+import json
+from dataclasses import replace
+from http import HTTPStatus
+
+import pytest
+
+from deployments.api.observer import EndedCall, Outcome
+from deployments.api.receipts import CallReceipt
+from deployments.telemetry.request_log import fields_of, log_call
+from tests.call_lines import kept_lines
+
+RECEIPT: CallReceipt = {
+    "ingress_s": 0.00123456,
+    "choices": [
+        {
+            "index": 0,
+            "ttft_s": 0.5,
+            "attempts": [
+                {
+                    "decode": {"replica": "d1", "reason": "load"},
+                    "prefill": [],
+                    "handoff": None,
+                    "first_token_s": None,
+                    "num_tokens": 0,
+                    "error": "EngineDeadError: dead",
+                },
+                {
+                    "decode": {"replica": "d2", "reason": "load", "queued_s": 0.25, "next_token_s": None},
+                    "prefill": [{"replica": "p1", "reason": "cache", "queued_s": 0.125, "computing_s": 0.5}],
+                    "handoff": {"bytes": 4096, "hidden_s": 0.5, "exposed_s": 0.0625},
+                    "first_token_s": 0.75,
+                    "num_tokens": 4,
+                    "error": None,
+                },
+            ],
+        },
+        {"index": 1, "ttft_s": 0.5, "attempts": []},
+    ],
+}
+CALL = EndedCall(
+    call_id="chatcmpl-1",
+    request_id="mine",
+    path="/v1/chat/completions",
+    outcome=Outcome.OK,
+    status=HTTPStatus.OK,
+    began_s=1e9,
+    seconds=1.5,
+    ttft_s=0.5,
+    key="",
+    user=None,
+    labels={},
+    num_prompt_tokens=12,
+    num_cached_tokens=4,
+    num_generated_tokens=3,
+    receipt=RECEIPT,
+)
+
+
+def test_the_line_has_the_figures_of_the_receipt() -> None:
+    assert fields_of(CALL) == {
+        "call": "chatcmpl-1",
+        "path": "/v1/chat/completions",
+        "status": 200,
+        "outcome": "ok",
+        "seconds": 1.5,
+        "ttft_s": 0.5,
+        "prompt_tokens": 12,
+        "cached_tokens": 4,
+        "generated_tokens": 3,
+        "ingress_s": 0.0012,
+        "decode": "d1,d2",
+        "decode_queued_s": 0.25,
+        "prefill": "p1",
+        "prefill_queued_s": 0.125,
+        "prefill_computing_s": 0.5,
+        "handoff_bytes": 4096,
+        "hidden_s": 0.5,
+        "exposed_s": 0.0625,
+        "resumed": 1,
+        "errors": ["EngineDeadError: dead"],
+        "request_id": "mine",
+    }
+
+
+@pytest.mark.parametrize("user", ["a b", 'say "hi"', "x=1", "line\nbreak", "", "naïve"])
+def test_what_a_caller_says_stays_one_value_of_one_line(user: str) -> None:
+    call = replace(CALL, user=user, key="team", labels={"metadata": {"a": 1}}, receipt=None)
+    with kept_lines() as lines:
+        log_call(call)
+    (record,) = lines
+    line = record.getMessage()
+    assert line.startswith("call=chatcmpl-1 path=/v1/chat/completions status=200 outcome=ok seconds=1.5 ttft_s=0.5 ")
+    assert f" key=team user={user!r} labels=" in line and "\n" not in line
+    assert json.loads(json.dumps(vars(record)["call"])) == fields_of(call)
+
+
+def test_a_call_without_an_answer_says_so_by_leaving_it_out() -> None:
+    gone = replace(CALL, outcome=Outcome.ABORTED, status=None, ttft_s=None, receipt=None)
+    assert not {"status", "ttft_s", "decode"} & fields_of(gone).keys()
