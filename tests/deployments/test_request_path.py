@@ -12,6 +12,7 @@ import pytest
 from deployments.api.http import build_app
 from tests.api import fakes
 from tests.api.fakes import CHAT, body_of, build_codec, client_of
+from tests.call_lines import kept_lines, logging_observer
 from tests.deployments.conftest import StartPools
 from tests.engine.families import VOCAB_SIZE
 from tests.waiting import until
@@ -55,11 +56,13 @@ def profile() -> Iterator[Profile]:
 
 async def test_the_page_names_every_file_that_a_streamed_chat_enters(profile: Profile, start: StartPools) -> None:
     pools = await start()
-    app = build_app(pools.backend, build_codec(), INFO)
-    async with client_of(app) as client:
-        profile.clear()
-        body = body_of(CHAT, messages=[{"role": "user", "content": "abc " * 30}], max_tokens=4, stream=True)
-        answer = await client.post(CHAT, json=body)
+    app = build_app(pools.backend, build_codec(), INFO, observer=logging_observer())
+    with kept_lines() as lines:
+        async with client_of(app) as client:
+            profile.clear()
+            body = body_of(CHAT, messages=[{"role": "user", "content": "abc " * 30}], max_tokens=4, stream=True)
+            answer = await client.post(CHAT, json=body)
+        await until(lambda: lines)  # with which the call is over
         entered = profile.files()
     assert answer.text.endswith("data: [DONE]\n\n")
     await until(lambda: pools.prefill.front.handoff.num_requests == 1)
