@@ -1,7 +1,8 @@
 """Puts together what became of one request that wants a receipt, and has its reader wait for the last of it.
 
-The tokens come from engines, and what a replica says of its work when it is done: the last token waits for that, for a
-moment at most. Lives in the ingress; `decode_client.py` writes, `ingress.py` reads.
+The tokens come from engines, and what a replica says of its work when it is done: where the answer is to hold the
+receipt, the last token waits for that, for a moment at most. Lives in the ingress; `decode_client.py` writes,
+`pool_backend.py` reads.
 """
 
 import asyncio
@@ -11,14 +12,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from deployments.messages import TokenOutput
-from deployments.receipts import Attempt, DecodeReceipt, Receipt
+from deployments.receipts import PATIENCE_S, Attempt, DecodeReceipt, Receipt
 from deployments.routing.pools import RoutedRequest
 from deployments.tokens.receiver import TokenStream
 
 logger = logging.getLogger(__name__)
-
-# Between a request's last token and what its replica says; both are on their way at once.
-_PATIENCE_S = 1.0
 
 
 class ReceiptLog:
@@ -64,15 +62,15 @@ class ReceiptLog:
             serving.cancel()
         else:
             self._on_settled = serving
-            asyncio.get_running_loop().call_later(_PATIENCE_S, serving.cancel)
+            asyncio.get_running_loop().call_later(PATIENCE_S, serving.cancel)
 
     async def settle(self, num_tokens: int) -> None:
         """Wait until all is known; so many tokens have come, and there are no more."""
         try:
-            async with asyncio.timeout(_PATIENCE_S):
+            async with asyncio.timeout(PATIENCE_S):
                 await self._is_settled.wait()
         except TimeoutError:
-            logger.warning("the replica that served a request did not say how within %g s", _PATIENCE_S)
+            logger.warning("the replica that served a request did not say how within %g s", PATIENCE_S)
         self._note(num_tokens=num_tokens - self._num_tokens_before)
 
     def _note(self, **what: object) -> None:

@@ -1,10 +1,13 @@
-"""What became of a request, for a caller who asks: how long it waited, was computed and handed over, and where.
+"""What became of a request, for callers who ask and for the log: how long it waited and was computed, and where.
 
 Plain frozen values. Each part is measured by one clock, that of whoever says it: only durations are told, and nobody
 compares the clocks of two machines. Engines and fronts say their parts, `receipt_log.py` puts them together.
 """
 
 from dataclasses import dataclass
+
+# Waited for what a replica says of a request, once its last token has come: both are on their way at once.
+PATIENCE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)

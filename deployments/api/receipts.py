@@ -1,4 +1,4 @@
-"""Receipts in answers: what became of a call, for a caller who asks. Owns their form; the backend tells the facts."""
+"""What became of a call, for callers who ask and for the log. Owns its form; the backend tells the facts."""
 
 import asyncio
 from collections.abc import Callable
@@ -8,11 +8,9 @@ from typing import NotRequired
 # Before Python 3.12 pydantic describes these alone (openapi.py).
 from typing_extensions import TypedDict
 
-from deployments.receipts import Attempt, EngineTimes, PrefillReceipt, Receipt
+from deployments.receipts import PATIENCE_S, Attempt, EngineTimes, PrefillReceipt, Receipt
 
 HEADER = "x-kvrelay-receipt"
-# Between the end of a call and the last that replicas say of it; what they say is on its way by then.
-PATIENCE_S = 1.0
 
 
 class EngineReceipt(TypedDict):

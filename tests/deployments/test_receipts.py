@@ -23,7 +23,7 @@ TINY_S = 1e-6
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A receipt is waited for longer than a busy machine takes."""
     monkeypatch.setattr(decode, "_PREFILL_RECEIPT_S", PATIENCE_S)
-    monkeypatch.setattr(receipt_log, "_PATIENCE_S", PATIENCE_S)
+    monkeypatch.setattr(receipt_log, "PATIENCE_S", PATIENCE_S)
 
 
 def has_begun(engine: Engine) -> bool:
