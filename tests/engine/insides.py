@@ -20,7 +20,7 @@ from deployments.engine.kv.cache import KVShape
 from deployments.engine.layers import cpu
 from deployments.engine.loop import EngineLoop
 from deployments.engine.scheduling.block_manager import BlockManager
-from deployments.engine.scheduling.scheduler import Scheduler
+from deployments.engine.scheduling.scheduler import Schedule, Scheduler
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.engine.speculation.base import Drafter
 from deployments.engine.speculation.speculator import Speculator
@@ -80,6 +80,19 @@ def guard_steps(engine: Engine, may_step: Callable[[Engine], bool]) -> None:
 
     engine.begin_step = begin_step  # type: ignore[method-assign]
     engine.finish_step = lambda: finish() if is_begun else []  # type: ignore[method-assign]
+
+
+def hold_sequences_at(engine: Engine, num_generated: int) -> None:
+    """Leave each sequence out of steps once so many of its tokens are generated; others go on."""
+    scheduler, schedule = engine._scheduler, engine._scheduler.schedule
+
+    def schedule_others() -> Schedule:
+        for sequence in scheduler.running:
+            if sequence.num_tokens - sequence.num_prompt_tokens >= num_generated:
+                sequence.hold()
+        return schedule()
+
+    scheduler.schedule = schedule_others  # type: ignore[method-assign]
 
 
 def preempt(engine: Engine, sequence: Sequence) -> None:
