@@ -13,14 +13,12 @@ from deployments.engine.loop import EngineLoop
 from deployments.engine.scheduling.positions import FIXED
 from deployments.engine_tier import giving
 from deployments.engine_tier.tier import EngineTier
-from deployments.kv_tier import policy
 from deployments.kv_tier.keys import TierKeys
 from deployments.kv_transfer.layout import KVLayout
 from deployments.messages import EngineEvent, GenerateRequest, TokenOutput, resumed_id
 from tests.engine.driving import BLOCK_SIZE, build_engine, greedy
 from tests.engine.families import load, random_prompt, reference
 from tests.kv_tier.local_tier import LocalStore, LocalTier
-from tests.waiting import PATIENCE_S
 
 PROMPT = random_prompt(100, seed=57)
 OBJECT_BLOCKS = 3
@@ -245,13 +243,6 @@ def test_a_fetch_that_takes_longer_than_computing_is_given_up(tier: LocalTier, m
     tier.goes_on.set()
 
 
-@pytest.fixture
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fetches wait for as long as the test has them wait, however slow the machine is."""
-    monkeypatch.setattr(policy, "_UNMEASURED_PATIENCE_S", PATIENCE_S)
-
-
-@pytest.mark.usefixtures("patience")
 def test_a_request_that_ends_while_it_waits_never_enters(tier: LocalTier, members: list[Member]) -> None:
     tier.is_patient = True
     tier.goes_on.clear()
@@ -265,7 +256,6 @@ def test_a_request_that_ends_while_it_waits_never_enters(tier: LocalTier, member
     assert not end.done()
 
 
-@pytest.mark.usefixtures("patience")
 def test_the_batch_goes_on_while_a_request_waits(tier: LocalTier, members: list[Member]) -> None:
     tier.is_patient = True
     tier.goes_on.clear()
