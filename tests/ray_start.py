@@ -2,6 +2,7 @@
 
 import gc
 import warnings
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -10,11 +11,12 @@ import pytest
 import ray
 from ray._private import services
 
+from app.local import SERVE_SETTINGS, read_settings
 from app.ray_agents import choose_ports
 
 NUM_STARTS = 3
-# Of app/serve.env: what the processes of a node have to start.
-SETTINGS = {"RAY_gcs_server_port_wait_time_s": "120", "RAY_agent_register_timeout_ms": "120000"}
+# What the processes of a node have to start.
+SETTINGS = ("RAY_gcs_server_port_wait_time_s", "RAY_agent_register_timeout_ms")
 
 
 def start_ray(**options: Any) -> None:
@@ -27,8 +29,7 @@ def start_ray(**options: Any) -> None:
         warnings.simplefilter("ignore", ResourceWarning)
         patch.setattr(services, "start_raylet", services.start_raylet)  # and as it was afterwards
         choose_ports()
-        for name, value in SETTINGS.items():
-            patch.setenv(name, value)
+        set_as_make_serve(patch, SETTINGS)
         for number in range(NUM_STARTS):
             before = set(psutil.Process().children(recursive=True))
             try:
@@ -40,6 +41,13 @@ def start_ray(**options: Any) -> None:
                 ray.shutdown()
                 end(set(psutil.Process().children(recursive=True)) - before)
             gc.collect()
+
+
+def set_as_make_serve(patch: pytest.MonkeyPatch, names: Iterable[str]) -> None:
+    """Give variables of the environment the values of `app/serve.env`."""
+    settings = read_settings(SERVE_SETTINGS)
+    for name in names:
+        patch.setenv(name, settings[name])
 
 
 def end(processes: set[psutil.Process]) -> None:

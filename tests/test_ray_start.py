@@ -1,5 +1,6 @@
 """A Ray that does not come up is started again. No Ray runs."""
 
+import os
 import subprocess
 
 import psutil
@@ -8,7 +9,7 @@ import ray
 from ray._private import services
 
 from tests.local.commands import is_alive
-from tests.ray_start import start_ray
+from tests.ray_start import SETTINGS, start_ray
 
 
 def test_what_a_start_that_failed_has_left_is_ended_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,6 +17,7 @@ def test_what_a_start_that_failed_has_left_is_ended_before_the_next(monkeypatch:
 
     def init(**options: object) -> None:
         assert options["num_cpus"] == 8
+        assert [os.environ[name] for name in SETTINGS] == ["120", "120000"]
         if left:
             assert not is_alive(left[0])
             return

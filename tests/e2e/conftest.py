@@ -31,7 +31,7 @@ from deployments.replica_stats import ReplicaStats
 from tests.api.fakes import build_tokenizer
 from tests.bench.chaos import scaling
 from tests.engine.families import build_model
-from tests.ray_start import start_ray
+from tests.ray_start import set_as_make_serve, start_ray
 from tests.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 MODEL_NAME = "smollm2"
 MODES = ("disaggregated", "colocated")
-# Two of app/serve.env. By default Serve's controller looks at its replicas ten times a second, for 6 % of a core, and
-# its proxy has 15 s to start, which is little on a busy machine.
-SERVE_SETTINGS = {"RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20"}
+# By default Serve's controller looks at its replicas ten times a second, for 6 % of a core, and its proxy has 15 s to
+# start, which is little on a busy machine.
+SERVE_SETTINGS = ("RAY_SERVE_CONTROL_LOOP_INTERVAL_S", "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S")
 MAX_TOKENS = 16
 # And not what is free just now of a machine that others use, too.
 NUM_BLOCKS = 1024
@@ -139,8 +139,7 @@ class Service:
 @pytest.fixture(scope="package")  # not longer: other tests start a Ray of their own in this process
 def services() -> Iterator[dict[str, Service]]:
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in SERVE_SETTINGS.items():
-            patch.setenv(name, value)
+        set_as_make_serve(patch, SERVE_SETTINGS)
         start_ray(num_cpus=8)
     try:
         (port,) = free_ports(1)  # not before: Ray takes many while it starts
