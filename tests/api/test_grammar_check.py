@@ -16,8 +16,8 @@ from deployments.api.text import TextCodec
 from deployments.errors import InvalidRequestError, OverloadedError
 from deployments.messages import FinishReason, Grammar, ModelInfo
 from tests.api.fakes import CHAT, END_ID, body_of, build_tokenizer, playing, serving
+from tests.waiting import PATIENCE_S
 
-PATIENCE_S = 60.0
 # Within it a busy machine has begun to compile.
 TIMEOUT_S = 1.0
 INFO = ModelInfo("fake/model", "", max_model_len=4096, vocab_size=257, eos_token_ids=(END_ID,))

@@ -24,14 +24,12 @@ from deployments.tokens.receiver import TokenReceiver, TokenStream
 from tests.deployments.faulty_engine import FaultyEngine
 from tests.engine.families import random_prompt
 from tests.kv_tier.local_tier import LocalTier
+from tests.waiting import PATIENCE_S
 
 PROMPT = random_prompt(150, seed=3)
 NUM_TOKENS = 12
 # So many that a test can look while they are generated.
 MANY_TOKENS = 200
-
-# What a machine that is busy for a while does not exceed; a test of a bound has one of its own.
-PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,10 @@ from deployments.replica_stats import HandoffStats, ReplicaStats
 from deployments.telemetry.client_metrics import AdmissionMetrics, ClientMetrics
 from deployments.telemetry.pool_metrics import render
 from tests.deployments.conftest import StartPools
-from tests.deployments.pools import PATIENCE_S, Pools
+from tests.deployments.pools import Pools
 from tests.engine.driving import greedy
 from tests.engine.families import random_prompt
+from tests.waiting import PATIENCE_S
 
 
 def test_a_limit_of_serve_is_an_overload_with_its_numbers() -> None:

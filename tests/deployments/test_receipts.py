@@ -11,9 +11,9 @@ from deployments.engine.engine import Engine
 from deployments.messages import TokenOutput
 from deployments.receipts import Receipt
 from tests.deployments.conftest import StartPools
-from tests.deployments.pools import NUM_TOKENS, PATIENCE_S, PROMPT, Pools
+from tests.deployments.pools import NUM_TOKENS, PROMPT, Pools
 from tests.engine.driving import greedy
-from tests.waiting import until
+from tests.waiting import PATIENCE_S, until
 
 # Durations are differences of floats.
 TINY_S = 1e-6

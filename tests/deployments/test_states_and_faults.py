@@ -19,12 +19,11 @@ from tests.deployments.faulty_engine import HeldClock
 from tests.deployments.pools import MANY_TOKENS, NUM_TOKENS, PROMPT, Pools, is_decoding, tokens_of
 from tests.engine.driving import greedy
 from tests.engine.families import random_prompt, reference
+from tests.waiting import PATIENCE_S
 
 LEASE_S = 0.4
 # The occupant's 900 tokens take half a minute: it has its seat for as long as the request is brought to its state.
 OCCUPANT_STEP_S = 0.03
-# What is held for ever is held for longer than this; how soon it is free is for benchmarks.
-PATIENCE_S = 60.0
 
 
 class Case:

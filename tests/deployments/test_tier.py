@@ -16,12 +16,12 @@ from tests.deployments.pools import NUM_TOKENS, PROMPT, Pools, tokens_of
 from tests.engine.driving import BLOCK_SIZE, greedy
 from tests.engine.families import random_prompt, reference
 from tests.kv_tier.local_tier import LocalTier
+from tests.waiting import PATIENCE_S
 
 OBJECT_TOKENS = OBJECT_BLOCKS * BLOCK_SIZE
 NUM_OBJECTS = (len(PROMPT) - 1) // OBJECT_TOKENS
 ALL = NUM_OBJECTS * OBJECT_TOKENS
 SHORT = random_prompt(20, seed=8)  # too short for the tier
-PATIENCE_S = 60.0
 
 
 @pytest_asyncio.fixture

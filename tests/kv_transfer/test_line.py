@@ -8,10 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from deployments.kv_transfer.line import Line, LineHost, call
+from tests.waiting import PATIENCE_S
 
 HOST = "127.0.0.1"
-# For what must happen, also on a busy machine.
-PATIENCE_S = 60.0
 
 
 @pytest.fixture

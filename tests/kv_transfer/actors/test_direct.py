@@ -14,7 +14,7 @@ import ray
 from deployments.errors import LayoutMismatchError, TransferError
 from deployments.kv_transfer.base import TransferConfig
 from deployments.messages import ChunkReady, DrawnToken
-from tests.kv_transfer.engines import EARLY, LAYOUT, FakeEngine
+from tests.kv_transfer.engines import EARLY, LAYOUT, PATIENCE_S, FakeEngine
 from tests.waiting import stop_process, wait_until
 
 # What a machine that is busy for a while does not exceed.
@@ -23,8 +23,6 @@ CONFIG = TransferConfig(
 )
 # Of engines whose peers hang.
 IMPATIENT = replace(CONFIG, transfer_timeout_s=8, doubt_after_s=4)
-# What never happens takes longer than this; how soon the rest happens is for benchmarks.
-PATIENCE_S = 120.0
 TIMED_OUT = "not done after"
 BIG = 4000  # blocks: 250 MiB
 ARENA_BLOCKS = 256
