@@ -37,6 +37,7 @@ from deployments.routing.crossover import Crossover
 from deployments.routing.pools import PoolRouters
 from deployments.routing.settings import RoutingSettings
 from deployments.serve_state import http_host, is_loopback, num_replicas
+from deployments.telemetry.client_metrics import ClientMetrics
 from deployments.telemetry.request_log import log_call
 from deployments.tokens.receiver import TokenReceiver
 
@@ -123,8 +124,10 @@ class Ingress:
         tokens = await TokenReceiver.start(ray.util.get_node_ip_address(), settings.max_unread_tokens)
         routers = PoolRouters(settings.routing, settings.crossover, engine.positions)
         admission = Admission(settings.bounds, is_remote=routers.is_remote)
-        followers = [log_call] if settings.logs_requests else []
-        self._backend = PoolBackend(decode, prefill, tokens, admission, routers, settings.resume_timeout_s, followers)
+        self._clients = ClientMetrics([log_call] if settings.logs_requests else [])
+        self._backend = PoolBackend(
+            decode, prefill, tokens, admission, routers, settings.resume_timeout_s, self._clients
+        )
         self._watch = asyncio.create_task(self._backend.watch.run())
         self._health_watch = asyncio.create_task(self._backend.pool_health.watch())
         # What is loaded by now stays. To look through it for garbage takes 0.3 s (450,000 objects, 2 busy cores of a
@@ -153,7 +156,7 @@ class Ingress:
             self._backend,
             self._codec,
             self._info,
-            observer=self._backend.clients,
+            observer=self._clients,
             max_body_bytes=self._settings.max_request_bytes,
             server_sends_ids=True,
             keys=self._keys,

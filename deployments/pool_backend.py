@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from deployments.api.observer import EndedCall
 from deployments.decode_client import DecodeClient
 from deployments.load.admission import Admission, Ticket
 from deployments.load.pool_health import PoolHealth
@@ -44,7 +43,7 @@ class PoolBackend:
         admission: lets calls in.
         routers: choose the replicas.
         resume_timeout_s: see `DecodeClient`.
-        followers: told of each call that is over.
+        clients: metrics of this replica, to which those of its admission and routing are added.
     """
 
     def __init__(
@@ -55,7 +54,7 @@ class PoolBackend:
         admission: Admission,
         routers: PoolRouters,
         resume_timeout_s: float,
-        followers: Sequence[Callable[[EndedCall], None]] = (),
+        clients: ClientMetrics,
     ) -> None:
         self._pools = {DECODE: decode} if prefill is None else {PREFILL: prefill, DECODE: decode}
         self.pool_health = PoolHealth({name: partial(_be_ready, handle) for name, handle in self._pools.items()})
@@ -63,7 +62,7 @@ class PoolBackend:
         self._admission = admission
         self._routers = routers
         self.watch = PoolWatch(self.read_pools, self.take)
-        self.clients = ClientMetrics(followers)
+        self.clients = clients
         self._decode = DecodeClient(decode, tokens, resume_timeout_s, self.clients.request_resumed, routers)
         self.clients.registry.register(AdmissionMetrics(admission))
         self.clients.registry.register(RoutingMetrics(routers))

@@ -20,6 +20,7 @@ from deployments.prefill import Prefill
 from deployments.routing.crossover import Crossover, Goals
 from deployments.routing.pools import PoolRouters
 from deployments.routing.settings import RoutingSettings
+from deployments.telemetry.client_metrics import ClientMetrics
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 from tests.deployments.faulty_engine import FaultyEngine
 from tests.engine.families import random_prompt
@@ -159,7 +160,13 @@ class Pools:
         def start_ingress() -> None:
             pools.routers = PoolRouters(routing or RoutingSettings(), crossover)
             pools.backend = PoolBackend(
-                decode_handle, prefill_handle, pools.tokens, Admission(bounds), pools.routers, resume_timeout_s
+                decode_handle,
+                prefill_handle,
+                pools.tokens,
+                Admission(bounds),
+                pools.routers,
+                resume_timeout_s,
+                ClientMetrics(),
             )
 
         pools.start_ingress = start_ingress
