@@ -1,6 +1,7 @@
 """One request to generate and its response: reading, streaming, and what happens when a client leaves or does not read.
 
-Knows the backend as a Protocol alone, and errors as `failures.py` has them; `http.py` routes to it.
+Tells an observer what became of it. Knows the backend as a Protocol alone, and errors as `failures.py` has them;
+`http.py` routes to it.
 """
 
 import asyncio
@@ -174,7 +175,7 @@ class Exchange:
         return Outcome.OK
 
     def _keep_receipts(self, call: Call, ticket: Ticket) -> ReceiptKeeper | None:
-        """Let the first token end the ticket's wait, and be noted if the caller wants a receipt."""
+        """Let the first token end the ticket's wait, and be noted if the caller or the observer wants a receipt."""
         if not call.wants_receipt and not self._service.observer.wants_receipts:
             self._stopwatch.on_first = ticket.first_token
             return None
@@ -245,10 +246,9 @@ class Exchange:
         scores_prompt = request.num_prompt_logprobs is not None
         text = ChoiceText(index, self._service.codec, request.prompt_token_ids, call.text, prefix, scores_prompt)
         generate = partial(self._service.backend.generate, on_overflow=self._stall)
-        told = generate
         if receipts is not None:
-            told = partial(generate, on_receipt=partial(receipts.take, index), holds_last=call.wants_receipt)
-        return stream_choice(told, request, text)
+            generate = partial(generate, on_receipt=partial(receipts.take, index), holds_last=call.wants_receipt)
+        return stream_choice(generate, request, text)
 
     async def _stream(self, events: AsyncGenerator[TextEvent, None], answer: Answer, tally: Tally) -> None:
         framer = Framer(answer, self._endpoint.frame)
