@@ -1,18 +1,12 @@
 """The import rules of the project, read from its source: who may know of whom."""
 
-import ast
 import subprocess
 import sys
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PACKAGES = ("app", "deployments", "load_tests")
-RDT_OWNER = "deployments.kv_transfer.direct"
-RDT_NAMES = ("ray.experimental", "tensor_transport", "rdt")
+from tests.sources import MODULES, ROOT, imports, imports_of, is_under
 
 # For modules under each prefix: what they may not import. A rule names a module and all below it.
 FORBIDDEN = {
@@ -144,32 +138,6 @@ OWN_ALLOWED = {
 }
 
 
-def module_files() -> dict[str, Path]:
-    """Every module of the project's packages, by dotted name."""
-    files = (path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
-    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
-
-
-MODULES = module_files()
-
-
-def imports_of(module: str, source: str) -> Iterator[str]:
-    """Every module that a source imports, those of `from m import n` as both `m` and `m.n`; relative ones resolved."""
-    package = module if MODULES.get(module, Path()).name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base = ".".join([*above, *([node.module] if node.module else [])])
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-
-
-def is_under(module: str, prefix: str) -> bool:
-    return module == prefix or module.startswith(f"{prefix}.")
-
-
 def _room(module: str) -> int:
     """Place of a module of the engine among its rooms; -1: it is in none."""
     room = (
@@ -233,21 +201,11 @@ def reached_from(module: str, source: str | None = None) -> set[str]:
     reached, todo = {module}, [module]
     while todo:
         name = todo.pop()
-        imported = _imports(name) if source is None or name != module else set(imports_of(name, source))
+        imported = imports(name) if source is None or name != module else set(imports_of(name, source))
         found = {*imported, name.rpartition(".")[0]} - reached
         reached |= found
         todo += found & MODULES.keys()
     return reached
-
-
-@cache
-def _imports(module: str) -> frozenset[str]:
-    return frozenset(imports_of(module, _source(module)))
-
-
-@cache
-def _source(module: str) -> str:
-    return MODULES[module].read_text()
 
 
 def forbidden_within_reach(module: str, source: str | None = None) -> list[str]:
@@ -283,100 +241,9 @@ def test_what_computes_knows_nothing_of_sequences_not_even_through_others(room):
     assert {name for name in reached if is_under(name, "deployments.engine.scheduling")} <= known
 
 
-SEQUENCE = "deployments.engine.scheduling.sequence"
-CHANGES = (
-    "append",
-    "extend",
-    "insert",
-    "pop",
-    "remove",
-    "clear",
-    "sort",
-    "reverse",
-    "fromlist",
-    "frombytes",
-    "byteswap",
-)
-
-
-def sequence_fields() -> set[str]:
-    (sequence,) = [
-        node for node in ast.parse(_source(SEQUENCE)).body if isinstance(node, ast.ClassDef) and node.name == "Sequence"
-    ]
-    return {n.target.id for n in sequence.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
-
-
-def writes_of(source: str, fields: set[str]) -> list[str]:
-    """Where a source writes fields of others: sets or deletes them or items of them, or calls what changes them.
-
-    A list that was first given another name is not followed.
-    """
-    written = []
-    for node in ast.walk(ast.parse(source)):
-        changed: ast.AST | None = None
-        if isinstance(node, ast.Attribute | ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del):
-            changed = node
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES:
-            changed = node.func.value
-        while isinstance(changed, ast.Subscript):
-            changed = changed.value
-        is_field = isinstance(changed, ast.Attribute) and changed.attr in fields
-        if is_field and isinstance(changed, ast.Attribute) and ast.unparse(changed.value) not in ("self", "cls"):
-            written.append(ast.unparse(node))
-    return written
-
-
-def test_only_a_sequence_writes_its_fields():
-    fields = sequence_fields()
-    assert "num_computed_tokens" in fields
-    users = [m for m in MODULES if m != SEQUENCE and SEQUENCE in _imports(m)]
-    rooms = {m for m in MODULES if is_under(m, "deployments.engine")} - {SEQUENCE}
-    assert {m: found for m in {*rooms, *users} if (found := writes_of(_source(m), fields))} == {}
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "sequence.token_ids.append(1)",
-        "run.sequence.block_table[0] = 1",
-        "sequence.block_table[1:] += other",
-        "del sequence.block_hashes[3:]",
-        "sequence.num_tokens += 1",
-        "for sequence.is_held in (): pass",
-    ],
-)
-def test_a_write_to_a_sequence_is_found(source):
-    assert writes_of(source, sequence_fields()) != []
-
-
-def constructions_of(source: str, name: str) -> int:
-    """How often a source makes an instance of a class, by whatever name it was imported."""
-    tree = ast.parse(source)
-    imported = [a for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names]
-    names = {name, *(alias.asname for alias in imported if alias.name == name and alias.asname)}
-    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    return sum(
-        (isinstance(called, ast.Name) and called.id in names)
-        or (isinstance(called, ast.Attribute) and called.attr == name)
-        for called in calls
-    )
-
-
-def test_one_place_says_that_a_request_has_ended():
-    sayers = {module: count for module in MODULES if (count := constructions_of(_source(module), "Ended"))}
-    assert sayers == {"deployments.engine_host": 1}
-
-
-@pytest.mark.parametrize(
-    "source", ["Ended('r')", "messages.Ended('r')", "from deployments.messages import Ended as Over\nOver('r')"]
-)
-def test_a_construction_is_found(source):
-    assert constructions_of(source, "Ended") == 1
-
-
 def imported_of_project(module: str) -> set[str]:
     """The project's modules that a module imports anywhere: in functions too, and for the type checker alone."""
-    return ({*_imports(module)} & MODULES.keys()) - {module}
+    return ({*imports(module)} & MODULES.keys()) - {module}
 
 
 def find_cycle(graph: dict[str, set[str]]) -> list[str]:
@@ -461,60 +328,6 @@ def test_every_room_of_the_engine_has_its_place():
 )
 def test_the_rules_catch_a_wrong_import(module, source):
     assert violations(module, source) != []
-
-
-def test_one_module_names_ray_direct_transport():
-    names = {
-        module
-        for module, path in MODULES.items()
-        if any(name in word for word in _words(path.read_text()) for name in RDT_NAMES)
-    }
-    assert names == {RDT_OWNER}
-
-
-def _words(source: str) -> Iterator[str]:
-    """Identifiers, imports and keyword arguments of a source: code, not what docstrings say."""
-    tree = ast.parse(source)
-    yield from imports_of("", source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute):
-            yield f"{ast.unparse(node.value)}.{node.attr}"
-        elif isinstance(node, ast.keyword) and node.arg:
-            yield node.arg
-
-
-def test_one_module_holds_an_untyped_handle_of_an_actor():
-    assert {m for m in MODULES if "ray.actor.ActorHandle" in _imports(m)} == {"deployments.engine_handle"}
-
-
-def function_lengths(source: str) -> list[int]:
-    """Lines of each function from `def` to its end, methods and functions within functions too."""
-    functions = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
-    return [(function.end_lineno or function.lineno) - function.lineno + 1 for function in functions]
-
-
-def test_functions_are_short():
-    lengths = sorted(
-        length for m in MODULES if not is_under(m, "load_tests") for length in function_lengths(_source(m))
-    )
-    median, p90, longest = lengths[len(lengths) // 2], lengths[int(0.9 * len(lengths))], lengths[-1]
-    assert median <= 6
-    assert p90 <= 18, f"{sum(n > 18 for n in lengths)} of {len(lengths)} functions are longer than 18 lines"
-    assert longest <= 61
-
-
-def test_files_are_short():
-    lengths = {m: len(_source(m).splitlines()) for m in MODULES if not is_under(m, "load_tests")}
-    assert {m: length for m, length in lengths.items() if length > 350} == {}
-
-
-def test_a_function_is_measured_without_its_decorators_and_with_what_is_in_it():
-    assert function_lengths("@cache\ndef f():\n    def g():\n        pass\n\n    return g") == [5, 2]
-
-
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_a_module_opens_with_what_it_is(module):
-    assert ast.get_docstring(ast.parse(MODULES[module].read_text()))
 
 
 @pytest.mark.parametrize("first", ["from app.graph import graph", "from app import graph"])
