@@ -143,7 +143,8 @@ async def test_silence_is_no_answer_after_the_bound(server, client, monkeypatch)
 async def test_a_steady_load_asks_on_without_waiting_for_answers_and_ends_with_all_ended(server, client):
     server.is_silent = True
     ended = asyncio.Event()
-    task = asyncio.create_task(send_steadily(client, Deck(PROBES, seed=1), rate=100.0, seed=1, ended=ended))
+    deck = Deck(PROBES, seed=1, leave_share=0.5, leave_within_s=0.3)
+    task = asyncio.create_task(send_steadily(client, deck, rate=100.0, seed=1, ended=ended))
     while server.num_requests < 10:
         await client.next_stream(timeout_s=1.0)
     ended.set()
@@ -157,6 +158,14 @@ def test_a_deck_asks_for_every_probe_before_any_twice():
     deck = Deck(PROBES, seed=1)
     for _ in range(3):
         assert {deck.draw().probe.number for _ in PROBES} == set(range(len(PROBES)))
+
+
+@pytest.mark.parametrize("leave_share", [0.0, 0.25, 1.0])
+def test_a_deck_has_its_share_of_clients_leave_within_their_time(leave_share):
+    deck = Deck(PROBES, seed=1, leave_share=leave_share, leave_within_s=0.3)
+    leaves = [left for call in (deck.draw() for _ in range(1000)) if (left := call.leaves_after_s) is not None]
+    assert len(leaves) / 1000 == pytest.approx(leave_share, abs=0.05)
+    assert all(0 <= left <= 0.3 for left in leaves)
 
 
 def test_probes_are_the_same_for_the_same_seed_greedy_and_sampled_in_turn():
