@@ -1,8 +1,9 @@
 """Everything a user can set, in one frozen tree, and what it means for Ray.
 
-Owns the arguments of `app:graph`, their defaults and bounds, and their translation into engine settings and Serve
-deployment options. Starts nothing and does not know the deployment classes. `app/graph.py` and `app/local.py` read it;
-`app/arguments.py` turns command-line keys into it. `python -m app.config` lists every argument.
+Owns the arguments of `app:graph` that are no deployment's own (those are in `app/deployment_config.py`), the checks of
+all together, and their translation into settings of engines and deployments. Starts nothing and does not know the
+deployment classes. `app/graph.py` and `app/local.py` read it; `app/arguments.py` turns command-line keys into it.
+`python -m app.config` lists every argument.
 """
 
 import math
