@@ -3,6 +3,7 @@
 The lines are Ray Serve's: its format, its files, and, where JSON is set, its fields, of which each figure is one.
 """
 
+import json
 import logging
 from collections.abc import Iterator
 
@@ -11,6 +12,9 @@ from deployments.api.receipts import AttemptForm, CallReceipt, EngineReceipt
 
 # Ray Serve's own: it writes what this one says, and of others warnings alone.
 logger = logging.getLogger("ray.serve")
+
+# Where one of these is in a value, it is no word.
+_QUOTED = frozenset(" \"'\\=")
 
 
 def log_call(call: EndedCall) -> None:
@@ -90,6 +94,8 @@ def _rounded(seconds: float | None) -> float | None:
 
 
 def _shown(value: object) -> str:
-    """As one word where it is one, so that lines can be split at spaces."""
-    text = str(value)
-    return text if text and text.isascii() and text.isprintable() and not set(text) & set(' "\\=') else repr(text)
+    """As one word of ASCII, or between double quotes as JSON has it, which logfmt and shells split as one value."""
+    text = json.dumps(value) if isinstance(value, dict | list) else str(value)
+    is_word = text and text.isascii() and text.isprintable() and not set(text) & _QUOTED
+    # JSON leaves the last control character of ASCII as it is.
+    return text if is_word else json.dumps(text).replace("\x7f", "\\u007f")

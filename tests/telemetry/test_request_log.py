@@ -1,6 +1,8 @@
 """The line of a call: its figures and names, as text that can be split and as fields; nothing that was said."""
 
 import json
+import re
+import shlex
 from dataclasses import replace
 from http import HTTPStatus
 
@@ -10,6 +12,9 @@ from deployments.api.observer import EndedCall, Outcome
 from deployments.api.receipts import CallReceipt
 from deployments.telemetry.request_log import fields_of, log_call
 from tests.call_lines import kept_lines
+
+# As logfmt has it: a word, or what stands between double quotes.
+LOGFMT = re.compile(r'([a-z_]+)=("(?:[^"\\]|\\.)*"|[^" ]+)(?: |$)')
 
 RECEIPT: CallReceipt = {
     "ingress_s": 0.00123456,
@@ -84,16 +89,24 @@ def test_the_line_has_the_figures_of_the_receipt() -> None:
     }
 
 
-@pytest.mark.parametrize("user", ["a b", 'say "hi"', "x=1", "line\nbreak", "", "naïve"])
+HOSTILE = "a b", 'say "hi"', "x=1", "line\nbreak", "", "naïve", "\u2028", "\x7f", "\x1b[31m", "it's", "\\", "\ud800"
+FORGING = "x outcome=failed y", 'it\'s "a" outcome=failed', '\\" outcome=failed', "a\nINFO -- outcome=failed"
+
+
+@pytest.mark.parametrize("user", [*HOSTILE, *FORGING])
 def test_what_a_caller_says_stays_one_value_of_one_line(user: str) -> None:
-    call = replace(CALL, user=user, key="team", labels={"metadata": {"a": 1}}, receipt=None)
+    call = replace(CALL, user=user, key="team", labels={"metadata": {user: user}}, receipt=None)
     with kept_lines() as lines:
         log_call(call)
     (record,) = lines
     line = record.getMessage()
     assert line.startswith("call=chatcmpl-1 path=/v1/chat/completions status=200 outcome=ok seconds=1.5 ttft_s=0.5 ")
-    assert f" key=team user={user!r} labels=" in line and "\n" not in line
+    assert line.isascii() and line.isprintable()
     assert json.loads(json.dumps(vars(record)["call"])) == fields_of(call)
+    assert [word.partition("=")[0] for word in shlex.split(line)] == list(fields_of(call))
+    values = {name: json.loads(value) if value[0] == '"' else value for name, value in LOGFMT.findall(line)}
+    assert list(values) == list(fields_of(call))
+    assert values["user"] == user and json.loads(values["labels"]) == call.labels
 
 
 def test_a_call_without_an_answer_says_so_by_leaving_it_out() -> None:
