@@ -6,6 +6,7 @@ The lines are Ray Serve's: its format, its files, and, where JSON is set, its fi
 import json
 import logging
 from collections.abc import Iterator
+from itertools import islice
 
 from deployments.api.observer import EndedCall
 from deployments.api.receipts import AttemptForm, CallReceipt, EngineReceipt
@@ -13,6 +14,8 @@ from deployments.api.receipts import AttemptForm, CallReceipt, EngineReceipt
 # Ray Serve's own: it writes what this one says, and of others warnings alone.
 logger = logging.getLogger("ray.serve")
 
+# One engine that dies may be lost by a hundred samples, each several times; more kinds of errors say nothing new.
+_MAX_ERRORS = 4
 # Where one of these is in a value, it is no word.
 _QUOTED = frozenset(" \"'\\=")
 
@@ -67,7 +70,7 @@ def _fields_of_receipt(receipt: CallReceipt) -> dict[str, object]:
         "exposed_s": _rounded(max((handoff["exposed_s"] for handoff in handoffs), default=None)),
         "preemptions": sum(one.get("preemptions", 0) for one in (*decodes, *prefills)) or None,
         "resumed": sum(len(choice["attempts"]) - 1 for choice in receipt["choices"] if choice["attempts"]) or None,
-        "errors": list(_errors(attempts)) or None,
+        "errors": list(islice(dict.fromkeys(_errors(attempts)), _MAX_ERRORS)) or None,
     }
 
 

@@ -9,7 +9,7 @@ from http import HTTPStatus
 import pytest
 
 from deployments.api.observer import EndedCall, Outcome
-from deployments.api.receipts import CallReceipt
+from deployments.api.receipts import AttemptForm, CallReceipt, ChoiceReceipt
 from deployments.telemetry.request_log import fields_of, log_call
 from tests.call_lines import kept_lines
 
@@ -87,6 +87,17 @@ def test_the_line_has_the_figures_of_the_receipt() -> None:
         "errors": ["EngineDeadError: dead"],
         "request_id": "mine",
     }
+
+
+def test_an_engine_that_many_samples_lost_is_told_of_once_and_the_line_stays_short() -> None:
+    choice = RECEIPT["choices"][0]
+    lost = choice["attempts"][0]
+    dead: ChoiceReceipt = {**choice, "attempts": [*[lost] * 6, choice["attempts"][1]]}
+    fields = fields_of(replace(CALL, receipt={**RECEIPT, "choices": [dead] * 128}))
+    assert (fields["resumed"], fields["errors"]) == (768, ["EngineDeadError: dead"])
+    gone: list[AttemptForm] = [{**lost, "error": f"TransferError: chunk {n} is gone"} for n in range(6)]
+    fields = fields_of(replace(CALL, receipt={**RECEIPT, "choices": [{**choice, "attempts": gone}] * 128}))
+    assert fields["errors"] == [f"TransferError: chunk {n} is gone" for n in range(4)]
 
 
 HOSTILE = "a b", 'say "hi"', "x=1", "line\nbreak", "", "naïve", "\u2028", "\x7f", "\x1b[31m", "it's", "\\", "\ud800"
