@@ -37,6 +37,7 @@ class ReceiptLog:
     def sent(self, routed: RoutedRequest, num_tokens: int) -> None:
         """It goes to a replica; so many of its tokens have come by now."""
         self._sent_s, self._num_tokens_before = time.monotonic(), num_tokens
+        self._is_settled.clear()  # what a replica said whose last tokens were lost is not the end
         prefill_reason = routed.reasons[1] if len(routed.reasons) > 1 else None
         reason = routed.reasons[0] if routed.reasons else ""
         self._attempts.append(Attempt(routed.route.decode, reason, prefill_reason, None, 0, None, ""))

@@ -8,8 +8,9 @@ import pytest
 
 from deployments import decode, receipt_log
 from deployments.engine.engine import Engine
-from deployments.messages import TokenOutput
-from deployments.receipts import Receipt
+from deployments.messages import ANYWHERE, TokenOutput
+from deployments.receipts import DecodeReceipt, Receipt
+from deployments.routing.pools import RoutedRequest
 from tests.deployments.conftest import StartPools
 from tests.deployments.pools import NUM_TOKENS, PROMPT, Pools
 from tests.engine.driving import greedy
@@ -101,3 +102,19 @@ async def test_a_receipt_that_holds_nothing_back_is_whole_a_moment_later(start: 
     await until(
         lambda: all(task is asyncio.current_task() or "serve" not in repr(task) for task in asyncio.all_tasks())
     )
+
+
+async def test_a_receipt_waits_for_the_replica_that_went_on_behind_one_whose_last_tokens_were_lost() -> None:
+    told: list[Receipt] = []
+    log = receipt_log.ReceiptLog(told.append)
+    routed = RoutedRequest(ANYWHERE, (), time.monotonic)
+    log.sent(routed, 0)
+    log.ended(3, DecodeReceipt("d0", None, ()))
+    log.ended(3, error="TransferError: the last token did not arrive")
+    log.sent(routed, 3)
+    settled = asyncio.create_task(log.settle(NUM_TOKENS))
+    await asyncio.sleep(0)
+    assert not settled.done()
+    log.ended(NUM_TOKENS, DecodeReceipt("d1", None, ()))
+    await settled
+    assert [attempt.decode and attempt.decode.replica for attempt in told[-1]] == [None, "d1"]
