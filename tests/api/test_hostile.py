@@ -216,13 +216,17 @@ async def test_no_log_holds_what_a_caller_wrote(
     backend: FakeBackend, fields: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    async with client_of(build_app(backend, build_codec(), INFO)) as client:
-        await client.post(COMPLETIONS, json=body_of(COMPLETIONS, **({"prompt": SECRET} | fields)))
-        messages = [{"role": "user", "content": SECRET}]
-        await client.post(CHAT, json=body_of(CHAT, **({"messages": messages} | fields)))
-        await client.post(COMPLETIONS, content=f'{{"prompt": "{SECRET}", '.encode())
+    app = build_app(backend, build_codec(), INFO, observer=logging_observer())
+    with kept_lines() as kept:
+        async with client_of(app) as client:
+            await client.post(COMPLETIONS, json=body_of(COMPLETIONS, **({"prompt": SECRET} | fields)))
+            messages = [{"role": "user", "content": SECRET}]
+            await client.post(CHAT, json=body_of(CHAT, **({"messages": messages} | fields)))
+            await client.post(COMPLETIONS, content=f'{{"prompt": "{SECRET}", '.encode())
+        await until(lambda: len(kept) == 3)
     assert caplog.records
     assert SECRET not in caplog.text
+    assert not [line for line in kept if SECRET in repr(vars(line))]
 
 
 async def test_what_a_caller_says_of_itself_cannot_forge_a_line_of_the_log() -> None:
