@@ -4,7 +4,7 @@ Owns how items become messages, and that errors name the fields of this endpoint
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -46,6 +46,7 @@ _NAMES = {
 _NAME = re.compile(
     r"response_format\.json_schema\.schema|response_format\b|max_completion_tokens\b|reasoning_effort\b|^messages\b"
 )
+_MESSAGE = re.compile(r"^messages\.(\d+)")
 
 
 def read_response(
@@ -58,8 +59,15 @@ def read_response(
         TemplateLimitError: with `codec.brief`: the template takes longer than an event loop may wait.
     """
     body = parse_body(data, ResponseBody, info)
-    with _naming_our_fields():
-        call = _build(body, lambda chat: build_chat(chat, call_id, codec, info, priority), is_brief=codec.is_brief)
+    named = [*read_messages(body.instructions, body.input)]
+    names = {id(message): name for name, message in named}  # a chat that is cut keeps some of them
+
+    def build(chat: ChatBody) -> Call:
+        with _naming_our_fields([names[id(message)] for message in chat.messages]):
+            return build_chat(chat, call_id, codec, info, priority)
+
+    chat = _as_chat(body, [message for _, message in named])
+    call = build_fitting(chat, build, is_brief=codec.is_brief) if body.truncation == "auto" else build(chat)
     (request,) = call.requests
     if (grammar := request.sampling.grammar) is not None:
         ours = replace(grammar, field=_rename(grammar.field))
@@ -68,24 +76,24 @@ def read_response(
     return replace(call, requests=(request,), repeated=repeated, packs_thoughts=PACKED_THOUGHTS in body.include)
 
 
-def _build(body: ResponseBody, build: Callable[[ChatBody], Call], *, is_brief: bool) -> Call:
-    chat = _as_chat(body)
-    return build_fitting(chat, build, is_brief=is_brief) if body.truncation == "auto" else build(chat)
-
-
 @contextmanager
-def _naming_our_fields() -> Iterator[None]:
+def _naming_our_fields(messages: Sequence[str]) -> Iterator[None]:
+    """Have errors say of a chat what it is called here; of its messages, by these names."""
+
+    def rename(text: str) -> str:
+        return _rename(_MESSAGE.sub(lambda number: messages[int(number[1])], text))
+
     try:
         yield
     except InvalidRequestError as error:
-        raise type(error)(_rename(error.message), _rename(error.param or "") or None) from None
+        raise type(error)(rename(error.message), rename(error.param or "") or None) from None
 
 
 def _rename(text: str) -> str:
     return _NAME.sub(lambda name: _NAMES[name[0]], text)
 
 
-def _as_chat(body: ResponseBody) -> ChatBody:
+def _as_chat(body: ResponseBody, messages: list[Message]) -> ChatBody:
     """A chat that asks for the same. Its fields were checked when the body was read."""
     fields: dict[str, Any] = {name: getattr(body, name) for name in _SAME_FIELDS if name in body.model_fields_set}
     choice = body.tool_choice
@@ -96,7 +104,7 @@ def _as_chat(body: ResponseBody) -> ChatBody:
     return ChatBody.model_construct(
         **fields,
         stream_options=StreamOptions(include_receipt=body.stream_options.include_receipt),
-        messages=list(read_messages(body.instructions, body.input)),
+        messages=messages,
         response_format=_read_format(body),
         tools=[_as_chats_tool(tool) for tool in _allowed_tools(body)],
         parallel_tool_calls=body.parallel_tool_calls,
@@ -127,45 +135,57 @@ def _as_chats_tool(tool: FunctionTool) -> Tool:
     return Tool(type="function", function=Function(**tool.model_dump(exclude={"type"}, exclude_none=True)))
 
 
-def read_messages(instructions: str | None, given: str | Iterable[AnyItem]) -> Iterator[Message]:
-    """The conversation, with the instructions at its beginning.
+def read_messages(instructions: str | None, given: str | Sequence[AnyItem]) -> Iterator[tuple[str, Message]]:
+    """The conversation, with the instructions at its beginning; each message behind the name of what it begins with.
 
     What the assistant says and then calls is one message of a chat, and instructions are one with a system message
     behind them: there are templates that take no second one.
     """
-    items = [InputMessage(role="user", content=given)] if isinstance(given, str) else list(given)
-    if instructions:
-        first = items[0]
-        if isinstance(first, InputMessage) and first.role in ("system", "developer"):
-            items[0] = first.model_copy(update={"content": _join(instructions, first.content)})
-        else:
-            items.insert(0, InputMessage(role="system", content=instructions))
     turn = _Turn()
-    for item in items:
+    for name, item in _with_instructions(instructions, given):
         if isinstance(item, Reasoning):
             if turn.has_spoken:
                 yield from turn.end()
             turn.thoughts += item.thought
             continue
         if isinstance(item, FunctionCall):
+            turn.begin(name)
             turn.calls.append(_as_chats_call(item))
             continue
         is_assistants = isinstance(item, InputMessage) and item.role == "assistant"
         if isinstance(item, FunctionCallOutput | InputMessage) and (not is_assistants or turn.has_spoken):
             yield from turn.end()
         if isinstance(item, FunctionCallOutput):
-            yield Message.model_construct(role="tool", content=item.output, tool_call_id=item.call_id)
+            yield name, Message.model_construct(role="tool", content=item.output, tool_call_id=item.call_id)
         elif isinstance(item, InputMessage) and is_assistants:
+            turn.begin(name)
             turn.content = item.content
         elif isinstance(item, InputMessage):
-            yield Message.model_construct(role=item.role, content=item.content)
+            yield name, Message.model_construct(role=item.role, content=item.content)
     yield from turn.end()
+
+
+def _with_instructions(instructions: str | None, given: str | Sequence[AnyItem]) -> list[tuple[str, AnyItem]]:
+    """Items behind their names: in errors they are called as the caller's body has them."""
+    items: list[tuple[str, AnyItem]]
+    if isinstance(given, str):
+        items = [("input", InputMessage(role="user", content=given))]
+    else:
+        items = [(f"input.{place}", item) for place, item in enumerate(given)]
+    if instructions:
+        name, first = items[0]
+        if isinstance(first, InputMessage) and first.role in ("system", "developer"):
+            items[0] = name, first.model_copy(update={"content": _join(instructions, first.content)})
+        else:
+            items.insert(0, ("instructions", InputMessage(role="system", content=instructions)))
+    return items
 
 
 class _Turn:
     """What the assistant has said and called since others had their turn."""
 
     def __init__(self) -> None:
+        self.name = ""
         self.content: Content | None = None
         self.calls: list[ToolCall] = []
         self.thoughts = ""
@@ -174,13 +194,21 @@ class _Turn:
     def has_spoken(self) -> bool:
         return self.content is not None or bool(self.calls)
 
-    def end(self) -> Iterator[Message]:
+    def begin(self, name: str) -> None:
+        """It says or calls what is named so; what it begins with gives it its name."""
+        if not self.has_spoken:
+            self.name = name
+
+    def end(self) -> Iterator[tuple[str, Message]]:
         if self.has_spoken:
-            yield Message.model_construct(
-                role="assistant",
-                content=self.content,
-                tool_calls=self.calls,
-                reasoning_content=self.thoughts or None,
+            yield (
+                self.name,
+                Message.model_construct(
+                    role="assistant",
+                    content=self.content,
+                    tool_calls=self.calls,
+                    reasoning_content=self.thoughts or None,
+                ),
             )
         self.content, self.calls, self.thoughts = None, [], ""
 

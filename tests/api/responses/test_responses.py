@@ -434,3 +434,30 @@ async def test_a_template_that_refuses_is_told_of_the_input(template: str) -> No
         answer = await client.post(RESPONSES, json={"input": "hi"})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "input"
     assert "refused these messages: not these" in answer.json()["error"]["message"]
+
+
+CALLS: Any = [{**CALLED, "call_id": one} for one in "ab"]
+ANSWERS: Any = [{**FOUND, "call_id": one} for one in "ab"]
+NO_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}"
+FIRST_SYSTEM = "{% for m in messages %}{% if m.role != 'system' or loop.first %}{{ m.content }}{% endif %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "fields", "param"),
+    [
+        (NO_SYSTEM, {"instructions": "Be brief."}, "instructions"),
+        (NO_SYSTEM, {"input": [SYSTEM, USER], "instructions": "Be kind."}, "input.0"),
+        (FIRST_SYSTEM, {"input": [USER, SYSTEM]}, "input.1"),
+        (FIRST_SYSTEM, {"input": [USER, SYSTEM], "instructions": "Be kind."}, "input.1"),
+        (FIRST_SYSTEM, {"input": [USER, *CALLS, *ANSWERS, SYSTEM]}, "input.5"),
+        (FIRST_SYSTEM, {"input": [{**USER, "content": "x" * 5000}, USER, SYSTEM], "truncation": "auto"}, "input.2"),
+    ],
+)
+async def test_what_a_template_leaves_out_is_named_as_the_caller_wrote_it(
+    template: str, fields: dict[str, Any], param: str
+) -> None:
+    async with client_of(build_app(saying("x"), TextCodec(build_tokenizer(template)), INFO)) as client:
+        answer = await client.post(RESPONSES, json={"input": "hi"} | fields)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, param), error
+    assert error["message"].startswith(f"{param}: the model's chat template leaves out a system message")
