@@ -6,6 +6,7 @@ the engines directly, to the `TokenReceiver` of this replica.
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import Context
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -97,7 +98,9 @@ class PoolBackend:
 
         stream = self._tokens.open(request.request_id, overflow, close)
         asked = request if log is None else replace(request, wants_receipt=True)
-        serving = asyncio.create_task(self._decode.serve(asked, stream, log))
+        # Not in the context of the HTTP request, by which Serve knows whose call this is: when that is cancelled, Serve
+        # ends the call before we do (`_on_request_cancelled`), and a client that left looks like a lost replica.
+        serving = asyncio.create_task(self._decode.serve(asked, stream, log), context=Context())
         return ReceiptStream(stream, log) if log is not None and holds_last else stream
 
     async def health(self) -> tuple[bool, str]:

@@ -13,14 +13,17 @@ import openai
 import pytest
 import torch
 from openai.types import Completion
+from ray.serve.context import _RequestContext, _serve_request_context
 from torch import Tensor
 
 from deployments.api.http import build_app
+from deployments.decode_client import DecodeClient
 from deployments.engine.engine import Engine
 from deployments.messages import Adjustments, ModelInfo
 from tests.api.fakes import build_codec, serving
 from tests.deployments.conftest import StartPools
 from tests.deployments.pools import PROMPT, Pools
+from tests.engine.driving import greedy
 from tests.engine.families import VOCAB_SIZE, build_model, reference
 from tests.engine.processors import continue_adjusted
 from tests.waiting import until
@@ -181,3 +184,21 @@ async def test_the_prompt_of_n_samples_is_computed_and_handed_over_once(start: S
     assert computed <= len(PROMPT) + 3 * block_size, "the others compute what fills no block"
     # Decode may have answered before prefill's front has heard that the last chunk is there.
     await until(lambda: pools.prefill.front.handoff.num_requests == (way == "disaggregated"))
+
+
+async def test_a_call_is_ended_by_its_stream_alone_and_not_by_serve_with_the_http_request(
+    start: StartPools, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools = await start()
+    asked_for: list[Any] = []
+
+    async def serve(*_: Any) -> None:
+        asked_for.append(_serve_request_context.get())
+
+    monkeypatch.setattr(DecodeClient, "serve", serve)
+    before = _serve_request_context.set(_RequestContext(_internal_request_id="of HTTP"))  # type: ignore[arg-type]
+    stream = pools.backend.generate(greedy("r", PROMPT, 2), lambda: None)
+    _serve_request_context.reset(before)
+    await until(lambda: asked_for)
+    await stream.aclose()
+    assert asked_for == [None]
