@@ -56,7 +56,7 @@ class AppConfig(BaseModel):
             allowed.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = Field(default=EngineConfig.model_fields["model"].default, min_length=1)
     served_model_name: str = Field(default_factory=lambda values: api_name(values.get("model", "")), min_length=1)

@@ -20,8 +20,22 @@ from deployments.engine.config import EngineConfig
 # not answer the check leaves by itself.
 HEALTH_CHECK_PERIOD_S = 2.0
 HEALTH_CHECK_TIMEOUT_S = 20.0
+# Of an integer in what Serve sends its controller.
+_MAX_COUNT = 2**31 - 1
+# More than any machine has; Ray's own bound overflows.
+_MAX_CPUS = 4096
 # The asynchronous front of an engine: it passes messages on and never computes.
 FRONT_NUM_CPUS = 0.1
+
+
+def _check_amount(value: float) -> float:
+    """Ray counts resources in ten-thousandths."""
+    if 0 < value < 1e-4:
+        raise ValueError("must be 0 or at least 0.0001")
+    return value
+
+
+Amount = Annotated[float, Field(ge=0), AfterValidator(_check_amount)]
 
 
 class EngineSettings(EngineConfig):
@@ -52,14 +66,14 @@ class ReplicaConfig(BaseModel):
         node_labels: Ray labels that a node must have, `KEY=VALUE` each; pins the deployment to a type of node.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    min_replicas: int = Field(default=1, ge=1)
-    initial_replicas: int | None = Field(default=None, ge=1)
-    max_replicas: int = Field(default=1, ge=1)
+    min_replicas: int = Field(default=1, ge=1, le=_MAX_COUNT)
+    initial_replicas: int | None = Field(default=None, ge=1, le=_MAX_COUNT)
+    max_replicas: int = Field(default=1, ge=1, le=_MAX_COUNT)
     autoscaling_config: dict[str, Any] = Field(default_factory=dict)
-    max_ongoing_requests: int = Field(default=1024, ge=1)
-    max_queued_requests: int = Field(default=1024, ge=1)
+    max_ongoing_requests: int = Field(default=1024, ge=1, le=_MAX_COUNT)
+    max_queued_requests: int = Field(default=1024, ge=1, le=_MAX_COUNT)
     graceful_shutdown_timeout_s: float = Field(default=60.0, gt=0)
     node_labels: dict[str, str] = Field(default_factory=dict)
 
@@ -74,7 +88,8 @@ class ReplicaConfig(BaseModel):
             self._ray_autoscaling_config()
         except ValidationError as error:
             first = error.errors()[0]
-            where = f"autoscaling_config.{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
+            where = ".".join(map(str, first["loc"]))
+            where = f"autoscaling_config.{where}={first['input']}: " if where else ""
             raise ValueError(where + first["msg"].removeprefix("Value error, ")) from error
         if refusal := validate_label_selector(self.node_labels):
             raise ValueError(f"node_labels: {refusal}")
@@ -128,7 +143,7 @@ class IngressConfig(ReplicaConfig):
         request_log: a line for each call, as `text` or `json`, with what it cost and where it was served; `off`: none.
     """
 
-    num_cpus: float = Field(default=0.1, ge=0)
+    num_cpus: Amount = Field(default=0.1, le=_MAX_CPUS)
     max_request_bytes: int = Field(default=MAX_BODY_BYTES, ge=1)
     max_unread_tokens: int = Field(default=8192, ge=1)
     resume_timeout_s: float = Field(default=60.0, gt=0)
@@ -165,11 +180,18 @@ class PoolConfig(ReplicaConfig):
     """
 
     # What waits shall wait in the engines, which know of priorities and lengths, and tell how much it is.
-    max_ongoing_requests: int = Field(default=4096, ge=1)
-    num_cpus: float = Field(default=0.8, gt=0)
-    num_gpus: float = Field(default=0, ge=0, le=1)
-    resources: dict[str, float] = Field(default_factory=dict)
+    max_ongoing_requests: int = Field(default=4096, ge=1, le=_MAX_COUNT)
+    num_cpus: Amount = Field(default=0.8, gt=0, le=_MAX_CPUS)
+    num_gpus: Amount = Field(default=0, le=1)
+    resources: dict[str, Amount] = Field(default_factory=dict)
     engine: EngineSettings = Field(default_factory=EngineSettings)
+
+    @model_validator(mode="after")
+    def _resources_are_custom(self) -> Self:
+        for name, field in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+            if name in self.resources:
+                raise ValueError(f"resources.{name}={self.resources[name]:g}: set `{field}` instead")
+        return self
 
     def deployment_options(self) -> dict[str, Any]:
         """Return the options of this deployment: the front in bundle 0, its engine in bundle 1, both on one node."""

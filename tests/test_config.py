@@ -25,6 +25,10 @@ def refusal(*pairs: str) -> str:
     return str(caught.value)
 
 
+# Texts, and what reads as a number but is none that a machine has.
+_VALUES = st.text(min_size=1) | st.sampled_from(["inf", "-inf", "nan", "1e300", "-1", "0", "1e-9", str(10**30)])
+
+
 class Nothing:
     """A deployment with nothing in it, to see what Serve makes of the options."""
 
@@ -76,7 +80,7 @@ def test_an_argument_given_twice_is_refused():
         AppConfig.model_validate({"decode": {"max_replicas": 2}, "decode.max_replicas": "3"})
 
 
-@given(st.dictionaries(st.sampled_from([a.name for a in arguments_of(AppConfig)]), st.text(min_size=1), max_size=4))
+@given(st.dictionaries(st.sampled_from([a.name for a in arguments_of(AppConfig)]), _VALUES, max_size=4))
 def test_any_values_of_known_arguments_are_accepted_or_refused_in_words(values):
     try:
         AppConfig.model_validate(values)
@@ -99,8 +103,17 @@ def test_any_values_of_known_arguments_are_accepted_or_refused_in_words(values):
         ("prefill.autoscaling_config.delay=3", ["prefill: autoscaling_config.delay: Ray Serve's"]),
         (
             "prefill.autoscaling_config.upscale_delay_s=-1",
-            ["prefill: autoscaling_config.upscale_delay_s: Input should"],
+            ["prefill: autoscaling_config.upscale_delay_s=-1: Input should"],
         ),
+        ("prefill.num_cpus=inf", ["prefill.num_cpus=inf: input should be a finite number"]),
+        ("prefill.num_cpus=1e300", ["prefill.num_cpus=1e300: input should be less than or equal to 4096"]),
+        ("ingress.num_cpus=0.00001", ["ingress.num_cpus=0.00001: must be 0 or at least 0.0001"]),
+        ("decode.resources.slot=-1", ["decode.resources.slot=-1: input should be greater than or equal to 0"]),
+        ("decode.resources.slot=nan", ["decode.resources.slot=nan: input should be a finite number"]),
+        ("decode.resources.GPU=1", ["decode: resources.GPU=1: set `num_gpus` instead"]),
+        ("planner.itl_s=inf", ["planner.itl_s=inf: input should be a finite number"]),
+        ("engine.lease_s=inf", ["engine.lease_s=inf: input should be a finite number"]),
+        ("ingress.max_queued_requests=2147483648", ["=2147483648: input should be less than or equal to 2147483647"]),
         ("prefill.autoscaling_config.max_replicas=2", ["autoscaling_config.max_replicas: set `max_replicas` beside"]),
         ("decode.node_labels.pool=a@b", ["decode: node_labels: Invalid label selector value `a@b`"]),
         (

@@ -17,7 +17,7 @@ class SpeculationConfig(BaseModel):
         max_step_s: no step shall take longer for the sake of drafts, which bounds the gap between tokens.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: Literal["off", "ngram"] = "off"
     max_drafts: int = Field(default=8, ge=1, le=64)
@@ -59,7 +59,7 @@ class EngineConfig(BaseModel):
             on a GPU as well.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = "smollm2-135m-instruct"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -17,7 +17,7 @@ class TierSettings(BaseModel):
         name: applications of one cluster that give the same one share the tier, as far as their KV is the same.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     max_bytes: int = Field(default=0, ge=0)
     object_bytes: int = Field(default=4 << 20, ge=1)

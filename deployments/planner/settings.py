@@ -20,7 +20,7 @@ class PlannerSettings(BaseModel):
         start_s: what a replica is taken to need for its start until one was seen to start.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     enabled: bool = False
     dry_run: bool = False

@@ -4,7 +4,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.routing.index import EXPECTED_FOR_S, MAX_BLOCKS_PER_REPLICA
 
-_FROZEN = ConfigDict(frozen=True, extra="forbid")
+_FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class PrefillWeights(BaseModel):
