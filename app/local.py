@@ -25,7 +25,7 @@ import psutil
 from app.arguments import ConfigError, list_arguments
 from app.config import AppConfig
 from app.haproxy import LOOPBACK_VARIABLE
-from app.local_checks import TEMP_PREFIX, LocalError, check_port, check_temp_folder, tell_of_memory
+from app.local_checks import TEMP_PREFIX, LocalError, check_port, check_temp_folder, positive, tell_of_memory
 from app.local_process import RunFolder, Server, whole_lines
 from app.local_server import APP, NO_RAY, NO_RAY_MARK, RUNS, STAGE_MARK
 from app.ports import free_ports
@@ -310,8 +310,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     start = commands.add_parser("up", help="start the server and wait until it answers")
     start.add_argument("--port", type=int, default=8000, help="of the API on 127.0.0.1 (default: %(default)s)")
-    start.add_argument("--num-cpus", type=int, help="CPUs that Ray may hand out (default: what the arguments need)")
-    start.add_argument("--timeout", type=float, default=1800, help="seconds to wait (default: %(default)s)")
+    start.add_argument(
+        "--num-cpus", type=positive(int), help="CPUs that Ray may hand out (default: what the arguments need)"
+    )
+    start.add_argument("--timeout", type=positive(float), default=1800, help="seconds to wait (default: %(default)s)")
     start.add_argument("--app", default=APP, help="import path of the graph (default: %(default)s)")
     start.add_argument("arguments", nargs="*", metavar="key=value", help="see python -m app.local --help")
     commands.add_parser("down", help="stop the server")

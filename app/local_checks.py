@@ -1,14 +1,16 @@
-"""What of this machine is looked at before a server starts: its port, its room for files. Refused in one line each.
+"""What is looked at before a server starts: options, its port, room for its files. Refused in one line each.
 
 Knows where Ray keeps its files, and does not start it. Called by `local.py`.
 """
 
+import argparse
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from app.ports import why_not
+from app.ports import MAX_PORT, free_ports, why_not
 
 TEMP_PREFIX = "kvrelay-"
 SHARED_MEMORY = Path("/dev/shm")
@@ -25,10 +27,27 @@ class LocalError(Exception):
     """The server cannot be started or stopped as was asked; the message says why and what would help."""
 
 
+def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    """Type of an option for argparse: numbers above 0."""
+
+    def number(text: str) -> float:
+        if not (value := kind(text)) > 0:  # nan neither
+            raise argparse.ArgumentTypeError(f"{text} must be more than 0")
+        return value
+
+    number.__name__ = kind.__name__  # which argparse tells of what is no number
+    return number
+
+
 def check_port(port: int) -> None:
     """Raises LocalError where the API could not listen."""
+    if not 1 <= port <= MAX_PORT:  # to the system, 0 is any port, and to HAProxy none
+        raise LocalError(f"port {port}: must be from 1 to {MAX_PORT}")
     if (reason := why_not(port)) is not None:
-        raise LocalError(f"port {port} is taken ({reason}); choose another: --port {port + 1}")
+        another = free_ports(1)[0]
+        raise LocalError(
+            f"port {port} cannot be listened on ({reason}); choose another: PORT={another} (--port {another})"
+        )
 
 
 def check_temp_folder() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import socket
 
 HOST = "127.0.0.1"
+MAX_PORT = 65535
 
 
 def why_not(port: int) -> str | None:

@@ -22,8 +22,24 @@ def session(leader: subprocess.Popen[bytes]) -> Server:
 def test_a_taken_port_is_refused_before_anything_starts(folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(LocalError, match=f"port {port} is taken"):
+        with pytest.raises(LocalError, match=f"port {port} cannot be listened on"):
             up(folder, "tests.tiny_graphs:healthy", port, None, 60, [])
+    assert not folder.log.exists()
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536])
+def test_a_port_that_there_is_none_of_is_refused_with_the_bounds(folder, port):
+    with pytest.raises(LocalError, match=f"^port {port}: must be from 1 to 65535$"):
+        up(folder, "tests.tiny_graphs:healthy", port, None, 60, [])
+    assert not folder.log.exists()
+
+
+@pytest.mark.parametrize("option", ["--num-cpus=0", "--num-cpus=-3", "--timeout=nan", "--timeout=0"])
+def test_an_option_out_of_bounds_is_refused_by_name(folder, port, option):
+    refused = run(folder, "up", "--port", str(port), "--app", "tests.tiny_graphs:healthy", option)
+    name, _, value = option.partition("=")
+    assert refused.returncode == 2
+    assert f"argument {name}: {value} must be more than 0" in refused.stderr
     assert not folder.log.exists()
 
 
