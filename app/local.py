@@ -10,7 +10,6 @@ import math
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from app.arguments import ConfigError, list_arguments
 from app.config import AppConfig
 from app.haproxy import LOOPBACK_VARIABLE
 from app.local_checks import TEMP_PREFIX, LocalError, check_port, check_temp_folder, positive, tell_of_memory
-from app.local_process import RunFolder, Server, whole_lines
+from app.local_process import RunFolder, Server, interrupt_once, whole_lines
 from app.local_server import APP, NO_RAY, NO_RAY_MARK, RUNS, STAGE_MARK
 from app.ports import free_ports
 from deployments.api.keys import KeyRing, KeysError
@@ -335,7 +334,7 @@ def main() -> int:
     options = _parser().parse_args()
     folder = RunFolder(options.run_dir)
     # `kill` on a waiting `up` stops what it started, as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupt_once()
     try:
         _run(options, folder)
     except (ConfigError, KeysError, LocalError, UnsupportedModelError, OSError) as error:

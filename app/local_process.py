@@ -8,12 +8,14 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from fcntl import LOCK_EX, flock
 from pathlib import Path
+from types import FrameType
 from typing import TextIO
 
 import psutil
@@ -87,6 +89,22 @@ def _in_session(process: psutil.Process, session: int) -> bool:
         return os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
     except (ProcessLookupError, PermissionError, psutil.NoSuchProcess):
         return False
+
+
+def interrupt_once() -> None:
+    """Have SIGINT or SIGTERM raise KeyboardInterrupt, the first of them: another does not disturb what is then stopped.
+
+    make passes SIGTERM on to what `timeout` or a shell has sent it already, and people press Ctrl-C twice.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as SIGINT is in the background of a script
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def whole_lines(log: TextIO) -> Iterator[str]:
