@@ -6,6 +6,7 @@ meanings in the listing are read from the `Attributes:` of the models' docstring
 
 import inspect
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -82,7 +83,7 @@ def describe_errors(model: type[BaseModel], error: ValidationError) -> str:
     names = [argument.name for argument in arguments_of(model)]
     lines = [_describe(names, detail) for detail in error.errors()]
     head = "1 argument is wrong" if len(lines) == 1 else f"{len(lines)} arguments are wrong"
-    return "\n  ".join([f"{head} (`python -m app.config` lists them all):", *lines])
+    return "\n  ".join([f"{head} (`{sys.executable} -m app.config` lists them all):", *lines])
 
 
 def _describe(names: list[str], detail: ErrorDetails) -> str:
