@@ -185,7 +185,7 @@ def test_decode_attention(
     queries = randn(len(lens), num_heads, head_dim)
     asked = Scores(head_dim**-0.5, window, softcap, randn(num_heads) if has_sinks else None)
     on_gpu = torch.tensor(lens, dtype=torch.int32, device="cuda")
-    tile, max_tokens = decode_tile(head_dim).num_tokens, tables.shape[1] * BLOCK_SIZE
+    tile, max_tokens = decode_tile(head_dim, len(lens) * num_kv_heads), tables.shape[1] * BLOCK_SIZE
     splits = plan_splits(on_gpu, num_kv_heads, tile, max_tokens, window)
     out = decode_attention(queries, PagedKV(keys, values), tables.cuda(), splits, asked)
     assert not splits.finished.any(), "the next layer would count on"

@@ -139,8 +139,9 @@ class CudaStep:
         scores = _without_idle_window(scores, max_tokens)
         splits = self._splits.get(scores.window)
         if splits is None:
-            tile = decode_tile(queries.shape[-1], is_fp8=self._cache.is_fp8).num_tokens
-            splits = plan_splits(self._lens, kv.keys.shape[2], tile, max_tokens, scores.window)
+            num_kv_heads = kv.keys.shape[2]
+            tile = decode_tile(queries.shape[-1], len(self._lens) * num_kv_heads, is_fp8=self._cache.is_fp8)
+            splits = plan_splits(self._lens, num_kv_heads, tile, max_tokens, scores.window)
             self._splits[scores.window] = splits
         return decode_attention(queries, kv, self._tables, splits, scores)
 

@@ -9,7 +9,6 @@ from torch import Tensor
 from deployments.engine.kernels.arguments import PagedKV, Scores
 from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
 from deployments.engine.kernels.cuda_scores import (
-    Tile,
     codes_of_tile,
     empty_softmax,
     factors,
@@ -19,16 +18,32 @@ from deployments.engine.kernels.cuda_scores import (
     switches,
     weigh,
 )
-from deployments.engine.kernels.cuda_splits import MAX_SPLITS, Splits, merge, merge_if_last
+from deployments.engine.kernels.cuda_splits import MAX_SPLITS, DecodeTile, Splits, merge, merge_if_last
+
+# Of up to 64 sequences, counted for each KV head, there are programs enough only if each is cut into many.
+_FEW_SEQUENCES = 64
 
 
-def decode_tile(head_dim: int, *, is_fp8: bool = False) -> Tile:
-    """The best of those tried on an H100 (docs/log.md)."""
+def decode_tile(head_dim: int, num_sequences: int, *, is_fp8: bool = False) -> DecodeTile:
+    """The best of those tried on an H200 (docs/log.md, 2026-11-29).
+
+    Args:
+        head_dim: of keys and values.
+        num_sequences: times KV heads.
+        is_fp8: whether they are codes.
+    """
+    is_few = num_sequences <= _FEW_SEQUENCES
     if is_fp8:
-        return Tile(128, 4, 3) if head_dim <= 64 else Tile(64, 2, 3) if head_dim <= 128 else Tile(32, 2, 3)
+        if head_dim <= 64:
+            return DecodeTile(64, 1, 5, 800, 1056)
+        if head_dim <= 128:
+            return DecodeTile(64, 2, 3) if is_few else DecodeTile(32, 1, 5, 800, 1056)
+        return DecodeTile(16, 1, 5, 800, 1056)
     if head_dim <= 64:
-        return Tile(64, 2, 4)
-    return Tile(32, 2, 4) if head_dim <= 128 else Tile(32, 4, 3)
+        return DecodeTile(16, 1, 10)
+    if head_dim <= 128:
+        return DecodeTile(32, 2, 6) if is_few else DecodeTile(16, 1, 6)
+    return DecodeTile(32, 4, 3)
 
 
 def decode_attention(queries: Tensor, kv: PagedKV, tables: Tensor, splits: Splits, scores: Scores) -> Tensor:
@@ -47,10 +62,10 @@ def decode_attention(queries: Tensor, kv: PagedKV, tables: Tensor, splits: Split
 
     Source: PagedAttention (Kwon et al., SOSP 2023); splits and their merging from Flash-Decoding (Dao et al., 2023).
     """
-    num_heads, head_dim = queries.shape[1:]
+    num_seqs, num_heads, head_dim = queries.shape
     num_items, num_kv_heads = len(splits.items), kv.keys.shape[2]
     group = num_heads // num_kv_heads
-    tile = decode_tile(head_dim, is_fp8=kv.key_scales is not None)
+    tile = decode_tile(head_dim, num_seqs * num_kv_heads, is_fp8=kv.key_scales is not None)
     out = torch.empty_like(queries)
     parts = torch.empty((num_items, num_heads, head_dim), dtype=torch.float32, device=queries.device)
     stats = torch.empty((num_items, num_heads, 2), dtype=torch.float32, device=queries.device)

@@ -15,12 +15,26 @@ from torch import Tensor
 from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
 
 MAX_SPLITS = 32
-# Fewer programs than these leave multiprocessors idle (132 of them, H100 and H200), if all sequences are equally long.
-_ENOUGH_PROGRAMS = 400
-# More programs than these are not worth their merging, if there are enough.
-_MOST_PROGRAMS = 528
 _WIDTH = 4
 _ITEMS_PER_PROGRAM = 16
+
+
+class DecodeTile(NamedTuple):
+    """How a program of a decode attention walks along the keys, and how many programs do well.
+
+    Attributes:
+        num_tokens: of a tile; parts begin at multiples of it.
+        num_warps: of a program.
+        num_stages: tiles on their way from memory at once, and the one that is computed.
+        min_programs: fewer leave multiprocessors idle (132 of them, H100 and H200), if sequences are equally long.
+        max_programs: more are not worth their merging, if there are enough.
+    """
+
+    num_tokens: int
+    num_warps: int
+    num_stages: int
+    min_programs: int = 400
+    max_programs: int = 528
 
 
 class Splits(NamedTuple):
@@ -40,13 +54,13 @@ class Splits(NamedTuple):
     is_cut: bool
 
 
-def plan_splits(lens: Tensor, num_kv_heads: int, tile: int, max_tokens: int, window: int | None) -> Splits:
+def plan_splits(lens: Tensor, num_kv_heads: int, tile: DecodeTile, max_tokens: int, window: int | None) -> Splits:
     """Cut sequences into parts that are as long as what each program would get of all keys, or shorter.
 
     Args:
         lens: (D,) int32 tokens of each sequence.
         num_kv_heads: programs that each item becomes.
-        tile: tokens; parts begin at multiples of it.
+        tile: of the attention.
         max_tokens: that a sequence may have.
         window: of the layers; None: all keys are seen.
 
@@ -54,10 +68,10 @@ def plan_splits(lens: Tensor, num_kv_heads: int, tile: int, max_tokens: int, win
     """
     num_seqs = len(lens)
     if window is not None:
-        max_tokens = min(max_tokens, window + tile)
+        max_tokens = min(max_tokens, window + tile.num_tokens)
     max_splits = max(1, min(-(-max_tokens // 64), MAX_SPLITS))
-    parts = -(-_ENOUGH_PROGRAMS // (num_seqs * num_kv_heads))  # of each, were they equally long
-    target = num_seqs * parts if parts > 1 else min(num_seqs, -(-_MOST_PROGRAMS // num_kv_heads))
+    parts = -(-tile.min_programs // (num_seqs * num_kv_heads))  # of each, were they equally long
+    target = num_seqs * parts if parts > 1 else min(num_seqs, -(-tile.max_programs // num_kv_heads))
     num_items = min(num_seqs + target, num_seqs * max_splits)
     items = torch.empty((num_items, _WIDTH), dtype=torch.int32, device=lens.device)
     spans = torch.empty((num_seqs, 2), dtype=torch.int32, device=lens.device)
@@ -77,7 +91,7 @@ def plan_splits(lens: Tensor, num_kv_heads: int, tile: int, max_tokens: int, win
         ITEMS=_ITEMS_PER_PROGRAM,
         WIDTH=_WIDTH,
         HEADS=triton.next_power_of_2(num_kv_heads),
-        TILE=tile,
+        TILE=tile.num_tokens,
         HAS_WINDOW=window is not None,
         **OVERLAPPING,
     )

@@ -132,8 +132,8 @@ def test_decodes_attend_what_codes_stand_for(
     expected, actual = (
         decode_attention(queries, kv, tables, plan_splits(lens, num_kv_heads, tile, 2 * BLOCK_SIZE, window), scores)
         for kv, tile in (
-            (plain, decode_tile(head_dim).num_tokens),
-            (cache.paged(1), decode_tile(head_dim, is_fp8=True).num_tokens),
+            (plain, decode_tile(head_dim, 3 * num_kv_heads)),
+            (cache.paged(1), decode_tile(head_dim, 3 * num_kv_heads, is_fp8=True)),
         )
     )
     check(actual, expected)

@@ -10,9 +10,9 @@ from tests.engine.interpreted import DEVICE  # before the kernels
 
 from deployments.engine.kernels.arguments import PagedKV, Scores  # isort: skip
 from deployments.engine.kernels.cuda_attention import decode_attention, decode_tile  # isort: skip
-from deployments.engine.kernels.cuda_splits import MAX_SPLITS, Splits, plan_splits  # isort: skip
+from deployments.engine.kernels.cuda_splits import MAX_SPLITS, DecodeTile, Splits, plan_splits  # isort: skip
 
-TILE = 32
+TILE = DecodeTile(32, 2, 4)
 BLOCK_SIZE = 64
 
 
@@ -41,7 +41,7 @@ def test_parts_cover_each_sequence_once(lens: list[int], num_kv_heads: int, wind
         visible = max(0, length - (window or length))
         assert 1 <= len(parts) <= MAX_SPLITS
         assert {begin for begin, _, _ in parts} == {visible}
-        assert parts[0][1] == visible // TILE * TILE
+        assert parts[0][1] == visible // TILE.num_tokens * TILE.num_tokens
         assert max(end for _, _, end in parts) == length
         for (_, _, end), (_, start, _) in pairwise(parts):
             assert start >= length or end == start
@@ -53,7 +53,10 @@ def test_a_long_sequence_among_short_ones_is_cut_into_parts_of_what_a_program_ge
     lens = [*range(300, 300 + num_short), 8000]
     parts = parts_of(plan(lens), len(lens))
     num_programs_of_a_head = 66 if num_short > 66 else len(lens)
-    assert max(end - start for own in parts for _, start, end in own) < sum(lens) / num_programs_of_a_head + 2 * TILE
+    assert (
+        max(end - start for own in parts for _, start, end in own)
+        < sum(lens) / num_programs_of_a_head + 2 * TILE.num_tokens
+    )
     assert len(parts[-1]) > 10
 
 
@@ -95,7 +98,8 @@ def test_attention_by_parts(
     sinks = torch.randn(num_heads, device=DEVICE, dtype=torch.float16) if has_sinks else None
     scores = Scores(head_dim**-0.5, window, softcap, sinks)
     given = torch.tensor(lens, dtype=torch.int32, device=DEVICE)
-    splits = plan_splits(given, num_kv_heads, decode_tile(head_dim).num_tokens, 18 * BLOCK_SIZE, window)
+    tile = decode_tile(head_dim, len(lens) * num_kv_heads)
+    splits = plan_splits(given, num_kv_heads, tile, 18 * BLOCK_SIZE, window)
     assert splits.is_cut
     splits = splits._replace(is_cut=is_cut)  # merged by a kernel of its own, or by whoever ends last
     for _ in range(2):  # counters are as they were
