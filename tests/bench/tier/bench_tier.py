@@ -6,6 +6,10 @@ everywhere, and its tokens are compared with those of an engine that caches noth
 that all of the KV is sent. In the end the engine that computed is killed. Then one engine generates prompts that share
 nothing, in short rounds with the tier, without it, and without it once more (`cost.py`). Prints tables and, as its last
 line, one JSON object.
+
+With `--shape` the same on one GPU, which all engines share: a shape of `bench-gpu` with random weights in place of the
+default model. The hand-off is CUDA IPC within the card. Two engines differ in the last bits of bfloat16 when one has
+computed a prompt at once and another its last tokens alone, and random weights make near ties of many tokens.
 """
 
 import argparse
@@ -28,12 +32,15 @@ import ray
 import torch
 
 from app.config import AppConfig
+from deployments.engine.config import EngineConfig
 from deployments.engine_actor import EngineActor
-from deployments.engine_builder import build_engine
+from deployments.engine_builder import BuiltEngine, EngineBuilder, assemble_engine, build_engine
 from deployments.kv_tier.ray_store import counts_of, shards
 from deployments.kv_tier.settings import TierSettings
 from deployments.kv_transfer import direct
 from deployments.messages import GenerateRequest, SamplingParams
+from tests.bench.bench_gpu import load_random
+from tests.bench.gpu_shapes import SHAPES
 from tests.bench.tier.cost import CONTROL, ON, Costs, judge, measure, ratios
 from tests.bench.tier.switched import SwitchedActor
 from tests.engine_pair import DrivenEngine, hand_over, random_prompt
@@ -42,7 +49,11 @@ from tests.waiting import wait_until
 VOCAB = 49_000
 # A way, and what of the cold TTFT it may take.
 ASKED = {"same engine": 0.15, "hand-off": 0.35, "tier": 0.35, "tier, engine killed": 0.35}
+ASKED_OF_GPU = {"same engine": 0.15, "hand-off": 0.15, "tier": 0.25, "tier, engine killed": 0.25}
 MAX_SLOWDOWN = 0.03
+# Of the card, for each of three engines, and of its memory for each one's KV.
+GPU_SHARE = 0.3
+GPU_KV_BYTES = 6 << 30
 TIMEOUT_S = 600
 
 
@@ -76,17 +87,27 @@ class Bench:
             caches: prefixes.
             is_switched: its tier can be turned on later.
         """
-        settings = {"enable_prefix_caching": caches, "hands_over": True, "num_threads": self._args.threads}
-        config = AppConfig.model_validate({"engine": settings}).engine_config("prefill")
+        shape = self._args.shape
+        build: EngineBuilder = partial(build_random, shape) if shape else build_engine
+        options = {"num_cpus": 1.0, "num_gpus": GPU_SHARE if shape else 0.0}
         actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(SwitchedActor if is_switched else EngineActor)
-        arguments = (self._tier,) if is_switched else (build_engine, self._tier if has_tier else None)
-        actor = actor_class.options(num_cpus=1).remote(config, *arguments)
+        arguments = (self._tier,) if is_switched else (build, self._tier if has_tier else None)
+        actor = actor_class.options(**options).remote(self._config(caches), *arguments)
         engine = DrivenEngine(actor)
         self.ask(engine, self.prompt(300))
         try:
             yield engine
         finally:
             ray.kill(actor)
+
+    def _config(self, caches: bool) -> EngineConfig:
+        settings: dict[str, Any] = {"enable_prefix_caching": caches, "hands_over": True}
+        if self._args.shape:
+            longest = self._args.prefix_tokens + self._args.suffix_tokens + 512
+            settings |= {"max_num_seqs": 8, "max_model_len": longest, "kv_cache_bytes": GPU_KV_BYTES, "share_kv": True}
+            return EngineConfig(**settings, max_num_batched_tokens=16384)
+        settings["num_threads"] = self._args.threads
+        return AppConfig.model_validate({"engine": settings}).engine_config("prefill")
 
     def prompt(self, num_tokens: int) -> tuple[int, ...]:
         """One that shares nothing with others."""
@@ -111,7 +132,10 @@ class Bench:
             self.engine(has_tier=False, caches=False) as forgets,
         ):
             self._hand_over(computes, forgets, self.prompt(300))
-            for _ in range(self._args.rounds):
+            for i in range(self._args.warm_up + self._args.rounds):
+                if i == self._args.warm_up:
+                    self.ttft_s.clear()
+                    self.differing.clear()
                 prefix = self.prompt(self._args.prefix_tokens)
                 prompt = prefix + self.prompt(self._args.suffix_tokens)
                 self._note("cold", self.ask(computes, prefix + self.prompt(self._args.suffix_tokens)))
@@ -189,14 +213,19 @@ def _is_settled(tier: TierSettings) -> bool:
     return all(counts.num_pending == 0 for counts in counts_of(tier))
 
 
-def report_ttft(bench: Bench) -> dict[str, Any]:
+def build_random(shape: str, config: EngineConfig) -> BuiltEngine:
+    """An engine with random weights, the same in every process."""
+    return assemble_engine(load_random(SHAPES[shape]), config)
+
+
+def report_ttft(bench: Bench, all_asked: dict[str, float]) -> dict[str, Any]:
     """Print the table of times to a first token; the same as one object."""
     if not bench.ttft_s:
         return {}
     cold_s = statistics.median(bench.ttft_s["cold"])
-    ratios = {way: statistics.median(bench.ttft_s[way]) / cold_s for way in ASKED}
+    ratios = {way: statistics.median(bench.ttft_s[way]) / cold_s for way in all_asked}
     print(f"\n{'TTFT':20} {'median s':>9} {'of cold':>8} {'asked':>6}\n{'cold':20} {cold_s:9.3f}")
-    for way, asked in ASKED.items():
+    for way, asked in all_asked.items():
         print(f"{way:20} {statistics.median(bench.ttft_s[way]):9.3f} {ratios[way]:8.3f} {asked:6.2f}")
     print(f"tokens differ from cold: {', '.join(bench.differing) or 'never'}")
     return {"ratios": ratios, "differing": bench.differing, "ttft_s": bench.ttft_s}
@@ -235,15 +264,23 @@ def main() -> int:
     parser.add_argument("--unshared-answer-tokens", type=int, default=16)
     parser.add_argument("--tier-bytes", type=int, default=2 << 30)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each engine")
+    parser.add_argument("--warm-up", type=int, default=0, help="rounds before those that count")
+    parser.add_argument("--shape", choices=SHAPES, help="of random weights, on a GPU; none: the default model on a CPU")
     args = parser.parse_args()
-    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    if args.shape and not torch.cuda.is_available():
+        parser.error("--shape needs a GPU")
+    ray.init(num_cpus=8, num_gpus=int(bool(args.shape)), include_dashboard=False, log_to_driver=False)
     bench = Bench(args)
     if args.rounds:
         bench.rounds()
     if args.throughput_rounds:
         bench.throughput()
     print(f"in the tier: {bench.objects()}")
-    found = report_ttft(bench) | report_cost(bench.costs, args) | {"left": bench.end()}
+    found = (
+        report_ttft(bench, ASKED_OF_GPU if args.shape else ASKED)
+        | report_cost(bench.costs, args)
+        | {"left": bench.end()}
+    )
     print(f"left in the tier: {found['left']}")
     ray.shutdown()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
