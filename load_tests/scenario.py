@@ -5,7 +5,7 @@ requests. Lengths are tokens, times seconds.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -95,10 +95,17 @@ class TrafficClass(_Model):
 
 
 class TraceReplay(_Model):
-    """Requests as a CSV has them (`trace.py`); `path` is relative to the scenario's file."""
+    """Requests as a CSV has them (`trace.py`).
+
+    Attributes:
+        path: of the CSV, relative to the scenario's file.
+        speed: arrivals are divided by it.
+        shrink: lengths are divided by it, those of prefix blocks as well, so that as much is shared as before.
+    """
 
     path: Path
     speed: float = Field(default=1.0, gt=0)
+    shrink: Literal[1, 2, 4, 8, 16, 32] = 1
 
 
 class SloRule(_Model):

@@ -165,15 +165,18 @@ def _first_prompt(traffic: TrafficClass, rng: random.Random, prompts: _Prompts) 
 
 def _plan_trace(scenario: Scenario, seed: str, load: float) -> Iterator[Planned]:
     assert scenario.trace is not None
+    shrink = scenario.trace.shrink
     prompts = _Prompts(seed, scenario.token_ids)
     for index, row in enumerate(read_trace(scenario.trace.path)):
         at_s = row.arrival_s / (scenario.trace.speed * load)
         if at_s >= scenario.warmup_s + scenario.duration_s:
             return
-        shared = [token for block in row.prefix_ids for token in prompts.shared(str(block), PREFIX_BLOCK_TOKENS)]
-        own = prompts.fresh(max(0, row.prompt_tokens - len(shared)))
-        prompt = (*shared, *own)[: row.prompt_tokens]
-        yield Planned("trace", f"trace-{index}", 0, at_s, 0.0, prompt, row.output_tokens)
+        size = PREFIX_BLOCK_TOKENS // shrink
+        shared = [token for block in row.prefix_ids for token in prompts.shared(str(block), size)]
+        num_tokens = -(-row.prompt_tokens // shrink)
+        own = prompts.fresh(max(0, num_tokens - len(shared)))
+        prompt = (*shared, *own)[:num_tokens]
+        yield Planned("trace", f"trace-{index}", 0, at_s, 0.0, prompt, -(-row.output_tokens // shrink))
 
 
 def _draw(tokens: Tokens, rng: random.Random) -> int:

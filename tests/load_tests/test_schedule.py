@@ -105,6 +105,20 @@ def test_a_trace_keeps_lengths_and_shares_the_blocks_of_equal_prefix_ids():
     assert [request.at_s for request in faster[:10]] == pytest.approx([(r.at_s or 0) / 2 for r in planned[:10]])
 
 
+def test_a_trace_that_is_shrunk_shares_as_much_of_its_prompts():
+    shipped = load_scenario("trace")
+    assert shipped.trace is not None
+    small = shipped.model_copy(update={"trace": shipped.trace.model_copy(update={"shrink": 16})})
+    whole, shrunk = (build_schedule(one, "a") for one in (shipped, small))
+    assert len(whole) == len(shrunk) > 10
+    for before, after in zip(whole, shrunk, strict=True):
+        assert (len(after.prompt), after.output_tokens) == (
+            -(-len(before.prompt) // 16),
+            -(-before.output_tokens // 16),
+        )
+    assert len({one.prompt[:PREFIX_BLOCK_TOKENS] for one in whole}) == len({one.prompt[:32] for one in shrunk})
+
+
 def test_idle_requests_come_one_after_the_other_some_of_each_class():
     shipped = load_scenario("mixed")
     planned = build_idle_schedule(shipped, "a", 3)
