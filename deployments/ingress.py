@@ -7,6 +7,7 @@ import asyncio
 import gc
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,11 @@ from deployments.pool_backend import PoolBackend
 from deployments.routing.crossover import Crossover
 from deployments.routing.pools import PoolRouters
 from deployments.routing.settings import RoutingSettings
-from deployments.serve_state import http_host, is_loopback, num_replicas
-from deployments.telemetry.client_metrics import ClientMetrics
+from deployments.serve_state import ask_each, http_host, is_loopback, num_replicas, own_handle
+from deployments.telemetry.client_stats import ClientCounts
+from deployments.telemetry.followers import ObservedCalls
+from deployments.telemetry.ingress_stats import IngressStats
+from deployments.telemetry.peers import TIMEOUT_S as PEERS_TIMEOUT_S
 from deployments.telemetry.request_log import log_call
 from deployments.tokens.receiver import TokenReceiver
 
@@ -124,9 +128,18 @@ class Ingress:
         tokens = await TokenReceiver.start(ray.util.get_node_ip_address(), settings.max_unread_tokens)
         routers = PoolRouters(settings.routing, settings.crossover, engine.positions)
         admission = Admission(settings.bounds, is_remote=routers.is_remote)
-        self._clients = ClientMetrics([log_call] if settings.logs_requests else [])
+        clients = ClientCounts()
+        self._observer = ObservedCalls(clients, [log_call] if settings.logs_requests else [])
         self._backend = PoolBackend(
-            decode, prefill, tokens, admission, routers, settings.resume_timeout_s, self._clients
+            decode,
+            prefill,
+            tokens,
+            admission,
+            routers,
+            settings.resume_timeout_s,
+            clients,
+            serve.get_replica_context().replica_id.unique_id,
+            partial(ask_each, own_handle(), "ingress_stats", PEERS_TIMEOUT_S),
         )
         self._watch = asyncio.create_task(self._backend.watch.run())
         self._health_watch = asyncio.create_task(self._backend.pool_health.watch())
@@ -151,12 +164,16 @@ class Ingress:
         """What Serve carries to its controller for the planner; nothing if there is none."""
         return {REFUSED: float(self._backend.num_refused)} if self._settings.tells_planner else {}
 
+    async def ingress_stats(self) -> IngressStats:
+        """What this replica tells of itself; any of them asks all, so that each tells of all."""
+        return self._backend.own_stats()
+
     def __serve_build_asgi_app__(self) -> Starlette:
         return build_app(
             self._backend,
             self._codec,
             self._info,
-            observer=self._clients,
+            observer=self._observer,
             max_body_bytes=self._settings.max_request_bytes,
             server_sends_ids=True,
             keys=self._keys,

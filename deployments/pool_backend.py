@@ -22,8 +22,10 @@ from deployments.receipt_log import ReceiptLog, ReceiptStream
 from deployments.receipts import Receipt
 from deployments.replica_stats import Positions, ReplicaStats
 from deployments.routing.pools import PoolRouters
-from deployments.telemetry.client_metrics import AdmissionMetrics, ClientMetrics, RoutingMetrics
-from deployments.telemetry.pool_metrics import render
+from deployments.telemetry.client_stats import ClientCounts
+from deployments.telemetry.ingress_stats import IngressStats
+from deployments.telemetry.metrics import render
+from deployments.telemetry.peers import Ask, Peers
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 
 if TYPE_CHECKING:
@@ -44,7 +46,9 @@ class PoolBackend:
         admission: lets calls in.
         routers: choose the replicas.
         resume_timeout_s: see `DecodeClient`.
-        clients: metrics of this replica, to which those of its admission and routing are added.
+        clients: what the clients of this replica see.
+        replica: name of this one.
+        ask_peers: all ingress replicas for their numbers; None: there is this one alone.
     """
 
     def __init__(
@@ -55,7 +59,9 @@ class PoolBackend:
         admission: Admission,
         routers: PoolRouters,
         resume_timeout_s: float,
-        clients: ClientMetrics,
+        clients: ClientCounts,
+        replica: str = "",
+        ask_peers: Ask | None = None,
     ) -> None:
         self._pools = {DECODE: decode} if prefill is None else {PREFILL: prefill, DECODE: decode}
         self.pool_health = PoolHealth({name: partial(_be_ready, handle) for name, handle in self._pools.items()})
@@ -64,9 +70,9 @@ class PoolBackend:
         self._routers = routers
         self.watch = PoolWatch(self.read_pools, self.take)
         self.clients = clients
+        self._replica = replica
+        self.peers = Peers(ask_peers or self._ask_self, self.own_stats)
         self._decode = DecodeClient(decode, tokens, resume_timeout_s, self.clients.request_resumed, routers)
-        self.clients.registry.register(AdmissionMetrics(admission))
-        self.clients.registry.register(RoutingMetrics(routers))
 
     async def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
         """Let a call in; see `Admission.admit`. Before others' requests have it refused, the pools are read anew."""
@@ -112,8 +118,16 @@ class PoolBackend:
         """Calls that were not let in."""
         return self._admission.refusals.total()
 
+    def own_stats(self) -> IngressStats:
+        """What this ingress replica tells of itself."""
+        return IngressStats.of(self._replica, self.clients.stats, self._admission, self._routers)
+
+    async def _ask_self(self) -> list[IngressStats]:
+        return [self.own_stats()]
+
     async def metrics(self) -> bytes:
-        return render(await self._read_pools(dict.fromkeys(self._pools)), self.clients)
+        pools, ingresses = await asyncio.gather(self._read_pools(dict.fromkeys(self._pools)), self.peers.read())
+        return render(pools, ingresses)
 
     async def read_pools(self) -> dict[str, list[ReplicaStats]]:
         """The numbers of every replica, by the name of its pool, and what its cache has to tell the routers."""

@@ -1,13 +1,18 @@
-"""What Ray Serve knows of this service: where it listens, how many replicas like this one run.
+"""What Ray Serve knows of this service: where it listens, how many replicas like this one run, what each of them says.
 
-The ingress asks, from a thread: the answers come from Serve's controller.
+The ingress asks; but for `ask_each` from a thread: the answers come from Serve's controller.
 """
 
+import asyncio
 from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.serve._private.common import ReplicaState
 from ray.serve.context import _get_global_client  # nothing public tells of the host
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
 
 
 def http_host() -> str | None:
@@ -32,3 +37,23 @@ def num_replicas() -> int:
     deployment = serve.status().applications[context.app_name].deployments[context.deployment]
     num_running: int = deployment.replica_states.get(ReplicaState.RUNNING, 0)
     return max(1, num_running)
+
+
+def own_handle() -> "DeploymentHandle[Any]":
+    """Of the asking replica's own deployment."""
+    context = serve.get_replica_context()
+    return serve.get_deployment_handle(context.deployment, context.app_name)
+
+
+async def ask_each(handle: "DeploymentHandle[Any]", method: str, timeout_s: float) -> list[Any]:
+    """What each replica answers within a time, or the exception why it does not.
+
+    Ray Serve's own `results_async` gives up all answers where one does not come (2.60).
+
+    Raises:
+        Exception: Serve does not say which replicas there are.
+    """
+    async with asyncio.timeout(timeout_s):
+        replicas = await handle.broadcast(method)._fetch_replica_results_async()
+    answers = (asyncio.wait_for(replica.get_async(), timeout_s) for replica in replicas)
+    return await asyncio.gather(*answers, return_exceptions=True)

@@ -4,7 +4,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from deployments.telemetry.client_metrics import ClientMetrics
+from deployments.telemetry.client_stats import ClientCounts
+from deployments.telemetry.followers import ObservedCalls
 from deployments.telemetry.request_log import log_call, logger
 
 
@@ -31,6 +32,6 @@ def kept_lines() -> Iterator[list[logging.LogRecord]]:
         logger.setLevel(level)
 
 
-def logging_observer() -> ClientMetrics:
+def logging_observer() -> ObservedCalls:
     """What an ingress that logs gives its API."""
-    return ClientMetrics([log_call])
+    return ObservedCalls(ClientCounts(), [log_call])

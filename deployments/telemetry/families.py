@@ -1,10 +1,44 @@
-"""What all metrics have in common: their prefix, and our histograms in Prometheus' form."""
+"""What all metrics have in common: their prefix, and rows of numbers in Prometheus' form."""
 
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from deployments.engine.stats import Histogram
 
 PREFIX = "kvrelay_"
+
+# The values of a family's labels, and its number with these; None: it is not known, and left out.
+Rows = Iterable[tuple[Sequence[str], float | None]]
+
+
+def gauge(name: str, text: str, labels: Sequence[str], rows: Rows) -> GaugeMetricFamily:
+    """A number of now."""
+    family = GaugeMetricFamily(PREFIX + name, text, labels=labels)
+    for values, number in rows:
+        if number is not None:
+            family.add_metric(values, number)
+    return family
+
+
+def counter(name: str, text: str, labels: Sequence[str], rows: Rows) -> CounterMetricFamily:
+    """A number since the start; Prometheus adds `_total` to its name."""
+    family = CounterMetricFamily(PREFIX + name, text, labels=labels)
+    for values, number in rows:
+        if number is not None:
+            family.add_metric(values, number)
+    return family
+
+
+def histogram(
+    name: str, text: str, labels: Sequence[str], rows: Iterable[tuple[Sequence[str], Histogram]]
+) -> HistogramMetricFamily:
+    """How often values up to each bound were seen."""
+    family = HistogramMetricFamily(PREFIX + name, text, labels=labels)
+    for values, seen in rows:
+        family.add_metric(values, cumulative(seen), seen.total)
+    return family
 
 
 def cumulative(histogram: Histogram) -> list[tuple[str, float]]:

@@ -1,18 +1,15 @@
-"""Numbers of both pools' replicas in Prometheus' text form, as their engines and fronts tell them.
+"""Numbers of both pools' replicas in Prometheus' form, as their engines and fronts tell them.
 
 Knows what each number is called; the engines and fronts keep the numbers themselves.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
-from deployments.engine.stats import Histogram
 from deployments.replica_stats import ReplicaStats
-from deployments.telemetry.client_metrics import ClientMetrics
-from deployments.telemetry.families import PREFIX, cumulative
+from deployments.telemetry.families import Rows, counter, gauge, histogram
 
 _LABELS = ("pool", "replica")
 
@@ -47,73 +44,55 @@ _HISTOGRAMS = {
     "drafted_tokens": ("drafted_tokens", "Drafts that one sequence tried in one step; none are not counted."),
     "accepted_drafts": ("accepted_tokens", "How many of these were right."),
 }
+_HANDOFF_COUNTERS = {
+    "handoff_requests": ("num_requests", "Prompts handed over whole."),
+    "handoff_failures": ("num_failures", "Hand-offs that failed."),
+    "handoff_chunks": ("num_chunks", "KV chunks handed over."),
+    "handoff_bytes": ("num_bytes", "KV bytes handed over."),
+}
 
 
-class _PoolCollector(Collector):
-    """Turns one reading of all replicas into metric families."""
+class PoolCollector(Collector):
+    """Turns one reading of replicas into metric families.
 
-    def __init__(self, pools: dict[str, list[ReplicaStats]]) -> None:
+    Args:
+        pools: the replicas of each pool, by its name.
+    """
+
+    def __init__(self, pools: Mapping[str, Sequence[ReplicaStats]]) -> None:
         self._rows = [((pool, stats.replica), stats) for pool, replicas in pools.items() for stats in replicas]
 
     def collect(self) -> Iterator[Metric]:
         for name, (attribute, text) in _GAUGES.items():
-            gauge = GaugeMetricFamily(PREFIX + name, text, labels=_LABELS)
-            for labels, stats in self._rows:
-                gauge.add_metric(labels, getattr(stats.engine, attribute))
-            yield gauge
+            yield gauge(name, text, _LABELS, self._of_engines(attribute))
         for name, (attribute, text) in _COUNTERS.items():
-            yield self._counter(name, text, [getattr(stats.engine, attribute) for _, stats in self._rows])
-        yield self._prompt_tokens_by_origin()
-        for name, (attribute, text) in _HISTOGRAMS.items():
-            yield self._histogram(name, text, [getattr(stats.engine, attribute) for _, stats in self._rows])
-        handoffs = [stats.handoff for _, stats in self._rows]
-        yield self._counter("handoff_requests", "Prompts handed over whole.", [h.num_requests for h in handoffs])
-        yield self._counter("handoff_failures", "Hand-offs that failed.", [h.num_failures for h in handoffs])
-        yield self._counter("handoff_chunks", "KV chunks handed over.", [h.num_chunks for h in handoffs])
-        yield self._counter("handoff_bytes", "KV bytes handed over.", [h.num_bytes for h in handoffs])
-        yield self._histogram(
-            "handoff_seconds", "Per chunk, from computed to arrived in the other pool.", [h.seconds for h in handoffs]
-        )
-
-    def _prompt_tokens_by_origin(self) -> CounterMetricFamily:
-        family = CounterMetricFamily(
-            f"{PREFIX}prompt_tokens_by_origin",
+            yield counter(name, text, _LABELS, self._of_engines(attribute))
+        yield counter(
+            "prompt_tokens_by_origin",
             "Prompt tokens by where their KV came from: this engine's cache, that of a prefill engine (delta), the"
             " shared tier, or nowhere (miss: computed here).",
-            labels=(*_LABELS, "origin"),
+            (*_LABELS, "origin"),
+            self._origins(),
         )
-        for labels, stats in self._rows:
+        for name, (attribute, text) in _HISTOGRAMS.items():
+            yield histogram(name, text, _LABELS, [(of, getattr(stats.engine, attribute)) for of, stats in self._rows])
+        for name, (attribute, text) in _HANDOFF_COUNTERS.items():
+            yield counter(name, text, _LABELS, [(of, getattr(stats.handoff, attribute)) for of, stats in self._rows])
+        yield histogram(
+            "handoff_seconds",
+            "Per chunk, from computed to arrived in the other pool.",
+            _LABELS,
+            [(of, stats.handoff.seconds) for of, stats in self._rows],
+        )
+
+    def _of_engines(self, attribute: str) -> Rows:
+        for of, stats in self._rows:
+            yield of, getattr(stats.engine, attribute)
+
+    def _origins(self) -> Rows:
+        for of, stats in self._rows:
             engine = stats.engine
-            origins = {
-                "engine": engine.prefix_hit_tokens - engine.tier_hit_tokens,
-                "delta": engine.delta_hit_tokens,
-                "tier": engine.tier_hit_tokens,
-                "miss": engine.prompt_tokens,
-            }
-            for origin, num_tokens in origins.items():
-                family.add_metric((*labels, origin), num_tokens)
-        return family
-
-    def _counter(self, name: str, text: str, values: Sequence[float]) -> CounterMetricFamily:
-        family = CounterMetricFamily(PREFIX + name, text, labels=_LABELS)
-        for (labels, _), value in zip(self._rows, values, strict=True):
-            family.add_metric(labels, value)
-        return family
-
-    def _histogram(self, name: str, text: str, values: list[Histogram]) -> HistogramMetricFamily:
-        family = HistogramMetricFamily(PREFIX + name, text, labels=_LABELS)
-        for (labels, _), histogram in zip(self._rows, values, strict=True):
-            family.add_metric(labels, cumulative(histogram), histogram.total)
-        return family
-
-
-def render(pools: dict[str, list[ReplicaStats]], clients: ClientMetrics) -> bytes:
-    """Prometheus' text exposition of one reading.
-
-    Args:
-        pools: the replicas of each pool, by its name.
-        clients: of the ingress that answers.
-    """
-    registry = CollectorRegistry()
-    registry.register(_PoolCollector(pools))
-    return generate_latest(registry) + generate_latest(clients.registry)
+            yield (*of, "engine"), engine.prefix_hit_tokens - engine.tier_hit_tokens
+            yield (*of, "delta"), engine.delta_hit_tokens
+            yield (*of, "tier"), engine.tier_hit_tokens
+            yield (*of, "miss"), engine.prompt_tokens

@@ -20,7 +20,7 @@ from deployments.prefill import Prefill
 from deployments.routing.crossover import Crossover, Goals
 from deployments.routing.pools import PoolRouters
 from deployments.routing.settings import RoutingSettings
-from deployments.telemetry.client_metrics import ClientMetrics
+from deployments.telemetry.client_stats import ClientCounts
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 from tests.deployments.faulty_engine import FaultyEngine
 from tests.engine.families import random_prompt
@@ -166,7 +166,8 @@ class Pools:
                 Admission(bounds),
                 pools.routers,
                 resume_timeout_s,
-                ClientMetrics(),
+                ClientCounts(),
+                "i0",
             )
 
         pools.start_ingress = start_ingress

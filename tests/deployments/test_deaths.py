@@ -76,7 +76,7 @@ async def test_a_request_outlives_several_deaths(start: StartPools, num_deaths: 
         await decode.engine.until(is_decoding)  # those before it are dead, and it was the next one in their order
         decode.engine.die()
     assert tokens_of(await reading) == reference("llama", PROMPT, MANY_TOKENS)
-    resumed = pools.backend.clients.registry.get_sample_value("kvrelay_requests_resumed_total")
+    resumed = pools.backend.clients.stats.num_resumed
     assert resumed == num_deaths
     await pools.wait_idle()
 

@@ -58,7 +58,7 @@ async def answer_of(call: Awaitable[T], pools: Pools, way: str) -> T:
         await pools.decode.engine.until(has_begun)
         pools.decode.engine.die()
     told = await answer
-    num_resumed = pools.backend.clients.registry.get_sample_value("kvrelay_requests_resumed_total")
+    num_resumed = pools.backend.clients.stats.num_resumed
     assert (num_resumed or 0) > 0 if way == "resumed" else not num_resumed
     return told
 
@@ -126,7 +126,7 @@ async def test_a_streamed_chat_has_them_too(start: StartPools, way: str) -> None
                 pools.decode.engine.die()
     check_logprobs(told, tuple(prompt), tokens)
     assert len(tokens) == NUM_TOKENS
-    num_resumed = pools.backend.clients.registry.get_sample_value("kvrelay_requests_resumed_total")
+    num_resumed = pools.backend.clients.stats.num_resumed
     assert bool(num_resumed) is (way == "resumed")
 
 

@@ -14,8 +14,12 @@ from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import Priority
 from deployments.ray_errors import as_ours
 from deployments.replica_stats import HandoffStats, ReplicaStats
-from deployments.telemetry.client_metrics import AdmissionMetrics, ClientMetrics
-from deployments.telemetry.pool_metrics import render
+from deployments.routing.pools import PoolRouters
+from deployments.routing.settings import RoutingSettings
+from deployments.telemetry.client_stats import ClientStats
+from deployments.telemetry.ingress_stats import IngressStats
+from deployments.telemetry.metrics import render
+from deployments.telemetry.peers import IngressReading
 from tests.deployments.conftest import StartPools
 from tests.deployments.pools import Pools
 from tests.engine.driving import greedy
@@ -30,16 +34,16 @@ def test_a_limit_of_serve_is_an_overload_with_its_numbers() -> None:
 
 
 def test_refusals_are_counted_by_reason_and_priority() -> None:
-    admission, clients = Admission(Bounds(1.0, 100, None), lambda: 0.0), ClientMetrics()
-    clients.registry.register(AdmissionMetrics(admission))
+    admission = Admission(Bounds(1.0, 100, None), lambda: 0.0)
     admission.admit([60], Priority.LOW, b"")
     for _ in range(2):
         with pytest.raises(OverloadedError):
             admission.admit([60], Priority.LOW, b"")
-    text = render({}, clients).decode()
-    assert 'kvrelay_refusals_total{priority="low",reason="queued_tokens"} 2.0' in text
-    assert 'kvrelay_estimated_queued_tokens{pool="decode"} 60.0' in text
-    assert 'kvrelay_prefill_speed{pool="decode"}' not in text, "not measured yet"
+    ingress = IngressStats.of("i0", ClientStats(), admission, PoolRouters(RoutingSettings(), None))
+    text = render({}, IngressReading([ingress])).decode()
+    assert 'kvrelay_refusals_total{ingress="i0",priority="low",reason="queued_tokens"} 2.0' in text
+    assert 'kvrelay_estimated_queued_tokens{ingress="i0",pool="decode"} 60.0' in text
+    assert "kvrelay_prefill_speed{" not in text, "not measured yet"
 
 
 async def test_a_reading_of_real_engines_gives_the_speed_of_each_pool() -> None:
@@ -55,10 +59,9 @@ async def test_a_reading_of_real_engines_gives_the_speed_of_each_pool() -> None:
     assert prefill.prefill_s > 0 and decode.prefill_s > 0
     assert (prefill.prefill_steps, decode.prefill_steps) == (1, 1)
     assert (decode.finished, decode.num_remote_prompt_tokens) == (2, 0)
-    registry = pools.backend.clients.registry
-    assert registry.get_sample_value("kvrelay_readings_total") == 0
+    assert pools.backend.own_stats().num_readings == 0
     await pools.read()
-    assert registry.get_sample_value("kvrelay_readings_total") == 1
+    assert pools.backend.own_stats().num_readings == 1
     await pools.stop()
 
 

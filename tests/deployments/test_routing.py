@@ -64,8 +64,8 @@ async def test_the_next_turn_goes_to_the_decode_replica_that_has_the_kv(start: S
     assert pools.routers.choices[DECODE, Reason.CACHE] == 1
     (holder,) = [r for r in pools.decodes if (await r.engine.stats()).generated_tokens]
     text = (await pools.backend.metrics()).decode()
-    assert 'kvrelay_routing_choices_total{pool="decode",reason="cache"} 1.0' in text
-    assert f'kvrelay_routing_promised_tokens_total{{pool="decode"}} {WHOLE_BLOCKS}.0' in text
+    assert 'kvrelay_routing_choices_total{ingress="i0",pool="decode",reason="cache"} 1.0' in text
+    assert f'kvrelay_routing_promised_tokens_total{{ingress="i0",pool="decode"}} {WHOLE_BLOCKS}.0' in text
     assert f'kvrelay_prefix_hit_tokens_total{{pool="decode",replica="{holder.name}"}} {WHOLE_BLOCKS}.0' in text
 
 

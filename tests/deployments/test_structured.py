@@ -93,7 +93,7 @@ async def test_answers_have_their_form_and_are_the_same_however_they_are_served(
     for answer, content in zip(answers, contents, strict=True):
         assert answer.choices[0].finish_reason == "stop"
         validate(json.loads(content), SCHEMA)
-    resumed = pools.backend.clients.registry.get_sample_value("kvrelay_requests_resumed_total")
+    resumed = pools.backend.clients.stats.num_resumed
     assert bool(resumed) is (way == "resumed")
 
 

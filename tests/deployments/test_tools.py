@@ -111,5 +111,5 @@ async def test_a_call_is_the_same_however_it_is_served(start: StartPools, way: s
         assert whole.message.content is None
     assert [item.type for item in response.output] == ["function_call"] and response.status == "completed"
     assert response.output[0].to_dict()["arguments"] == streamed[0][1]
-    resumed = pools.backend.clients.registry.get_sample_value("kvrelay_requests_resumed_total")
+    resumed = pools.backend.clients.stats.num_resumed
     assert (resumed or 0) == (2 if way == "resumed" else 0)

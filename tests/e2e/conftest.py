@@ -127,8 +127,8 @@ class Service:
         return wait_until(ask, ANSWER_TIMEOUT_S)
 
     def metric(self, name: str) -> float:
-        """The value of a metric without labels."""
-        (value,) = re.findall(rf"^{name} (\S+)$", self.metrics(), re.MULTILINE)
+        """The value of a metric of the one ingress replica that there is."""
+        (value,) = re.findall(rf'^{name}{{ingress="[^",]*"}} (\S+)$', self.metrics(), re.MULTILINE)
         return float(value)
 
     @property

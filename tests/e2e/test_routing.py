@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -83,5 +84,5 @@ def test_prompts_of_one_call_that_wait_for_replicas_at_once_all_come(routed: Ser
     answer = ask(routed, client, [prompt(150, seed) for seed in range(70, 74)])
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
     text = routed.metrics()
-    assert 'kvrelay_routing_choices_total{pool="decode",reason="' in text
-    assert 'kvrelay_routing_promised_tokens_total{pool="prefill"}' in text
+    assert re.search(r'^kvrelay_routing_choices_total{ingress="[^"]+",pool="decode",reason="', text, re.MULTILINE)
+    assert re.search(r'^kvrelay_routing_promised_tokens_total{ingress="[^"]+",pool="prefill"}', text, re.MULTILINE)

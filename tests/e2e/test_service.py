@@ -110,9 +110,9 @@ def test_health_and_metrics_cover_both_pools(disaggregated: Service, client: htt
     ):  # fmt: skip
         for pool in ("prefill", "decode"):
             assert f'kvrelay_{name}{{pool="{pool}"' in text, (name, pool)
-    assert "kvrelay_ttft_seconds_count" in text
-    assert "kvrelay_itl_seconds_count" in text
-    assert 'kvrelay_estimated_wait_seconds{pool="prefill"}' in text
+    assert "kvrelay_ttft_seconds_count{" in text
+    assert "kvrelay_itl_seconds_count{" in text
+    assert re.search(r'^kvrelay_estimated_wait_seconds{ingress="[^"]+",pool="prefill"} ', text, re.MULTILINE)
 
 
 def test_the_log_has_a_line_for_each_call_and_none_for_what_the_service_asks_itself(

@@ -21,7 +21,7 @@ from deployments.front import SpawnedEngine
 from deployments.ingress import Ingress
 from deployments.load.admission import Admission, Bounds, Ticket
 from deployments.messages import EngineEvent, GenerateRequest, ModelInfo, TokenOutput
-from deployments.telemetry.client_metrics import ClientMetrics
+from deployments.telemetry.client_stats import ClientCounts
 from tests.bench.serving.paced import build_paced
 
 
@@ -138,7 +138,7 @@ class OrdinaryIngress:
         self._backend = OrdinaryBackend(decode)
 
     def __serve_build_asgi_app__(self) -> Starlette:
-        return build_app(self._backend, self._codec, self._info, observer=ClientMetrics())
+        return build_app(self._backend, self._codec, self._info, observer=ClientCounts())
 
 
 def ordinary(args: AppConfig) -> serve.Application:
