@@ -22,6 +22,7 @@ from deployments.parity import check_parity
 from deployments.prefill import Prefilled
 from deployments.ray_errors import as_ours
 from deployments.receipts import DecodeReceipt, PrefillReceipt, Timed
+from deployments.replica_stats import Computed, no_prompts
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -125,6 +126,7 @@ class Decode(EngineReplica):
     ) -> None:
         self._prefill = None if prefill is None else RemotePrefill(prefill, min_tokens)
         self._front = await engine.start()
+        self._front.prompts = no_prompts()
         self._beginnings = Beginnings(self._front.engine.info.block_size)
         self._num_unplaced = 0
         if parity_check and prefill is not None:
@@ -159,7 +161,7 @@ class Decode(EngineReplica):
         """`generate` with a threshold of one's own."""
         engine, request_id = self._front.engine, request.request_id
         events = engine.open(request_id)
-        times, prefills = None, list[PrefillReceipt]()
+        times, placed, prefills = None, None, list[PrefillReceipt]()
         begins_early = self._begins_early(request, remote_threshold)
         place = self._expect_place()
         handoff: asyncio.Task[None] | None = None
@@ -173,6 +175,7 @@ class Decode(EngineReplica):
             await engine.add(request, remote_threshold, reply_to)
             async for event in events:
                 if isinstance(event, Placed):
+                    placed = event
                     if is_again := place.done():
                         assert not event.remote, "a hand-off begins once"
                     else:
@@ -192,7 +195,20 @@ class Decode(EngineReplica):
                 handoff.cancel()
             place.cancel()
             engine.close(request_id)
+            self._count(request, placed, is_remote=handoff is not None)
         return DecodeReceipt(self._front.replica, times, tuple(prefills)) if request.wants_receipt else None
+
+    def _count(self, request: GenerateRequest, placed: Placed | None, *, is_remote: bool) -> None:
+        """A prompt is done with. One of a single token may end in the other pool before it has a place here."""
+        if placed is None:
+            where = Computed.PREFILL if is_remote else None
+        elif placed.remote:
+            where = Computed.PREFILL
+        else:
+            num_left = request.num_given_tokens - placed.num_cached_tokens
+            where = Computed.CACHED if num_left <= self._front.engine.info.block_size else Computed.DECODE
+        if where is not None:
+            self._front.prompts[where.value] += 1
 
     def _begins_early(self, request: GenerateRequest, remote_threshold: int | None) -> bool:
         """Whether its engine is sure to leave the whole prompt to the prefill pool, and does not let it wait."""

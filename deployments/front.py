@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -49,6 +50,7 @@ class EngineFront:
     ) -> None:
         self.engine = engine
         self.handoff = HandoffStats()
+        self.prompts: Counter[str] = Counter()
         self._max_silence_s = max_silence_s
         self.replica = replica
         self.tells_planner = tells_planner
@@ -72,7 +74,8 @@ class EngineFront:
             self._last_stats_s = asked_s
         except TimeoutError:
             age_s = asked_s - self._last_stats_s
-        return ReplicaStats(self.replica, self._last_stats, self.handoff.copy(), age_s, cache)
+        handoff, prompts = self.handoff.copy(), self.prompts.copy()
+        return ReplicaStats(self.replica, self._last_stats, handoff, age_s, cache, prompts)
 
     async def ready(self) -> None:
         """Return once the engine's loop has turned; costs no step of the model.

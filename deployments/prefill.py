@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import Awaitable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from deployments.engine_client import EventQueue
@@ -42,7 +42,7 @@ class Prefilled:
 
 
 class HandoffTimer:
-    """Times the chunks of one hand-off."""
+    """Times the chunks of one hand-off, of every one: what is hidden of it ends when the engine has told its times."""
 
     def __init__(self) -> None:
         self._all_ready_s = 0.0
@@ -116,7 +116,7 @@ class Prefill(EngineReplica):
         times, sent = None, HandoffTimer()
         num_arrived, num_chunks = 0, None
         try:
-            await engine.prefill(request, first_block, reply_to)
+            await engine.prefill(replace(request, wants_receipt=True), first_block, reply_to)
             async for event in events:
                 if isinstance(event, Timed):
                     times = event.times
@@ -127,11 +127,11 @@ class Prefill(EngineReplica):
                         num_chunks = len(sends)
                 elif isinstance(event, ChunkArrived):
                     num_arrived += 1
-                if num_arrived == num_chunks and (times or not request.wants_receipt):
+                if num_arrived == num_chunks and times is not None:
                     break
             else:
-                return Prefilled(True, self._receipt(times))
-            self._front.handoff.num_requests += 1
+                return Prefilled(True, self._receipt(request, times))
+            self._front.handoff.note_whole(handed_over := sent.receipt())
         except Exception:
             self._front.handoff.num_failures += 1
             await self._abort(request_id)
@@ -140,7 +140,7 @@ class Prefill(EngineReplica):
             for task in (keeper, place, *sends):
                 task.cancel()
             engine.close(request_id)
-        return Prefilled(False, self._receipt(times, sent))
+        return Prefilled(False, self._receipt(request, times, handed_over))
 
     async def _abort(self, request_id: str) -> None:
         """End a hand-off on the engine, and wait for that: the same replica may be asked again at once."""
@@ -152,10 +152,12 @@ class Prefill(EngineReplica):
                     # Answered between two steps, behind the abort: no step tells of this hand-off any more.
                     await engine.handle.renew(request_id)
 
-    def _receipt(self, times: EngineTimes | None, sent: HandoffTimer | None = None) -> PrefillReceipt | None:
-        if times is None:
+    def _receipt(
+        self, request: GenerateRequest, times: EngineTimes | None, handoff: HandoffReceipt | None = None
+    ) -> PrefillReceipt | None:
+        if times is None or not request.wants_receipt:
             return None
-        return PrefillReceipt(self._front.replica, times, None if sent is None else sent.receipt())
+        return PrefillReceipt(self._front.replica, times, handoff)
 
     async def _keep_leases(self, request_id: str, target: EngineHandle, events: EventQueue) -> None:
         """Renew the lease on both engines for as long as both answer."""

@@ -43,6 +43,9 @@ class Tally:
     Args:
         call: of which events come.
         receipts: what became of it; None: nobody wants to know.
+
+    Attributes:
+        finish_reasons: of the samples that are over.
     """
 
     def __init__(self, call: Call, receipts: ReceiptKeeper | None = None) -> None:
@@ -51,11 +54,14 @@ class Tally:
         self._num_prompt_tokens = call.num_prompt_tokens
         self._num_generated_tokens = 0
         self._num_cached_tokens: dict[int, int] = {}
+        self.finish_reasons: list[str] = []
         thoughts = call.thoughts
         self._thoughts = [] if thoughts is None else [build_count(thoughts) for _ in call.requests]
 
     def add(self, event: TextEvent) -> None:
         self._num_generated_tokens += len(event.token_ids)
+        if event.finish_reason is not None:
+            self.finish_reasons.append(event.finish_reason.value)
         if self._thoughts:
             self._thoughts[event.choice].add(event.token_ids, event.text)
         # What one engine found another may have had to compute, after a death: the least is true.

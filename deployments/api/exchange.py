@@ -133,6 +133,7 @@ class Exchange:
             num_prompt_tokens=0 if call is None else call.num_prompt_tokens,
             num_cached_tokens=0 if usage is None else usage["prompt_tokens_details"]["cached_tokens"],
             num_generated_tokens=0 if usage is None else usage["completion_tokens"],
+            finish_reasons=() if tally is None else tuple(tally.finish_reasons),
             receipt=None if self._receipts is None else self._receipts.shape(),
         )
 

@@ -44,6 +44,7 @@ class EndedCall:
         num_prompt_tokens: in all prompts.
         num_cached_tokens: of these, that nobody computed.
         num_generated_tokens: in all samples.
+        finish_reasons: of the samples that were generated to their end.
         receipt: what became of it; None: it never came to the pools, or nobody wanted to know.
     """
 
@@ -61,6 +62,7 @@ class EndedCall:
     num_prompt_tokens: int
     num_cached_tokens: int
     num_generated_tokens: int
+    finish_reasons: tuple[str, ...]
     receipt: CallReceipt | None
 
 

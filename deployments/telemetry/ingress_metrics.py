@@ -22,6 +22,9 @@ _OUTLOOKS = {
 _CLIENT_HISTOGRAMS = {
     "ttft_seconds": ("ttft_s", "Arrival to first token sent."),
     "itl_seconds": ("itl_s", "Gap between consecutive tokens."),
+    "e2e_seconds": ("call_s", "Arrival to the end of a call that ended well."),
+    "request_prompt_tokens": ("prompt_tokens", "Prompt tokens of a call that ended well."),
+    "request_generated_tokens": ("generated_tokens", "Tokens generated for a call that ended well."),
 }
 
 
@@ -49,6 +52,12 @@ class IngressCollector(Collector):
             "requests_in_flight", "Calls not yet answered.", _INGRESS, [(of, c.num_in_flight) for of, c in rows]
         )
         yield counter("requests", "Calls by how they ended.", (*_INGRESS, "outcome"), _by_kind(rows, "finished"))
+        yield counter(
+            "samples",
+            "Samples of calls that ended well.",
+            (*_INGRESS, "finish_reason"),
+            _by_kind(rows, "finish_reasons"),
+        )
         yield counter(
             "requests_denied", "Requests refused for their key.", (*_INGRESS, "reason"), _by_kind(rows, "denied")
         )

@@ -49,6 +49,8 @@ _HANDOFF_COUNTERS = {
     "handoff_failures": ("num_failures", "Hand-offs that failed."),
     "handoff_chunks": ("num_chunks", "KV chunks handed over."),
     "handoff_bytes": ("num_bytes", "KV bytes handed over."),
+    "handoff_hidden_seconds": ("hidden_s", "Seconds in which KV was on its way while its prompt was still computed."),
+    "handoff_exposed_seconds": ("exposed_s", "Seconds from a prompt's end until all of its KV had arrived."),
 }
 
 
@@ -73,6 +75,12 @@ class PoolCollector(Collector):
             " shared tier, or nowhere (miss: computed here).",
             (*_LABELS, "origin"),
             self._origins(),
+        )
+        yield counter(
+            "prompts",
+            "Prompts by where they were computed: by a prefill engine, by a decode engine, or found there (cached).",
+            (*_LABELS, "where"),
+            [((*of, where), count) for of, stats in self._rows for where, count in sorted(stats.prompts.items())],
         )
         for name, (attribute, text) in _HISTOGRAMS.items():
             yield histogram(name, text, _LABELS, [(of, getattr(stats.engine, attribute)) for of, stats in self._rows])

@@ -48,5 +48,6 @@ CALL = EndedCall(
     num_prompt_tokens=12,
     num_cached_tokens=4,
     num_generated_tokens=3,
+    finish_reasons=("stop", "length"),
     receipt=RECEIPT,
 )

@@ -1,0 +1,56 @@
+"""What the fronts count of requests: where prompts were computed, and what of hand-offs was hidden behind computing."""
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from deployments.messages import GenerateRequest
+from tests.deployments.conftest import StartPools
+from tests.deployments.pools import NUM_TOKENS, PROMPT, Pools
+from tests.engine.driving import greedy
+from tests.engine.families import random_prompt
+
+
+async def counted(pools: Pools, name: str, label: str = "") -> dict[str, float]:
+    """Values of a metric, summed over replicas, by the value of a label."""
+    totals: dict[str, float] = {}
+    for family in text_string_to_metric_families((await pools.backend.metrics()).decode()):
+        for sample in family.samples:
+            if sample.name == f"kvrelay_{name}":
+                kind = sample.labels.get(label, "")
+                totals[kind] = totals.get(kind, 0.0) + sample.value
+    return totals
+
+
+async def test_prompts_are_counted_by_where_they_were_computed(start: StartPools) -> None:
+    pools = await start(min_tokens=100)
+    assert await counted(pools, "prompts_total", "where") == {"cached": 0, "decode": 0, "prefill": 0}
+    for name, prompt in (
+        ("remote", PROMPT),
+        ("again", PROMPT),
+        ("short", random_prompt(40, seed=5)),
+        ("other", random_prompt(40, seed=6)),
+        ("third", random_prompt(40, seed=7)),
+    ):
+        await pools.collect(greedy(name, prompt, NUM_TOKENS))
+    await pools.wait_idle()
+    assert await counted(pools, "prompts_total", "where") == {"cached": 1, "decode": 3, "prefill": 1}
+
+
+async def test_a_prompt_of_one_token_that_ends_in_the_prefill_pool_counts_there(start: StartPools) -> None:
+    pools = await start(min_tokens=16)
+    await pools.collect(greedy("r1", PROMPT, 1))
+    await pools.wait_idle()
+    assert (await counted(pools, "prompts_total", "where"))["prefill"] == 1
+
+
+async def test_hand_offs_are_timed_though_nobody_wants_a_receipt(start: StartPools) -> None:
+    pools = await start(min_tokens=16)
+    request: GenerateRequest = greedy("r1", PROMPT, NUM_TOKENS)
+    assert not request.wants_receipt
+    await pools.collect(request)
+    await pools.wait_idle()
+    hidden, exposed = [
+        sum((await counted(pools, f"handoff_{part}_seconds_total")).values()) for part in ("hidden", "exposed")
+    ]
+    assert min(hidden, exposed) >= 0 and hidden + exposed > 0
+    whole = sum((await counted(pools, "handoff_seconds_sum")).values())
+    assert hidden + exposed <= whole + 1e-6, "chunks that are on their way at once count once"
