@@ -3,7 +3,6 @@
 import math
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,16 @@ import pytest
 import ray
 import yaml
 from ray._private import node
-from ray.autoscaler._private.node_provider_availability_tracker import NodeAvailabilitySummary
-from ray.autoscaler._private.resource_demand_scheduler import _default_utilization_scorer, get_nodes_for
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve._private import constants
 from ray.serve.schema import ServeDeploySchema
 
 from app.config import AppConfig
 from app.local import SERVE_SETTINGS, read_settings
+from tests.cluster_nodes import POOLS, demand, nodes_started_for
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = Path(sys.executable).parent
-POOLS = ("prefill", "decode")
 # Knows the settings of Ray itself; those of Serve are in its Python.
 GCS_SERVER = "core/src/ray/gcs/gcs_server"
 
@@ -42,23 +39,6 @@ def read_app(name: str) -> AppConfig:
     deploy = ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "app" / name).read_text()))
     assert deploy.applications[0].import_path == "app:graph"
     return AppConfig.model_validate(deploy.applications[0].args)
-
-
-def demand(config: AppConfig, pool: str) -> dict[str, Any]:
-    """What one engine and its front ask of a single node: the bundles are packed strictly."""
-    options = config.deployment_options("prefill" if pool == "prefill" else "decode")
-    assert options["placement_group_strategy"] == "STRICT_PACK"
-    bundles: list[dict[str, Any]] = options["placement_group_bundles"]
-    return {name: sum(bundle.get(name, 0) for bundle in bundles) for bundle in bundles for name in bundle}
-
-
-def nodes_started_for(cluster: dict[str, Any], demands: list[dict[str, Any]]) -> dict[str, int]:
-    """Ask the autoscaler that `ray up` runs which nodes it would start."""
-    scorer = partial(_default_utilization_scorer, node_availability_summary=NodeAvailabilitySummary({}))
-    types, head = cluster["available_node_types"], cluster["head_node_type"]
-    nodes, unmet = get_nodes_for(types, {head: 1}, head, cluster["max_workers"], demands, scorer)
-    assert not unmet, f"no type of node holds {unmet}"
-    return dict(nodes)
 
 
 def test_ray_accepts_the_cluster_file(cluster):
