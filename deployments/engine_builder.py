@@ -79,6 +79,7 @@ def assemble_engine(loaded: "LoadedModel", config: EngineConfig) -> BuiltEngine:
         num_blocks=limits.num_blocks,
         positions=loaded.positions,
         kv=layout.name,
+        model=config.model,
     )
     logger.info("engine ready: %s, %s, pid %d", loaded.path, limits, os.getpid())
     arena = None

@@ -22,6 +22,7 @@ class EngineInfo:
         positions: what tells KV of one prefix apart, as the model's rotary embedding has it.
         kv: names model and kind of its KV; engines with different names cannot hand over. Empty: not known.
         has_tier: whether it takes KV from the shared tier, too.
+        model: as it was set. Empty: not known.
     """
 
     path: str
@@ -36,6 +37,7 @@ class EngineInfo:
     positions: PositionRule = FIXED
     kv: str = ""
     has_tier: bool = False
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)

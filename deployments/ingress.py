@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 # Between two looks at how many ingress replicas count for the limits of a key.
 _SHARERS_PERIOD_S = 10.0
+_UPGRADE_POLL_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ class Ingress:
     ) -> None:
         self._settings = settings
         self._keys = await self._open_keys()
-        engine: EngineInfo = await decode.engine_info.remote()
+        engine = await find_engine(decode, settings.model)
         self._codec = await asyncio.to_thread(
             load_codec,
             engine.path,
@@ -180,6 +181,23 @@ class Ingress:
             cors_origins=self._settings.cors_origins,
             examiner=Apart(self._codec.backend.to_str(), self._info.vocab_size, GRAMMAR_TIMEOUT_S),
         )
+
+
+async def find_engine(decode: "DeploymentHandle[Any]", model: str) -> EngineInfo:
+    """What a decode engine of this model says of itself; waits until there is one.
+
+    While an application gets another model, replicas of the old one are there as well, and for a while alone. An
+    ingress that went by those would speak the old one's tokens to the new one.
+    """
+    others = set[str]()
+    while True:
+        engine: EngineInfo = await decode.engine_info.remote()
+        if engine.model in ("", model):
+            return engine
+        if engine.model not in others:
+            others.add(engine.model)
+            logger.info("waiting for a decode replica of %s: one that was asked has %s", model, engine.model)
+        await asyncio.sleep(_UPGRADE_POLL_S)
 
 
 def warn_if_open(host: str | None) -> None:

@@ -1,10 +1,15 @@
 """While both pools are replaced, replicas of the old model stand beside replicas of the new one."""
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 
+from deployments import ingress
+from deployments.engine_info import EngineInfo
 from deployments.errors import LayoutMismatchError
+from deployments.ingress import find_engine
 from deployments.messages import ANYWHERE
 from tests.deployments.conftest import StartPools
 from tests.deployments.pools import NUM_TOKENS, PROMPT, Pools, Replica, tokens_of
@@ -54,3 +59,25 @@ async def test_what_is_refused_says_both_models(start):
     request = replace(greedy("r", PROMPT, NUM_TOKENS), route=ANYWHERE)
     with pytest.raises(LayoutMismatchError, match="ours new, theirs old"):
         await pools.prefill.deployment.prefill(request, 0, pools.decode.engine, pools.tokens.address, "old")
+
+
+@dataclass
+class DecodeHandle:
+    """Of a pool whose replicas are asked one after the other; `models` are theirs."""
+
+    models: Iterator[str]
+
+    @property
+    def engine_info(self) -> "DecodeHandle":
+        return self
+
+    async def remote(self) -> EngineInfo:
+        sizes = {"block_size": 16, "bytes_per_block": 1, "lease_s": 1.0, "pid": 1, "num_blocks": 8}
+        return EngineInfo("folder", 100, 512, (), **sizes, model=next(self.models))
+
+
+@pytest.mark.asyncio
+async def test_an_ingress_of_the_new_model_waits_for_an_engine_of_it(monkeypatch):
+    monkeypatch.setattr(ingress, "_UPGRADE_POLL_S", 0.0)
+    handle: Any = DecodeHandle(iter(["old", "old", "new", "old"]))
+    assert (await find_engine(handle, "new")).model == "new"
