@@ -72,8 +72,8 @@ class DecodeHandle:
         return self
 
     async def remote(self) -> EngineInfo:
-        sizes = {"block_size": 16, "bytes_per_block": 1, "lease_s": 1.0, "pid": 1, "num_blocks": 8}
-        return EngineInfo("folder", 100, 512, (), **sizes, model=next(self.models))
+        limits = EngineInfo("folder", 100, 512, (), block_size=16, bytes_per_block=1, lease_s=1.0, pid=1, num_blocks=8)
+        return replace(limits, model=next(self.models))
 
 
 @pytest.mark.asyncio
