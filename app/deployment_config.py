@@ -15,6 +15,7 @@ from deployments.api.keys import check_source
 from deployments.api.reasoning.support import ReasoningParserName
 from deployments.api.tools.families import ToolParserName
 from deployments.engine.config import EngineConfig
+from deployments.telemetry.settings import TraceSettings
 
 # Serve starts a new replica when a check fails three times, or at once when the replica is gone: one whose engine does
 # not answer the check leaves by itself.
@@ -141,6 +142,7 @@ class IngressConfig(ReplicaConfig):
         reasoning_parser: how it marks its thoughts: `think`, as Qwen 3 and DeepSeek do, `harmony`, as gpt-oss does, or
             `none`, which leaves them in the answer; `auto`: as its chat template shows.
         request_log: a line for each call, as `text` or `json`, with what it cost and where it was served; `off`: none.
+        traces: of calls, for a collector of OpenTelemetry; see docs/telemetry.md.
     """
 
     num_cpus: Amount = Field(default=0.1, le=_MAX_CPUS)
@@ -157,6 +159,7 @@ class IngressConfig(ReplicaConfig):
     tool_parser: ToolParserName = "auto"
     reasoning_parser: ReasoningParserName = "auto"
     request_log: Literal["text", "json", "off"] = "text"
+    traces: TraceSettings = Field(default_factory=TraceSettings)
 
     def deployment_options(self) -> dict[str, Any]:
         """Return the options of this deployment, as `Deployment.options` takes them."""

@@ -51,6 +51,7 @@ def ingress_settings(args: AppConfig) -> IngressSettings:
         tool_parser=args.ingress.tool_parser,
         reasoning_parser=args.ingress.reasoning_parser,
         logs_requests=args.ingress.request_log != "off",
+        traces=args.ingress.traces,
         tells_planner=args.planner.enabled,
     )
 

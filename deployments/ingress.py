@@ -6,7 +6,7 @@ Puts together what it needs; what HTTP looks like is `api/`'s business, and the 
 import asyncio
 import gc
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,10 +39,11 @@ from deployments.routing.pools import PoolRouters
 from deployments.routing.settings import RoutingSettings
 from deployments.serve_state import ask_each, http_host, is_loopback, num_replicas, own_handle
 from deployments.telemetry.client_stats import ClientCounts
-from deployments.telemetry.followers import ObservedCalls
+from deployments.telemetry.followers import Follower, ObservedCalls
 from deployments.telemetry.ingress_stats import IngressStats
 from deployments.telemetry.peers import TIMEOUT_S as PEERS_TIMEOUT_S
 from deployments.telemetry.request_log import log_call
+from deployments.telemetry.settings import TraceSettings
 from deployments.tokens.receiver import TokenReceiver
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class IngressSettings:
         tool_parser: how the model writes calls of tools.
         reasoning_parser: how it marks its thoughts.
         logs_requests: a line for each call.
+        traces: of calls.
         tells_planner: Ray Serve carries to its controller, for the planner, how many calls were refused.
     """
 
@@ -95,6 +97,7 @@ class IngressSettings:
     tool_parser: ToolParserName
     reasoning_parser: ReasoningParserName
     logs_requests: bool = False
+    traces: TraceSettings = field(default_factory=TraceSettings)
     tells_planner: bool = False
 
 
@@ -129,8 +132,8 @@ class Ingress:
         tokens = await TokenReceiver.start(ray.util.get_node_ip_address(), settings.max_unread_tokens)
         routers = PoolRouters(settings.routing, settings.crossover, engine.positions)
         admission = Admission(settings.bounds, is_remote=routers.is_remote)
-        clients = ClientCounts()
-        self._observer = ObservedCalls(clients, [log_call] if settings.logs_requests else [])
+        clients, replica = ClientCounts(), serve.get_replica_context().replica_id.unique_id
+        self._observer = ObservedCalls(clients, build_followers(settings, replica))
         self._backend = PoolBackend(
             decode,
             prefill,
@@ -139,7 +142,7 @@ class Ingress:
             routers,
             settings.resume_timeout_s,
             clients,
-            serve.get_replica_context().replica_id.unique_id,
+            replica,
             partial(ask_each, own_handle(), "ingress_stats", PEERS_TIMEOUT_S),
         )
         self._watch = asyncio.create_task(self._backend.watch.run())
@@ -198,6 +201,16 @@ async def find_engine(decode: "DeploymentHandle[Any]", model: str) -> EngineInfo
             others.add(engine.model)
             logger.info("waiting for a decode replica of %s: one that was asked has %s", model, engine.model)
         await asyncio.sleep(_UPGRADE_POLL_S)
+
+
+def build_followers(settings: IngressSettings, replica: str) -> list[Follower]:
+    """Whoever is told of calls that are over."""
+    followers: list[Follower] = [log_call] if settings.logs_requests else []
+    if settings.traces.endpoint is not None:
+        from deployments.telemetry.traces import CallTracer  # the package that exports may be missing
+
+        followers.append(CallTracer(settings.traces, settings.served_model_name, replica))
+    return followers
 
 
 def warn_if_open(host: str | None) -> None:

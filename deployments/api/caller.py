@@ -14,6 +14,7 @@ from deployments.errors import InvalidRequestError
 from deployments.messages import Priority
 
 PRIORITY_HEADER = "x-priority"
+TRACE_HEADERS = ("traceparent", "tracestate")
 # What all callers without a key have in common.
 ANONYMOUS = b""
 
@@ -53,6 +54,11 @@ def read_key(headers: Headers) -> bytes:
     key = key or _only(headers, "x-api-key")
     # As they were sent: Starlette makes a character of each byte.
     return hashlib.sha256(key.encode("latin-1")).digest() if key else ANONYMOUS
+
+
+def read_trace_headers(headers: Headers) -> dict[str, str]:
+    """What says of which trace a call is part (W3C Trace Context); whoever traces judges it."""
+    return {name: ",".join(given) for name in TRACE_HEADERS if (given := headers.getlist(name))}
 
 
 def _only(headers: Headers, name: str) -> str:

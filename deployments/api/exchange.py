@@ -23,7 +23,7 @@ from deployments.api.asgi import until_disconnect
 from deployments.api.backend import Backend, Ticket
 from deployments.api.body import read_body
 from deployments.api.call import Call
-from deployments.api.caller import Caller, read_caller
+from deployments.api.caller import Caller, read_caller, read_trace_headers
 from deployments.api.chat_template import TemplateLimitError
 from deployments.api.choices import ChoiceText, TextEvent, follow, lead, merge, stream_choice
 from deployments.api.failures import failure_of
@@ -134,6 +134,7 @@ class Exchange:
             num_cached_tokens=0 if usage is None else usage["prompt_tokens_details"]["cached_tokens"],
             num_generated_tokens=0 if usage is None else usage["completion_tokens"],
             finish_reasons=() if tally is None else tuple(tally.finish_reasons),
+            trace_headers=read_trace_headers(Headers(scope=self._scope)),
             receipt=None if self._receipts is None else self._receipts.shape(),
         )
 

@@ -45,6 +45,7 @@ class EndedCall:
         num_cached_tokens: of these, that nobody computed.
         num_generated_tokens: in all samples.
         finish_reasons: of the samples that were generated to their end.
+        trace_headers: `traceparent` and `tracestate` of the request, as they came.
         receipt: what became of it; None: it never came to the pools, or nobody wanted to know.
     """
 
@@ -63,6 +64,7 @@ class EndedCall:
     num_cached_tokens: int
     num_generated_tokens: int
     finish_reasons: tuple[str, ...]
+    trace_headers: Mapping[str, str]
     receipt: CallReceipt | None
 
 

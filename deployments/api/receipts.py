@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NotRequired
 
 # Before Python 3.12 pydantic describes these alone (openapi.py).
@@ -36,11 +36,15 @@ class HandoffForm(TypedDict):
 
 
 class AttemptForm(TypedDict):
-    """One decode replica, and what it had done elsewhere. The error says why it was lost."""
+    """One decode replica, and what it had done elsewhere. Sent so many seconds after the arrival of the call.
+
+    The error says why it was lost.
+    """
 
     decode: EngineReceipt
     prefill: list[EngineReceipt]
     handoff: HandoffForm | None
+    sent_s: float
     first_token_s: float | None
     num_tokens: int
     error: str | None
@@ -65,6 +69,12 @@ class CallReceipt(TypedDict):
 class _Choice:
     ttft_s: float | None = None
     receipt: Receipt = ()
+    sent_s: list[float] = field(default_factory=list)
+
+    def take(self, receipt: Receipt, elapsed_s: float) -> None:
+        """An attempt is told of as soon as it is sent."""
+        self.receipt = receipt
+        self.sent_s += [elapsed_s] * (len(receipt) - len(self.sent_s))
 
     @property
     def is_whole(self) -> bool:
@@ -90,7 +100,7 @@ class ReceiptKeeper:
 
     def take(self, index: int, receipt: Receipt) -> None:
         """What is known of a request now."""
-        self._choices[index].receipt = receipt
+        self._choices[index].take(receipt, self._elapsed_s())
         if self._is_whole():
             self._go_on()
 
@@ -118,13 +128,13 @@ class ReceiptKeeper:
     def shape(self) -> CallReceipt:
         """As answers have it; JSON has no tuples of dataclasses."""
         choices: list[ChoiceReceipt] = [
-            {"index": index, "ttft_s": choice.ttft_s, "attempts": [_shape(attempt) for attempt in choice.receipt]}
+            {"index": index, "ttft_s": choice.ttft_s, "attempts": list(map(_shape, choice.receipt, choice.sent_s))}
             for index, choice in enumerate(self._choices)
         ]
         return {"ingress_s": self._ingress_s, "choices": choices}
 
 
-def _shape(attempt: Attempt) -> AttemptForm:
+def _shape(attempt: Attempt, sent_s: float) -> AttemptForm:
     told = attempt.decode
     prefills = () if told is None else told.prefills
     handoff = next((one.handoff for one in prefills if one.handoff is not None), None)
@@ -134,6 +144,7 @@ def _shape(attempt: Attempt) -> AttemptForm:
         "handoff": None
         if handoff is None
         else {"bytes": handoff.num_bytes, "hidden_s": handoff.hidden_s, "exposed_s": handoff.exposed_s},
+        "sent_s": sent_s,
         "first_token_s": attempt.first_token_s,
         "num_tokens": attempt.num_tokens,
         "error": attempt.error or None,

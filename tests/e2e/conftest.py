@@ -32,6 +32,7 @@ from tests.api.fakes import build_tokenizer
 from tests.bench.chaos import scaling
 from tests.engine.families import build_model
 from tests.ray_start import set_as_make_serve, start_ray
+from tests.telemetry.collector import Collector, collecting
 from tests.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -136,8 +137,15 @@ class Service:
         return ("Prefill", "Decode") if self.mode == "disaggregated" else ("Decode",)
 
 
+@pytest.fixture(scope="package")
+def collector() -> Iterator[Collector]:
+    """Of traces."""
+    with collecting() as collector:
+        yield collector
+
+
 @pytest.fixture(scope="package")  # not longer: other tests start a Ray of their own in this process
-def services() -> Iterator[dict[str, Service]]:
+def services(collector: Collector) -> Iterator[dict[str, Service]]:
     with pytest.MonkeyPatch.context() as patch:
         set_as_make_serve(patch, SERVE_SETTINGS)
         start_ray(num_cpus=8)
@@ -152,6 +160,8 @@ def services() -> Iterator[dict[str, Service]]:
             patience: dict[str, Any] = {
                 "ingress.max_ttft_s": 600,
                 "engine": ENGINE_PATIENCE | {"num_blocks": NUM_BLOCKS},
+                # Of those calls alone whose callers ask for it.
+                "ingress.traces": {"endpoint": collector.url, "sample_ratio": 0.0},
             }
             args = AppConfig(mode=mode, served_model_name=MODEL_NAME, **patience, **remote)
             targets.append(serve.RunTarget(graph(args), name=mode, route_prefix=f"/{mode}"))

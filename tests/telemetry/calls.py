@@ -16,6 +16,7 @@ RECEIPT: CallReceipt = {
                     "decode": {"replica": "d1", "reason": "load"},
                     "prefill": [],
                     "handoff": None,
+                    "sent_s": 0.0625,
                     "first_token_s": None,
                     "num_tokens": 0,
                     "error": "EngineDeadError: dead",
@@ -24,6 +25,7 @@ RECEIPT: CallReceipt = {
                     "decode": {"replica": "d2", "reason": "load", "queued_s": 0.25, "next_token_s": None},
                     "prefill": [{"replica": "p1", "reason": "cache", "queued_s": 0.125, "computing_s": 0.5}],
                     "handoff": {"bytes": 4096, "hidden_s": 0.5, "exposed_s": 0.0625},
+                    "sent_s": 0.125,
                     "first_token_s": 0.75,
                     "num_tokens": 4,
                     "error": None,
@@ -49,5 +51,6 @@ CALL = EndedCall(
     num_cached_tokens=4,
     num_generated_tokens=3,
     finish_reasons=("stop", "length"),
+    trace_headers={},
     receipt=RECEIPT,
 )

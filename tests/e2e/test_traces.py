@@ -1,0 +1,64 @@
+"""One disaggregated request as a collector of traces gets it: its spans nest, and add up to what the client saw."""
+
+import time
+import uuid
+
+import httpx
+
+from tests.e2e.conftest import MODEL_NAME, Service
+from tests.telemetry.collector import Collector, KeptSpan
+from tests.waiting import wait_until
+
+# Of the time to first token: the ways between the processes, and what this machine gives to others meanwhile.
+MAX_UNTOLD = 0.05
+
+
+def ask(client: httpx.Client, service: Service, traceparent: str, start: int) -> float:
+    """Stream a completion of a prompt that nothing has cached; the time to its first token as a client sees it."""
+    body = {"model": MODEL_NAME, "prompt": list(range(start, start + 1500)), "max_tokens": 6, "stream": True}
+    begun_s = time.perf_counter()
+    headers = {"traceparent": traceparent}
+    with client.stream("POST", f"{service.url}/v1/completions", json=body, headers=headers) as stream:
+        lines = stream.iter_lines()
+        next(line for line in lines if line.startswith("data: "))
+        ttft_s = time.perf_counter() - begun_s
+        assert "data: [DONE]" in lines
+    return ttft_s
+
+
+def test_the_trace_of_a_disaggregated_request_nests_and_adds_up_to_what_the_client_saw(
+    disaggregated: Service, client: httpx.Client, collector: Collector
+) -> None:
+    trace_id, parent_id, untraced = uuid.uuid4().hex, uuid.uuid4().hex[:16], uuid.uuid4().hex
+    ask(client, disaggregated, f"00-{untraced}-{parent_id}-00", 12_000)
+    ttft_s = ask(client, disaggregated, f"00-{trace_id}-{parent_id}-01", 14_000)
+    wait_until(lambda: any(span.parent_id == parent_id for span in collector.of_trace(trace_id)))
+    assert collector.of_trace(untraced) == [], "its caller did not want it"
+    spans = {span.name: span for span in collector.of_trace(trace_id)}
+    root = spans[f"text_completion {MODEL_NAME}"]
+    assert spans.keys() - {root.name} == {
+        "ingress", "attempt", "decode.queue", "prefill", "prefill.queue", "prefill.compute", "handoff", "decode",
+    }  # fmt: skip
+    check_nesting(spans, root)
+    assert root.attributes["gen_ai.usage.input_tokens"] == 1500
+    assert spans["handoff"].attributes["kvrelay.bytes"] > 0
+    assert spans["prefill"].attributes["kvrelay.replica"] != spans["decode"].attributes["kvrelay.replica"]
+
+    told_s = root.attributes["gen_ai.response.time_to_first_chunk"]
+    parts_s = sum(spans[name].seconds for name in ("ingress", "prefill.queue", "prefill.compute"))
+    until_decode_s = (spans["decode"].begin_ns - root.begin_ns) / 1e9
+    for seconds in (told_s, until_decode_s, parts_s):
+        assert abs(seconds - ttft_s) <= MAX_UNTOLD * ttft_s, (ttft_s, told_s, until_decode_s, parts_s)
+    # Its KV was all there soon after its first token.
+    assert spans["handoff"].begin_ns <= spans["decode"].begin_ns <= spans["handoff"].end_ns
+
+
+def check_nesting(spans: dict[str, KeptSpan], root: KeptSpan) -> None:
+    by_id = {span.span_id: span for span in spans.values()}
+    parents = {"prefill.queue": "prefill", "prefill.compute": "prefill", "ingress": root.name, "attempt": root.name}
+    for name, span in spans.items():
+        if span is root:
+            continue
+        parent = by_id[span.parent_id]
+        assert parent.name == parents.get(name, "attempt")
+        assert parent.begin_ns <= span.begin_ns <= span.end_ns <= parent.end_ns, name
