@@ -23,6 +23,7 @@ from deployments.load.admission import Bounds
 from deployments.planner.settings import PlannerSettings
 from deployments.routing.crossover import default_tokens
 from deployments.routing.settings import RoutingSettings
+from deployments.telemetry.settings import MetricsPlan, MetricsSettings
 
 Pool = Literal["prefill", "decode"]
 
@@ -46,6 +47,7 @@ class AppConfig(BaseModel):
         routing: how replicas are chosen.
         tier: KV that outlives its engine.
         planner: how many replicas the pools have.
+        metrics: who is told metrics, and by which names.
         engine: settings of all engines.
         ingress: the deployment that speaks HTTP.
         prefill: the engines that compute prompts; with `mode=colocated` there are none.
@@ -66,6 +68,7 @@ class AppConfig(BaseModel):
     routing: RoutingSettings = Field(default_factory=RoutingSettings)
     tier: TierSettings = Field(default_factory=TierSettings)
     planner: PlannerSettings = Field(default_factory=PlannerSettings)
+    metrics: MetricsSettings = Field(default_factory=MetricsSettings)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     ingress: IngressConfig = Field(default_factory=IngressConfig)
     prefill: PoolConfig = Field(default_factory=PoolConfig)
@@ -152,6 +155,10 @@ class AppConfig(BaseModel):
         least = sum(self.pool(pool).min_replicas * costs[pool] for pool in pools)
         if 0 < self.planner.max_cost < least:
             raise ConfigError(f"planner.max_cost={self.planner.max_cost:g}: the pools' min_replicas cost {least:g}")
+
+    def metrics_plan(self) -> MetricsPlan:
+        """Return what each replica is told of metrics."""
+        return MetricsPlan(self.metrics.to_ray, self.served_model_name if self.metrics.vllm_names else None)
 
     def max_num_cpus(self) -> float:
         """CPUs that Ray reserves when every deployment has all its replicas."""

@@ -52,6 +52,7 @@ def ingress_settings(args: AppConfig) -> IngressSettings:
         reasoning_parser=args.ingress.reasoning_parser,
         logs_requests=args.ingress.request_log != "off",
         traces=args.ingress.traces,
+        metrics=args.metrics_plan(),
         tells_planner=args.planner.enabled,
     )
 
@@ -67,5 +68,10 @@ def _deploy(cls: type, args: AppConfig, name: Pool | Literal["ingress"]) -> Depl
 def _engine(args: AppConfig, pool: Pool) -> SpawnedEngine:
     settings = args.pool(pool)
     resources = EngineResources(num_cpus=settings.num_cpus, num_gpus=settings.num_gpus, custom=settings.resources)
-    config, tells_planner = args.engine_config(pool), args.planner.enabled
-    return SpawnedEngine(config, resources, tier=args.tier, tells_planner=tells_planner)
+    return SpawnedEngine(
+        args.engine_config(pool),
+        resources,
+        tier=args.tier,
+        tells_planner=args.planner.enabled,
+        metrics=args.metrics_plan(),
+    )

@@ -6,10 +6,12 @@ import os
 import signal
 import time
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
+from prometheus_client.core import Metric
 from ray import serve
 
 from deployments.engine.config import EngineConfig
@@ -18,8 +20,12 @@ from deployments.engine_builder import EngineBuilder, build_engine
 from deployments.engine_client import EngineClient
 from deployments.engine_info import EngineResources
 from deployments.kv_tier.settings import TierSettings
+from deployments.load.reading import DECODE, PREFILL
 from deployments.planner.wire import to_numbers
 from deployments.replica_stats import HandoffStats, Positions, ReplicaStats
+from deployments.telemetry.metrics import families_of_replica
+from deployments.telemetry.ray_metrics import tell_ray
+from deployments.telemetry.settings import MetricsPlan
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +83,14 @@ class EngineFront:
         handoff, prompts = self.handoff.copy(), self.prompts.copy()
         return ReplicaStats(self.replica, self._last_stats, handoff, age_s, cache, prompts)
 
+    def tell_ray(self, pool: str, vllm_model: str | None) -> None:
+        """Tell Ray's agent the metrics of this replica, from now on; see `families_of_replica`."""
+
+        async def read() -> Iterable[Metric]:
+            return families_of_replica(pool, await self.stats(), vllm_model)
+
+        self._telling_ray = asyncio.create_task(tell_ray(read))
+
     async def ready(self) -> None:
         """Return once the engine's loop has turned; costs no step of the model.
 
@@ -111,6 +125,7 @@ class SpawnedEngine:
         build: makes it.
         tier: that it shares KV through; None: none.
         tells_planner: Ray Serve carries the engine's numbers to its controller, for the planner.
+        metrics: of the replica.
     """
 
     config: EngineConfig
@@ -118,6 +133,7 @@ class SpawnedEngine:
     build: EngineBuilder = build_engine
     tier: TierSettings | None = None
     tells_planner: bool = False
+    metrics: MetricsPlan = field(default_factory=MetricsPlan)
 
     async def start(self) -> EngineFront:
         # Not above: whoever binds the application would load torch with it.
@@ -128,7 +144,10 @@ class SpawnedEngine:
         process = os.pidfd_open(info.pid)  # and not the number, which may become another process's
         client = EngineClient(engine, info, partial(_leave, process))
         replica = serve.get_replica_context().replica_id.unique_id
-        return EngineFront(client, self.config.max_silence_s, replica, tells_planner=self.tells_planner)
+        front = EngineFront(client, self.config.max_silence_s, replica, tells_planner=self.tells_planner)
+        if self.metrics.to_ray:
+            front.tell_ray(PREFILL if self.config.hands_over else DECODE, self.metrics.vllm_model)
+        return front
 
 
 class EngineReplica:

@@ -6,12 +6,14 @@ Puts together what it needs; what HTTP looks like is `api/`'s business, and the 
 import asyncio
 import gc
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
+from prometheus_client.core import Metric
 from ray import serve
 from starlette.applications import Starlette
 
@@ -41,9 +43,11 @@ from deployments.serve_state import ask_each, http_host, is_loopback, num_replic
 from deployments.telemetry.client_stats import ClientCounts
 from deployments.telemetry.followers import Follower, ObservedCalls
 from deployments.telemetry.ingress_stats import IngressStats
+from deployments.telemetry.metrics import families_of_ingress
 from deployments.telemetry.peers import TIMEOUT_S as PEERS_TIMEOUT_S
+from deployments.telemetry.ray_metrics import tell_ray
 from deployments.telemetry.request_log import log_call
-from deployments.telemetry.settings import TraceSettings
+from deployments.telemetry.settings import MetricsPlan, TraceSettings
 from deployments.tokens.receiver import TokenReceiver
 
 if TYPE_CHECKING:
@@ -78,6 +82,7 @@ class IngressSettings:
         reasoning_parser: how it marks its thoughts.
         logs_requests: a line for each call.
         traces: of calls.
+        metrics: of this replica.
         tells_planner: Ray Serve carries to its controller, for the planner, how many calls were refused.
     """
 
@@ -98,6 +103,7 @@ class IngressSettings:
     reasoning_parser: ReasoningParserName
     logs_requests: bool = False
     traces: TraceSettings = field(default_factory=TraceSettings)
+    metrics: MetricsPlan = field(default_factory=MetricsPlan)
     tells_planner: bool = False
 
 
@@ -144,7 +150,10 @@ class Ingress:
             clients,
             replica,
             partial(ask_each, own_handle(), "ingress_stats", PEERS_TIMEOUT_S),
+            settings.metrics.vllm_model,
         )
+        if settings.metrics.to_ray:
+            self._telling_ray = asyncio.create_task(tell_ray(self._families))
         self._watch = asyncio.create_task(self._backend.watch.run())
         self._health_watch = asyncio.create_task(self._backend.pool_health.watch())
         # What is loaded by now stays. To look through it for garbage takes 0.3 s (450,000 objects, 2 busy cores of a
@@ -167,6 +176,9 @@ class Ingress:
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve carries to its controller for the planner; nothing if there is none."""
         return {REFUSED: float(self._backend.num_refused)} if self._settings.tells_planner else {}
+
+    async def _families(self) -> Iterable[Metric]:
+        return families_of_ingress(self._backend.own_stats(), self._settings.metrics.vllm_model)
 
     async def ingress_stats(self) -> IngressStats:
         """What this replica tells of itself; any of them asks all, so that each tells of all."""

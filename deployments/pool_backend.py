@@ -49,6 +49,7 @@ class PoolBackend:
         clients: what the clients of this replica see.
         replica: name of this one.
         ask_peers: all ingress replicas for their numbers; None: there is this one alone.
+        vllm_model: see `render`.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class PoolBackend:
         clients: ClientCounts,
         replica: str = "",
         ask_peers: Ask | None = None,
+        vllm_model: str | None = None,
     ) -> None:
         self._pools = {DECODE: decode} if prefill is None else {PREFILL: prefill, DECODE: decode}
         self.pool_health = PoolHealth({name: partial(_be_ready, handle) for name, handle in self._pools.items()})
@@ -70,7 +72,7 @@ class PoolBackend:
         self._routers = routers
         self.watch = PoolWatch(self.read_pools, self.take)
         self.clients = clients
-        self._replica = replica
+        self._replica, self._vllm_model = replica, vllm_model
         self.peers = Peers(ask_peers or self._ask_self, self.own_stats)
         self._decode = DecodeClient(decode, tokens, resume_timeout_s, self.clients.request_resumed, routers)
 
@@ -127,7 +129,7 @@ class PoolBackend:
 
     async def metrics(self) -> bytes:
         pools, ingresses = await asyncio.gather(self._read_pools(dict.fromkeys(self._pools)), self.peers.read())
-        return render(pools, ingresses)
+        return render(pools, ingresses, self._vllm_model)
 
     async def read_pools(self) -> dict[str, list[ReplicaStats]]:
         """The numbers of every replica, by the name of its pool, and what its cache has to tell the routers."""

@@ -1,4 +1,4 @@
-"""What all metrics have in common: their prefix, and rows of numbers in Prometheus' form."""
+"""Rows of numbers in Prometheus' form, and the prefix of their names."""
 
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
@@ -13,18 +13,18 @@ PREFIX = "kvrelay_"
 Rows = Iterable[tuple[Sequence[str], float | None]]
 
 
-def gauge(name: str, text: str, labels: Sequence[str], rows: Rows) -> GaugeMetricFamily:
+def gauge(name: str, text: str, labels: Sequence[str], rows: Rows, prefix: str = PREFIX) -> GaugeMetricFamily:
     """A number of now."""
-    family = GaugeMetricFamily(PREFIX + name, text, labels=labels)
+    family = GaugeMetricFamily(prefix + name, text, labels=labels)
     for values, number in rows:
         if number is not None:
             family.add_metric(values, number)
     return family
 
 
-def counter(name: str, text: str, labels: Sequence[str], rows: Rows) -> CounterMetricFamily:
+def counter(name: str, text: str, labels: Sequence[str], rows: Rows, prefix: str = PREFIX) -> CounterMetricFamily:
     """A number since the start; Prometheus adds `_total` to its name."""
-    family = CounterMetricFamily(PREFIX + name, text, labels=labels)
+    family = CounterMetricFamily(prefix + name, text, labels=labels)
     for values, number in rows:
         if number is not None:
             family.add_metric(values, number)
@@ -32,10 +32,14 @@ def counter(name: str, text: str, labels: Sequence[str], rows: Rows) -> CounterM
 
 
 def histogram(
-    name: str, text: str, labels: Sequence[str], rows: Iterable[tuple[Sequence[str], Histogram]]
+    name: str,
+    text: str,
+    labels: Sequence[str],
+    rows: Iterable[tuple[Sequence[str], Histogram]],
+    prefix: str = PREFIX,
 ) -> HistogramMetricFamily:
     """How often values up to each bound were seen."""
-    family = HistogramMetricFamily(PREFIX + name, text, labels=labels)
+    family = HistogramMetricFamily(prefix + name, text, labels=labels)
     for values, seen in rows:
         family.add_metric(values, cumulative(seen), seen.total)
     return family

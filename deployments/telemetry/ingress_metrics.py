@@ -7,7 +7,7 @@ from prometheus_client.registry import Collector
 
 from deployments.telemetry.client_stats import ClientStats
 from deployments.telemetry.families import Rows, counter, gauge, histogram
-from deployments.telemetry.ingress_stats import PoolOutlook
+from deployments.telemetry.ingress_stats import IngressStats, PoolOutlook
 from deployments.telemetry.peers import IngressReading
 
 _INGRESS = ("ingress",)
@@ -28,20 +28,28 @@ _CLIENT_HISTOGRAMS = {
 }
 
 
-class IngressCollector(Collector):
-    """Turns one reading of ingress replicas into metric families; `ingress` names the replica."""
+class AnswersCollector(Collector):
+    """Tells how many ingress replicas a reading is of."""
 
     def __init__(self, reading: IngressReading) -> None:
         self._reading = reading
-        self._replicas = reading.replicas
 
     def collect(self) -> Iterator[Metric]:
         yield gauge(
             "ingress_replicas",
             "Ingress replicas, by whether they said their numbers, or did not in time and are left out here.",
             ("state",),
-            [(("answered",), len(self._replicas)), (("silent",), self._reading.num_silent)],
+            [(("answered",), len(self._reading.replicas)), (("silent",), self._reading.num_silent)],
         )
+
+
+class IngressCollector(Collector):
+    """Turns what ingress replicas say into metric families; the label `ingress` names the replica."""
+
+    def __init__(self, replicas: Sequence[IngressStats]) -> None:
+        self._replicas = replicas
+
+    def collect(self) -> Iterator[Metric]:
         yield from self._clients()
         yield from self._admission()
         yield from self._routing()

@@ -1,5 +1,6 @@
-"""What a user can set about traces. `app/config.py` has it as `ingress.traces.*`."""
+"""What a user can set about metrics and traces. The application has it as `metrics.*` and `ingress.traces.*`."""
 
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -31,6 +32,33 @@ def _is_installed(module: str) -> bool:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # a package above it
         return False
+
+
+class MetricsSettings(BaseModel):
+    """Who is told metrics, and by which names, beside `/metrics` by ours.
+
+    Attributes:
+        to_ray: Ray's own agents are, so that the cluster's Prometheus needs no other target.
+        vllm_names: vLLM's names, too, for boards and autoscalers that read these.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    to_ray: bool = True
+    vllm_names: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MetricsPlan:
+    """The same for a replica.
+
+    Attributes:
+        to_ray: see `MetricsSettings`.
+        vllm_model: the model's name, where vLLM's names are wanted; else None.
+    """
+
+    to_ray: bool = False
+    vllm_model: str | None = None
 
 
 class TraceSettings(BaseModel):

@@ -162,6 +162,7 @@ def services(collector: Collector) -> Iterator[dict[str, Service]]:
                 "engine": ENGINE_PATIENCE | {"num_blocks": NUM_BLOCKS},
                 # Of those calls alone whose callers ask for it.
                 "ingress.traces": {"endpoint": collector.url, "sample_ratio": 0.0},
+                "metrics.vllm_names": True,
             }
             args = AppConfig(mode=mode, served_model_name=MODEL_NAME, **patience, **remote)
             targets.append(serve.RunTarget(graph(args), name=mode, route_prefix=f"/{mode}"))

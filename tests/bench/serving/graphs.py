@@ -28,7 +28,7 @@ from tests.bench.serving.paced import build_paced
 def ours(args: AppConfig) -> serve.Application:
     """`app:graph` with `mode=colocated`, but for the engine's builder."""
     resources = EngineResources(args.decode.num_cpus, 0, {})
-    engine = SpawnedEngine(args.engine_config("decode"), resources, build_paced)
+    engine = SpawnedEngine(args.engine_config("decode"), resources, build_paced, metrics=args.metrics_plan())
     decode = serve.deployment(**args.deployment_options("decode"))(Decode).bind(engine, None, 0, False)
     ingress = serve.deployment(**args.deployment_options("ingress"))(Ingress)
     return ingress.bind(decode, None, ingress_settings(args))
