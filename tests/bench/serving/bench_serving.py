@@ -1,6 +1,7 @@
 """What the serving layer costs per token and what it adds to the latency, beside the ordinary way through Ray Serve.
 
-Run: `make bench-serving`; `--quick` for one short round, `--flags` for the gain of each setting of Ray Serve instead.
+Run: `make bench-serving`; `--quick` for one short round, `--flags` for the gain of each setting of Ray Serve instead,
+`--seeing` for what metrics, traces and the live page cost.
 Prints tables and, as its last line, one JSON object with every raw number.
 
 Both servers run all the time, each on a Ray of its own, and take turns. The engine keeps time and has no model; all the
@@ -28,6 +29,7 @@ import uvloop
 
 from deployments.engine.model.files import BUNDLED_MODEL
 from deployments.engine.model.resolve import resolve_model
+from tests.bench.serving import seeing
 from tests.bench.serving.analysis import (
     added_gaps,
     largest_gap_between,
@@ -304,6 +306,11 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         rows = uvloop.run(measure_flags(folder, options.port, rounds, window_s))
         show_flags(rows)
         return {"flags": rows}
+    if options.seeing:
+        with seeing.servers(folder, options.port) as pair:
+            report = uvloop.run(seeing.measure(Bench(pair, rounds, window_s)))
+        seeing.show(report)
+        return {"seeing": report}
     servers: dict[str, MeasuredServer] = {}
     starts: dict[str, Callable[[], MeasuredServer]] = {
         "ours": lambda: MeasuredServer(
@@ -328,6 +335,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="how often each figure is taken (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="one round of short looks")
     parser.add_argument("--flags", action="store_true", help="the gain of each setting of app/serve.env")
+    parser.add_argument("--seeing", action="store_true", help="what it costs that the service tells of itself")
     parser.add_argument("--port", type=int, default=8130, help="first of two ports (default: %(default)s)")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stop the servers then, too
