@@ -133,4 +133,5 @@ def _show(what: str, rows: list[dict[str, Any]], key: str, scale: float) -> None
 
 
 def _median(rows: list[dict[str, Any]], key: str) -> float:
-    return statistics.median(row[key] for row in rows)
+    values: list[float] = [row[key] for row in rows]
+    return statistics.median(values)
