@@ -123,7 +123,7 @@ class LogsOnce(SpanExporter):
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         try:
-            result, reason = self._exporter.export(spans), "it refuses them"
+            result, reason = self._exporter.export(spans), "it does not answer, or refuses them"
         except Exception as error:
             result, reason = SpanExportResult.FAILURE, repr(error)
         is_failing = result is not SpanExportResult.SUCCESS
