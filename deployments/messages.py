@@ -219,6 +219,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
             this request, as far as the engine knows that says so. The least that is said in its course is true.
         draws: the same tokens with their logprobs, where those were asked for.
         prompt: in the first output, where it was asked for: the prompt's tokens behind its first, with their logprobs.
+        by_prefill: a prefill engine drew them, whoever tells of them.
     """
 
     request_id: str
@@ -228,6 +229,7 @@ class TokenOutput(msgspec.Struct, frozen=True, array_like=True, gc=False):
     num_cached_tokens: int = 0
     draws: Draws = ()
     prompt: Draws = ()
+    by_prefill: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,6 +185,8 @@ class CompletionAnswer(_StreamedAnswer):
         choice = self._choice(event.choice, event, prompt)
         if not is_first:
             choice.pop("prompt_token_ids", None)
+        if call.wants_receipt:
+            choice["pool"] = event.pool
         chunk = self._build([choice])
         if call.include_usage or call.continuous_usage:
             chunk["usage"] = self._tally.usage() if call.continuous_usage else None
@@ -271,6 +273,8 @@ class ChatAnswer(_StreamedAnswer):
             choice["logprobs"] = None if call.num_logprobs is None else shape_chat(event.scores)
             if call.return_token_ids:
                 choice["token_ids"] = event.token_ids
+            if call.wants_receipt:
+                choice["pool"] = event.pool
         chunks += told
         if event.finish_reason is not None:
             chunks.append(self._chunk(event.choice, {}, finish_reason))

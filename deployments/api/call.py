@@ -84,7 +84,8 @@ class Call:
     def tells_text_alone(self) -> bool:
         """Whether what a stream says of new tokens is their text, as it is, and nothing else."""
         is_scored = self.num_logprobs is not None or self.num_prompt_logprobs is not None
-        return not (is_scored or self.return_token_ids or self.continuous_usage or self.is_read)
+        says_more = self.return_token_ids or self.continuous_usage or self.wants_receipt
+        return not (is_scored or says_more or self.is_read)
 
     @property
     def scores_prompts(self) -> bool:

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import msgspec
 
@@ -19,6 +19,7 @@ from deployments.errors import EngineDeadError
 from deployments.messages import FinishReason, GenerateRequest, TokenOutput
 
 T = TypeVar("T")
+TokenPool = Literal["prefill", "decode"]
 
 
 class TokenOutputs(Protocol):
@@ -46,6 +47,7 @@ class TextEvent(msgspec.Struct, frozen=True, gc=False):
         token_ids: generated for it, at least 1 where any are shown; those after a stop string do not count.
         finish_reason: set on the last event of a choice.
         num_cached_tokens: see `TokenOutput`.
+        by_prefill: see `TokenOutput`.
         scores: of the generated tokens, where logprobs were asked for.
         prompt: in the first event, where logprobs of the prompt were asked for.
     """
@@ -55,12 +57,18 @@ class TextEvent(msgspec.Struct, frozen=True, gc=False):
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None
     num_cached_tokens: int
+    by_prefill: bool = False
     scores: tuple[ScoredToken, ...] = ()
     prompt: PromptScores | None = None
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def pool(self) -> TokenPool:
+        """Which one drew the tokens."""
+        return "prefill" if self.by_prefill else "decode"
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +190,7 @@ class ChoiceText:
     ) -> TextEvent:
         if self._prefix:
             text, self._prefix = self._prefix + text, ""
-        event = TextEvent(self._choice, text, token_ids, finish_reason, output.num_cached_tokens)
+        event = TextEvent(self._choice, text, token_ids, finish_reason, output.num_cached_tokens, output.by_prefill)
         if not output.draws and not (self._scores_prompt and output.index == 0):
             return event
         scores = tuple([score(draw, self._text_of) for draw in output.draws[: len(token_ids)]])

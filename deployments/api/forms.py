@@ -6,6 +6,7 @@ from typing import Literal, NotRequired
 # Before Python 3.12 pydantic describes these alone (openapi.py).
 from typing_extensions import TypedDict
 
+from deployments.api.choices import TokenPool
 from deployments.api.common_fields import ServiceTier
 from deployments.api.receipts import CallReceipt
 from deployments.api.scores import ChatLogprobs, CompletionLogprobs, PromptLogprobs
@@ -47,6 +48,7 @@ class CompletionChoice(TypedDict):
     token_ids: NotRequired[Sequence[int]]
     prompt_token_ids: NotRequired[Sequence[int]]
     prompt_logprobs: NotRequired[PromptLogprobs]
+    pool: NotRequired[TokenPool]
 
 
 class Completion(TypedDict):
@@ -145,6 +147,7 @@ class ChatChunkChoice(TypedDict):
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
     token_ids: NotRequired[Sequence[int]]
+    pool: NotRequired[TokenPool]
 
 
 class ChatChunk(TypedDict):

@@ -179,7 +179,7 @@ class Engine:
         self._blocks.publish(sequence)
         self._guides.advance([sequence])
         now_s = time.monotonic()
-        output = self._tell(sequence, sequence.num_prompt_tokens, draws, now_s)
+        output = self._tell(sequence, sequence.num_prompt_tokens, draws, now_s, True)
         self._outputs.end(now_s)
         return self._outputs.with_times([output])
 
@@ -315,18 +315,18 @@ class Engine:
             if draws:
                 self._stats.generated_tokens += len(draws)
                 if sequence.role is not _EXPORT or self._handoffs.outbox.set_first_token(sequence.request_id, draws[0]):
-                    outputs.append(self._tell(sequence, run.first_draw, draws, now_s))
+                    outputs.append(self._tell(sequence, run.first_draw, draws, now_s, sequence.role is _EXPORT))
         self._outputs.end(now_s)
         if self._guides:
             self._guides.advance(run.sequence for run, draws in collected if draws)
         return outputs
 
-    def _tell(self, sequence: Sequence, place: int, draws: Draws, now_s: float) -> TokenOutput:
+    def _tell(self, sequence: Sequence, place: int, draws: Draws, now_s: float, by_prefill: bool) -> TokenOutput:
         """Tell of new tokens, the first of them in this place in the sequence."""
         if sequence.finish_reason is not None:
             self.abort(sequence.request_id)  # of a prefill engine too: nobody decodes it, so nobody wants its KV
             self._outputs.note_last(sequence)
-        return self._outputs.tell(sequence, place, draws, now_s)
+        return self._outputs.tell(sequence, place, draws, now_s, by_prefill)
 
     def _end_exports(self) -> None:
         """A sequence that is all out needs its blocks no longer."""

@@ -24,8 +24,8 @@ class Outputs:
         self._gaps: Counter[tuple[float, int]] = Counter()  # by when they began, and how many tokens came behind them
         self._timed: list[TimedSequence] = []
 
-    def tell(self, sequence: Sequence, place: int, draws: Draws, now_s: float) -> TokenOutput:
-        """Of new tokens, the first of them in this place in the sequence."""
+    def tell(self, sequence: Sequence, place: int, draws: Draws, now_s: float, by_prefill: bool) -> TokenOutput:
+        """Of new tokens, the first of them in this place in the sequence, and whether a prefill engine drew them."""
         num_tokens, before_s = len(draws), sequence.note_told(now_s)
         if before_s is None:
             self._stats.ttft_s.observe(now_s - sequence.arrival_s)
@@ -40,6 +40,7 @@ class Outputs:
             sequence.num_cached_tokens,
             draws if sequence.request.sampling.num_logprobs is not None else (),
             sequence.take_scores() if sequence.wants_scores else (),
+            by_prefill,
         )
 
     def note_last(self, sequence: Sequence) -> None:

@@ -136,8 +136,10 @@ class TokenStream:
                 raise StopAsyncIteration
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
-        outputs, self._unread = self._unread, []
-        self._num_read = len(self.token_ids)
+        # What a prefill engine drew stays apart from what comes behind it: some want to know which pool made a token.
+        num_outputs = 1 if self._unread[0].by_prefill else len(self._unread)
+        outputs, self._unread = self._unread[:num_outputs], self._unread[num_outputs:]
+        self._num_read = outputs[-1].index + len(outputs[-1].token_ids)
         return outputs[0] if len(outputs) == 1 else _join(outputs)
 
 
@@ -258,6 +260,7 @@ def _without_first(output: TokenOutput, num_tokens: int) -> TokenOutput:
         output.finish_reason,
         output.num_cached_tokens,
         output.draws[num_tokens:],  # and not what comes with the first
+        by_prefill=output.by_prefill,
     )
 
 

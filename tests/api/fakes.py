@@ -92,6 +92,7 @@ class FakeBackend:
 
     script: Callable[[GenerateRequest], Sequence[Step]]
     num_cached_tokens: int = 0
+    num_prefilled: int = 0
     receipt: Receipt = ()
     healthy: tuple[bool, str] | Exception = (True, "")
     refusal: Exception | None = None
@@ -150,7 +151,10 @@ class FakeBackend:
                     following = steps[place + 1] if place + 1 < len(steps) else None
                     reason = following if isinstance(following, FinishReason) else None
                     draws, prompt = scores_of(request, ids, index)
-                    yield TokenOutput(request.request_id, index, ids, reason, self.num_cached_tokens, draws, prompt)
+                    by_prefill = index < self.num_prefilled
+                    yield TokenOutput(
+                        request.request_id, index, ids, reason, self.num_cached_tokens, draws, prompt, by_prefill
+                    )
                     index += len(ids)
 
     async def _tell(self) -> None:

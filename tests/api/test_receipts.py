@@ -95,6 +95,18 @@ async def test_a_stream_has_it_in_the_chunk_with_the_usage(path: str, by_header:
     assert not any("receipt" in event for event in others)
 
 
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_chunks_say_which_pool_drew_their_tokens_to_who_asks(path: str) -> None:
+    backend = playing("a", "b", "c", FinishReason.LENGTH)
+    backend.receipt, backend.num_prefilled = RECEIPT, 1
+    async with client_of(build_app(backend, build_codec(), INFO)) as client:
+        told = [await client.post(path, json=body_of(path, stream=True), headers=headers) for headers in (HEADERS, {})]
+    choices = [[c for event in [*events_of(one.content)][:-1] for c in event["choices"]] for one in told]
+    pools = [choice["pool"] for choice in choices[0] if choice.get("text") or choice.get("delta", {}).get("content")]
+    assert pools == ["prefill", "decode", "decode"]
+    assert not [choice for choice in choices[1] if "pool" in choice]
+
+
 @pytest.mark.parametrize("by_header", [False, True])
 async def test_a_stream_of_a_response_has_it_in_its_last_event(by_header: bool) -> None:
     fields: dict[str, Any] = {} if by_header else {"stream_options": {"include_receipt": True}}

@@ -11,7 +11,7 @@ from deployments.errors import EngineDeadError, SlowReaderError
 from deployments.messages import DrawnToken, FinishReason, ReplyAddress, TokenOutput
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 from deployments.tokens.sender import TokenSender
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, until
 
 
 def token(request_id: str, index: int, last: int | None = None) -> TokenOutput:
@@ -119,6 +119,19 @@ async def test_a_token_that_comes_twice_is_read_once(receiver: TokenReceiver, lo
     assert await read(stream) == [1, 2]
     for engine in (prefill, decode):
         await asyncio.to_thread(engine.stop)
+
+
+async def test_a_token_of_a_prefill_engine_is_told_apart_however_late_the_reader_is(
+    sender: TokenSender, receiver: TokenReceiver
+) -> None:
+    stream = receiver.open("r", ignore, ignore_close)
+    sender.register("r", receiver.address)
+    sender.send([TokenOutput("r", 0, (0,), by_prefill=True)])
+    for index in (1, 2):
+        sender.send([token("r", index, last=2)])
+    await until(lambda: stream.has_finished)
+    outputs = [output async for output in stream]
+    assert [(output.token_ids, output.by_prefill) for output in outputs] == [((0,), True), ((1, 2), False)]
 
 
 def drawn(*token_ids: int) -> tuple[DrawnToken, ...]:
