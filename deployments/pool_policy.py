@@ -16,6 +16,7 @@ from deployments.planner.plan import Bounds
 from deployments.planner.settings import PlannerSettings
 from deployments.planner.shared import PoolView, planner_of
 from deployments.planner.wire import REFUSED, of_numbers
+from deployments.planner_log import publish
 
 
 class PoolPolicy:
@@ -36,6 +37,8 @@ class PoolPolicy:
         """How many replicas there are to be, and what Serve is to keep for this policy: nothing."""
         planner = planner_of(context.app_name or "", self._settings, self._is_colocated)
         target = planner.decide(self._pool, view_of(context), context.current_time or 0.0)
+        if (decisions := planner.take_news()) is not None:
+            publish(context.app_name or "", decisions)
         if self._settings.dry_run:
             by_default: tuple[int | float, dict[str, Any]] = replica_queue_length_autoscaling_policy(context)
             return by_default

@@ -86,6 +86,7 @@ PLACES = (
     "planner",
     "routing",
     "simulator",
+    "planner_log",
     "pool_policy",
     "request_router",
     "api",

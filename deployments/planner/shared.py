@@ -6,7 +6,8 @@ decided at once, whoever asks. Knows no Ray.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from deployments.engine.stats import EngineStats
@@ -22,6 +23,27 @@ PERIOD_S = 1.0
 # A pool whose policy was not asked while another's was, so many times, is not scaled by it, and nothing is known of it.
 # Not seconds: the controller itself may stand still for some, as when replicas start.
 _MAX_MISSED = 20
+# Of its decisions so many are kept to be shown.
+MAX_DECISIONS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The planner wanted other numbers of replicas than before, or said for the first time what it wants.
+
+    Attributes:
+        at_s: Unix time.
+        before: replicas that each pool had, or was getting.
+        targets: that each is to have.
+        reason: in words.
+        is_dry_run: nobody follows.
+    """
+
+    at_s: float
+    before: Mapping[str, int]
+    targets: Mapping[str, int]
+    reason: str
+    is_dry_run: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +82,13 @@ class SharedPlanner:
         self._num_refused = 0
         self._is_silent = False
         self._num_missed: dict[str, int] = {}
+        self._decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
+        self._is_news = False
+
+    def take_news(self) -> Sequence[Decision] | None:
+        """Its last decisions, the newest at the end, if there is one that was not asked for yet."""
+        is_news, self._is_news = self._is_news, False
+        return [*self._decisions] if is_news else None
 
     def note_refused(self, counts: Mapping[str, int]) -> None:
         """How many calls each ingress replica has refused so far; what was refused before the first time is past."""
@@ -118,6 +147,10 @@ class SharedPlanner:
     def _follow(self, decided: Plan, views: Mapping[str, PoolView], at_s: float) -> None:
         targets = {DECODE: decided.decode} | ({PREFILL: decided.prefill} if PREFILL in views else {})
         is_change = any(target != views[name].bounds.target for name, target in targets.items())
+        if targets != self._targets:
+            before = {name: view.bounds.target for name, view in views.items()}
+            self._decisions.append(Decision(at_s, before, targets, decided.reason, self.settings.dry_run))
+            self._is_news = True
         if is_change and targets != self._targets:
             logger.info("%s%s", "dry run, nothing is done: " if self.settings.dry_run else "", decided.reason)
         if not self.settings.dry_run:

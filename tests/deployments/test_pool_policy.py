@@ -136,6 +136,22 @@ def test_other_settings_begin_anew():
     assert shared.planner_of(controller.app, settings.model_copy(update={"ttft_s": 9.0}), False) is not planner
 
 
+def test_each_change_is_kept_with_its_reason_and_told_once():
+    controller = Controller()
+    planner = shared.planner_of(controller.app, PlannerSettings.model_validate(controller.settings), False)
+    told = []
+    take_news, planner.take_news = planner.take_news, lambda: None  # which the policies would take
+    controller.run(30)
+    told += take_news() or []
+    assert take_news() is None
+    controller.run(2, queued=40_000)
+    first, *others = take_news() or []
+    assert told == [first], "it said what it wants, which was what there was"
+    assert (first.before, first.targets, first.is_dry_run) == (first.targets, {"decode": 1, "prefill": 1}, False)
+    assert others[-1].targets == controller.targets and others[-1].targets["prefill"] > 3
+    assert "prefill 1 to " in others[0].reason and 1000.0 < others[0].at_s <= controller.now_s
+
+
 def test_a_dry_run_tells_what_it_would_do_and_leaves_it_to_serve(caplog):
     controller = Controller(dry_run=True)
     context = controller.context("prefill")
