@@ -41,7 +41,7 @@ SOURCES := app deployments tests load_tests
 .PHONY: help serve stop status test fuzz check format load-test advise clean \
 	bench-engine bench-host-step bench-gpu bench-gpu-handoff bench-two-gpus bench-beside-vllm bench-handoff bench-serving \
 	bench-interference bench-overload bench-leaving bench-chaos bench-soak bench-router bench-prefix bench-tier bench-structured bench-planner \
-	bench-speculation
+	bench-speculation bench-page screenshots
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 24
@@ -130,6 +130,12 @@ bench-prefix: $(DEV) ## Conversations on two replicas of each pool, routed by Se
 
 bench-tier: $(DEV) ## TTFT behind a cached prefix: same engine, hand-off, shared tier, engine killed; what the tier costs. ARGS= is passed on.
 	@$(PY) -m tests.bench.tier.bench_tier $(ARGS)
+
+bench-page: $(DEV) ## What the live page costs the service, watched and not. ARGS= is passed on.
+	@$(PY) -m tests.bench.page.bench_page $(ARGS)
+
+screenshots: $(DEV) ## Take the pictures of the live page in docs/images, of a server that it starts and loads.
+	@$(PY) -m tests.bench.page.screenshots $(ARGS)
 
 load-test: $(LOAD) ## Load a running service: SCENARIO=, URL=. ARGS= is passed on.
 	@$(LOAD_PY) -m load_tests.run $(SCENARIO) --url $(URL) $(ARGS)

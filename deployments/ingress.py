@@ -24,6 +24,7 @@ from deployments.api.examiners import Apart
 from deployments.api.grammar_check import TIMEOUT_S as GRAMMAR_TIMEOUT_S
 from deployments.api.http import build_app
 from deployments.api.keys import KeyRing
+from deployments.api.pages import own_version
 from deployments.api.reasoning.support import ReasoningParserName
 from deployments.api.text import TextCodec
 from deployments.api.tokenizer import read_tokenizer
@@ -40,9 +41,13 @@ from deployments.routing.crossover import Crossover
 from deployments.routing.pools import PoolRouters
 from deployments.routing.settings import RoutingSettings
 from deployments.serve_state import ask_each, http_host, is_loopback, num_replicas, own_handle
+from deployments.service_look import ServiceLook
 from deployments.telemetry.client_stats import ClientCounts
 from deployments.telemetry.followers import Follower, ObservedCalls
+from deployments.telemetry.history import ClientHistory
 from deployments.telemetry.ingress_stats import IngressStats
+from deployments.telemetry.live import ServiceState
+from deployments.telemetry.live_view import LiveView
 from deployments.telemetry.metrics import families_of_ingress
 from deployments.telemetry.peers import TIMEOUT_S as PEERS_TIMEOUT_S
 from deployments.telemetry.ray_metrics import tell_ray
@@ -139,6 +144,8 @@ class Ingress:
         routers = PoolRouters(settings.routing, settings.crossover, engine.positions)
         admission = Admission(settings.bounds, is_remote=routers.is_remote)
         clients, replica = ClientCounts(), serve.get_replica_context().replica_id.unique_id
+        count = partial(IngressStats.of, replica, clients.stats, admission, routers)
+        self._view = LiveView(count, self._look(is_colocated=prefill is None), partial(self._ask_all, "client_history"))
         self._observer = ObservedCalls(clients, build_followers(settings, replica))
         self._backend = PoolBackend(
             decode,
@@ -149,8 +156,9 @@ class Ingress:
             settings.resume_timeout_s,
             clients,
             replica,
-            partial(ask_each, own_handle(), "ingress_stats", PEERS_TIMEOUT_S),
+            partial(self._ask_all, "ingress_stats"),
             settings.metrics.vllm_model,
+            self._view,
         )
         if settings.metrics.to_ray:
             self._telling_ray = asyncio.create_task(tell_ray(self._families))
@@ -173,6 +181,15 @@ class Ingress:
         self._sharers_watch = asyncio.create_task(_watch_sharers(sharers))
         return keys
 
+    async def _ask_all(self, method: str) -> list[Any]:
+        """What each ingress replica answers, or why it does not."""
+        return await ask_each(own_handle(), method, PEERS_TIMEOUT_S)
+
+    def _look(self, *, is_colocated: bool) -> ServiceLook:
+        settings, mode = self._settings, "colocated" if is_colocated else "disaggregated"
+        fixed = ServiceState(settings.served_model_name, mode, own_version(), is_planned=settings.tells_planner)
+        return ServiceLook(fixed, serve.get_replica_context().app_name)
+
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve carries to its controller for the planner; nothing if there is none."""
         return {REFUSED: float(self._backend.num_refused)} if self._settings.tells_planner else {}
@@ -183,6 +200,10 @@ class Ingress:
     async def ingress_stats(self) -> IngressStats:
         """What this replica tells of itself; any of them asks all, so that each tells of all."""
         return self._backend.own_stats()
+
+    async def client_history(self) -> ClientHistory:
+        """What its clients saw lately, for the replica that somebody looks at."""
+        return self._view.own_part()
 
     def __serve_build_asgi_app__(self) -> Starlette:
         return build_app(
@@ -229,7 +250,7 @@ def warn_if_open(host: str | None) -> None:
     """Without keys: say so where the address on which the API listens is for others than this machine."""
     if not is_loopback(host):
         logger.warning(
-            "NO API KEYS: the API listens on %s, and whoever reaches it may use it and read /metrics. Set "
+            "NO API KEYS: the API listens on %s, and whoever reaches it may use it and watch it. Set "
             "ingress.api_keys, or let only a proxy that authenticates reach it (docs/security.md).",
             host,
         )

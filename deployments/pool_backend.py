@@ -24,6 +24,7 @@ from deployments.replica_stats import Positions, ReplicaStats
 from deployments.routing.pools import PoolRouters
 from deployments.telemetry.client_stats import ClientCounts
 from deployments.telemetry.ingress_stats import IngressStats
+from deployments.telemetry.live_view import LiveView
 from deployments.telemetry.metrics import render
 from deployments.telemetry.peers import Ask, Peers
 from deployments.tokens.receiver import TokenReceiver, TokenStream
@@ -50,6 +51,7 @@ class PoolBackend:
         replica: name of this one.
         ask_peers: all ingress replicas for their numbers; None: there is this one alone.
         vllm_model: see `render`.
+        view: shows the service to those who look; None: with nothing but numbers.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class PoolBackend:
         replica: str = "",
         ask_peers: Ask | None = None,
         vllm_model: str | None = None,
+        view: LiveView | None = None,
     ) -> None:
         self._pools = {DECODE: decode} if prefill is None else {PREFILL: prefill, DECODE: decode}
         self.pool_health = PoolHealth({name: partial(_be_ready, handle) for name, handle in self._pools.items()})
@@ -74,6 +77,7 @@ class PoolBackend:
         self.clients = clients
         self._replica, self._vllm_model = replica, vllm_model
         self.peers = Peers(ask_peers or self._ask_self, self.own_stats)
+        self._view = view or LiveView(self.own_stats)
         self._decode = DecodeClient(decode, tokens, resume_timeout_s, self.clients.request_resumed, routers)
 
     async def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
@@ -127,6 +131,9 @@ class PoolBackend:
     async def _ask_self(self) -> list[IngressStats]:
         return [self.own_stats()]
 
+    async def live(self) -> Mapping[str, object]:
+        return await self._view.document(self.pool_health.state())
+
     async def metrics(self) -> bytes:
         pools, ingresses = await asyncio.gather(self._read_pools(dict.fromkeys(self._pools)), self.peers.read())
         return render(pools, ingresses, self._vllm_model)
@@ -139,6 +146,7 @@ class PoolBackend:
         """Whoever decides by it is told of a reading."""
         self._admission.update(reading)
         self._routers.update(reading)
+        self._view.take(reading)
 
     async def _read_pools(self, read: Mapping[str, Positions | None]) -> dict[str, list[ReplicaStats]]:
         # A failure waits for the other pool's answer, so that whoever asks again has asked once at a time.

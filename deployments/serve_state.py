@@ -4,6 +4,7 @@ The ingress asks; but for `ask_each` from a thread: the answers come from Serve'
 """
 
 import asyncio
+from collections.abc import Mapping
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,15 @@ def num_replicas() -> int:
     deployment = serve.status().applications[context.app_name].deployments[context.deployment]
     num_running: int = deployment.replica_states.get(ReplicaState.RUNNING, 0)
     return max(1, num_running)
+
+
+def replica_states(app: str) -> Mapping[str, Mapping[str, int]]:
+    """Of each deployment of an application, how many replicas are in which state, in Serve's words."""
+    deployments = serve.status().applications[app].deployments
+    return {
+        name: {str(state): count for state, count in deployment.replica_states.items() if count}
+        for name, deployment in deployments.items()
+    }
 
 
 def own_handle() -> "DeploymentHandle[Any]":

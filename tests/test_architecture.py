@@ -105,6 +105,7 @@ PLACES = (
     "receipt_log",
     "decode_client",
     "pool_backend",
+    "service_look",
     "ingress",
 )
 # What of the engine loads no torch, and so may be known outside; the rest is for those in whose process it lives.

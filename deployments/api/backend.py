@@ -1,6 +1,6 @@
 """What the API asks of the pools behind it. The ingress has one; tests have others."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from deployments.api.choices import TokenOutputs
@@ -65,4 +65,8 @@ class Backend(Protocol):
 
     async def metrics(self) -> bytes:
         """Prometheus' text exposition."""
+        ...
+
+    async def live(self) -> Mapping[str, object]:
+        """The service as it is and as its last minutes were, for the page and for terminals."""
         ...

@@ -15,12 +15,13 @@ from deployments.api.accounts import Account, RateLimitedError
 from deployments.api.caller import ANONYMOUS, read_key
 from deployments.api.failures import failure_of
 from deployments.api.keys import ForbiddenError, KeyRing, UnauthorizedError
+from deployments.api.live_page import ASSETS
 
 # Load balancers ask the first two, which tell no more than whether the service works. The others are the same
-# everywhere, and a browser that opens them has no key.
-OPEN_PATHS = frozenset({"/health", "/ping", "/docs", "/openapi.json"})
+# everywhere, and a browser that opens them has no key: the live page asks for one before it can show anything.
+OPEN_PATHS = frozenset({"/health", "/ping", "/docs", "/openapi.json", "/", *(f"/live/{name}" for name in ASSETS)})
 # These tell of everybody's calls.
-METRICS_PATHS = frozenset({"/metrics"})
+METRICS_PATHS = frozenset({"/metrics", "/live"})
 
 
 class Guard:

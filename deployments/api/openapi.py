@@ -72,6 +72,9 @@ OPERATIONS = (
     Operation(
         "/metrics", "get", "Numbers of the service, for Prometheus", answer="text/plain", errors=("401", "403", "429")
     ),
+    Operation("/live", "get", "The same for the live page", answer="application/json", errors=("401", "403", "429")),
+    Operation("/", "get", "The live page", answer="text/html", errors=(), needs_key=False),
+    Operation("/live/{name}", "get", "What the live page is made of", answer="*/*", errors=("404",), needs_key=False),
     Operation("/openapi.json", "get", "This description", answer="application/json", errors=(), needs_key=False),
     Operation("/docs", "get", "This description, to read", answer="text/html", errors=(), needs_key=False),
 )

@@ -13,6 +13,7 @@ from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -22,6 +23,7 @@ from deployments.api.calls import ModelNotFoundError
 from deployments.api.docs_page import HEADERS, render_page
 from deployments.api.exchange import Service
 from deployments.api.forms import Health, Model, Models, Version
+from deployments.api.live_page import ASSETS, PAGE, Asset
 from deployments.api.openapi import describe_api
 from deployments.api.text import TextCodec
 from deployments.api.tokenization import detokenize, tokenize
@@ -91,7 +93,7 @@ class Pages:
         return Response(status_code=HTTPStatus.OK if is_healthy else HTTPStatus.SERVICE_UNAVAILABLE)
 
     async def version(self, _: Request) -> Response:
-        answer: Version = {"version": _version()}
+        answer: Version = {"version": own_version()}
         return to_response(answer)
 
     async def openapi(self, request: Request) -> Response:
@@ -100,12 +102,28 @@ class Pages:
     async def docs(self, _: Request) -> Response:
         return Response(render_page(describe_api()), headers=HEADERS, media_type="text/html")
 
+    async def live_page(self, request: Request) -> Response:
+        return _to_asset_response(PAGE, request)
+
+    async def live_asset(self, request: Request) -> Response:
+        asset = ASSETS.get(request.path_params["name"])
+        if asset is None:
+            raise HTTPException(HTTPStatus.NOT_FOUND)
+        return _to_asset_response(asset, request)
+
+    async def live(self, _: Request) -> Response:
+        """What the page shows; nobody keeps it."""
+        response = to_response(await self.service.backend.live())
+        response.headers["cache-control"] = "no-store"
+        return response
+
     async def metrics(self, _: Request) -> Response:
         return Response(await self.service.backend.metrics(), headers={"content-type": _METRICS_CONTENT_TYPE})
 
 
 @cache
-def _version() -> str:
+def own_version() -> str:
+    """Of this package, as it is installed."""
     try:
         return version("kvrelay")
     except PackageNotFoundError:  # run from a folder that was not installed
@@ -114,3 +132,9 @@ def _version() -> str:
 
 def to_response(value: object, status: HTTPStatus = HTTPStatus.OK) -> Response:
     return Response(sse.to_json(value), status_code=status, media_type="application/json")
+
+
+def _to_asset_response(asset: Asset, request: Request) -> Response:
+    if request.headers.get("if-none-match") == asset.headers["etag"]:
+        return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=asset.headers)
+    return Response(asset.body, headers=asset.headers)

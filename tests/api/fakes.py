@@ -3,7 +3,7 @@
 import asyncio
 import socket
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,6 +172,9 @@ class FakeBackend:
 
     async def metrics(self) -> bytes:
         return b"# TYPE up gauge\nup 1\n"
+
+    async def live(self) -> Mapping[str, object]:
+        return {"model": "fake/model"}
 
 
 def scores_of(request: GenerateRequest, ids: tuple[int, ...], index: int) -> tuple[Draws, Draws]:

@@ -141,7 +141,7 @@ def paths_of_routes() -> set[str]:
 
 
 @pytest.mark.parametrize("method", ["GET", "POST", "PUT", "OPTIONS"])
-@pytest.mark.parametrize("path", sorted(paths_of_routes() | {"/nowhere", "/health/", "//health", "/v1", "/"}))
+@pytest.mark.parametrize("path", sorted(paths_of_routes() | {"/nowhere", "/health/", "http://test//health", "/v1"}))
 async def test_every_path_needs_a_key_but_those_that_are_said_not_to(keys: KeyRing, path: str, method: str) -> None:
     async with client_for(keys) as client:
         status = (await client.request(method, path)).status_code

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -65,6 +65,9 @@ class Fountain:
 
     async def metrics(self) -> bytes:
         return b""
+
+    async def live(self) -> Mapping[str, object]:
+        return {}
 
 
 @pytest_asyncio.fixture

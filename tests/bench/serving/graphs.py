@@ -1,7 +1,7 @@
 """The two applications that are compared: ours, and the ordinary way to stream tokens through Ray Serve."""
 
 import queue
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -125,6 +125,9 @@ class OrdinaryBackend:
 
     async def metrics(self) -> bytes:
         return b""
+
+    async def live(self) -> Mapping[str, object]:
+        return {}
 
 
 @serve.ingress()

@@ -1,0 +1,47 @@
+// Elements and words: what all parts of the page have in common. Text goes in as text, never as markup.
+
+export const find = (id) => document.getElementById(id);
+
+export function el(name, attributes = {}, ...children) {
+  return fill(document.createElement(name), attributes, children);
+}
+
+export function svg(name, attributes = {}, ...children) {
+  return fill(document.createElementNS("http://www.w3.org/2000/svg", name), attributes, children);
+}
+
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+const NONE = { text: "–", unit: "" };
+
+function scaled(value, steps) {
+  const [limit, factor, unit] = steps.find(([limit]) => Math.abs(value) < limit) ?? steps.at(-1);
+  const shown = value * factor;
+  const digits = shown === 0 || Math.abs(shown) >= 99.95 ? 0 : Math.abs(shown) >= 9.995 ? 1 : 2;
+  return { text: shown.toLocaleString("en", { minimumFractionDigits: 0, maximumFractionDigits: digits }), unit };
+}
+
+const SECONDS = [[0.9995, 1000, "ms"], [120, 1, "s"], [Infinity, 1 / 60, "min"]];
+const COUNTS = [[9999.5, 1, ""], [999_950, 1e-3, "k"], [999.95e6, 1e-6, "M"], [Infinity, 1e-9, "G"]];
+const BYTES = [[1000, 1, "B"], [1e6, 1e-3, "kB"], [1e9, 1e-6, "MB"], [Infinity, 1e-9, "GB"]];
+
+export const seconds = (value) => (value === null || value === undefined ? NONE : scaled(value, SECONDS));
+export const count = (value) => (value === null || value === undefined ? NONE : scaled(value, COUNTS));
+export const bytes = (value) => scaled(value, BYTES);
+export const percent = (value) => (value === null || value === undefined ? NONE : { text: (value * 100).toFixed(value > 0 && value < 0.0995 ? 1 : 0), unit: "%" });
+export const say = ({ text, unit }) => (unit === "" ? text : unit === "%" ? `${text} %` : `${text} ${unit}`);
+export const times = (n, one, many = `${one}s`) => `${count(n).text}${count(n).unit} ${n === 1 ? one : many}`;
+
+export function clock(unixSeconds) {
+  return new Date(unixSeconds * 1000).toLocaleTimeString("en-GB");
+}
+
+export function lasting(value) {
+  return value < 100 ? `${Math.round(value)} s` : `${Math.round(value / 60)} min`;
+}

@@ -1,0 +1,129 @@
+"""What the live page costs the service: CPU of all its processes while it is watched, and while it is not, in turn.
+
+Run: `make bench-page`. Prints a table and, as its last line, one JSON list with every raw number. The engine keeps
+time and has no model; all the rest is what `make serve` starts. Whoever watches does as the page does: it loads the
+files, and then asks for the numbers every 2 seconds.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import httpx
+
+from deployments.api.live_page import ASSETS
+from tests.bench.serving.server import MeasuredServer
+
+PERIOD_S = 2.0  # of the page
+WATCHERS = (0, 1, 5)
+
+
+@contextmanager
+def watched(url: str, num_watchers: int) -> Iterator[None]:
+    """So many pages are open."""
+    is_over = threading.Event()
+
+    def watch() -> None:
+        with httpx.Client(base_url=url) as client:
+            for path in ("/", *(f"/live/{name}" for name in ASSETS)):
+                client.get(path).raise_for_status()
+            while not is_over.wait(PERIOD_S):
+                client.get("/live").raise_for_status()
+
+    threads = [threading.Thread(target=watch) for _ in range(num_watchers)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+
+
+@contextmanager
+def loaded(url: str, num_streams: int) -> Iterator[None]:
+    """So many streams run, each begun anew when it ends."""
+    is_over = threading.Event()
+
+    def stream() -> None:
+        body = {"prompt": "Once upon a time", "max_tokens": 200, "stream": True, "ignore_eos": True}
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while not is_over.is_set():
+                with client.stream("POST", "/v1/completions", json=body) as answer:
+                    answer.raise_for_status()
+                    for _ in answer.iter_raw():
+                        if is_over.is_set():
+                            break
+
+    threads = [threading.Thread(target=stream) for _ in range(num_streams)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join()
+
+
+def share_of(server: MeasuredServer, window_s: float) -> Counter[str]:
+    """Of a core, by role, in percent."""
+    before, began_s = server.cpu_s(), time.monotonic()
+    time.sleep(window_s)
+    used, seconds = server.cpu_s() - before, time.monotonic() - began_s
+    return Counter({role: 100 * spent / seconds for role, spent in used.items()})
+
+
+def measure(server: MeasuredServer, rounds: int, window_s: float, num_streams: int) -> list[dict[str, object]]:
+    """In turn, so that what else the machine does meets all alike."""
+    url, rows = f"http://127.0.0.1:{server.port}", list[dict[str, object]]()
+    with loaded(url, num_streams):
+        for number in range(rounds):
+            for num_watchers in WATCHERS if number % 2 == 0 else reversed(WATCHERS):
+                with watched(url, num_watchers):
+                    time.sleep(1.0)
+                    used = share_of(server, window_s)
+                row = {"streams": num_streams, "watchers": num_watchers, "percent": used.total(), "by_role": used}
+                rows.append(row | {"load": os.getloadavg()[0]})
+                print(f"{num_streams} streams, {num_watchers} pages: {used.total():.2f} % of a core", flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=6, help="how often each is looked at (default: %(default)s)")
+    parser.add_argument("--window", type=float, default=20.0, help="seconds of a look (default: %(default)s)")
+    parser.add_argument("--streams", type=int, nargs="*", default=[0, 4], help="that run meanwhile")
+    parser.add_argument("--port", type=int, default=8234)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        server = MeasuredServer(Path(folder), "ours", options.port, {})
+        try:
+            time.sleep(5.0)
+            rows = [row for n in options.streams for row in measure(server, options.rounds, options.window, n)]
+        finally:
+            server.stop()
+    print("\nstreams  pages  % of a core (median)  above no page")
+    for num_streams in options.streams:
+        shares = {
+            n: [float(str(r["percent"])) for r in rows if (r["streams"], r["watchers"]) == (num_streams, n)]
+            for n in WATCHERS
+        }
+        for num_watchers, found in shares.items():
+            above = median(found) - median(shares[0])
+            print(f"{num_streams:7d}  {num_watchers:5d}  {median(found):20.2f}  {above:13.2f}")
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

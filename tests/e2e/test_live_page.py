@@ -1,0 +1,190 @@
+"""The live page as people see it, in headless Chromium: under load, with a prompt of theirs, while an engine dies."""
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from deployments import planner_log
+from deployments.planner.shared import Decision
+from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL_NAME, Scaled, Service
+from tests.telemetry.browser import Visit, launch
+from tests.waiting import wait_until
+
+AXE = Path(__file__).parents[1] / "clients" / "node" / "node_modules" / "axe-core" / "axe.min.js"
+QUESTION = "Tell me, please, in a few words, what a river is and where it goes. " * 6
+NUM_TOKENS = 12  # with which the model is not done
+PATIENCE_MS = ANSWER_TIMEOUT_S * 1000
+
+Open = Callable[..., Visit]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        browser = launch(playwright)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser: Browser) -> Iterator[Open]:
+    """Opens the page of a service; at the end nothing is in its console, and it asked nobody else."""
+    visits: list[tuple[Visit, str]] = []
+
+    def open_page(service: Service, prepare: Callable[[Page], None] = lambda _: None, **options: object) -> Visit:
+        page = browser.new_page(**options)  # type: ignore[arg-type]
+        prepare(page)
+        page.set_default_timeout(PATIENCE_MS)
+        visits.append((Visit(page), urlsplit(service.url).netloc))
+        page.goto(f"{service.url}/")
+        expect(page.locator("#live")).to_be_visible(timeout=PATIENCE_MS)
+        return visits[-1][0]
+
+    yield open_page
+    for opened, host in visits:
+        opened.page.close()
+        assert opened.complaints == []
+        assert opened.hosts == {host}
+
+
+@contextmanager
+def busy(service: Service) -> Iterator[None]:
+    """Two callers ask one thing after the other."""
+    is_over = threading.Event()
+
+    def ask() -> None:
+        body = {"model": MODEL_NAME, "prompt": QUESTION, "max_tokens": NUM_TOKENS, "ignore_eos": True}
+        while not is_over.is_set():
+            httpx.post(f"{service.url}/v1/completions", json=body, timeout=300).raise_for_status()
+
+    with ThreadPoolExecutor(2) as threads:
+        asking = [threads.submit(ask) for _ in range(2)]
+        try:
+            yield
+        finally:
+            is_over.set()
+    for asked in asking:
+        asked.result()
+
+
+def tile(page: Page, title: str) -> str:
+    return page.locator(".tile", has_text=title).locator(".big").inner_text()
+
+
+def test_under_load_it_shows_the_pools_and_what_they_do(visit: Open, disaggregated: Service) -> None:
+    with busy(disaggregated):
+        page = visit(disaggregated).page
+        expect(page.locator(".tile .big.none")).to_have_count(0, timeout=PATIENCE_MS)
+        expect(page.locator(".state.busy").first).to_be_visible(timeout=PATIENCE_MS)
+        expect(page.locator("#status")).to_have_text("Serving")
+        assert re.fullmatch(r"[\d.]+\s?(ms|s)", tile(page, "First token, p95"))
+        assert re.fullmatch(r"[\d.]+\s?: 1", tile(page, "Prefill : decode"))
+        for pool in ("Prefill", "Decode"):
+            expect(page.locator(".pool", has_text=pool).locator("tbody tr")).to_have_count(1)
+        expect(page.locator(".chart svg .line, .chart svg .dot").first).to_be_attached()
+        expect(page.locator("#where")).to_contain_text("computed by the prefill pool")
+        expect(page.locator("#handoff")).to_contain_text("prompts handed over")
+        expect(page.locator("#planner")).to_contain_text("Off")
+        expect(page.locator("#refusals")).to_contain_text("Nobody was refused")
+
+
+def test_a_prompt_is_typed_and_its_tokens_come_in_the_colours_of_their_pools(
+    visit: Open, disaggregated: Service
+) -> None:
+    page = visit(disaggregated).page
+    keys = page.keyboard
+    keys.press("Tab")
+    keys.press("Enter")  # the way past everything to the prompt
+    keys.press("Tab")
+    keys.press("Control+A")
+    keys.type(QUESTION)
+    keys.press("Tab")
+    keys.press("Tab")
+    keys.press("Control+A")
+    keys.type(str(NUM_TOKENS))
+    keys.press("Tab")
+    expect(page.get_by_role("button", name="Send")).to_be_focused()
+    keys.press("Enter")
+    expect(page.locator("#receipt svg")).to_be_visible(timeout=PATIENCE_MS)
+    tokens = page.locator("#answer .token")
+    assert tokens.first.get_attribute("class") == "token prefill"
+    assert page.locator("#answer .token.prefill").count() == 1
+    assert page.locator("#answer .token.decode").count() >= 2
+    backgrounds = {
+        tokens.nth(n).evaluate("token => getComputedStyle(token).backgroundColor") for n in range(tokens.count())
+    }
+    assert len(backgrounds) == 2, "one colour for each pool"
+    assert page.locator("#receipt .lane").all_inner_texts() == ["Ingress", "Prefill", "Hand-off", "Decode"]
+    expect(page.locator("#receipt")).to_contain_text(f"{NUM_TOKENS} tokens")
+
+
+def test_an_engine_that_dies_is_told_of_and_so_is_the_one_that_comes(visit: Open, scaled: Scaled) -> None:
+    scaled.wait_for_two()
+    page = visit(scaled.service).page
+    rows = page.locator(".pool.decode tbody tr")
+    expect(rows).to_have_count(2)
+    names = set(page.locator(".pool.decode td.name").all_inner_texts())
+    info = scaled.service.pool("Decode").broadcast("engine_info").results(timeout_s=ANSWER_TIMEOUT_S)[0]
+    os.kill(info.pid, signal.SIGKILL)
+    gone = page.locator(".pool.decode .state.gone")
+    expect(gone).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.locator("#status")).to_have_text(re.compile("decode replica is gone|Cannot serve"))
+    name = page.locator(".pool.decode tr", has=gone).locator("td.name").inner_text()
+    assert name in names
+    expect(page.locator("#events")).to_contain_text(f"decode replica {name} is gone")
+    expect(page.locator("#events")).to_contain_text("serves", timeout=300_000)
+    scaled.wait_for_two()
+
+
+def test_what_the_planner_decides_in_serves_controller_reaches_an_ingress(services: dict[str, Service]) -> None:
+    decisions = [Decision(1.0, {"decode": 1}, {"decode": n}, "because", n == 3) for n in (2, 3)]
+    assert planner_log.read("nobody") == []
+    planner_log.publish("somebody", decisions[:1])
+    planner_log.publish("somebody", decisions)
+    wait_until(lambda: planner_log.read("somebody") == decisions, ANSWER_TIMEOUT_S)
+
+
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(1280, "light"), (1280, "dark"), (375, "dark")], ids=["light", "dark", "phone"]
+)
+def test_everybody_can_use_it(visit: Open, disaggregated: Service, width: int, scheme: str) -> None:
+    """By axe-core's rules, with an answer and its receipt on the page; and nothing is wider than the window."""
+    if not AXE.exists():
+        told = "there is no axe-core: `make test` installs it, where npm is there"
+        pytest.fail(told) if os.environ.get("CI") else pytest.skip(told)
+    # For axe, whose own script the page's policy keeps out.
+    options = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme, "bypass_csp": True}
+    page = visit(disaggregated, **options).page
+    page.get_by_label("Prompt", exact=True).fill(QUESTION)
+    page.get_by_label("Tokens at most").fill("8")
+    page.get_by_role("button", name="Send").click()
+    expect(page.locator("#receipt svg")).to_be_visible(timeout=PATIENCE_MS)
+    page.evaluate(AXE.read_text())
+    found = page.evaluate("async () => (await axe.run()).violations")
+    grave = [rule for rule in found if rule["impact"] in ("serious", "critical")]
+    assert [(rule["id"], [node["html"] for node in rule["nodes"]]) for rule in grave] == []
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_while_it_is_paused_nothing_is_asked(visit: Open, disaggregated: Service) -> None:
+    page = visit(disaggregated, prepare=lambda page: page.clock.install()).page
+    page.get_by_role("button", name="Pause").click()
+    page.wait_for_load_state("networkidle")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.clock.fast_forward(60_000)
+    page.evaluate("fetch('live/icon.svg').then(answer => answer.text())")  # behind what would be asked
+    assert asked == [f"{disaggregated.url}/live/icon.svg"]
+    page.get_by_role("button", name="Go on").click()
+    with page.expect_request("**/live"):
+        page.clock.fast_forward(3_000)

@@ -1,0 +1,153 @@
+"""The document of the live page: its figures are those of what was done, over all ingress replicas, as JSON."""
+
+import json
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from deployments.api import sse
+from deployments.engine.stats import LATENCY_BUCKETS_S, Histogram
+from deployments.load.reading import DECODE, PREFILL
+from deployments.planner.shared import Decision
+from deployments.telemetry.history import ClientHistory, ClientSlot
+from deployments.telemetry.ingress_stats import IngressStats
+from deployments.telemetry.live import SILENT_S, ServiceState, describe, quantiles
+from deployments.telemetry.live_view import LiveView
+from tests.telemetry.minutes import Service
+
+STATE = ServiceState("model", "disaggregated", "1", (True, ""))
+
+
+def told(service: Service, state: ServiceState = STATE, others: Sequence[ClientHistory] = ()) -> dict:
+    return json.loads(sse.to_json(describe(state, service.history, others, service.now_s)))
+
+
+def busy() -> Service:
+    """Five idle seconds; then, in each, 80 tokens of prompts computed by prefill, 20 found by decode, 10 generated."""
+    service = Service()
+    prefill, decode = service.start(PREFILL, "p"), service.start(DECODE, "d")
+    service.run(5)
+
+    def work() -> None:
+        prefill.prompt_tokens += 80
+        decode.prefix_hit_tokens += 20
+        decode.generated_tokens += 10
+        service.clients.first_token(0.3)
+        service.clients.inter_token(0.02, 10)
+
+    service.run(60, work)
+    return service
+
+
+def test_figures_are_those_of_what_was_done():
+    document = told(busy())
+    tokens, prompts = document["tokens"], document["prompts"]
+    assert document["window_s"] == 65.0
+    assert (tokens["ratio"], tokens["computed"], tokens["generated"]) == (10.0, 60 * 80, 60 * 10)
+    assert tokens["generated_per_s"] == pytest.approx(600 / 65)
+    assert prompts["cached_share"] == pytest.approx(0.2)
+    assert {name: share for name, share in prompts["tokens"].items() if share} == {
+        "prefill": 60 * 80,
+        "decode_cache": 60 * 20,
+    }
+    assert 0.25 < document["latency"]["ttft_s"]["p50"] <= 0.5
+    assert document["latency"]["itl_s"]["count"] == 600
+    curves = document["history"]
+    assert {len(curve) for name, curve in curves.items() if name != "slot_s"} == {120}
+    assert curves["computed_per_s"][-2] == 80.0 and curves["computed_per_s"][0] is None
+    assert curves["ttft_p95_s"][0] is None and 0.25 < curves["ttft_p95_s"][-2] <= 0.5
+
+
+def test_nothing_is_known_of_a_service_that_has_just_started():
+    document = told(Service())
+    assert document["latency"]["ttft_s"] == {"count": 0, "p50": None, "p95": None, "p99": None}
+    assert (document["tokens"]["ratio"], document["prompts"]["cached_share"]) == (None, None)
+    assert document["pools"] == {pool: {"replicas": [], "states": {}} for pool in ("prefill", "decode")}
+
+
+def test_replicas_are_busy_silent_or_gone():
+    service = busy()
+    service.engines[PREFILL]["p"].num_running = 1
+    service.start(DECODE, "e")
+    service.run(1)
+    del service.engines[DECODE]["e"]
+    service.silent_s["d"] = SILENT_S + 9.0
+    service.run(1)
+    states = {
+        replica["name"]: (replica["state"], replica["since_s"])
+        for pool in told(service)["pools"].values()
+        for replica in pool["replicas"]
+    }
+    assert states == {"p": ("busy", 0.0), "d": ("silent", SILENT_S + 9.0), "e": ("gone", 0.0)}
+
+
+def test_what_nobody_has_read_for_long_counts_as_silence():
+    service = busy()
+    service.now_s += 20
+    (replica,) = told(service)["pools"][PREFILL]["replicas"]
+    assert (replica["state"], replica["since_s"]) == ("silent", 20.0)
+
+
+def test_what_clients_of_other_ingress_replicas_saw_is_added():
+    service = busy()
+    alone = told(service)["latency"]["ttft_s"]["count"]
+    number = service.history.slots[-1].number
+    slow = tuple(5 if bound == 10.0 else 0 for bound in (*LATENCY_BUCKETS_S, None))
+    other = ClientHistory("j", {number: ClientSlot(ttft=slow), number + 1: ClientSlot(ttft=slow)})
+    document = told(service, others=[other])
+    assert document["latency"]["ttft_s"]["count"] == alone + 10
+    assert document["latency"]["ttft_s"]["p99"] > 5.0
+    assert document["ingresses"] == {"asked": 2, "answered": 2}
+
+
+def test_decisions_and_refusals_are_told_with_their_reasons():
+    service = busy()
+    service.refusals["ttft", "low"] += 3
+    service.run(5)
+    decision = Decision(1.0, {"decode": 1}, {"decode": 2}, "because", False)
+    state = ServiceState("m", "colocated", "1", (False, "the decode pool hangs"), is_planned=True, decisions=[decision])
+    document = told(service, state)
+    assert document["planner"]["decisions"][0]["reason"] == "because"
+    assert document["refusals"] == [{"reason": "ttft", "priority": "low", "count": 3}]
+    assert document["health"] == {"status": "unavailable", "reason": "the decode pool hangs"}
+    assert document["pools"].keys() == {"decode"}
+
+
+@given(st.lists(st.floats(min_value=0.0005, max_value=59.0), min_size=1, max_size=200))
+def test_a_quantile_is_in_the_bucket_of_the_value_that_has_that_rank(values):
+    histogram = Histogram()
+    for value in values:
+        histogram.observe(value)
+    found = quantiles(histogram.counts)
+    bounds = [0.0, *LATENCY_BUCKETS_S]
+    for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99)):
+        exact = sorted(values)[math.ceil(share * len(values)) - 1]
+        low, high = next((low, high) for low, high in pairwise(bounds) if low < exact <= high)
+        assert low <= found[name] <= high
+
+
+async def test_however_many_look_the_others_are_asked_once_and_only_where_there_are_some():
+    asked = []
+    num_ingresses = 1
+
+    async def look() -> ServiceState:
+        return ServiceState("m", "disaggregated", "1", (True, ""), num_ingresses=num_ingresses)
+
+    async def ask_all():
+        asked.append(1)
+        return [ClientHistory("other", {}), ClientHistory("me", {}), TimeoutError()]
+
+    def view() -> LiveView:
+        return LiveView(lambda: IngressStats("me"), look, ask_all)
+
+    await view().document((True, ""))
+    assert not asked
+    num_ingresses = 3
+    watched = view()
+    first = await watched.document((True, ""))
+    assert await watched.document((True, "")) is first and len(asked) == 1
+    assert first["ingresses"] == {"asked": 3, "answered": 2}

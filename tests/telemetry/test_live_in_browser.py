@@ -1,0 +1,128 @@
+"""The live page in headless Chromium, of services that are made up: with keys, ill, and with an evil model."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from playwright.async_api import Page, async_playwright, expect
+
+from deployments.api.http import build_app
+from deployments.api.keys import KeyRing
+from deployments.load.reading import DECODE, PREFILL
+from deployments.messages import FinishReason
+from deployments.planner.shared import Decision
+from deployments.telemetry.live import ServiceState, describe
+from tests.api.fakes import INFO, FakeBackend, build_codec, playing, serving
+from tests.telemetry.browser import options
+from tests.telemetry.minutes import Service
+from tests.waiting import PATIENCE_S
+
+PATIENCE_MS = PATIENCE_S * 1000
+KEY, BLIND_KEY = "sk-watcher-0123456789", "sk-caller-0123456789"
+EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+
+
+def service() -> Service:
+    """That has worked for a minute."""
+    service = Service()
+    prefill, decode = service.start(PREFILL, "p"), service.start(DECODE, "d")
+
+    def work() -> None:
+        prefill.prompt_tokens += 80
+        decode.generated_tokens += 10
+        service.clients.first_token(0.3)
+        service.clients.inter_token(0.02, 10)
+
+    service.run(60, work)
+    return service
+
+
+def backend(service: Service, state: ServiceState) -> FakeBackend:
+    """Shows that service as it is when it is asked."""
+
+    class Shown(FakeBackend):
+        async def live(self) -> Mapping[str, object]:
+            return describe(state, service.history, (), service.now_s)
+
+    return Shown(playing(EVIL, FinishReason.LENGTH).script)
+
+
+@asynccontextmanager
+async def page_of(url: str, complaints: list[str]) -> AsyncIterator[Page]:
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(**options())
+        page = await browser.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        expect.set_options(timeout=PATIENCE_MS)
+        page.on("console", lambda said: complaints.append(said.text) if said.type != "log" else None)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: complaints.append(dialog.message))
+        await page.goto(url)
+        yield page
+        await browser.close()
+
+
+async def test_with_keys_it_asks_for_one_that_may_read_numbers_and_says_why_another_will_not_do(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(f'[watcher]\nkey = "{KEY}"\nmetrics = true\n[caller]\nkey = "{BLIND_KEY}"\n')
+    app = build_app(
+        backend(service(), ServiceState("m", "disaggregated", "1")), build_codec(), INFO, keys=KeyRing(str(file))
+    )
+    async with serving(app) as url, page_of(url, []) as page:
+        form = page.locator("#key-form")
+        await expect(form).to_be_visible()
+        await expect(page.locator("#live")).to_be_hidden()
+        await expect(page.get_by_label("API key")).to_be_focused()
+        for key, said in (("sk-nobody-0123456789", "is not valid"), (BLIND_KEY, "may not read the metrics")):
+            await page.get_by_label("API key").fill(key)
+            await page.keyboard.press("Enter")
+            await expect(form).to_contain_text(said)
+        await page.get_by_label("API key").fill(KEY)
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#live")).to_be_visible()
+        await page.reload()
+        await expect(page.locator("#status")).to_have_text("Serving")
+
+
+async def test_what_a_model_says_is_text_and_nothing_else() -> None:
+    complaints: list[str] = []
+    app = build_app(backend(service(), ServiceState(EVIL, "disaggregated", "1")), build_codec(), INFO)
+    async with serving(app) as url, page_of(url, complaints) as page:
+        await page.get_by_label("Prompt", exact=True).fill("hi")
+        await page.get_by_label("Tokens at most").fill("40")
+        await page.get_by_role("button", name="Send").click()
+        await expect(page.locator("#answer .token").first).to_have_text(EVIL)
+        await expect(page.locator("#served b")).to_have_text(EVIL)
+        assert await page.locator("#answer img, #answer script, #served img").count() == 0
+    assert complaints == []
+
+
+async def test_silence_refusals_and_decisions_are_told_and_a_service_that_is_gone() -> None:
+    ill = service()
+    ill.silent_s["d"] = 12.0
+    ill.refusals["ttft", "low"] += 4
+    ill.run(5)
+    decision = Decision(1.0, {"decode": 1}, {"decode": 2}, "gaps of 80 ms", True)
+    state = ServiceState("m", "disaggregated", "1", is_planned=True, decisions=[decision])
+    async with page_of("about:blank", []) as page:
+        async with serving(build_app(backend(ill, state), build_codec(), INFO)) as url:
+            await page.goto(url)
+            await expect(page.locator(".pool.decode .state.silent")).to_have_text("silent for 12 s")
+            await expect(page.locator("#status")).to_have_text("decode replica silent for 12 s")
+            await expect(page.locator("#refusals")).to_contain_text(
+                "the first token would come too late (low priority)4"
+            )
+            await expect(page.locator("#planner")).to_contain_text("decode 1 → 2 (dry run)gaps of 80 ms")
+        await expect(page.locator("#banner")).to_contain_text("The service does not answer")
+        await expect(page.locator("#live")).to_have_class("stale")
+
+
+async def test_a_prompt_that_cannot_be_served_is_told_why() -> None:
+    app = build_app(backend(service(), ServiceState("m", "disaggregated", "1")), build_codec(), INFO)
+    async with serving(app) as url, page_of(url, []) as page:
+        await page.get_by_label("Prompt", exact=True).fill("hi " * 40)
+        await page.get_by_role("button", name="Send").click()
+        await expect(page.locator("#answer .error")).to_contain_text("the model's context is 64 tokens")
+        await expect(page.get_by_role("button", name="Send")).to_be_enabled()
