@@ -56,8 +56,8 @@ serve: $(RUNTIME) ## Start the server in the background and wait until it answer
 stop: ## Stop the server and everything it started.
 	@test -x $(PY) || { echo "no server runs"; exit 1; }; $(PY) -m app.local down
 
-status: ## Say whether the server runs.
-	@test -x $(PY) || { echo "no server runs"; exit 1; }; $(PY) -m app.local status
+status: ## Say whether the server runs, and what it does. ARGS=--watch
+	@test -x $(PY) || { echo "no server runs"; exit 1; }; $(PY) -m app.local status $(ARGS)
 
 test: $(DEV) $(LOAD) $(CLIENTS) ## Run the tests that need no GPU, in two processes. ARGS= is passed on to pytest.
 	@$(PY) -m pytest -n 2 $(ARGS)

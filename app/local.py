@@ -27,6 +27,7 @@ from app.haproxy import LOOPBACK_VARIABLE
 from app.local_checks import TEMP_PREFIX, LocalError, check_port, check_temp_folder, positive, tell_of_memory
 from app.local_process import RunFolder, Server, interrupt_once, whole_lines
 from app.local_server import APP, NO_RAY, NO_RAY_MARK, RUNS, STAGE_MARK
+from app.local_status import add_arguments, show_status
 from app.ports import free_ports
 from deployments.api.keys import KeyRing, KeysError
 from deployments.engine.model.files import check_model
@@ -285,19 +286,6 @@ def down(folder: RunFolder) -> None:
     print(f"stopped the server at {server.url} (pid {server.pid})")
 
 
-def status(folder: RunFolder) -> None:
-    """Say whether the server runs and answers.
-
-    Raises:
-        LocalError: none runs.
-    """
-    server = folder.server()
-    if server is None:
-        raise LocalError("no server runs")
-    health = "answers" if server.is_healthy() else "does not answer /health"
-    print(f"the server at {server.url} {health} (pid {server.pid}, log: {folder.log})")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m app.local",
@@ -316,7 +304,7 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--app", default=APP, help="import path of the graph (default: %(default)s)")
     start.add_argument("arguments", nargs="*", metavar="key=value", help="see python -m app.local --help")
     commands.add_parser("down", help="stop the server")
-    commands.add_parser("status", help="say whether it runs")
+    add_arguments(commands.add_parser("status", help="say whether it runs, and show what it does"))
     return parser
 
 
@@ -326,7 +314,7 @@ def _run(options: argparse.Namespace, folder: RunFolder) -> None:
     elif options.command == "down":
         down(folder)
     else:
-        status(folder)
+        show_status(folder, options.url, watch=options.watch)
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""What the live page shows: one JSON document of the service as it is and as its last minutes were.
+"""What the live page and `make status` show: one JSON document of the service as it is and as its last minutes were.
 
 Made when somebody asks, of what `history.py` has added up; pure. docs/live-page.md says what each figure means.
 """
