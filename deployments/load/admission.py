@@ -170,12 +170,13 @@ class Admission:
         self._forget_old(now_s)
         self._last_call_s.pop(key, None)
         self._last_call_s[key] = now_s
-        if refusal := self._refusal(sizes, priority, key):
+        pools = [self._pool_of(size) for size in sizes]
+        if refusal := self._refusal(sizes, pools, priority, key):
             self.refusals[refusal.reason, priority] += 1
             raise refusal
         waiting = {
             index: _Waiting(pool, self.own_tokens[pool].enter(size, now_s))
-            for index, (pool, size) in enumerate((self._pool_of(size), size) for size in sizes)
+            for index, (pool, size) in enumerate(zip(pools, sizes, strict=True))
         }
         for prompt in waiting.values():
             self.waiting[prompt.pool, key] += prompt.entry.amount
@@ -187,7 +188,8 @@ class Admission:
         Others are the other ingress replicas; what this one's own callers have done is known here at once.
         """
         age_s = self._clock() - min(readings.as_of_s for readings in self.pools.values())
-        return self._num_ingresses > 1 and age_s > _FRESH_S and self._refusal(sizes, priority, key) is not None
+        is_old = self._num_ingresses > 1 and age_s > _FRESH_S
+        return is_old and self._refusal(sizes, [self._pool_of(size) for size in sizes], priority, key) is not None
 
     def outlook(self, pool: str, num_sequences: int = 1) -> Outlook:
         """What the last of so many prompts meets that come to a pool now."""
@@ -220,9 +222,8 @@ class Admission:
         is_remote = size >= threshold if self._is_remote is None else self._is_remote(size)
         return PREFILL if is_remote else DECODE
 
-    def _refusal(self, sizes: Sequence[int], priority: Priority, key: bytes) -> "Refusal | None":
-        """Why a call may not come in, if so."""
-        pools = [self._pool_of(size) for size in sizes]
+    def _refusal(self, sizes: Sequence[int], pools: Sequence[str], priority: Priority, key: bytes) -> "Refusal | None":
+        """Why a call may not come in, if so; its prompts are for these pools."""
         for pool in self.pools:
             if own := [size for of, size in zip(pools, sizes, strict=True) if of == pool]:
                 part = _Part(pool, sum(own), max(own), priority, key, self.outlook(pool, len(own)))

@@ -97,6 +97,10 @@ class There:
     token_s: float = 0.0
     sure: float = 1.0
 
+    def taking(self, computing_s: float) -> "There":
+        """With a prompt that is computed after so long."""
+        return There(computing_s, self.handoff_s, self.token_s, self.sure)
+
     def gap_s(self, num_tokens: int) -> float:
         """Behind the first token, if decode lacks so many."""
         return self.handoff_s + num_tokens * self.token_s

@@ -176,7 +176,7 @@ class PoolRouters:
             return num_tokens >= self._crossover.default_tokens
         here, there, gaps = self._seen
         computing_s = there.computing_s + num_tokens * self._routers[PREFILL].costs.token_s
-        return self._crossover.is_remote(num_tokens, here, replace(there, computing_s=computing_s), gaps)
+        return self._crossover.is_remote(num_tokens, here, there.taking(computing_s), gaps)
 
     def _look(self, now_s: float) -> tuple[Here, There, Gaps] | None:
         """What a prompt without a token would meet."""
