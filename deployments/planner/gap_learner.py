@@ -75,6 +75,19 @@ class GapLearner:
             token_s: that a prompt token takes; 0: not known.
             kv_per_sequence: tokens.
         """
+        costs = self.costs(token_s)
+        if costs is None:
+            return None
+        step_s, sequence_s, kv_s = costs
+        largest = max(_SMALL, _BEYOND * max(s.sequences / s.weight for s in self._sizes.values()))
+        return GapCurve(step_s, sequence_s + kv_s * kv_per_sequence, largest)
+
+    def costs(self, token_s: float) -> tuple[float, float, float] | None:
+        """Seconds of each step, of each sequence in it, of each token of KV that it reads; None: no step was seen.
+
+        Args:
+            token_s: that a prompt token takes; 0: not known.
+        """
         rows = [
             (s.weight, s.sequences / s.weight, s.kv_tokens / s.weight, s.gap_s / s.weight) for s in self._sizes.values()
         ]
@@ -85,9 +98,7 @@ class GapLearner:
         believed = least_s, token_s or 0.01 * least_s, token_s * _KV_TO_PROMPT
         # Where no prompt was measured: all of a gap may be for KV.
         kv_doubt_s = _KV_DOUBT * believed[2] or max(gap for *_, gap in rows) / max(1.0, most_kv)
-        step_s, sequence_s, kv_s = _fit(rows, believed, (_DOUBT * believed[0], _DOUBT * believed[1], kv_doubt_s))
-        largest = max(_SMALL, _BEYOND * max(batch for _, batch, _, _ in rows))
-        return GapCurve(step_s, sequence_s + kv_s * kv_per_sequence, largest)
+        return _fit(rows, believed, (_DOUBT * believed[0], _DOUBT * believed[1], kv_doubt_s))
 
 
 def _fit(

@@ -1,18 +1,20 @@
 """Plays a trace on fixed, planned and Serve-scaled pools: `python -m deployments.simulator TRACE`.
 
-TRACE is a CSV as `load_tests/trace.py` has it, or JSON lines of the Mooncake paper. `--advise` looks for the smallest
+TRACE is a CSV as `load_tests/trace.py` has it, or JSON lines of the Mooncake paper. `--advise` looks for the cheapest
 fixed pools that keep the bounds. The curves are Llama-3.1-8B's on an H100, as measured; `--slower` makes the engines as
-many times slower, each field of a JSON object in `--curves` replaces a figure.
+many times slower, each field of a JSON object in `--curves` replaces a figure. `--kinds` is a JSON object of kinds of
+GPU by name, each with `cost` of an hour and figures that replace those of the curves: each pool may be of another kind.
 """
 
 import argparse
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from deployments.planner.settings import PlannerSettings
-from deployments.simulator.advise import Fleet, fewest, play_fixed
+from deployments.simulator.advise import Fleet, Kind, cheapest, play_fixed
 from deployments.simulator.curves import LLAMA_8B_H100
 from deployments.simulator.pools import PoolSetup
 from deployments.simulator.requests import Request, load_trace
@@ -21,7 +23,7 @@ from deployments.simulator.scaling import Planned, ServeDefault
 from deployments.simulator.service import Setup
 
 HEAD = (
-    f"{'':26}{'good':>8}{'goodput/s':>11}{'GPU-h':>8}{'GPUs':>7}{'cost':>9}{'good/GPU-h':>12}"
+    f"{'':36}{'good':>8}{'goodput/s':>11}{'GPU-h':>8}{'GPUs':>7}{'cost':>9}{'good/GPU-h':>12}"
     f"{'TTFT p50':>10}{'p90':>8}{'p99':>8}"
 )
 
@@ -29,7 +31,7 @@ HEAD = (
 def row(name: str, result: Result) -> str:
     """A line of the table under `HEAD`."""
     return (
-        f"{name:26}{result.attainment:8.3f}{result.goodput:11.3f}{result.gpu_hours:8.2f}{result.mean_gpus:7.2f}"
+        f"{name:36}{result.attainment:8.3f}{result.goodput:11.3f}{result.gpu_hours:8.2f}{result.mean_gpus:7.2f}"
         f"{result.cost:9.2f}{result.per_gpu_hour:12.0f}{result.ttft(0.5):10.2f}{result.ttft(0.9):8.2f}"
         f"{result.ttft(0.99):8.2f}"
     )
@@ -42,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     setup = _setup(options)
     print(HEAD)
     results = _advise(trace, setup, options) if options.advise else _compare(trace, setup, options)
+    if options.json:
+        options.json.write_text(json.dumps({name: result.figures() for name, result in results.items()}))
     if options.plot:
         # Not above: whoever only plays needs no matplotlib.
         from deployments.simulator.plots import save_plot
@@ -54,18 +58,22 @@ def _setup(options: argparse.Namespace) -> Setup:
     curves = LLAMA_8B_H100.slower(options.slower)
     if options.curves:
         curves = replace(curves, **json.loads(options.curves.read_text(encoding="utf-8")))
-    pool = PoolSetup(curves, options.start_s, most=options.most, cost=options.cost)
+    start_s, failure_s = options.start_s, options.failure_s
+    pool = PoolSetup(curves, start_s, most=options.most, cost=options.cost, failure_s=failure_s)
     least, by_prefix = options.min_remote_tokens, not options.serve_routing
-    return Setup(pool, pool, options.ttft_s, options.itl_s, least, by_prefix=by_prefix)
+    tier_tokens = options.tier_tokens
+    return Setup(pool, pool, options.ttft_s, options.itl_s, least, tier_tokens=tier_tokens, by_prefix=by_prefix)
 
 
 def _compare(trace: list[Request], setup: Setup, options: argparse.Namespace) -> dict[str, Result]:
     settings = PlannerSettings(ttft_s=setup.ttft_s, itl_s=setup.itl_s, start_s=options.start_s)
     planned = Planned(settings)
-    results = {"planned": play(trace, setup, planned)}
-    print(row("planned", results["planned"]), flush=True)
-    results["Serve's default"] = play(trace, setup, ServeDefault())
-    print(row("Serve's default", results["Serve's default"]), flush=True)
+    results: dict[str, Result] = {}
+    if not options.only_fixed:
+        results["planned"] = play(trace, setup, planned)
+        print(row("planned", results["planned"]), flush=True)
+        results["Serve's default"] = play(trace, setup, ServeDefault())
+        print(row("Serve's default", results["Serve's default"]), flush=True)
     for fixed in options.fixed:
         prefill, decode = (int(count) for count in fixed.split("+"))
         results[fixed] = play_fixed(trace, setup, prefill, decode).result
@@ -78,17 +86,27 @@ def _compare(trace: list[Request], setup: Setup, options: argparse.Namespace) ->
 
 def _advise(trace: list[Request], setup: Setup, options: argparse.Namespace) -> dict[str, Result]:
     def say(fleet: Fleet) -> None:
-        print(row(f"{fleet.prefill} prefill, {fleet.decode} decode", fleet.result), flush=True)
+        print(row(fleet.name, fleet.result), flush=True)
 
-    fleet = fewest(trace, setup, options.advise, 4, say)
-    if fleet is None:
+    found = cheapest(trace, setup, options.advise, _kinds(setup, options.kinds), say)
+    if not found:
         print(f"no {2 * options.most} replicas keep the bounds for {options.advise:.0%} of the requests")
         return {}
-    print(
-        f"{fleet.prefill} prefill and {fleet.decode} decode replicas keep the bounds for "
-        f"{fleet.result.attainment:.1%} of the requests, at a cost of {fleet.result.cost:.2f}"
-    )
-    return {f"{fleet.prefill}+{fleet.decode}": fleet.result}
+    print(f"\nkeep the bounds for {options.advise:.0%} of the requests, the cheapest first\n{HEAD}")
+    for fleet in found:
+        say(fleet)
+    return {fleet.name: fleet.result for fleet in found}
+
+
+def _kinds(setup: Setup, path: Path | None) -> list[Kind]:
+    pool = setup.decode
+    if path is None:
+        return [Kind("", pool.curves, pool.cost)]
+    kinds = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        Kind(name, replace(pool.curves, **{key: value for key, value in own.items() if key != "cost"}), own["cost"])
+        for name, own in kinds.items()
+    ]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -107,12 +125,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slower", type=float, default=1.0, help="times that a step takes as long as measured")
     parser.add_argument("--curves", type=Path, help="JSON: other figures, by the names in simulator/curves.py")
     parser.add_argument("--fixed", nargs="*", default=[], metavar="P+D", help="fixed pools; 0+D is colocated")
-    parser.add_argument("--advise", type=float, metavar="SHARE", help="find the smallest pools that keep the bounds")
+    parser.add_argument("--advise", type=float, metavar="SHARE", help="find the cheapest pools that keep the bounds")
+    parser.add_argument("--kinds", type=Path, help="JSON: kinds of GPU to choose from, with --advise")
+    parser.add_argument("--failure-s", type=float, default=math.inf, help="mean time until a replica fails")
+    parser.add_argument("--tier-tokens", type=int, default=0, help="that the shared tier holds; 0: there is none")
     parser.add_argument(
         "--min-remote-tokens", type=int, help="as min_remote_prefill_tokens; decided by costs unless given"
     )
     parser.add_argument("--serve-routing", action="store_true", help="replicas as Ray Serve chooses them; faster")
     parser.add_argument("--reasons", action="store_true", help="tell each change of the planner's, and why")
+    parser.add_argument("--only-fixed", action="store_true", help="neither planned nor as Serve scales")
+    parser.add_argument("--json", type=Path, help="file to write, figures of each row by its name")
     parser.add_argument("--plot", type=Path, help="image to write")
     return parser
 

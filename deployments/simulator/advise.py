@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from deployments.simulator.curves import Curves
 from deployments.simulator.pools import PoolSetup
 from deployments.simulator.requests import Request
 from deployments.simulator.result import Result, play
@@ -19,11 +20,36 @@ class Fleet:
         prefill: replicas; 0: colocated.
         decode: replicas.
         result: of the trace.
+        kinds: names of what its prefill and its decode replicas run on.
     """
 
     prefill: int
     decode: int
     result: Result
+    kinds: tuple[str, str] = ("", "")
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        prefill, decode = (f" on {kind}" if kind else "" for kind in self.kinds)
+        if not self.prefill:
+            return f"{self.decode} colocated{decode}"
+        return f"{self.prefill} prefill{prefill}, {self.decode} decode{decode}"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of GPU.
+
+    Attributes:
+        name: for people.
+        curves: of an engine on it.
+        cost: of an hour.
+    """
+
+    name: str
+    curves: Curves
+    cost: float
 
 
 def play_fixed(trace: Sequence[Request], setup: Setup, prefill: int, decode: int) -> Fleet:
@@ -81,3 +107,82 @@ def fewest(
         step = max(1, math.ceil(total * (attainment - fleet.result.attainment) / 2))
         total = total - 1 if is_enough else total + step
     return last
+
+
+def fewest_colocated(
+    trace: Sequence[Request], setup: Setup, attainment: float, say: Callable[[Fleet], None]
+) -> Fleet | None:
+    """The fewest replicas that do both, found by halving; None: not with all allowed."""
+    low, high, best = 0, setup.decode.most, None  # `low` is too few
+    while low + 1 < high or best is None:
+        middle = high if best is None else (low + high) // 2
+        fleet = play_fixed(trace, setup, 0, middle)
+        say(fleet)
+        if fleet.result.attainment >= attainment:
+            high, best = middle, fleet
+        elif best is None:
+            return None
+        else:
+            low = middle
+    return best
+
+
+def cheaper(
+    trace: Sequence[Request], setup: Setup, attainment: float, fleet: Fleet, say: Callable[[Fleet], None]
+) -> Fleet:
+    """The cheapest fleet that is reached from one by replicas that go, or change pools, and still keeps the bounds."""
+    assert setup.prefill is not None
+    costs = setup.prefill.cost, setup.decode.cost
+    tried = {(fleet.prefill, fleet.decode)}
+
+    def cost(pools: tuple[int, int]) -> float:
+        return pools[0] * costs[0] + pools[1] * costs[1]
+
+    while True:
+        now = fleet.prefill, fleet.decode
+        near = [(now[0] + p, now[1] + d) for p, d in ((-1, 0), (0, -1), (-1, 1), (1, -1), (-1, 2), (2, -1))]
+        near = [pools for pools in near if min(pools) >= 1 and pools not in tried and cost(pools) < cost(now)]
+        if not near:
+            return fleet
+        pools = min(near, key=cost)
+        tried.add(pools)
+        other = play_fixed(trace, setup, *pools)
+        say(other)
+        if other.result.attainment >= attainment:
+            fleet = other
+
+
+def cheapest(
+    trace: Sequence[Request], setup: Setup, attainment: float, kinds: Sequence[Kind], say: Callable[[Fleet], None]
+) -> list[Fleet]:
+    """The cheapest fixed pools that keep the bounds, for each kind of GPU in either pool, and colocated on each.
+
+    Args:
+        trace: the requests.
+        setup: of the service; its pools' curves and costs are those of the kinds.
+        attainment: share of the requests that keep the bounds.
+        kinds: to choose from.
+        say: told of each fleet that is looked at.
+
+    Returns:
+        Those that keep them, the cheapest first.
+    """
+    assert setup.prefill is not None
+    found: list[Fleet] = []
+    for of_prefill in kinds:
+        for of_decode in kinds:
+            names = of_prefill.name, of_decode.name
+            own = replace(setup, prefill=_on(setup.prefill, of_prefill), decode=_on(setup.decode, of_decode))
+
+            def tell(fleet: Fleet, names: tuple[str, str] = names) -> None:
+                say(replace(fleet, kinds=names))
+
+            if (fleet := fewest(trace, own, attainment, 4, tell)) is not None:
+                found.append(replace(cheaper(trace, own, attainment, fleet, tell), kinds=names))
+            if of_prefill is of_decode and (fleet := fewest_colocated(trace, own, attainment, tell)) is not None:
+                found.append(replace(fleet, kinds=names))
+    return sorted(found, key=lambda fleet: fleet.result.cost)
+
+
+def _on(pool: PoolSetup, kind: Kind) -> PoolSetup:
+    return replace(pool, curves=kind.curves, cost=kind.cost)

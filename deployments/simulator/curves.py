@@ -14,6 +14,7 @@ class Curves:
         context_s: each token of their KV.
         handoff_s: until the last chunk of a hand-off has arrived, whatever its size.
         handoff_token_s: and for each token of that chunk.
+        tier_token_s: until a token's KV has come from the shared tier.
         max_num_batched_tokens: of a step.
         max_num_seqs: at once.
         num_kv_tokens: of the KV pool.
@@ -25,6 +26,7 @@ class Curves:
     context_s: float
     handoff_s: float = 0.010
     handoff_token_s: float = 7e-7
+    tier_token_s: float = 7.6e-6
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 256
     num_kv_tokens: int = 450_000

@@ -1,10 +1,11 @@
 """A modelled engine: takes for its steps what curves say, and counts as a real one does.
 
 Steps in which nothing begins or ends are alike, so they pass at once; a step with prompt tokens in it is one event.
+What comes while a step runs is part of the next one, and prompts go in the order of the product's scheduler.
 """
 
 import heapq
-from collections import deque
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -14,9 +15,12 @@ import simpy
 from deployments.engine.stats import EngineStats
 from deployments.simulator.cache import ModelledCache
 from deployments.simulator.curves import Curves
+from deployments.simulator.gaps import Gaps
 from deployments.simulator.requests import BLOCK_SIZE, Request
 
 _order = count()
+# Of a step: what is left of it then is rounding.
+_SAME_STEP = 1e-6
 
 
 @dataclass(eq=False, slots=True)
@@ -28,19 +32,45 @@ class Prompt:
         left: tokens to compute; counted once its turn comes, when the cache is looked into.
         done: told when it is computed.
         since_s: when it came to this engine.
+        number: in the order in which they came.
+        num_overtaken: tokens of later prompts that went before it.
     """
 
     request: Request
     done: Callable[[], None]
     since_s: float
+    number: int
     left: int = -1
+    num_overtaken: int = 0
+
+    @property
+    def precedence(self) -> tuple[bool, int, int]:
+        """Fewest tokens first, but none may be overtaken by more than it has; see `engine/scheduling/scheduler.py`."""
+        whole = self.request.prompt_tokens
+        if self.num_overtaken >= whole:
+            return False, self.number, 0
+        return True, whole if self.left < 0 else self.left, self.number
 
 
 @dataclass(eq=False, slots=True)
-class _Answer:
+class Answer:
+    """An answer that is drawn here, from its second token.
+
+    Attributes:
+        request: whose.
+        done: told when its last token is drawn.
+        sent_back: told that it gave way to others, and how many tokens of it were drawn.
+        since_s: when its last token came, before it draws here.
+        since_step: it draws from then on.
+        over: late gaps of this engine until then.
+    """
+
     request: Request
     done: Callable[[], None]
-    over: float
+    sent_back: Callable[[int], None]
+    since_s: float
+    since_step: float = 0.0
+    over: float = 0.0
 
 
 class ModelledEngine:
@@ -50,12 +80,14 @@ class ModelledEngine:
         env: keeps the time.
         curves: what steps take.
         gap_bound_s: gaps between tokens are counted that are longer.
+        gaps: takes all gaps between tokens.
     """
 
-    def __init__(self, env: simpy.Environment, curves: Curves, gap_bound_s: float) -> None:
+    def __init__(self, env: simpy.Environment, curves: Curves, gap_bound_s: float, gaps: Gaps) -> None:
         self._env = env
-        self._curves = curves
+        self.curves = curves
         self._gap_bound_s = gap_bound_s
+        self._gaps = gaps
         num_blocks = curves.num_kv_tokens // BLOCK_SIZE
         self.cache = ModelledCache(num_blocks)
         self.stats = EngineStats(
@@ -65,16 +97,22 @@ class ModelledEngine:
             max_num_batched_tokens=curves.max_num_batched_tokens,
             num_receivers=1,
         )
-        self.held_blocks = 0
-        self._prompts: deque[Prompt] = deque()
-        self._answers: list[tuple[float, int, _Answer]] = []  # by the step that is their last
-        self._joining: list[tuple[Request, Callable[[], None]]] = []
+        self.prompt_blocks = 0  # that are held by prompts
+        self._prompts: list[Prompt] = []
+        self._answers: list[tuple[float, int, Answer]] = []  # by the step that is their last
+        self._joining: list[Answer] = []
         self._in_step: list[tuple[Prompt, int]] = []
         self._step_s = 0.0  # of the steps that run, or of the one with a prompt
-        self._steps = self._over = self._context = 0.0
+        self._steps = self._over = self._context = self._drawn = 0.0
         self._counted_steps = 0
         self._at_s = env.now
         self._turn = 0  # of an event that is not stale
+        self._is_last_step = False  # something waits for its end
+
+    @property
+    def held_blocks(self) -> float:
+        """By prompts, and by the tokens drawn behind them."""
+        return self.prompt_blocks + self._drawn / BLOCK_SIZE
 
     @property
     def num_answers(self) -> int:
@@ -99,47 +137,113 @@ class ModelledEngine:
 
     def compute(self, request: Request, done: Callable[[], None]) -> None:
         """A prompt comes."""
-        self._prompts.append(Prompt(request, done, self._env.now))
-        if not self._in_step:
-            self._pass_steps()
-            self._begin()
+        self._prompts.append(Prompt(request, done, self._env.now, next(_order)))
+        self._wake()
 
-    def answer(self, request: Request, done: Callable[[], None]) -> None:
-        """A request whose prompt is computed goes on here, from its second token."""
-        self._joining.append((request, done))
+    def answer(self, answer: Answer) -> None:
+        """A request whose prompt is computed goes on here."""
+        self._joining.append(answer)
+        self._wake()
+
+    def fail(self) -> dict[int, int]:
+        """It is gone; tells how many tokens were drawn of each request, by the request's `id`."""
         if not self._in_step:
             self._pass_steps()
+        self._turn += 1
+        self._is_last_step = True  # it never ends
+        return {id(answer.request): self._num_drawn(answer) for *_, answer in self._answers}
+
+    def _wake(self) -> None:
+        """Something has come: it is part of the next step. The one that runs ends first."""
+        if self._in_step or self._is_last_step:
+            return
+        if not self._answers:
+            self._at_s = self._env.now
             self._begin()
+            return
+        self._pass_steps()
+        self._is_last_step = True
+        self._turn += 1
+        left = max(0.0, math.ceil(self._steps - _SAME_STEP) - self._steps)
+        self._after(left * self._step_s, self._end_steps)
 
     def _begin(self) -> None:
         """Run the next steps: one with prompts, or as many as are alike."""
-        for request, done in self._joining:
-            last = self._steps + request.output_tokens - 1
-            heapq.heappush(self._answers, (last, next(_order), _Answer(request, done, self._over)))
-            self._context += request.prompt_tokens
-        self._joining.clear()
+        joining, self._joining = self._joining, []
+        for one in joining:
+            one.since_step, one.over = self._steps, self._over
+            heapq.heappush(self._answers, (self._steps + one.request.output_tokens - 1, next(_order), one))
+            self._context += one.request.prompt_tokens
+        room = self._preempt()
         self._turn += 1
-        batch, curves = len(self._answers), self._curves
+        batch, curves = len(self._answers), self.curves
         self._step_s = curves.step_s + curves.sequence_s * batch + curves.context_s * self._context
         if self._prompts:
             self._in_step = list(self._fill(max(1, curves.max_num_batched_tokens - batch)))
             self._step_s += curves.token_s * sum(tokens for _, tokens in self._in_step)
+        for one in joining:
+            self._note_first_gap(one)
+        if self._in_step:
             self._after(self._step_s, self._end_prompt_step)
         elif self._answers:
-            self._after(max(0.0, self._answers[0][0] - self._steps) * self._step_s, self._end_steps)
+            steps = max(0.0, min(self._answers[0][0] - self._steps, max(1.0, room // batch)))
+            self._after(steps * self._step_s, self._end_steps)
+
+    def _preempt(self) -> float:
+        """Have the newest answers give way until a step has room in the KV pool; tokens of room that are left then."""
+        while True:
+            room = (self.stats.num_blocks - self.prompt_blocks) * BLOCK_SIZE - self._drawn
+            if len(self._answers) <= 1 or room >= len(self._answers):
+                return room
+            newest = max(range(len(self._answers)), key=lambda i: self._answers[i][1])
+            answer = self._answers.pop(newest)[2]
+            heapq.heapify(self._answers)
+            self._forget(answer, self._num_drawn(answer))
+            self.stats.preemptions += 1
+            self._is_last_step = True  # the next one is being made
+            answer.sent_back(self._num_drawn(answer))
+            self._is_last_step = False
+
+    def _num_drawn(self, answer: Answer) -> int:
+        """Of an answer, the token that its prompt gave among them."""
+        return 1 + int(self._steps - answer.since_step + _SAME_STEP)
+
+    def _forget(self, answer: Answer, num_drawn: int) -> None:
+        request = answer.request
+        request.gaps_over += self._over - answer.over
+        self._context = max(0.0, self._context - request.prompt_tokens - num_drawn + 1)
+        self._drawn = max(0.0, self._drawn - num_drawn + 1)
+
+    def _note_first_gap(self, one: Answer) -> None:
+        """The first gap of an answer is longer than the step by what its hand-off took, and by the step before."""
+        lag_s = self._env.now - one.since_s
+        if lag_s > 0:
+            self._gaps.add(self._step_s, -1.0)
+            self._gaps.add(self._step_s + lag_s, 1.0)
+            if self._step_s <= self._gap_bound_s < self._step_s + lag_s:
+                one.request.gaps_over += 1
 
     def _fill(self, room: int) -> Iterator[tuple[Prompt, int]]:
-        for prompt in self._prompts:
+        prompts = self._prompts
+        for prompt in sorted(prompts, key=_precedence_of) if len(prompts) > 1 else prompts:
             if prompt.left < 0:
-                request = prompt.request
-                found = self.cache.find(request.chain, request.prompt_tokens)
-                prompt.left = request.prompt_tokens - found
-                self.stats.prefix_hit_tokens += found
+                self._look_up(prompt)
             tokens = min(room, prompt.left)
             yield prompt, tokens
             room -= tokens
             if not room:
                 return
+
+    def _look_up(self, prompt: Prompt) -> None:
+        """The turn of a prompt comes: what of it is cached need not be computed."""
+        request = prompt.request
+        found = self.cache.find(request.chain, request.prompt_tokens)
+        prompt.left = request.prompt_tokens - found
+        self.stats.prefix_hit_tokens += found
+        own = prompt.precedence
+        for other in self._prompts:
+            if other.number < prompt.number and own < other.precedence:
+                other.num_overtaken += prompt.left
 
     def _after(self, delay_s: float, then: Callable[[], None]) -> None:
         turn = self._turn
@@ -160,7 +264,7 @@ class ModelledEngine:
             stats.prompt_tokens += tokens
             prompt.left -= tokens
             if not prompt.left:
-                self._prompts.popleft()
+                self._prompts.remove(prompt)
                 stats.ttft_s.observe(self._env.now - prompt.since_s)
                 self.cache.keep(prompt.request.chain, self.held_blocks)
                 prompt.done()
@@ -170,7 +274,10 @@ class ModelledEngine:
 
     def _end_steps(self) -> None:
         self._pass_steps()
+        self._steps = float(round(self._steps))  # a step has ended, whatever rounding says
+        self._is_last_step = True  # it has not ended for those who are told that an answer has
         self._let_go()
+        self._is_last_step = False
         self._begin()
 
     def _pass_steps(self) -> None:
@@ -183,6 +290,9 @@ class ModelledEngine:
         batch = len(self._answers)
         self._steps += steps
         self._context += steps * batch
+        if batch:
+            self._drawn += steps * batch
+            self._gaps.add(self._step_s, steps * batch)
         if self._step_s > self._gap_bound_s:
             self._over += steps
         whole = int(self._steps) - self._counted_steps
@@ -196,10 +306,12 @@ class ModelledEngine:
     def _let_go(self) -> None:
         while self._answers and self._answers[0][0] <= self._steps + 1e-6:
             answer = heapq.heappop(self._answers)[2]
-            request = answer.request
-            request.gaps_over += self._over - answer.over
-            self._context = max(0.0, self._context - request.prompt_tokens - request.output_tokens)
+            self._forget(answer, answer.request.output_tokens)
             self.stats.finished += 1
             answer.done()
         if not self._answers:
-            self._context = 0.0
+            self._context = self._drawn = 0.0
+
+
+def _precedence_of(prompt: Prompt) -> tuple[bool, int, int]:
+    return prompt.precedence

@@ -22,6 +22,7 @@ class Result:
         gpu_hours: of both pools, replicas that start or leave among them.
         cost: of these.
         ttft_s: of those that had a first token, in order.
+        itl_s: the median of the gaps between tokens, and what 99% of them did not exceed.
         history: of each pool, by its name: when how many replicas it was to have, and how many served.
     """
 
@@ -32,6 +33,7 @@ class Result:
     gpu_hours: float
     cost: float
     ttft_s: tuple[float, ...]
+    itl_s: tuple[float, float]
     history: dict[str, list[tuple[float, int, int]]]
 
     @property
@@ -57,6 +59,22 @@ class Result:
         """Seconds that so great a share of the first tokens did not exceed."""
         return self.ttft_s[min(len(self.ttft_s) - 1, int(share * len(self.ttft_s)))] if self.ttft_s else float("nan")
 
+    def figures(self) -> dict[str, float]:
+        """For JSON."""
+        return {
+            "attainment": self.attainment,
+            "goodput": self.goodput,
+            "gpu_hours": self.gpu_hours,
+            "cost": self.cost,
+            "per_gpu_hour": self.per_gpu_hour,
+            "num_refused": self.num_refused,
+            "ttft_p50_s": self.ttft(0.5),
+            "ttft_p90_s": self.ttft(0.9),
+            "ttft_p99_s": self.ttft(0.99),
+            "itl_p50_s": self.itl_s[0],
+            "itl_p99_s": self.itl_s[1],
+        }
+
 
 def is_good(request: Request, ttft_s: float) -> bool:
     """Whether a request has ended and kept both bounds: TTFT, and 95% of its gaps."""
@@ -70,6 +88,7 @@ def play(trace: Sequence[Request], setup: Setup, scaler: Scaler) -> Result:
     requests = [Request(r.at_s, r.prompt_tokens, r.output_tokens, r.chain) for r in trace]
     service = Service(setup, scaler)
     seconds = service.play(requests)
+    p50_s, p99_s = service.gaps.quantiles((0.5, 0.99))
     hours = {name: pool.gpu_s / 3600 for name, pool in service.pools.items()}
     return Result(
         len(requests),
@@ -79,5 +98,6 @@ def play(trace: Sequence[Request], setup: Setup, scaler: Scaler) -> Result:
         sum(hours.values()),
         sum(hours[name] * pool.setup.cost for name, pool in service.pools.items()),
         tuple(sorted(request.ttft_s for request in requests if request.ttft_s is not None)),
+        (p50_s, p99_s),
         {name: pool.history for name, pool in service.pools.items()},
     )

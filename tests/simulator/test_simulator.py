@@ -13,9 +13,10 @@ from ray.serve.config import AutoscalingConfig
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.planner.settings import PlannerSettings
 from deployments.simulator.__main__ import main
-from deployments.simulator.advise import fewest
+from deployments.simulator.advise import Kind, cheapest, fewest
 from deployments.simulator.curves import Curves
-from deployments.simulator.engine import ModelledEngine
+from deployments.simulator.engine import Answer, ModelledEngine
+from deployments.simulator.gaps import Gaps
 from deployments.simulator.pools import PoolSetup, PoolState
 from deployments.simulator.requests import Request, load_trace
 from deployments.simulator.result import is_good, play
@@ -68,8 +69,8 @@ def test_every_request_ends_and_gives_back_what_it_held(prefill):
 
 def test_tokens_are_counted_when_they_are_drawn_and_not_when_the_answer_ends():
     env, drawn = simpy.Environment(), list[int]()
-    engine = ModelledEngine(env, CURVES, gap_bound_s=1.0)
-    engine.answer(Request(0.0, 300, 1001), lambda: None)
+    engine = ModelledEngine(env, CURVES, gap_bound_s=1.0, gaps=Gaps())
+    engine.answer(Answer(Request(0.0, 300, 1001), lambda: None, lambda drawn: None, 0.0))
     for at_s in (2, 5, 20):
         env.run(until=at_s)
         drawn.append(engine.report().generated_tokens)
@@ -112,6 +113,51 @@ def test_the_second_prompt_of_a_conversation_is_found_in_the_cache():
     assert second_s < first_s / 5
 
 
+def test_replicas_that_fail_are_replaced_and_every_request_ends():
+    trace = every(0.2, 400, prompt=2000, output=60)
+    failing = setup_of(prefill=2, decode=2, start_s=1.0)
+    assert failing.prefill is not None
+    decode, prefill = replace(failing.decode, failure_s=15.0), replace(failing.prefill, failure_s=15.0)
+    requests = [replace(request) for request in trace]
+    service = Service(replace(failing, decode=decode, prefill=prefill), Fixed())
+    service.play(requests)
+    assert all(request.is_refused or request.end_s is not None for request in requests)
+    assert len(service.pools[DECODE].replicas) == 2
+    names = {name for pool in service.pools.values() for name in pool.replicas}
+    assert names & {"decode0", "decode1", "prefill0", "prefill1"} != {"decode0", "decode1", "prefill0", "prefill1"}
+    for pool in service.pools.values():
+        for replica in pool.replicas.values():
+            assert (replica.num_open, replica.num_reserved, replica.engine.held_blocks) == (0, 0, 0)
+    assert sum(request.gaps_over for request in requests) > 0, "answers went on elsewhere, after a prompt's time"
+
+
+def test_the_shared_tier_brings_what_another_replica_has_computed():
+    chains = [tuple(bytes([i, j]) * 8 for j in range(8)) for i in range(6)]
+    curves = replace(CURVES, num_kv_tokens=20 * 512, tier_token_s=1e-6)
+    first = [Request(3.0 * i, 4096 + 10, 5, chain) for i, chain in enumerate(chains)]
+    again = [Request(30.0 + 3.0 * i, 4096 + 10, 5, chain) for i, chain in enumerate(chains)]
+
+    def ttft_s(tier_tokens: int) -> float:
+        requests = [replace(request) for request in (*first, *again)]
+        Service(replace(setup_of(prefill=0, curves=curves), tier_tokens=tier_tokens), Fixed()).play(requests)
+        return max(request.ttft_s or 0.0 for request in requests[len(first) :])
+
+    assert ttft_s(0) == pytest.approx(0.01 + 4106 * 1e-4)
+    assert ttft_s(100_000) < ttft_s(0) / 5
+
+
+def test_answers_that_outgrow_the_kv_pool_give_way_and_end_later():
+    trace = every(0.01, 30, prompt=500, output=400)
+    requests = [replace(request) for request in trace]
+    small = replace(CURVES, num_kv_tokens=20 * 512)
+    service = Service(setup_of(prefill=0, curves=small, ttft_s=1000.0), Fixed())
+    service.play(requests)
+    (replica,) = service.pools[DECODE].replicas.values()
+    assert replica.engine.stats.preemptions > 0
+    assert replica.engine.stats.finished == len(requests)
+    assert (replica.num_open, replica.engine.held_blocks) == (0, 0)
+
+
 def test_the_same_trace_gives_the_same_result():
     trace = every(0.05, 100)
     results = [play(trace, setup_of(), Planned(PlannerSettings(ttft_s=2.0, itl_s=0.05))) for _ in range(2)]
@@ -149,6 +195,18 @@ def test_the_fewest_replicas_that_keep_the_bounds_are_found():
     total = fleet.prefill + fleet.decode
     assert total < 7
     assert max(f.result.attainment for f in seen if f.prefill + f.decode == total - 1) < 0.99
+
+
+def test_the_cheapest_kind_of_gpu_for_each_pool_is_found():
+    trace = every(0.1, 80, prompt=2000, output=30)
+    kinds = [Kind("fast", CURVES, 10.0), Kind("slow", CURVES.slower(1.2), 1.0)]
+    found = cheapest(trace, setup_of(), 0.95, kinds, lambda fleet: None)
+    costs = [fleet.result.cost for fleet in found]
+    assert costs == sorted(costs) and all(fleet.result.attainment >= 0.95 for fleet in found)
+    assert {fleet.kinds for fleet in found if fleet.prefill} == {
+        (a, b) for a in ("fast", "slow") for b in ("fast", "slow")
+    }
+    assert found[0].kinds == ("slow", "slow")
 
 
 def test_both_forms_of_traces_are_read(tmp_path):
