@@ -41,7 +41,7 @@ SOURCES := app deployments tests load_tests
 .PHONY: help serve stop status test fuzz check format load-test advise clean \
 	bench-engine bench-host-step bench-gpu bench-gpu-handoff bench-two-gpus bench-beside-vllm bench-handoff bench-serving \
 	bench-interference bench-overload bench-leaving bench-chaos bench-soak bench-router bench-prefix bench-tier bench-structured bench-planner \
-	bench-speculation bench-page screenshots
+	bench-speculation bench-page bench-simulator screenshots
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 24
@@ -118,6 +118,9 @@ bench-router: $(DEV) ## Route a trace to modelled engines: reuse, load, and what
 
 bench-planner: $(DEV) ## Replicas by the planner, fixed and by Ray Serve, on modelled engines. ARGS= is passed on.
 	@$(PY) -m tests.bench.planner.bench_planner $(ARGS)
+
+bench-simulator: $(DEV) ## The simulator beside the service: TTFT and ITL of the same requests. ARGS= is passed on.
+	@$(PY) -m tests.bench.simulator.bench_simulator $(ARGS)
 
 bench-speculation: $(DEV) ## Tokens per second with guesses by lookup and without, on one engine. ARGS= is passed on.
 	@$(PY) -m tests.bench.bench_speculation $(ARGS)

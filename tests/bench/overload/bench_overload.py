@@ -9,19 +9,17 @@ ours: beside other processes neither the capacity nor what is in time is that of
 """
 
 import argparse
-import contextlib
 import json
 import sys
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from app.local_process import RunFolder
 from load_tests.environment import describe
@@ -30,6 +28,7 @@ from load_tests.samples import Run, Sample, write_runs
 from load_tests.scenario import Arrivals, Scenario, load_scenario
 from load_tests.schedule import build_idle_schedule, build_schedule
 from load_tests.stats import Slo, Summary, goodput
+from tests.bench.cpu_use import CpuUse
 from tests.bench.player import play, run
 from tests.bench.service import serving
 
@@ -69,39 +68,6 @@ def find_capacity(scenario: Scenario, port: int) -> float:
         raise RuntimeError(f"requests failed while the capacity was measured: {dict(errors)}")
     ended = sum(CAPACITY_WARMUP_S <= (sample.end_s or 0.0) < end_s for sample in samples)
     return ended / CAPACITY_DURATION_S
-
-
-@dataclass(frozen=True, slots=True)
-class CpuUse:
-    """CPU seconds so far: of the server and this process by role, and of all else on the machine, steal included."""
-
-    own_s: dict[str, float]
-    others_s: float
-
-    @classmethod
-    def read(cls) -> "CpuUse":
-        """Read it now."""
-        server = FOLDER.server()
-        assert server is not None, "the server is gone"
-        own = {"player": _cpu_s(psutil.Process())}
-        for process in server.processes():
-            with contextlib.suppress(psutil.Error):
-                mark = " ".join(process.cmdline()[:1]) + process.name()
-                role = f"engine {process.pid}" if "EngineActor" in mark else "the rest"
-                own[role] = own.get(role, 0.0) + _cpu_s(process)
-        times = psutil.cpu_times()
-        all_s = times.user + times.nice + times.system + times.irq + times.softirq + times.steal
-        return cls(own, all_s - sum(own.values()))
-
-    def cores_since(self, before: "CpuUse", seconds: float) -> dict[str, float]:
-        """Mean cores used since then, by role."""
-        own = {role: (now_s - before.own_s.get(role, 0.0)) / seconds for role, now_s in self.own_s.items()}
-        return own | {"others": (self.others_s - before.others_s) / seconds}
-
-
-def _cpu_s(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return float(times.user + times.system)
 
 
 def refusal_s(samples: Sequence[Sample]) -> list[float]:
@@ -192,9 +158,9 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     runs: list[Run] = []
     with serving(FOLDER, options.port, [LETS_EVERYBODY_IN, *options.arguments]):
-        before, begun_s = CpuUse.read(), time.monotonic()
+        before, begun_s = CpuUse.read(FOLDER), time.monotonic()
         slo, capacity = find_slo(scenario, options.port), find_capacity(scenario, options.port)
-        others = CpuUse.read().cores_since(before, time.monotonic() - begun_s)["others"]
+        others = CpuUse.read(FOLDER).cores_since(before, time.monotonic() - begun_s)["others"]
     ttft_s = slo.ttft_s[CLASS]
     print(
         f"capacity {capacity:.2f} requests/s; SLO: TTFT {ttft_s:.1f} s, ITL {slo.itl_s * 1e3:.0f} ms; others used "
@@ -208,9 +174,9 @@ def main() -> int:
         for round_ in range(options.rounds):
             # Back and forth, so that what the machine does meanwhile falls on no load alone.
             for factor in factors[:: -1 if round_ % 2 else 1]:
-                before, begun_s = CpuUse.read(), time.monotonic()
+                before, begun_s = CpuUse.read(FOLDER), time.monotonic()
                 runs.append(run(scenario, options.port, MODEL, "disaggregated", round_, factor * capacity))
-                cores = CpuUse.read().cores_since(before, time.monotonic() - begun_s)
+                cores = CpuUse.read(FOLDER).cores_since(before, time.monotonic() - begun_s)
                 rows.append(summarise(runs[-1], slo, factor) | {"cores": cores})
                 print_row(rows[-1])
                 options.results.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,1 @@
+"""The simulator beside the service: what both make of the same requests."""

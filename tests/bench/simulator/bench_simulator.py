@@ -1,0 +1,173 @@
+"""The simulator beside the service: the same small workload, first tokens and gaps of both.
+
+Run: `make bench-simulator`. Brings the default model up, colocated on one engine and then with one engine in each pool.
+While the load is played to the service, what that tells of itself teaches what steps, hand-offs and calls cost in the
+mean; then its arrivals are played to the simulator with these costs, and the whole distributions are compared. Prints a
+table and, as its last line, one JSON object; ends with 1 if p50 or p99 of TTFT or ITL differ by more than 20%, and with
+2, without a verdict, if a request failed, the load came late, or others used the machine.
+
+Two engines, the ingress, Ray and the client share the cores of this machine; the simulator knows nothing of that, but
+for what steps cost while all of them run.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from app.local_process import RunFolder
+from deployments.simulator.pools import PoolSetup
+from deployments.simulator.requests import Request
+from deployments.simulator.scaling import Fixed
+from deployments.simulator.service import Service, Setup
+from load_tests.environment import describe
+from load_tests.samples import Run, Sample
+from load_tests.scenario import Scenario, load_scenario
+from tests.bench.cpu_use import CpuUse
+from tests.bench.player import run
+from tests.bench.service import serving
+from tests.bench.simulator.teacher import Teacher
+
+SCENARIO = Path(__file__).parent / "small.yaml"
+FOLDER = RunFolder(Path(".run/simulator"))
+MODEL = "smollm2-135m-instruct"
+MAX_ERROR = 0.2
+MAX_NUM_BATCHED_TOKENS = 128
+# Nobody is refused, and every prompt takes the way that the deployment is about.
+TTFT_S, ITL_S, MIN_REMOTE_TOKENS = 60.0, 1.0, 16
+COMMON = [f"engine.max_num_batched_tokens={MAX_NUM_BATCHED_TOKENS}", f"ingress.max_ttft_s={TTFT_S}"]
+DEPLOYMENTS = {
+    "colocated": [*COMMON, "mode=colocated", "decode.min_replicas=1", "decode.max_replicas=1"],
+    "1 + 1": [*COMMON, f"min_remote_prefill_tokens={MIN_REMOTE_TOKENS}", "parity_check=false"],
+}
+WARMUP_S = 20.0
+MAX_OTHERS_CORES = 0.15
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Seconds."""
+
+    ttft_p50: float
+    ttft_p99: float
+    itl_p50: float
+    itl_p99: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Of one deployment.
+
+    Attributes:
+        service: measured.
+        simulator: the same arrivals, played.
+        errors: of each figure, the simulator's over the service's, less 1.
+        setup: what the service has taught.
+        num_requests: that were compared.
+        cores: used while they were measured, by role.
+        problems: why it is no measurement.
+    """
+
+    service: Figures
+    simulator: Figures
+    errors: dict[str, float]
+    setup: dict[str, object]
+    num_requests: int
+    cores: dict[str, float]
+    problems: list[str]
+
+
+def learn(teacher: Teacher, found: Run, name: str) -> Setup:
+    """What a load has taught of the service."""
+    prefill = None if name == "colocated" else teacher.curves("prefill", MAX_NUM_BATCHED_TOKENS)
+    decode = teacher.curves("decode", MAX_NUM_BATCHED_TOKENS, 0.0 if prefill is None else prefill.token_s)
+    ttft_s = [sample.ttft_s for sample in found.samples if sample.ttft_s is not None]
+    call_s = max(0.0, float(np.mean(ttft_s)) - teacher.ttft.mean_s)
+
+    pool = None if prefill is None else PoolSetup(prefill, most=1)
+    return Setup(PoolSetup(decode, most=1), pool, TTFT_S, ITL_S, MIN_REMOTE_TOKENS, call_s=call_s)
+
+
+def simulate(samples: Sequence[Sample], setup: Setup) -> Figures:
+    """Play arrivals that were measured."""
+    sent = sorted(samples, key=lambda sample: sample.start_s)
+    requests = [Request(s.start_s, s.prompt_tokens, s.output_tokens) for s in sent]
+    service = Service(setup, Fixed())
+    service.play(requests)
+    ttft_s = [request.ttft_s if request.ttft_s is not None else math.nan for request in requests]
+    return Figures(*_percentiles(ttft_s), *service.gaps.quantiles((0.5, 0.99)))
+
+
+def measured(samples: Sequence[Sample]) -> Figures:
+    """What clients saw."""
+    ttft_s = [sample.ttft_s if sample.ttft_s is not None else math.nan for sample in samples]
+    return Figures(*_percentiles(ttft_s), *_percentiles([gap for sample in samples for gap in sample.gaps_s]))
+
+
+def _percentiles(values: Sequence[float]) -> tuple[float, float]:
+    p50, p99 = np.percentile(values, (50, 99))
+    return float(p50), float(p99)
+
+
+def compare(name: str, scenario: Scenario, port: int, load: float, arguments: Sequence[str]) -> Comparison:
+    """Bring a deployment up, learn, measure, and play the same to the simulator."""
+    short = scenario.model_copy(update={"duration_s": WARMUP_S})
+    with serving(FOLDER, port, [*DEPLOYMENTS[name], *arguments]):
+        run(short, port, MODEL, name, -1, load)  # what is slow once
+        teacher = Teacher(port)
+        before, begun_s = CpuUse.read(FOLDER), time.monotonic()
+        with teacher.watching():
+            found = run(scenario, port, MODEL, name, 0, load)
+        cores = CpuUse.read(FOLDER).cores_since(before, time.monotonic() - begun_s)
+    setup = learn(teacher, found, name)
+    failed = sum(sample.error is not None for sample in found.samples)
+    problems = [*found.generator.problems, *([f"{failed} requests failed"] if failed else [])]
+    if cores["others"] > MAX_OTHERS_CORES:
+        problems.append(f"others used {cores['others']:.2f} cores, more than {MAX_OTHERS_CORES}")
+    ours, theirs = simulate(found.samples, setup), measured(found.samples)
+    errors = {key: value / asdict(theirs)[key] - 1.0 for key, value in asdict(ours).items()}
+    return Comparison(theirs, ours, errors, asdict(setup), len(found.samples), cores, problems)
+
+
+def print_rows(name: str, one: Comparison) -> None:
+    """Both lines of a deployment, and what they differ by."""
+    cores = ", ".join(f"{role} {used:.2f}" for role, used in one.cores.items())
+    print(f"\n{name}: {one.num_requests} requests; cores used: {cores}; {'; '.join(one.problems) or 'valid'}")
+    for who, figures in (("service", one.service), ("simulator", one.simulator)):
+        print(f"{who:12}" + "".join(f"{key} {value * 1e3:8.1f} ms  " for key, value in asdict(figures).items()))
+    print(f"{'off by':12}" + "".join(f"{key} {error:+8.1%}     " for key, error in one.errors.items()), flush=True)
+
+
+def main() -> int:
+    """Measure, print, and judge."""
+    parser = argparse.ArgumentParser(prog="make bench-simulator ARGS=...")
+    parser.add_argument("--port", type=int, default=8138)
+    parser.add_argument("--load", type=float, default=1.0, help="multiplier of the arrivals")
+    parser.add_argument("--duration", type=float, help="seconds that are measured")
+    parser.add_argument("--deployments", nargs="*", choices=list(DEPLOYMENTS), default=list(DEPLOYMENTS))
+    parser.add_argument("arguments", nargs="*", metavar="key=value", help="more arguments of the application")
+    options = parser.parse_args()
+    changes = {} if options.duration is None else {"duration_s": options.duration}
+    scenario = load_scenario(str(SCENARIO), changes)
+    compared = {}
+    for name in options.deployments:
+        compared[name] = compare(name, scenario, options.port, options.load, options.arguments)
+        print_rows(name, compared[name])
+    worst = max(abs(error) for one in compared.values() for error in one.errors.values())
+    is_valid = not any(one.problems for one in compared.values())
+    passed = None if not is_valid else worst <= MAX_ERROR
+    report = {"bench": "simulator", "bound": MAX_ERROR, "worst": worst, "passed": passed, "about": describe()}
+    print(json.dumps(report | {"deployments": {name: asdict(one) for name, one in compared.items()}}, default=str))
+    if passed is None:
+        return 2
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

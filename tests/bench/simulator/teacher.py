@@ -1,0 +1,210 @@
+"""Learns the simulator's curves from a service's `/metrics`, while it serves.
+
+Reads it once a second; what steps cost is learned by the classes that admission and the planner learn it with.
+"""
+
+import threading
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from deployments.engine.stats import EngineStats, Histogram
+from deployments.load.decode_steps import decode_steps_between
+from deployments.load.step_cost import StepCost
+from deployments.planner.gap_learner import GapLearner
+from deployments.simulator.curves import Curves
+
+_PERIOD_S = 1.0
+# All that is measured is to count alike.
+_HALF_LIFE_S = 1e6
+# As `deployments/telemetry/pool_metrics.py` names them.
+_GAUGES = {
+    "num_running": "running_sequences",
+    "num_reserved": "reserved_sequences",
+    "num_used_blocks": "kv_blocks_used",
+}
+_SIZES = {"max_num_seqs": "max_sequences", "num_blocks": "kv_blocks"}
+_COUNTERS = {
+    "steps": "engine_steps",
+    "prefill_steps": "prefill_steps",
+    "prefill_s": "prefill_seconds",
+    "prompt_tokens": "prompt_tokens",
+    "finished": "finished_sequences",
+}
+_BLOCK_SIZE = 16  # of engines on a CPU
+
+
+@dataclass(slots=True)
+class Totals:
+    """Of a histogram: how many, and their sum."""
+
+    count: float = 0.0
+    seconds: float = 0.0
+
+    def since(self, before: "Totals") -> "Totals":
+        return Totals(self.count - before.count, self.seconds - before.seconds)
+
+    @property
+    def mean_s(self) -> float:
+        return self.seconds / self.count if self.count else 0.0
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """What `/metrics` says of both pools at once.
+
+    Attributes:
+        engines: by pool and replica.
+        ttft: at engines, of all of them together.
+        handoff: chunks that were handed over, likewise.
+    """
+
+    engines: dict[tuple[str, str], EngineStats] = field(default_factory=dict)
+    ttft: Totals = field(default_factory=Totals)
+    handoff: Totals = field(default_factory=Totals)
+
+
+def read_metrics(port: int) -> Snapshot:
+    """Ask the service on this machine."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
+        return parse_metrics(response.read().decode())
+
+
+def parse_metrics(text: str) -> Snapshot:
+    """Read Prometheus' text."""
+    values: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if "replica" in sample.labels and "le" not in sample.labels:
+                key = sample.labels["pool"], sample.labels["replica"]
+                values[key][sample.name.removeprefix("kvrelay_")] = sample.value
+    snapshot = Snapshot()
+    for key, own in values.items():
+        snapshot.engines[key] = _engine(own)
+        for totals, name in ((snapshot.ttft, "engine_ttft_seconds"), (snapshot.handoff, "handoff_seconds")):
+            totals.count += own[f"{name}_count"]
+            totals.seconds += own[f"{name}_sum"]
+    return snapshot
+
+
+def _engine(own: dict[str, float]) -> EngineStats:
+    stats = EngineStats(block_size=_BLOCK_SIZE)
+    for attribute, name in (_GAUGES | _SIZES).items():
+        setattr(stats, attribute, int(own[name]))
+    for attribute, name in _COUNTERS.items():
+        value = own[f"{name}_total"]
+        setattr(stats, attribute, value if attribute == "prefill_s" else int(value))
+    # Only the sum and the count are asked for; in which bucket they lie makes no difference.
+    stats.itl_s = Histogram(total=own["engine_itl_seconds_sum"])
+    stats.itl_s.counts[-1] = int(own["engine_itl_seconds_count"])
+    return stats
+
+
+class Teacher:
+    """Takes snapshots of a service, and tells what they teach.
+
+    Args:
+        port: of the service on this machine.
+    """
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.snapshots: list[Snapshot] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Take a snapshot now, one every second, and one at the end."""
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(_PERIOD_S):
+                self.snapshots.append(read_metrics(self._port))
+
+        self.snapshots.append(read_metrics(self._port))
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            self.snapshots.append(read_metrics(self._port))
+
+    @property
+    def ttft(self) -> Totals:
+        """At engines, of what they served while they were watched."""
+        return self.snapshots[-1].ttft.since(self.snapshots[0].ttft)
+
+    @property
+    def handoff(self) -> Totals:
+        """Likewise, of chunks."""
+        return self.snapshots[-1].handoff.since(self.snapshots[0].handoff)
+
+    def curves(self, pool: str, max_num_batched_tokens: int, elsewhere_s: float = 0.0) -> Curves:
+        """Of the engines of one pool.
+
+        Args:
+            pool: its name.
+            max_num_batched_tokens: of a step.
+            elsewhere_s: that a prompt token takes in the other pool, for one that computes none.
+
+        Raises:
+            ValueError: they did nothing while they were watched.
+        """
+        gaps, prompts = GapLearner(), StepCost(_HALF_LIFE_S)
+        totals = EngineStats()
+        drawn = 0.0  # by steps with prompts
+        last = EngineStats()
+        for before, now in self._pairs(pool):
+            last = now
+            num_steps, num_prompt_steps = now.steps - before.steps, now.prefill_steps - before.prefill_steps
+            num_gaps = sum(now.itl_s.counts) - sum(before.itl_s.counts)
+            if (steps := decode_steps_between(now, before)) is not None:
+                kv_tokens = now.num_used_blocks * now.block_size * now.num_running / max(1, _seated(now))
+                gaps.add(steps.sequences / steps.steps, kv_tokens, steps.seconds / steps.steps, steps.seconds)
+            tokens, seconds = now.prompt_tokens - before.prompt_tokens, now.prefill_s - before.prefill_s
+            prompts.add(num_prompt_steps, tokens, seconds)
+            totals.steps += num_steps
+            totals.prompt_tokens += tokens
+            totals.prefill_s += seconds
+            totals.prefill_steps += num_prompt_steps
+            drawn += num_prompt_steps * num_gaps / num_steps if num_steps else 0.0
+        curves = Curves(
+            *_costs(gaps, prompts, totals, drawn, elsewhere_s),
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=last.max_num_seqs,
+            num_kv_tokens=last.num_blocks * last.block_size,
+        )
+        if not totals.steps:
+            raise ValueError(f"the engines of {pool} ran no step while they were watched")
+        chunks = self.handoff
+        return replace(curves, handoff_s=chunks.mean_s, handoff_token_s=0.0)
+
+    def _pairs(self, pool: str) -> Iterator[tuple[EngineStats, EngineStats]]:
+        for before, now in zip(self.snapshots, self.snapshots[1:], strict=False):
+            for key, stats in now.engines.items():
+                if key[0] == pool and key in before.engines:
+                    yield before.engines[key], stats
+
+
+def _seated(engine: EngineStats) -> int:
+    return engine.num_running + engine.num_reserved
+
+
+def _costs(
+    gaps: GapLearner, prompts: StepCost, totals: EngineStats, drawn: float, elsewhere_s: float
+) -> tuple[float, float, float, float]:
+    """Of a step, a prompt token, a sequence, a token of its KV."""
+    step_s, token_s = prompts.seconds(1.0, 0.0).best, prompts.seconds(0.0, 1.0).best
+    costs = gaps.costs(token_s or elsewhere_s)
+    if costs is None:
+        return step_s, token_s, 0.0, 0.0
+    step_s, sequence_s, kv_s = costs
+    # What sequences take in steps with prompts is not the prompts'.
+    own_s = totals.prefill_s - step_s * totals.prefill_steps - sequence_s * drawn
+    token_s = max(0.0, own_s) / totals.prompt_tokens if totals.prompt_tokens else elsewhere_s
+    return step_s, token_s, sequence_s, kv_s
