@@ -36,6 +36,8 @@ DEV_EXTRA := $(if $(shell command -v nvidia-smi),[dev],[dev,interpreter])
 
 RUNTIME := $(VENV)/.stamp-runtime
 DEV := $(VENV)/.stamp-dev
+# The simulator's clock, for `make advise`.
+SIMULATOR := $(VENV)/.stamp-simulator
 SOURCES := app deployments tests load_tests
 
 .PHONY: help serve stop status test fuzz check format load-test advise clean \
@@ -143,8 +145,8 @@ screenshots: $(DEV) ## Take the pictures of the live page in docs/images, of a s
 load-test: $(LOAD) ## Load a running service: SCENARIO=, URL=. ARGS= is passed on.
 	@$(LOAD_PY) -m load_tests.run $(SCENARIO) --url $(URL) $(ARGS)
 
-advise: $(RUNTIME) $(LOAD) ## Measure whether to disaggregate: SCENARIO=. ARGS= is passed on.
-	@$(LOAD_PY) -m load_tests.advise $(SCENARIO) $(ARGS)
+advise: $(RUNTIME) $(SIMULATOR) $(LOAD) ## Measure whether to disaggregate: SCENARIO=. ARGS= is passed on.
+	@$(LOAD_PY) -m load_tests.advise $(SCENARIO) --simulator "$(PY) -m deployments.simulator" $(ARGS)
 
 clean: ## Remove the virtual environment and every cache.
 	@rm -rf $(VENV) $(LOAD_VENV) $(CLIENTS_VENV) $(FUZZ_VENV) $(NODE_CLIENTS)/node_modules .run .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
@@ -165,6 +167,10 @@ $(RUNTIME): pyproject.toml | $(PY)
 
 $(DEV): pyproject.toml $(RUNTIME)
 	@echo "installing the tools for tests and checks"; $(INSTALL) $(VENV) -e '.$(DEV_EXTRA)'
+	@touch $@
+
+$(SIMULATOR): pyproject.toml $(RUNTIME)
+	@echo "installing the simulator"; $(INSTALL) $(VENV) -e '.[simulator]'
 	@touch $@
 
 $(LOAD): load_tests/requirements.txt

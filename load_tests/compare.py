@@ -20,10 +20,11 @@ _ATTEMPTS = 2
 
 @dataclass(slots=True)
 class Comparison:
-    """Runs of all deployments, and what those do when idle that were asked."""
+    """Runs of all deployments, what those do when idle that were asked, and which were left out."""
 
     runs: list[Run] = field(default_factory=list)
     idle: dict[str, Idle] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class Plan:
         loads: multipliers of the scenario's arrivals, measured one after the other.
         rounds: their numbers; each has arrivals and prompts of its own.
         idle: deployments that are measured idle, in the first round; None: all.
+        leave_out: tells, from what the first one does when idle, which of the others are not worth measuring; None:
+            nobody is asked.
     """
 
     scenario: Scenario
@@ -43,6 +46,7 @@ class Plan:
     loads: Sequence[float]
     rounds: Sequence[int]
     idle: Sequence[str] | None = None
+    leave_out: Callable[[Idle], Sequence[str]] | None = None
 
     def turns(self) -> Iterator[tuple[int, str]]:
         """Each round and deployment, every round in another order."""
@@ -70,18 +74,24 @@ def compare(plan: Plan, folder: Path, say: Callable[[str], None]) -> Comparison:
     """
     found = Comparison()
     folder.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
+    started, leave_out = time.monotonic(), plan.leave_out
 
     def tell(what: str) -> None:
         say(f"{(time.monotonic() - started) / 60:5.1f} min  {what}")
 
     for round_, name in plan.turns():
+        if name in found.left_out:
+            continue
         missing = list(plan.loads)
         for attempt in range(_ATTEMPTS):
             tell(f"round {round_}: {name}: starting")
             missing = _take_turn(plan, round_, name, missing, found, folder, tell, is_last=attempt + 1 == _ATTEMPTS)
             if not missing:
                 break
+        if leave_out is not None and name in found.idle:
+            # Not the one that is measured already.
+            found.left_out = tuple(other for other in leave_out(found.idle[name]) if other != name)
+            leave_out = None
     return found
 
 

@@ -79,3 +79,16 @@ def test_a_run_that_is_invalid_again_is_kept_as_such(run_plan):
     assert said.count("b 1 1") == 2
     assert [run.is_valid for run in found.runs].count(False) == 1
     assert len(kept) == len(found.runs) == 8
+
+
+def test_what_is_not_worth_measuring_is_left_out_from_then_on(run_plan):
+    asked = []
+
+    def leave_out(idle):
+        asked.append(idle)
+        return ["a", "b"]
+
+    found, said, _ = run_plan(leave_out=leave_out)
+    assert found.left_out == ("b",) and len(asked) == 1
+    assert not [what for what in said if what.startswith(("b", "up b"))]
+    assert {run.deployment for run in found.runs} == {"a"}
