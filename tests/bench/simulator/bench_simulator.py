@@ -88,7 +88,8 @@ def learn(teacher: Teacher, found: Run, name: str) -> Setup:
     prefill = None if name == "colocated" else teacher.curves("prefill", MAX_NUM_BATCHED_TOKENS)
     decode = teacher.curves("decode", MAX_NUM_BATCHED_TOKENS, 0.0 if prefill is None else prefill.token_s)
     ttft_s = [sample.ttft_s for sample in found.samples if sample.ttft_s is not None]
-    call_s = max(0.0, float(np.mean(ttft_s)) - teacher.ttft.mean_s)
+    at_engine = teacher.ttft("decode" if prefill is None else "prefill")
+    call_s = max(0.0, float(np.mean(ttft_s)) - at_engine.mean_s)
 
     pool = None if prefill is None else PoolSetup(prefill, most=1)
     return Setup(PoolSetup(decode, most=1), pool, TTFT_S, ITL_S, MIN_REMOTE_TOKENS, call_s=call_s)

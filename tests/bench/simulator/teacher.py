@@ -59,12 +59,12 @@ class Snapshot:
 
     Attributes:
         engines: by pool and replica.
-        ttft: at engines, of all of them together.
-        handoff: chunks that were handed over, likewise.
+        ttft: at the engines of each pool; those of decode count up to the first token of their own.
+        handoff: chunks that were handed over, of all engines together.
     """
 
     engines: dict[tuple[str, str], EngineStats] = field(default_factory=dict)
-    ttft: Totals = field(default_factory=Totals)
+    ttft: dict[str, Totals] = field(default_factory=dict)
     handoff: Totals = field(default_factory=Totals)
 
 
@@ -85,7 +85,8 @@ def parse_metrics(text: str) -> Snapshot:
     snapshot = Snapshot()
     for key, own in values.items():
         snapshot.engines[key] = _engine(own)
-        for totals, name in ((snapshot.ttft, "engine_ttft_seconds"), (snapshot.handoff, "handoff_seconds")):
+        ttft = snapshot.ttft.setdefault(key[0], Totals())
+        for totals, name in ((ttft, "engine_ttft_seconds"), (snapshot.handoff, "handoff_seconds")):
             totals.count += own[f"{name}_count"]
             totals.seconds += own[f"{name}_sum"]
     return snapshot
@@ -134,14 +135,13 @@ class Teacher:
             thread.join()
             self.snapshots.append(read_metrics(self._port))
 
-    @property
-    def ttft(self) -> Totals:
-        """At engines, of what they served while they were watched."""
-        return self.snapshots[-1].ttft.since(self.snapshots[0].ttft)
+    def ttft(self, pool: str) -> Totals:
+        """At the engines of a pool, of what they served while they were watched."""
+        return self.snapshots[-1].ttft[pool].since(self.snapshots[0].ttft[pool])
 
     @property
     def handoff(self) -> Totals:
-        """Likewise, of chunks."""
+        """Of chunks, likewise."""
         return self.snapshots[-1].handoff.since(self.snapshots[0].handoff)
 
     def curves(self, pool: str, max_num_batched_tokens: int, elsewhere_s: float = 0.0) -> Curves:
