@@ -38,8 +38,8 @@ class MetricsSettings(BaseModel):
     """Who is told metrics, and by which names, beside `/metrics` by ours.
 
     Attributes:
-        to_ray: Ray's own agents are, so that the cluster's Prometheus needs no other target.
-        vllm_names: vLLM's names, too, for boards and autoscalers that read these.
+        to_ray: tell metrics to Ray's own agents, so that the cluster's Prometheus needs no other target.
+        vllm_names: tell metrics by vLLM's names, too, for boards and autoscalers that read these.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,8 +65,8 @@ class TraceSettings(BaseModel):
     """Traces of calls, for a collector of OpenTelemetry.
 
     Attributes:
-        endpoint: where a collector takes OTLP over HTTP, as `http://HOST:4318/v1/traces`; without it there are none.
-        sample_ratio: share of the calls that are traced; of those whose `traceparent` says whether, all or none.
+        endpoint: where a collector takes OTLP over HTTP, as `http://HOST:4318/v1/traces`; without it nothing is traced.
+        sample_ratio: share of the calls that are traced; one whose `traceparent` says whether it is follows that.
         service_name: what the collector knows this service by.
     """
 

@@ -11,7 +11,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from deployments.api.observer import EndedCall, Outcome
-from deployments.telemetry import traces
+from deployments.telemetry import settings, traces
 from deployments.telemetry.settings import TraceSettings
 from deployments.telemetry.traces import CallTracer, LogsOnce
 from tests.telemetry.calls import CALL
@@ -36,8 +36,8 @@ def loud() -> Iterator[None]:
 
 def trace(collector: Collector, *calls: EndedCall, sample_ratio: float = 1.0) -> None:
     collector.spans.clear()
-    settings = TraceSettings(endpoint=collector.url, sample_ratio=sample_ratio, service_name="mine")
-    tracer = CallTracer(settings, "m", "i0")
+    wanted = TraceSettings(endpoint=collector.url, sample_ratio=sample_ratio, service_name="mine")
+    tracer = CallTracer(wanted, "m", "i0")
     for call in calls:
         tracer(call)
     tracer.close()
@@ -155,6 +155,12 @@ def test_each_turn_of_a_collector_is_one_line(caplog: pytest.LogCaptureFixture) 
         told = [exporter.export([]) is takes for _ in moods]
     assert told == [mood is takes for mood in moods]
     assert ["again" in record.getMessage() for record in caplog.records] == [False, True, False]
+
+
+def test_where_the_exporter_is_missing_the_setting_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings, "_EXPORTER", "opentelemetry.exporter.nobodys.http")
+    with pytest.raises(ValueError, match="pip install opentelemetry-exporter-otlp-proto-http"):
+        TraceSettings(endpoint="http://collector:4318/v1/traces")
 
 
 @pytest.mark.parametrize(
