@@ -1,5 +1,6 @@
 """Metrics of a running service are those that the page describes and the board shows, and as clients measure them."""
 
+import asyncio
 import json
 import re
 import time
@@ -13,6 +14,8 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.engine.stats import LATENCY_BUCKETS_S
+from deployments.serve_state import ask_each
+from deployments.telemetry.ingress_stats import IngressStats
 from tests.docs.metric_tables import Described, described_metrics
 from tests.docs.pages import ROOT
 from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL_NAME, Service
@@ -78,6 +81,15 @@ def test_the_board_shows_what_a_running_service_has(disaggregated: Service) -> N
             labels = named.get(f"kvrelay_{name}", described[family])
             for group in re.findall(r"by \(([^)]*)\)", query):
                 assert {label.strip() for label in group.split(",")} <= labels, query
+
+
+def test_an_ingress_replica_answers_another_that_asks_all(disaggregated: Service) -> None:
+    answers = asyncio.run(ask_each(disaggregated.pool("Ingress"), "ingress_stats", ANSWER_TIMEOUT_S))
+    (told,) = answers
+    assert isinstance(told, IngressStats)
+    assert [sample.labels for sample in families_of(disaggregated)["kvrelay_readings_total"].samples] == [
+        {"ingress": told.replica}
+    ]
 
 
 def agent_page() -> dict[str, Metric]:
