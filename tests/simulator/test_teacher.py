@@ -5,8 +5,8 @@ import pytest
 from deployments.engine.stats import EngineStats
 from deployments.replica_stats import HandoffStats, ReplicaStats
 from deployments.simulator.curves import Curves
-from deployments.telemetry.client_metrics import ClientMetrics
-from deployments.telemetry.pool_metrics import render
+from deployments.telemetry.metrics import render
+from deployments.telemetry.peers import IngressReading
 from tests.bench.simulator.teacher import Snapshot, Teacher, parse_metrics
 
 TRUE = Curves(step_s=0.02, token_s=0.003, sequence_s=0.002, context_s=0.0)
@@ -44,7 +44,7 @@ class Engine:
 
 def snapshot(**engines: Engine) -> Snapshot:
     pools = {pool: [ReplicaStats(one.name, one.stats.copy(), one.handoff.copy())] for pool, one in engines.items()}
-    return parse_metrics(render(pools, ClientMetrics()).decode())
+    return parse_metrics(render(pools, IngressReading([])).decode())
 
 
 @pytest.mark.parametrize("are_apart", [False, True])
