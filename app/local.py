@@ -141,7 +141,7 @@ def _spawn(folder: RunFolder, launch: Launch) -> tuple[Server, subprocess.Popen[
     temp_dir = tempfile.mkdtemp(prefix=TEMP_PREFIX)
     command = [sys.executable, "-m", "app.local_server", "--app", launch.app, "--port", str(launch.port)]
     command += ["--num-cpus", str(launch.num_cpus), "--temp-dir", temp_dir, "--", *launch.pairs]
-    environment = _serve_environment(temp_dir) | os.environ
+    environment = serve_environment(temp_dir) | os.environ
     environment.pop("RAY_ADDRESS", None)
     process = _start_detached(command, environment, folder.log)
     return Server(process.pid, psutil.Process(process.pid).create_time(), launch.port, temp_dir), process
@@ -169,12 +169,12 @@ def read_settings(path: Path) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name not in _SHELL_VARIABLES}
 
 
-def _serve_environment(temp_dir: str) -> dict[str, str]:
+def serve_environment(temp_dir: str) -> dict[str, str]:
     """For the processes of the server, where the user's environment does not say otherwise."""
     settings = read_settings(SERVE_SETTINGS)
     # HAProxy's files and ports are fixed, so two servers on one machine would share them. Short names: see above.
     folder = Path(temp_dir, "h")
-    stats_port, metrics_port = free_ports(2)
+    stats_port, metrics_port, waiting_port, grpc_port = free_ports(4)
     settings |= {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
@@ -183,14 +183,16 @@ def _serve_environment(temp_dir: str) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
-        # Ray has HAProxy log to UDP port 514, for which it keeps a UDP socket on all addresses. Here nobody listens
-        # either, until `socat -u UNIX-RECV:that-path -` does.
+        # HAProxy sends requests there while no ingress replica runs; if it is another server's, to that.
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(waiting_port),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(grpc_port),
+        # And not to UDP port 514, by a socket on all addresses. Listen with `socat -u UNIX-RECV:that-path -`.
         "RAY_SERVE_HAPROXY_LOG_TARGET": str(folder / "log.sock"),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
         # With HAProxy an ingress replica waits half a minute for load balancers to notice that it goes; here are none.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     }
-    settings |= {
+    return settings | {
         # Nothing of it is for other machines. On Windows and macOS Ray takes no other address than 127.0.0.1, and
         # listens there alone; this has it do the same on Linux. `ray.init(_node_ip_address="127.0.0.1")` would not:
         # Ray 2.60 turns it into the machine's address. app/loopback.py does the rest.
@@ -200,8 +202,6 @@ def _serve_environment(temp_dir: str) -> dict[str, str]:
         # Ray starts a worker per core of the machine beforehand, without the hook that `start_ray` sets, so that nobody
         # can use them: 79 MB each and 0.3 to 0.5 % of a core for as long as the server runs (2 cores, 2026-11-29).
         "RAY_prestart_worker_first_driver": "0",
-    }
-    return settings | {
         "PYTHONUNBUFFERED": "1",
         # A local try-out reports nothing to anybody.
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -1,14 +1,16 @@
 """What of the background server needs no Ray: refusals, and which processes are its own."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
 
 import psutil
 import pytest
+from ray.serve._private import constants
 
-from app.local import up
+from app.local import serve_environment, up
 from app.local_checks import LocalError
 from app.local_process import Server
 from tests.local.commands import ROOT, is_alive, run
@@ -25,6 +27,13 @@ def test_a_taken_port_is_refused_before_anything_starts(folder):
         with pytest.raises(LocalError, match=f"port {port} cannot be listened on"):
             up(folder, "tests.tiny_graphs:healthy", port, None, 60, [])
     assert not folder.log.exists()
+
+
+def test_two_servers_of_one_machine_share_no_port_that_is_fixed_otherwise(tmp_path):
+    one, other = (serve_environment(str(tmp_path / name)) for name in ("one", "other"))
+    fixed = {name for name in vars(constants) if re.fullmatch("RAY_SERVE_(HAPROXY|FALLBACK_PROXY)_.*_PORT", name)}
+    assert len(fixed) == 4
+    assert [name for name in fixed if one[name] == other[name]] == []
 
 
 @pytest.mark.parametrize("port", [0, -1, 65536])
