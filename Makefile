@@ -43,7 +43,7 @@ SOURCES := app deployments tests load_tests
 .PHONY: help serve stop status test fuzz check format load-test advise clean \
 	bench-engine bench-host-step bench-gpu bench-gpu-handoff bench-two-gpus bench-beside-vllm bench-handoff bench-serving \
 	bench-interference bench-overload bench-leaving bench-chaos bench-soak bench-router bench-prefix bench-tier bench-structured bench-planner \
-	bench-speculation bench-page bench-simulator screenshots
+	bench-speculation bench-page bench-simulator bench-autoscale screenshots
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 24
@@ -123,6 +123,9 @@ bench-planner: $(DEV) ## Replicas by the planner, fixed and by Ray Serve, on mod
 
 bench-simulator: $(DEV) ## The simulator beside the service: TTFT and ITL of the same requests. ARGS= is passed on.
 	@$(PY) -m tests.bench.simulator.bench_simulator $(ARGS)
+
+bench-autoscale: $(DEV) ## Steps of load on nodes that Ray's autoscaler starts and stops, on modelled engines. ARGS= is passed on.
+	@$(PY) -m tests.bench.autoscale.bench_autoscale $(ARGS)
 
 bench-speculation: $(DEV) ## Tokens per second with guesses by lookup and without, on one engine. ARGS= is passed on.
 	@$(PY) -m tests.bench.bench_speculation $(ARGS)

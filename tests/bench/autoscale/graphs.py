@@ -10,6 +10,7 @@ from deployments.engine_info import EngineResources
 from deployments.front import SpawnedEngine
 from deployments.ingress import Ingress
 from deployments.prefill import Prefill
+from deployments.routing.crossover import default_tokens
 from tests.bench.autoscale.modelled import build_modelled
 
 
@@ -17,7 +18,7 @@ def graph(args: AppConfig) -> Application:
     """Build the application; `python -m app.local up --app` takes it as well."""
     prefill = serve.deployment(**args.deployment_options("prefill"))(Prefill).bind(_engine(args, "prefill"))
     decode = serve.deployment(**args.deployment_options("decode"))(Decode).bind(
-        _engine(args, "decode"), prefill, args.min_remote_prefill_tokens, False
+        _engine(args, "decode"), prefill, default_tokens(args.min_remote_prefill_tokens), False
     )
     ingress = serve.deployment(**args.deployment_options("ingress"))(Ingress)
     return ingress.bind(decode, prefill, ingress_settings(args))

@@ -22,8 +22,8 @@ from deployments.simulator.curves import Curves
 from tests.engine.insides import replace_runner, runner_of
 from tests.tiny_models import MODELLED
 
-# A prompt of 1,000 tokens takes a second, a token 50 ms and more the more sequences there are.
-CURVES = Curves(step_s=0.05, token_s=0.001, sequence_s=0.004, context_s=0.0)
+# A prompt of 1,000 tokens takes a second, a token 30 ms and more the more sequences there are.
+CURVES = Curves(step_s=0.03, token_s=0.001, sequence_s=0.004, context_s=0.0)
 # What the tokenizer of the default model has; any of its tokens may be in a prompt.
 _VOCAB_SIZE = 49_152
 _ANY_TOKEN = 1000
