@@ -2,10 +2,10 @@
 
 Run: `make bench-autoscale`, on a machine that does nothing else. Starts a cluster on this machine (`cluster.py`), with
 a type of nodes for each pool, and the graph with modelled engines (`modelled.py`), one of each pool at first. Requests
-arrive at random and steadily; for a while their prompts are five times as long, then their answers are. Longer prompts
-are to start nodes for prefill alone, longer answers nodes for decode alone, and all of them are to go again. Prints
-tables, draws `.run/autoscale/autoscale.png` and prints, as its last line, one JSON object. Exit status 0 only if all
-that was so and no request was lost.
+arrive at random and steadily; for a while their prompts are five times as long, then their answers ten times. Longer
+prompts are to start nodes for prefill alone, longer answers nodes for decode alone, and all of them are to go again.
+Prints tables, draws `.run/autoscale/autoscale.png` and prints, as its last line, one JSON object. Exit status 0 only if
+all that was so and no request was lost.
 """
 
 import argparse
@@ -47,7 +47,8 @@ RATE, PROMPT_TOKENS, OUTPUT_TOKENS = 1.5, 140, 18
 FIRST_RATE, GROWTH = 0.15, 0.04
 _SPREAD = 0.25
 _TOKEN_IDS = range(1000, 40_000)
-TIMES = 5.0
+# What of them grows in a step.
+TIMES_PROMPTS, TIMES_ANSWERS = 5.0, 10.0
 NODES = NodeTypes(max_nodes=MOST, idle_s=15.0)
 # All prompts go to the prefill pool, so that each step is one pool's alone; nobody is refused, however late.
 ARGUMENTS = [
@@ -59,9 +60,10 @@ ARGUMENTS = [
     "engine.max_num_batched_tokens=1024",
     "planner.enabled=true",
     "planner.ttft_s=2",
-    # Seats are short long before gaps are: the pace of modelled engines suffers while others start beside them.
+    # Seats are short long before gaps are: the pace of modelled engines suffers while others start beside them. And
+    # there are enough for the prompts that wait, which have a seat each.
     "planner.itl_s=0.2",
-    "decode.engine.max_num_seqs=8",
+    "decode.engine.max_num_seqs=16",
     "planner.hold_s=20",
     "planner.start_s=20",
 ]
@@ -175,8 +177,8 @@ def main() -> int:
     options = parser.parse_args()
     phases = [
         Phase("little", options.warmup),
-        Phase("long prompts", options.step, prompts=TIMES),
-        Phase("long answers", options.step, answers=TIMES),
+        Phase("long prompts", options.step, prompts=TIMES_PROMPTS),
+        Phase("long answers", options.step, answers=TIMES_ANSWERS),
         Phase("little again", options.calm),
     ]
     load_before = os.getloadavg()[0]
