@@ -42,7 +42,7 @@ PORT = 8017
 MODEL = "modelled"
 LEAST, MOST = 1, 3
 # Of a request where there is little to do: one engine of each pool has less than half of what it can. Ids of words.
-RATE, PROMPT_TOKENS, OUTPUT_TOKENS = 1.5, 140, 18
+RATE, PROMPT_TOKENS, OUTPUT_TOKENS = 1.5, 140, 12
 # At first traffic grows by so much per second: until answers have ended the planner takes them to be long.
 FIRST_RATE, GROWTH = 0.15, 0.04
 _SPREAD = 0.25
