@@ -1,7 +1,6 @@
 """What the parts say to each other: requests going down, tokens coming back.
 
-Owns the vocabulary shared by the API, the deployments and the engine. Plain frozen values that pickle small; knows
-nothing of Ray, HTTP, torch or text.
+Owns the words of API, deployments and engine: plain frozen values that pickle small. Knows no Ray, HTTP, torch, text.
 """
 
 from dataclasses import dataclass
@@ -48,8 +47,7 @@ class Adjustments:
 
     Attributes:
         logit_bias: token ids, each once, and what is added to their logits.
-        repetition_penalty: divides the logit, or multiplies one below 0, of each token of the prompt and of what was
-            generated; 1 is off.
+        repetition_penalty: divides logits, or multiplies those below 0, of all tokens of prompt and answer; 1 is off.
         presence_penalty: is taken from the logit of each token that was generated; 0 is off.
         frequency_penalty: likewise, as many times as the token was generated; 0 is off.
         min_tokens: before so many tokens are generated none of `SamplingParams.stop_token_ids` is drawn.

@@ -46,7 +46,7 @@ def streams(draw: st.DrawFn) -> tuple[Call, list[TextEvent]]:
         token_ids = tuple(draw(st.lists(st.integers(3, 90), min_size=1, max_size=3)))
         scores = tuple(ScoredToken(i, b"x", -0.5, 1, ()) for i in token_ids) if call.num_logprobs is not None else ()
         reason = draw(st.sampled_from([*FinishReason, None, None, None, None, None, None]))
-        events.append(TextEvent(choice, draw(TEXTS), token_ids, reason, 0, scores))
+        events.append(TextEvent(choice, draw(TEXTS), token_ids, reason, 0, scores=scores))
         if reason is not None:
             running.remove(choice)
     return call, events

@@ -9,6 +9,7 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from app.arguments import ConfigError
 from app.config import AppConfig
+from deployments import pool_policy
 from deployments.engine.stats import EngineStats
 from deployments.planner import shared
 from deployments.planner.observer import Observer
@@ -136,20 +137,20 @@ def test_other_settings_begin_anew():
     assert shared.planner_of(controller.app, settings.model_copy(update={"ttft_s": 9.0}), False) is not planner
 
 
-def test_each_change_is_kept_with_its_reason_and_told_once():
-    controller = Controller()
-    planner = shared.planner_of(controller.app, PlannerSettings.model_validate(controller.settings), False)
+def test_each_change_is_kept_with_its_reason_and_told_once(monkeypatch):
     told = []
-    take_news, planner.take_news = planner.take_news, lambda: None  # which the policies would take
+    monkeypatch.setattr(pool_policy, "publish", lambda app, decisions: told.append((app, decisions)))
+    controller = Controller()
     controller.run(30)
-    told += take_news() or []
-    assert take_news() is None
-    controller.run(2, queued=40_000)
-    first, *others = take_news() or []
-    assert told == [first], "it said what it wants, which was what there was"
+    ((app, (first,)),) = told
+    assert app == controller.app, "it said what it wants, which was what there was"
     assert (first.before, first.targets, first.is_dry_run) == (first.targets, {"decode": 1, "prefill": 1}, False)
-    assert others[-1].targets == controller.targets and others[-1].targets["prefill"] > 3
-    assert "prefill 1 to " in others[0].reason and 1000.0 < others[0].at_s <= controller.now_s
+    controller.run(2, queued=40_000)
+    assert [decisions[0] for _, decisions in told] == [first] * len(told)
+    _, (_, second, *others) = told[-1]
+    assert len(told) == 2 + len(others), "each time all that are kept, and only when there is one more"
+    assert "prefill 1 to " in second.reason and 1000.0 < second.at_s <= controller.now_s
+    assert [second, *others][-1].targets == controller.targets
 
 
 def test_a_dry_run_tells_what_it_would_do_and_leaves_it_to_serve(caplog):

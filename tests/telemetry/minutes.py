@@ -25,8 +25,9 @@ class Service:
     def _count(self) -> IngressStats:
         return IngressStats("i", self.clients.stats.copy(), self.refusals.copy())
 
-    def start(self, pool: str, name: str, **done: int) -> EngineStats:
-        engine = self.engines[pool][name] = EngineStats(num_blocks=10, max_num_seqs=4, **done)
+    def start(self, pool: str, name: str, generated_tokens: int = 0) -> EngineStats:
+        engine = EngineStats(num_blocks=10, max_num_seqs=4, generated_tokens=generated_tokens)
+        self.engines[pool][name] = engine
         return engine
 
     def run(self, seconds: float, each_second: Callable[[], None] = lambda: None) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,7 +23,7 @@ from tests.telemetry.minutes import Service
 STATE = ServiceState("model", "disaggregated", "1", (True, ""))
 
 
-def told(service: Service, state: ServiceState = STATE, others: Sequence[ClientHistory] = ()) -> dict:
+def told(service: Service, state: ServiceState = STATE, others: Sequence[ClientHistory] = ()) -> Any:
     return json.loads(sse.to_json(describe(state, service.history, others, service.now_s)))
 
 
@@ -122,7 +123,7 @@ def test_a_quantile_is_in_the_bucket_of_the_value_that_has_that_rank(values):
     histogram = Histogram()
     for value in values:
         histogram.observe(value)
-    found = quantiles(histogram.counts)
+    found: Any = quantiles(histogram.counts)
     bounds = [0.0, *LATENCY_BUCKETS_S]
     for name, share in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99)):
         exact = sorted(values)[math.ceil(share * len(values)) - 1]
