@@ -311,6 +311,7 @@ def test_a_stranger_gets_nothing_but_the_health(local: Service) -> None:
                 ("GET", "/v1/models"),
                 ("POST", "/v1/completions"),
                 ("GET", "/metrics"),
+                ("GET", "/live"),
                 ("GET", "/x"),
             ):
                 answer = stranger.request(method, path, headers=headers)
@@ -326,6 +327,24 @@ def test_both_ingress_replicas_count_for_one_limit(local: Service) -> None:
 
     # Each counts what it serves twice, once it knows of the other, and fills 100 a second.
     wait_until(lambda: num_left() == LIMIT - 2, 120)
+
+
+def test_what_clients_of_both_ingress_replicas_saw_is_on_one_page(client: httpx.Client, local: Service) -> None:
+    def live() -> Any:
+        return client.get(f"{local.url}/live").raise_for_status().json()
+
+    def num_seen() -> int:
+        count: int = live()["latency"]["ttft_s"]["count"]
+        return count
+
+    wait_until(lambda: live()["ingresses"] == {"asked": 2, "answered": 2}, ANSWER_TIMEOUT_S)
+    before, num_calls = num_seen(), 10
+    for _ in range(num_calls):  # HAProxy spreads them over both
+        body = {"model": MODEL_NAME, "prompt": "One,", "max_tokens": 1}
+        client.post(f"{local.url}/v1/completions", json=body).raise_for_status()
+    wait_until(lambda: num_seen() >= before + num_calls, ANSWER_TIMEOUT_S)
+    assert httpx.get(f"{local.url}/").status_code == 200, "the page itself needs no key"
+    assert httpx.get(f"{local.url}/live", headers=bearing(LIMITED_KEY)).status_code == 403
 
 
 def test_kv_is_found_by_the_key_that_left_it_and_by_no_other(local: Service) -> None:
