@@ -113,7 +113,7 @@ class AppConfig(BaseModel):
         settings = self.pool(pool)
         given: dict[str, Any] = {
             "num_threads": max(1, math.floor(settings.num_cpus + 0.5)),
-            "hands_over": pool == "prefill",
+            "hands_over": pool == "prefill" or self.planner.flip,
         }
         shared, own = (engine.model_dump(exclude_unset=True) for engine in (self.engine, settings.engine))
         if "speculation" in shared and "speculation" in own:
@@ -134,15 +134,35 @@ class AppConfig(BaseModel):
                 told = telling_ingress(is_colocated, self.planner)
                 options["autoscaling_config"] = told | options["autoscaling_config"]
             return options
-        router: dict[str, Any] = {"request_router_class": ROUTER_CLASS, "request_router_kwargs": {"pool": deployment}}
         check_s = max(HEALTH_CHECK_TIMEOUT_S, self.engine_config(deployment).max_silence_s + HEALTH_CHECK_SPARE_S)
+        router: dict[str, Any] = {"request_router_class": ROUTER_CLASS}
         special = {"health_check_timeout_s": check_s, "request_router_config": RequestRouterConfig(**router)}
         options = self.pool(deployment).deployment_options() | special
         if self.planner.enabled:
             options["autoscaling_config"] |= planned_pool(deployment, is_colocated, self.planner)
         return options
 
+    def _check_flip(self) -> None:
+        """Refuse it where no decode replica could help, or nobody would notice."""
+        reasons = {
+            "planner.enabled=false: the planner decides when replicas flip": not self.planner.enabled,
+            "mode=colocated has no prefill pool that could lack replicas": self.mode == "colocated",
+            "routing.by_prefix=false leaves the choice of replicas to Ray Serve, which knows no roles": (
+                not self.routing.by_prefix
+            ),
+            f"decode.max_replicas={self.decode.max_replicas}: one decode replica remains, so it must be 2 or more": (
+                self.decode.max_replicas < 2
+            ),
+        }
+        for reason, is_so in reasons.items():
+            if is_so:
+                raise ConfigError(f"planner.flip=true: {reason}")
+        if not self.engine_config("decode").hands_over:
+            raise ConfigError("planner.flip=true: with hands_over=false decode engines hand no prompts over")
+
     def _check_planner(self) -> None:
+        if self.planner.flip:
+            self._check_flip()
         if not self.planner.enabled:
             return
         pools: list[Pool] = ["decode"] if self.mode == "colocated" else ["prefill", "decode"]

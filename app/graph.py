@@ -8,7 +8,7 @@ from ray import serve
 from ray.serve import Application, Deployment
 
 from app.config import AppConfig, Pool, api_name
-from deployments.decode import Decode
+from deployments.decode import Decode, own_deployment
 from deployments.engine_info import EngineResources
 from deployments.front import SpawnedEngine
 from deployments.ingress import Ingress, IngressSettings
@@ -26,7 +26,11 @@ def graph(args: AppConfig) -> Application:
     if args.mode == "disaggregated":
         prefill = _deploy(Prefill, args, "prefill").bind(_engine(args, "prefill"))
     decode = _deploy(Decode, args, "decode").bind(
-        _engine(args, "decode"), prefill, default_tokens(args.min_remote_prefill_tokens), args.parity_check
+        _engine(args, "decode"),
+        prefill,
+        default_tokens(args.min_remote_prefill_tokens),
+        args.parity_check,
+        own_deployment if args.planner.flip else None,
     )
     ingress = _deploy(Ingress, args, "ingress")
     return ingress.bind(decode, prefill, ingress_settings(args))
@@ -74,4 +78,5 @@ def _engine(args: AppConfig, pool: Pool) -> SpawnedEngine:
         tier=args.tier,
         tells_planner=args.planner.enabled,
         metrics=args.metrics_plan(),
+        may_flip=args.planner.flip and pool == "decode",
     )

@@ -8,18 +8,21 @@ send them to the ingress.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import ray
+from ray import serve
 
 from deployments.engine_client import EventQueue
+from deployments.engine_handle import EngineHandle
 from deployments.engine_info import EngineInfo
 from deployments.errors import brief, is_hopeless, was_cancelled
 from deployments.front import EngineReplica, FrontSource
 from deployments.messages import ANYWHERE, GenerateRequest, Placed, ReplyAddress, Route
 from deployments.parity import check_parity
-from deployments.prefill import Prefilled
+from deployments.prefill import Prefilled, PromptComputer
 from deployments.ray_errors import as_ours
 from deployments.receipts import DecodeReceipt, PrefillReceipt, Timed
 from deployments.replica_stats import Computed, no_prompts
@@ -45,11 +48,15 @@ class RemotePrefill:
         handle: of the prefill deployment.
         min_tokens: prompts with fewer uncached tokens are computed by the decode engine itself, unless their route says
             otherwise.
+        peers: handle of the decode deployment, of which replicas may compute prompts as well; None: they never do.
     """
 
-    def __init__(self, handle: "DeploymentHandle[Any]", min_tokens: int) -> None:
-        self.handle = handle
+    def __init__(
+        self, handle: "DeploymentHandle[Any]", min_tokens: int, peers: "DeploymentHandle[Any] | None" = None
+    ) -> None:
+        self._handle = handle
         self._min_tokens = min_tokens
+        self._peers = peers
         self._return: asyncio.Task[None] | None = None
 
     @property
@@ -63,6 +70,11 @@ class RemotePrefill:
             return None
         return self._min_tokens if route.min_remote_tokens is None else route.min_remote_tokens
 
+    def prefill(self, request: GenerateRequest, *arguments: object) -> Any:
+        """Have the replica compute a prompt that its route names, whichever pool it is of; see `Prefill.prefill`."""
+        handle = self._handle if self._peers is None or not request.route.by_peer else self._peers
+        return handle.prefill.remote(request, *arguments)
+
     def note_silence(self) -> None:
         """A hand-off has cost its lease: the next ones shall not, until some replica answers again."""
         if self._return is None:
@@ -72,13 +84,19 @@ class RemotePrefill:
     async def _wait_for_answer(self) -> None:
         while True:
             try:
-                await self.handle.ready.remote()
+                await self._handle.ready.remote()
                 break
             except Exception as error:
                 logger.warning("the prefill pool cannot serve: %s", brief(error))
                 await asyncio.sleep(_PREFILL_RETRY_S)
         self._return = None
         logger.warning("the prefill pool answers again")
+
+
+def own_deployment() -> "DeploymentHandle[Any]":
+    """A handle of the deployment of which this process is a replica."""
+    context = serve.get_replica_context()
+    return serve.get_deployment_handle(context.deployment, context.app_name)
 
 
 class Beginnings:
@@ -115,6 +133,7 @@ class Decode(EngineReplica):
         prefill: None: colocated, every prompt is computed here.
         min_tokens: see `RemotePrefill`.
         parity_check: before it serves, hand a prompt over and compare the tokens.
+        peers: gives a handle of the replica's own deployment, see `RemotePrefill`.
     """
 
     async def __init__(  # type: ignore[misc]
@@ -123,10 +142,13 @@ class Decode(EngineReplica):
         prefill: "DeploymentHandle[Any] | None",
         min_tokens: int,
         parity_check: bool,
+        peers: "Callable[[], DeploymentHandle[Any]] | None" = None,
     ) -> None:
-        self._prefill = None if prefill is None else RemotePrefill(prefill, min_tokens)
+        others = None if peers is None else peers()
+        self._prefill = None if prefill is None else RemotePrefill(prefill, min_tokens, others)
         self._front = await engine.start()
         self._front.prompts = no_prompts()
+        self._prompts = PromptComputer(self._front)
         self._beginnings = Beginnings(self._front.engine.info.block_size)
         self._num_unplaced = 0
         if parity_check and prefill is not None:
@@ -231,6 +253,21 @@ class Decode(EngineReplica):
     def _note_place(self, _: "asyncio.Future[Placed]") -> None:
         self._num_unplaced -= 1
 
+    async def prefill(
+        self,
+        request: GenerateRequest,
+        first_block: int,
+        target: EngineHandle,
+        reply_to: ReplyAddress,
+        kv: str = "",
+        is_placed: bool = True,
+    ) -> Prefilled:
+        """Compute a prompt for another decode replica, as a prefill replica does; see `PromptComputer.prefill`.
+
+        Whatever the role of this one: who asks goes by that, and may have heard of it a moment too early or too late.
+        """
+        return await self._prompts.prefill(request, first_block, target, reply_to, kv, is_placed)
+
     async def engine_info(self) -> EngineInfo:
         return self._front.engine.info
 
@@ -257,9 +294,7 @@ class Decode(EngineReplica):
             first_block = place.result().num_cached_tokens // engine.info.block_size if is_placed else 0
             # Again not by the replica that has failed, if Serve finds another.
             asked = replace(request, route=ANYWHERE) if attempt else request
-            call: Any = self._prefill.handle.prefill.remote(
-                asked, first_block, engine.handle, reply_to, engine.info.kv, is_placed
-            )
+            call = self._prefill.prefill(asked, first_block, engine.handle, reply_to, engine.info.kv, is_placed)
             try:
                 prefilled: Prefilled = await call
             except (Exception, asyncio.CancelledError) as error:

@@ -25,6 +25,7 @@ from deployments.kv_tier.settings import TierSettings
 from deployments.kv_transfer import direct
 from deployments.kv_transfer.base import Arrival, Export
 from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyAddress
+from deployments.roles import NAMESPACE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,6 +102,11 @@ class EngineActor:
     def release_chunk(self, request_id: str, index: int) -> None:
         self._host.release_chunk(request_id, index)
 
+    @ray.method(concurrency_group="ctl")
+    def take_role(self, is_flipped: bool) -> None:
+        """See `EngineHost.take_role`; called by its name, from Serve's controller (`roles.py`)."""
+        self._host.take_role(is_flipped)
+
     @direct.exports_kv
     def take_chunk(self, request_id: str, index: int) -> "Export":
         """It leaves this process by direct transfer only."""
@@ -132,12 +138,23 @@ def spawn_engine(
     resources: EngineResources,
     build: EngineBuilder = build_engine,
     tier: TierSettings | None = None,
+    name: str | None = None,
 ) -> RayEngine:
-    """Start an engine in the second bundle of the calling replica's placement group; it dies with the replica."""
+    """Start an engine in the second bundle of the calling replica's placement group; it dies with the replica.
+
+    Args:
+        config: of the engine.
+        resources: set aside for it.
+        build: makes it.
+        tier: see `EngineActor`.
+        name: by which others find its actor, see `roles.py`; None: they need not.
+    """
     group = ray.util.get_current_placement_group()
     assert group is not None, "a front runs in a placement group of two bundles: itself and its engine"
     actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(EngineActor)
     actor = actor_class.options(
+        name=name,
+        namespace=NAMESPACE,
         num_cpus=resources.num_cpus,
         num_gpus=resources.num_gpus,
         resources=resources.custom,

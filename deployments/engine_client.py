@@ -66,6 +66,10 @@ class EngineClient:
         """Whether the engine was found dead, or given up."""
         return self._death is not None
 
+    def serves(self, request_id: str) -> bool:
+        """Whether somebody listens for a request's events."""
+        return request_id in self._queues
+
     def open(self, request_id: str) -> EventQueue:
         """Start listening for a request's events; before the engine hears of the request."""
         if self._death is not None:

@@ -68,6 +68,7 @@ class EngineHost:
         self._tokens = TokenSender(self._give_up)
         self._loop = EngineLoop(self._engine, self._emit)
         self._tier: EngineTier | None = None
+        self._is_flipped = False
 
     def use_tier(self, store: TierStore, keys: TierKeys, copy_share: float) -> None:
         """From now on give KV to the tier and take it from there; before the first request."""
@@ -131,6 +132,12 @@ class EngineHost:
         """See `EngineTier.give`."""
         return self._tier.give(key) if self._tier is not None else None
 
+    def take_role(self, is_flipped: bool) -> None:
+        """From now on say so, see `EngineStats.is_flipped`: whoever sends requests goes by it. Nothing else changes."""
+        if is_flipped != self._is_flipped:
+            logger.info("this engine %s", "computes prompts for others now" if is_flipped else "decodes again")
+        self._is_flipped = is_flipped
+
     def submit(self, command: Callable[[Engine], T]) -> "Future[T]":
         """Have anything else done between two steps."""
         return self._loop.submit(command)
@@ -150,6 +157,7 @@ class EngineHost:
     def _complete(self, stats: EngineStats) -> EngineStats:
         """With what the engine does not know of itself."""
         stats.num_receivers = self._tokens.num_channels
+        stats.is_flipped = self._is_flipped
         if self._tier is not None:
             self._tier.add_to(stats)
         return stats

@@ -126,6 +126,7 @@ class SpawnedEngine:
         tier: that it shares KV through; None: none.
         tells_planner: Ray Serve carries the engine's numbers to its controller, for the planner.
         metrics: of the replica.
+        may_flip: the planner may tell the engine to compute prompts for others.
     """
 
     config: EngineConfig
@@ -134,19 +135,22 @@ class SpawnedEngine:
     tier: TierSettings | None = None
     tells_planner: bool = False
     metrics: MetricsPlan = field(default_factory=MetricsPlan)
+    may_flip: bool = False
 
     async def start(self) -> EngineFront:
         # Not above: whoever binds the application would load torch with it.
         from deployments.engine_actor import spawn_engine
 
-        engine = spawn_engine(self.config, self.resources, self.build, self.tier)
+        replica = serve.get_replica_context().replica_id.unique_id
+        engine = spawn_engine(
+            self.config, self.resources, self.build, self.tier, name=replica if self.may_flip else None
+        )
         info = await engine.info()
         process = os.pidfd_open(info.pid)  # and not the number, which may become another process's
         client = EngineClient(engine, info, partial(_leave, process))
-        replica = serve.get_replica_context().replica_id.unique_id
         front = EngineFront(client, self.config.max_silence_s, replica, tells_planner=self.tells_planner)
         if self.metrics.to_ray:
-            front.tell_ray(PREFILL if self.config.hands_over else DECODE, self.metrics.vllm_model)
+            front.tell_ray(PREFILL if self.config.hands_over and not self.may_flip else DECODE, self.metrics.vllm_model)
         return front
 
 

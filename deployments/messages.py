@@ -112,11 +112,13 @@ class Route:
         decode: name of the decode replica; empty: any.
         prefill: name of the prefill replica, if one is needed; empty: any.
         min_remote_tokens: one is needed if decode lacks so many tokens of the prompt; None: decode's setting holds.
+        by_peer: the prefill replica is one of the decode pool, see `EngineStats.is_flipped`.
     """
 
     decode: str = ""
     prefill: str = ""
     min_remote_tokens: int | None = None
+    by_peer: bool = False
 
 
 ANYWHERE = Route()
@@ -268,12 +270,7 @@ class HandoffExpired:
 
 @dataclass(frozen=True, slots=True)
 class GivenUp:
-    """An engine cannot go on with a request, and has ended it.
-
-    Attributes:
-        request_id: the request.
-        error: why; see `Ended`.
-    """
+    """An engine cannot go on with a request, and has ended it; for why, see `Ended`."""
 
     request_id: str
     error: KvRelayError

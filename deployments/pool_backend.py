@@ -15,7 +15,7 @@ from deployments.decode_client import DecodeClient
 from deployments.load.admission import Admission, Ticket
 from deployments.load.pool_health import PoolHealth
 from deployments.load.pool_watch import PoolWatch
-from deployments.load.reading import DECODE, PREFILL, Reading
+from deployments.load.reading import DECODE, PREFILL, Reading, by_role
 from deployments.messages import GenerateRequest
 from deployments.ray_errors import as_ours
 from deployments.receipt_log import ReceiptLog, ReceiptStream
@@ -140,7 +140,7 @@ class PoolBackend:
         return await asyncio.to_thread(render, pools, ingresses, self._vllm_model)
 
     async def read_pools(self) -> dict[str, list[ReplicaStats]]:
-        """The numbers of every replica, by the name of its pool, and what its cache has to tell the routers."""
+        """The numbers of every replica, by the pool whose work it does, and what its cache has to tell the routers."""
         return await self._read_pools({name: self._routers.positions(name) for name in self._pools})
 
     def take(self, reading: Reading) -> None:
@@ -158,7 +158,7 @@ class PoolBackend:
             if isinstance(reading, BaseException):
                 raise reading
             pools[name] = reading
-        return pools
+        return by_role(pools)
 
     async def _stats(self, handle: "DeploymentHandle[Any]", read: Positions | None) -> list[ReplicaStats]:
         stats: list[ReplicaStats] = await handle.broadcast("stats", read).results_async(timeout_s=_STATS_TIMEOUT_S)

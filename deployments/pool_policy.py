@@ -1,8 +1,9 @@
 """How Ray Serve follows the planner: autoscaling policies of both pools and the ingress, called in Serve's controller.
 
 They bring what replicas have told (`record_autoscaling_stats`) to the planner of their application. Those of the pools
-answer with what that decides; that of the ingress with what Serve would. They decide nothing themselves. Serve keeps a
-copy of this module for each policy, so what they share lives in `planner/shared.py`.
+answer with what that decides, and tell decode replicas their roles; that of the ingress answers with what Serve would.
+They decide nothing themselves. Serve keeps a copy of this module for each policy, so what they share lives in
+`planner/shared.py`.
 """
 
 from collections.abc import Mapping
@@ -12,11 +13,12 @@ from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
 from ray.serve.config import AutoscalingContext
 
 from deployments.engine.stats import EngineStats
-from deployments.planner.plan import Bounds
 from deployments.planner.settings import PlannerSettings
 from deployments.planner.shared import PoolView, planner_of
+from deployments.planner.state import Bounds
 from deployments.planner.wire import REFUSED, of_numbers
 from deployments.planner_log import publish
+from deployments.roles import tell_roles
 
 
 class PoolPolicy:
@@ -39,6 +41,7 @@ class PoolPolicy:
         target = planner.decide(self._pool, view_of(context), context.current_time or 0.0)
         if (decisions := planner.take_news()) is not None:
             publish(context.app_name or "", decisions)
+        tell_roles(*planner.take_orders())
         if self._settings.dry_run:
             by_default: tuple[int | float, dict[str, Any]] = replica_queue_length_autoscaling_policy(context)
             return by_default

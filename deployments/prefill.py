@@ -1,6 +1,7 @@
 """The prefill pool: computes prompts and hands their KV to a decode engine, chunk by chunk, while it computes on.
 
-Called by decode fronts. Owns every reference to a chunk: when this front or its engine goes, the chunks go.
+Called by decode fronts, which do the same for others where they are told to (`Decode.prefill`). Owns every reference to
+a chunk: when this front or its engine goes, the chunks go.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 from deployments.engine_client import EventQueue
 from deployments.engine_handle import EngineHandle
 from deployments.errors import LayoutMismatchError, TransferError
-from deployments.front import EngineReplica, FrontSource
+from deployments.front import EngineFront, EngineReplica, FrontSource
 from deployments.messages import ChunkArrived, ChunkReady, GenerateRequest, ReplyAddress
 from deployments.receipts import EngineTimes, HandoffReceipt, PrefillReceipt, Timed
 
@@ -70,15 +71,15 @@ class HandoffTimer:
         return HandoffReceipt(self._num_bytes, hidden_s, max(0.0, last_s - self._all_ready_s))
 
 
-class Prefill(EngineReplica):
-    """One prefill replica.
+class PromptComputer:
+    """Has a replica's engine compute prompts for others, and hands them over.
 
     Args:
-        engine: brings its engine into being.
+        front: of the replica.
     """
 
-    async def __init__(self, engine: FrontSource) -> None:  # type: ignore[misc]
-        self._front = await engine.start()
+    def __init__(self, front: EngineFront) -> None:
+        self._front = front
 
     async def prefill(
         self,
@@ -105,9 +106,7 @@ class Prefill(EngineReplica):
             LayoutMismatchError: the engines do not agree on what a block is.
         """
         engine, request_id = self._front.engine, request.request_id
-        # Before anything is computed: the first token goes to the client before its KV, and may be another model's.
-        if kv and kv != engine.info.kv:
-            raise LayoutMismatchError(f"engines disagree on the layout of KV: ours {engine.info.kv}, theirs {kv}")
+        self._check(request_id, kv)
         events = engine.open(request_id)
         keeper = asyncio.create_task(self._keep_leases(request_id, target, events))
         place = asyncio.create_task(_await_place(request_id, target, is_placed))
@@ -141,6 +140,14 @@ class Prefill(EngineReplica):
                 task.cancel()
             engine.close(request_id)
         return Prefilled(False, self._receipt(request, times, handed_over))
+
+    def _check(self, request_id: str, kv: str) -> None:
+        """Refuse what cannot be handed over before anything is computed: its first token goes to the client at once."""
+        engine = self._front.engine
+        if kv and kv != engine.info.kv:
+            raise LayoutMismatchError(f"engines disagree on the layout of KV: ours {engine.info.kv}, theirs {kv}")
+        if engine.serves(request_id):
+            raise TransferError(f"{request_id}: this replica serves it already, and hands prompts over to others alone")
 
     async def _abort(self, request_id: str) -> None:
         """End a hand-off on the engine, and wait for that: the same replica may be asked again at once."""
@@ -209,6 +216,30 @@ class Prefill(EngineReplica):
         else:
             if is_held:
                 events.put(error)
+
+
+class Prefill(EngineReplica):
+    """One prefill replica.
+
+    Args:
+        engine: brings its engine into being.
+    """
+
+    async def __init__(self, engine: FrontSource) -> None:  # type: ignore[misc]
+        self._front = await engine.start()
+        self._prompts = PromptComputer(self._front)
+
+    async def prefill(
+        self,
+        request: GenerateRequest,
+        first_block: int,
+        target: EngineHandle,
+        reply_to: ReplyAddress,
+        kv: str = "",
+        is_placed: bool = True,
+    ) -> Prefilled:
+        """See `PromptComputer.prefill`; decode fronts call it."""
+        return await self._prompts.prefill(request, first_block, target, reply_to, kv, is_placed)
 
 
 async def _await_place(request_id: str, target: EngineHandle, is_placed: bool) -> None:

@@ -26,19 +26,12 @@ class NamedReplicaRouter(FIFOMixin, RequestRouter):
     would wait for ever (Ray 2.60). What does not match goes to whoever waits longest, as with `FIFOMixin`.
     """
 
-    def initialize_state(self, pool: str = "", **_: Any) -> None:
-        """`pool`: which name of a route is meant, `decode` or `prefill`."""
-        self._pool = pool
-
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """The named replica, and behind it the others."""
-        named = [
-            replica
-            for replica in candidate_replicas
-            if replica.replica_id.unique_id == _named(self._pool, pending_request)
-        ]
+        name = _named(pending_request)
+        named = [replica for replica in candidate_replicas if replica.replica_id.unique_id == name]
         others = [replica for replica in candidate_replicas if replica not in named]
         return [named] * _MAX_ASKS * bool(named) + [_two(others or named)]
 
@@ -49,11 +42,15 @@ class NamedReplicaRouter(FIFOMixin, RequestRouter):
         return None
 
 
-def _named(pool: str, pending_request: PendingRequest | None) -> str | None:
-    request = pending_request.args[0] if pending_request is not None and pending_request.args else None
+def _named(pending_request: PendingRequest | None) -> str | None:
+    """By what is asked, not by the pool: replicas of decode may compute prompts for others, too."""
+    if pending_request is None or not pending_request.args:
+        return None
+    request = pending_request.args[0]
     if not isinstance(request, GenerateRequest):
         return None
-    return request.route.decode if pool == "decode" else request.route.prefill
+    is_prefill = pending_request.metadata.call_method == "prefill"
+    return request.route.prefill if is_prefill else request.route.decode
 
 
 def _two(replicas: Sequence[RunningReplica]) -> list[RunningReplica]:

@@ -79,6 +79,7 @@ PLACES = (
     "apart",
     "ray_errors",
     "serve_state",
+    "roles",
     "kv_transfer",
     "kv_tier",
     "tokens",

@@ -64,6 +64,7 @@ class EngineStats:
         prefill_s: seconds that these took.
         finished: sequences that gave their seat back for good, whatever ended them.
         num_receivers: ingress replicas that are connected.
+        is_flipped: of a decode replica: it computes prompts for others for now, and is given none to decode.
         ttft_s: arrival at this engine to first token.
         itl_s: gap between tokens of one sequence.
         drafted_tokens: of each run with drafts how many it tried.
@@ -97,6 +98,7 @@ class EngineStats:
     prefill_s: float = 0.0
     finished: int = 0
     num_receivers: int = 0
+    is_flipped: bool = False
     ttft_s: Histogram = field(default_factory=Histogram)
     itl_s: Histogram = field(default_factory=Histogram)
     drafted_tokens: Histogram = field(default_factory=lambda: Histogram(DRAFT_BUCKETS))

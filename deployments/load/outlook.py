@@ -139,6 +139,10 @@ class PoolReadings:
         self._held = HoldingTime()
         self._add_up(())
 
+    def join(self, name: str, stats: EngineStats) -> None:
+        """An engine that was another pool's is one of this: what it has done so far teaches nothing here."""
+        self._engines[name] = stats
+
     def update(self, engines: Mapping[str, EngineStats], as_of_s: float) -> None:
         """Take a reading.
 

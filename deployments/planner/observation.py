@@ -124,8 +124,10 @@ class Observation:
         at_s: the time.
         decode: the pool that generates.
         prefill: None: colocated.
+        num_flipped: replicas of the decode deployment that are counted with prefill, of which they do the work.
     """
 
     at_s: float
     decode: PoolSeen
     prefill: PoolSeen | None = None
+    num_flipped: int = 0

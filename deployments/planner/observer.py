@@ -57,6 +57,10 @@ class _Replicas:
         for _ in range(min(-num_more, len(self._asked))):
             self._asked.pop()  # what has not come yet is waited for no longer
 
+    def adopt(self, name: str, others: "_Replicas") -> None:
+        """A replica of others does this pool's work now: what it did before is known, and it has not just started."""
+        self.stats[name], self._since_s[name] = others.stats.pop(name), others._since_s.pop(name)
+
     def take(self, engines: Mapping[str, EngineStats], at_s: float) -> list[_Progress]:
         """A reading."""
         is_first = not self._since_s
@@ -167,6 +171,7 @@ class Observer:
         """
         elapsed_s = at_s - self._at_s if self._at_s > -math.inf else 0.0
         self._at_s = at_s
+        self._adopt(reading)
         progress = self._decode.take(reading.pools[DECODE], reading.as_of_s, at_s)
         came = _Came(max(0, sum(_num_seen(p.now) - _num_seen(p.before) for p in progress)), num_refused)
         self._requests.add(came.seen + came.refused if elapsed_s > 0 else 0, elapsed_s)
@@ -181,6 +186,15 @@ class Observer:
             pool = self._prefill
             prefill = PoolSeen(len(pool.replicas.stats), pool.replicas.start_s, pool.prompts, None, pool.tail.value)
         return Observation(at_s, self._see_decode(), prefill)
+
+    def _adopt(self, reading: Reading) -> None:
+        """Replicas that have changed their role since the last reading."""
+        if self._prefill is None:
+            return
+        for name, to, of in ((PREFILL, self._prefill, self._decode), (DECODE, self._decode, self._prefill)):
+            for replica in reading.pools[name].keys() & of.replicas.stats.keys():
+                to.costs.join(replica, of.replicas.stats[replica])
+                to.replicas.adopt(replica, of.replicas)
 
     def _learn_answers(self, progress: list[_Progress], elapsed_s: float) -> None:
         self._decode.tail.pass_time(elapsed_s)

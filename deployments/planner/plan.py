@@ -11,11 +11,13 @@ allow: a prompt that is computed in time is worth nothing if it then waits for a
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
+from deployments.planner.flip import Lack, Side, describe, num_flipped
 from deployments.planner.need import Need, need_of_answers, need_of_prompts
 from deployments.planner.observation import Observation, PoolSeen, Tail
 from deployments.planner.settings import PlannerSettings
+from deployments.planner.state import Bounds, Memory, PoolMemory
 
 # A replica is kept for so many starts after it was needed.
 _HOLD_STARTS = 2.0
@@ -35,73 +37,35 @@ _LEAST_SAMPLES = 100.0
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
-    """Of one pool, as they are set now.
-
-    Attributes:
-        least: replicas.
-        most: replicas.
-        target: what it has or is getting, whoever asked for it.
-    """
-
-    least: int
-    most: int
-    target: int
-
-
-@dataclass(frozen=True, slots=True)
-class PoolMemory:
-    """What is remembered of a pool.
-
-    Attributes:
-        target: what was last decided; None: nothing was.
-        needs: when how many were needed, careful; falling, for an earlier lower one makes no difference.
-        patience: times the hold is longer than it is set.
-        factor: times need is raised.
-        at_s: of all this.
-        removed_s: when a replica was last removed.
-        raised_s: when need was last raised for a bound.
-        changed_s: when the target last changed.
-    """
-
-    target: int | None = None
-    needs: tuple[tuple[float, int], ...] = ()
-    patience: float = 1.0
-    factor: float = 1.0
-    at_s: float = -math.inf
-    removed_s: float = -math.inf
-    raised_s: float = -math.inf
-    changed_s: float = -math.inf
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """What is remembered of both."""
-
-    decode: PoolMemory = field(default_factory=PoolMemory)
-    prefill: PoolMemory = field(default_factory=PoolMemory)
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
-    """Replicas of both pools.
+    """Replicas of both deployments.
 
     Attributes:
         decode: so many.
         prefill: so many; 0: there is no such pool.
         reason: in words.
+        num_flipped: of decode's, that are to compute prompts for others.
     """
 
     decode: int
     prefill: int
     reason: str
+    num_flipped: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Wish:
-    """What one pool would have, were it alone."""
+    """What one pool would have, were it alone.
+
+    Attributes:
+        count: within its bounds.
+        free: whatever its bounds are.
+        held: so many were needed lately, whatever it has.
+    """
 
     count: int
+    free: int
+    held: int
     need: Need
     bounds: Bounds
     cost: float
@@ -120,20 +84,82 @@ def plan(
         memory: what came back the last time.
     """
     decode_bounds, prefill_bounds = bounds
-    decode, decode_memory = _wish_decode(seen, decode_bounds, settings, memory.decode)
+    lent, memory = seen.num_flipped, memory.with_roles(seen.num_flipped)
+    decode, decode_memory = _wish_decode(seen, decode_bounds.shifted(-lent), settings, memory.decode)
     if seen.prefill is None or prefill_bounds is None:
-        chosen, _ = _share(decode, None, settings)
+        chosen, _ = _share(decode, None, settings.max_cost or math.inf)
         alone = _settle(decode_memory, decode, chosen, seen.at_s)
-        return Plan(chosen, 0, _describe("decode", decode, chosen)), Memory(alone, memory.prefill)
-    prefill, prefill_memory = _wish_prefill(seen.prefill, seen.at_s, prefill_bounds, settings, memory.prefill)
-    num_decode, num_prefill = _share(decode, prefill, settings)
+        return Plan(chosen, 0, _describe("decode", decode, chosen)), replace(memory, decode=alone)
+    own_bounds = prefill_bounds.shifted(lent)
+    prefill, prefill_memory = _wish_prefill(seen.prefill, seen.at_s, own_bounds, settings, memory.prefill)
+    lent_cost = lent * (settings.decode_cost - settings.prefill_cost)
+    num_decode, num_prefill = _share(decode, prefill, (settings.max_cost or math.inf) - lent_cost)
     reason = f"{_describe('prefill', prefill, num_prefill)}. {_describe('decode', decode, num_decode)}"
     if (num_decode, num_prefill) != (decode.count, prefill.count):
         reason += f". The budget of {settings.max_cost:g} does not pay for {prefill.count} and {decode.count}"
-    settled = Memory(
-        _settle(decode_memory, decode, num_decode, seen.at_s), _settle(prefill_memory, prefill, num_prefill, seen.at_s)
+    settled = Memory(decode_memory, prefill_memory, lent)
+    if settings.flip:
+        settled = replace(settled, short_since_s=_short_since(seen, prefill, memory))
+        settled, flips = _flip(seen, (decode, num_decode), (prefill, num_prefill), prefill_bounds, settled)
+        reason += flips
+    flipped = settled.num_flipped
+    # As many as do the work of each, but what does prefill's may be of the decode deployment.
+    more = min(max(0, flipped - lent), max(0, prefill.free - num_prefill))  # than its bounds allow it by itself
+    working = min(num_decode, max(1, decode.free)), num_prefill + more
+    num_decode, num_prefill = _deployed(working, flipped, (decode_bounds, prefill_bounds), settings)
+    settled = replace(
+        settled,
+        decode=_settle(decode_memory, decode, num_decode - flipped, seen.at_s),
+        prefill=_settle(prefill_memory, prefill, num_prefill + flipped, seen.at_s),
     )
-    return Plan(num_decode, num_prefill, reason), settled
+    return Plan(num_decode, num_prefill, reason, flipped), settled
+
+
+def _deployed(
+    working: tuple[int, int], flipped: int, bounds: tuple[Bounds, Bounds], settings: PlannerSettings
+) -> tuple[int, int]:
+    """Replicas of both deployments, decode's first, of which so many do the work of each pool."""
+    decode = bounds[0].clamp(working[0] + flipped)
+    prefill = working[1] - flipped
+    if settings.max_cost:  # one that starts in the place of one that goes back may cost more
+        prefill = min(
+            prefill, math.floor((settings.max_cost - decode * settings.decode_cost) / settings.prefill_cost + 1e-9)
+        )
+    return decode, bounds[1].clamp(prefill)
+
+
+def _short_since(seen: Observation, prefill: _Wish, memory: Memory) -> float | None:
+    assert seen.prefill is not None
+    if prefill.held <= seen.prefill.num_ready:
+        return None
+    return seen.at_s if memory.short_since_s is None else memory.short_since_s
+
+
+def _flip(
+    seen: Observation, decode: tuple[_Wish, int], prefill: tuple[_Wish, int], bounds: Bounds, memory: Memory
+) -> tuple[Memory, str]:
+    """How many decode replicas compute prompts from now on, remembered and in words.
+
+    Args:
+        seen: both pools, by what replicas do.
+        decode: what decode would have, and its part of the budget.
+        prefill: likewise.
+        bounds: of the prefill deployment.
+        memory: as it is otherwise.
+    """
+    assert seen.prefill is not None
+    (other, num_decode), (own, num_prefill) = decode, prefill
+    may_start = bounds.target < bounds.most and num_prefill >= own.count
+    lack = Lack(
+        0.0 if memory.short_since_s is None else seen.at_s - memory.short_since_s,
+        seen.prefill.start_s,
+        may_come=may_start or seen.prefill.num_ready < own.bounds.target,
+    )
+    prompts = Side(seen.prefill.num_ready, own.need.num_engines, own.held)
+    answers = Side(seen.decode.num_ready, other.need.num_engines, other.held)
+    before, num_removable = memory.num_flipped, max(0, other.bounds.target - num_decode)
+    count = num_flipped(before, prompts, answers, num_removable, lack)
+    return replace(memory, num_flipped=count), describe(before, count, prompts, answers, lack)
 
 
 def _wish_decode(
@@ -167,8 +193,8 @@ def _wish(
     need = need.times(memory.factor)
     hold_s = hold(settings, pool.start_s) * memory.patience
     needs = _remember(memory.needs, at_s, max(need.num_engines, need.num_careful), hold_s)
-    count = max(need.num_engines, min(bounds.target, needs[0][1]))
-    wish = _Wish(min(max(count, bounds.least), bounds.most), need, bounds, cost, hold_s)
+    free, held = max(need.num_engines, min(bounds.target, needs[0][1])), max(need.num_engines, needs[0][1])
+    wish = _Wish(bounds.clamp(free), free, held, need, bounds, cost, hold_s)
     return wish, replace(memory, needs=needs)
 
 
@@ -216,9 +242,8 @@ def _remember(
     return (*((then, count) for then, count in needs if count > need and at_s - then < hold_s), (at_s, need))
 
 
-def _share(decode: _Wish, prefill: _Wish | None, settings: PlannerSettings) -> tuple[int, int]:
+def _share(decode: _Wish, prefill: _Wish | None, budget: float) -> tuple[int, int]:
     """What both get of the budget, decode's first."""
-    budget = settings.max_cost or math.inf
     if prefill is None:
         affordable = math.inf if budget == math.inf else math.floor(budget / decode.cost + 1e-9)
         return max(decode.bounds.least, min(decode.count, int(min(affordable, decode.count)))), 0

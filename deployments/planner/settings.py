@@ -18,6 +18,8 @@ class PlannerSettings(BaseModel):
         hold_s: a replica is removed once it was not needed for so long, and for twice its start-up time; longer where
             one that was removed was soon needed again.
         start_s: what a replica is taken to need for its start until one was seen to start.
+        flip: decode replicas that have too little to do compute prompts where prefill lacks replicas. Decode engines
+            set memory aside for that, as prefill engines do.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -32,3 +34,4 @@ class PlannerSettings(BaseModel):
     decode_cost: float = Field(default=1.0, gt=0)
     hold_s: float = Field(default=60.0, gt=0)
     start_s: float = Field(default=60.0, ge=0)
+    flip: bool = False

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 
 from deployments.engine.stats import EngineStats
 from deployments.load.reading import DECODE, PREFILL, Reading
+from deployments.planner.flip import choose_flipped
 from deployments.planner.observer import Observer
-from deployments.planner.plan import Bounds, Memory, Plan, plan
+from deployments.planner.plan import Plan, plan
 from deployments.planner.settings import PlannerSettings
+from deployments.planner.state import Bounds, Memory
 
 # Ray Serve's own: its controller writes what this one says, and of others warnings alone.
 logger = logging.getLogger("ray.serve")
@@ -23,6 +25,8 @@ PERIOD_S = 1.0
 # A pool whose policy was not asked while another's was, so many times, is not scaled by it, and nothing is known of it.
 # Not seconds: the controller itself may stand still for some, as when replicas start.
 _MAX_MISSED = 20
+# Beside the pools' names, among what was planned.
+_FLIPPED = "flipped"
 # Of its decisions so many are kept to be shown.
 MAX_DECISIONS = 20
 
@@ -84,6 +88,9 @@ class SharedPlanner:
         self._num_missed: dict[str, int] = {}
         self._decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
         self._is_news = False
+        self._flipped: frozenset[str] = frozenset()  # decode replicas that are to compute prompts
+        self._known: frozenset[str] = frozenset()  # decode replicas of which it was decided
+        self._orders: tuple[list[str], list[str]] = ([], [])
 
     def take_news(self) -> Sequence[Decision] | None:
         """Its last decisions, the newest at the end, if there is one that was not asked for yet."""
@@ -128,35 +135,60 @@ class SharedPlanner:
 
     def _decide(self, names: list[str], at_s: float) -> None:
         views = {name: self._views[name] for name in names}
-        reading = Reading(
-            {name: view.engines for name, view in views.items()}, min(view.as_of_s for view in views.values())
-        )
+        flipped = self._note_roles(views[DECODE].engines)
+        engines = {name: dict(view.engines) for name, view in views.items()}
+        if flipped:
+            engines[PREFILL] |= {name: engines[DECODE].pop(name) for name in flipped}
+        reading = Reading(engines, min(view.as_of_s for view in views.values()))
         seen = self._observer.observe(reading, at_s, self._num_refused)
         self._num_refused = 0
+        seen = replace(seen, num_flipped=len(flipped))
         memory = self._memory
         if self.settings.dry_run:
             # Nobody follows: what there is was not set by hand.
-            memory = Memory(
-                replace(memory.decode, target=views[DECODE].bounds.target),
-                replace(memory.prefill, target=views[PREFILL].bounds.target if PREFILL in views else None),
+            memory = replace(
+                memory,
+                decode=replace(memory.decode, target=views[DECODE].bounds.target),
+                prefill=replace(memory.prefill, target=views[PREFILL].bounds.target if PREFILL in views else None),
+                num_flipped=0,
             )
         prefill = views[PREFILL].bounds if PREFILL in views else None
         decided, self._memory = plan(seen, (views[DECODE].bounds, prefill), self.settings, memory)
         self._follow(decided, views, at_s)
 
+    def _note_roles(self, engines: Mapping[str, EngineStats]) -> frozenset[str]:
+        """The decode replicas that compute prompts: as was decided, and those of which nothing was, as they say."""
+        told = {name for name, stats in engines.items() if stats.is_flipped}
+        if self.settings.flip:
+            self._flipped = frozenset((self._flipped & engines.keys()) | (told - self._known))
+            self._known = frozenset(engines)
+        return self._flipped
+
+    def take_orders(self) -> tuple[list[str], list[str]]:
+        """Decode replicas that are to be told to compute prompts, and to decode; each decision says it again."""
+        orders, self._orders = self._orders, ([], [])
+        return orders
+
+    def _order_roles(self, count: int, engines: Mapping[str, EngineStats]) -> None:
+        self._flipped = choose_flipped(self._flipped, engines, count)
+        told = {name for name, stats in engines.items() if stats.is_flipped}
+        self._orders = sorted(self._flipped - told), sorted(told - self._flipped)
+
     def _follow(self, decided: Plan, views: Mapping[str, PoolView], at_s: float) -> None:
         targets = {DECODE: decided.decode} | ({PREFILL: decided.prefill} if PREFILL in views else {})
         is_change = any(target != views[name].bounds.target for name, target in targets.items())
-        if targets != self._targets:
+        planned = targets | {_FLIPPED: decided.num_flipped}
+        if planned != self._targets:
             before = {name: view.bounds.target for name, view in views.items()}
             self._decisions.append(Decision(at_s, before, targets, decided.reason, self.settings.dry_run))
             self._is_news = True
-        if is_change and targets != self._targets:
+        if (is_change or decided.num_flipped != len(self._flipped)) and planned != self._targets:
             logger.info("%s%s", "dry run, nothing is done: " if self.settings.dry_run else "", decided.reason)
         if not self.settings.dry_run:
+            self._order_roles(decided.num_flipped, views[DECODE].engines)
             for name, target in targets.items():
                 self._observer.note_asked(name, target - views[name].bounds.target, at_s)
-        self._targets = targets
+        self._targets = planned
 
 
 _planners: dict[str, SharedPlanner] = {}

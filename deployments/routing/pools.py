@@ -89,6 +89,7 @@ class PoolRouters:
         self._decode = Router.for_decode(settings, Costs(UNMEASURED_TOKEN_S))
         self._prefill = None if crossover is None else Router.for_prefill(settings)
         self._routers = {DECODE: self._decode} | ({} if self._prefill is None else {PREFILL: self._prefill})
+        self._peers: frozenset[str] = frozenset()  # replicas of the decode pool that compute prompts for others
         self._costs = DecodeCosts() if crossover is None else DecodeCosts(crossover.goals.itl_s)
         self._tier = TierCost()
         self.choices: Counter[tuple[str, Reason]] = Counter()
@@ -98,7 +99,13 @@ class PoolRouters:
 
     def positions(self, pool: str) -> Positions | None:
         """What to ask the replicas of a pool with; None: there is nothing to choose, so what they have is all one."""
-        return self._routers[pool].positions() if self._has_choice else None
+        if not self._has_choice:
+            return None
+        positions = self._routers[pool].positions()
+        if pool == DECODE and self._peers:
+            elsewhere = self._routers[PREFILL].positions()
+            positions |= {name: read for name, read in elsewhere.items() if name in self._peers}
+        return positions
 
     @property
     def num_open(self) -> int:
@@ -113,13 +120,20 @@ class PoolRouters:
             for pool, replicas in reading.replicas.items()
         }
         decode, prefill = pools[DECODE], pools.get(PREFILL, {})
+        self._peers = frozenset(name for name, replica in prefill.items() if replica.engine.is_flipped)
         num_routers = max([1, *(replica.engine.num_receivers for replica in decode.values())])
+        pools = {pool: self._without_moved_caches(pool, replicas) for pool, replicas in pools.items()}
         for pool, replicas in pools.items():
             self._routers[pool].update(_reports(replicas), reading.as_of_s, now_s, num_routers)
         self._learn_costs(decode, prefill, reading.as_of_s)
         self._tier.update({name: replica.engine for name, replica in (decode | prefill).items()})
         for router in self._routers.values():
             router.costs = replace(router.costs, tier_token_s=self._tier.token_s)
+
+    def _without_moved_caches(self, pool: str, replicas: dict[str, ReplicaStats]) -> dict[str, ReplicaStats]:
+        """What a replica has cached that does another pool's work now is told anew: what came is what had changed."""
+        others = {name for other, router in self._routers.items() if other != pool for name in router.replicas}
+        return {name: replace(replica, cache=None) if name in others else replica for name, replica in replicas.items()}
 
     def _learn_costs(
         self, decode: Mapping[str, ReplicaStats], prefill: Mapping[str, ReplicaStats], as_of_s: float
@@ -160,7 +174,8 @@ class PoolRouters:
             routed.append(self._prefill.send(prompt, prefill, now_s))
             self._note(PREFILL, request_id, prefill)
         # Also where decode is to compute the prompt: should it have forgotten it, the choice is made.
-        route = Route(decode.replica, prefill.replica if prefill is not None else "", threshold)
+        name = prefill.replica if prefill is not None else ""
+        route = Route(decode.replica, name, threshold, by_peer=name in self._peers)
         return RoutedRequest(route, tuple(routed), self._clock)
 
     def is_remote(self, num_tokens: int) -> bool:
@@ -190,7 +205,8 @@ class PoolRouters:
     @property
     def _has_choice(self) -> bool:
         is_measured = self._crossover is not None and self._crossover.min_tokens is None
-        return self._is_on and (is_measured or any(len(router.replicas) > 1 for router in self._routers.values()))
+        has_roles = is_measured or bool(self._peers)
+        return self._is_on and (has_roles or any(len(router.replicas) > 1 for router in self._routers.values()))
 
     def lost(self, route: Route) -> None:
         """The decode replica that a request was sent to is gone, until it is heard of again."""

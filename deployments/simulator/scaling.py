@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.planner.observer import Observer
-from deployments.planner.plan import Bounds, Memory, plan
+from deployments.planner.plan import plan
 from deployments.planner.settings import PlannerSettings
+from deployments.planner.state import Bounds, Memory
 from deployments.simulator.pools import PoolState
 
 

@@ -21,6 +21,7 @@ _GAUGES = {
     "max_sequences": ("max_num_seqs", "Sequences that can be reserved or running at once."),
     "kv_blocks": ("num_blocks", "KV blocks in the pool."),
     "kv_blocks_used": ("num_used_blocks", "KV blocks held by sequences."),
+    "flipped": ("is_flipped", "1: a replica of the decode deployment that computes prompts for others now."),
     "exported_blocks": ("num_exported_blocks", "KV blocks copied out for a hand-off and not yet released."),
 }
 _COUNTERS = {

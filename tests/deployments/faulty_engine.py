@@ -98,6 +98,10 @@ class FaultyEngine(LocalEngine):
         keys = TierKeys(layout, OBJECT_BLOCKS * layout.bytes_per_block)
         self._host.use_tier(LocalStore(tier, self._host.give), keys, copy_share=1.0)
 
+    def take_role(self, is_flipped: bool) -> None:
+        """As the planner tells it."""
+        self._host.take_role(is_flipped)
+
     def hang(self) -> None:
         """As if the process had been stopped: it answers nothing and tells nothing, until `goes_on` is set."""
         self.goes_on.clear()

@@ -60,17 +60,17 @@ class Call:
 class Handle:
     """A Serve handle: a call goes to the replica that it is meant for, else to the first one not known to be dead."""
 
-    def __init__(self, replicas: list[Replica], pool: str, method: str = "") -> None:
+    def __init__(self, replicas: list[Replica], method: str = "") -> None:
         self._replicas = replicas
-        self._pool = pool
         self._method = method
 
     def __getattr__(self, method: str) -> "Handle":
-        return Handle(self._replicas, self._pool, method)
+        return Handle(self._replicas, method)
 
     def remote(self, *args: Any) -> Call:
         alive = [replica for replica in self._replicas if not replica.front.engine.is_dead]
-        name = getattr(args[0].route, self._pool) if args and isinstance(args[0], GenerateRequest) else ""
+        named_by = PREFILL if self._method == "prefill" else DECODE
+        name = getattr(args[0].route, named_by) if args and isinstance(args[0], GenerateRequest) else ""
         named = [replica for replica in alive if replica.name == name]
         return Call(getattr((named or alive or self._replicas)[0].deployment, self._method)(*args))
 
@@ -149,9 +149,13 @@ class Pools:
             return Replica(name, deployment, front.fronts[0], front.engine)
 
         pools.prefills = [await replica(f"p{i}", Prefill) for i in range(num_prefill)]
-        prefill_handle: Any = Handle(pools.prefills, PREFILL)
-        pools.decodes = [await replica(f"d{i}", Decode, prefill_handle, min_tokens, False) for i in range(num_decode)]
-        decode_handle: Any = Handle(pools.decodes, DECODE)
+        prefill_handle: Any = Handle(pools.prefills)
+        pools.decodes = []
+        decode_handle: Any = Handle(pools.decodes)
+        for i in range(num_decode):
+            pools.decodes.append(
+                await replica(f"d{i}", Decode, prefill_handle, min_tokens, False, lambda: decode_handle)
+            )
         pools.engines = [replica.engine for replica in pools.prefills + pools.decodes]
         pools.tokens = await TokenReceiver.start("127.0.0.1", max_unread_tokens)
         bounds = Bounds(max_ttft_s=30.0, max_queued_tokens=10_000, min_remote_tokens=min_tokens)

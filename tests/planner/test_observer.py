@@ -184,3 +184,23 @@ def test_a_replica_that_goes_or_starts_anew_takes_nothing_back():
     del pools.engines[DECODE]["decode1"]
     rate = pools.seen.decode.answers.requests.slow
     assert 0 < pools.read().decode.answers.requests.slow <= rate
+
+
+def test_a_replica_that_changes_its_role_has_not_started_and_what_it_did_before_has_not_come():
+    pools = Pools(num_decode=2)
+    pools.observer.note_asked(PREFILL, 1, pools.now_s)
+    for _ in range(60):
+        pools.prompts(computed=800)
+        for name in ("decode0", "decode1"):
+            engine = pools.engines[DECODE][name]
+            engine.prompt_tokens += 1000
+            engine.prefill_steps += 1
+            engine.prefill_s += 1000 * 10 * TOKEN_S
+        pools.read()
+    pools.engines[PREFILL]["decode1"] = pools.engines[DECODE].pop("decode1")
+    pools.prompts(computed=800)
+    seen = pools.read()
+    assert seen.prefill.num_ready == 2 and seen.decode.num_ready == 1
+    assert seen.prefill.start_s == SETTINGS.start_s, "the one that was asked for has not come"
+    assert seen.prefill.prompts.tokens.slow == pytest.approx(800)
+    assert seen.prefill.prompts.token_s == pytest.approx(TOKEN_S, rel=0.02)

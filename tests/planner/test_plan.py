@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from deployments.planner.flow import Flow, Rate
 from deployments.planner.need import need_of_answers, need_of_prompts, prompt_engines
 from deployments.planner.observation import Answers, GapCurve, Observation, PoolSeen, Prompts, Tail
-from deployments.planner.plan import Bounds, Memory, hold, plan
+from deployments.planner.plan import hold, plan
 from deployments.planner.settings import PlannerSettings
+from deployments.planner.state import Bounds, Memory
 
 SETTINGS = PlannerSettings(ttft_s=2.0, itl_s=0.05, hold_s=60.0)
 GAPS = GapCurve(step_s=0.006, sequence_s=0.0003)

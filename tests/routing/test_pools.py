@@ -7,7 +7,7 @@ import pytest
 from deployments.engine.scheduling.cache_log import CacheLog
 from deployments.engine.scheduling.positions import SwitchedPositions
 from deployments.engine.stats import EngineStats
-from deployments.load.reading import DECODE, PREFILL, Reading
+from deployments.load.reading import DECODE, PREFILL, Reading, by_role
 from deployments.messages import ANYWHERE, GenerateRequest, SamplingParams
 from deployments.replica_stats import HandoffStats, ReplicaStats
 from deployments.routing.costs import UNMEASURED_TOKEN_S
@@ -54,7 +54,7 @@ class Pools:
                 ReplicaStats(name, engine, HandoffStats(), self.ages.get(name, 0.0), caches[name])
                 for name, engine in engines.items()
             ]
-        self.routers.update(Reading.of(replicas, self.now_s))
+        self.routers.update(Reading.of(by_role(replicas), self.now_s))
 
     def know(self) -> None:
         """Who the replicas are is read first, and then what they have."""
@@ -252,3 +252,41 @@ def test_engines_that_have_said_nothing_yet_are_not_chosen() -> None:
     pools.engines[DECODE]["d1"] = EngineStats()
     pools.know()
     assert pools.routers.route(request(SESSION)).route == ANYWHERE
+
+
+def flipped(pools: Pools, name: str, is_flipped: bool = True) -> None:
+    """A replica of decode changes its role, and all are read."""
+    pools.engines[DECODE][name] = replace(IDLE, is_flipped=is_flipped)
+    pools.know()
+
+
+def test_a_flipped_replica_is_chosen_for_prompts_and_named_as_one_of_decode() -> None:
+    pools = Pools()
+    pools.engines[PREFILL] = {}
+    pools.know()
+    flipped(pools, "d1")
+    for number in range(4):
+        route = pools.routers.route(request(tuple(range(number, number + 400)))).route
+        assert (route.decode, route.prefill, route.by_peer) == ("d0", "d1", True)
+    flipped(pools, "d1", is_flipped=False)
+    assert {pools.routers.route(request((n,) * 40)).route.decode for n in range(20)} == {"d0", "d1"}
+    assert pools.routers.route(request(tuple(range(400)))).route.prefill == ""
+
+
+def test_a_prefill_replica_is_no_peer() -> None:
+    pools = Pools()
+    pools.know()
+    flipped(pools, "d1")
+    routes = [pools.routers.route(request((n,) * 400)).route for n in range(20)]
+    assert {(route.prefill, route.by_peer) for route in routes} == {("p0", False), ("p1", False), ("d1", True)}
+
+
+def test_what_a_replica_has_cached_is_known_after_it_has_changed_its_role() -> None:
+    pools = Pools()
+    pools.holds("d1", PromptHashes(SESSION))
+    pools.know()
+    pools.holds("d1", PromptHashes(range(5000, 5160)))
+    flipped(pools, "d1")
+    routed = pools.routers.route(request((*SESSION, *range(300))))
+    assert routed.route.prefill == "d1"
+    assert pools.routers.promised_tokens == {DECODE: 0, PREFILL: 1600}

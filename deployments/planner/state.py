@@ -1,0 +1,78 @@
+"""What a plan begins with: the bounds of both deployments, and what is remembered of the plans before."""
+
+import math
+from dataclasses import dataclass, field, replace
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Of one pool, as they are set now.
+
+    Attributes:
+        least: replicas.
+        most: replicas.
+        target: what it has or is getting, whoever asked for it.
+    """
+
+    least: int
+    most: int
+    target: int
+
+    def shifted(self, count: int) -> "Bounds":
+        """Of those that do a pool's work, where so many more do than its deployment has; one decode replica remains."""
+        return Bounds(max(self.least + count, min(self.least, 1)), self.most + count, self.target + count)
+
+    def clamp(self, count: int) -> int:
+        """The nearest that is allowed."""
+        return min(max(count, self.least), self.most)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolMemory:
+    """What is remembered of a pool.
+
+    Attributes:
+        target: what was last decided; None: nothing was.
+        needs: when how many were needed, careful; falling, for an earlier lower one makes no difference.
+        patience: times the hold is longer than it is set.
+        factor: times need is raised.
+        at_s: of all this.
+        removed_s: when a replica was last removed.
+        raised_s: when need was last raised for a bound.
+        changed_s: when the target last changed.
+    """
+
+    target: int | None = None
+    needs: tuple[tuple[float, int], ...] = ()
+    patience: float = 1.0
+    factor: float = 1.0
+    at_s: float = -math.inf
+    removed_s: float = -math.inf
+    raised_s: float = -math.inf
+    changed_s: float = -math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What is remembered of both.
+
+    Attributes:
+        num_flipped: as was decided last.
+        short_since_s: since when prefill has had fewer replicas than it needs, or did a while ago; None: it has enough.
+    """
+
+    decode: PoolMemory = field(default_factory=PoolMemory)
+    prefill: PoolMemory = field(default_factory=PoolMemory)
+    num_flipped: int = 0
+    short_since_s: float | None = None
+
+    def with_roles(self, num_flipped: int) -> "Memory":
+        """Where flipped replicas are gone: what that changes, nobody has set."""
+        num_gone = self.num_flipped - num_flipped
+        if not num_gone or self.decode.target is None or self.prefill.target is None:
+            return self
+        return replace(
+            self,
+            decode=replace(self.decode, target=self.decode.target + num_gone),
+            prefill=replace(self.prefill, target=self.prefill.target - num_gone),
+        )
