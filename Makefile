@@ -43,7 +43,7 @@ SOURCES := app deployments tests load_tests
 .PHONY: help serve stop status test fuzz check format load-test advise clean \
 	bench-engine bench-host-step bench-gpu bench-gpu-handoff bench-two-gpus bench-beside-vllm bench-handoff bench-serving \
 	bench-interference bench-overload bench-leaving bench-chaos bench-soak bench-router bench-prefix bench-tier bench-structured bench-planner \
-	bench-speculation bench-page bench-simulator bench-autoscale screenshots
+	bench-speculation bench-page bench-simulator bench-autoscale bench-flip screenshots
 
 help: ## List the targets.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 24
@@ -117,6 +117,9 @@ bench-soak: $(DEV) ## Load a service for long: memory, threads, descriptors, blo
 
 bench-router: $(DEV) ## Route a trace to modelled engines: reuse, load, and what a decision costs. ARGS= is passed on.
 	@$(PY) -m tests.bench.router.bench_router $(ARGS)
+
+bench-flip: $(DEV) ## How soon a decode replica computes prompts for others, and decodes again. ARGS= is passed on.
+	@$(PY) -m tests.bench.bench_flip $(ARGS)
 
 bench-planner: $(DEV) ## Replicas by the planner, fixed and by Ray Serve, on modelled engines. ARGS= is passed on.
 	@$(PY) -m tests.bench.planner.bench_planner $(ARGS)

@@ -26,6 +26,7 @@ from app.ports import free_ports
 from deployments.engine.model.files import BUNDLED_MODEL
 from deployments.engine.model.resolve import resolve_model
 from deployments.errors import EngineDeadError
+from deployments.planner.settings import PlannerSettings
 from deployments.ray_errors import as_ours
 from deployments.replica_stats import ReplicaStats
 from tests.api.fakes import build_tokenizer
@@ -235,6 +236,8 @@ def scaled(services: dict[str, Service], tmp_path_factory: pytest.TempPathFactor
             "decode": size | {"graceful_shutdown_timeout_s": DECODE_SHUTDOWN_S},
         }
     )
+    # Without the planner: the tests themselves tell decode replicas to compute prompts.
+    args = args.model_copy(update={"planner": PlannerSettings(flip=True)})
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(scaling.VARIABLE, str(scaled.path))
         serve.run(scaling.graph(args), name=name, route_prefix=f"/{name}")
