@@ -87,6 +87,10 @@ class AppConfig(BaseModel):
         return config
 
     def _check_pools(self) -> None:
+        if self.decode.min_replicas == 0:
+            raise ConfigError(
+                "decode.min_replicas=0: must be at least 1, for without a decode replica nothing is served"
+            )
         if self.tier.is_on and not self.engine_config("decode").enable_prefix_caching:
             raise ConfigError("tier.max_bytes: with engine.enable_prefix_caching=false nothing fetches from the tier")
         if self.mode == "colocated":
@@ -95,6 +99,8 @@ class AppConfig(BaseModel):
             if idle:
                 raise ConfigError(f"mode=colocated has no prefill pool; leave out {' and '.join(sorted(idle))}")
             return
+        if self.prefill.min_replicas == 0:
+            self._check_no_prefill()
         prefill, decode = self.engine_config("prefill"), self.engine_config("decode")
         for name in ("block_size", "dtype"):
             values = getattr(prefill, name), getattr(decode, name)
@@ -103,6 +109,18 @@ class AppConfig(BaseModel):
                     f"prefill.engine.{name}={values[0]} and decode.engine.{name}={values[1]}: KV blocks move from one "
                     f"to the other, so both must be the same; set engine.{name}"
                 )
+
+    def _check_no_prefill(self) -> None:
+        """Refuse that there may be no prefill replica where nobody would start one, or ask for one in vain."""
+        needs = {
+            "planner.enabled=true, for Ray Serve starts none that nobody asks for": self.planner.enabled,
+            "planner.dry_run=false, likewise": not self.planner.dry_run,
+            "routing.by_prefix=true, for whoever sends prompts must know that there is none": self.routing.by_prefix,
+            "parity_check=false, for there may be none to compare tokens with": not self.parity_check,
+        }
+        for need, is_so in needs.items():
+            if not is_so:
+                raise ConfigError(f"prefill.min_replicas=0: needs {need}")
 
     def pool(self, pool: Pool) -> PoolConfig:
         """Return the settings of one pool."""

@@ -56,7 +56,7 @@ class ReplicaConfig(BaseModel):
     """How many replicas a deployment has and where they run.
 
     Attributes:
-        min_replicas: replicas kept at all times; at least 1, for with none nothing reports the load that needs one.
+        min_replicas: replicas kept at all times; at least 1, but of prefill, of which the planner may need none.
         initial_replicas: replicas at the start; else `min_replicas`.
         max_replicas: replicas at most.
         autoscaling_config: other fields of Ray Serve's AutoscalingConfig, such as `upscale_delay_s`.
@@ -182,6 +182,7 @@ class PoolConfig(ReplicaConfig):
         engine: what differs from the shared `engine.*` in this pool.
     """
 
+    min_replicas: int = Field(default=1, ge=0, le=_MAX_COUNT)
     # What waits shall wait in the engines, which know of priorities and lengths, and tell how much it is.
     max_ongoing_requests: int = Field(default=4096, ge=1, le=_MAX_COUNT)
     num_cpus: Amount = Field(default=0.8, gt=0, le=_MAX_CPUS)

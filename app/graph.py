@@ -28,7 +28,7 @@ def graph(args: AppConfig) -> Application:
     decode = _deploy(Decode, args, "decode").bind(
         _engine(args, "decode"),
         prefill,
-        default_tokens(args.min_remote_prefill_tokens),
+        _least_remote(args),
         args.parity_check,
         own_deployment if args.planner.flip else None,
     )
@@ -62,7 +62,13 @@ def ingress_settings(args: AppConfig) -> IngressSettings:
 
 
 def _crossover(args: AppConfig) -> Crossover:
-    return Crossover(Goals(args.planner.ttft_s, args.planner.itl_s), args.min_remote_prefill_tokens)
+    goals = Goals(args.planner.ttft_s, args.planner.itl_s)
+    return Crossover(goals, args.min_remote_prefill_tokens, args.prefill.min_replicas == 0)
+
+
+def _least_remote(args: AppConfig) -> int | None:
+    """What a decode replica goes by that is not told where a prompt is to be computed."""
+    return None if args.prefill.min_replicas == 0 else default_tokens(args.min_remote_prefill_tokens)
 
 
 def _deploy(cls: type, args: AppConfig, name: Pool | Literal["ingress"]) -> Deployment:

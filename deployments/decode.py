@@ -47,12 +47,12 @@ class RemotePrefill:
     Args:
         handle: of the prefill deployment.
         min_tokens: prompts with fewer uncached tokens are computed by the decode engine itself, unless their route says
-            otherwise.
+            otherwise; None: all are, for there may be no prefill replica.
         peers: handle of the decode deployment, of which replicas may compute prompts as well; None: they never do.
     """
 
     def __init__(
-        self, handle: "DeploymentHandle[Any]", min_tokens: int, peers: "DeploymentHandle[Any] | None" = None
+        self, handle: "DeploymentHandle[Any]", min_tokens: int | None, peers: "DeploymentHandle[Any] | None" = None
     ) -> None:
         self._handle = handle
         self._min_tokens = min_tokens
@@ -140,7 +140,7 @@ class Decode(EngineReplica):
         self,
         engine: FrontSource,
         prefill: "DeploymentHandle[Any] | None",
-        min_tokens: int,
+        min_tokens: int | None,
         parity_check: bool,
         peers: "Callable[[], DeploymentHandle[Any]] | None" = None,
     ) -> None:

@@ -159,6 +159,7 @@ class Ingress:
             partial(self._ask_all, "ingress_stats"),
             settings.metrics.vllm_model,
             self._view,
+            may_lack_prefill=settings.crossover is not None and settings.crossover.may_lack_pool,
         )
         if settings.metrics.to_ray:
             self._telling_ray = asyncio.create_task(tell_ray(self._families))

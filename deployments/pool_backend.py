@@ -17,7 +17,7 @@ from deployments.load.pool_health import PoolHealth
 from deployments.load.pool_watch import PoolWatch
 from deployments.load.reading import DECODE, PREFILL, Reading, by_role
 from deployments.messages import GenerateRequest
-from deployments.ray_errors import as_ours
+from deployments.ray_errors import as_ours, is_nobody_there
 from deployments.receipt_log import ReceiptLog, ReceiptStream
 from deployments.receipts import Receipt
 from deployments.replica_stats import Positions, ReplicaStats
@@ -52,6 +52,7 @@ class PoolBackend:
         ask_peers: all ingress replicas for their numbers; None: there is this one alone.
         vllm_model: see `render`.
         view: shows the service to those who look; None: with nothing but numbers.
+        may_lack_prefill: there may be no prefill replica.
     """
 
     def __init__(
@@ -67,9 +68,13 @@ class PoolBackend:
         ask_peers: Ask | None = None,
         vllm_model: str | None = None,
         view: LiveView | None = None,
+        *,
+        may_lack_prefill: bool = False,
     ) -> None:
         self._pools = {DECODE: decode} if prefill is None else {PREFILL: prefill, DECODE: decode}
-        self.pool_health = PoolHealth({name: partial(_be_ready, handle) for name, handle in self._pools.items()})
+        self._may_lack = frozenset([PREFILL] if may_lack_prefill else [])
+        asked = {name: handle for name, handle in self._pools.items() if name not in self._may_lack}
+        self.pool_health = PoolHealth({name: partial(_be_ready, handle) for name, handle in asked.items()})
         self._tokens = tokens
         self._admission = admission
         self._routers = routers
@@ -155,6 +160,8 @@ class PoolBackend:
         readings = await asyncio.gather(*asked, return_exceptions=True)
         pools: dict[str, list[ReplicaStats]] = {}
         for name, reading in zip(self._pools, readings, strict=True):
+            if isinstance(reading, Exception) and name in self._may_lack and is_nobody_there(reading):
+                reading = []
             if isinstance(reading, BaseException):
                 raise reading
             pools[name] = reading

@@ -7,6 +7,11 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from deployments.errors import EngineDeadError, KvRelayError, OverloadedError, brief
 
 
+def is_nobody_there(error: Exception) -> bool:
+    """Whether a call to all replicas of a deployment has found that it has none."""
+    return isinstance(error, DeploymentUnavailableError)
+
+
 def as_ours(error: Exception) -> Exception:
     """The error as it was raised in the pool; the loss of a replica becomes `EngineDeadError`."""
     cause = error.cause if isinstance(error, RayTaskError) else error

@@ -16,7 +16,7 @@ of the many-server queue with peaked arrivals (Whitt 1992).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deployments.planner.flow import Rate
 from deployments.planner.observation import Answers, PoolSeen, Prompts
@@ -34,6 +34,10 @@ _GROWTH = 4.0
 _LATE = 0.5
 # Of the bound, that is left to wait however long prompts themselves take.
 _LEAST_WAIT_SHARE = 0.25
+
+
+# Engines' worth of prompts that decode engines compute beside their sequences, where there may be no prefill engine.
+_LEAST_WORK = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,16 @@ def need_of_prompts(prompts: Prompts, seen: PoolSeen, num_starting: int, setting
         f"{engines(now):.2f}"
     )
     return Need(engines(now), engines(_careful(work)), burst, why)
+
+
+def unless_decode_can(need: Need, prompts: Prompts) -> Need:
+    """What prompts need, where there may be no engine for them: none for so few that decode hardly notices them."""
+    return replace(
+        need,
+        lasting=need.lasting if prompts.work.now >= _LEAST_WORK else 0.0,
+        careful=need.careful if _careful(prompts.work) >= _LEAST_WORK else 0.0,
+        burst=need.burst if prompts.token_s else 0.0,  # before decode has computed any, nothing is known of them
+    )
 
 
 def need_of_answers(answers: Answers, seen: PoolSeen, num_starting: int, settings: PlannerSettings) -> Need:

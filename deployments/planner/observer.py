@@ -9,7 +9,7 @@ contacts. Pure: no clock.
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deployments.engine.stats import EngineStats
 from deployments.load.decode_steps import decode_steps_between
@@ -48,6 +48,7 @@ class _Replicas:
     def __init__(self, start_s: float) -> None:
         self.stats: dict[str, EngineStats] = {}
         self._since_s: dict[str, float] = {}
+        self._is_first = True
         self._asked: deque[float] = deque()
         self._starts: deque[float] = deque(maxlen=_NUM_STARTS)
         self._unseen_start_s = start_s
@@ -63,7 +64,7 @@ class _Replicas:
 
     def take(self, engines: Mapping[str, EngineStats], at_s: float) -> list[_Progress]:
         """A reading."""
-        is_first = not self._since_s
+        is_first, self._is_first = self._is_first, False
         old = self.stats
         for name in engines.keys() - self._since_s.keys():
             self._since_s[name] = -math.inf if is_first else at_s
@@ -177,15 +178,25 @@ class Observer:
         self._requests.add(came.seen + came.refused if elapsed_s > 0 else 0, elapsed_s)
         self._learn_answers(progress, elapsed_s)
         computed, found = _computed(progress)
-        self._decode.take_prompts(
-            computed, found if self._prefill is None else 0, self._decode.queued_here(), came, elapsed_s, at_s
-        )
-        prefill = None
-        if self._prefill is not None:
+        queued = self._decode.queued_here()
+        if self._prefill is None:
+            self._decode.take_prompts(computed, found, queued, came, elapsed_s, at_s)
+            return Observation(at_s, self._see_decode())
+        if reading.pools[PREFILL]:
+            self._decode.take_prompts(computed, 0, queued, came, elapsed_s, at_s)
             self._take_prefill(self._prefill, reading, came, elapsed_s, at_s)
-            pool = self._prefill
-            prefill = PoolSeen(len(pool.replicas.stats), pool.replicas.start_s, pool.prompts, None, pool.tail.value)
-        return Observation(at_s, self._see_decode(), prefill)
+        else:
+            # Decode computes them all; what they would keep busy is prefill's to tell.
+            self._decode.take_prompts(0, 0, 0, came, elapsed_s, at_s)
+            self._prefill.take({}, reading.as_of_s, at_s)
+            self._prefill.take_prompts(computed, found, queued, came, elapsed_s, at_s)
+        return Observation(at_s, self._see_decode(), self._see_prefill(self._prefill))
+
+    def _see_prefill(self, pool: _Pool) -> PoolSeen:
+        prompts, engines = pool.prompts, pool.replicas.stats
+        if not engines and not prompts.token_s:
+            prompts = replace(prompts, token_s=self._decode.prompts.token_s)
+        return PoolSeen(len(engines), pool.replicas.start_s, prompts, None, pool.tail.value)
 
     def _adopt(self, reading: Reading) -> None:
         """Replicas that have changed their role since the last reading."""

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass, replace
 
 from deployments.planner.flip import Lack, Side, describe, num_flipped
-from deployments.planner.need import Need, need_of_answers, need_of_prompts
+from deployments.planner.need import Need, need_of_answers, need_of_prompts, unless_decode_can
 from deployments.planner.observation import Observation, PoolSeen, Tail
 from deployments.planner.settings import PlannerSettings
 from deployments.planner.state import Bounds, Memory, PoolMemory
@@ -91,7 +91,10 @@ def plan(
         alone = _settle(decode_memory, decode, chosen, seen.at_s)
         return Plan(chosen, 0, _describe("decode", decode, chosen)), replace(memory, decode=alone)
     own_bounds = prefill_bounds.shifted(lent)
-    prefill, prefill_memory = _wish_prefill(seen.prefill, seen.at_s, own_bounds, settings, memory.prefill)
+    may_lack = prefill_bounds.least == 0
+    prefill, prefill_memory = _wish_prefill(
+        seen.prefill, seen.at_s, own_bounds, settings, memory.prefill, may_lack=may_lack
+    )
     lent_cost = lent * (settings.decode_cost - settings.prefill_cost)
     num_decode, num_prefill = _share(decode, prefill, (settings.max_cost or math.inf) - lent_cost)
     reason = f"{_describe('prefill', prefill, num_prefill)}. {_describe('decode', decode, num_decode)}"
@@ -138,14 +141,9 @@ def _short_since(seen: Observation, prefill: _Wish, memory: Memory) -> float | N
 def _flip(
     seen: Observation, decode: tuple[_Wish, int], prefill: tuple[_Wish, int], bounds: Bounds, memory: Memory
 ) -> tuple[Memory, str]:
-    """How many decode replicas compute prompts from now on, remembered and in words.
+    """How many decode replicas compute prompts now, in what is remembered and in words.
 
-    Args:
-        seen: both pools, by what replicas do.
-        decode: what decode would have, and its part of the budget.
-        prefill: likewise.
-        bounds: of the prefill deployment.
-        memory: as it is otherwise.
+    What each pool would have comes with its part of the budget; `bounds` are those of the prefill deployment.
     """
     assert seen.prefill is not None
     (other, num_decode), (own, num_prefill) = decode, prefill
@@ -172,9 +170,11 @@ def _wish_decode(
 
 
 def _wish_prefill(
-    pool: PoolSeen, at_s: float, bounds: Bounds, settings: PlannerSettings, memory: PoolMemory
+    pool: PoolSeen, at_s: float, bounds: Bounds, settings: PlannerSettings, memory: PoolMemory, *, may_lack: bool
 ) -> tuple[_Wish, PoolMemory]:
     need = need_of_prompts(pool.prompts, pool, max(0, bounds.target - pool.num_ready), settings)
+    if may_lack:
+        need = unless_decode_can(need, pool.prompts)
     return _wish(pool, at_s, need, bounds, settings, settings.prefill_cost, memory)
 
 

@@ -131,7 +131,7 @@ class SharedPlanner:
             logger.warning("the planner decides nothing: %s is not scaled by it", " and ".join(silent))
             self._targets.clear()
         self._is_silent = bool(silent)
-        return not silent and all(view is not None and view.engines for view in views)
+        return not silent and all(view is not None and (view.engines or not view.bounds.least) for view in views)
 
     def _decide(self, names: list[str], at_s: float) -> None:
         views = {name: self._views[name] for name in names}

@@ -118,10 +118,12 @@ class Crossover:
         goals: what requests are to keep.
         min_tokens: with so many tokens or more that decode lacks, a prompt goes to the prefill pool; None: decided by
             what was measured.
+        may_lack_pool: there may be no prefill replica.
     """
 
     goals: Goals
     min_tokens: int | None = None
+    may_lack_pool: bool = False
 
     @property
     def default_tokens(self) -> int:

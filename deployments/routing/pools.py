@@ -180,7 +180,9 @@ class PoolRouters:
 
     def is_remote(self, num_tokens: int) -> bool:
         """Whether the prefill pool would compute a prompt that comes now, of which nothing is cached; for admission."""
-        if self._crossover is None:
+        if self._crossover is None or self._prefill is None:
+            return False
+        if self._crossover.may_lack_pool and not self._prefill.replicas:
             return False
         if self._crossover.min_tokens is not None:
             return num_tokens >= self._crossover.min_tokens
@@ -204,9 +206,10 @@ class PoolRouters:
 
     @property
     def _has_choice(self) -> bool:
-        is_measured = self._crossover is not None and self._crossover.min_tokens is None
-        has_roles = is_measured or bool(self._peers)
-        return self._is_on and (has_roles or any(len(router.replicas) > 1 for router in self._routers.values()))
+        crossover = self._crossover
+        decides_pool = crossover is not None and (crossover.min_tokens is None or crossover.may_lack_pool)
+        is_choice = decides_pool or self._peers or any(len(router.replicas) > 1 for router in self._routers.values())
+        return self._is_on and bool(is_choice)
 
     def lost(self, route: Route) -> None:
         """The decode replica that a request was sent to is gone, until it is heard of again."""

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
+
 from deployments.decode import Decode
 from deployments.engine.engine import Engine
 from deployments.engine_client import EngineClient
@@ -86,6 +89,8 @@ class Answers:
     coroutines: list[Coroutine[Any, Any, Any]]
 
     async def results_async(self, timeout_s: float) -> list[Any]:
+        if not self.coroutines:
+            raise DeploymentUnavailableError(DeploymentID("pool"))
         async with asyncio.timeout(timeout_s):
             return await asyncio.gather(*self.coroutines)
 
@@ -114,6 +119,7 @@ class Pools:
         decodes: likewise.
         engines: those of the prefill replicas, then those of the decode replicas.
         start_ingress: puts another one in the ingress's place, that knows nothing yet.
+        start_prefill: adds a prefill replica of a name.
     """
 
     prefills: list[Replica]
@@ -123,6 +129,7 @@ class Pools:
     routers: PoolRouters
     backend: PoolBackend
     start_ingress: Callable[[], None]
+    start_prefill: Callable[[str], Coroutine[Any, Any, None]]
 
     @classmethod
     async def start(
@@ -137,6 +144,7 @@ class Pools:
         stats_timeout_s: float = PATIENCE_S,
         routing: RoutingSettings | None = None,
         tiers: Mapping[str, LocalTier] | None = None,
+        may_lack_prefill: bool = False,
         **overrides: object,
     ) -> "Pools":
         pools = cls()
@@ -148,18 +156,26 @@ class Pools:
             await deployment.__init__(front, *args)  # as Serve does with an async constructor
             return Replica(name, deployment, front.fronts[0], front.engine)
 
-        pools.prefills = [await replica(f"p{i}", Prefill) for i in range(num_prefill)]
+        async def start_prefill(name: str) -> None:
+            pools.prefills.append(await replica(name, Prefill))
+            pools.engines.append(pools.prefills[-1].engine)
+
+        pools.start_prefill = start_prefill
+        pools.engines, pools.prefills = [], []
+        for i in range(num_prefill):
+            await start_prefill(f"p{i}")
         prefill_handle: Any = Handle(pools.prefills)
         pools.decodes = []
+        least_tokens = None if may_lack_prefill else min_tokens
         decode_handle: Any = Handle(pools.decodes)
         for i in range(num_decode):
             pools.decodes.append(
-                await replica(f"d{i}", Decode, prefill_handle, min_tokens, False, lambda: decode_handle)
+                await replica(f"d{i}", Decode, prefill_handle, least_tokens, False, lambda: decode_handle)
             )
-        pools.engines = [replica.engine for replica in pools.prefills + pools.decodes]
+        pools.engines += [replica.engine for replica in pools.decodes]
         pools.tokens = await TokenReceiver.start("127.0.0.1", max_unread_tokens)
         bounds = Bounds(max_ttft_s=30.0, max_queued_tokens=10_000, min_remote_tokens=min_tokens)
-        crossover = Crossover(Goals(ttft_s=2.0, itl_s=0.1), min_tokens)
+        crossover = Crossover(Goals(ttft_s=2.0, itl_s=0.1), min_tokens, may_lack_prefill)
 
         def start_ingress() -> None:
             pools.routers = PoolRouters(routing or RoutingSettings(), crossover)
@@ -172,6 +188,7 @@ class Pools:
                 resume_timeout_s,
                 ClientCounts(),
                 "i0",
+                may_lack_prefill=may_lack_prefill,
             )
 
         pools.start_ingress = start_ingress

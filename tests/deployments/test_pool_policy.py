@@ -357,3 +357,40 @@ def test_an_engine_that_has_just_gone_is_told_nothing(monkeypatch):
     controller = short_of_prefill()
     controller.run(2, queued=40_000)
     assert controller.targets == {"decode": 2, "prefill": 1}
+
+
+NO_PREFILL = {"prefill.min_replicas": "0", "planner.enabled": "true", "parity_check": "false"}
+
+
+def test_prefill_may_have_no_replica_where_the_planner_starts_one(caplog):
+    config = AppConfig.model_validate(NO_PREFILL)
+    assert AutoscalingConfig(**config.deployment_options("prefill")["autoscaling_config"]).min_replicas == 0
+    controller = Controller(hold_s=5.0)
+    controller.bounds["prefill"] = (0, 4)
+    controller.run(10)
+    assert controller.targets == {"decode": 1, "prefill": 1}
+    controller.run(900, tokens=0)
+    assert controller.targets == {"decode": 1, "prefill": 0}
+    controller.stats["prefill"] = []
+    for _ in range(5):
+        decode = controller.stats["decode"][0]
+        decode.prompt_tokens, decode.prefill_steps, decode.prefill_s = (
+            decode.prompt_tokens + 2500, decode.prefill_steps + 3, decode.prefill_s + 0.5,
+        )  # fmt: skip
+        controller.run(1)
+    assert controller.targets == {"decode": 1, "prefill": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"planner.enabled": "false"}, "planner.enabled=true"),
+        ({"planner.dry_run": "true"}, "planner.dry_run=false"),
+        ({"routing.by_prefix": "false"}, "routing.by_prefix=true"),
+        ({"parity_check": "true"}, "parity_check=false"),
+        ({"decode.min_replicas": "0"}, "decode.min_replicas=0: must be at least 1"),
+    ],
+)
+def test_no_prefill_replica_is_refused_where_nobody_would_start_one_or_know(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        AppConfig.model_validate(NO_PREFILL | arguments)

@@ -215,7 +215,39 @@ def test_a_plan_that_begins_anew_goes_on_with_the_roles_that_there_are(lent):
     assert cluster.flipped == lent and cluster.targets == (3, 1)
 
 
-@given(st.lists(st.tuples(st.floats(0, 20), st.floats(0, 100)), max_size=12), st.integers(1, 2), st.integers(1, 3))
+def test_prefill_goes_to_none_where_decode_hardly_notices_the_prompts_and_comes_back_for_more():
+    cluster = Cluster(Bounds(0, 4, 1), Bounds(1, 4, 1), own=SETTINGS.model_copy(update={"flip": False}))
+    cluster.run(int(HOLD_S) + 5, 0.2)
+    assert cluster.targets == (1, 0)
+    cluster.run(300, 0.2)
+    assert cluster.targets == (1, 0)
+    cluster.run(1, ONE_PREFILL)
+    assert cluster.targets == (1, 1)
+    least_one = Cluster(Bounds(1, 4, 1), Bounds(1, 4, 1))
+    least_one.run(300, 0.0)
+    assert least_one.targets == (1, 1)
+
+
+def test_what_waits_before_any_prompt_was_measured_starts_no_first_prefill_replica():
+    cluster = Cluster(Bounds(0, 4, 0), ONE)
+    seen = cluster.observe(ONE_PREFILL, ONE_DECODE)
+    assert seen.prefill is not None
+    unmeasured = replace(seen.prefill, prompts=Prompts(queued_tokens=5000.0))
+    decided, _ = plan(replace(seen, prefill=unmeasured), (ONE, Bounds(0, 4, 0)), SETTINGS, Memory())
+    assert decided.prefill == 0
+
+
+def test_where_there_is_no_prefill_replica_and_none_comes_an_idle_decode_replica_is_the_first():
+    cluster = Cluster(Bounds(0, 4, 0), Bounds(2, 2, 2), nodes=2)
+    cluster.run(120, 0.2)
+    assert cluster.flipped == 0 and cluster.targets == (2, 0)
+    cluster.run(int(START_S), ONE_PREFILL)
+    assert cluster.flipped == 0 and cluster.targets == (2, 1)
+    cluster.run(3, ONE_PREFILL)
+    assert cluster.flipped == 1 and cluster.targets == (2, 0)
+
+
+@given(st.lists(st.tuples(st.floats(0, 20), st.floats(0, 100)), max_size=12), st.integers(0, 2), st.integers(1, 3))
 def test_whatever_comes_bounds_are_kept_and_one_replica_decodes(loads, least_prefill, least_decode):
     cluster = Cluster(
         Bounds(least_prefill, 3, least_prefill), Bounds(least_decode, 4, least_decode), nodes=5,

@@ -204,3 +204,30 @@ def test_a_replica_that_changes_its_role_has_not_started_and_what_it_did_before_
     assert seen.prefill.start_s == SETTINGS.start_s, "the one that was asked for has not come"
     assert seen.prefill.prompts.tokens.slow == pytest.approx(800)
     assert seen.prefill.prompts.token_s == pytest.approx(TOKEN_S, rel=0.02)
+
+
+def test_prompts_that_decode_computes_since_there_is_no_prefill_replica_are_prefills_to_tell():
+    pools = Pools(num_prefill=0)
+    for _ in range(300):
+        engine = pools.engines[DECODE]["decode0"]
+        engine.prompt_tokens += 600
+        engine.prefix_hit_tokens += 200
+        engine.prefill_steps += 1
+        engine.prefill_s += 600 * TOKEN_S
+        engine.num_queued_prompt_tokens = 500
+        seen = pools.read()
+    assert seen.prefill.num_ready == 0
+    assert seen.prefill.prompts.tokens.slow == pytest.approx(800, rel=0.01)
+    assert seen.prefill.prompts.uncached_share == pytest.approx(0.75)
+    assert seen.prefill.prompts.token_s == pytest.approx(TOKEN_S, rel=0.02)
+    assert seen.prefill.prompts.queued_tokens == 500
+    assert seen.decode.prompts.work.slow == 0
+
+
+def test_a_replica_that_is_the_first_of_its_pool_was_seen_to_start():
+    pools = Pools(num_prefill=0)
+    pools.observer.note_asked(PREFILL, 1, pools.now_s)
+    for _ in range(7):
+        pools.read()
+    pools.add(PREFILL, "prefill0")
+    assert pools.read().prefill.start_s == 8.0

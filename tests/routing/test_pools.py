@@ -8,7 +8,7 @@ from deployments.engine.scheduling.cache_log import CacheLog
 from deployments.engine.scheduling.positions import SwitchedPositions
 from deployments.engine.stats import EngineStats
 from deployments.load.reading import DECODE, PREFILL, Reading, by_role
-from deployments.messages import ANYWHERE, GenerateRequest, SamplingParams
+from deployments.messages import ANYWHERE, GenerateRequest, Route, SamplingParams
 from deployments.replica_stats import HandoffStats, ReplicaStats
 from deployments.routing.costs import UNMEASURED_TOKEN_S
 from deployments.routing.crossover import Crossover, Goals
@@ -30,13 +30,21 @@ def request(tokens: tuple[int, ...], **fields: object) -> GenerateRequest:
 class Pools:
     """What two pools of two say of themselves."""
 
-    def __init__(self, mode: str = "disaggregated", settings: RoutingSettings | None = None, **options: object) -> None:
+    def __init__(
+        self,
+        mode: str = "disaggregated",
+        settings: RoutingSettings | None = None,
+        *,
+        may_lack_pool: bool = False,
+        **options: object,
+    ) -> None:
         self.now_s = 1000.0
         names = {DECODE: ("d0", "d1")} | ({PREFILL: ("p0", "p1")} if mode == "disaggregated" else {})
         self.engines = {pool: dict.fromkeys(of, IDLE) for pool, of in names.items()}
         self.ages: dict[str, float] = {}
         self.logs = {name: CacheLog() for of in names.values() for name in of}
-        crossover = Crossover(Goals(ttft_s=2.0, itl_s=0.1), MIN_REMOTE) if mode == "disaggregated" else None
+        goals = Goals(ttft_s=2.0, itl_s=0.1)
+        crossover = Crossover(goals, MIN_REMOTE, may_lack_pool) if mode == "disaggregated" else None
         clock = lambda: self.now_s  # noqa: E731
         self.routers = PoolRouters(settings or RoutingSettings(), crossover, clock=clock, **options)  # type: ignore[arg-type]
 
@@ -290,3 +298,16 @@ def test_what_a_replica_has_cached_is_known_after_it_has_changed_its_role() -> N
     routed = pools.routers.route(request((*SESSION, *range(300))))
     assert routed.route.prefill == "d1"
     assert pools.routers.promised_tokens == {DECODE: 0, PREFILL: 1600}
+
+
+def test_where_there_is_no_prefill_replica_decode_computes_prompts_and_admission_knows() -> None:
+    pools = Pools(may_lack_pool=True)
+    pools.engines = {DECODE: {"d0": IDLE}, PREFILL: {}}
+    pools.know()
+    assert pools.routers.route(request(tuple(range(400)))).route == Route("d0")
+    assert not pools.routers.is_remote(400)
+    pools.engines[PREFILL]["p0"] = IDLE
+    pools.logs["p0"] = CacheLog()
+    pools.know()
+    assert pools.routers.route(request(tuple(range(400)))).route == Route("d0", "p0", MIN_REMOTE)
+    assert pools.routers.is_remote(400)
