@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import ray
 import yaml
-from ray._private import node
+from ray._private import node, ray_constants
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve._private import constants
 from ray.serve.schema import ServeDeploySchema
@@ -121,7 +121,8 @@ def test_serve_env_is_what_a_shell_and_make_serve_read_and_ray_knows() -> None:
     by_us = read_settings(SERVE_SETTINGS)
     assert by_shell == by_us
     assert by_us["RAY_SERVE_HAPROXY_BINARY_PATH"] == str(PROGRAMS / "kvrelay-haproxy")
-    readers = Path(str(constants.__file__)), Path(str(node.__file__)), Path(ray.__path__[0]) / GCS_SERVER
+    of_python = constants, node, ray_constants
+    readers = *(Path(str(module.__file__)) for module in of_python), Path(ray.__path__[0]) / GCS_SERVER
     known = b"".join(path.read_bytes() for path in readers)
     unknown = [name for name in by_us if name.encode() not in known]
     assert unknown == ["MALLOC_ARENA_MAX"], "glibc reads that one"
