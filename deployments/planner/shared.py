@@ -111,7 +111,7 @@ class SharedPlanner:
         self._views[pool] = view
         names = [DECODE] if self.is_colocated else [DECODE, PREFILL]
         self._num_missed = {name: 0 if name == pool else self._num_missed.get(name, 0) + 1 for name in names}
-        if view.bounds.target != self._answers.get(pool):
+        if not self.settings.dry_run and view.bounds.target != self._answers.get(pool):
             self._targets.pop(pool, None)  # somebody else has set it, and the next plan begins with that
         if self._is_known(names) and at_s - self._decided_s >= PERIOD_S:
             self._decided_s = at_s

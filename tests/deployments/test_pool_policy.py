@@ -1,7 +1,8 @@
 """Ray Serve follows the planner: what its policies are told, and what they answer."""
 
+import re
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, pairwise
 
 import pytest
 from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
@@ -162,7 +163,8 @@ def test_a_dry_run_tells_what_it_would_do_and_leaves_it_to_serve(caplog):
         for second in range(30):
             controller.targets = {"decode": 1, "prefill": 1}
             controller.run(1, queued=40_000 if second > 20 else 0)
-    assert any("dry run" in line and "prefill 1 to " in line for line in caplog.messages)
+    wanted = [found[1] for line in caplog.messages if (found := re.search(r"dry run.*prefill 1 to (\d+)", line))]
+    assert wanted and all(before != after for before, after in pairwise(wanted)), "each plan is told once"
 
 
 def test_replicas_that_have_told_nothing_yet_are_not_ready():
