@@ -97,7 +97,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaEvent:
-    """A replica came, or is gone; `at_s` in Unix time."""
+    """A replica came, is gone, or flipped to this pool; `at_s` in Unix time."""
 
     at_s: float
     pool: str
@@ -137,8 +137,9 @@ class History:
     def take(self, reading: Reading) -> None:
         """Note a reading, which has just come."""
         now_s = self._clock()
+        flipped = self._flipped(reading.replicas)
         for pool, replicas in reading.replicas.items():
-            self._note_replicas(pool, replicas, now_s)
+            self._note_replicas(pool, replicas, now_s, flipped)
         self._num_readings += 1
         if int(now_s // SLOT_S) != int(self._slot_began_s // SLOT_S):
             self._end_slot(reading.replicas, now_s)
@@ -147,17 +148,33 @@ class History:
         """The part of it that others do not know."""
         return ClientHistory(self._own.replica, {slot.number: slot.clients for slot in self.slots})
 
-    def _note_replicas(self, pool: str, replicas: Sequence[ReplicaStats], now_s: float) -> None:
+    def _flipped(self, pools: Mapping[str, Sequence[ReplicaStats]]) -> dict[str, KnownReplica]:
+        """Replicas that now do another pool's work: they were not lost, and what they did was counted."""
+        now = {stats.replica: pool for pool, replicas in pools.items() for stats in replicas}
+        return {
+            name: known
+            for pool, replicas in self.replicas.items()
+            for name, known in replicas.items()
+            if now.get(name, pool) != pool
+        }
+
+    def _note_replicas(
+        self, pool: str, replicas: Sequence[ReplicaStats], now_s: float, flipped: Mapping[str, KnownReplica]
+    ) -> None:
         known = self.replicas.setdefault(pool, {})
         names = {stats.replica for stats in replicas}
         for name in known.keys() - names:
             del known[name]
+            if name in flipped:
+                continue
             self._counted.pop(name, None)
             self.gone[pool, name] = now_s
             self.events.append(ReplicaEvent(now_s, pool, name, "gone"))
         for stats in replicas:
             before = known.get(stats.replica)
-            if before is None:
+            if before is None and (before := flipped.get(stats.replica)) is not None:
+                self.events.append(ReplicaEvent(now_s, pool, stats.replica, "flipped"))
+            elif before is None:
                 self._greet(pool, stats, now_s)
             recent = Counter[str]() if before is None else before.recent
             known[stats.replica] = KnownReplica(stats, now_s - stats.age_s, recent)

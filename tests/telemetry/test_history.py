@@ -72,3 +72,16 @@ def test_only_the_last_slots_are_kept_whatever_comes(service: Service) -> None:
     service.start(DECODE, "a")
     service.run((NUM_SLOTS + 10) * SLOT_S)
     assert len(service.history.slots) == NUM_SLOTS
+
+
+def test_a_replica_that_flips_is_not_gone_and_what_it_did_is_not_counted_again(service: Service) -> None:
+    service.start(DECODE, "a", generated_tokens=1_000_000)
+    service.run(SLOT_S)
+    for before, after in ((DECODE, PREFILL), (PREFILL, DECODE)):
+        engine = service.engines[before].pop("a")
+        engine.generated_tokens += 3
+        service.engines[after]["a"] = engine
+        service.run(SLOT_S)
+        assert service.history.slots[-1].pools[after].counts["generated_tokens"] == 3
+    told = [(event.pool, event.replica, event.kind) for event in service.history.events]
+    assert told == [(PREFILL, "a", "flipped"), (DECODE, "a", "flipped")] and not service.history.gone

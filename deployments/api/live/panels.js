@@ -167,7 +167,7 @@ function* events(live) {
     yield el("p", { class: "empty" }, "None since this ingress replica started.");
     return;
   }
-  const words = { came: "serves", gone: "is gone" };
+  const words = { came: "serves", gone: "is gone", flipped: "flipped to this pool" };
   yield el("ol", { class: "entries", tabindex: 0, "aria-label": "Replicas, the newest first" }, live.events.toReversed().map(({ at_s, pool, replica, kind }) =>
     el("li", {}, el("time", {}, clock(at_s)), el("p", {}, `${pool} replica `, el("code", {}, replica), ` ${words[kind]}`))));
 }
