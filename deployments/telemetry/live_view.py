@@ -4,6 +4,7 @@ One lives in each ingress replica. While nobody looks it notes a reading of the 
 anyway; all else happens when somebody does.
 """
 
+import asyncio
 import logging
 import math
 import time
@@ -49,6 +50,7 @@ class LiveView:
         self._ask_all = ask_all
         self._document: Mapping[str, object] = {}
         self._made_s = -math.inf
+        self._making: asyncio.Task[None] | None = None
 
     def take(self, reading: Reading) -> None:
         """A reading of the pools has come."""
@@ -61,11 +63,17 @@ class LiveView:
     async def document(self, health: tuple[bool, str]) -> Mapping[str, object]:
         """What there is to show; `health`: whether the service can serve, and why not."""
         if time.monotonic() - self._made_s > _MIN_AGE_S:
-            state = replace(await self._look(), health=health)
-            others = await self._others() if state.num_ingresses > 1 else []
-            self._document = describe(state, self._history, others, time.time())
-            self._made_s = time.monotonic()
+            if self._making is None or self._making.done():
+                self._making = asyncio.create_task(self._make(health))
+            # Shielded: one who leaves does not take it from the others.
+            await asyncio.shield(self._making)
         return self._document
+
+    async def _make(self, health: tuple[bool, str]) -> None:
+        state = replace(await self._look(), health=health)
+        others = await self._others() if state.num_ingresses > 1 else []
+        self._document = describe(state, self._history, others, time.time())
+        self._made_s = time.monotonic()
 
     async def _others(self) -> list[ClientHistory]:
         own = self.own_part().replica

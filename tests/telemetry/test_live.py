@@ -1,5 +1,6 @@
 """The document of the live page: its figures are those of what was done, over all ingress replicas, as JSON."""
 
+import asyncio
 import json
 import math
 from collections.abc import Sequence
@@ -152,3 +153,21 @@ async def test_however_many_look_the_others_are_asked_once_and_only_where_there_
     first = await watched.document((True, ""))
     assert await watched.document((True, "")) is first and len(asked) == 1
     assert first["ingresses"] == {"asked": 3, "answered": 2}
+
+
+async def test_those_who_look_at_once_share_one_document_even_where_the_first_one_leaves():
+    may_answer, looked = asyncio.Event(), []
+
+    async def look() -> ServiceState:
+        looked.append(1)
+        await may_answer.wait()
+        return STATE
+
+    view = LiveView(lambda: IngressStats("me"), look)
+    first, *others = [asyncio.create_task(view.document((True, ""))) for _ in range(5)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    first.cancel()
+    may_answer.set()
+    documents = await asyncio.gather(*others)
+    assert len(looked) == 1 and all(document is documents[0] for document in documents)
