@@ -1,5 +1,6 @@
 """The live page in headless Chromium, of services that are made up: with keys, ill, and with an evil model."""
 
+import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -84,6 +85,37 @@ async def test_with_keys_it_asks_for_one_that_may_read_numbers_and_says_why_anot
         await expect(page.locator("#live")).to_be_visible()
         await page.reload()
         await expect(page.locator("#status")).to_have_text("Serving")
+
+
+async def test_a_key_that_no_header_can_carry_is_refused_and_does_not_lock_the_page(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(f'[watcher]\nkey = "{KEY}"\nmetrics = true\n')
+    app = build_app(
+        backend(service(), ServiceState("m", "disaggregated", "1")), build_codec(), INFO, keys=KeyRing(str(file))
+    )
+    async with serving(app) as url, page_of(url, []) as page:
+        form = page.locator("#key-form")
+        for key in ("sk\u2013watcher", "sk-watcher\u200b"):
+            await page.get_by_label("API key").fill(key)
+            await page.keyboard.press("Enter")
+            await expect(form).to_contain_text("has a character that no key has")
+            assert await page.evaluate("sessionStorage.length") == 0
+        await page.evaluate("sessionStorage.setItem('kvrelay-key', 'sk\u2013of an older page')")
+        await page.reload()
+        await expect(form).to_contain_text("has a character that no key has")
+        await page.get_by_label("API key").fill(KEY)
+        await page.keyboard.press("Enter")
+        await expect(page.locator("#status")).to_have_text("Serving")
+
+
+async def test_a_long_reason_is_told_in_short_and_whole_where_one_points() -> None:
+    reason = "no prefill replica answers (ActorDiedError: The actor died unexpectedly before finishing this task. " * 4
+    state = ServiceState("m", "disaggregated", "1", (False, reason))
+    async with serving(build_app(backend(service(), state), build_codec(), INFO)) as url, page_of(url, []) as page:
+        status = page.locator("#status")
+        await expect(status).to_have_text(re.compile(r"^Cannot serve: no prefill replica answers.{1,60}$"))
+        assert len(await status.text_content() or "") <= 80
+        await expect(status).to_have_attribute("title", f"Cannot serve: {reason}")
 
 
 async def test_what_a_model_says_is_text_and_nothing_else() -> None:

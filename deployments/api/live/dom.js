@@ -45,3 +45,12 @@ export function clock(unixSeconds) {
 export function lasting(value) {
   return value < 100 ? `${Math.round(value)} s` : `${Math.round(value / 60)} min`;
 }
+
+// The first sentence, cut where it is long.
+export function inShort(words, most = 80) {
+  const [first] = words.split(/(?<=[.!?;])\s|\n/);
+  return first.length > most ? `${first.slice(0, most - 1).trimEnd()}…` : first;
+}
+
+// Whether a header can carry a key: what is typed can, what is pasted from a page may have dashes or spaces that cannot.
+export const isSendable = (key) => /^[\x21-\x7e]+$/.test(key);

@@ -1,6 +1,6 @@
 // Asks for the numbers while somebody looks, and shows them. Nothing is asked while the page is hidden or paused.
 import { Chart } from "./chart.js";
-import { clock, count, el, find, lasting, percent, say, seconds } from "./dom.js";
+import { clock, count, el, find, inShort, isSendable, lasting, percent, say, seconds } from "./dom.js";
 import { show } from "./panels.js";
 import { setUpPrompt } from "./prompt.js";
 
@@ -23,11 +23,13 @@ const headers = () => {
   const key = sessionStorage.getItem(KEY);
   return key ? { authorization: `Bearer ${key}` } : {};
 };
+const UNSENDABLE = { message: "The key has a character that no key has, such as a long dash or an unseen space: type it, or copy it anew" };
 
 async function poll() {
   clearTimeout(timer);
   timer = null;
   if (isPaused || document.hidden) return;
+  if (!isSendable(sessionStorage.getItem(KEY) ?? "none")) return refuseKey();
   try {
     const response = await fetch("live", { headers: headers(), signal: AbortSignal.timeout(10_000) });
     if (response.status === 401 || response.status === 403) return askForKey(await response.json());
@@ -65,9 +67,10 @@ function sayStatus(live) {
 }
 
 function mark(kind, words) {
-  const status = find("status");
+  const status = find("status"), shown = inShort(words);
   status.className = `status ${kind}`;
-  if (status.textContent !== words) status.textContent = words;
+  status.title = shown === words ? "" : words;
+  if (status.textContent !== shown) status.textContent = shown;
 }
 
 function lose(error) {
@@ -77,17 +80,24 @@ function lose(error) {
   find("banner").textContent = `The service does not answer (${error.message}).${lastS ? ` The numbers below are of ${clock(lastS)}.` : ""}`;
 }
 
-function askForKey({ error }) {
+function askForKey({ error }, isTold = sessionStorage.getItem(KEY) !== null) {
   mark("warn", "Key needed");
   find("live").hidden = true;
   find("key-form").hidden = false;
-  if (sessionStorage.getItem(KEY)) find("key-reason").textContent = `${error.message}.`;
+  if (isTold) find("key-reason").textContent = `${error.message}.`;
   find("key").focus();
+}
+
+function refuseKey() {
+  sessionStorage.removeItem(KEY);
+  askForKey({ error: UNSENDABLE }, true);
 }
 
 find("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem(KEY, find("key").value.trim());
+  const key = find("key").value.trim();
+  if (!isSendable(key)) return refuseKey();
+  sessionStorage.setItem(KEY, key);
   void poll();
 });
 find("pause").addEventListener("click", () => {
