@@ -92,7 +92,7 @@ def _read(url: str) -> Json:
     Raises:
         LocalError: there is none to be had, and why.
     """
-    headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get(KEY_VARIABLE)) else {}
+    headers = {"Authorization": f"Bearer {key}"} if (key := _key()) else {}
     try:
         with urllib.request.urlopen(urllib.request.Request(f"{url}/live", headers=headers), timeout=_TIMEOUT_S) as told:
             document = json.load(told)
@@ -106,6 +106,21 @@ def _read(url: str) -> Json:
     if not isinstance(document, dict) or "pools" not in document:
         raise LocalError(f"what {url}/live answers is not of kvrelay")
     return document
+
+
+def _key() -> str:
+    """The caller's key; empty: there is none.
+
+    Raises:
+        LocalError: no header can carry it. What it is stays untold.
+    """
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise LocalError(
+            f"{KEY_VARIABLE} has a character that no header can carry (a line break, a long dash, an unseen space); "
+            "set it anew"
+        )
+    return key
 
 
 def _look(url: str) -> RenderableType:

@@ -101,6 +101,19 @@ def test_who_asks_in_vain_is_told_why(body: bytes, code: int, said: str) -> None
     assert said in told.stderr and "Traceback" not in told.stderr
 
 
+@pytest.mark.parametrize("key", ["sk-secret\nrest", "sk-secret\u2013rest", "sk-secret\u200brest"])
+def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(key: str) -> None:
+    told = status("--url", "http://127.0.0.1:9", key=key)
+    assert (told.returncode, told.stdout) == (1, "")
+    assert f"{KEY_VARIABLE} has a character that no header can carry" in told.stderr
+    assert told.stderr.count("\n") == 1 and "secret" not in told.stderr and "rest" not in told.stderr
+
+
+def test_a_line_break_after_the_key_is_none_of_it() -> None:
+    with answering(document()) as url:
+        assert status("--url", url, key=f"{KEY}\n").returncode == 0
+
+
 def test_where_nothing_is_served_that_is_said(port: int, folder: RunFolder) -> None:
     told = status("--url", f"http://127.0.0.1:{port}")
     assert (told.returncode, "nothing answers at" in told.stderr) == (1, True)
