@@ -162,11 +162,11 @@ def _figures(document: Json) -> Table:
 
 
 def _replicas(document: Json) -> Table:
-    table = _table("replica", "state", "queued tokens", "running", "KV in use", "tokens/s", num_left=2)
+    table = _table("replica", "state", "queued tok", "running", "KV in use", "tokens/s", num_left=2)
     for pool, told in document["pools"].items():
         table.add_section()
         states = ", ".join(f"{count} {state.lower()}" for state, count in told["states"].items())
-        table.add_row(f"[bold]{pool}[/bold] [dim]{states}[/dim]")
+        table.add_row(f"[bold]{pool}[/bold]", f"[dim]{states}[/dim]")
         for replica in told["replicas"]:
             table.add_row(f"  {replica['name']}", _state(replica), *_load(replica))
     return table
@@ -219,7 +219,7 @@ def _handoff_line(handoff: Json) -> str:
 def _table(*headings: str, num_left: int = 1) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place < num_left else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if place < num_left else "right", overflow="fold")
     return table
 
 

@@ -65,9 +65,11 @@ def answering(body: bytes, status: int = 200) -> Iterator[str]:
         server.shutdown()
 
 
-def status(*arguments: str, key: str = "", folder: Path = ROOT / "nowhere") -> subprocess.CompletedProcess[str]:
+def status(
+    *arguments: str, key: str = "", folder: Path = ROOT / "nowhere", columns: int = 120
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "app.local", "--run-dir", str(folder), "status", *arguments]
-    environment = os.environ | {"COLUMNS": "120"} | ({KEY_VARIABLE: key} if key else {})
+    environment = os.environ | {"COLUMNS": str(columns)} | ({KEY_VARIABLE: key} if key else {})
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
@@ -83,6 +85,20 @@ def test_what_a_service_does_is_told_in_words_and_numbers() -> None:
     assert any(line.startswith("d1 silent for 12 s") for line in lines)
     assert "refused: 4 (ttft, low priority)" in lines
     assert any(line.startswith("planner, ") and line.endswith("decode 2. tokens come too late") for line in lines)
+
+
+def test_nothing_is_cut_off_in_a_pipe_of_80_columns() -> None:
+    shown = json.loads(document())
+    shown["pools"]["decode"]["states"] = {"RUNNING": 12, "STARTING": 3, "STOPPING": 2}
+    for pool in shown["pools"].values():
+        for replica in pool["replicas"]:
+            replica |= {"name": "i3sb1u1m", "max_running": 1024, "since_s": 1234.0}
+    with answering(json.dumps(shown).encode()) as url:
+        told = status("--url", url, key=KEY, columns=80)
+    words = " ".join(told.stdout.split())
+    assert "…" not in told.stdout
+    assert "i3sb1u1m busy 0 3 of 1024 0% 12.3k" in words and "i3sb1u1m gone 1234 s ago" in words
+    assert all(state in words for state in ("12 running", "3 starting", "2 stopping"))
 
 
 @pytest.mark.parametrize(
