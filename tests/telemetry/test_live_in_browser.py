@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 from playwright.async_api import Page, async_playwright, expect
 
 from deployments.api.http import build_app
@@ -158,3 +159,24 @@ async def test_a_prompt_that_cannot_be_served_is_told_why() -> None:
         await page.get_by_role("button", name="Send").click()
         await expect(page.locator("#answer .error")).to_contain_text("the model's context is 64 tokens")
         await expect(page.get_by_role("button", name="Send")).to_be_enabled()
+
+
+async def test_the_waterfall_puts_prefill_before_the_first_token_and_shows_the_gap() -> None:
+    times = {"queued_s": 0.1, "computing_s": 0.3}
+    attempt = {
+        "decode": {"replica": "d", "queued_s": 0.0, "next_token_s": 0.05},
+        "prefill": [{"replica": "p", **times}],
+        "handoff": {"bytes": 1, "hidden_s": 0.02, "exposed_s": 0.01},
+        "sent_s": 0.1,
+        "first_token_s": 0.9,
+    }
+    receipt = {"ingress_s": 0.1, "choices": [{"ttft_s": 1.0, "attempts": [attempt]}]}
+    app = build_app(backend(service(), ServiceState("m", "disaggregated", "1")), build_codec(), INFO)
+    async with serving(app) as url, page_of(url, []) as page:
+        script = "async ([receipt, totalS]) => (await import('/live/waterfall.js')).lanes(receipt, totalS)"
+        rows = dict(await page.evaluate(script, [receipt, 2.0]))
+    bars = {kind: (begin, length) for begin, length, kind, _ in (*rows["Prefill"], *rows["Decode"])}
+    assert bars["between"] == pytest.approx((0.1, 0.5))
+    assert bars["prefill"] == pytest.approx((0.7, 0.3)), "it ends where the first token was sent"
+    assert bars["decode"] == pytest.approx((1.06, 0.94))
+    assert [kind for _, _, kind, _ in rows["Hand-off"]] == ["prefill", "warn"], "as in the panel of hand-offs"

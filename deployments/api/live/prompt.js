@@ -81,6 +81,6 @@ function take(chunk, answer, elapsedS) {
 
 function draw(receipt, usage, totalS) {
   const place = find("receipt");
-  const note = "Bars are as long as each part said it took. Where a bar begins follows from those before it: the clocks of several machines are not compared. The dotted line is when the first token was sent.";
+  const note = "Bars are as long as each part said it took, laid so that prefill ends where the first token was sent, the dotted line: the clocks of several machines are not compared. What nobody timed is between them, and the last bar is the rest of the call.";
   place.replaceChildren(el("h3", {}, "What became of it"), waterfall(receipt, totalS, Math.max(320, place.clientWidth)), facts(receipt, usage, totalS), el("p", { class: "note" }, note));
 }

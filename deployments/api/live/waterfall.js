@@ -3,8 +3,8 @@ import { bytes, el, seconds, say, svg } from "./dom.js";
 
 const ROW = 30, BAR = 18, LEFT = 84, RIGHT = 12, TOP = 8, AXIS = 24;
 
-// Bars of each lane: [start, length, kind, words]. Every length was measured by one clock; where a bar begins follows from
-// those before it, since nobody compares the clocks of two machines.
+// Bars of each lane: [start, length, kind, words]. Every length was measured by one clock; prefill ends
+// where its first token was sent, as in traces, since nobody compares the clocks of two machines.
 export function lanes(receipt, totalS) {
   const choice = receipt.choices[0];
   const attempt = choice.attempts.at(-1);
@@ -12,24 +12,21 @@ export function lanes(receipt, totalS) {
   if (!attempt) return told;
   const { decode, handoff } = attempt;
   const prefill = attempt.prefill.find((one) => one.computing_s !== undefined);
-  let at = receipt.ingress_s;
+  const isResumed = choice.attempts.length > 1, at = isResumed ? attempt.sent_s : receipt.ingress_s;
   const mine = [[at, decode.queued_s ?? 0, "other", "queued"]];
-  let firstS = choice.ttft_s ?? at;
+  const firstS = (isResumed && attempt.first_token_s !== null ? at + attempt.first_token_s : choice.ttft_s) ?? totalS;
   if (prefill) {
-    const computed = at + prefill.queued_s + prefill.computing_s;
-    told.push(["Prefill", [[at, prefill.queued_s, "other", "queued"], [at + prefill.queued_s, prefill.computing_s, "prefill", "computes the prompt"]]]);
-    if (handoff) {
-      told.push(["Hand-off", [[computed - handoff.hidden_s, handoff.hidden_s, "tier", "hidden"], [computed, handoff.exposed_s, "warn", "exposed"]]]);
-      firstS = computed + handoff.exposed_s;
-    } else firstS = computed;
+    const begin = Math.max(at, firstS - prefill.queued_s - prefill.computing_s), computed = begin + prefill.queued_s;
+    told.push(["Prefill", [[at, begin - at, "between", "between (calls, queues of the machine)"], [begin, prefill.queued_s, "other", "queued"], [computed, prefill.computing_s, "prefill", "computes the prompt"]]]);
+    if (handoff) told.push(["Hand-off", [[firstS - handoff.hidden_s, handoff.hidden_s, "prefill", "hidden"], [firstS, handoff.exposed_s, "warn", "exposed"]]]);
   } else {
-    at += (decode.queued_s ?? 0) + (decode.awaited_s ?? 0);
-    mine.push([at, decode.computing_s ?? 0, "dcache", "computes the prompt"]);
-    firstS = at + (decode.computing_s ?? 0);
+    const begin = at + (decode.queued_s ?? 0) + (decode.awaited_s ?? 0), computed = begin + (decode.computing_s ?? 0);
+    mine.push([begin, decode.computing_s ?? 0, "dcache", "computes the prompt"]);
+    mine.push([computed, Math.max(0, firstS - computed), "between", "between (calls, queues of the machine)"]);
   }
-  const nextS = decode.next_token_s ?? 0;
-  if (nextS) mine.push([firstS, nextS, "a", "next token"]);
-  mine.push([firstS + nextS, Math.max(0, totalS - firstS - nextS), "decode", "draws tokens"]);
+  const goesOnS = firstS + (prefill && handoff ? handoff.exposed_s : 0), nextS = decode.next_token_s ?? 0;
+  if (nextS) mine.push([goesOnS, nextS, "a", "next token"]);
+  mine.push([goesOnS + nextS, Math.max(0, totalS - goesOnS - nextS), "decode", "the rest"]);
   told.push(["Decode", mine]);
   return told;
 }
