@@ -130,17 +130,18 @@ class History:
         self.replicas: dict[str, dict[str, KnownReplica]] = {}
         self.gone: dict[tuple[str, str], float] = {}
         self._counted: dict[str, Counter[str]] = {}
+        # In this slot, by replicas that have left their pool since.
+        self._left: dict[str, Counter[str]] = {}
         self._own = count()
         self._slot_began_s = clock()
-        self._num_readings = 0
 
     def take(self, reading: Reading) -> None:
-        """Note a reading, which has just come."""
+        """Note a reading, which has just come; of a pool that is not in it nothing new is known."""
         now_s = self._clock()
         flipped = self._flipped(reading.replicas)
         for pool, replicas in reading.replicas.items():
             self._note_replicas(pool, replicas, now_s, flipped)
-        self._num_readings += 1
+        self._forget(now_s)
         if int(now_s // SLOT_S) != int(self._slot_began_s // SLOT_S):
             self._end_slot(reading.replicas, now_s)
 
@@ -161,13 +162,14 @@ class History:
     def _note_replicas(
         self, pool: str, replicas: Sequence[ReplicaStats], now_s: float, flipped: Mapping[str, KnownReplica]
     ) -> None:
+        is_first = pool not in self.replicas
         known = self.replicas.setdefault(pool, {})
         names = {stats.replica for stats in replicas}
         for name in known.keys() - names:
-            del known[name]
+            # What it did until it was last heard it did for this pool.
+            self._left.setdefault(pool, Counter()).update(self._count_anew(known.pop(name).stats))
             if name in flipped:
                 continue
-            self._counted.pop(name, None)
             self.gone[pool, name] = now_s
             self.events.append(ReplicaEvent(now_s, pool, name, "gone"))
         for stats in replicas:
@@ -175,19 +177,35 @@ class History:
             if before is None and (before := flipped.get(stats.replica)) is not None:
                 self.events.append(ReplicaEvent(now_s, pool, stats.replica, "flipped"))
             elif before is None:
-                self._greet(pool, stats, now_s)
+                self._greet(pool, stats, now_s, is_first=is_first)
             recent = Counter[str]() if before is None else before.recent
             known[stats.replica] = KnownReplica(stats, now_s - stats.age_s, recent)
+
+    def _greet(self, pool: str, stats: ReplicaStats, now_s: float, *, is_first: bool) -> None:
+        """What those had done that the first reading of a pool finds is past; what comes later begins with nothing.
+
+        Or goes on: one that did not answer for a while has its counts still.
+        """
+        self.gone.pop((pool, stats.replica), None)
+        if is_first:
+            self._count_anew(stats)
+        else:
+            self.events.append(ReplicaEvent(now_s, pool, stats.replica, "came"))
+
+    def _forget(self, now_s: float) -> None:
+        """Those that have been gone for long."""
         for key in [key for key, gone_s in self.gone.items() if now_s - gone_s > GONE_S]:
             del self.gone[key]
+        names = {name for _, name in self.gone}.union(*self.replicas.values())
+        for name in self._counted.keys() - names:
+            del self._counted[name]
 
-    def _greet(self, pool: str, stats: ReplicaStats, now_s: float) -> None:
-        """What those had done that this ingress finds when it starts is past; what comes later begins with nothing."""
-        self.gone.pop((pool, stats.replica), None)
-        if self._num_readings:
-            self.events.append(ReplicaEvent(now_s, pool, stats.replica, "came"))
-        else:
-            self._counted[stats.replica] = counts_of(stats)
+    def _count_anew(self, stats: ReplicaStats) -> Counter[str]:
+        """What a replica has done since it was counted last."""
+        counted = counts_of(stats)
+        recent = counted - self._counted.get(stats.replica, Counter())
+        self._counted[stats.replica] = counted
+        return recent
 
     def _end_slot(self, replicas: Mapping[str, Sequence[ReplicaStats]], now_s: float) -> None:
         pools = {pool: self._sum_pool(pool, of_pool) for pool, of_pool in replicas.items()}
@@ -202,11 +220,9 @@ class History:
         self._own, self._slot_began_s = own, now_s
 
     def _sum_pool(self, pool: str, replicas: Sequence[ReplicaStats]) -> PoolSlot:
-        done = Counter[str]()
+        done = self._left.pop(pool, Counter())
         for stats in replicas:
-            counted = counts_of(stats)
-            recent = counted - self._counted.get(stats.replica, Counter())
-            self._counted[stats.replica] = counted
+            recent = self._count_anew(stats)
             known = self.replicas[pool][stats.replica]
             self.replicas[pool][stats.replica] = KnownReplica(known.stats, known.heard_s, recent)
             done += recent

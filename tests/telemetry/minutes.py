@@ -12,7 +12,7 @@ from deployments.telemetry.ingress_stats import IngressStats
 
 
 class Service:
-    """One ingress, and engines that do what a test says; each second it reads them."""
+    """One ingress, and engines that do what a test says; each second it reads them, but for the pools in `unread`."""
 
     def __init__(self) -> None:
         self.now_s = 1_000_000.0  # where a slot begins
@@ -20,6 +20,7 @@ class Service:
         self.refusals: Counter[tuple[str, str]] = Counter()
         self.engines: dict[str, dict[str, EngineStats]] = {PREFILL: {}, DECODE: {}}
         self.silent_s: dict[str, float] = {}
+        self.unread: set[str] = set()
         self.history = History(self._count, lambda: self.now_s)
 
     def _count(self) -> IngressStats:
@@ -40,5 +41,6 @@ class Service:
                     for name, engine in engines.items()
                 ]
                 for pool, engines in self.engines.items()
+                if pool not in self.unread
             }
             self.history.take(Reading.of(pools, self.now_s))

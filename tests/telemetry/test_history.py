@@ -85,3 +85,55 @@ def test_a_replica_that_flips_is_not_gone_and_what_it_did_is_not_counted_again(s
         assert service.history.slots[-1].pools[after].counts["generated_tokens"] == 3
     told = [(event.pool, event.replica, event.kind) for event in service.history.events]
     assert told == [(PREFILL, "a", "flipped"), (DECODE, "a", "flipped")] and not service.history.gone
+
+
+def test_what_a_replica_did_before_it_flips_or_is_gone_counts_for_the_pool_that_it_was_in(service: Service) -> None:
+    flips, dies = service.start(DECODE, "flips"), service.start(DECODE, "dies")
+    service.run(SLOT_S)
+
+    def decode() -> None:
+        flips.generated_tokens += 10
+        dies.generated_tokens += 1
+
+    service.run(3, decode)
+    service.engines[PREFILL]["flips"] = service.engines[DECODE].pop("flips")
+    del service.engines[DECODE]["dies"]
+    flips.prompt_tokens += 100
+    service.run(SLOT_S - 3)
+    pools = service.history.slots[-1].pools
+    assert pools[DECODE].counts == {"generated_tokens": 33}
+    assert pools[PREFILL].counts == {"prompt_tokens": 100}
+    service.run(SLOT_S)
+    assert not service.history.slots[-1].pools[DECODE].counts, "all of it was counted"
+
+
+def test_a_replica_that_did_not_answer_for_a_while_goes_on_where_it_was(service: Service) -> None:
+    engine = service.start(DECODE, "a", generated_tokens=1_000_000)
+    service.run(SLOT_S)
+    silent = service.engines[DECODE].pop("a")
+    service.run(SLOT_S)
+    engine.generated_tokens += 4
+    service.engines[DECODE]["a"] = silent
+    service.run(SLOT_S)
+    assert service.history.slots[-1].pools[DECODE].counts == {"generated_tokens": 4}
+
+
+def test_a_pool_that_did_not_answer_is_as_it_was_and_the_other_is_seen(service: Service) -> None:
+    prefill = service.start(PREFILL, "p")
+    decode = service.start(DECODE, "d", generated_tokens=1_000_000)
+    service.unread = {DECODE}
+    service.run(SLOT_S)
+    assert DECODE not in service.history.slots[-1].pools
+    service.unread = set()
+    service.run(SLOT_S)
+    assert not service.history.slots[-1].pools[DECODE].counts, "what it had done when it was first read is past"
+    assert not service.history.events
+    service.unread = {DECODE}
+    prefill.prompt_tokens, decode.generated_tokens = 7, 1_000_003
+    service.run(SLOT_S)
+    heard_s = {name: known.heard_s for of in service.history.replicas.values() for name, known in of.items()}
+    assert heard_s == {"p": service.now_s, "d": service.now_s - SLOT_S}
+    assert service.history.slots[-1].pools[PREFILL].counts == {"prompt_tokens": 7}
+    service.unread = set()
+    service.run(SLOT_S)
+    assert service.history.slots[-1].pools[DECODE].counts == {"generated_tokens": 3}
