@@ -5,6 +5,7 @@ the engines directly, to the `TokenReceiver` of this replica.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import replace
@@ -12,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from deployments.decode_client import DecodeClient
+from deployments.errors import EngineDeadError
 from deployments.load.admission import Admission, Ticket
 from deployments.load.pool_health import PoolHealth
 from deployments.load.pool_watch import PoolWatch
@@ -140,13 +142,22 @@ class PoolBackend:
         return await self._view.document(self.pool_health.state())
 
     async def metrics(self) -> bytes:
-        pools, ingresses = await asyncio.gather(self._read_pools(dict.fromkeys(self._pools)), self.peers.read())
+        (pools, _), ingresses = await asyncio.gather(self._ask_pools(dict.fromkeys(self._pools)), self.peers.read())
         # 9 ms for eight engines and two ingress replicas with vLLM's names, too (one core, 2026-11-29).
         return await asyncio.to_thread(render, pools, ingresses, self._vllm_model)
 
     async def read_pools(self) -> dict[str, list[ReplicaStats]]:
-        """The numbers of every replica, by the pool whose work it does, and what its cache has to tell the routers."""
-        return await self._read_pools({name: self._routers.positions(name) for name in self._pools})
+        """The numbers of every replica, by the pool whose work it does, and what its cache has to tell the routers.
+
+        Raises:
+            Exception: a pool did not answer, so that nobody can decide by it. Those that did are shown.
+        """
+        asked_s = time.monotonic()
+        pools, failures = await self._ask_pools({name: self._routers.positions(name) for name in self._pools})
+        if failures:
+            self._view.take(Reading.of(pools, asked_s))
+            raise failures[0]
+        return pools
 
     def take(self, reading: Reading) -> None:
         """Whoever decides by it is told of a reading."""
@@ -154,22 +165,32 @@ class PoolBackend:
         self._routers.update(reading)
         self._view.take(reading)
 
-    async def _read_pools(self, read: Mapping[str, Positions | None]) -> dict[str, list[ReplicaStats]]:
+    async def _ask_pools(
+        self, read: Mapping[str, Positions | None]
+    ) -> tuple[dict[str, list[ReplicaStats]], list[BaseException]]:
+        """The pools that answer, by what their replicas do, and why others do not."""
         # A failure waits for the other pool's answer, so that whoever asks again has asked once at a time.
         asked = [self._stats(handle, read[name]) for name, handle in self._pools.items()]
-        readings = await asyncio.gather(*asked, return_exceptions=True)
+        answers = await asyncio.gather(*asked, return_exceptions=True)
         pools: dict[str, list[ReplicaStats]] = {}
-        for name, reading in zip(self._pools, readings, strict=True):
-            if isinstance(reading, Exception) and name in self._may_lack and is_nobody_there(reading):
-                reading = []
-            if isinstance(reading, BaseException):
-                raise reading
-            pools[name] = reading
-        return by_role(pools)
+        failures: list[BaseException] = []
+        for name, answer in zip(self._pools, answers, strict=True):
+            if not isinstance(answer, BaseException):
+                pools[name] = answer
+            elif isinstance(answer, Exception) and name in self._may_lack and is_nobody_there(answer):
+                pools[name] = []
+            else:
+                failures.append(answer)
+        return by_role(pools), failures
 
     async def _stats(self, handle: "DeploymentHandle[Any]", read: Positions | None) -> list[ReplicaStats]:
-        stats: list[ReplicaStats] = await handle.broadcast("stats", read).results_async(timeout_s=_STATS_TIMEOUT_S)
-        return stats
+        """Of the replicas that answer; of one that has just died Serve may not know yet."""
+        response = handle.broadcast("stats", read)
+        answers = await response.results_async(timeout_s=_STATS_TIMEOUT_S, return_exceptions=True)
+        told = [answer for answer in answers if isinstance(answer, ReplicaStats)]
+        if not told:
+            raise next(iter(answers), EngineDeadError("every replica of the pool has just died"))
+        return told
 
 
 def _sizes(requests: Sequence[GenerateRequest]) -> list[int]:

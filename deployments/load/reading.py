@@ -13,7 +13,7 @@ Pools = Mapping[str, list[ReplicaStats]]
 
 def by_role(pools: Pools) -> dict[str, list[ReplicaStats]]:
     """The same replicas by what they do: those of decode that compute prompts for others are with prefill's."""
-    flipped = [replica for replica in pools[DECODE] if replica.engine.is_flipped]
+    flipped = [replica for replica in pools.get(DECODE, ()) if replica.engine.is_flipped]
     if not flipped:
         return dict(pools)
     decode = [replica for replica in pools[DECODE] if not replica.engine.is_flipped]

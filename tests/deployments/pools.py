@@ -88,11 +88,11 @@ class Answers:
 
     coroutines: list[Coroutine[Any, Any, Any]]
 
-    async def results_async(self, timeout_s: float) -> list[Any]:
+    async def results_async(self, timeout_s: float, *, return_exceptions: bool) -> list[Any]:
         if not self.coroutines:
             raise DeploymentUnavailableError(DeploymentID("pool"))
         async with asyncio.timeout(timeout_s):
-            return await asyncio.gather(*self.coroutines)
+            return await asyncio.gather(*self.coroutines, return_exceptions=return_exceptions)
 
 
 @dataclass(frozen=True)
