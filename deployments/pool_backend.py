@@ -29,6 +29,7 @@ from deployments.telemetry.ingress_stats import IngressStats
 from deployments.telemetry.live_view import LiveView
 from deployments.telemetry.metrics import render
 from deployments.telemetry.peers import Ask, Peers
+from deployments.telemetry.single_flight import SingleFlight
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class PoolBackend:
         self._replica, self._vllm_model = replica, vllm_model
         self.peers = Peers(ask_peers or self._ask_self, self.own_stats)
         self._view = view or LiveView(self.own_stats)
+        self._metrics = SingleFlight[bytes]()
         self._decode = DecodeClient(decode, tokens, resume_timeout_s, self.clients.request_resumed, routers)
 
     async def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
@@ -142,6 +144,9 @@ class PoolBackend:
         return await self._view.document(self.pool_health.state())
 
     async def metrics(self) -> bytes:
+        return await self._metrics(self._read_metrics)
+
+    async def _read_metrics(self) -> bytes:
         (pools, _), ingresses = await asyncio.gather(self._ask_pools(dict.fromkeys(self._pools)), self.peers.read())
         # 9 ms for eight engines and two ingress replicas with vLLM's names, too (one core, 2026-11-29).
         return await asyncio.to_thread(render, pools, ingresses, self._vllm_model)

@@ -4,17 +4,18 @@ One lives in each ingress replica. While nobody looks it notes a reading of the 
 anyway; all else happens when somebody does.
 """
 
-import asyncio
 import logging
 import math
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from deployments.load.reading import Reading
 from deployments.telemetry.history import ClientHistory, History
 from deployments.telemetry.ingress_stats import IngressStats
 from deployments.telemetry.live import ServiceState, describe
+from deployments.telemetry.single_flight import SingleFlight
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class LiveView:
         self._ask_all = ask_all
         self._document: Mapping[str, object] = {}
         self._made_s = -math.inf
-        self._making: asyncio.Task[None] | None = None
+        self._making = SingleFlight[None]()
 
     def take(self, reading: Reading) -> None:
         """A reading of the pools has come."""
@@ -63,10 +64,7 @@ class LiveView:
     async def document(self, health: tuple[bool, str]) -> Mapping[str, object]:
         """What there is to show; `health`: whether the service can serve, and why not."""
         if time.monotonic() - self._made_s > _MIN_AGE_S:
-            if self._making is None or self._making.done():
-                self._making = asyncio.create_task(self._make(health))
-            # Shielded: one who leaves does not take it from the others.
-            await asyncio.shield(self._making)
+            await self._making(partial(self._make, health))
         return self._document
 
     async def _make(self, health: tuple[bool, str]) -> None:

@@ -1,8 +1,11 @@
 """What the fronts count of requests: where prompts were computed, and what of hand-offs was hidden behind computing."""
 
+import asyncio
+
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.messages import GenerateRequest
+from deployments.replica_stats import Positions, ReplicaStats
 from tests.deployments.conftest import StartPools
 from tests.deployments.pools import NUM_TOKENS, PROMPT, Pools
 from tests.engine.driving import greedy
@@ -54,3 +57,18 @@ async def test_hand_offs_are_timed_though_nobody_wants_a_receipt(start: StartPoo
     assert min(hidden, exposed) >= 0 and hidden + exposed > 0
     whole = sum((await counted(pools, "handoff_seconds_sum")).values())
     assert hidden <= whole + 1e-6, "chunks that are on their way at once count once"
+
+
+async def test_who_read_the_metrics_at_once_have_the_replicas_asked_once(start: StartPools) -> None:
+    pools = await start(min_tokens=16)
+    asked, stats = [], pools.decode.deployment.stats
+
+    async def counting(read: Positions | None = None) -> ReplicaStats:
+        asked.append(read)
+        told: ReplicaStats = await stats(read)
+        return told
+
+    pools.decode.deployment.stats = counting
+    first, second = await asyncio.gather(pools.backend.metrics(), pools.backend.metrics())
+    assert first is second and len(asked) == 1
+    assert await pools.backend.metrics() is not first and len(asked) == 2
