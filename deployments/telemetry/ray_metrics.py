@@ -43,15 +43,17 @@ class RayMetrics:
         gauge.set(sample.value, sample.labels)
 
     def _count(self, name: str, text: str, sample: Sample) -> None:
-        key = (name, tuple(sample.labels.values()))
-        more = sample.value - self._told.get(key, 0.0)
-        self._told[key] = sample.value
-        if more <= 0:  # which Ray refuses
-            return
         counter = self._counters.get(name)
         if counter is None:
             counter = self._counters[name] = Counter(name, text, tuple(sample.labels))
-        counter.inc(more, sample.labels)
+        key = (name, tuple(sample.labels.values()))
+        before = self._told.get(key)
+        if before is None:
+            # What begins with its first event has no increase by it. `inc` refuses 0, what is below it does not (2.60).
+            counter._record(before := 0.0, sample.labels)
+        if sample.value > before:
+            counter.inc(sample.value - before, sample.labels)
+        self._told[key] = sample.value
 
 
 async def tell_ray(read: Callable[[], Awaitable[Iterable[Metric]]], period_s: float = PERIOD_S) -> None:

@@ -127,6 +127,9 @@ def test_rays_agent_has_the_same_numbers(disaggregated: Service, client: httpx.C
     wait_until(are_told, ANSWER_TIMEOUT_S)
     agent = agent_page()
     assert agent["ray_kvrelay_requests"].type == "counter"
+    # What has not happened yet is 0 there, so that the first time is an increase.
+    counters = [family for family in families_of(disaggregated).values() if family.type == "counter" and family.samples]
+    assert {f"ray_{family.name}".replace(":", "_") for family in counters} <= agent.keys()
     assert agent["ray_kvrelay_kv_blocks"].type == "gauge"
 
 

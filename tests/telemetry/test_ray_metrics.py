@@ -35,6 +35,9 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
 
         def inc(self, value: float, tags: dict[str, str]) -> None:
             assert value > 0  # as Ray demands
+            self._record(value, tags)
+
+        def _record(self, value: float, tags: dict[str, str]) -> None:
             self._say("inc", value, tags)
 
     monkeypatch.setattr(ray_metrics, "Counter", Fake)
@@ -42,11 +45,13 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
     return said
 
 
-def test_a_counter_is_told_by_what_it_has_grown_for_each_of_its_labels(told: Told) -> None:
+def test_a_counter_is_told_by_what_it_has_grown_from_0_on_for_each_of_its_labels(told: Told) -> None:
     metrics = RayMetrics()
     for first, second in ((0, 5), (2, 5), (3, 6)):
         metrics.tell([counter("calls", "Calls.", ("outcome",), [(("ok",), first), (("bad",), second)])])
     assert told == [
+        ("inc", "kvrelay_calls_total", 0, {"outcome": "ok"}),
+        ("inc", "kvrelay_calls_total", 0, {"outcome": "bad"}),
         ("inc", "kvrelay_calls_total", 5, {"outcome": "bad"}),
         ("inc", "kvrelay_calls_total", 2, {"outcome": "ok"}),
         ("inc", "kvrelay_calls_total", 1, {"outcome": "ok"}),
