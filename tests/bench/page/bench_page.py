@@ -9,70 +9,58 @@ import argparse
 import json
 import os
 import tempfile
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
 import httpx
 
 from deployments.api.live_page import ASSETS
+from tests.bench.page.at_work import Shift, Work, at_work
+from tests.bench.serving.client import completion
 from tests.bench.serving.server import MeasuredServer
 
 PERIOD_S = 2.0  # of the page
 WATCHERS = (0, 1, 5)
+# Of a stream, and of the engine for each of them.
+NUM_TOKENS, PERIOD_US = 200, 20_000
+TIMEOUT_S = 60.0
+# What a start leaves to be done is not the page's cost.
+SETTLING_S = 5.0
 
 
-@contextmanager
-def watched(url: str, num_watchers: int) -> Iterator[None]:
-    """So many pages are open."""
-    is_over = threading.Event()
+def watching(url: str) -> Work:
+    """As an open page does."""
 
-    def watch() -> None:
-        with httpx.Client(base_url=url) as client:
+    def watch(_: int, shift: Shift) -> None:
+        with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
             for path in ("/", *(f"/live/{name}" for name in ASSETS)):
                 client.get(path).raise_for_status()
-            while not is_over.wait(PERIOD_S):
+            shift.begin()
+            while not shift.is_over.wait(PERIOD_S):
                 client.get("/live").raise_for_status()
 
-    threads = [threading.Thread(target=watch) for _ in range(num_watchers)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        for thread in threads:
-            thread.join()
+    return watch
 
 
-@contextmanager
-def loaded(url: str, num_streams: int) -> Iterator[None]:
-    """So many streams run, each begun anew when it ends."""
-    is_over = threading.Event()
+def streaming(url: str) -> Work:
+    """One stream after the other, each read as it comes."""
 
-    def stream() -> None:
-        body = {"prompt": "Once upon a time", "max_tokens": 200, "stream": True, "ignore_eos": True}
-        with httpx.Client(base_url=url, timeout=60) as client:
-            while not is_over.is_set():
-                with client.stream("POST", "/v1/completions", json=body) as answer:
+    def stream(_: int, shift: Shift) -> None:
+        with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
+            is_first = True
+            while not shift.is_over.is_set():
+                with client.stream("POST", "/v1/completions", json=completion(NUM_TOKENS, PERIOD_US)) as answer:
                     answer.raise_for_status()
                     for _ in answer.iter_raw():
-                        if is_over.is_set():
+                        if is_first:
+                            shift.begin()
+                            is_first = False
+                        if shift.is_over.is_set():
                             break
 
-    threads = [threading.Thread(target=stream) for _ in range(num_streams)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        for thread in threads:
-            thread.join()
+    return stream
 
 
 def share_of(server: MeasuredServer, window_s: float) -> Counter[str]:
@@ -86,11 +74,10 @@ def share_of(server: MeasuredServer, window_s: float) -> Counter[str]:
 def measure(server: MeasuredServer, rounds: int, window_s: float, num_streams: int) -> list[dict[str, object]]:
     """In turn, so that what else the machine does meets all alike."""
     url, rows = f"http://127.0.0.1:{server.port}", list[dict[str, object]]()
-    with loaded(url, num_streams):
+    with at_work(num_streams, streaming(url)):
         for number in range(rounds):
             for num_watchers in WATCHERS if number % 2 == 0 else reversed(WATCHERS):
-                with watched(url, num_watchers):
-                    time.sleep(1.0)
+                with at_work(num_watchers, watching(url)):
                     used = share_of(server, window_s)
                 row = {"streams": num_streams, "watchers": num_watchers, "percent": used.total(), "by_role": used}
                 rows.append(row | {"load": os.getloadavg()[0]})
@@ -109,7 +96,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         server = MeasuredServer(Path(folder), "ours", options.port, {})
         try:
-            time.sleep(5.0)
+            time.sleep(SETTLING_S)
             rows = [row for n in options.streams for row in measure(server, options.rounds, options.window, n)]
         finally:
             server.stop()

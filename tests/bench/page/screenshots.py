@@ -8,8 +8,7 @@ import argparse
 import random
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +16,7 @@ import httpx
 from playwright.sync_api import Browser, ViewportSize, sync_playwright
 
 from app.local_process import RunFolder
+from tests.bench.page.at_work import Shift, Work, at_work
 from tests.bench.service import serving
 from tests.telemetry.browser import launch
 
@@ -36,15 +36,14 @@ WORDS = ("river", "stone", "lamp", "winter", "garden", "harbour", "letter", "bri
 NUM_COLOURS = 128
 
 
-@contextmanager
-def busy(url: str, num_clients: int) -> Iterator[None]:
+def talking(url: str) -> Work:
     """Chats of various lengths, some of them the next turn of one before."""
-    is_over = threading.Event()
 
-    def talk(seed: int) -> None:
-        draw = random.Random(seed)
+    def talk(number: int, shift: Shift) -> None:
+        draw = random.Random(number)
+        shift.begin()
         with httpx.Client(base_url=url, timeout=300) as client:
-            while not is_over.wait(draw.expovariate(1 / 3)):
+            while not shift.is_over.wait(draw.expovariate(1 / 3)):
                 words = " ".join(draw.choices(WORDS, k=8))
                 messages = [{"role": "user", "content": f"Tell me of {words}. " * draw.choice([1, 4, 12])}]
                 for _ in range(draw.choice([1, 1, 2, 3])):
@@ -55,15 +54,7 @@ def busy(url: str, num_clients: int) -> Iterator[None]:
                     messages += [answer.json()["choices"][0]["message"] | {"refusal": None}]
                     messages += [{"role": "user", "content": "Go on."}]
 
-    threads = [threading.Thread(target=talk, args=(seed,), daemon=True) for seed in range(num_clients)]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        for thread in threads:
-            thread.join()
+    return talk
 
 
 def picture(browser: Browser, url: str, name: str) -> None:
@@ -104,7 +95,7 @@ def main() -> None:
     url = options.url or f"http://127.0.0.1:{options.port}"
     with tempfile.TemporaryDirectory() as folder:
         served = nullcontext() if options.url else serving(RunFolder(Path(folder)), options.port, ARGUMENTS)
-        with served, busy(url, options.clients), sync_playwright() as playwright:
+        with served, at_work(options.clients, talking(url)), sync_playwright() as playwright:
             threading.Event().wait(options.minutes * 60)
             browser = launch(playwright)
             for name in PICTURES:

@@ -19,10 +19,12 @@ from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats
 from deployments.engine_builder import BuiltEngine
 from deployments.engine_info import EngineInfo
+from deployments.errors import InvalidRequestError
 from deployments.messages import EngineEvent, FinishReason, GenerateRequest, Placed, TokenOutput
 
 TRACE_VARIABLE = "KVRELAY_BENCH_TRACE"
 MAX_MODEL_LEN = 200_000
+MAX_PERIOD_US = 10_000_000
 _TEXT = (
     "Serving a language model has two phases that want opposite hardware. Prefill reads the whole prompt in one pass; "
     "decode makes one token at a time and reads the whole cache for each. On one machine they fight, and the last to "
@@ -82,7 +84,13 @@ class PacedEngine:
     def run_canary(self) -> bool:
         return False
 
-    def check(self, request: GenerateRequest) -> None: ...
+    def check(self, request: GenerateRequest) -> None:
+        """Refuse what no benchmark has meant: without a seed one is drawn, and the first step would take for ever."""
+        if request.sampling.seed > MAX_PERIOD_US:
+            message = (
+                f"the seed is a step's microseconds here, {MAX_PERIOD_US} at most, and it is {request.sampling.seed}"
+            )
+            raise InvalidRequestError(message, "seed")
 
     def add(self, request: GenerateRequest, remote_threshold: int | None = None) -> None:
         self._period_s = request.sampling.seed * 1e-6
