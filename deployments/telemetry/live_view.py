@@ -7,7 +7,7 @@ anyway; all else happens when somebody does.
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -22,11 +22,11 @@ logger = logging.getLogger(__name__)
 # However many look, the document is made anew no more often.
 _MIN_AGE_S = 0.9
 
-Look = Callable[[], Awaitable[ServiceState]]
+Look = Callable[[Hashable], Awaitable[ServiceState]]
 AskAll = Callable[[], Awaitable[Sequence[ClientHistory | BaseException]]]
 
 
-async def _numbers_alone() -> ServiceState:
+async def _numbers_alone(_: Hashable) -> ServiceState:
     return ServiceState("", "disaggregated", "", (True, ""))
 
 
@@ -39,7 +39,7 @@ class LiveView:
 
     Args:
         count: what this ingress replica has counted up to now; a snapshot.
-        look: what there is to say of the service beside numbers.
+        look: what there is to say of the service beside numbers; told what is seen of it, which changes where it does.
         ask_all: each ingress replica, this one among them, for what its clients saw; or why one did not say.
     """
 
@@ -68,7 +68,8 @@ class LiveView:
         return self._document
 
     async def _make(self, health: tuple[bool, str]) -> None:
-        state = replace(await self._look(), health=health)
+        seen = (health, *(name for pool in self._history.replicas.values() for name in pool))
+        state = replace(await self._look(seen), health=health)
         others = await self._others() if state.num_ingresses > 1 else []
         self._document = describe(state, self._history, others, time.time())
         self._made_s = time.monotonic()

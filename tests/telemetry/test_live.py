@@ -3,7 +3,7 @@
 import asyncio
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -136,7 +136,7 @@ async def test_however_many_look_the_others_are_asked_once_and_only_where_there_
     asked = []
     num_ingresses = 1
 
-    async def look() -> ServiceState:
+    async def look(seen: Hashable) -> ServiceState:
         return ServiceState("m", "disaggregated", "1", (True, ""), num_ingresses=num_ingresses)
 
     async def ask_all():
@@ -158,7 +158,7 @@ async def test_however_many_look_the_others_are_asked_once_and_only_where_there_
 async def test_those_who_look_at_once_share_one_document_even_where_the_first_one_leaves():
     may_answer, looked = asyncio.Event(), []
 
-    async def look() -> ServiceState:
+    async def look(seen: Hashable) -> ServiceState:
         looked.append(1)
         await may_answer.wait()
         return STATE
