@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from deployments import service_look
+from deployments import planner_log, service_look
 from deployments.planner.shared import Decision
 from deployments.service_look import CALM_PERIOD_S, PERIOD_S, ServiceLook
 from deployments.telemetry.live import ServiceState
@@ -45,7 +45,7 @@ class Ray:
 def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
     ray = Ray()
     monkeypatch.setattr(service_look, "replica_states", ray.tell_states)
-    monkeypatch.setattr(service_look.planner_log, "read", ray.tell_decisions)
+    monkeypatch.setattr(planner_log, "read", ray.tell_decisions)
     return ray
 
 

@@ -53,7 +53,7 @@ def streaming(url: str) -> Work:
             while not shift.is_over.is_set():
                 with client.stream("POST", "/v1/completions", json=completion(NUM_TOKENS, PERIOD_US)) as answer:
                     answer.raise_for_status()
-                    for _ in answer.iter_raw():
+                    for _piece in answer.iter_raw():
                         if is_first:
                             shift.begin()
                             is_first = False
