@@ -126,12 +126,20 @@ class SharedPlanner:
     def _is_known(self, names: list[str]) -> bool:
         """Whether all pools have told something, and are still scaled by their policies."""
         views = [self._views.get(name) for name in names]
-        silent = [name for name in names if name in self._views and self._num_missed[name] >= _MAX_MISSED]
+        silent = [name for name in names if self._num_missed[name] >= _MAX_MISSED and not self._is_starting(name)]
         if silent and not self._is_silent:
-            logger.warning("the planner decides nothing: %s is not scaled by it", " and ".join(silent))
+            logger.warning(
+                "the planner decides nothing: %s is not scaled by it. Leave num_replicas and autoscaling_config of it "
+                "out of Serve's file, and deploy again",
+                " and ".join(silent),
+            )
             self._targets.clear()
         self._is_silent = bool(silent)
         return not silent and all(view is not None and (view.engines or not view.bounds.least) for view in views)
+
+    def _is_starting(self, pool: str) -> bool:
+        """No replica serves yet: while requests wait for the first, Serve asks no policy, and starts one by itself."""
+        return pool in self._views and not self._views[pool].engines
 
     def _decide(self, names: list[str], at_s: float) -> None:
         views = {name: self._views[name] for name in names}

@@ -199,3 +199,24 @@ def test_a_controller_that_stood_still_for_a_while_is_no_pool_that_is_not_scaled
     with caplog.at_level("WARNING"):
         controller.loop(60.0)
     assert caplog.messages == []
+
+
+def test_a_pool_whose_first_replica_still_starts_is_not_called_one_that_is_not_scaled(caplog):
+    controller = Controller()
+    controller.stats["decode"].clear()
+    controller.loop()
+    decode = controller.policies.pop("decode")  # Serve asks it no more once requests wait, until a replica is there
+    with caplog.at_level("WARNING"):
+        controller.run(60)
+        controller.stats["decode"].append(controller.engine())
+        controller.policies["decode"] = decode
+        controller.run(5, queued=40_000)
+    assert caplog.messages == [] and controller.targets["prefill"] > 3
+
+
+def test_a_pool_that_was_never_scaled_by_its_policy_is_named(caplog):
+    controller = Controller()
+    del controller.policies["decode"]
+    with caplog.at_level("WARNING"):
+        controller.run(30)
+    assert len(caplog.messages) == 1 and "decode is not scaled by it" in caplog.messages[0]
