@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 # Seconds after which what arrived counts less by e. The quick one follows a burst, the slow one is what is planned for.
 _FAST_S, _SLOW_S = 10.0, 90.0
+# The same of the rate to which it is compared where less comes than before.
+_FALL_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +69,34 @@ class Flow:
 
     def __init__(self, block_s: float) -> None:
         self._block_s = block_s
-        self._fast, self._slow, self._spread = _Average(_FAST_S), _Average(_SLOW_S), _Average(2 * _SLOW_S)
+        self._fast, self._slow, self._falling = _Average(_FAST_S), _Average(_SLOW_S), _Average(_FALL_S)
+        # Of blocks: squared distances from the rate, and what arrived. Their ratio is kept for longer than rates are,
+        # for it belongs to what arrives, and not to how much does.
+        self._spread, self._spread_of = _Average(2 * _SLOW_S), _Average(2 * _SLOW_S)
         self._block = [0.0, 0.0]
 
     def add(self, amount: float, seconds: float) -> None:
         """So much arrived in so long."""
         if seconds <= 0:
             return
-        for average in (self._fast, self._slow):
+        for average in (self._fast, self._slow, self._falling):
             average.add(amount, seconds)
         self._block[0] += amount
         self._block[1] += seconds
         if self._block[1] >= self._block_s:
             total, length_s = self._block
-            self._spread.add((total - self._slow.value * length_s) ** 2, length_s)
+            # That less comes than a while ago is no unevenness: the slow rate is late.
+            rate = min(self._slow.value, self._falling.value)
+            self._spread.add((total - rate * length_s) ** 2, length_s)
+            self._spread_of.add(total, length_s)
             self._block = [0.0, 0.0]
 
     @property
     def rate(self) -> Rate:
         """As of the last reading."""
-        variance = self._spread.value
         fast, slow = self._fast, self._slow
+        of = self._spread_of.value
+        variance = slow.value * self._spread.value / of if of > 0 else 0.0
         if not slow.seconds:
             return Rate()
         # Weights that fall by e have half as many seconds' worth of independent samples again.
