@@ -9,7 +9,9 @@ run at once are the rate times what an answer takes (Little's law), and vary as 
 much more as arrivals are more uneven than chance. Prompts that the same engines compute take their part of the time.
 
 **What waits.** More engines than that are needed while more waits than can be computed within the bound, unless those
-that are there, and those that start, will have done it before another has started.
+that are there, and those that start, will have done it before another has started. A prompt for the prefill pool waits
+for two pools: for a seat that decode keeps for it, and then for its turn. It is counted by the one that holds it up:
+prefill, where what its engines have is late already; else decode.
 
 Source: heavy-traffic approximation of the G/G/c queue (Kingman 1962; Kollerstrom 1974); infinite-server approximation
 of the many-server queue with peaked arrivals (Whitt 1992).
@@ -95,7 +97,7 @@ def need_of_prompts(prompts: Prompts, seen: PoolSeen, num_starting: int, setting
     if not prompts.token_s:
         return _unmeasured(prompts.queued_tokens > 0, "no prompt was measured yet")
     work = prompts.work
-    is_late = prompts.queued_s > _LATE * settings.ttft_s * max(1, seen.num_ready)
+    is_late = is_behind(prompts, seen.num_ready, settings)
     # That the rate has risen is believed sooner where a queue shows it as well.
     now = max(work.now, work.fast) if is_late else work.now
     # The prompts that most of the work is of; for single arrivals at random it is exactly their mean, by tokens.
@@ -114,6 +116,11 @@ def need_of_prompts(prompts: Prompts, seen: PoolSeen, num_starting: int, setting
     return Need(engines(now), engines(_careful(work)), burst, why)
 
 
+def is_behind(prompts: Prompts, num_ready: int, settings: PlannerSettings) -> bool:
+    """Whether what the engines of a pool have takes so long that some of it is late."""
+    return prompts.held_s > _LATE * settings.ttft_s * max(1, num_ready)
+
+
 def unless_decode_can(need: Need, prompts: Prompts) -> Need:
     """What prompts need, where there may be no engine for them: none for so few that decode hardly notices them."""
     return replace(
@@ -124,8 +131,18 @@ def unless_decode_can(need: Need, prompts: Prompts) -> Need:
     )
 
 
-def need_of_answers(answers: Answers, seen: PoolSeen, num_starting: int, settings: PlannerSettings) -> Need:
-    """Engines that generate, and compute those prompts that are theirs."""
+def need_of_answers(
+    answers: Answers, seen: PoolSeen, num_starting: int, settings: PlannerSettings, *, awaits_prefill: bool = False
+) -> Need:
+    """Engines that generate, and compute those prompts that are theirs.
+
+    Args:
+        answers: of the pool.
+        seen: the pool.
+        num_starting: engines that will be there.
+        settings: what is to be kept.
+        awaits_prefill: the prefill pool holds its prompts up, so that more seats are of no use to these.
+    """
     prompts = seen.prompts
     if answers.gaps is None or not answers.output_tokens:
         return _unmeasured(answers.num_running + answers.num_waiting > 0, "no answer was measured yet")
@@ -145,8 +162,11 @@ def need_of_answers(answers: Answers, seen: PoolSeen, num_starting: int, setting
     most = _GROWTH * (running + (answers.num_waiting + answers.num_reserved) / batch) + 1.0
     lasting = min(engines(requests.now), most) + own.lasting
     careful = min(engines(_careful(requests)), most) + own.careful
-    waiting = _open_after(answers, requests.now * answer_s, answer_s, seen.start_s) / batch
-    burst = max(own.burst, running, waiting if answers.num_waiting else 0.0)
+    num_held_up = answers.num_for_prefill if awaits_prefill else 0
+    num_open = answers.num_running + answers.num_waiting - num_held_up
+    num_open += 0 if awaits_prefill else answers.num_reserved
+    waiting = _open_after(num_open, requests.now * answer_s, answer_s, seen.start_s) / batch
+    burst = max(own.burst, running, waiting if answers.num_waiting > num_held_up else 0.0)
     why = (
         f"{requests.now:.2f} requests/s ({requests.slow:.2f} over a while) of {answers.output_tokens:.0f} tokens, "
         f"at most {batch:.0f} at once in an engine (gap {answers.gaps.seconds(batch):.3f} s), "
@@ -189,9 +209,8 @@ def _running(answers: Answers, num_ready: int, batch: float, bound_s: float) -> 
     return answers.num_running * answers.gaps.seconds(batch) / now_s / batch if now_s > 0 else 0.0
 
 
-def _open_after(answers: Answers, lasting: float, answer_s: float, start_s: float) -> float:
+def _open_after(now: int, lasting: float, answer_s: float, start_s: float) -> float:
     """Sequences that will be there once another engine has started, if all that are there have a seat."""
-    now = answers.num_running + answers.num_reserved + answers.num_waiting
     return lasting + (now - lasting) * math.exp(-start_s / answer_s) if answer_s > 0 else now
 
 

@@ -38,6 +38,7 @@ class Prompts:
         tokens: of whole prompts, per second.
         uncached_share: of them, that have to be computed.
         queued_tokens: of whole prompts that wait.
+        seatless_tokens: of these, that no engine of this pool has: they wait for a seat in the other one first.
         oldest_s: how long the first of them waits.
         token_s: seconds of one engine for a token that is not cached; 0: not measured yet.
     """
@@ -45,6 +46,7 @@ class Prompts:
     tokens: Rate = field(default_factory=Rate)
     uncached_share: float = 1.0
     queued_tokens: float = 0.0
+    seatless_tokens: float = 0.0
     oldest_s: float = 0.0
     token_s: float = 0.0
 
@@ -58,6 +60,11 @@ class Prompts:
         """What waits, in seconds of one engine."""
         return self.queued_tokens * self.uncached_share * self.token_s
 
+    @property
+    def held_s(self) -> float:
+        """What waits in engines of this pool, in seconds of one engine."""
+        return (self.queued_tokens - self.seatless_tokens) * self.uncached_share * self.token_s
+
 
 @dataclass(frozen=True, slots=True)
 class Answers:
@@ -69,6 +76,7 @@ class Answers:
         gaps: what steps cost; None: not measured yet.
         num_running: sequences that have a seat, and draw tokens or have their prompts computed here.
         num_waiting: that have none.
+        num_for_prefill: of these, prompts that the prefill pool computes once they have a seat.
         max_seqs: seats of an engine.
         kv_use: share of the KV pool that those with a seat hold.
         num_reserved: sequences that have a seat, and wait for their prompts to come from the prefill pool.
@@ -79,6 +87,7 @@ class Answers:
     gaps: GapCurve | None = None
     num_running: int = 0
     num_waiting: int = 0
+    num_for_prefill: int = 0
     max_seqs: int = 1
     kv_use: float = 0.0
     num_reserved: int = 0

@@ -31,6 +31,8 @@ _MISS_HALF_LIFE = 262_144.0  # prompt tokens
 _COLD_S, _COLD_STEPS, _COLD_BUSY_S = 10.0, 20, 5.0
 # Of what it takes to start, the longest of the last few is planned with.
 _NUM_STARTS = 5
+# One that has not come after so many times that is not waited for.
+_LATE_STARTS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,10 @@ class _Replicas:
         has_run = stats.steps >= _COLD_STEPS or stats.prefill_s >= _COLD_BUSY_S
         return has_run and at_s - self._since_s[name] >= _COLD_S
 
+    def are_starting(self, at_s: float) -> bool:
+        """Whether some were asked for and should soon be there; not those that get no node, or fail."""
+        return bool(self._asked) and at_s - self._asked[0] <= _LATE_STARTS * self.start_s
+
     @property
     def start_s(self) -> float:
         """That one takes to start."""
@@ -100,7 +106,7 @@ class _Pool:
         self._misses = Share(_MISS_HALF_LIFE)
         self._per_request = Share(_PROMPT_HALF_LIFE)
         self._queue = QueueAge()
-        self._came = self._queued = self._oldest_s = 0.0
+        self._came = self.queued = self._seatless = self._of_others = self._oldest_s = 0.0
 
     def take(self, engines: Mapping[str, EngineStats], as_of_s: float, at_s: float) -> list[_Progress]:
         """A reading: what it says of costs is learned."""
@@ -109,17 +115,23 @@ class _Pool:
         self.costs.update(warm, as_of_s)
         return progress
 
-    def take_prompts(
-        self, computed: int, found: int, queued: int, requests: "_Came", elapsed_s: float, at_s: float
-    ) -> None:
-        """Prompt tokens computed and found since the last reading, and those that wait now."""
+    def count_prompts(self, computed: int, found: int, queued: int) -> float:
+        """Prompt tokens that came since the last reading, by those computed, found, and waiting now."""
         self._misses.add(computed, computed + found)
-        came = max(0.0, computed + found + queued - self._queued) if elapsed_s > 0 else 0.0
-        self._queued = float(queued)
+        came = max(0.0, computed + found + queued - self.queued)
+        self.queued = float(queued)
+        return came
+
+    def take_prompts(
+        self, came: float, requests: "_Came", elapsed_s: float, at_s: float, seatless: int = 0, of_others: float = 0.0
+    ) -> None:
+        """So many prompt tokens came; of those that wait some have no seat, and some are another pool's to compute."""
+        self._seatless, self._of_others = float(seatless), of_others
+        came = came if elapsed_s > 0 else 0.0
         self._per_request.add(came, requests.seen)
         self._tokens.add(came + requests.refused * self._per_request.value(0.0), elapsed_s)
         self._came += came
-        self._oldest_s = self._queue.age(self._came, self._came - queued, at_s)
+        self._oldest_s = self._queue.age(self._came, self._came - self.queued, at_s)
 
     def queued_here(self) -> int:
         """Prompt tokens that wait for engines of this pool, in it."""
@@ -129,7 +141,14 @@ class _Pool:
     def prompts(self) -> Prompts:
         tokens = self.costs.tokens_per_step
         token_s = self.costs.cost.seconds(1.0, tokens).best / tokens
-        return Prompts(self._tokens.rate, self._misses.value(1.0), self._queued, self._oldest_s, token_s)
+        return Prompts(
+            self._tokens.rate,
+            self._misses.value(1.0),
+            self.queued - self._of_others,
+            self._seatless,
+            self._oldest_s,
+            token_s,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +173,7 @@ class Observer:
         self._gaps = GapLearner()
         self._output = MeanLength(_OUTPUT_BELIEVED, _OUTPUT_WEIGHT, _OUTPUT_HALF_LIFE)
         self._requests = Flow(max(1.0, settings.ttft_s))
+        self._decode_share = Share(_MISS_HALF_LIFE)  # of prompt tokens, with enough prefill replicas
         self._at_s = -math.inf
 
     def note_asked(self, pool: str, num_more: int, at_s: float) -> None:
@@ -174,22 +194,24 @@ class Observer:
         self._at_s = at_s
         self._adopt(reading)
         progress = self._decode.take(reading.pools[DECODE], reading.as_of_s, at_s)
-        came = _Came(max(0, sum(_num_seen(p.now) - _num_seen(p.before) for p in progress)), num_refused)
-        self._requests.add(came.seen + came.refused if elapsed_s > 0 else 0, elapsed_s)
+        requests = _Came(max(0, sum(_num_seen(p.now) - _num_seen(p.before) for p in progress)), num_refused)
+        self._requests.add(requests.seen + requests.refused if elapsed_s > 0 else 0, elapsed_s)
         self._learn_answers(progress, elapsed_s)
         computed, found = _computed(progress)
         queued = self._decode.queued_here()
         if self._prefill is None:
-            self._decode.take_prompts(computed, found, queued, came, elapsed_s, at_s)
+            came = self._decode.count_prompts(computed, found, queued)
+            self._decode.take_prompts(came, requests, elapsed_s, at_s)
             return Observation(at_s, self._see_decode())
         if reading.pools[PREFILL]:
-            self._decode.take_prompts(computed, 0, queued, came, elapsed_s, at_s)
-            self._take_prefill(self._prefill, reading, came, elapsed_s, at_s)
+            here = self._decode.count_prompts(computed, 0, queued)
+            self._take_prompts(self._prefill, reading, here, requests, elapsed_s, at_s)
         else:
             # Decode computes them all; what they would keep busy is prefill's to tell.
-            self._decode.take_prompts(0, 0, 0, came, elapsed_s, at_s)
+            self._decode.take_prompts(self._decode.count_prompts(0, 0, 0), requests, elapsed_s, at_s)
             self._prefill.take({}, reading.as_of_s, at_s)
-            self._prefill.take_prompts(computed, found, queued, came, elapsed_s, at_s)
+            came = self._prefill.count_prompts(computed, found, queued)
+            self._prefill.take_prompts(came, requests, elapsed_s, at_s)
         return Observation(at_s, self._see_decode(), self._see_prefill(self._prefill))
 
     def _see_prefill(self, pool: _Pool) -> PoolSeen:
@@ -218,14 +240,29 @@ class Observer:
                     each = steps.seconds / steps.steps
                     self._gaps.add(steps.sequences / steps.steps, _kv_read(p.now), each, steps.seconds)
 
-    def _take_prefill(self, pool: _Pool, reading: Reading, came: _Came, elapsed_s: float, at_s: float) -> None:
+    def _take_prompts(
+        self, pool: _Pool, reading: Reading, here: float, requests: _Came, elapsed_s: float, at_s: float
+    ) -> None:
+        """A reading of the prefill pool, while so many prompt tokens came for decode to compute.
+
+        While prefill replicas start, decode takes over prompts of theirs: beyond its usual part they are prefill's.
+        """
         progress = pool.take(reading.pools[PREFILL], reading.as_of_s, at_s)
         pool.tail.pass_time(elapsed_s)
         for p in progress:
             if p.is_warm:
                 pool.tail.add(p.now.ttft_s, p.before.ttft_s)
         remote = sum(stats.num_remote_prompt_tokens for stats in self._decode.replicas.stats.values())
-        pool.take_prompts(*_computed(progress), pool.queued_here() + remote, came, elapsed_s, at_s)
+        there = pool.count_prompts(*_computed(progress), pool.queued_here() + remote)
+        taken_over = waiting = 0.0
+        if pool.replicas.are_starting(at_s):
+            share = self._decode_share.value(1.0)
+            taken_over = max(0.0, here - share * (here + there))
+            waiting = max(0.0, self._decode.queued - share * (self._decode.queued + pool.queued))
+        else:
+            self._decode_share.add(here, here + there)
+        self._decode.take_prompts(here - taken_over, requests, elapsed_s, at_s, of_others=waiting)
+        pool.take_prompts(there + taken_over, requests, elapsed_s, at_s, remote)
 
     def _see_decode(self) -> PoolSeen:
         pool, engines = self._decode, list(self._decode.replicas.stats.values())
@@ -240,6 +277,7 @@ class Observer:
             gaps,
             num_running,
             sum(engine.num_waiting for engine in engines),
+            sum(map(_num_for_prefill, engines)),
             max([1, *(engine.max_num_seqs for engine in engines)]),
             _used_share(engines),
             num_reserved,
@@ -257,6 +295,11 @@ def _kv_read(engine: EngineStats) -> float:
     """Tokens of KV that a step reads: not that of sequences which wait for theirs."""
     seated = engine.num_running + engine.num_reserved
     return engine.num_used_blocks * engine.block_size * engine.num_running / max(1, seated)
+
+
+def _num_for_prefill(engine: EngineStats) -> int:
+    """Of those without a seat, that the prefill pool will compute; by their tokens."""
+    return round(engine.num_waiting * engine.num_remote_prompt_tokens / max(1, engine.num_queued_prompt_tokens))
 
 
 def _num_seen(engine: EngineStats) -> int:

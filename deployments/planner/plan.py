@@ -14,7 +14,13 @@ import math
 from dataclasses import dataclass, replace
 
 from deployments.planner.flip import Lack, Side, describe, num_flipped
-from deployments.planner.need import Need, need_of_answers, need_of_prompts, unless_decode_can
+from deployments.planner.need import (
+    Need,
+    is_behind,
+    need_of_answers,
+    need_of_prompts,
+    unless_decode_can,
+)
 from deployments.planner.observation import Observation, PoolSeen, Tail
 from deployments.planner.settings import PlannerSettings
 from deployments.planner.state import Bounds, Memory, PoolMemory
@@ -165,7 +171,9 @@ def _wish_decode(
 ) -> tuple[_Wish, PoolMemory]:
     pool, answers = seen.decode, seen.decode.answers
     assert answers is not None, "decode generates"
-    need = need_of_answers(answers, pool, max(0, bounds.target - pool.num_ready), settings)
+    prefill, num_starting = seen.prefill, max(0, bounds.target - pool.num_ready)
+    awaits = prefill is not None and prefill.num_ready > 0 and is_behind(prefill.prompts, prefill.num_ready, settings)
+    need = need_of_answers(answers, pool, num_starting, settings, awaits_prefill=awaits)
     return _wish(pool, seen.at_s, need, bounds, settings, settings.decode_cost, memory)
 
 

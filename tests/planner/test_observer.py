@@ -231,3 +231,35 @@ def test_a_replica_that_is_the_first_of_its_pool_was_seen_to_start():
         pools.read()
     pools.add(PREFILL, "prefill0")
     assert pools.read().prefill.start_s == 8.0
+
+
+def test_prompts_that_decode_takes_over_while_a_prefill_replica_starts_are_prefills_to_tell():
+    pools = Pools()
+
+    def run(seconds: int, here: int, there: int):
+        for _ in range(seconds):
+            engine = pools.engines[DECODE]["decode0"]
+            engine.prompt_tokens += here
+            engine.prefill_steps += 1
+            engine.prefill_s += here * TOKEN_S
+            pools.prompts(computed=there)
+            seen = pools.read()
+        return seen
+
+    run(300, here=100, there=900)
+    pools.observer.note_asked(PREFILL, 1, pools.now_s)
+    seen = run(50, here=800, there=1200)
+    assert seen.decode.prompts.tokens.fast == pytest.approx(200, rel=0.05), "its usual tenth"
+    assert seen.prefill.prompts.tokens.fast == pytest.approx(1800, rel=0.05)
+    seen = run(200, here=800, there=1200)
+    assert seen.decode.prompts.tokens.fast == pytest.approx(800, rel=0.05), "that replica does not come"
+
+
+def test_prompts_without_a_seat_wait_for_decode_first():
+    pools = Pools()
+    decode = pools.engines[DECODE]["decode0"]
+    decode.num_waiting, decode.num_queued_prompt_tokens, decode.num_remote_prompt_tokens = 4, 1000, 500
+    pools.engines[PREFILL]["prefill0"].num_queued_prompt_tokens = 300
+    seen = pools.read()
+    assert (seen.prefill.prompts.queued_tokens, seen.prefill.prompts.seatless_tokens) == (800, 500)
+    assert (seen.decode.answers.num_waiting, seen.decode.answers.num_for_prefill) == (4, 2)

@@ -187,6 +187,24 @@ def test_longer_answers_add_decode_replicas_and_no_prefill():
     assert service.targets[0] > before[0] and service.targets[1] == before[1]
 
 
+def test_seats_of_prompts_that_wait_for_prefill_add_no_decode_replica():
+    answers = Answers(
+        steady(1.0), 2000.0, GAPS, num_running=8, num_waiting=80, num_for_prefill=80, max_seqs=128, num_reserved=80
+    )
+    pool = PoolSeen(1, START_S, answers=answers)
+
+    def decide_with(queued: float, seatless: float) -> tuple[int, int]:
+        prompts = Prompts(steady(500.0), queued_tokens=queued, seatless_tokens=seatless, token_s=2e-3)
+        now = Observation(0.0, pool, PoolSeen(1, START_S, prompts))
+        decided, _ = plan(now, bounds_of((1, 1), 50), SETTINGS, Memory())
+        return decided.decode, decided.prefill
+
+    decode, prefill = decide_with(queued=120_000, seatless=40_000)
+    assert decode == 1 and prefill > 1, "prefill has 160 s of work"
+    decode, prefill = decide_with(queued=40_000, seatless=40_000)
+    assert decode > 1 and prefill < 4, "prefill has nothing to do, for they have no seats"
+
+
 def test_a_queue_that_is_gone_before_a_replica_has_started_adds_none():
     seen_pool = PoolSeen(num_ready=4, start_s=120.0)
     waiting = Prompts(steady(1000), queued_tokens=100_000, token_s=2e-4)
