@@ -1,6 +1,7 @@
 """What an engine says of new tokens, how long they took, and how it is. Knows nothing of steps and tensors."""
 
 from collections import Counter
+from itertools import chain
 
 from deployments.engine.scheduling.scheduler import Scheduler
 from deployments.engine.scheduling.sequence import Sequence
@@ -73,6 +74,9 @@ class Outputs:
         stats.num_waiting = len(scheduler.waiting)
         stats.num_reserved = len(scheduler.reserved)
         stats.num_running = len(scheduler.running)
+        stats.num_drawn_tokens = sum(s.num_generated_tokens for s in scheduler.running)
+        open_here = chain(scheduler.waiting, scheduler.reserved.values(), scheduler.running)
+        stats.num_allowed_tokens = sum(s.request.max_new_tokens for s in open_here)
         stats.num_used_blocks = num_used_blocks
         stats.num_exported_blocks = num_exported_blocks
         stats.preemptions = scheduler.num_preemptions

@@ -42,6 +42,8 @@ class EngineStats:
         num_waiting: sequences without blocks.
         num_reserved: sequences whose KV is on its way from a prefill engine.
         num_running: sequences in the batch.
+        num_drawn_tokens: that these have drawn so far.
+        num_allowed_tokens: that all sequences here may draw at most, the drawn ones among them.
         max_num_seqs: sequences that have a seat at once, reserved and running.
         max_num_batched_tokens: tokens of a full step.
         num_blocks: size of the KV pool.
@@ -76,6 +78,8 @@ class EngineStats:
     num_waiting: int = 0
     num_reserved: int = 0
     num_running: int = 0
+    num_drawn_tokens: int = 0
+    num_allowed_tokens: int = 0
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0
     num_blocks: int = 0

@@ -239,6 +239,13 @@ class Observer:
                 if (steps := decode_steps_between(p.now, p.before)) is not None:
                     each = steps.seconds / steps.steps
                     self._gaps.add(steps.sequences / steps.steps, _kv_read(p.now), each, steps.seconds)
+        engines = [p.now for p in progress]
+        self._output.note_running(
+            sum(engine.num_running for engine in engines),
+            sum(engine.num_drawn_tokens for engine in engines),
+            sum(engine.num_running + engine.num_reserved + engine.num_waiting for engine in engines),
+            sum(engine.num_allowed_tokens for engine in engines),
+        )
 
     def _take_prompts(
         self, pool: _Pool, reading: Reading, here: float, requests: _Came, elapsed_s: float, at_s: float

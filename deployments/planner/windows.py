@@ -8,6 +8,10 @@ from deployments.engine.stats import Histogram
 from deployments.planner.observation import Tail
 
 _TAIL_HALF_LIFE_S = 30.0
+# Of answers that end, after which what was seen counts half where the last few are looked at.
+_LAST_ANSWERS = 8.0
+# Standard deviations by which fewer end than is explained by chance.
+_SURPRISE = 4.0
 
 
 class Share:
@@ -32,6 +36,10 @@ class MeanLength:
     So answers that have not ended count as well, for what they have drawn. Of those that ended alone the mean would be
     too small when traffic begins or grows: the short ones end first.
 
+    That answers have become longer shows before these have ended. It is believed where chance does not explain that so
+    few end: then the mean is that of the last few, at least what those that run have drawn so far, and at most twice
+    that, for in the midst of answers of one length half of each is drawn.
+
     Args:
         believed: tokens, before anything is known.
         weight: answers that have to end until that counts half.
@@ -41,20 +49,50 @@ class MeanLength:
     """
 
     def __init__(self, believed: float, weight: float, half_life: float) -> None:
-        self._prior = believed * weight, weight
-        self._half_life = half_life
-        self._drawn = self._ended = 0.0
+        self._believed, self._weight, self._half_life = believed, weight, half_life
+        self._drawn = self._ended = self._last_drawn = self._last_ended = 0.0
+        self._age = 0.0  # tokens that those that run have drawn, each
+        self._before: float | None = None  # the mean a while ago; while no answer ends, it is not past
+        self._allowed: float | None = None
 
     def add(self, drawn: int, ended: int) -> None:
         """So many tokens were drawn, and so many answers ended meanwhile."""
         if drawn >= 0 and ended >= 0:
-            keep = 0.5 ** (ended / self._half_life)
+            keep_last = 0.5 ** (ended / _LAST_ANSWERS)
+            keep = keep_last if self._are_longer else 0.5 ** (ended / self._half_life)
+            self._weight *= keep
             self._drawn, self._ended = keep * self._drawn + drawn, keep * self._ended + ended
+            self._last_drawn = keep_last * self._last_drawn + drawn
+            self._last_ended = keep_last * self._last_ended + ended
+            if ended:
+                before = self._mean if self._before is None else self._before
+                keep_before = 0.5 ** (ended / self._half_life)
+                self._before = keep_before * before + (1.0 - keep_before) * self._mean
+
+    def note_running(self, num_running: int, drawn: int, num_open: int, allowed: int) -> None:
+        """So many run and have drawn so many tokens; and so many, with those that wait, may draw so many at most."""
+        self._age = drawn / num_running if num_running else 0.0
+        if num_open and allowed:
+            self._allowed = allowed / num_open
 
     @property
     def value(self) -> float:
         """Tokens."""
-        return (self._drawn + self._prior[0]) / (self._ended + self._prior[1])
+        if not self._are_longer:
+            return self._mean
+        last = self._last_drawn / max(1.0, self._last_ended)
+        return max(self._mean, min(max(last, self._age), 2.0 * self._age))
+
+    @property
+    def _are_longer(self) -> bool:
+        """Whether fewer of the last answers have ended than of such as were before would have, beyond chance."""
+        expected = self._last_drawn / self._before if self._before else 0.0
+        return expected - self._last_ended > _SURPRISE * math.sqrt(expected)
+
+    @property
+    def _mean(self) -> float:
+        believed = self._believed if self._allowed is None else min(self._believed, self._allowed)
+        return (self._drawn + believed * self._weight) / (self._ended + self._weight)
 
 
 class TailWindow:

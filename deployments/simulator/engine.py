@@ -133,6 +133,7 @@ class ModelledEngine:
         """Its numbers now, in the middle of steps as well."""
         if not self._in_step:
             self._pass_steps()
+        self.stats.num_drawn_tokens = int(self._drawn) + len(self._answers)
         return self.stats.copy()
 
     def compute(self, request: Request, done: Callable[[], None]) -> None:

@@ -420,6 +420,17 @@ def test_a_chunk_of_another_shape_is_refused_and_the_right_one_is_still_taken() 
     assert run(decode, transcript).finished == {"r"}
 
 
+def test_stats_tell_what_those_that_run_have_drawn_and_what_all_may_draw() -> None:
+    engine = build_small(num_blocks=64, max_num_seqs=1)
+    engine.add(greedy("runs", range(8), 6))
+    engine.add(greedy("waits", range(20, 33), 30))
+    for _ in range(3):
+        engine.step()
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting) == (1, 1)
+    assert (stats.num_drawn_tokens, stats.num_allowed_tokens) == (3, 36)
+
+
 def test_stats_count_what_was_done() -> None:
     engine = build_small(num_blocks=64)
     generate(engine, [greedy("a", range(10), 4), greedy("b", range(20, 33), 2)])
