@@ -316,7 +316,7 @@ class Engine:
                 self._stats.generated_tokens += len(draws)
                 if sequence.role is not _EXPORT or self._handoffs.outbox.set_first_token(sequence.request_id, draws[0]):
                     outputs.append(self._tell(sequence, run.first_draw, draws, now_s, sequence.role is _EXPORT))
-        self._outputs.end(now_s)
+        self._outputs.end(now_s, beside_prompts=ending.num_prompt_tokens > 0)
         if self._guides:
             self._guides.advance(run.sequence for run, draws in collected if draws)
         return outputs

@@ -59,11 +59,19 @@ class Outputs:
         timed, self._timed = self._timed, []
         return [*(Timed(sequence.request_id, sequence.times()) for sequence in timed), *events]
 
-    def end(self, now_s: float) -> None:
-        """No more are told of at this moment. What came together shares the time since the last token."""
+    def end(self, now_s: float, *, beside_prompts: bool = False) -> None:
+        """No more are told of at this moment. What came together shares the time since the last token.
+
+        Args:
+            now_s: the moment.
+            beside_prompts: it is the end of a step with prompt tokens in it.
+        """
         for (before_s, num_tokens), times in self._gaps.items():
             if num_tokens:
                 self._stats.itl_s.observe((now_s - before_s) / num_tokens, num_tokens * times)
+                if beside_prompts:
+                    self._stats.prefill_gaps += num_tokens * times
+                    self._stats.prefill_gap_s += (now_s - before_s) * times
         self._gaps.clear()
 
     def snapshot(self, scheduler: Scheduler, num_used_blocks: int, num_exported_blocks: int) -> EngineStats:

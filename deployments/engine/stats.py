@@ -64,6 +64,8 @@ class EngineStats:
         expired_leases: hand-offs that were given up since the other engine was not heard of.
         prefill_steps: batches with prompt tokens in them that have ended.
         prefill_s: seconds that these took.
+        prefill_gaps: gaps between tokens that ended with one of them.
+        prefill_gap_s: seconds of these gaps.
         finished: sequences that gave their seat back for good, whatever ended them.
         num_receivers: ingress replicas that are connected.
         is_flipped: of a decode replica: it computes prompts for others for now, and is given none to decode.
@@ -100,6 +102,8 @@ class EngineStats:
     expired_leases: int = 0
     prefill_steps: int = 0
     prefill_s: float = 0.0
+    prefill_gaps: int = 0
+    prefill_gap_s: float = 0.0
     finished: int = 0
     num_receivers: int = 0
     is_flipped: bool = False

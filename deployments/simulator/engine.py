@@ -303,6 +303,9 @@ class ModelledEngine:
             if batch:
                 self.stats.generated_tokens += whole * batch
                 self.stats.itl_s.observe(self._step_s, whole * batch)
+                if self._in_step:
+                    self.stats.prefill_gaps += whole * batch
+                    self.stats.prefill_gap_s += self._step_s * whole * batch
 
     def _let_go(self) -> None:
         while self._answers and self._answers[0][0] <= self._steps + 1e-6:

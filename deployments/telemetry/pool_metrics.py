@@ -37,6 +37,8 @@ _COUNTERS = {
     "expired_leases": ("expired_leases", "Hand-offs given up, the other engine not being heard of."),
     "prefill_steps": ("prefill_steps", "Batches with prompt tokens in them."),
     "prefill_seconds": ("prefill_s", "Seconds of batches with prompt tokens in them."),
+    "prefill_step_gaps": ("prefill_gaps", "Gaps between tokens that ended with a batch with prompt tokens in it."),
+    "prefill_step_gap_seconds": ("prefill_gap_s", "Seconds of these gaps."),
     "finished_sequences": ("finished", "Sequences that ended after they had blocks."),
 }
 _HISTOGRAMS = {

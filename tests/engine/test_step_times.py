@@ -44,6 +44,8 @@ def test_the_last_token_of_a_cached_prompt_is_a_prompt_beside_a_shorter_decode(i
     assert transcript.cached["again"] == 32
     assert (after.prompt_tokens, after.prefill_steps) == (33 + 9 + 1, 3)
     assert after.prefill_s > before.prefill_s
+    assert (before.prefill_gaps, after.prefill_gaps) == (0, 1)
+    assert 0 < after.prefill_gap_s < after.itl_s.total
 
 
 def test_time_without_work_does_not_count() -> None:

@@ -26,6 +26,8 @@ class Engine:
         self.stats.generated_tokens += batch * (num_steps + num_prompts)
         self.stats.prefill_steps += num_prompts
         self.stats.prefill_s += PREFILL_STEP_S * num_prompts
+        self.stats.prefill_gaps += batch * num_prompts
+        self.stats.prefill_gap_s += PREFILL_STEP_S * batch * num_prompts
         self.stats.prompt_tokens += 1000 * num_prompts
 
 

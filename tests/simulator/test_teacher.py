@@ -1,15 +1,25 @@
 """What a service's `/metrics` teach of its engines."""
 
+import random
+from dataclasses import replace
+
 import pytest
 
 from deployments.engine.stats import EngineStats
+from deployments.load.reading import Reading
 from deployments.replica_stats import HandoffStats, ReplicaStats
 from deployments.simulator.curves import Curves
+from deployments.simulator.pools import PoolSetup, PoolState
+from deployments.simulator.requests import Request
+from deployments.simulator.scaling import Fixed
+from deployments.simulator.service import Service, Setup
 from deployments.telemetry.metrics import render
 from deployments.telemetry.peers import IngressReading
 from tests.bench.simulator.teacher import Snapshot, Teacher, parse_metrics
 
-TRUE = Curves(step_s=0.02, token_s=0.003, sequence_s=0.002, context_s=0.0)
+TRUE = Curves(
+    step_s=0.02, token_s=0.003, sequence_s=0.002, context_s=0.0, max_num_batched_tokens=128, num_kv_tokens=20_480
+)
 
 
 class Engine:
@@ -40,6 +50,8 @@ class Engine:
             stats.prompt_tokens += tokens
             stats.prefill_steps += 1
             stats.prefill_s += seconds
+            stats.prefill_gaps += batch
+            stats.prefill_gap_s += seconds * batch
 
 
 def snapshot(**engines: Engine) -> Snapshot:
@@ -75,3 +87,37 @@ def test_engines_that_did_nothing_teach_nothing():
     teacher.snapshots += [snapshot(decode=engine), snapshot(decode=engine)]
     with pytest.raises(ValueError, match="ran no step"):
         teacher.curves("decode", 128)
+
+
+class Watching(Fixed):
+    """Lets a teacher see a modelled service each second."""
+
+    period_s = 1.0
+
+    def __init__(self, teacher: Teacher) -> None:
+        self._teacher = teacher
+
+    def decide(self, reading: Reading, pools: dict[str, PoolState], at_s: float, num_refused: int) -> dict[str, int]:
+        engines = {(pool, name): stats for pool, read in reading.pools.items() for name, stats in read.items()}
+        self._teacher.snapshots.append(Snapshot(engines))
+        return super().decide(reading, pools, at_s, num_refused)
+
+
+def test_what_a_modelled_engine_teaches_makes_another_one_like_it():
+    draw, at_s, trace = random.Random(3), 0.0, list[Request]()
+    for _ in range(200):
+        at_s += draw.expovariate(0.7)
+        trace.append(Request(at_s, draw.randint(32, 160), draw.randint(16, 48)))
+
+    def play(curves: Curves, scaler: Fixed) -> tuple[float, ...]:
+        service = Service(Setup(PoolSetup(curves, most=1), None, ttft_s=60.0, itl_s=1.0), scaler)
+        requests = [replace(request) for request in trace]
+        service.play(requests)
+        ttft_s = sorted(request.ttft_s or 0.0 for request in requests)
+        return ttft_s[100], ttft_s[198], *service.gaps.quantiles((0.5, 0.99))
+
+    teacher = Teacher(port=0)
+    true = play(TRUE, Watching(teacher))
+    curves = teacher.curves("decode", TRUE.max_num_batched_tokens)
+    # Idle engines compute prompts beside nobody, busy ones beside many: neither may be taken for the other.
+    assert play(curves, Fixed()) == pytest.approx(true, rel=0.06)

@@ -32,9 +32,12 @@ _COUNTERS = {
     "steps": "engine_steps",
     "prefill_steps": "prefill_steps",
     "prefill_s": "prefill_seconds",
+    "prefill_gaps": "prefill_step_gaps",
+    "prefill_gap_s": "prefill_step_gap_seconds",
     "prompt_tokens": "prompt_tokens",
     "finished": "finished_sequences",
 }
+_SECONDS = ("prefill_s", "prefill_gap_s")
 _BLOCK_SIZE = 16  # of engines on a CPU
 
 
@@ -98,7 +101,7 @@ def _engine(own: dict[str, float]) -> EngineStats:
         setattr(stats, attribute, int(own[name]))
     for attribute, name in _COUNTERS.items():
         value = own[f"{name}_total"]
-        setattr(stats, attribute, value if attribute == "prefill_s" else int(value))
+        setattr(stats, attribute, value if attribute in _SECONDS else int(value))
     # Only the sum and the count are asked for; in which bucket they lie makes no difference.
     stats.itl_s = Histogram(total=own["engine_itl_seconds_sum"])
     stats.itl_s.counts[-1] = int(own["engine_itl_seconds_count"])
@@ -157,24 +160,21 @@ class Teacher:
         """
         gaps, prompts = GapLearner(), StepCost(_HALF_LIFE_S)
         totals = EngineStats()
-        drawn = 0.0  # by steps with prompts
         last = EngineStats()
         for before, now in self._pairs(pool):
             last = now
-            num_steps, num_prompt_steps = now.steps - before.steps, now.prefill_steps - before.prefill_steps
-            num_gaps = sum(now.itl_s.counts) - sum(before.itl_s.counts)
             if (steps := decode_steps_between(now, before)) is not None:
                 kv_tokens = now.num_used_blocks * now.block_size * now.num_running / max(1, _seated(now))
                 gaps.add(steps.sequences / steps.steps, kv_tokens, steps.seconds / steps.steps, steps.seconds)
             tokens, seconds = now.prompt_tokens - before.prompt_tokens, now.prefill_s - before.prefill_s
-            prompts.add(num_prompt_steps, tokens, seconds)
-            totals.steps += num_steps
+            prompts.add(now.prefill_steps - before.prefill_steps, tokens, seconds)
+            totals.steps += now.steps - before.steps
             totals.prompt_tokens += tokens
             totals.prefill_s += seconds
-            totals.prefill_steps += num_prompt_steps
-            drawn += num_prompt_steps * num_gaps / num_steps if num_steps else 0.0
+            totals.prefill_steps += now.prefill_steps - before.prefill_steps
+            totals.prefill_gaps += now.prefill_gaps - before.prefill_gaps
         curves = Curves(
-            *_costs(gaps, prompts, totals, drawn, elsewhere_s),
+            *_costs(gaps, prompts, totals, elsewhere_s),
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=last.max_num_seqs,
             num_kv_tokens=last.num_blocks * last.block_size,
@@ -196,7 +196,7 @@ def _seated(engine: EngineStats) -> int:
 
 
 def _costs(
-    gaps: GapLearner, prompts: StepCost, totals: EngineStats, drawn: float, elsewhere_s: float
+    gaps: GapLearner, prompts: StepCost, totals: EngineStats, elsewhere_s: float
 ) -> tuple[float, float, float, float]:
     """Of a step, a prompt token, a sequence, a token of its KV."""
     step_s, token_s = prompts.seconds(1.0, 0.0).best, prompts.seconds(0.0, 1.0).best
@@ -205,6 +205,6 @@ def _costs(
         return step_s, token_s, 0.0, 0.0
     step_s, sequence_s, kv_s = costs
     # What sequences take in steps with prompts is not the prompts'.
-    own_s = totals.prefill_s - step_s * totals.prefill_steps - sequence_s * drawn
+    own_s = totals.prefill_s - step_s * totals.prefill_steps - sequence_s * totals.prefill_gaps
     token_s = max(0.0, own_s) / totals.prompt_tokens if totals.prompt_tokens else elsewhere_s
     return step_s, token_s, sequence_s, kv_s
