@@ -64,13 +64,13 @@ def test_curves_are_learned_from_what_the_metrics_say(are_apart):
     decode = Engine("d#1")
     prefill = Engine("p#1") if are_apart else decode
     engines = {"decode": decode} | ({"prefill": prefill} if are_apart else {})
-    teacher = Teacher(port=0)
-    teacher.snapshots.append(snapshot(**engines))
+    watch = [snapshot(**engines)]
     for second in range(60):
         decode.decode(1 + second % 5, 20)
         prefill.compute(40 + 7 * second % 200, 0 if are_apart else 1 + second % 5)
         prefill.handoff.observe(3, 1000, 0.025)
-        teacher.snapshots.append(snapshot(**engines))
+        watch.append(snapshot(**engines))
+    teacher = Teacher([watch])
     elsewhere_s = teacher.curves("prefill", 128).token_s if are_apart else 0.0
     curves = teacher.curves("decode", 128, elsewhere_s)
     assert curves.step_s == pytest.approx(TRUE.step_s, rel=0.1)
@@ -82,24 +82,23 @@ def test_curves_are_learned_from_what_the_metrics_say(are_apart):
 
 
 def test_engines_that_did_nothing_teach_nothing():
-    teacher = Teacher(port=0)
     engine = Engine("d#1")
-    teacher.snapshots += [snapshot(decode=engine), snapshot(decode=engine)]
+    teacher = Teacher([[snapshot(decode=engine), snapshot(decode=engine)]])
     with pytest.raises(ValueError, match="ran no step"):
         teacher.curves("decode", 128)
 
 
 class Watching(Fixed):
-    """Lets a teacher see a modelled service each second."""
+    """Looks at a modelled service each second."""
 
     period_s = 1.0
 
-    def __init__(self, teacher: Teacher) -> None:
-        self._teacher = teacher
+    def __init__(self) -> None:
+        self.snapshots: list[Snapshot] = []
 
     def decide(self, reading: Reading, pools: dict[str, PoolState], at_s: float, num_refused: int) -> dict[str, int]:
         engines = {(pool, name): stats for pool, read in reading.pools.items() for name, stats in read.items()}
-        self._teacher.snapshots.append(Snapshot(engines))
+        self.snapshots.append(Snapshot(engines))
         return super().decide(reading, pools, at_s, num_refused)
 
 
@@ -116,8 +115,8 @@ def test_what_a_modelled_engine_teaches_makes_another_one_like_it():
         ttft_s = sorted(request.ttft_s or 0.0 for request in requests)
         return ttft_s[100], ttft_s[198], *service.gaps.quantiles((0.5, 0.99))
 
-    teacher = Teacher(port=0)
-    true = play(TRUE, Watching(teacher))
-    curves = teacher.curves("decode", TRUE.max_num_batched_tokens)
+    watching = Watching()
+    true = play(TRUE, watching)
+    curves = Teacher([watching.snapshots]).curves("decode", TRUE.max_num_batched_tokens)
     # Idle engines compute prompts beside nobody, busy ones beside many: neither may be taken for the other.
     assert play(curves, Fixed()) == pytest.approx(true, rel=0.06)

@@ -3,8 +3,10 @@
 Run: `make bench-simulator`. Brings the default model up, colocated on one engine and then with one engine in each pool.
 While the load is played to the service, what that tells of itself teaches what steps, hand-offs and calls cost in the
 mean; then its arrivals are played to the simulator with these costs, and the whole distributions are compared. Prints a
-table and, as its last line, one JSON object; ends with 1 if p50 or p99 of TTFT or ITL differ by more than 20%, and with
-2, without a verdict, if a request failed, the load came late, or others used the machine.
+table and, as its last line, one JSON object; ends with 1 if p50 or p99 of TTFT or ITL differ by more than 20%.
+
+The load comes in rounds. One in which others used the machine, a request failed or the load came late does not count,
+and the next one takes its place; if there are too few that count, the bench ends with 2, without a verdict.
 
 Two engines, the ingress, Ray and the client share the cores of this machine; the simulator knows nothing of that, but
 for what steps cost while all of them run.
@@ -14,7 +16,6 @@ import argparse
 import json
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,12 +28,12 @@ from deployments.simulator.requests import Request
 from deployments.simulator.scaling import Fixed
 from deployments.simulator.service import Service, Setup
 from load_tests.environment import describe
-from load_tests.samples import Run, Sample
+from load_tests.samples import write_runs
 from load_tests.scenario import Scenario, load_scenario
-from tests.bench.cpu_use import CpuUse
 from tests.bench.player import run
 from tests.bench.service import serving
-from tests.bench.simulator.teacher import Teacher
+from tests.bench.simulator.rounds import Round, Rounds, Use, UseWatch
+from tests.bench.simulator.teacher import Teacher, watching
 
 SCENARIO = Path(__file__).parent / "small.yaml"
 FOLDER = RunFolder(Path(".run/simulator"))
@@ -47,7 +48,7 @@ DEPLOYMENTS = {
     "1 + 1": [*COMMON, f"min_remote_prefill_tokens={MIN_REMOTE_TOKENS}", "parity_check=false"],
 }
 WARMUP_S = 20.0
-MAX_OTHERS_CORES = 0.15
+APART_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,8 @@ class Comparison:
         errors: of each figure, the simulator's over the service's, less 1.
         setup: what the service has taught.
         num_requests: that were compared.
-        cores: used while they were measured, by role.
+        uses: of the cores in each round that counts, by role.
+        spoilt: why each of the other rounds does not.
         problems: why it is no measurement.
     """
 
@@ -79,15 +81,18 @@ class Comparison:
     errors: dict[str, float]
     setup: dict[str, object]
     num_requests: int
-    cores: dict[str, float]
+    uses: list[Use]
+    spoilt: list[str]
     problems: list[str]
 
 
-def learn(teacher: Teacher, found: Run, name: str) -> Setup:
+def learn(rounds: Sequence[Round], name: str) -> Setup:
     """What a load has taught of the service."""
-    prefill = None if name == "colocated" else teacher.curves("prefill", MAX_NUM_BATCHED_TOKENS)
+    teacher, prefill = Teacher([one.watch for one in rounds]), None
+    if name != "colocated":
+        prefill = teacher.curves("prefill", MAX_NUM_BATCHED_TOKENS)
     decode = teacher.curves("decode", MAX_NUM_BATCHED_TOKENS, 0.0 if prefill is None else prefill.token_s)
-    ttft_s = [sample.ttft_s for sample in found.samples if sample.ttft_s is not None]
+    ttft_s = [sample.ttft_s for one in rounds for sample in one.run.samples if sample.ttft_s is not None]
     at_engine = teacher.ttft("decode" if prefill is None else "prefill")
     call_s = max(0.0, float(np.mean(ttft_s)) - at_engine.mean_s)
 
@@ -95,18 +100,22 @@ def learn(teacher: Teacher, found: Run, name: str) -> Setup:
     return Setup(PoolSetup(decode, most=1), pool, TTFT_S, ITL_S, MIN_REMOTE_TOKENS, call_s=call_s)
 
 
-def simulate(samples: Sequence[Sample], setup: Setup) -> Figures:
-    """Play arrivals that were measured."""
-    sent = sorted(samples, key=lambda sample: sample.start_s)
-    requests = [Request(s.start_s, s.prompt_tokens, s.output_tokens) for s in sent]
+def simulate(rounds: Sequence[Round], setup: Setup) -> Figures:
+    """Play arrivals that were measured: those of the next round long after the last answer of the one before."""
+    requests, begun_s = list[Request](), 0.0
+    for one in rounds:
+        sent = sorted(one.run.samples, key=lambda sample: sample.start_s)
+        requests += [Request(begun_s + s.start_s, s.prompt_tokens, s.output_tokens) for s in sent]
+        begun_s = requests[-1].at_s + APART_S
     service = Service(setup, Fixed())
     service.play(requests)
     ttft_s = [request.ttft_s if request.ttft_s is not None else math.nan for request in requests]
     return Figures(*_percentiles(ttft_s), *service.gaps.quantiles((0.5, 0.99)))
 
 
-def measured(samples: Sequence[Sample]) -> Figures:
+def measured(rounds: Sequence[Round]) -> Figures:
     """What clients saw."""
+    samples = [sample for one in rounds for sample in one.run.samples]
     ttft_s = [sample.ttft_s if sample.ttft_s is not None else math.nan for sample in samples]
     return Figures(*_percentiles(ttft_s), *_percentiles([gap for sample in samples for gap in sample.gaps_s]))
 
@@ -116,30 +125,35 @@ def _percentiles(values: Sequence[float]) -> tuple[float, float]:
     return float(p50), float(p99)
 
 
-def compare(name: str, scenario: Scenario, port: int, load: float, arguments: Sequence[str]) -> Comparison:
-    """Bring a deployment up, learn, measure, and play the same to the simulator."""
+def measure(name: str, scenario: Scenario, port: int, load: float, rounds: Rounds, arguments: Sequence[str]) -> None:
+    """Bring a deployment up, and play rounds."""
     short = scenario.model_copy(update={"duration_s": WARMUP_S})
+
+    def one(number: int) -> Round:
+        use = UseWatch(FOLDER)
+        with watching(port) as watch, use.watching():
+            found = run(scenario, port, MODEL, name, number, load)
+        return Round(found, use.use, watch)
+
     with serving(FOLDER, port, [*DEPLOYMENTS[name], *arguments]):
         run(short, port, MODEL, name, -1, load)  # what is slow once
-        teacher = Teacher(port)
-        before, begun_s = CpuUse.read(FOLDER), time.monotonic()
-        with teacher.watching():
-            found = run(scenario, port, MODEL, name, 0, load)
-        cores = CpuUse.read(FOLDER).cores_since(before, time.monotonic() - begun_s)
-    setup = learn(teacher, found, name)
-    failed = sum(sample.error is not None for sample in found.samples)
-    problems = [*found.generator.problems, *([f"{failed} requests failed"] if failed else [])]
-    if cores["others"] > MAX_OTHERS_CORES:
-        problems.append(f"others used {cores['others']:.2f} cores, more than {MAX_OTHERS_CORES}")
-    ours, theirs = simulate(found.samples, setup), measured(found.samples)
+        rounds.play(one, lambda words: print(f"{name}, {words}", flush=True))
+
+
+def compare(name: str, rounds: Rounds) -> Comparison:
+    """Learn, and play the same to the simulator: from the rounds that count, and from all if none does."""
+    played = rounds.clean or rounds.spoilt
+    setup = learn(played, name)
+    ours, theirs = simulate(played, setup), measured(played)
     errors = {key: value / asdict(theirs)[key] - 1.0 for key, value in asdict(ours).items()}
-    return Comparison(theirs, ours, errors, asdict(setup), len(found.samples), cores, problems)
+    num_requests, spoilt = sum(len(one.run.samples) for one in played), ["; ".join(o.problems) for o in rounds.spoilt]
+    uses = [one.use for one in played]
+    return Comparison(theirs, ours, errors, asdict(setup), num_requests, uses, spoilt, rounds.problems)
 
 
 def print_rows(name: str, one: Comparison) -> None:
     """Both lines of a deployment, and what they differ by."""
-    cores = ", ".join(f"{role} {used:.2f}" for role, used in one.cores.items())
-    print(f"\n{name}: {one.num_requests} requests; cores used: {cores}; {'; '.join(one.problems) or 'valid'}")
+    print(f"\n{name}: {one.num_requests} requests in {len(one.uses)} rounds; {'; '.join(one.problems) or 'valid'}")
     for who, figures in (("service", one.service), ("simulator", one.simulator)):
         print(f"{who:12}" + "".join(f"{key} {value * 1e3:8.1f} ms  " for key, value in asdict(figures).items()))
     print(f"{'off by':12}" + "".join(f"{key} {error:+8.1%}     " for key, error in one.errors.items()), flush=True)
@@ -150,7 +164,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench-simulator ARGS=...")
     parser.add_argument("--port", type=int, default=8138)
     parser.add_argument("--load", type=float, default=1.0, help="multiplier of the arrivals")
-    parser.add_argument("--duration", type=float, help="seconds that are measured")
+    parser.add_argument("--duration", type=float, help="seconds of a round")
+    parser.add_argument("--rounds", type=int, default=3, help="that are to count")
+    parser.add_argument("--most-rounds", type=int, default=5, help="that are played until so many do")
+    parser.add_argument("--samples", type=Path, help="folder to write: every request and gap, as clients saw them")
     parser.add_argument("--deployments", nargs="*", choices=list(DEPLOYMENTS), default=list(DEPLOYMENTS))
     parser.add_argument("arguments", nargs="*", metavar="key=value", help="more arguments of the application")
     options = parser.parse_args()
@@ -158,7 +175,11 @@ def main() -> int:
     scenario = load_scenario(str(SCENARIO), changes)
     compared = {}
     for name in options.deployments:
-        compared[name] = compare(name, scenario, options.port, options.load, options.arguments)
+        rounds = Rounds(options.rounds, options.most_rounds)
+        measure(name, scenario, options.port, options.load, rounds, options.arguments)
+        if options.samples:
+            _save(options.samples, name, rounds)
+        compared[name] = compare(name, rounds)
         print_rows(name, compared[name])
     worst = max(abs(error) for one in compared.values() for error in one.errors.values())
     is_valid = not any(one.problems for one in compared.values())
@@ -168,6 +189,12 @@ def main() -> int:
     if passed is None:
         return 2
     return 0 if passed else 1
+
+
+def _save(folder: Path, name: str, rounds: Rounds) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = [one.run for one in (*rounds.clean, *rounds.spoilt)]
+    write_runs(folder / f"{name.replace(' ', '')}.json", runs, describe())
 
 
 if __name__ == "__main__":

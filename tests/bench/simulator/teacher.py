@@ -6,9 +6,10 @@ Reads it once a second; what steps cost is learned by the classes that admission
 import threading
 import urllib.request
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -108,44 +109,50 @@ def _engine(own: dict[str, float]) -> EngineStats:
     return stats
 
 
+Watch = Sequence[Snapshot]
+
+
+@contextmanager
+def watching(port: int) -> Iterator[list[Snapshot]]:
+    """Take a snapshot of the service on a port now, one every second, and one at the end."""
+    over, snapshots = threading.Event(), [read_metrics(port)]
+
+    def watch() -> None:
+        while not over.wait(_PERIOD_S):
+            snapshots.append(read_metrics(port))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield snapshots
+    finally:
+        over.set()
+        thread.join()
+        snapshots.append(read_metrics(port))
+
+
 class Teacher:
-    """Takes snapshots of a service, and tells what they teach.
+    """Tells what snapshots of a service teach.
 
     Args:
-        port: of the service on this machine.
+        watches: snapshots, one after the other; what happened between two of these is not known.
     """
 
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self.snapshots: list[Snapshot] = []
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Take a snapshot now, one every second, and one at the end."""
-        over = threading.Event()
-
-        def watch() -> None:
-            while not over.wait(_PERIOD_S):
-                self.snapshots.append(read_metrics(self._port))
-
-        self.snapshots.append(read_metrics(self._port))
-        thread = threading.Thread(target=watch)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-            self.snapshots.append(read_metrics(self._port))
+    def __init__(self, watches: Sequence[Watch]) -> None:
+        self._watches = watches
 
     def ttft(self, pool: str) -> Totals:
         """At the engines of a pool, of what they served while they were watched."""
-        return self.snapshots[-1].ttft[pool].since(self.snapshots[0].ttft[pool])
+        return self._sum(lambda snapshot: snapshot.ttft[pool])
 
     @property
     def handoff(self) -> Totals:
         """Of chunks, likewise."""
-        return self.snapshots[-1].handoff.since(self.snapshots[0].handoff)
+        return self._sum(lambda snapshot: snapshot.handoff)
+
+    def _sum(self, of: Callable[[Snapshot], Totals]) -> Totals:
+        parts = [of(watch[-1]).since(of(watch[0])) for watch in self._watches]
+        return Totals(sum(part.count for part in parts), sum(part.seconds for part in parts))
 
     def curves(self, pool: str, max_num_batched_tokens: int, elsewhere_s: float = 0.0) -> Curves:
         """Of the engines of one pool.
@@ -185,10 +192,11 @@ class Teacher:
         return replace(curves, handoff_s=chunks.mean_s, handoff_token_s=0.0)
 
     def _pairs(self, pool: str) -> Iterator[tuple[EngineStats, EngineStats]]:
-        for before, now in zip(self.snapshots, self.snapshots[1:], strict=False):
-            for key, stats in now.engines.items():
-                if key[0] == pool and key in before.engines:
-                    yield before.engines[key], stats
+        for watch in self._watches:
+            for before, now in pairwise(watch):
+                for key, stats in now.engines.items():
+                    if key[0] == pool and key in before.engines:
+                        yield before.engines[key], stats
 
 
 def _seated(engine: EngineStats) -> int:
