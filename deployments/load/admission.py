@@ -31,6 +31,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+import msgspec
+
 from deployments.errors import OverloadedError, RequestTooLargeError
 from deployments.load.outlook import MAX_AGE_S, Outlook, PoolReadings
 from deployments.load.own_share import Entry, OwnShare
@@ -244,13 +246,12 @@ class Admission:
             return Refusal(
                 part, Reason.QUEUED_TOKENS, f"at most {max_tokens:.0f} prompt tokens may wait", retry_after_s
             )
-        max_ttft_s = part.share * self.bounds.max_ttft_s
-        if refusal := self._check_ttft(part, max_ttft_s):
+        ttft, max_ttft_s = part.ttft, part.share * self.bounds.max_ttft_s
+        if refusal := self._check_ttft(part, ttft, max_ttft_s):
             return refusal
-        return self._check_fair(part, total, max(total / max_tokens, part.ttft.low / max_ttft_s))
+        return self._check_fair(part, total, max(total / max_tokens, ttft.low / max_ttft_s))
 
-    def _check_ttft(self, part: "_Part", max_ttft_s: float) -> "Refusal | None":
-        ttft = part.ttft
+    def _check_ttft(self, part: "_Part", ttft: Estimate, max_ttft_s: float) -> "Refusal | None":
         if not part.ahead.is_queue or ttft.low <= max_ttft_s:
             return None
         message = (
@@ -287,8 +288,7 @@ class Admission:
         self.own_sequences.leave(sequences, self._clock(), is_drained=False)
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
+class _Part(msgspec.Struct, frozen=True, gc=False):
     """The prompts of a call that one pool would compute, and what they meet there.
 
     Attributes:

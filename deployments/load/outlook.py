@@ -7,7 +7,8 @@ and no clock of its own.
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from deployments.engine.stats import EngineStats
 from deployments.load.step_cost import NOTHING, UNKNOWN, Estimate, StepCost
@@ -54,8 +55,7 @@ class HoldingTime:
         return Estimate(seat_s / (n + _HELD_SPREAD), seat_s / n, high)
 
 
-@dataclass(frozen=True, slots=True)
-class Outlook:
+class Outlook(msgspec.Struct, frozen=True, gc=False):
     """What a prompt meets that comes to a pool now.
 
     Attributes:
@@ -137,6 +137,7 @@ class PoolReadings:
         self.tokens_per_step = 1
         self.cost = StepCost(_COST_HALF_LIFE_S)
         self._held = HoldingTime()
+        self._full_s = 0.0  # of a full step, as of the last reading: every request asks for it
         self._add_up(())
 
     def join(self, name: str, stats: EngineStats) -> None:
@@ -158,6 +159,7 @@ class PoolReadings:
         self.as_of_s = as_of_s
         if full := max((engine.max_num_batched_tokens for engine in engines.values()), default=0):
             self.tokens_per_step = full
+        self._full_s = self.cost.seconds(1.0, self.tokens_per_step).best
 
     def _learn_from(self, now: EngineStats, before: EngineStats | None, elapsed_s: float) -> None:
         if before is None:
@@ -198,7 +200,7 @@ class PoolReadings:
 
     def drained_tokens(self, now_s: float) -> float:
         """What engines that were never idle have computed since the last reading, by the best estimate."""
-        full_s = self.cost.seconds(1.0, self.tokens_per_step).best
+        full_s = self._full_s
         return (now_s - self.as_of_s) * self.num_engines * self.tokens_per_step / full_s if full_s else 0.0
 
     def seat_wait(self, num_open: float, num_new: int) -> Estimate:

@@ -95,11 +95,12 @@ class OwnShare:
             num_replicas: that let in; the others are taken to do as this one does.
         """
         unseen = self._unseen
-        counted = max(0.0, seen - self._given_up - drained) + unseen
+        left, of_others = seen - self._given_up - drained, seen - self._in_reading
+        counted = left + unseen if left > 0 else float(unseen)
         # A reading may contain what entered while it was made, and what it contains may be done since: but of what is
         # this replica's own there is no more than it has.
-        of_others = max(0.0, seen - self._in_reading)
-        return min(counted, of_others + self.total) + unseen * (num_replicas - 1)
+        most = of_others + self.total if of_others > 0 else float(self.total)
+        return (counted if counted < most else most) + unseen * (num_replicas - 1)
 
     def _forget(self, at_s: float) -> None:
         while self._entries and self._entries[0].entered_s <= at_s:

@@ -6,7 +6,8 @@ clock.
 """
 
 import math
-from dataclasses import dataclass
+
+import msgspec
 
 # Standard deviations between the best estimate and its ends.
 _NUM_SIGMAS = 2.0
@@ -22,8 +23,8 @@ _MAX_SURPRISE = 3.0
 _COLLINEAR = 1e-6
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+# A struct, not a dataclass: each call that comes is estimated several times (0.2 us against 1.2 us).
+class Estimate(msgspec.Struct, frozen=True, gc=False):
     """Seconds that something will take.
 
     Attributes:
@@ -74,6 +75,7 @@ class StepCost:
         self._evidence_s = 0.0
         # What follows from these sums: it is asked for several times per request, and they change once a second.
         self._fit: _Fit | None = None
+        self._unit_steps = self._unit_tokens = 1.0  # of the fit
 
     @property
     def evidence_s(self) -> float:
@@ -112,10 +114,10 @@ class StepCost:
             return UNKNOWN
         if self._fit is None:
             self._fit = self._solve()
-        return self._fit.extremes(steps / math.sqrt(self._nn), tokens / math.sqrt(self._tt))
+        return self._fit.extremes(steps / self._unit_steps, tokens / self._unit_tokens)
 
     def _solve(self) -> "_Fit":
-        nn, tt = math.sqrt(self._nn), math.sqrt(self._tt)
+        nn, tt = self._unit_steps, self._unit_tokens = math.sqrt(self._nn), math.sqrt(self._tt)
         certainty = _PRIOR_WEIGHT + max(0.0, self._count - _NUM_PARAMETERS)
         return _Fit(self._nt / (nn * tt), self._ns / nn, self._ts / tt, self._ss, certainty)
 
@@ -162,8 +164,13 @@ class _Fit:
         """
         x, y = self.best
         low = best = high = cx * x + cy * y
-        for on_cut in (*(cy * y for y in self.edge_y), *(cx * x for x in self.edge_x)):
-            low, high = min(low, on_cut), max(high, on_cut)
+        for c, edges in ((cy, self.edge_y), (cx, self.edge_x)):
+            for edge in edges:
+                on_cut = c * edge
+                if on_cut < low:
+                    low = on_cut
+                elif on_cut > high:
+                    high = on_cut
         if (centre := self.centre) is not None:
             dx, dy = (cx - self.r * cy) / self.det, (cy - self.r * cx) / self.det
             length = math.sqrt(max(cx * dx + cy * dy, 0.0))

@@ -6,6 +6,7 @@ steps without prompts take, how many gaps between tokens are late, and how much 
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from deployments.engine.stats import EngineStats, Histogram
 from deployments.load.decode_steps import decode_steps_between
@@ -94,6 +95,8 @@ class DecodeCosts:
         self._handoff_trust = 1.0
         self._late_share = 0.0
         self._as_of_s = -math.inf
+        self._gaps = Gaps(0.0)
+        self._bringing: There | None = None  # a prompt that is computed; None: none was brought yet
 
     def update(
         self, engines: Mapping[str, EngineStats], handoffs: Mapping[str, HandoffStats], block_size: int, as_of_s: float
@@ -112,6 +115,7 @@ class DecodeCosts:
         self._learn_handoffs(handoffs, block_size, elapsed_s)
         self._learn_gaps(engines, elapsed_s)
         self._engines, self._handoffs, self._as_of_s = dict(engines), dict(handoffs), as_of_s
+        self._sum_up()
 
     def _learn_steps(self, engines: Mapping[str, EngineStats]) -> None:
         for name, now in engines.items():
@@ -161,16 +165,24 @@ class DecodeCosts:
 
     def there(self, computing_s: float, token_s: float) -> There:
         """What it takes to have a prompt computed in so many seconds, each token in so many, and brought here."""
-        tokens = self._handoff_tokens.value
-        if tokens is None or not (usual := self._handoff.seconds(1.0, tokens)).best:
+        if self._bringing is None:
             return There(computing_s, 0.0, token_s * _UNMEASURED_HANDOFF)
-        once, per_token = self._handoff.seconds(1.0, 0.0).best, self._handoff.seconds(0.0, 1.0).best
-        return There(computing_s, once, per_token, self._handoff_trust * usual.low / usual.best)
+        return self._bringing.taking(computing_s)
 
     def gaps(self, max_tokens: int) -> Gaps:
         """Between tokens, where a request may generate so many."""
+        if self._output.value:
+            return self._gaps
+        return replace(self._gaps, num_new_tokens=max_tokens)
+
+    def _sum_up(self) -> None:
+        """Now, and not with every request that asks."""
         step = self._steps.seconds(1.0, 0.0).best, self._steps.seconds(0.0, 1.0).best
-        return Gaps(self._output.value or max_tokens, *step, self._late_share)
+        self._gaps = Gaps(self._output.value or 0.0, *step, self._late_share)
+        tokens, self._bringing = self._handoff_tokens.value, None
+        if tokens is not None and (usual := self._handoff.seconds(1.0, tokens)).best:
+            once, per_token = self._handoff.seconds(1.0, 0.0).best, self._handoff.seconds(0.0, 1.0).best
+            self._bringing = There(0.0, once, per_token, self._handoff_trust * usual.low / usual.best)
 
     def num_new_tokens(self, max_tokens: int) -> int:
         """That a request is expected to generate, which may generate so many."""

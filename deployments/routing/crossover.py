@@ -1,9 +1,10 @@
 """Whether a prompt is computed by the decode engine that will continue it, or by the prefill pool. Pure.
 
 What either way puts at risk is compared, in requests that may miss their bounds. The request's own first token: the
-closer to its bound, the more. The gaps of the sequences that run: a prompt in their midst delays each of them once; and
-if it makes a step longer than the bound of gaps, it takes one of the few late gaps that each of them may have. A
-hand-off puts nobody at risk but the request, which waits for it behind its first token.
+closer to its bound, the more, and beyond it more still, so that the lesser of two delays is chosen. The gaps of the
+sequences that run: a prompt in their midst delays each of them once; and if it makes a step longer than the bound of
+gaps, it takes one of the few late gaps that each of them may have. A hand-off puts nobody at risk but the request,
+which waits for it behind its first token.
 
 So an idle decode engine computes prompts itself, and a busy one leaves them to the prefill pool, unless that is busier
 still or far away, or next to nothing is left to compute.
@@ -11,6 +12,7 @@ still or far away, or next to nothing is left to compute.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import msgspec
 
@@ -59,10 +61,7 @@ class Gaps:
         the edge: else nothing would lead back.
         """
         num_allowed = int(goals.late_share * self.num_new_tokens)
-        mean = min(self.late_share * self.num_new_tokens, float(num_allowed))
-        if mean <= 0:
-            return 0.0 if num_allowed else 1.0
-        return math.exp(num_allowed * math.log(mean) - mean - math.lgamma(num_allowed + 1))
+        return _poisson(num_allowed, min(self.late_share * self.num_new_tokens, float(num_allowed)))
 
 
 class Here(msgspec.Struct, frozen=True, gc=False):
@@ -81,8 +80,7 @@ class Here(msgspec.Struct, frozen=True, gc=False):
     step_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class There:
+class There(msgspec.Struct, frozen=True, gc=False):
     """The prefill pool, for one prompt.
 
     Attributes:
@@ -161,28 +159,36 @@ def default_tokens(min_tokens: int | None) -> int:
     return _UNMEASURED_MIN_TOKENS if min_tokens is None else min_tokens
 
 
+@lru_cache(maxsize=64)  # asked for with every request, and another one with every reading
+def _poisson(count: int, mean: float) -> float:
+    """How likely so many are where there are so many in the mean."""
+    if mean <= 0:
+        return 0.0 if count else 1.0
+    return math.exp(count * math.log(mean) - mean - math.lgamma(count + 1))
+
+
 def risk_here(num_tokens: int, here: Here, gaps: Gaps, goals: Goals) -> float:
     """Requests that miss their bounds if the decode engine computes so many tokens."""
-    own_s = num_tokens * here.token_s
-    first = _first_token(here.queued_tokens * here.token_s + own_s, goals)
-    if here.num_sequences <= 0:
+    token_s, itl_s, num_sequences = here.token_s, goals.itl_s, here.num_sequences
+    own_s = num_tokens * token_s
+    share = (here.queued_tokens * token_s + own_s) / goals.ttft_s
+    first = share if share <= 1.0 else share * share
+    if num_sequences <= 0:
         return first
-    delayed = own_s / (max(1.0, gaps.num_new_tokens) * goals.itl_s)
-    in_step = min(here.queued_tokens + num_tokens, float(here.step_tokens))
-    step_s = gaps.step_s + gaps.sequence_s * here.num_sequences + in_step * here.token_s
-    if step_s > goals.itl_s:
-        delayed += math.ceil(num_tokens / here.step_tokens) * gaps.one_more(goals)
-    return first + here.num_sequences * delayed
+    num_new_tokens = gaps.num_new_tokens
+    delayed = own_s / ((num_new_tokens if num_new_tokens > 1.0 else 1.0) * itl_s)
+    in_step, step_tokens = here.queued_tokens + num_tokens, here.step_tokens
+    if in_step > step_tokens:
+        in_step = step_tokens
+    if gaps.step_s + gaps.sequence_s * num_sequences + in_step * token_s > itl_s:
+        delayed += math.ceil(num_tokens / step_tokens) * gaps.one_more(goals)
+    return first + num_sequences * delayed
 
 
 def risk_there(num_tokens: int, there: There, gaps: Gaps, goals: Goals) -> float:
     """Requests that miss their bounds if the prefill pool computes them."""
-    gap_s = there.sure * there.gap_s(num_tokens)  # behind the first token, which the prefill engine sends
-    own = _first_token(there.computing_s + _MESSAGES_S, goals) + gap_s / (max(1.0, gaps.num_new_tokens) * goals.itl_s)
+    gap_s = there.sure * (there.handoff_s + num_tokens * there.token_s)  # behind the first token, which prefill sends
+    share, num_new_tokens = (there.computing_s + _MESSAGES_S) / goals.ttft_s, gaps.num_new_tokens
+    own = share if share <= 1.0 else share * share
+    own += gap_s / ((num_new_tokens if num_new_tokens > 1.0 else 1.0) * goals.itl_s)
     return own + (gaps.one_more(goals) if gap_s > goals.itl_s else 0.0)
-
-
-def _first_token(seconds: float, goals: Goals) -> float:
-    """What a first token after so long is of its bound; beyond it more, so that the lesser of two delays is chosen."""
-    share = seconds / goals.ttft_s
-    return max(share, share * share)
