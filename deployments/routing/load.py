@@ -36,6 +36,7 @@ class ReplicaLoad:
         self._as_of_s = -math.inf
         self._miss_share = 1.0  # of prompt tokens, as was seen lately
         self._recent_tokens, self._recent_s = 0.0, 0.0
+        self._own_tokens = self._open = 0  # prompt tokens and sequences, in the last reading
 
     def update(self, stats: EngineStats, as_of_s: float, now_s: float) -> None:
         """Take a reading; see `OwnShare.note_reading` for the times."""
@@ -47,6 +48,9 @@ class ReplicaLoad:
             keep = 0.5 ** (total / _MISS_HALF_LIFE_TOKENS)
             self._miss_share = keep * self._miss_share + (1 - keep) * computed / total
         self.stats, self._as_of_s = stats, as_of_s
+        # Now, and not with every request that asks.
+        self._own_tokens = stats.num_queued_prompt_tokens - stats.num_remote_prompt_tokens
+        self._open = stats.num_waiting + stats.num_reserved + stats.num_running
         for share in self._own:
             share.note_reading(as_of_s, now_s)
 
@@ -101,32 +105,28 @@ class ReplicaLoad:
             tokens_per_s: that an engine computes; 0: not known.
             num_routers: that send as much as this one.
         """
-        if not self._is_known(now_s):
+        if now_s - self._as_of_s > MAX_AGE_S:
             return float(self._tokens.total * num_routers)
-        num_own = self.stats.num_queued_prompt_tokens - self.stats.num_remote_prompt_tokens
-        if not num_own and not self._tokens.total:
+        if not self._own_tokens and not self._tokens.total:
             return 0.0  # most replicas, mostly
-        seen = num_own * self._miss_share
         drained = max(0.0, now_s - self._as_of_s) * tokens_per_s
-        return self._tokens.whole(seen, drained, num_routers)
+        return self._tokens.whole(self._own_tokens * self._miss_share, drained, num_routers)
 
     def num_sequences(self, now_s: float, num_routers: int) -> float:
         """That have a seat or wait for one."""
-        if not self._is_known(now_s):
-            return float(self._sequences.total * num_routers)
-        seen = self.stats.num_waiting + self.stats.num_reserved + self.stats.num_running
+        total = self._sequences.total
+        if now_s - self._as_of_s > MAX_AGE_S:
+            return float(total * num_routers)
         # Serve may hold back what no engine has seen; what this router has open it knows for sure.
-        return max(self._sequences.whole(seen, 0.0, num_routers), float(self._sequences.total))
+        whole = self._sequences.whole(self._open, 0.0, num_routers)
+        return whole if whole > total else float(total)
 
     def num_free_blocks(self, now_s: float, num_routers: int) -> float:
         """Without those that sequences on their way will take."""
-        if not self._is_known(now_s):
+        if now_s - self._as_of_s > MAX_AGE_S:
             return float(self.stats.num_blocks - self._blocks.total * num_routers)
         return self.stats.num_blocks - self._blocks.whole(self.stats.num_used_blocks, 0.0, num_routers)
 
     @property
     def _own(self) -> tuple[OwnShare, ...]:
         return self._tokens, self._sequences, self._blocks
-
-    def _is_known(self, now_s: float) -> bool:
-        return now_s - self._as_of_s <= MAX_AGE_S

@@ -76,17 +76,24 @@ class Answer:
 class ModelledEngine:
     """One engine.
 
+    While a batch stays the same its steps are one event. Each is longer than the one before by what the answers have
+    grown; of the gaps between two looks at it, about a second apart, the mean is noted.
+
     Args:
         env: keeps the time.
         curves: what steps take.
         gap_bound_s: gaps between tokens are counted that are longer.
         gaps: takes all gaps between tokens.
+        max_steps: that are one event; 1: each step by itself, the slow way that tests compare with.
     """
 
-    def __init__(self, env: simpy.Environment, curves: Curves, gap_bound_s: float, gaps: Gaps) -> None:
+    def __init__(
+        self, env: simpy.Environment, curves: Curves, gap_bound_s: float, gaps: Gaps, max_steps: float = math.inf
+    ) -> None:
         self._env = env
         self.curves = curves
         self._gap_bound_s = gap_bound_s
+        self._max_steps = max_steps
         self._gaps = gaps
         num_blocks = curves.num_kv_tokens // BLOCK_SIZE
         self.cache = ModelledCache(num_blocks)
@@ -102,7 +109,8 @@ class ModelledEngine:
         self._answers: list[tuple[float, int, Answer]] = []  # by the step that is their last
         self._joining: list[Answer] = []
         self._in_step: list[tuple[Prompt, int]] = []
-        self._step_s = 0.0  # of the steps that run, or of the one with a prompt
+        # The steps that run began then and as that one of all steps; the first takes so long, each further one more.
+        self._run_at_s, self._run_steps, self._step_s, self._growth_s = env.now, 0.0, 0.0, 0.0
         self._steps = self._over = self._context = self._drawn = 0.0
         self._counted_steps = 0
         self._at_s = env.now
@@ -165,8 +173,8 @@ class ModelledEngine:
         self._pass_steps()
         self._is_last_step = True
         self._turn += 1
-        left = max(0.0, math.ceil(self._steps - _SAME_STEP) - self._steps)
-        self._after(left * self._step_s, self._end_steps)
+        end_s = self._run_at_s + self._lasting(math.ceil(self._steps - _SAME_STEP) - self._run_steps)
+        self._after(max(0.0, end_s - self._env.now), self._end_steps)
 
     def _begin(self) -> None:
         """Run the next steps: one with prompts, or as many as are alike."""
@@ -182,13 +190,15 @@ class ModelledEngine:
         if self._prompts:
             self._in_step = list(self._fill(max(1, curves.max_num_batched_tokens - batch)))
             self._step_s += curves.token_s * sum(tokens for _, tokens in self._in_step)
+        self._run_at_s, self._run_steps = self._env.now, self._steps
+        self._growth_s = 0.0 if self._in_step else curves.context_s * batch
         for one in joining:
             self._note_first_gap(one)
         if self._in_step:
             self._after(self._step_s, self._end_prompt_step)
         elif self._answers:
-            steps = max(0.0, min(self._answers[0][0] - self._steps, max(1.0, room // batch)))
-            self._after(steps * self._step_s, self._end_steps)
+            steps = max(0.0, min(self._answers[0][0] - self._steps, max(1.0, room // batch), self._max_steps))
+            self._after(self._lasting(steps), self._end_steps)
 
     def _preempt(self) -> float:
         """Have the newest answers give way until a step has room in the KV pool; tokens of room that are left then."""
@@ -256,7 +266,7 @@ class ModelledEngine:
         self._env.timeout(delay_s).callbacks.append(run)
 
     def _end_prompt_step(self) -> None:
-        self._note_steps(1.0)
+        self._note_steps(1.0, self._step_s)
         self._at_s = self._env.now
         stats = self.stats
         stats.prefill_steps += 1
@@ -281,20 +291,36 @@ class ModelledEngine:
         self._is_last_step = False
         self._begin()
 
+    def _lasting(self, steps: float) -> float:
+        """Seconds of the first so many steps, a whole number, of those that run."""
+        return steps * (self._step_s + 0.5 * self._growth_s * (steps - 1.0))
+
+    def _passed(self, seconds: float) -> float:
+        """How many of the steps that run have passed after so long; the other way round."""
+        if not self._growth_s:
+            return seconds / self._step_s
+        half_s = self._step_s - 0.5 * self._growth_s
+        whole = math.floor(2.0 * seconds / (half_s + math.sqrt(half_s * half_s + 2.0 * self._growth_s * seconds)))
+        return whole + (seconds - self._lasting(whole)) / (self._step_s + self._growth_s * whole)
+
     def _pass_steps(self) -> None:
         """Count the steps that have run since anything began or ended."""
+        now_s = self._env.now
         if self._answers and self._step_s > 0:
-            self._note_steps((self._env.now - self._at_s) / self._step_s)
-        self._at_s = self._env.now
+            steps = self._run_steps + self._passed(now_s - self._run_at_s) - self._steps
+            if steps > 0:
+                self._note_steps(steps, (now_s - self._at_s) / steps)
+        self._at_s = now_s
 
-    def _note_steps(self, steps: float) -> None:
+    def _note_steps(self, steps: float, length_s: float) -> None:
+        """So many have run, each so long."""
         batch = len(self._answers)
         self._steps += steps
         self._context += steps * batch
         if batch:
             self._drawn += steps * batch
-            self._gaps.add(self._step_s, steps * batch)
-        if self._step_s > self._gap_bound_s:
+            self._gaps.add(length_s, steps * batch)
+        if length_s > self._gap_bound_s:
             self._over += steps
         whole = int(self._steps) - self._counted_steps
         if whole:
@@ -302,10 +328,10 @@ class ModelledEngine:
             self.stats.steps += whole
             if batch:
                 self.stats.generated_tokens += whole * batch
-                self.stats.itl_s.observe(self._step_s, whole * batch)
+                self.stats.itl_s.observe(length_s, whole * batch)
                 if self._in_step:
                     self.stats.prefill_gaps += whole * batch
-                    self.stats.prefill_gap_s += self._step_s * whole * batch
+                    self.stats.prefill_gap_s += length_s * whole * batch
 
     def _let_go(self) -> None:
         while self._answers and self._answers[0][0] <= self._steps + 1e-6:
