@@ -7,9 +7,12 @@ GPU by name, each with `cost` of an hour and figures that replace those of the c
 """
 
 import argparse
+import gc
 import json
 import math
 import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +31,9 @@ HEAD = (
 )
 
 
+_TELL_PERIOD_S = 20.0
+
+
 def row(name: str, result: Result) -> str:
     """A line of the table under `HEAD`."""
     return (
@@ -41,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Play, print, and plot."""
     options = _parser().parse_args(arguments)
     trace = load_trace(options.trace)[: options.max_requests]
+    gc.freeze()  # it stays to the end: the collector need not look through a day of requests again and again
     setup = _setup(options)
     print(HEAD)
     results = _advise(trace, setup, options) if options.advise else _compare(trace, setup, options)
@@ -70,9 +77,9 @@ def _compare(trace: list[Request], setup: Setup, options: argparse.Namespace) ->
     planned = Planned(settings)
     results: dict[str, Result] = {}
     if not options.only_fixed:
-        results["planned"] = play(trace, setup, planned)
+        results["planned"] = play(_watched(trace, "planned"), setup, planned)
         print(row("planned", results["planned"]), flush=True)
-        results["Serve's default"] = play(trace, setup, ServeDefault())
+        results["Serve's default"] = play(_watched(trace, "Serve's default"), setup, ServeDefault())
         print(row("Serve's default", results["Serve's default"]), flush=True)
     for fixed in options.fixed:
         prefill, decode = (int(count) for count in fixed.split("+"))
@@ -82,6 +89,17 @@ def _compare(trace: list[Request], setup: Setup, options: argparse.Namespace) ->
         for at_s, reason in planned.changes:
             print(f"{at_s:8.0f} s  {reason}")
     return results
+
+
+def _watched(trace: Sequence[Request], name: str) -> Iterator[Request]:
+    """The requests of a trace; tells now and then how many have come."""
+    begun_s = told_s = time.monotonic()
+    for number, request in enumerate(trace):
+        if number % 1000 == 0 and (now_s := time.monotonic()) - told_s > _TELL_PERIOD_S:
+            told_s, left_s = now_s, (now_s - begun_s) * (len(trace) / number - 1)
+            share = number / len(trace)
+            print(f"{name}: {share:.0%} of {len(trace):,} requests, {left_s:.0f} s left", file=sys.stderr, flush=True)
+        yield request
 
 
 def _advise(trace: list[Request], setup: Setup, options: argparse.Namespace) -> dict[str, Result]:

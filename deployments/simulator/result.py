@@ -1,6 +1,7 @@
 """What came of a play: how many requests kept the bounds, and what it cost."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from deployments.simulator.requests import Request
@@ -32,7 +33,7 @@ class Result:
     seconds: float
     gpu_hours: float
     cost: float
-    ttft_s: tuple[float, ...]
+    ttft_s: Sequence[float]
     itl_s: tuple[float, float]
     history: dict[str, list[tuple[float, int, int]]]
 
@@ -83,21 +84,43 @@ def is_good(request: Request, ttft_s: float) -> bool:
     return request.gaps_over <= _GAPS_THAT_MAY * (request.output_tokens - 1)
 
 
-def play(trace: Sequence[Request], setup: Setup, scaler: Scaler) -> Result:
+class Outcome:
+    """What became of the requests that have ended, in a few bytes each: a day has millions.
+
+    Args:
+        ttft_s: bound of the time to first token.
+    """
+
+    def __init__(self, ttft_s: float) -> None:
+        self._bound_s = ttft_s
+        self.num_requests = self.num_good = self.num_refused = 0
+        self.ttft_s = array("d")
+
+    def note(self, request: Request) -> None:
+        """It has ended, or was refused."""
+        self.num_requests += 1
+        self.num_good += is_good(request, self._bound_s)
+        self.num_refused += request.is_refused
+        if request.ttft_s is not None:
+            self.ttft_s.append(request.ttft_s)
+
+
+def play(trace: Iterable[Request], setup: Setup, scaler: Scaler) -> Result:
     """Play a trace, of which the requests are left as they are."""
-    requests = [Request(r.at_s, r.prompt_tokens, r.output_tokens, r.chain) for r in trace]
-    service = Service(setup, scaler)
+    requests = (Request(r.at_s, r.prompt_tokens, r.output_tokens, r.chain) for r in trace)
+    outcome = Outcome(setup.ttft_s)
+    service = Service(setup, scaler, outcome.note)
     seconds = service.play(requests)
     p50_s, p99_s = service.gaps.quantiles((0.5, 0.99))
     hours = {name: pool.gpu_s / 3600 for name, pool in service.pools.items()}
     return Result(
-        len(requests),
-        sum(is_good(request, setup.ttft_s) for request in requests),
-        sum(request.is_refused for request in requests),
+        outcome.num_requests,
+        outcome.num_good,
+        outcome.num_refused,
         seconds,
         sum(hours.values()),
         sum(hours[name] * pool.setup.cost for name, pool in service.pools.items()),
-        tuple(sorted(request.ttft_s for request in requests if request.ttft_s is not None)),
+        array("d", sorted(outcome.ttft_s)),
         (p50_s, p99_s),
         {name: pool.history for name, pool in service.pools.items()},
     )

@@ -5,7 +5,7 @@ whoever scales. A replica costs from when it is asked for until its last request
 """
 
 import random
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -70,12 +70,13 @@ class Service:
     Args:
         setup: the service.
         scaler: chooses how many replicas there are.
+        ended: told of each request that has ended or was refused.
 
     Attributes:
         gaps: between tokens, of all requests.
     """
 
-    def __init__(self, setup: Setup, scaler: Scaler) -> None:
+    def __init__(self, setup: Setup, scaler: Scaler, ended: Callable[[Request], None] = lambda request: None) -> None:
         self.setup = setup
         self.env = simpy.Environment()
         self._way = Way(
@@ -100,6 +101,7 @@ class Service:
         self._admission = Admission(Bounds(setup.ttft_s, 100_000_000, least), self._clock, self._routers.is_remote)
         self._least = least
         self._scaler = scaler
+        self._tell = ended
         self._num_refused = self._num_open = 0
         self._numbers = count()
         self.reading = Reading({}, 0.0)
@@ -108,8 +110,8 @@ class Service:
     def _clock(self) -> float:
         return float(self.env.now)
 
-    def play(self, requests: Sequence[Request]) -> float:
-        """Play all of them; returns when the last one has ended, in seconds from the beginning."""
+    def play(self, requests: Iterable[Request]) -> float:
+        """Play all of them, which come in order; returns when the last one has come, in seconds from the beginning."""
         for pool in self.pools.values():
             pool.scale(pool.setup.initial, 0.0)
         self._read()
@@ -125,7 +127,7 @@ class Service:
             self.env.step()
         return end_s
 
-    def _arrive(self, requests: Sequence[Request]) -> Generator[simpy.Event, None, None]:
+    def _arrive(self, requests: Iterable[Request]) -> Generator[simpy.Event, None, None]:
         for request in requests:
             if request.at_s > self.env.now:
                 yield self.env.timeout(request.at_s - self.env.now)
@@ -159,6 +161,7 @@ class Service:
         except (OverloadedError, RequestTooLargeError):
             request.is_refused = True
             self._num_refused += 1
+            self._tell(request)
             return
         routed = self._route(request)
         least = routed.route.min_remote_tokens
@@ -168,6 +171,7 @@ class Service:
 
     def _end(self, call: Call) -> None:
         self._num_open -= 1
+        self._tell(call.request)
 
     def _route(self, request: Request) -> RoutedRequest:
         if not self.setup.by_prefix:
