@@ -13,14 +13,13 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from deployments.planner.settings import PlannerSettings
-from deployments.simulator.advise import Fleet, Kind, cheapest, play_fixed
-from deployments.simulator.curves import LLAMA_8B_H100
+from deployments.simulator.advise import Fleet, Kind, cheapest, fleet_costs, play_fixed
+from deployments.simulator.curves import LLAMA_8B_H100, FigureError, read_figures, with_figures
 from deployments.simulator.pools import PoolSetup
-from deployments.simulator.requests import Request, load_trace
+from deployments.simulator.requests import Request, TraceError, load_trace
 from deployments.simulator.result import Result, play
 from deployments.simulator.scaling import Planned, ServeDefault
 from deployments.simulator.service import Setup
@@ -45,12 +44,16 @@ def row(name: str, result: Result) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Play, print, and plot."""
-    options = _parser().parse_args(arguments)
-    trace = load_trace(options.trace)[: options.max_requests]
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        trace, setup = load_trace(options.trace)[: options.max_requests], _setup(options)
+        kinds = _kinds(setup, options.kinds)
+    except (TraceError, FigureError) as error:
+        parser.error(str(error))
     gc.freeze()  # it stays to the end: the collector need not look through a day of requests again and again
-    setup = _setup(options)
     print(HEAD)
-    results = _advise(trace, setup, options) if options.advise else _compare(trace, setup, options)
+    results = _advise(trace, setup, kinds, options) if options.advise else _compare(trace, setup, options)
     if options.json:
         options.json.write_text(json.dumps({name: result.figures() for name, result in results.items()}))
     if options.plot:
@@ -64,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _setup(options: argparse.Namespace) -> Setup:
     curves = LLAMA_8B_H100.slower(options.slower)
     if options.curves:
-        curves = replace(curves, **json.loads(options.curves.read_text(encoding="utf-8")))
+        curves = with_figures(curves, read_figures(options.curves), str(options.curves))
     start_s, failure_s = options.start_s, options.failure_s
     pool = PoolSetup(curves, start_s, most=options.most, cost=options.cost, failure_s=failure_s)
     least, by_prefix = options.min_remote_tokens, not options.serve_routing
@@ -81,8 +84,8 @@ def _compare(trace: list[Request], setup: Setup, options: argparse.Namespace) ->
         print(row("planned", results["planned"]), flush=True)
         results["Serve's default"] = play(_watched(trace, "Serve's default"), setup, ServeDefault())
         print(row("Serve's default", results["Serve's default"]), flush=True)
-    for fixed in options.fixed:
-        prefill, decode = (int(count) for count in fixed.split("+"))
+    for prefill, decode in options.fixed:
+        fixed = f"{prefill}+{decode}"
         results[fixed] = play_fixed(trace, setup, prefill, decode).result
         print(row(fixed if prefill else f"{decode} colocated", results[fixed]), flush=True)
     if options.reasons:
@@ -102,17 +105,25 @@ def _watched(trace: Sequence[Request], name: str) -> Iterator[Request]:
         yield request
 
 
-def _advise(trace: list[Request], setup: Setup, options: argparse.Namespace) -> dict[str, Result]:
+def _advise(
+    trace: list[Request], setup: Setup, kinds: Sequence[Kind], options: argparse.Namespace
+) -> dict[str, Result]:
     def say(fleet: Fleet) -> None:
         print(row(fleet.name, fleet.result), flush=True)
 
-    found = cheapest(trace, setup, options.advise, _kinds(setup, options.kinds), say)
+    found = cheapest(trace, setup, options.advise, kinds, say)
     if not found:
-        print(f"no {2 * options.most} replicas keep the bounds for {options.advise:.0%} of the requests")
+        print(
+            f"no {2 * options.most} replicas keep TTFT within {setup.ttft_s:g} s and gaps within {setup.itl_s:g} s for "
+            f"{options.advise:.0%} of the requests: allow more with --most, or set wider bounds"
+        )
         return {}
     print(f"\nkeep the bounds for {options.advise:.0%} of the requests, the cheapest first\n{HEAD}")
     for fleet in found:
         say(fleet)
+    best, costs = found[0], sum(fleet_costs(found[0], kinds))
+    num_gpus = best.prefill + best.decode
+    print(f"\nneeded: {best.name}: {num_gpus} GPU{'s' * (num_gpus > 1)}, which cost {costs:g} an hour")
     return {fleet.name: fleet.result for fleet in found}
 
 
@@ -120,11 +131,29 @@ def _kinds(setup: Setup, path: Path | None) -> list[Kind]:
     pool = setup.decode
     if path is None:
         return [Kind("", pool.curves, pool.cost)]
-    kinds = json.loads(path.read_text(encoding="utf-8"))
-    return [
-        Kind(name, replace(pool.curves, **{key: value for key, value in own.items() if key != "cost"}), own["cost"])
-        for name, own in kinds.items()
-    ]
+    kinds = []
+    for name, own in read_figures(path).items():
+        where = f"{path}: {name}"
+        if not isinstance(own, dict) or not isinstance(own.get("cost"), int | float):
+            raise FigureError(f"{where}: no cost; each kind needs what an hour of it costs, as in {{'cost': 2.5}}")
+        others = {key: value for key, value in own.items() if key != "cost"}
+        kinds.append(Kind(name, with_figures(pool.curves, others, where), own["cost"]))
+    if not kinds:
+        raise FigureError(f"{path}: no kind of GPU; at least one is needed")
+    return kinds
+
+
+def _pools(text: str) -> tuple[int, int]:
+    prefill, plus, decode = text.partition("+")
+    if not plus or not (prefill.isdecimal() and decode.isdecimal()) or int(decode) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not P+D, as in 2+4; D is at least 1")
+    return int(prefill), int(decode)
+
+
+def _share(text: str) -> float:
+    if not 0.0 < float(text) <= 1.0:
+        raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and up to 1, as in 0.95")
+    return float(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,8 +171,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cost", type=float, default=1.0, help="of a replica and hour")
     parser.add_argument("--slower", type=float, default=1.0, help="times that a step takes as long as measured")
     parser.add_argument("--curves", type=Path, help="JSON: other figures, by the names in simulator/curves.py")
-    parser.add_argument("--fixed", nargs="*", default=[], metavar="P+D", help="fixed pools; 0+D is colocated")
-    parser.add_argument("--advise", type=float, metavar="SHARE", help="find the cheapest pools that keep the bounds")
+    parser.add_argument(
+        "--fixed", nargs="*", type=_pools, default=[], metavar="P+D", help="fixed pools; 0+D is colocated"
+    )
+    parser.add_argument("--advise", type=_share, metavar="SHARE", help="find the cheapest pools that keep the bounds")
     parser.add_argument("--kinds", type=Path, help="JSON: kinds of GPU to choose from, with --advise")
     parser.add_argument("--failure-s", type=float, default=math.inf, help="mean time until a replica fails")
     parser.add_argument("--tier-tokens", type=int, default=0, help="that the shared tier holds; 0: there is none")

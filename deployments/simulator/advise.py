@@ -112,18 +112,20 @@ def fewest(
 def fewest_colocated(
     trace: Sequence[Request], setup: Setup, attainment: float, say: Callable[[Fleet], None]
 ) -> Fleet | None:
-    """The fewest replicas that do both, found by halving; None: not with all allowed."""
-    low, high, best = 0, setup.decode.most, None  # `low` is too few
+    """The fewest replicas that do both, found by doubling and halving; None: not with all allowed."""
+    low, high, most, best = 0, 2, setup.decode.most, None  # `low` is too few; few replicas are soon played
     while low + 1 < high or best is None:
-        middle = high if best is None else (low + high) // 2
+        middle = min(high, most) if best is None else (low + high) // 2
         fleet = play_fixed(trace, setup, 0, middle)
         say(fleet)
         if fleet.result.attainment >= attainment:
             high, best = middle, fleet
-        elif best is None:
+        elif middle == most:
             return None
         else:
             low = middle
+            if best is None:
+                high = 2 * middle
     return best
 
 
@@ -182,6 +184,12 @@ def cheapest(
             if of_prefill is of_decode and (fleet := fewest_colocated(trace, own, attainment, tell)) is not None:
                 found.append(replace(fleet, kinds=names))
     return sorted(found, key=lambda fleet: fleet.result.cost)
+
+
+def fleet_costs(fleet: Fleet, kinds: Sequence[Kind]) -> tuple[float, float]:
+    """Of an hour of its prefill and of its decode replicas."""
+    costs = {kind.name: kind.cost for kind in kinds}
+    return fleet.prefill * costs[fleet.kinds[0]], fleet.decode * costs[fleet.kinds[1]]
 
 
 def _on(pool: PoolSetup, kind: Kind) -> PoolSetup:

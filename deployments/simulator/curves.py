@@ -1,6 +1,14 @@
 """What an engine takes for a step, and a hand-off: measured, or given."""
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+
+class FigureError(ValueError):
+    """A figure of an engine is not one; the message names it, and those that there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,3 +55,38 @@ class Curves:
 # hand-off takes 10 ms, bytes 80 GiB/s at 128 KiB of KV per token. Not measured: that KV is read at 2.5 TB/s, 52 ns per
 # token.
 LLAMA_8B_H100 = Curves(step_s=0.0055, token_s=2.42e-5, sequence_s=1.0e-5, context_s=5.2e-8, handoff_token_s=1.5e-6)
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    """An object from a file of JSON.
+
+    Raises:
+        FigureError: it is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FigureError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise FigureError(f"{path}: an object of names and figures is needed, not {found!r:.80}")
+    return found
+
+
+def with_figures(curves: Curves, figures: Mapping[str, object], where: str) -> Curves:
+    """Curves of which some figures are others.
+
+    Args:
+        curves: the rest.
+        figures: by the names of `Curves`.
+        where: they come from, for errors.
+
+    Raises:
+        FigureError: there is no such figure, or its value is no number of at least 0.
+    """
+    names = [field.name for field in fields(Curves)]
+    for name, value in figures.items():
+        if name not in names:
+            raise FigureError(f"{where}: no figure {name!r}; there are {', '.join(names)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise FigureError(f"{where}: {name}: {value!r} is not a number of at least 0")
+    return replace(curves, **figures)  # type: ignore[arg-type]

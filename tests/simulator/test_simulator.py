@@ -209,6 +209,13 @@ def test_the_cheapest_kind_of_gpu_for_each_pool_is_found():
     assert found[0].kinds == ("slow", "slow")
 
 
+def test_a_trace_may_be_made_while_it_is_played_and_stays_as_it_is():
+    trace = every(0.1, 50)
+    assert play(iter(trace), setup_of(), Fixed()) == play(trace, setup_of(), Fixed())
+    assert trace == every(0.1, 50)
+    assert all(isinstance(request, Request) and request.ttft_s is None for request in trace)
+
+
 def test_both_forms_of_traces_are_read(tmp_path):
     ours, theirs = tmp_path / "a.csv", tmp_path / "b.jsonl"
     ours.write_text("arrival_s,prompt_tokens,output_tokens,prefix_ids\n0.5,1100,3,7 8\n")
