@@ -120,3 +120,12 @@ def test_what_a_modelled_engine_teaches_makes_another_one_like_it():
     curves = Teacher([watching.snapshots]).curves("decode", TRUE.max_num_batched_tokens)
     # Idle engines compute prompts beside nobody, busy ones beside many: neither may be taken for the other.
     assert play(curves, Fixed()) == pytest.approx(true, rel=0.06)
+
+
+def test_the_wait_for_a_step_that_runs_is_no_part_of_a_hand_off():
+    decode, prefill, watch = Engine("d#1"), Engine("p#1"), list[Snapshot]()
+    for second in range(11):
+        watch.append(replace(snapshot(decode=decode, prefill=prefill), at_s=float(second)))
+        decode.decode(5, 20)  # of 0.03 s each, so that it is busy for 0.6 s of each
+        prefill.handoff.observe(3, 1000, 0.025)
+    assert Teacher([watch]).handoff_s == pytest.approx(0.025 - 0.6 * 0.03 / 2)

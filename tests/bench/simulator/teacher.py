@@ -4,6 +4,7 @@ Reads it once a second; what steps cost is learned by the classes that admission
 """
 
 import threading
+import time
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -65,17 +66,19 @@ class Snapshot:
         engines: by pool and replica.
         ttft: at the engines of each pool; those of decode count up to the first token of their own.
         handoff: chunks that were handed over, of all engines together.
+        at_s: when it was taken.
     """
 
     engines: dict[tuple[str, str], EngineStats] = field(default_factory=dict)
     ttft: dict[str, Totals] = field(default_factory=dict)
     handoff: Totals = field(default_factory=Totals)
+    at_s: float = 0.0
 
 
 def read_metrics(port: int) -> Snapshot:
     """Ask the service on this machine."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
-        return parse_metrics(response.read().decode())
+        return replace(parse_metrics(response.read().decode()), at_s=time.monotonic())
 
 
 def parse_metrics(text: str) -> Snapshot:
@@ -150,6 +153,27 @@ class Teacher:
         """Of chunks, likewise."""
         return self._sum(lambda snapshot: snapshot.handoff)
 
+    @property
+    def handoff_s(self) -> float:
+        """What a chunk takes to a decode engine that has nothing to do.
+
+        It is put into the pool between two steps, and the time that is told ends then. The wait for the step that runs
+        the simulator makes by itself, so it is taken off: in the mean, half of a step while the engine is busy.
+        """
+        return max(0.0, self.handoff.mean_s - self._mean_wait_s("decode"))
+
+    def _mean_wait_s(self, pool: str) -> float:
+        """Until the end of the step that runs, for what comes at any time to an engine of a pool."""
+        passed_s = sum(watch[-1].at_s - watch[0].at_s for watch in self._watches)
+        waits = 0.0
+        for before, now in self._pairs(pool):
+            if (steps := decode_steps_between(now, before)) is not None:
+                waits += steps.seconds * steps.seconds / steps.steps / 2
+            if num_prompts := now.prefill_steps - before.prefill_steps:
+                waits += (now.prefill_s - before.prefill_s) ** 2 / num_prompts / 2
+        num_engines = len({key for watch in self._watches for key in watch[-1].engines if key[0] == pool})
+        return waits / (passed_s * num_engines) if passed_s and num_engines else 0.0
+
     def _sum(self, of: Callable[[Snapshot], Totals]) -> Totals:
         parts = [of(watch[-1]).since(of(watch[0])) for watch in self._watches]
         return Totals(sum(part.count for part in parts), sum(part.seconds for part in parts))
@@ -188,8 +212,7 @@ class Teacher:
         )
         if not totals.steps:
             raise ValueError(f"the engines of {pool} ran no step while they were watched")
-        chunks = self.handoff
-        return replace(curves, handoff_s=chunks.mean_s, handoff_token_s=0.0)
+        return replace(curves, handoff_s=self.handoff_s, handoff_token_s=0.0)
 
     def _pairs(self, pool: str) -> Iterator[tuple[EngineStats, EngineStats]]:
         for watch in self._watches:
