@@ -71,6 +71,8 @@ class Comparison:
         errors: of each figure, the simulator's over the service's, less 1.
         setup: what the service has taught.
         num_requests: that were compared.
+        together: share of the service's gaps in which no step fits: tokens that were held up behind the engine and then
+            came together. The simulator knows of none.
         uses: of the cores in each round that counts, by role.
         spoilt: why each of the other rounds does not.
         problems: why it is no measurement.
@@ -81,6 +83,7 @@ class Comparison:
     errors: dict[str, float]
     setup: dict[str, object]
     num_requests: int
+    together: float
     uses: list[Use]
     spoilt: list[str]
     problems: list[str]
@@ -147,8 +150,14 @@ def compare(name: str, rounds: Rounds) -> Comparison:
     ours, theirs = simulate(played, setup), measured(played)
     errors = {key: value / asdict(theirs)[key] - 1.0 for key, value in asdict(ours).items()}
     num_requests, spoilt = sum(len(one.run.samples) for one in played), ["; ".join(o.problems) for o in rounds.spoilt]
-    uses = [one.use for one in played]
-    return Comparison(theirs, ours, errors, asdict(setup), num_requests, uses, spoilt, rounds.problems)
+    uses, together = [one.use for one in played], share_together(played, setup.decode.curves.step_s)
+    return Comparison(theirs, ours, errors, asdict(setup), num_requests, together, uses, spoilt, rounds.problems)
+
+
+def share_together(rounds: Sequence[Round], step_s: float) -> float:
+    """Of gaps that are shorter than half a step."""
+    gaps_s = [gap for one in rounds for sample in one.run.samples for gap in sample.gaps_s]
+    return sum(gap < step_s / 2 for gap in gaps_s) / max(1, len(gaps_s))
 
 
 def print_rows(name: str, one: Comparison) -> None:
@@ -156,6 +165,7 @@ def print_rows(name: str, one: Comparison) -> None:
     print(f"\n{name}: {one.num_requests} requests in {len(one.uses)} rounds; {'; '.join(one.problems) or 'valid'}")
     for who, figures in (("service", one.service), ("simulator", one.simulator)):
         print(f"{who:12}" + "".join(f"{key} {value * 1e3:8.1f} ms  " for key, value in asdict(figures).items()))
+    print(f"{one.together:.1%} of the service's gaps are shorter than half a step: tokens that came together")
     print(f"{'off by':12}" + "".join(f"{key} {error:+8.1%}     " for key, error in one.errors.items()), flush=True)
 
 
