@@ -112,7 +112,7 @@ def forget_step_in_flight(engine: Engine) -> None:
 
 def pretend_idle(engine: Engine, seconds: float) -> None:
     """As if its last step had ended so much earlier."""
-    engine._step_timer._ended_s -= seconds
+    engine._pace._ended_s -= seconds
 
 
 def num_commands(loop: EngineLoop) -> int:

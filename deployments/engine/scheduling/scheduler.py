@@ -2,9 +2,10 @@
 
 Every running sequence that decodes gets its token first; prompts share what is left of the token budget, those of the
 highest priority first, and among them the one with fewest tokens left, so that a short prompt does not wait behind a
-long one. No prompt is overtaken by more tokens than it has itself, or 16 times as many of higher priority. A sequence
-that is held keeps its blocks and its place, and is left out. Knows blocks and sequences, nothing of tensors. Called by
-the engine, once per step.
+long one. Nor does it wait beside one: where nothing decodes, a step in which a prompt ends has no part of another. No
+prompt is overtaken by more tokens than it has itself, or 16 times as many of higher priority. A sequence that is held
+keeps its blocks and its place, and is left out. Knows blocks and sequences, nothing of tensors. Called by the engine,
+once per step.
 
 Source: Sarathi-Serve (Agrawal et al., OSDI 2024) for chunked prefill beside decodes; shortest remaining time first.
 """
@@ -106,10 +107,10 @@ class Scheduler:
         others = [s for s in self.running[num_running:] if s.has_work]
         if len(decoding) < len(runnable):
             others += [s for s in runnable if s.status is _RUNNING and not s.is_decoding]
-        num_scores_left = MAX_SCORED_TOKENS
+        num_scores_left, ends = MAX_SCORED_TOKENS, False
         for sequence in sorted(others, key=_precedence):
             num_tokens = min(sequence.num_remaining_tokens, budget)
-            if num_tokens == 0:
+            if num_tokens == 0 or (ends and not decoding and num_tokens < sequence.num_remaining_tokens):
                 break
             if sequence.wants_scores:
                 num_tokens = min(num_tokens, num_scores_left)
@@ -117,6 +118,7 @@ class Scheduler:
                 if num_tokens == 0:
                     continue
             scheduled.append(ScheduledSequence.of(sequence, num_tokens))
+            ends |= num_tokens == sequence.num_remaining_tokens
             budget -= num_tokens
         return Schedule(scheduled, placed)
 

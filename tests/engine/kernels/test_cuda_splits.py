@@ -117,10 +117,11 @@ def test_prompts_whose_keys_are_cut_into_parts_attend_the_same(
     num_splits: int, window: int | None, softcap: float | None, has_sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    options = {"dtype": torch.float16, "device": DEVICE}
-    keys, values = torch.randn(2, 4, 256, 2, 16, **options)
-    queries = torch.randn(44, 6, 16, **options)
-    scores = Scores(0.25, window, softcap, torch.randn(6, **options) if has_sinks else None)
+    keys, values, queries, sinks = (
+        torch.randn(shape, dtype=torch.float16, device=DEVICE)
+        for shape in ((4, 256, 2, 16), (4, 256, 2, 16), (44, 6, 16), (6,))
+    )
+    scores = Scores(0.25, window, softcap, sinks if has_sinks else None)
     starts, lens, tables = (
         torch.tensor(given, dtype=torch.int32, device=DEVICE) for given in ([0, 7, 40], [500, 130], [[3, 1], [0, 2]])
     )
