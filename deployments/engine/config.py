@@ -55,8 +55,7 @@ class EngineConfig(BaseModel):
         max_silence_s: an engine that does not answer for so long, between two steps, counts as hung and is replaced.
             Longer than any step takes.
         num_threads: CPU threads of this engine's process; 1 unless given.
-        speculation: guesses of the next tokens. An engine that guesses starts no step before the one before has ended,
-            on a GPU as well.
+        speculation: guesses of the next tokens. No step starts before one with guesses has ended, on a GPU as well.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -91,6 +90,7 @@ class EngineLimits:
         num_blocks: KV blocks in the pool.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: token budget of one step.
+        max_drafts: tokens of one sequence that a step tries at most.
     """
 
     max_model_len: int
@@ -98,3 +98,4 @@ class EngineLimits:
     num_blocks: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_drafts: int = 0

@@ -17,7 +17,7 @@ from deployments.engine.kv.cache import KVCache
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
-from deployments.engine.scheduling.scheduler import MAX_SCORED_TOKENS
+from deployments.engine.scheduling.scheduler import MAX_SCORED_TOKENS, MAX_VERIFIED_TOKENS
 from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.messages import MAX_LOGPROBS, Adjustments, GenerateRequest, SamplingParams
 
@@ -117,6 +117,14 @@ def rehearse(runner: Runner, limits: EngineLimits) -> None:
     items = [ScheduledSequence.of(sequence, 1) for sequence in decodes]
     scored = _sequence(0, 0, room + 1, token_ids, table, num_prompt_logprobs=MAX_LOGPROBS)
     runner.launch([*items, ScheduledSequence.of(scored, room)]).collect()
+    if drafts := most_drafts(limits):
+        items = [
+            ScheduledSequence.decode(
+                _sequence(number, longest - count - 1, longest - count, token_ids, table), (0,) * count
+            )
+            for number, count in enumerate(drafts)
+        ]
+        runner.launch(items).collect()
 
 
 def worst_steps(limits: EngineLimits) -> list[list[tuple[int, int]]]:
@@ -139,6 +147,13 @@ def worst_steps(limits: EngineLimits) -> list[list[tuple[int, int]]]:
     ]
     unique = {tuple(step): step for step in steps if step}
     return list(unique.values())
+
+
+def most_drafts(limits: EngineLimits) -> list[int]:
+    """Drafts of each sequence in a step that tries as many as it may; none of an engine that guesses nothing."""
+    room = min(limits.max_num_batched_tokens, MAX_VERIFIED_TOKENS)
+    most = min(limits.max_drafts, limits.max_model_len - 1)
+    return [count - 1 for count in _fill(room, 1 + most, limits.max_num_seqs)] if most else []
 
 
 def _fill(budget: int, longest: int, num_seqs: int) -> list[int]:

@@ -95,7 +95,9 @@ def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
     block_size = config.block_size or (16 if on_cpu else _GPU_BLOCK_SIZE)
     if loaded.has_cuda_layers and block_size % _GPU_BLOCK_SIZE:
         raise ValueError(f"block_size is {block_size}, must be a multiple of {_GPU_BLOCK_SIZE} on a GPU")
-    limits = EngineLimits(max_model_len, block_size, _TRIAL_BLOCKS, config.max_num_seqs, max_num_batched_tokens)
+    max_drafts = 0 if config.speculation.method == "off" else config.speculation.max_drafts
+    bounds = config.max_num_seqs, max_num_batched_tokens, max_drafts
+    limits = EngineLimits(max_model_len, block_size, _TRIAL_BLOCKS, *bounds)
     return replace(limits, num_blocks=_count_blocks(loaded, config, limits))
 
 

@@ -28,6 +28,8 @@ _URGENCY = 16
 
 # Of a step, over all its prompts: the logits of each are of the whole vocabulary, 150 MB in bfloat16 of 150,000 tokens.
 MAX_SCORED_TOKENS = 512
+# Of a step with drafts, for the same reason; on a GPU no larger one is recorded either.
+MAX_VERIFIED_TOKENS = 512
 
 _RUNNING = Status.RUNNING  # asked of each sequence in every step; see `sequence.py`
 
@@ -156,7 +158,8 @@ class Scheduler:
     def _schedule_decodes(self, decoding: list[Sequence]) -> tuple[list[ScheduledSequence], int]:
         """Runs of the newest token, with drafts behind it, and how many sequences gave their blocks away."""
         scheduled: list[ScheduledSequence] = []
-        num_sent_back, room = self._send_back_outgrown(decoding), self._limits.max_num_batched_tokens - len(decoding)
+        num_sent_back = self._send_back_outgrown(decoding)
+        room = min(self._limits.max_num_batched_tokens, MAX_VERIFIED_TOKENS) - len(decoding)
         for sequence in decoding:
             while sequence.status is _RUNNING and not self._blocks.append(sequence):
                 self._preempt(self._least_of(self.running[self.running.index(sequence) :]))
