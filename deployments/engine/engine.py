@@ -14,7 +14,6 @@ itself, and a prefill engine drops the request and says `HandoffExpired`.
 Not thread-safe, but for `check`, `take_chunk` and `release_chunk`; `EngineLoop` runs it.
 """
 
-import logging
 import time
 from dataclasses import replace
 
@@ -45,8 +44,6 @@ from deployments.engine.speculation.speculator import build_speculator
 from deployments.engine.stats import EngineStats, StepTimer
 from deployments.errors import InvalidRequestError
 from deployments.messages import ChunkReady, Draws, EngineEvent, GenerateRequest, HandoffExpired, Placed, TokenOutput
-
-logger = logging.getLogger(__name__)
 
 # Asked of each sequence in every step; see `sequence.py`.
 _EXPORT, _RUNNING, _FINISHED = Role.EXPORT, Status.RUNNING, Status.FINISHED
@@ -82,8 +79,7 @@ class Engine:
         self._stats = EngineStats.begin(self.limits)
         self._handoffs = Handoffs(self._copies, self.limits, self.export_room, config.lease_s, clock, self._stats)
         self._speculator = build_speculator(config.speculation, self._stats)
-        may_pipeline = loaded.device.type == "cuda" if is_pipelined is None else is_pipelined
-        self._is_pipelined = may_pipeline and not self._speculator.is_on  # nothing is guessed behind unknown tokens
+        self._is_pipelined = loaded.device.type == "cuda" if is_pipelined is None else is_pipelined
         self._hands_over = config.hands_over
         self._begun_s = 0.0
         self._scheduled: list[ScheduledSequence] = []
@@ -224,8 +220,9 @@ class Engine:
     def begin_step(self) -> list[EngineEvent]:
         """Choose the next batch; what others can act on while it is computed. Nothing comes before `finish_step`."""
         self._begun_s = time.monotonic()
-        events = self._end_leases() + self._collect_masks()
-        self._speculator.propose(self._scheduler)
+        events = self._end_leases() + self._settle() + self._collect_masks()
+        if self._in_flight is None:
+            self._speculator.propose(self._scheduler)
         schedule = self._scheduler.schedule()
         for placed in schedule.placed:
             events.append(placed)
@@ -246,10 +243,8 @@ class Engine:
             ending, self._in_flight = self._in_flight, ending
         newest = self._in_flight or ending
         self._handoffs.exporter.export(None if newest is None else newest.done)
-        events: list[EngineEvent] = [] if ending is None else [*self._conclude(ending)]
+        events = [] if ending is None else self._conclude(ending)
         self._end_exports()
-        if ending is not None:
-            self._speculator.note_step(ending.items, self._step_timer.end(ending.num_prompt_tokens, time.monotonic()))
         return self._outputs.with_times(events)
 
     def stats(self) -> EngineStats:
@@ -297,9 +292,17 @@ class Engine:
             self._guides.hold(scheduled)
         return launched
 
-    def _conclude(self, ending: LaunchedStep) -> list[TokenOutput]:
+    def _settle(self) -> list[EngineEvent]:
+        """Conclude the step in flight now, if the next one may guess: nothing is guessed behind unknown tokens."""
+        if self._in_flight is None or not self._speculator.waits_for(self._in_flight.items):
+            return []
+        step, self._in_flight = self._in_flight, None
+        return self._outputs.with_times(self._conclude(step))
+
+    def _conclude(self, ending: LaunchedStep) -> list[EngineEvent]:
         """Wait for a step: what it computed counts, and what it drew is told."""
-        collected, outputs, now_s = ending.collect(), [], time.monotonic()
+        outputs: list[EngineEvent] = []
+        collected, now_s = ending.collect(), time.monotonic()
         for run, scores in ending.collect_prompts():
             run.sequence.add_scores(run, scores)
         self._speculator.note_draws(collected)
@@ -319,6 +322,7 @@ class Engine:
         self._outputs.end(now_s)
         if self._guides:
             self._guides.advance(run.sequence for run, draws in collected if draws)
+        self._speculator.note_step(ending.items, self._step_timer.end(ending.num_prompt_tokens, time.monotonic()))
         return outputs
 
     def _tell(self, sequence: Sequence, place: int, draws: Draws, now_s: float, by_prefill: bool) -> TokenOutput:
@@ -337,14 +341,10 @@ class Engine:
 
     def _end_leases(self) -> list[EngineEvent]:
         """Give up on engines that have not been heard of: what is held for them is free, or put to use."""
-        events: list[EngineEvent] = []
-        for request_id in self._handoffs.inbox.expired():
-            logger.warning("%s: no KV came within the lease; computing the rest of the prompt here", request_id)
-            self._stats.expired_leases += 1
+        awaited, kept = self._handoffs.expired()
+        for request_id in awaited:
             self.prefill_locally(request_id)
-            events.append(Placed(request_id, False, self._scheduler[request_id].num_computed_tokens))
-        for request_id in self._handoffs.outbox.expired():
-            self._stats.expired_leases += 1
+        for request_id in kept:
             self.abort(request_id)
-            events.append(HandoffExpired(request_id))
-        return events
+        placed = [Placed(request_id, False, self._scheduler[request_id].num_computed_tokens) for request_id in awaited]
+        return [*placed, *map(HandoffExpired, kept)]

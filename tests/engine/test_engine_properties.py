@@ -310,13 +310,22 @@ class SpeculatingRelay(Relay):
 
     def __init__(self) -> None:
         super().__init__()
-        speculating = build_small(clock=self.clock, speculation={"method": "ngram"})
+        speculating = build_small(is_pipelined=self.is_pipelined, clock=self.clock, speculation={"method": "ngram"})
         self.decode = with_drafter(speculating, lambda sequence: answer_of(sequence.request), mixture)
+
+
+class PipelinedSpeculatingRelay(SpeculatingRelay):
+    """That with engines that start a step before they conclude the one before, where nothing is guessed."""
+
+    is_pipelined = True
 
 
 TestRelay, TestPipelinedRelay, TestSpeculatingRelay = Relay.TestCase, PipelinedRelay.TestCase, SpeculatingRelay.TestCase
 TestRelay.settings = TestPipelinedRelay.settings = settings(max_examples=80, stateful_step_count=50)
-TestSpeculatingRelay.settings = settings(max_examples=60, stateful_step_count=50)
+TestPipelinedSpeculatingRelay = PipelinedSpeculatingRelay.TestCase
+TestSpeculatingRelay.settings = TestPipelinedSpeculatingRelay.settings = settings(
+    max_examples=60, stateful_step_count=50
+)
 
 
 def decoding(engine: Engine) -> list[Sequence]:

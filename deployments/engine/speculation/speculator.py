@@ -6,13 +6,14 @@ where it is what was drawn. So all that is decided here is time.
 
 from deployments.engine.config import SpeculationConfig
 from deployments.engine.scheduling.run import ScheduledSequence
-from deployments.engine.scheduling.scheduler import Scheduler
+from deployments.engine.scheduling.scheduler import MAX_VERIFIED_TOKENS, Scheduler
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.engine.speculation.acceptance import Acceptance
 from deployments.engine.speculation.base import Draft, Drafter
 from deployments.engine.speculation.curve import StepCurve
 from deployments.engine.speculation.lengths import Guess, choose_lengths
 from deployments.engine.speculation.lookup import LookupDrafter
+from deployments.engine.speculation.patience import Patience
 from deployments.engine.stats import EngineStats
 from deployments.messages import Draws
 
@@ -31,13 +32,18 @@ class Speculator:
         self._config = config
         self._stats = stats
         self._acceptance = Acceptance(0 if drafter is None else drafter.num_kinds)
-        self._curve = StepCurve()
+        self._curve = StepCurve(MAX_VERIFIED_TOKENS)
+        self._patience = Patience()
         self._kinds: dict[str, int] = {}  # of the drafts that were proposed last
 
     @property
     def is_on(self) -> bool:
         """Whether anything is ever guessed."""
         return self._drafter is not None
+
+    def waits_for(self, items: list[ScheduledSequence]) -> bool:
+        """Whether a step with these is to be concluded before the next one is chosen, so that this may guess."""
+        return self.is_on and self._patience.waits_for(items)
 
     def propose(self, scheduler: Scheduler) -> None:
         """Guess for the sequences that the next step continues, where that is expected to pay.

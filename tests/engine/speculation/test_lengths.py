@@ -78,6 +78,8 @@ def test_what_a_step_takes_is_learned_and_sizes_that_were_not_run_are_taken_to_b
     assert curve.seconds(1) == pytest.approx(0.010) and curve.seconds(8) == pytest.approx(0.020)
     assert curve.seconds(4) == pytest.approx(0.010), "no less than a smaller step, and perhaps no more"
     assert curve.seconds(500) == pytest.approx(0.020)
+    curve.add(4, 0.015)
+    assert curve.seconds(4) == pytest.approx(0.015)
     curve.add(1, 10.0)
     assert curve.seconds(1) < 0.011, "one step that was held up says little"
 
@@ -90,3 +92,10 @@ def test_what_was_not_seen_for_long_is_forgotten_and_found_out_again() -> None:
     for _ in range(2000):
         curve.add(1, 0.010)
     assert not curve.is_known(8) and curve.seconds(8) == pytest.approx(0.010)
+
+
+def test_no_more_drafts_are_chosen_than_a_step_holds() -> None:
+    curve = StepCurve(max_tokens=12)
+    curve.add(8, 0.010)
+    lengths = choose_lengths([Guess(0.9, 6), Guess(0.8, 6)], 8, curve.seconds)
+    assert sum(lengths) == 4 and lengths[0] > lengths[1] > 0, "the likeliest of them"
