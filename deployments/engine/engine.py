@@ -310,7 +310,7 @@ class Engine:
             draws = sequence.conclude(run, draws)
             if sequence.status is _RUNNING:  # and not preempted since
                 self._blocks.publish(sequence)
-                if run.drafts:
+                if run.drafts or self._speculator.is_on:
                     self._blocks.trim(sequence)
             if draws:
                 self._stats.generated_tokens += len(draws)

@@ -4,12 +4,14 @@ An answer is the same with and without: what is drawn depends on seed, place and
 where it is what was drawn. So all that is decided here is time.
 """
 
+import time
+
 from deployments.engine.config import SpeculationConfig
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import Scheduler
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.engine.speculation.acceptance import Acceptance
-from deployments.engine.speculation.base import Draft, Drafter
+from deployments.engine.speculation.base import Drafter, Prospect, Wish
 from deployments.engine.speculation.curve import StepCurve
 from deployments.engine.speculation.lengths import Guess, choose_lengths
 from deployments.engine.speculation.lookup import LookupDrafter
@@ -33,6 +35,7 @@ class Speculator:
         self._acceptance = Acceptance(0 if drafter is None else drafter.num_kinds)
         self._curve = StepCurve()
         self._kinds: dict[str, int] = {}  # of the drafts that were proposed last
+        self._drafting_s = 0.0  # that they took
 
     @property
     def is_on(self) -> bool:
@@ -42,22 +45,26 @@ class Speculator:
     def propose(self, scheduler: Scheduler) -> None:
         """Guess for the sequences that the next step continues, where that is expected to pay.
 
-        Beside prompts nothing is tried: there each token costs what a prompt's does, and is taken from them.
+        Beside prompts nothing is tried: there each token costs what a prompt's does, and is taken from them. Nor where
+        blocks are short: a draft shall take none that somebody's newest token needs.
         """
+        self._drafting_s = 0.0
         if self._drafter is None or scheduler.can_admit:
             return
         going = [sequence for sequence in scheduler.running if sequence.has_work]
-        if not all(sequence.is_decoding for sequence in going):
+        if not all(sequence.is_decoding for sequence in going) or not scheduler.make_room(going):
             return
-        drafted = [
-            (sequence, draft) for sequence in going if (draft := self._draft(self._drafter, sequence)) is not None
-        ]
-        if not drafted:
+        wishes, kinds = self._choose(self._drafter, going)
+        wishes = [wish for wish in wishes if scheduler.make_room_for_drafts(*wish)]
+        if not wishes:
             return
-        for (sequence, draft), length in zip(drafted, self._lengths(drafted, len(going)), strict=True):
-            if length:
-                self._kinds[sequence.request_id] = draft.kind
-                sequence.propose(draft.token_ids[:length])
+        begun_s = time.monotonic()
+        drafts = self._drafter.draft(wishes)
+        self._drafting_s = time.monotonic() - begun_s
+        for (sequence, _), tokens in zip(wishes, drafts, strict=True):
+            if tokens:
+                self._kinds[sequence.request_id] = kinds[sequence.request_id]
+                sequence.propose(tokens)
 
     def note_draws(self, collected: list[tuple[ScheduledSequence, Draws]]) -> None:
         """A step has ended with these runs; of each those draws that count, one more than drafts that were right."""
@@ -72,9 +79,9 @@ class Speculator:
         self._kinds.clear()
 
     def note_step(self, items: list[ScheduledSequence], seconds: float) -> None:
-        """A step with these has ended and took so long."""
+        """A step with these has ended; with the guesses before it, it took so long."""
         if self.is_on and all(item.is_decode for item in items):
-            self._curve.add(sum(item.num_tokens for item in items), seconds)
+            self._curve.add(sum(item.num_tokens for item in items), seconds - self._drafting_s)
 
     def drop(self, request_id: str) -> None:
         """The sequence is over; unknown ids are no error."""
@@ -83,23 +90,36 @@ class Speculator:
         self._drafter.drop(request_id)
         self._acceptance.drop(request_id)
 
-    def _draft(self, drafter: Drafter, sequence: Sequence) -> Draft | None:
-        # A grammar has the mask of the next draw alone; and who has one token left to draw needs no drafts.
-        num_left = sequence.max_num_tokens - sequence.num_tokens - 1
-        if sequence.mask is not None or sequence.num_pending_tokens or num_left <= 0:
-            return None
-        return drafter.draft(sequence, min(num_left, self._config.max_drafts))
+    def _choose(self, drafter: Drafter, going: list[Sequence]) -> tuple[list[Wish], dict[str, int]]:
+        """How many tokens to guess of which sequences, and of which kind each one's are."""
+        wishes: list[Wish] = []
+        prospects: list[Prospect] = []
+        for sequence in going:
+            # A grammar has the mask of the next draw alone; and who has one token left to draw needs no drafts.
+            num_left = sequence.max_num_tokens - sequence.num_tokens - 1
+            if sequence.mask is not None or sequence.num_pending_tokens or num_left <= 0:
+                continue
+            wish = Wish(sequence, min(num_left, self._config.max_drafts))
+            if (prospect := drafter.look(wish)) is not None:
+                wishes.append(wish)
+                prospects.append(prospect)
+        kinds = {wish.sequence.request_id: prospect.kind for wish, prospect in zip(wishes, prospects, strict=True)}
+        lengths = self._lengths(drafter, wishes, prospects, len(going)) if wishes else []
+        chosen = [wish._replace(num_tokens=length) for wish, length in zip(wishes, lengths, strict=True) if length]
+        return chosen, kinds
 
-    def _lengths(self, drafted: list[tuple[Sequence, Draft]], num_sequences: int) -> list[int]:
+    def _lengths(
+        self, drafter: Drafter, wishes: list[Wish], prospects: list[Prospect], num_sequences: int
+    ) -> list[int]:
         if not self._config.is_adaptive:
-            return [len(draft.token_ids) for _, draft in drafted]
+            return [prospect.num_tokens for prospect in prospects]
         if not self._curve.is_known(num_sequences):
-            return [0] * len(drafted)  # until a step without drafts says what one takes
+            return [0] * len(wishes)  # until a step without drafts says what one takes
         guesses = [
-            Guess(self._acceptance.rate(sequence.request_id, draft.kind), len(draft.token_ids))
-            for sequence, draft in drafted
+            Guess(self._acceptance.rate(wish.sequence.request_id, prospect.kind), prospect.num_tokens)
+            for wish, prospect in zip(wishes, prospects, strict=True)
         ]
-        return choose_lengths(guesses, num_sequences, self._curve.seconds, self._config.max_step_s)
+        return choose_lengths(guesses, num_sequences, self._curve.seconds, drafter.seconds, self._config.max_step_s)
 
 
 def build_speculator(config: SpeculationConfig, stats: EngineStats) -> Speculator:
