@@ -81,7 +81,7 @@ class Engine:
         self.export_room = export_room(self.limits, bytes_per_block, loaded.device, config.hands_over)
         self._stats = EngineStats.begin(self.limits)
         self._handoffs = Handoffs(self._copies, self.limits, self.export_room, config.lease_s, clock, self._stats)
-        self._speculator = build_speculator(config.speculation, self._stats)
+        self._speculator = build_speculator(config.speculation, self._stats, loaded, self.limits)
         may_pipeline = loaded.device.type == "cuda" if is_pipelined is None else is_pipelined
         self._is_pipelined = may_pipeline and not self._speculator.is_on  # nothing is guessed behind unknown tokens
         self._hands_over = config.hands_over

@@ -120,6 +120,10 @@ def num_commands(loop: EngineLoop) -> int:
     return loop._inbox.qsize()
 
 
+def drafter_of(engine: Engine) -> Any:
+    return engine._speculator._drafter
+
+
 def speculate_by(engine: Engine, drafter: Drafter) -> None:
     """Have an engine whose settings let it guess try all that this one guesses."""
     assert engine._speculator.is_on

@@ -6,13 +6,16 @@ where it is what was drawn. So all that is decided here is time.
 
 import time
 
-from deployments.engine.config import SpeculationConfig
+from deployments.engine.config import EngineLimits, SpeculationConfig
+from deployments.engine.execution.rehearsal import build_rehearsed, drafter_limits
+from deployments.engine.model.load import LoadedModel
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import Scheduler
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.engine.speculation.acceptance import Acceptance
 from deployments.engine.speculation.base import Drafter, Prospect, Wish
 from deployments.engine.speculation.curve import StepCurve
+from deployments.engine.speculation.draft_model import DraftModel
 from deployments.engine.speculation.lengths import Guess, choose_lengths
 from deployments.engine.speculation.lookup import LookupDrafter
 from deployments.engine.stats import EngineStats
@@ -35,7 +38,7 @@ class Speculator:
         self._acceptance = Acceptance(0 if drafter is None else drafter.num_kinds)
         self._curve = StepCurve()
         self._kinds: dict[str, int] = {}  # of the drafts that were proposed last
-        self._drafting_s = 0.0  # that they took
+        self._drafting_s = 0.0  # that guessing took before the step that has not ended
 
     @property
     def is_on(self) -> bool:
@@ -48,7 +51,6 @@ class Speculator:
         Beside prompts nothing is tried: there each token costs what a prompt's does, and is taken from them. Nor where
         blocks are short: a draft shall take none that somebody's newest token needs.
         """
-        self._drafting_s = 0.0
         if self._drafter is None or scheduler.can_admit:
             return
         going = [sequence for sequence in scheduler.running if sequence.has_work]
@@ -82,6 +84,7 @@ class Speculator:
         """A step with these has ended; with the guesses before it, it took so long."""
         if self.is_on and all(item.is_decode for item in items):
             self._curve.add(sum(item.num_tokens for item in items), seconds - self._drafting_s)
+        self._drafting_s = 0.0
 
     def drop(self, request_id: str) -> None:
         """The sequence is over; unknown ids are no error."""
@@ -122,6 +125,24 @@ class Speculator:
         return choose_lengths(guesses, num_sequences, self._curve.seconds, drafter.seconds, self._config.max_step_s)
 
 
-def build_speculator(config: SpeculationConfig, stats: EngineStats) -> Speculator:
-    """As the settings say."""
-    return Speculator(None if config.method == "off" else LookupDrafter(), config, stats)
+def build_speculator(
+    config: SpeculationConfig, stats: EngineStats, loaded: LoadedModel, limits: EngineLimits
+) -> Speculator:
+    """As the settings say; on a GPU the steps of a model that guesses are tried beside the engine's pool.
+
+    Raises:
+        ValueError: that model is not loaded, or its steps do not fit into the GPU's memory.
+    """
+    return Speculator(_build_drafter(config, loaded, limits), config, stats)
+
+
+def _build_drafter(config: SpeculationConfig, loaded: LoadedModel, limits: EngineLimits) -> Drafter | None:
+    if config.method == "off":
+        return None
+    if config.method == "ngram":
+        return LookupDrafter()
+    if loaded.drafter is None:
+        raise ValueError(f"speculation.model is {config.model!r}, and no such model was loaded beside {loaded.path!r}")
+    own = drafter_limits(limits, loaded.drafter)
+    runner = build_rehearsed(loaded.drafter, own)
+    return DraftModel(runner, own.max_model_len, own.max_num_batched_tokens, loaded.drafter.positions)
