@@ -225,7 +225,7 @@ class Engine:
         """Choose the next batch; what others can act on while it is computed. Nothing comes before `finish_step`."""
         self._begun_s = time.monotonic()
         events = self._end_leases() + self._collect_masks()
-        self._speculator.propose(self._scheduler)
+        self._speculator.propose(self._scheduler, self._guides)
         schedule = self._scheduler.schedule()
         for placed in schedule.placed:
             events.append(placed)

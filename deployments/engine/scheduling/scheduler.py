@@ -191,8 +191,10 @@ class Scheduler:
     def _choose_drafts(self, sequence: Sequence, room: int) -> tuple[int, ...]:
         """As many as may become tokens, without taking anything from others: budget, blocks, or the lead in length."""
         drafts = sequence.drafts[: max(0, min(room, sequence.max_num_tokens - sequence.num_tokens - 1))]
-        if sequence.mask is not None or sequence.num_pending_tokens:
-            return ()  # behind a draft other tokens may be drawn than behind the newest one
+        if sequence.num_pending_tokens:
+            return ()
+        if sequence.mask is not None:  # behind a draft other tokens may be drawn than behind the newest one
+            drafts = drafts[: len(sequence.draft_masks)]
         return drafts if self.make_room_for_drafts(sequence, len(drafts)) else ()
 
     @staticmethod

@@ -140,6 +140,7 @@ class DraftModel:
         launched = self._runner.launch(items)
         for item in items:
             item.sequence.begin(item)
+            item.sequence.release()  # what may follow a guess by a grammar is asked later
         return launched
 
     def _conclude(self, ending: LaunchedStep, begun_s: float) -> float:
@@ -171,6 +172,7 @@ class DraftModel:
             block_table=sequence.block_table,
             num_computed_tokens=progress.num_computed,
             position_offset=progress.position_offset,
+            mask=sequence.mask,
         )
         block_size = self._runner.cache.block_size
         return _Follower(wish, progress, copy, len(sequence.token_ids), progress.num_computed // block_size)
@@ -212,5 +214,5 @@ class DraftModel:
 
 def _as_drafted(request: GenerateRequest) -> GenerateRequest:
     """Drawn alike, and told without logprobs."""
-    sampling = replace(request.sampling, num_logprobs=None, grammar=None)
+    sampling = replace(request.sampling, num_logprobs=None)
     return replace(request, sampling=sampling, num_prompt_logprobs=None)

@@ -5,9 +5,11 @@ where it is what was drawn. So all that is decided here is time.
 """
 
 import time
+from itertools import takewhile
 
 from deployments.engine.config import EngineLimits, SpeculationConfig
 from deployments.engine.execution.rehearsal import build_rehearsed, drafter_limits
+from deployments.engine.grammar.guides import Guides
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import Scheduler
@@ -45,7 +47,7 @@ class Speculator:
         """Whether anything is ever guessed."""
         return self._drafter is not None
 
-    def propose(self, scheduler: Scheduler) -> None:
+    def propose(self, scheduler: Scheduler, guides: Guides) -> None:
         """Guess for the sequences that the next step continues, where that is expected to pay.
 
         Beside prompts nothing is tried: there each token costs what a prompt's does, and is taken from them. Nor where
@@ -64,9 +66,10 @@ class Speculator:
         drafts = self._drafter.draft(wishes)
         self._drafting_s = time.monotonic() - begun_s
         for (sequence, _), tokens in zip(wishes, drafts, strict=True):
-            if tokens:
+            masks = _masks_behind(sequence, tokens, guides)
+            if tokens and (masks or sequence.mask is None):
                 self._kinds[sequence.request_id] = kinds[sequence.request_id]
-                sequence.propose(tokens)
+                sequence.propose(tokens, masks)
 
     def note_draws(self, collected: list[tuple[ScheduledSequence, Draws]]) -> None:
         """A step has ended with these runs; of each those draws that count, one more than drafts that were right."""
@@ -98,9 +101,8 @@ class Speculator:
         wishes: list[Wish] = []
         prospects: list[Prospect] = []
         for sequence in going:
-            # A grammar has the mask of the next draw alone; and who has one token left to draw needs no drafts.
             num_left = sequence.max_num_tokens - sequence.num_tokens - 1
-            if sequence.mask is not None or sequence.num_pending_tokens or num_left <= 0:
+            if sequence.num_pending_tokens or num_left <= 0:  # who has one token left to draw needs no drafts
                 continue
             wish = Wish(sequence, min(num_left, self._config.max_drafts))
             if (prospect := drafter.look(wish)) is not None:
@@ -123,6 +125,14 @@ class Speculator:
             for wish, prospect in zip(wishes, prospects, strict=True)
         ]
         return choose_lengths(guesses, num_sequences, self._curve.seconds, drafter.seconds, self._config.max_step_s)
+
+
+def _masks_behind(sequence: Sequence, drafts: tuple[int, ...], guides: Guides) -> tuple[bytes, ...]:
+    """What may follow each draft by the sequence's grammar, up to the first that may not come or ends the answer."""
+    if sequence.mask is None:
+        return ()
+    stops = sequence.request.sampling.stop_token_ids
+    return guides.look_ahead(sequence, tuple(takewhile(lambda token: token not in stops, drafts)))
 
 
 def build_speculator(
