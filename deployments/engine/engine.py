@@ -78,7 +78,7 @@ class Engine:
         self.export_room = export_room(self.limits, bytes_per_block, loaded.device, config.hands_over)
         self._stats = EngineStats.begin(self.limits)
         self._handoffs = Handoffs(self._copies, self.limits, self.export_room, config.lease_s, clock, self._stats)
-        self._speculator = build_speculator(config.speculation, self._stats)
+        self._speculator = build_speculator(config.speculation, self._stats, loaded, self.limits)
         self._is_pipelined = loaded.device.type == "cuda" if is_pipelined is None else is_pipelined
         self._hands_over = config.hands_over
         self._begun_s = 0.0
@@ -222,7 +222,7 @@ class Engine:
         self._begun_s = time.monotonic()
         events = self._end_leases() + self._settle() + self._collect_masks()
         if self._in_flight is None:
-            self._speculator.propose(self._scheduler)
+            self._speculator.propose(self._scheduler, self._guides)
         schedule = self._scheduler.schedule()
         for placed in schedule.placed:
             events.append(placed)
@@ -313,7 +313,7 @@ class Engine:
             draws = sequence.conclude(run, draws)
             if sequence.status is _RUNNING:  # and not preempted since
                 self._blocks.publish(sequence)
-                if run.drafts:
+                if run.drafts or self._speculator.is_on:
                     self._blocks.trim(sequence)
             if draws:
                 self._stats.generated_tokens += len(draws)

@@ -125,6 +125,10 @@ def num_commands(loop: EngineLoop) -> int:
     return loop._inbox.qsize()
 
 
+def drafter_of(engine: Engine) -> Any:
+    return engine._speculator._drafter
+
+
 _TRY_ALL = SpeculationConfig(method="ngram", is_adaptive=False)
 
 

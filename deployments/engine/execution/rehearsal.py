@@ -7,6 +7,7 @@ the pool of the size that was found. What the steps read and write is the pool's
 import gc
 import time
 from array import array
+from dataclasses import replace
 
 import torch
 
@@ -31,6 +32,19 @@ _SAMPLING = SamplingParams(
     adjustments=Adjustments(logit_bias=((0, 1.0),)),
     num_logprobs=MAX_LOGPROBS,
 )
+
+
+def drafter_limits(limits: EngineLimits, drafter: LoadedModel) -> EngineLimits:
+    """Bounds of the model that guesses for an engine of these bounds.
+
+    Its steps hold everybody's next token up, so one computes few tokens of a prompt that it does not know yet.
+    """
+    return replace(
+        limits,
+        max_model_len=min(limits.max_model_len, drafter.max_model_len),
+        max_num_batched_tokens=max(2 * limits.max_num_seqs, limits.max_num_batched_tokens // 4),
+        max_drafts=0,
+    )
 
 
 def build_rehearsed(loaded: LoadedModel, limits: EngineLimits) -> Runner:
@@ -66,11 +80,13 @@ def free_beside_largest_steps(loaded: LoadedModel, limits: EngineLimits) -> int:
         ValueError: not even that fits.
     """
     _give_back()
-    runner = build_rehearsed(loaded, limits)
+    runners = [build_rehearsed(loaded, limits)]
+    if loaded.drafter is not None:
+        runners.append(build_rehearsed(loaded.drafter, drafter_limits(limits, loaded.drafter)))
     torch.cuda.synchronize(loaded.device)
     # What steps took stays with torch's allocator: what is free now is what nobody ever took.
     free, _ = torch.cuda.mem_get_info(loaded.device)
-    del runner
+    del runners
     _give_back()
     return int(free)
 

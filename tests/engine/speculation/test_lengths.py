@@ -42,18 +42,38 @@ def test_no_step_gets_longer_than_it_may() -> None:
     assert choose_lengths([Guess(0.99, 32)], 1, memory_bound, max_step_s=1.0) == [15]
 
 
-def value(lengths: tuple[int, ...], guesses: list[Guess], num_sequences: int) -> float:
+def test_where_a_guess_takes_as_long_as_a_step_none_is_made() -> None:
+    assert choose_lengths([Guess(0.9, 8)], 1, memory_bound, lambda num_sequences: 1.0) == [0]
+    assert choose_lengths([Guess(0.9, 8)], 1, memory_bound, lambda num_sequences: 0.01) == [8]
+
+
+def test_guesses_of_all_sequences_at_once_are_worth_more_than_one_after_the_other() -> None:
+    guesses = [Guess(0.7, 1)] * 4
+    assert choose_lengths(guesses, 4, memory_bound, lambda num_sequences: 0.4) == [1] * 4
+    assert choose_lengths(guesses, 4, memory_bound, lambda num_sequences: 0.4 * num_sequences) == [0] * 4
+
+
+def test_the_time_of_guesses_counts_for_how_long_a_step_may_take() -> None:
+    assert choose_lengths([Guess(0.99, 8)], 1, memory_bound, lambda n: 0.1, max_step_s=1.35) == [3]
+
+
+def value(lengths: tuple[int, ...], guesses: list[Guess], num_sequences: int, draft_s: float) -> float:
     right = sum(guess.rate**place for guess, n in zip(guesses, lengths, strict=True) for place in range(1, n + 1))
-    return (num_sequences + right) / memory_bound(num_sequences + sum(lengths))
+    step_s = memory_bound(num_sequences + sum(lengths)) + draft_s * max(lengths, default=0)
+    return (num_sequences + right) / step_s
 
 
-@given(st.lists(st.builds(Guess, st.floats(0.3, 0.95), st.integers(0, 3)), max_size=3), st.integers(3, 20))
-def test_no_other_choice_promises_more(guesses: list[Guess], num_sequences: int) -> None:
-    chosen = tuple(choose_lengths(guesses, num_sequences, memory_bound))
+@given(
+    st.lists(st.builds(Guess, st.floats(0.3, 0.95), st.integers(0, 3)), max_size=3),
+    st.integers(3, 20),
+    st.sampled_from([0.0, 0.01]),
+)
+def test_no_other_choice_promises_more(guesses: list[Guess], num_sequences: int, draft_s: float) -> None:
+    chosen = tuple(choose_lengths(guesses, num_sequences, memory_bound, lambda num_rows: draft_s))
     choices = itertools.product(*(range(guess.max_drafts + 1) for guess in guesses))
-    best = max(value(lengths, guesses, num_sequences) for lengths in choices)
+    best = max(value(lengths, guesses, num_sequences, draft_s) for lengths in choices)
     # What promises hardly more than nothing, and drafts that are hardly ever right, are left out.
-    assert value(chosen, guesses, num_sequences) >= best / 1.05
+    assert value(chosen, guesses, num_sequences, draft_s) >= best / 1.05
 
 
 def test_drafts_are_as_likely_right_as_those_of_their_kind_were_and_their_sequences() -> None:
