@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from deployments.engine.config import EngineConfig, EngineLimits
 from deployments.engine.execution import rehearsal, sizing
 from deployments.engine.execution.portable import build_runner
-from deployments.engine.execution.rehearsal import build_rehearsed, most_drafts, rehearse, worst_steps
+from deployments.engine.execution.rehearsal import build_rehearsed, drafter_limits, most_drafts, rehearse, worst_steps
 from deployments.engine.execution.sizing import choose_limits
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.scheduling.scheduler import MAX_VERIFIED_TOKENS
@@ -47,6 +47,10 @@ def test_a_step_with_as_many_drafts_as_may_be_is_among_them() -> None:
     assert most_drafts(replace(LIMITS, max_drafts=3)) == [3] * 5
     assert most_drafts(replace(LIMITS, max_drafts=8)) == [8] * 4 + [3], "40 tokens"
     assert sum(1 + count for count in most_drafts(EngineLimits(1000, 8, 2, 256, 8192, 8))) == MAX_VERIFIED_TOKENS
+
+
+def test_a_model_that_guesses_for_an_engine_is_given_no_drafts_itself() -> None:
+    assert drafter_limits(replace(LIMITS, max_drafts=3), load("llama")).max_drafts == 0
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
