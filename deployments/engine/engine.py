@@ -46,8 +46,7 @@ from deployments.engine.stats import EngineStats
 from deployments.errors import InvalidRequestError
 from deployments.messages import ChunkReady, Draws, EngineEvent, GenerateRequest, HandoffExpired, Placed, TokenOutput
 
-# Asked of each sequence in every step; see `sequence.py`.
-_EXPORT, _RUNNING, _FINISHED = Role.EXPORT, Status.RUNNING, Status.FINISHED
+_EXPORT, _RUNNING, _FINISHED = Role.EXPORT, Status.RUNNING, Status.FINISHED  # asked in every step; see `sequence.py`
 
 
 class Engine:
@@ -79,9 +78,8 @@ class Engine:
         self.export_room = export_room(self.limits, bytes_per_block, loaded.device, config.hands_over)
         self._stats = EngineStats.begin(self.limits)
         self._handoffs = Handoffs(self._copies, self.limits, self.export_room, config.lease_s, clock, self._stats)
-        self._speculator = build_speculator(config.speculation, self._stats)
-        may_pipeline = loaded.device.type == "cuda" if is_pipelined is None else is_pipelined
-        self._is_pipelined = may_pipeline and not self._speculator.is_on  # nothing is guessed behind unknown tokens
+        self._speculator = build_speculator(config.speculation, self._stats, loaded, self.limits)
+        self._is_pipelined = loaded.device.type == "cuda" if is_pipelined is None else is_pipelined
         self._hands_over = config.hands_over
         self._begun_s = 0.0
         self._scheduled: list[ScheduledSequence] = []
@@ -231,7 +229,8 @@ class Engine:
         for lost in self._guides.collect(is_idle=not self._has_steps):  # whose tokens run again, and who cannot go on
             self.abort(lost.request_id)
             events.append(lost)
-        self._speculator.propose(self._scheduler)
+        if self._in_flight is None:
+            self._speculator.propose(self._scheduler, self._guides)
         schedule = self._scheduler.schedule()
         for placed in schedule.placed:
             events.append(placed)
@@ -293,10 +292,11 @@ class Engine:
         return launched
 
     def _settle(self) -> list[EngineEvent]:
-        """Conclude the step in flight before the next one is launched, if its first tokens are waited for."""
-        if self._in_flight is None or not is_awaited(self._in_flight):
+        """Conclude the step in flight now if its first tokens are waited for, or if guesses are to go on behind it."""
+        step = self._in_flight
+        if step is None or not (is_awaited(step) or self._speculator.waits_for(step.items)):
             return []
-        step, self._in_flight = self._in_flight, None
+        self._in_flight = None
         return self._outputs.with_times(self._conclude(step))
 
     def _conclude(self, ending: LaunchedStep) -> list[EngineEvent]:
@@ -313,7 +313,7 @@ class Engine:
             draws = sequence.conclude(run, draws)
             if sequence.status is _RUNNING:  # and not preempted since
                 self._blocks.publish(sequence)
-                if run.drafts:
+                if run.drafts or self._speculator.is_on:
                     self._blocks.trim(sequence)
             if draws:
                 self._stats.generated_tokens += len(draws)

@@ -247,9 +247,10 @@ def merge_if_last(
         tl.store(counter, 0)
         first, num_heads = tl.load(spans + sequence * 2), num_kv_heads * GROUP
         for number in range(GROUP):
-            _merge_head(
-                parts, stats, sinks, out, sequence, kv_head * GROUP + number, first, count, num_heads,
-                HEAD_DIM, DIMS, SPLITS, HAS_SINKS,
+            head = kv_head * GROUP + number
+            merge_head(
+                parts, stats, sinks, out + (sequence.to(tl.int64) * num_heads + head) * HEAD_DIM, head,
+                first.to(tl.int64) * num_heads + head, num_heads, count, HEAD_DIM, DIMS, SPLITS, HAS_SINKS,
             )  # fmt: skip
 
 
@@ -272,9 +273,10 @@ def _merge_parts(
     sequence, head = tl.program_id(0), tl.program_id(1)
     first, count = tl.load(spans + sequence * 2), tl.load(spans + sequence * 2 + 1)
     if count > 1:
-        _merge_head(
-            parts, stats, sinks, out, sequence, head, first, count, num_heads, HEAD_DIM, DIMS, SPLITS, HAS_SINKS
-        )
+        merge_head(
+            parts, stats, sinks, out + (sequence.to(tl.int64) * num_heads + head) * HEAD_DIM, head,
+            first.to(tl.int64) * num_heads + head, num_heads, count, HEAD_DIM, DIMS, SPLITS, HAS_SINKS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -295,31 +297,31 @@ def _merge_queries(
     """One head of one query."""
     query, head = tl.program_id(0), tl.program_id(1)
     if query < tl.load(starts + num_sequences):
-        _merge_head(
-            parts, stats, sinks, out, query, head, query * COUNT, COUNT, num_heads, HEAD_DIM, DIMS, SPLITS, HAS_SINKS
-        )
+        merge_head(
+            parts, stats, sinks, out + (query.to(tl.int64) * num_heads + head) * HEAD_DIM, head,
+            query.to(tl.int64) * COUNT * num_heads + head, num_heads, COUNT, HEAD_DIM, DIMS, SPLITS, HAS_SINKS,
+        )  # fmt: skip
 
 
 @triton.jit
-def _merge_head(
+def merge_head(
     parts,
     stats,
     sinks,
-    out,
-    sequence,
+    to,
     head,
     first,
+    stride,
     count,
-    num_heads,
     HEAD_DIM: tl.constexpr,
     DIMS: tl.constexpr,
     SPLITS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
-    """One head of one sequence from its items, always in their order; those that have seen no key have no part."""
+    """One head of one query from its items, in their order: `count` rows of parts from `first` on, some of no keys."""
     split, dims = tl.arange(0, SPLITS), tl.arange(0, DIMS)
     inside = split < count
-    place = (first + split).to(tl.int64) * num_heads + head
+    place = first + split.to(tl.int64) * stride
     # Not from the L1 cache, which does not see what other multiprocessors have stored.
     peaks = tl.load(stats + place * 2, mask=inside, other=float("-inf"), cache_modifier=".cg")
     totals = tl.load(stats + place * 2 + 1, mask=inside, other=0.0, cache_modifier=".cg")
@@ -335,5 +337,4 @@ def _merge_head(
     weights = tl.exp2(peaks - peak)
     total = tl.sum(weights * totals, axis=0) + share
     merged = tl.sum(part * weights[:, None], axis=0) / total
-    to = (sequence.to(tl.int64) * num_heads + head) * HEAD_DIM + dims
-    tl.store(out + to, merged.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
+    tl.store(to + dims, merged.to(to.dtype.element_ty), mask=dims < HEAD_DIM)

@@ -8,8 +8,8 @@ nothing, in short rounds with the tier, without it, and without it once more (`c
 line, one JSON object.
 
 With `--shape` the same on GPUs: a shape of `bench-gpu` with random weights in place of the default model. On one GPU
-all engines share it, and the hand-off is CUDA IPC within the card. On two the engine that gets hand-offs has the second.
-Two engines differ in the last bits of bfloat16 when one has computed a prompt at once and another its last tokens alone,
+all engines share it, and the hand-off is CUDA IPC within the card. On two GPUs the hand-off goes to the second. Two
+engines differ in the last bits of bfloat16 when one has computed a prompt at once and another its last tokens alone,
 and random weights make near ties of many tokens.
 """
 
