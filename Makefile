@@ -130,7 +130,7 @@ bench-simulator: $(DEV) ## The simulator beside the service: TTFT and ITL of the
 bench-autoscale: $(DEV) ## Steps of load on nodes that Ray's autoscaler starts and stops, on modelled engines. ARGS= is passed on.
 	@$(PY) -m tests.bench.autoscale.bench_autoscale $(ARGS)
 
-bench-speculation: $(DEV) ## Tokens per second with guesses by lookup and without, on one engine. ARGS= is passed on.
+bench-speculation: $(DEV) ## Tokens per second with guesses and without, on one engine; on a GPU what verifying them costs. ARGS= is passed on.
 	@$(PY) -m tests.bench.bench_speculation $(ARGS)
 
 bench-structured: $(DEV) ## What grammars cost: compiling, masks, steps of 16 sequences. ARGS= is passed on.

@@ -101,6 +101,11 @@ class AppConfig(BaseModel):
             return
         if self.prefill.min_replicas == 0:
             self._check_no_prefill()
+        if "speculation" in self.prefill.engine.model_fields_set:
+            raise ConfigError(
+                "prefill.engine.speculation: a prefill engine draws one token of each prompt, so it guesses none; set"
+                " decode.engine.speculation"
+            )
         prefill, decode = self.engine_config("prefill"), self.engine_config("decode")
         for name in ("block_size", "dtype"):
             values = getattr(prefill, name), getattr(decode, name)
@@ -127,15 +132,17 @@ class AppConfig(BaseModel):
         return self.prefill if pool == "prefill" else self.decode
 
     def engine_config(self, pool: Pool) -> EngineConfig:
-        """Return the settings of one pool's engines: defaults, then `engine.*`, then `<pool>.engine.*`."""
+        """Return the settings of one pool's engines: defaults, then `engine.*`, then `<pool>.engine.*`.
+
+        Those that compute prompts draw one token of each, and so guess none.
+        """
         settings = self.pool(pool)
         given: dict[str, Any] = {
             "num_threads": max(1, math.floor(settings.num_cpus + 0.5)),
             "hands_over": pool == "prefill" or self.planner.flip,
         }
         shared, own = (engine.model_dump(exclude_unset=True) for engine in (self.engine, settings.engine))
-        if "speculation" in shared and "speculation" in own:
-            own["speculation"] = shared["speculation"] | own["speculation"]
+        own["speculation"] = {} if pool == "prefill" else _guesses(shared, own)
         return EngineConfig(model=self.model, **given | shared | own)
 
     def admission_bounds(self) -> Bounds:
@@ -203,6 +210,14 @@ class AppConfig(BaseModel):
         pools = [self.decode] if self.mode == "colocated" else [self.prefill, self.decode]
         engines = sum(pool.max_replicas * (pool.num_cpus + FRONT_NUM_CPUS) for pool in pools)
         return engines + self.ingress.max_replicas * self.ingress.num_cpus
+
+
+def _guesses(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of guesses of one pool: what is its own goes before, and a model of another method falls away."""
+    settings: dict[str, Any] = shared.get("speculation", {}) | own.get("speculation", {})
+    if settings.get("method") != "draft_model":
+        settings.pop("model", None)
+    return settings
 
 
 def api_name(model: str) -> str:

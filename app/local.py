@@ -91,8 +91,9 @@ def up(folder: RunFolder, app: str, port: int, num_cpus: int | None, timeout_s: 
     """
     config = parse_arguments(pairs)
     if app == APP:  # what another one does with the name, only it knows
-        check_model(config.model)
-        check_tokenizer(config.model)
+        for model in filter(None, (config.model, config.engine_config("decode").speculation.model)):
+            check_model(model)
+            check_tokenizer(model)
         if config.ingress.api_keys is not None:
             KeyRing(config.ingress.api_keys)
     check_temp_folder()

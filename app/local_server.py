@@ -70,11 +70,11 @@ def http_options(port: int) -> dict[str, object]:
     return {"host": HOST, "port": port, "keep_alive_timeout_s": REPLICA_KEEP_ALIVE_S}
 
 
-def start_check(model: str) -> subprocess.Popen[bytes]:
-    """Look at the model's files in a process of its own: that loads torch, which this one would keep."""
+def start_check(model: str, drafter: str | None) -> subprocess.Popen[bytes]:
+    """Look at the models' files in a process of its own: that loads torch, which this one would keep."""
     # Its names and shapes alone, of what is here: without a question to the hub.
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, "-m", CHECK, model], env=environment)
+    return subprocess.Popen([sys.executable, "-m", CHECK, model, *([drafter] if drafter else [])], env=environment)
 
 
 def finish_check(check: subprocess.Popen[bytes]) -> None:
@@ -182,7 +182,8 @@ def main() -> None:
         say("loading the code")
         config = AppConfig.model_validate(arguments)
         # What another application does with the name, only it knows.
-        check = start_check(config.model) if options.app == APP else None
+        drafter = config.engine_config("decode").speculation.model
+        check = start_check(config.model, drafter) if options.app == APP else None
         application = load_builder(options.app)(config)
         if check is not None:
             say("checking the model")

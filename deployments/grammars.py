@@ -6,8 +6,9 @@ here but reading a vocabulary blocks other threads, for llguidance lets go of th
 loads llguidance when it is asked for.
 """
 
+import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from threading import Lock
@@ -26,6 +27,8 @@ MAX_SOURCE_CHARACTERS = 2**16
 _MAX_GRAMMAR_SIZE, _MAX_LEXER_STATES = 250_000, 100_000
 _MAX_CACHED = 64
 _MAX_REASON_CHARACTERS = 500
+# Of a step's time, to look at what may follow guesses: those of eight tokens take 0.09 ms (a shared Xeon, 2026-11-29).
+_MAX_AHEAD_S = 0.002
 
 
 class Guide:
@@ -71,6 +74,29 @@ class Guide:
         self._matcher, self._build_own = self._build_own(), None
         self._matcher.consume_tokens(self._token_ids)
         return self._mask()
+
+    def masks_behind(self, token_ids: Sequence[int]) -> list[bytes]:
+        """What might follow each of these tokens, were they next; the guide stays where it is.
+
+        Up to the first that may not come, or behind which nothing may; and no further than can be told at once. What is
+        looked at counts for the bounds as well, so a guide with a matcher of its own looks at nothing.
+        """
+        masks: list[bytes] = []
+        if self._build_own is None:
+            return masks
+        matcher = self._matcher.deep_copy()
+        until_s = time.monotonic() + _MAX_AHEAD_S
+        for token_id in token_ids[: matcher.validate_tokens(list(token_ids))]:
+            matcher.consume_tokens([token_id])
+            if matcher.is_stopped() and not matcher.is_accepting():
+                break  # it was the end itself
+            mask: bytes = matcher.compute_bitmask()[: self._num_mask_bytes]
+            if matcher.is_error() or not any(mask):
+                break
+            masks.append(mask)
+            if time.monotonic() > until_s:
+                break
+        return masks
 
     def _mask(self) -> bytes:
         mask: bytes = self._matcher.compute_bitmask()[: self._num_mask_bytes]

@@ -101,11 +101,14 @@ class TraceReplay(_Model):
         path: of the CSV, relative to the scenario's file.
         speed: arrivals are divided by it.
         shrink: lengths are divided by it, those of prefix blocks as well, so that as much is shared as before.
+        thin: one of so many conversations is played, whole: requests whose first two prefix blocks are equal are taken
+            for one, so nearly as much is shared as before.
     """
 
     path: Path
     speed: float = Field(default=1.0, gt=0)
     shrink: Literal[1, 2, 4, 8, 16, 32] = 1
+    thin: int = Field(default=1, ge=1)
 
 
 class SloRule(_Model):

@@ -8,13 +8,16 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from zlib import crc32
 
 from load_tests.scenario import Scenario, Tokens, TrafficClass
-from load_tests.trace import PREFIX_BLOCK_TOKENS, read_trace
+from load_tests.trace import PREFIX_BLOCK_TOKENS, TraceRow, read_trace
 
 # No stream answers faster than this per token and request; bounds how many turns a stream is given in advance.
 _LEAST_TOKEN_S, _LEAST_REQUEST_S = 0.002, 0.1
 IDLE_OUTPUT_TOKENS = 64
+# Requests with as many leading prefix blocks in common are of one conversation; the first is often everybody's.
+_SAME_CONVERSATION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +174,19 @@ def _plan_trace(scenario: Scenario, seed: str, load: float) -> Iterator[Planned]
         at_s = row.arrival_s / (scenario.trace.speed * load)
         if at_s >= scenario.warmup_s + scenario.duration_s:
             return
+        if _conversation(row, index) % scenario.trace.thin:
+            continue
         size = PREFIX_BLOCK_TOKENS // shrink
         shared = [token for block in row.prefix_ids for token in prompts.shared(str(block), size)]
         num_tokens = -(-row.prompt_tokens // shrink)
         own = prompts.fresh(max(0, num_tokens - len(shared)))
         prompt = (*shared, *own)[:num_tokens]
         yield Planned("trace", f"trace-{index}", 0, at_s, 0.0, prompt, -(-row.output_tokens // shrink))
+
+
+def _conversation(row: TraceRow, index: int) -> int:
+    """A number that requests of one conversation have in common; a request without blocks is one of its own."""
+    return crc32(repr(row.prefix_ids[:_SAME_CONVERSATION] or index).encode())
 
 
 def _draw(tokens: Tokens, rng: random.Random) -> int:

@@ -243,8 +243,23 @@ def test_serve_run_hands_a_builder_the_config_and_its_refusal():
 def test_a_pool_adds_to_the_guesses_of_all_engines():
     config = read("engine.speculation.method=ngram", "decode.engine.speculation.max_drafts=4")
     assert config.engine_config("decode").speculation == SpeculationConfig(method="ngram", max_drafts=4)
-    assert config.engine_config("prefill").speculation == SpeculationConfig(method="ngram")
     assert "max_drafts=65" in refusal("engine.speculation.max_drafts=65")
+
+
+def test_prefill_engines_guess_nothing_and_are_not_asked_to():
+    config = read("engine.speculation.method=draft_model", "engine.speculation.model=/small")
+    assert config.engine_config("prefill").speculation == SpeculationConfig()
+    assert config.engine_config("decode").speculation == SpeculationConfig(method="draft_model", model="/small")
+    assert "one token of each prompt" in refusal("prefill.engine.speculation.method=ngram")
+
+
+def test_a_model_that_guesses_goes_with_its_method_alone():
+    assert "needs model" in refusal("engine.speculation.method=draft_model")
+    assert "method=draft_model alone" in refusal("engine.speculation.model=/small")
+    shared = "engine.speculation.method=draft_model", "engine.speculation.model=/small"
+    for method in ("off", "ngram"):
+        config = read(*shared, f"decode.engine.speculation.method={method}")
+        assert config.engine_config("decode").speculation == SpeculationConfig(method=method)
 
 
 def test_every_argument_is_listed_with_a_meaning():

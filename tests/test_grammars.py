@@ -117,6 +117,47 @@ def test_what_others_wrote_by_a_grammar_uses_up_nothing_of_its_bounds(monkeypatc
             guide.take([ord("x")])
 
 
+def test_what_may_follow_guesses_is_what_follows_once_they_have_come() -> None:
+    source, num_compared = random.Random(1), 0
+    for _ in range(30):
+        grammar = grammar_of(random_schema(source))
+        answer = draw(vocabulary().compile(grammar), source)
+        if answer is None:
+            continue
+        guide, tokens = vocabulary().compile(grammar), [*answer.encode()]
+        for place in range(0, len(tokens), 5):
+            before, ahead = guide.mask(), guide.masks_behind(tokens[place : place + 8])
+            assert guide.masks_behind([]) == [] and guide.mask() == before, "the guide stays where it is"
+            other = vocabulary().compile(grammar)
+            other.take(tokens[:place])
+            for token, mask in zip(tokens[place:], ahead, strict=False):
+                other.take([token])
+                assert other.mask() == mask
+                num_compared += 1
+            guide.take(tokens[place : place + 5])
+    assert num_compared > 500
+
+
+def test_nothing_is_told_behind_guesses_that_may_not_come_or_end_the_answer() -> None:
+    guide = vocabulary().compile(grammar_of({"enum": ["ab", "cd"]}))
+    assert len(guide.masks_behind([*b'"abx'])) == 3
+    assert len(guide.masks_behind([*b'"ad'])) == 2
+    assert guide.masks_behind([ord("x")]) == []
+    assert len(guide.masks_behind([*b'"ab"', END_ID, END_ID])) == 4
+
+
+def test_guesses_use_up_nothing_of_the_bounds_of_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammars, "_MAX_LEXER_STATES", 100)
+    guide = vocabulary().compile(grammar_of({"pattern": "^(a[a-z]{45}|b[a-z]{45}c|d[a-z]{45}e|f[a-z]{45}g)$"}))
+    guide.take([*b'"'])
+    for first in b"bdf":
+        guide.masks_behind([first, *b"x" * 40])
+    for token in b"a" + b"x" * 40:
+        assert guide.mask()
+        guide.take([token])
+        guide.masks_behind([*b"yz"])
+
+
 def test_a_grammar_that_outgrows_its_bounds_says_so_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammars, "_MAX_LEXER_STATES", 100)
     grammar, shared, num_taken = grammar_of({"pattern": "^[a-z]{150}$"}), vocabulary(), []

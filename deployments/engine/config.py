@@ -1,16 +1,18 @@
 """What an engine can be told, validated where it enters. Values found at start-up live in `EngineLimits` instead."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class SpeculationConfig(BaseModel):
     """How an engine guesses tokens that it has not drawn yet, and tries them in one step; frozen. No answer changes.
 
     Attributes:
-        method: `ngram` copies what stood behind the same tokens before, in prompt or answer; `off` guesses nothing.
+        method: `ngram` copies what stood behind the same tokens before, in prompt or answer; `draft_model` has a
+            smaller model guess; `off` guesses nothing.
+        model: the smaller one of `draft_model`, named as the large one is; it must have the same vocabulary.
         max_drafts: tokens of one sequence that a step tries at most.
         is_adaptive: no more are tried than are expected to pay, by how many were right and what steps take; false
             tries all that there are.
@@ -19,10 +21,19 @@ class SpeculationConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    method: Literal["off", "ngram"] = "off"
+    method: Literal["off", "ngram", "draft_model"] = "off"
+    model: str | None = Field(default=None, min_length=1)
     max_drafts: int = Field(default=8, ge=1, le=64)
     is_adaptive: bool = True
     max_step_s: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _check_model(self) -> Self:
+        if self.method == "draft_model" and self.model is None:
+            raise ValueError("method is draft_model, which needs model: a smaller model with the same vocabulary")
+        if self.method != "draft_model" and self.model is not None:
+            raise ValueError(f"model is {self.model!r}, which takes effect with method=draft_model alone")
+        return self
 
 
 class EngineConfig(BaseModel):
@@ -55,8 +66,7 @@ class EngineConfig(BaseModel):
         max_silence_s: an engine that does not answer for so long, between two steps, counts as hung and is replaced.
             Longer than any step takes.
         num_threads: CPU threads of this engine's process; 1 unless given.
-        speculation: guesses of the next tokens. An engine that guesses starts no step before the one before has ended,
-            on a GPU as well.
+        speculation: guesses of the next tokens. No step starts before one with guesses has ended, on a GPU as well.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -91,6 +101,7 @@ class EngineLimits:
         num_blocks: KV blocks in the pool.
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: token budget of one step.
+        max_drafts: tokens of one sequence that a step tries at most.
     """
 
     max_model_len: int
@@ -98,3 +109,4 @@ class EngineLimits:
     num_blocks: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_drafts: int = 0

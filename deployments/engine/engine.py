@@ -14,7 +14,6 @@ itself, and a prefill engine drops the request and says `HandoffExpired`.
 Not thread-safe, but for `check`, `take_chunk` and `release_chunk`; `EngineLoop` runs it.
 """
 
-import logging
 import time
 from dataclasses import replace
 
@@ -34,6 +33,7 @@ from deployments.engine.kv.copies import Allocate, KVCopies
 from deployments.engine.lending import Lending
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.outputs import Outputs
+from deployments.engine.pacing import Pace, is_awaited
 from deployments.engine.scheduling.block_manager import BlockManager
 from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.scheduling.checks import check_first_block, check_request
@@ -42,14 +42,11 @@ from deployments.engine.scheduling.scheduler import Scheduler
 from deployments.engine.scheduling.sequence import Role, Sequence, Status
 from deployments.engine.scheduling.timed import build_sequence
 from deployments.engine.speculation.speculator import build_speculator
-from deployments.engine.stats import EngineStats, StepTimer
+from deployments.engine.stats import EngineStats
 from deployments.errors import InvalidRequestError
 from deployments.messages import ChunkReady, Draws, EngineEvent, GenerateRequest, HandoffExpired, Placed, TokenOutput
 
-logger = logging.getLogger(__name__)
-
-# Asked of each sequence in every step; see `sequence.py`.
-_EXPORT, _RUNNING, _FINISHED = Role.EXPORT, Status.RUNNING, Status.FINISHED
+_EXPORT, _RUNNING, _FINISHED = Role.EXPORT, Status.RUNNING, Status.FINISHED  # asked in every step; see `sequence.py`
 
 
 class Engine:
@@ -81,9 +78,8 @@ class Engine:
         self.export_room = export_room(self.limits, bytes_per_block, loaded.device, config.hands_over)
         self._stats = EngineStats.begin(self.limits)
         self._handoffs = Handoffs(self._copies, self.limits, self.export_room, config.lease_s, clock, self._stats)
-        self._speculator = build_speculator(config.speculation, self._stats)
-        may_pipeline = loaded.device.type == "cuda" if is_pipelined is None else is_pipelined
-        self._is_pipelined = may_pipeline and not self._speculator.is_on  # nothing is guessed behind unknown tokens
+        self._speculator = build_speculator(config.speculation, self._stats, loaded, self.limits)
+        self._is_pipelined = loaded.device.type == "cuda" if is_pipelined is None else is_pipelined
         self._hands_over = config.hands_over
         self._begun_s = 0.0
         self._scheduled: list[ScheduledSequence] = []
@@ -91,7 +87,7 @@ class Engine:
         self._vocab_size = loaded.vocab_size
         self._guides = Guides(loaded.path, loaded.vocab_size)
         self._canary = Canary(self._runner, self._blocks)
-        self._step_timer = StepTimer(self._stats)
+        self._pace = Pace(self._stats)
         self._outputs = Outputs(self._stats)
         self.lending = Lending(self._runner.cache, self._blocks, self._copies, self._stats)
 
@@ -104,6 +100,11 @@ class Engine:
     def next_expiry_s(self) -> float | None:
         """Seconds until `step` has to end a lease; None: there is none."""
         return self._handoffs.next_expiry_s
+
+    @property
+    def pause_s(self) -> float:
+        """See `Pace.pause_s`: what comes until then can be in the next step."""
+        return self._pace.pause_s(time.monotonic())
 
     @property
     def num_sequences(self) -> int:
@@ -224,8 +225,12 @@ class Engine:
     def begin_step(self) -> list[EngineEvent]:
         """Choose the next batch; what others can act on while it is computed. Nothing comes before `finish_step`."""
         self._begun_s = time.monotonic()
-        events = self._end_leases() + self._collect_masks()
-        self._speculator.propose(self._scheduler)
+        events = self._end_leases() + self._settle()
+        for lost in self._guides.collect(is_idle=not self._has_steps):  # whose tokens run again, and who cannot go on
+            self.abort(lost.request_id)
+            events.append(lost)
+        if self._in_flight is None:
+            self._speculator.propose(self._scheduler, self._guides)
         schedule = self._scheduler.schedule()
         for placed in schedule.placed:
             events.append(placed)
@@ -246,10 +251,8 @@ class Engine:
             ending, self._in_flight = self._in_flight, ending
         newest = self._in_flight or ending
         self._handoffs.exporter.export(None if newest is None else newest.done)
-        events: list[EngineEvent] = [] if ending is None else [*self._conclude(ending)]
+        events = [] if ending is None else self._conclude(ending)
         self._end_exports()
-        if ending is not None:
-            self._speculator.note_step(ending.items, self._step_timer.end(ending.num_prompt_tokens, time.monotonic()))
         return self._outputs.with_times(events)
 
     def stats(self) -> EngineStats:
@@ -263,11 +266,9 @@ class Engine:
     def check_integrity(self) -> None:
         """Assert that no block, sequence or chunk is lost or counted twice."""
         self._scheduler.check_integrity()
-        self._handoffs.outbox.check_integrity()
+        self._handoffs.check_integrity(self._scheduler.reserved)
         strangers = {r for r in [*self._handoffs, *self._guides] if r not in self._scheduler}
         assert not strangers, f"kept for requests that are gone: {strangers}"
-        reserved, awaited = set(self._scheduler.reserved), set(self._handoffs.inbox)
-        assert awaited == reserved, f"{reserved} are reserved, {awaited} awaited"
 
     def _enter(self, sequence: Sequence) -> None:
         request_id = sequence.request_id
@@ -280,26 +281,28 @@ class Engine:
     def _has_steps(self) -> bool:
         return self._in_flight is not None or self._scheduler.has_work or self._handoffs.exporter.has_work
 
-    def _collect_masks(self) -> list[EngineEvent]:
-        """Have those sequences run again whose next tokens are known, and end those that cannot go on."""
-        lost = self._guides.collect(is_idle=not self._has_steps)
-        for given_up in lost:
-            self.abort(given_up.request_id)
-        return [*lost]
-
     def _launch(self, scheduled: list[ScheduledSequence], begun_s: float) -> LaunchedStep:
         self._stats.steps += 1
-        self._step_timer.begin(begun_s)
         launched = self._runner.launch(scheduled)
+        self._pace.begin(launched, begun_s)
         for item in scheduled:
             item.sequence.begin(item)
         if self._guides:
             self._guides.hold(scheduled)
         return launched
 
-    def _conclude(self, ending: LaunchedStep) -> list[TokenOutput]:
+    def _settle(self) -> list[EngineEvent]:
+        """Conclude the step in flight now if its first tokens are waited for, or if guesses are to go on behind it."""
+        step = self._in_flight
+        if step is None or not (is_awaited(step) or self._speculator.waits_for(step.items)):
+            return []
+        self._in_flight = None
+        return self._outputs.with_times(self._conclude(step))
+
+    def _conclude(self, ending: LaunchedStep) -> list[EngineEvent]:
         """Wait for a step: what it computed counts, and what it drew is told."""
-        collected, outputs, now_s = ending.collect(), [], time.monotonic()
+        outputs: list[EngineEvent] = []
+        collected, now_s = ending.collect(), time.monotonic()
         for run, scores in ending.collect_prompts():
             run.sequence.add_scores(run, scores)
         self._speculator.note_draws(collected)
@@ -310,7 +313,7 @@ class Engine:
             draws = sequence.conclude(run, draws)
             if sequence.status is _RUNNING:  # and not preempted since
                 self._blocks.publish(sequence)
-                if run.drafts:
+                if run.drafts or self._speculator.is_on:
                     self._blocks.trim(sequence)
             if draws:
                 self._stats.generated_tokens += len(draws)
@@ -319,6 +322,7 @@ class Engine:
         self._outputs.end(now_s, beside_prompts=ending.num_prompt_tokens > 0)
         if self._guides:
             self._guides.advance(run.sequence for run, draws in collected if draws)
+        self._speculator.note_step(ending.items, self._pace.end(time.monotonic()))
         return outputs
 
     def _tell(self, sequence: Sequence, place: int, draws: Draws, now_s: float, by_prefill: bool) -> TokenOutput:
@@ -337,14 +341,10 @@ class Engine:
 
     def _end_leases(self) -> list[EngineEvent]:
         """Give up on engines that have not been heard of: what is held for them is free, or put to use."""
-        events: list[EngineEvent] = []
-        for request_id in self._handoffs.inbox.expired():
-            logger.warning("%s: no KV came within the lease; computing the rest of the prompt here", request_id)
-            self._stats.expired_leases += 1
+        awaited, kept = self._handoffs.expired()
+        for request_id in awaited:
             self.prefill_locally(request_id)
-            events.append(Placed(request_id, False, self._scheduler[request_id].num_computed_tokens))
-        for request_id in self._handoffs.outbox.expired():
-            self._stats.expired_leases += 1
+        for request_id in kept:
             self.abort(request_id)
-            events.append(HandoffExpired(request_id))
-        return events
+        placed = [Placed(request_id, False, self._scheduler[request_id].num_computed_tokens) for request_id in awaited]
+        return [*placed, *map(HandoffExpired, kept)]

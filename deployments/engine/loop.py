@@ -99,15 +99,18 @@ class EngineLoop:
     def _carry_out_commands(self) -> bool:
         """Run what is in the inbox, waiting for it while there is nothing else to do; False on stop."""
         while True:
+            has_work, pause_s = self.engine.has_work, self.engine.pause_s
             try:
-                has_work = self.engine.has_work
-                command = self._inbox.get(block=not has_work, timeout=None if has_work else self.engine.next_expiry_s)
+                timeout_s = pause_s if has_work else self.engine.next_expiry_s
+                command = self._inbox.get(block=not has_work or pause_s > 0, timeout=timeout_s)
             except queue.Empty:
+                if has_work and pause_s:
+                    continue
                 return True
             if command is None:
                 return False
             command.carry_out(self.engine)
-            if self.engine.has_work and self._inbox.empty():
+            if self.engine.has_work and not self.engine.pause_s and self._inbox.empty():
                 return True
 
     def _close(self, death: EngineDeadError) -> None:

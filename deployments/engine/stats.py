@@ -1,7 +1,6 @@
 """Numbers an engine keeps of its own work, and the snapshot that leaves it. Knows no metrics system."""
 
 from bisect import bisect_left
-from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -131,27 +130,3 @@ class EngineStats:
             drafted_tokens=self.drafted_tokens.copy(),
             accepted_tokens=self.accepted_tokens.copy(),
         )
-
-
-class StepTimer:
-    """Tells what steps take, and notes those with prompts. Of two that overlap the second begins as the first ends."""
-
-    def __init__(self, stats: EngineStats) -> None:
-        self._stats = stats
-        self._begun_s: deque[float] = deque()
-        self._ended_s = 0.0
-
-    def begin(self, now_s: float) -> None:
-        """A step is prepared from now on."""
-        self._begun_s.append(now_s)
-
-    def end(self, num_prompt_tokens: int, now_s: float) -> float:
-        """The step that was begun first has ended; tells its seconds."""
-        seconds = now_s - max(self._begun_s.popleft(), self._ended_s)
-        if num_prompt_tokens:
-            # All three at once: whoever learns what a step costs must not see the tokens of one without its time.
-            self._stats.prompt_tokens += num_prompt_tokens
-            self._stats.prefill_steps += 1
-            self._stats.prefill_s += seconds
-        self._ended_s = now_s
-        return seconds

@@ -1,7 +1,8 @@
 """Speculative decoding by lookup beside none, in one process, on the same weights and threads.
 
-Run: `make bench-speculation`. Prints its progress, a table, and as its last line one JSON object with every raw number.
-Both take turns within each round, in another order every time; medians are compared, and all tokens must be equal.
+Run: `make bench-speculation`; on a GPU `bench_speculation_gpu` takes over. Prints its progress, a table, and as its
+last line one JSON object with every raw number. Both take turns within each round, in another order every time; medians
+are compared, and all tokens must be equal.
 
 Tasks: `edit` asks for a text of some 600 tokens again with one name changed, `json` for records as JSON, `chat` for
 free answers, drawn at temperature 0.8. Every round has other texts, so that nobody profits from a prefix cache.
@@ -17,6 +18,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer
 
 from deployments.engine.config import EngineConfig
@@ -191,4 +193,9 @@ def report(row: Row) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if torch.cuda.is_available():
+        from tests.bench import bench_speculation_gpu
+
+        bench_speculation_gpu.main()
+    else:
+        main()

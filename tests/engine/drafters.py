@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from deployments.engine.engine import Engine
 from deployments.engine.scheduling.sequence import Sequence
-from deployments.engine.speculation.base import Draft
+from deployments.engine.speculation.base import Prospect, Wish
 from tests.engine.insides import speculate_by
 
 Answer = Callable[[Sequence], tuple[int, ...]]
@@ -24,12 +24,22 @@ class Knowing:
         self._answer, self._lies = answer, lies
         self.known: set[str] = set()
 
-    def draft(self, sequence: Sequence, max_tokens: int) -> Draft | None:
-        self.known.add(sequence.request_id)
+    def look(self, wish: Wish) -> Prospect | None:
+        self.known.add(wish.sequence.request_id)
+        num_tokens = len(self._guess(wish))
+        return Prospect(num_tokens) if num_tokens else None
+
+    def draft(self, wishes: list[Wish]) -> list[tuple[int, ...]]:
+        return [self._guess(wish) for wish in wishes]
+
+    def seconds(self, num_sequences: int) -> float:
+        return 0.0
+
+    def _guess(self, wish: Wish) -> tuple[int, ...]:
+        sequence = wish.sequence
         first = sequence.num_tokens - len(sequence.request.prompt_token_ids)
-        rest = self._answer(sequence)[first : first + max_tokens]
-        tokens = tuple(token ^ self._lies(first + place) for place, token in enumerate(rest))
-        return Draft(tokens, 0) if tokens else None
+        rest = self._answer(sequence)[first : first + wish.num_tokens]
+        return tuple(token ^ self._lies(first + place) for place, token in enumerate(rest))
 
     def drop(self, request_id: str) -> None:
         self.known.discard(request_id)

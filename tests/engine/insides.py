@@ -105,6 +105,11 @@ def is_between_engines(engine: Engine) -> bool:
     return bool(engine._handoffs.outbox.num_blocks or len(engine._handoffs.outbox) or len(engine._handoffs.inbox))
 
 
+def is_in_flight(engine: Engine) -> bool:
+    """Whether a step was started and not concluded."""
+    return engine._in_flight is not None
+
+
 def forget_step_in_flight(engine: Engine) -> None:
     """After a step that failed."""
     engine._in_flight = None
@@ -112,7 +117,7 @@ def forget_step_in_flight(engine: Engine) -> None:
 
 def pretend_idle(engine: Engine, seconds: float) -> None:
     """As if its last step had ended so much earlier."""
-    engine._step_timer._ended_s -= seconds
+    engine._pace._ended_s -= seconds
 
 
 def num_commands(loop: EngineLoop) -> int:
@@ -120,10 +125,17 @@ def num_commands(loop: EngineLoop) -> int:
     return loop._inbox.qsize()
 
 
-def speculate_by(engine: Engine, drafter: Drafter) -> None:
-    """Have an engine whose settings let it guess try all that this one guesses."""
-    assert engine._speculator.is_on
-    engine._speculator = Speculator(drafter, SpeculationConfig(method="ngram", is_adaptive=False), engine._stats)
+def drafter_of(engine: Engine) -> Any:
+    return engine._speculator._drafter
+
+
+_TRY_ALL = SpeculationConfig(method="ngram", is_adaptive=False)
+
+
+def speculate_by(engine: Engine, drafter: Drafter | None, config: SpeculationConfig = _TRY_ALL) -> None:
+    """Have an engine whose settings let it guess try what this one guesses, all of it unless the settings differ."""
+    assert engine.limits.max_drafts
+    engine._speculator = Speculator(drafter, config, engine._stats)
 
 
 @contextmanager
@@ -156,3 +168,23 @@ def tell_of_replays(monkeypatch: pytest.MonkeyPatch, tell: "Callable[[StepArrays
         return replay(self, arrays, graphs)
 
     monkeypatch.setattr(CudaRunner, "_replay_parts", tell_and_replay)
+
+
+def tell_of_verifications(
+    monkeypatch: pytest.MonkeyPatch, tell: "Callable[[StepArrays, tuple[int, int]], None]"
+) -> None:
+    """Have every step with drafts that a graph holds told to a test, with the graph's room."""
+    from deployments.engine.execution.verification import Verification  # needs Triton
+
+    replay = Verification.replay
+
+    def tell_and_replay(self: Verification, arrays: "StepArrays", size: tuple[int, int], turn: int) -> Tensor:
+        tell(arrays, size)
+        return replay(self, arrays, size, turn)
+
+    monkeypatch.setattr(Verification, "replay", tell_and_replay)
+
+
+def forget_verification(engine: Engine) -> None:
+    """As if no graph for steps with drafts had been recorded."""
+    engine._runner._verification = None  # type: ignore[attr-defined]

@@ -1,5 +1,6 @@
 """Two engines and everything that may happen between them, in any order: nothing is lost, and no token is wrong."""
 
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -7,6 +8,7 @@ from functools import cache
 
 import hypothesis.strategies as st
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -25,7 +27,7 @@ from deployments.messages import (
     SamplingParams,
     TokenOutput,
 )
-from tests.engine.drafters import mixture, with_drafter
+from tests.engine.drafters import lies, mixture, truth, with_drafter
 from tests.engine.driving import FakeClock, Transcript, build_engine, generate, greedy, prefill_all, run
 from tests.engine.families import CPU, small_model
 from tests.engine.insides import is_between_engines, scheduler_of
@@ -42,10 +44,28 @@ def tiny() -> LoadedModel:
     return prepare_model(small_model("LlamaConfig", **ONE_LAYER), "", CPU)
 
 
-def build_small(*, is_pipelined: bool = False, clock: Clock = time.monotonic, **overrides: object) -> Engine:
+@cache
+def similar() -> LoadedModel:
+    """Hardly another model."""
+    model = copy.deepcopy(tiny().model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.ndim > 1:
+                weights.add_(0.3 * weights.std() * torch.randn_like(weights))
+    return prepare_model(model, "", CPU)
+
+
+def build_small(
+    loaded: LoadedModel | None = None,
+    *,
+    is_pipelined: bool = False,
+    clock: Clock = time.monotonic,
+    **overrides: object,
+) -> Engine:
     shape: dict[str, object] = {"block_size": BLOCK_SIZE, "num_blocks": POOL_BLOCKS, "lease_s": LEASE_S}
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 8}
-    return build_engine(tiny(), is_pipelined=is_pipelined, clock=clock, **(shape | limits | overrides))
+    return build_engine(loaded or tiny(), is_pipelined=is_pipelined, clock=clock, **(shape | limits | overrides))
 
 
 @cache
@@ -308,15 +328,61 @@ class PipelinedRelay(Relay):
 class SpeculatingRelay(Relay):
     """The same with a decode engine that guesses, two times of three rightly."""
 
+    is_wrong = staticmethod(mixture)
+
     def __init__(self) -> None:
         super().__init__()
-        speculating = build_small(clock=self.clock, speculation={"method": "ngram"})
-        self.decode = with_drafter(speculating, lambda sequence: answer_of(sequence.request), mixture)
+        speculating = build_small(is_pipelined=self.is_pipelined, clock=self.clock, speculation={"method": "ngram"})
+        self.decode = with_drafter(speculating, lambda sequence: answer_of(sequence.request), self.is_wrong)
+
+
+class LyingRelay(SpeculatingRelay):
+    """The same with guesses that are always wrong."""
+
+    is_wrong = staticmethod(lies)
+
+
+class KnowingRelay(SpeculatingRelay):
+    """The same with guesses that are always right."""
+
+    is_wrong = staticmethod(truth)
+
+
+class DraftModelRelay(Relay):
+    """The same with a decode engine for which another model guesses, about as often rightly as wrongly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decode = build_small(
+            replace(tiny(), drafter=similar()),
+            is_pipelined=self.is_pipelined,
+            clock=self.clock,
+            speculation={"method": "draft_model", "model": "beside", "is_adaptive": False, "max_drafts": 3},
+        )
+
+
+class PipelinedSpeculatingRelay(SpeculatingRelay):
+    """That with engines that start a step before they conclude the one before, where nothing is guessed."""
+
+    is_pipelined = True
+
+
+class PipelinedDraftModelRelay(DraftModelRelay):
+    """Likewise."""
+
+    is_pipelined = True
 
 
 TestRelay, TestPipelinedRelay, TestSpeculatingRelay = Relay.TestCase, PipelinedRelay.TestCase, SpeculatingRelay.TestCase
+TestLyingRelay, TestKnowingRelay = LyingRelay.TestCase, KnowingRelay.TestCase
+TestDraftModelRelay = DraftModelRelay.TestCase
 TestRelay.settings = TestPipelinedRelay.settings = settings(max_examples=80, stateful_step_count=50)
-TestSpeculatingRelay.settings = settings(max_examples=60, stateful_step_count=50)
+TestPipelinedSpeculatingRelay = PipelinedSpeculatingRelay.TestCase
+TestPipelinedDraftModelRelay = PipelinedDraftModelRelay.TestCase
+TestSpeculatingRelay.settings = TestDraftModelRelay.settings = settings(max_examples=40, stateful_step_count=50)
+TestPipelinedSpeculatingRelay.settings = TestSpeculatingRelay.settings
+TestPipelinedDraftModelRelay.settings = TestSpeculatingRelay.settings
+TestLyingRelay.settings = TestKnowingRelay.settings = settings(max_examples=20, stateful_step_count=50)
 
 
 def decoding(engine: Engine) -> list[Sequence]:

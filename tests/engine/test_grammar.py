@@ -106,7 +106,7 @@ def test_a_preempted_answer_goes_on_where_it_was(is_pipelined: bool) -> None:
     assert tuple(transcript.tokens["r"]) == unbroken(1)
 
 
-def test_drafts_of_an_answer_with_a_grammar_are_not_tried() -> None:
+def test_drafts_of_an_answer_with_a_grammar_are_not_tried_without_masks_behind_them() -> None:
     engine, transcript = build(), Transcript()
     engine.add(guided("r", 1))
     while "r" not in transcript.finished:

@@ -7,7 +7,7 @@ import torch
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
 from tests.engine.driving import greedy, run
-from tests.gpu.models import VOCAB_SIZE, loaded
+from tests.gpu.models import VOCAB_SIZE, exact, loaded, plain
 
 NUM_TOKENS = 24
 LENGTHS = (1, 2, 40, 255, 256, 257, 700, 1500)
@@ -39,3 +39,15 @@ def generate_preempted(engine: Engine) -> Iterator[dict[str, list[int]]]:
     for _ in range(2):
         yield generate(engine, (200, 255, 256, 500, 511, 700))
     assert engine.stats().preemptions > 0 and engine.stats().prefix_hit_tokens > 0
+
+
+@torch.inference_mode()
+def check_greedy(family: str, given: tuple[int, ...], tokens: list[int]) -> None:
+    """Each token is the likeliest after those before it, or tied with it: in bfloat16, or in float32, where it errs."""
+    ids = torch.tensor([[*given, *tokens]], device="cuda")
+    behind = []
+    for model in (plain(family), exact(family)):
+        logits = model(ids, use_cache=False).logits[0, len(given) - 1 : -1].float()
+        behind.append(logits.amax(-1) - logits.gather(-1, ids[0, len(given) :, None])[:, 0])
+    least = torch.stack(behind).amin(0)
+    assert least.max() < TIE, f"prompt of {len(given)}: behind the likeliest by {[part.tolist() for part in behind]}"

@@ -12,8 +12,8 @@ from deployments.engine.model.load import optimize_layers, prepare_model
 from deployments.messages import SamplingParams
 from tests.engine.driving import Transcript, greedy, prefill_all, run
 from tests.engine.insides import runner_of
-from tests.gpu.driving import NUM_TOKENS, TIE, build, generate, generate_preempted, prompt
-from tests.gpu.models import CONFIGS, exact, loaded, plain
+from tests.gpu.driving import NUM_TOKENS, TIE, build, check_greedy, generate, generate_preempted, prompt
+from tests.gpu.models import CONFIGS, loaded, plain
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -22,18 +22,6 @@ if not torch.cuda.is_available():
 from deployments.engine.layers.cuda import can_drop_rows  # noqa: E402  # Triton is there only where a GPU is
 
 every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
-
-
-@torch.inference_mode()
-def check_greedy(family: str, given: tuple[int, ...], tokens: list[int]) -> None:
-    """Each token is the likeliest after those before it, or tied with it: in bfloat16, or in float32, where it errs."""
-    ids = torch.tensor([[*given, *tokens]], device="cuda")
-    behind = []
-    for model in (plain(family), exact(family)):
-        logits = model(ids, use_cache=False).logits[0, len(given) - 1 : -1].float()
-        behind.append(logits.amax(-1) - logits.gather(-1, ids[0, len(given) :, None])[:, 0])
-    least = torch.stack(behind).amin(0)
-    assert least.max() < TIE, f"prompt of {len(given)}: behind the likeliest by {[part.tolist() for part in behind]}"
 
 
 @every_family

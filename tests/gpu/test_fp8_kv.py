@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from deployments.engine.engine import Engine
 from deployments.engine.model.load import prepare_model
 from deployments.messages import ChunkReady
+from tests.engine.drafters import mixture, with_drafter
 from tests.engine.driving import Transcript, greedy, prefill_all, run
 from tests.engine.rounded import rounded_logits
 from tests.gpu.driving import NUM_TOKENS, TIE, generate, generate_preempted, prompt
@@ -82,6 +83,15 @@ def test_prompts_of_all_lengths_together(family: str, budget: int) -> None:
 def test_preemption_and_a_warm_cache(family: str) -> None:
     for tokens in generate_preempted(build(family, num_blocks=9)):
         check(family, tokens)
+
+
+@every_family
+def test_drafts_are_verified_against_codes(family: str) -> None:
+    answers = generate(build(family))
+    engine = build(family, speculation={"method": "ngram", "max_drafts": 4})
+    with_drafter(engine, lambda sequence: tuple(answers[sequence.request_id]), mixture)
+    check(family, generate(engine))
+    assert engine.stats().accepted_tokens.total > 0
 
 
 def test_handed_over_prompts_continue_and_take_half_the_bytes() -> None:

@@ -3,13 +3,14 @@
 import statistics
 from collections import defaultdict
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from load_tests.scenario import FOLDER, Scenario, load_scenario
 from load_tests.schedule import IDLE_OUTPUT_TOKENS, Planned, build_idle_schedule, build_schedule
-from load_tests.trace import PREFIX_BLOCK_TOKENS
+from load_tests.trace import PREFIX_BLOCK_TOKENS, TraceRow, write_trace
 
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
@@ -117,6 +118,21 @@ def test_a_trace_that_is_shrunk_shares_as_much_of_its_prompts():
             -(-before.output_tokens // 16),
         )
     assert len({one.prompt[:PREFIX_BLOCK_TOKENS] for one in whole}) == len({one.prompt[:32] for one in shrunk})
+
+
+def test_a_trace_that_is_thinned_keeps_conversations_whole(tmp_path: Path):
+    rows = [TraceRow(float(n), 1600, 4, (0, n % 50, 100 + n)) for n in range(200)]
+    rows += [TraceRow(200.0 + n, 40, 4, ()) for n in range(200)]
+    write_trace(tmp_path / "trace.csv", rows)
+    trace = {"path": tmp_path / "trace.csv", "thin": 4}
+    scenario = Scenario.model_validate({"name": "thin", "description": "", "duration_s": 1000, "trace": trace})
+    planned = build_schedule(scenario, "a")
+    kept = [int(request.session.removeprefix("trace-")) for request in planned]
+    conversations = {number % 50 for number in kept if number < 200}
+    assert 5 <= len(conversations) <= 20
+    assert sorted(n for n in kept if n < 200) == [n for n in range(200) if n % 50 in conversations]
+    assert 25 <= sum(number >= 200 for number in kept) <= 75
+    assert [request.at_s for request in planned] == [float(number) for number in kept]
 
 
 def test_idle_requests_come_one_after_the_other_some_of_each_class():

@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from deployments.engine.attention import flash3
 from deployments.engine.attention.base import LayerAttention
 from deployments.engine.attention.windows import Pieces, WindowPlan, first_key, plan_window
-from deployments.engine.kernels.arguments import PagedKV, Rotation, Scores
+from deployments.engine.kernels.arguments import PagedKV, Scores
 from deployments.engine.kernels.cuda_attention import decode_attention, decode_tile
 from deployments.engine.kernels.cuda_fp8_kv import rotate_and_round
 from deployments.engine.kernels.cuda_prefill import prefill_attention
@@ -116,9 +116,9 @@ class CudaStep:
         self.rows = rows
 
     def attend(self, asked: LayerAttention) -> Tensor:
-        layer, queries, keys, values, scores, rotation = asked
-        kv = self._cache.paged(layer)
-        rotated, new_keys, new_values = self._write(kv, queries, keys, values, rotation)
+        layer, scores, kv = asked.layer, asked.scores, self._cache.paged(asked.layer)
+        keeps = any(prompts.tables is None for prompts in self._prompts)
+        rotated, new_keys, new_values = write(asked, kv, self._slots, keeps=keeps)
         if not self._prompts:
             return self._attend_singles(rotated, kv, scores)
         parts = []
@@ -126,7 +126,7 @@ class CudaStep:
             parts.append(self._attend_singles(rotated[:num_singles], kv, scores))
         for prompts in self._prompts:
             span = slice(prompts.start, prompts.start + prompts.num_tokens)
-            seen = _without_idle_window(scores, prompts.max_keys)
+            seen = without_idle_window(scores, prompts.max_keys)
             if prompts.tables is None:
                 assert new_keys is not None
                 parts.append(_attend_whole(prompts, rotated[span], new_keys[span], new_values[span], seen))
@@ -136,7 +136,7 @@ class CudaStep:
 
     def _attend_singles(self, queries: Tensor, kv: PagedKV, scores: Scores) -> Tensor:
         max_tokens = self._tables.shape[1] * self._cache.block_size
-        scores = _without_idle_window(scores, max_tokens)
+        scores = without_idle_window(scores, max_tokens)
         splits = self._splits.get(scores.window)
         if splits is None:
             num_kv_heads = kv.keys.shape[2]
@@ -145,20 +145,28 @@ class CudaStep:
             self._splits[scores.window] = splits
         return decode_attention(queries, kv, self._tables, splits, scores)
 
-    def _write(
-        self, kv: PagedKV, queries: Tensor, keys: Tensor, values: Tensor, rotation: Rotation | None
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Rotate, and write into the pool: rotated queries, and keys and values for prompts that attend their own."""
-        new = queries.transpose(0, 1), keys.transpose(0, 1), values.transpose(0, 1)
-        keeps = any(prompts.tables is None for prompts in self._prompts)
-        if self._cache.is_fp8:
-            return rotate_and_round(*new, rotation, kv, self._slots, keep=keeps)
-        pools = kv.keys.view(-1, *kv.keys.shape[2:]), kv.values.view(-1, *kv.values.shape[2:])
-        rotated, new_keys = rotate_and_write(*new, rotation, *pools, self._slots, keep_keys=keeps)
-        return rotated, new_keys, new[2]
+
+def write(asked: LayerAttention, kv: PagedKV, slots: Tensor, *, keeps: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Rotate what a layer asks to attend, and write its keys and values into the pool.
+
+    Args:
+        asked: of the whole batch.
+        kv: of the layer.
+        slots: (T,) where each token's KV goes; negative: nowhere.
+        keeps: there are prompts that attend their own keys and values.
+
+    Returns:
+        Rotated queries, (T, H, head_dim), contiguous; with `keeps` keys and values as they are read from now on.
+    """
+    new = asked.queries.transpose(0, 1), asked.keys.transpose(0, 1), asked.values.transpose(0, 1)
+    if kv.key_scales is not None:
+        return rotate_and_round(*new, asked.rotation, kv, slots, keep=keeps)
+    pools = kv.keys.view(-1, *kv.keys.shape[2:]), kv.values.view(-1, *kv.values.shape[2:])
+    rotated, new_keys = rotate_and_write(*new, asked.rotation, *pools, slots, keep_keys=keeps)
+    return rotated, new_keys, new[2]
 
 
-def _without_idle_window(scores: Scores, max_tokens: int) -> Scores:
+def without_idle_window(scores: Scores, max_tokens: int) -> Scores:
     """Of sequences of so many tokens at most: a window that holds all of them is none."""
     if scores.window is not None and scores.window >= max_tokens:
         return scores._replace(window=None)

@@ -16,7 +16,7 @@ _start = attrgetter("start")
 
 
 def order_for_batch(scheduled: list[ScheduledSequence]) -> list[ScheduledSequence]:
-    """Single tokens first, the longest sequence's in front, then decodes with drafts, then prompts.
+    """Single tokens first, then decodes with drafts, each the longest sequence's in front, then prompts.
 
     Single is a shape: one token, and it draws. Most are decodes without drafts; the last token of a prompt is one too.
     They are attended together, whatever their sequences' lengths. Their attention begins in this order, and ends early
@@ -27,7 +27,12 @@ def order_for_batch(scheduled: list[ScheduledSequence]) -> list[ScheduledSequenc
     for item in scheduled:
         (singles if item.num_tokens == item.num_draws == 1 else others).append(item)
     singles.sort(key=_start, reverse=True)
-    return singles + sorted(others, key=lambda item: not item.is_decode) if others else singles
+    return singles + sorted(others, key=_rank) if others else singles
+
+
+def _rank(item: ScheduledSequence) -> tuple[bool, int]:
+    """Of those that are no single tokens."""
+    return not item.is_decode, -item.start if item.is_decode else 0
 
 
 def build_arrays(items: list[ScheduledSequence], block_size: int, row_of: Mapping[str, int]) -> StepArrays:

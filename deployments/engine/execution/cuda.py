@@ -1,7 +1,8 @@
 """Runs scheduled steps on a GPU without ever waiting for it: as CUDA graphs, or launched as a whole.
 
-Single tokens, mostly decodes, are recorded, and so are a whole prompt and a short chunk of one, each by itself. Where
-there is little to compute, they are replayed one after the other for one step (`parts.py`).
+Single tokens, mostly decodes, are recorded, and so are decodes with drafts (`verification.py`), a whole prompt, and a
+short chunk of one, each by itself. Where there is little to compute, single tokens and prompts are replayed one after
+the other for one step (`parts.py`).
 
 The host prepares a step in pinned memory while the GPU runs the one before. Drawn tokens stay on the GPU, where the
 next step finds them; their copies for the host arrive by themselves and are waited for one step later.
@@ -10,14 +11,15 @@ next step finds them; their copies for the host arrive by themselves and are wai
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from deployments.engine.attention.cuda import LONG_CHUNK, CudaStep, Prompts
+from deployments.engine.attention.cuda import CudaStep, Prompts
+from deployments.engine.attention.cuda_verification import VerificationStep
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.config import EngineLimits
 from deployments.engine.execution.base import LaunchedStep, Preparation, PreparedStep
@@ -32,6 +34,7 @@ from deployments.engine.execution.graphs import (
     prompt_lengths,
     record,
 )
+from deployments.engine.execution.groups import PendingPrompts, groups
 from deployments.engine.execution.parts import (
     MAX_CHUNK,
     chunk_values,
@@ -40,6 +43,7 @@ from deployments.engine.execution.parts import (
     fill_singles,
     recorded_prompts,
 )
+from deployments.engine.execution.verification import Verification
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.layers.base import weight_bytes
 from deployments.engine.layers.cuda import can_drop_rows
@@ -86,6 +90,7 @@ class CudaRunner:
         self._graphs: dict[int, SinglesGraph] = {}
         self._prompt_graphs: dict[int, PromptGraph] = {}
         self._chunk_graphs: dict[int, PromptGraph] = {}
+        self._verification = Verification(cache, limits, self._draw, self._device) if limits.max_drafts else None
         self._capture()
         compile_draws(loaded.vocab_size, loaded.model.dtype, loaded.device)
 
@@ -96,13 +101,15 @@ class CudaRunner:
         arrays, sampling = step.arrays, step.sampling
         # Before the step: a graph puts its own draws where those of the step before are.
         adjusting = None if step.adjusting is None else step.adjusting.on(self._device, self._drawn)
-        is_drawn = arrays.num_singles == arrays.num_runs <= self._max_graph_batch
-        if is_drawn:
+        is_drawn = True
+        if arrays.num_singles == arrays.num_runs <= self._max_graph_batch:
             logits = self._replay_singles(arrays).logits
+        elif self._verification is not None and (size := self._verification.find(arrays)) is not None:
+            logits = self._verification.replay(arrays, size, self._turn)
         elif (graphs := self._recorded_parts(step)) is not None:
-            logits = self._replay_parts(arrays, graphs)
+            is_drawn, logits = False, self._replay_parts(arrays, graphs)
         else:
-            logits = self._run_eagerly(arrays, step.logit_rows)
+            is_drawn, logits = False, self._run_eagerly(arrays, step.logit_rows)
         num_draws = len(arrays.draw_rows)
         result = self._results[self._turn][:num_draws]
         if sampling is not None:
@@ -197,10 +204,10 @@ class CudaRunner:
         width = -(-int(lens.max(initial=0)) // self.cache.block_size)
         return writer.write(arrays.tables[first:end, :width].reshape(-1))
 
-    def _write_prompts(self, writer: Writer, arrays: StepArrays) -> list["_PendingPrompts"]:
+    def _write_prompts(self, writer: Writer, arrays: StepArrays) -> list[PendingPrompts]:
         """Bring neighbours in the batch that attend together into groups."""
         written, row = [], arrays.num_singles
-        for first, end in _groups(arrays):
+        for first, end in groups(arrays):
             starts, counts = arrays.starts[first:end], arrays.counts[first:end]
             lens = starts + counts
             edges = writer.write(np.concatenate(([0], np.cumsum(counts))))
@@ -211,7 +218,7 @@ class CudaRunner:
                 context = writer.write(lens), writer.write(np.arange(len(counts) + 1) * width), tables
             sequences = tuple(zip(starts.tolist(), counts.tolist(), strict=True))
             shape = row, int(counts.sum()), int(counts.max()), int(lens.max())
-            written.append(_PendingPrompts(*shape, sequences, edges, context))
+            written.append(PendingPrompts(*shape, sequences, edges, context))
             row += int(counts.sum())
         return written
 
@@ -219,7 +226,13 @@ class CudaRunner:
         """Put in the tokens that the step before drew."""
         return torch.where(sources >= 0, self._drawn[sources.clamp(min=0)].to(ids.dtype), ids)
 
-    def _forward(self, ids: Tensor, positions: Tensor, step: CudaStep) -> Tensor:
+    def _draw(self, ids: Tensor, sources: Tensor, positions: Tensor, step: CudaStep | VerificationStep) -> Tensor:
+        """Logits of tokens that all draw; the likeliest tokens are drawn."""
+        logits = self._forward(self._resolve(ids, sources), positions, step)
+        self._drawn[: len(ids)] = logits.argmax(dim=-1)
+        return logits
+
+    def _forward(self, ids: Tensor, positions: Tensor, step: CudaStep | VerificationStep) -> Tensor:
         """Logits of the step's rows."""
         keep: Tensor | int = 0
         if step.rows is not None and not self._drops_rows:
@@ -239,15 +252,16 @@ class CudaRunner:
         longest = min(self._limits.max_num_batched_tokens, self._limits.max_model_len)
         lengths = prompt_lengths(longest)[::-1]
         chunks = [length for length in lengths if length <= MAX_CHUNK]
-        sizes = [*reversed(ladder(self._max_graph_batch))]
-        parts: list[tuple[Callable[[int, MemoryPool | None], MemoryPool], int]] = [
-            *((self._capture_prompt, length) for length in lengths),
-            *((self._capture_chunk, length) for length in chunks),
-            *((self._capture_singles, size) for size in sizes),
+        parts: list[Callable[[MemoryPool | None], MemoryPool]] = [
+            *(partial(self._capture_prompt, length) for length in lengths),
+            *(partial(self._capture_chunk, length) for length in chunks),
+            *(partial(self._capture_singles, size) for size in reversed(ladder(self._max_graph_batch))),
         ]
+        if self._verification is not None:
+            parts += [partial(self._verification.capture, size) for size in reversed(self._verification.sizes)]
         pool: MemoryPool | None = None
-        for number, (capture, size) in enumerate(parts, 1):
-            pool = capture(size, pool)
+        for number, capture in enumerate(parts, 1):
+            pool = capture(pool)
             if number in (1, len(parts)) or number % 8 == 0:
                 logger.info("CUDA graphs: %d of %d, %.1f s", number, len(parts), time.monotonic() - started)
 
@@ -258,10 +272,7 @@ class CudaRunner:
         tables = self._singles_inputs[5 * num_seqs :].view(num_seqs, self._max_blocks)[:size]
 
         def run() -> Tensor:
-            step = CudaStep(self.cache, slots, tables, lens)
-            logits = self._forward(self._resolve(ids, sources), positions, step)
-            self._drawn[:size] = logits.argmax(dim=-1)
-            return logits
+            return self._draw(ids, sources, positions, CudaStep(self.cache, slots, tables, lens))
 
         graph = torch.cuda.CUDAGraph()
         self._graphs[size] = SinglesGraph(size, graph, record(graph, run, pool))
@@ -300,42 +311,3 @@ class CudaRunner:
 
         recorded.logits = record(recorded.graph, run, pool)
         return recorded.graph.pool()
-
-
-def _groups(arrays: StepArrays) -> list[tuple[int, int]]:
-    """First and end of the longer runs that attend together: whole prompts, and chunks with context."""
-    groups: list[tuple[int, int]] = []
-    for run in range(arrays.num_singles, arrays.num_runs):
-        if groups and _attend_together(arrays, run - 1, run):
-            groups[-1] = groups[-1][0], run + 1
-        else:
-            groups.append((run, run + 1))
-    return groups
-
-
-def _attend_together(arrays: StepArrays, one: int, other: int) -> bool:
-    """Whole prompts do, and chunks with context, but for long ones."""
-    if arrays.starts[one] == 0 or arrays.starts[other] == 0:
-        return bool(arrays.starts[one] == arrays.starts[other] == 0)
-    return bool(max(arrays.counts[one], arrays.counts[other]) < LONG_CHUNK)
-
-
-@dataclass(frozen=True, slots=True)
-class _PendingPrompts:
-    """`Prompts` whose tensors are not uploaded yet."""
-
-    start: int
-    num_tokens: int
-    max_queries: int
-    max_keys: int
-    sequences: tuple[tuple[int, int], ...]
-    starts: Span
-    context: tuple[Span, Span, Span] | None
-
-    def on(self, inputs: Tensor) -> Prompts:
-        shape = self.start, self.num_tokens, self.max_queries, self.max_keys
-        if self.context is None:
-            return Prompts(*shape, self.starts.on(inputs), self.sequences)
-        lens, capacities, tables = (span.on(inputs) for span in self.context)
-        on_gpu = lens, capacities, tables.view(len(self.sequences), -1)
-        return Prompts(*shape, self.starts.on(inputs), self.sequences, *on_gpu)

@@ -26,7 +26,7 @@ def recorded_prompts(arrays: StepArrays, costs: StepCosts) -> list[int]:
     first = arrays.num_singles
     counts, contexts = arrays.counts[first:], arrays.starts[first:]
     if not np.isin(arrays.draw_rows, np.cumsum(arrays.counts) - 1).all():
-        return []  # there are drafts
+        return []  # there are drafts: see `verification.py`
     if counts[contexts > 0].max(initial=0) > MAX_CHUNK or contexts.max(initial=0) > MAX_CONTEXT:
         return []
     if arrays.num_runs > 1 and costs.parts_ms(arrays) > costs.launch_ms:
@@ -50,6 +50,39 @@ def fill_singles(columns: np.ndarray, tables: np.ndarray, arrays: StepArrays, ba
         column[:count] = values[:count]
         column[count:batch_size] = nothing
     tables[:count, : arrays.tables.shape[1]] = arrays.single_tables
+
+
+def fill_tokens(columns: np.ndarray, arrays: StepArrays, num_tokens: int) -> None:
+    """Write what a graph reads of tokens that all draw, where sequences may have several.
+
+    Args:
+        columns: (5, at least num_tokens): token ids, sources, positions, slots, and which run each token is of.
+        arrays: of the step.
+        num_tokens: of the graph; behind those that there are they go nowhere, and are nobody's.
+    """
+    count, sources = arrays.num_tokens, np.full(arrays.num_tokens, -1)
+    sources[: arrays.num_singles] = arrays.sources
+    owners = np.repeat(np.arange(arrays.num_runs), arrays.counts)
+    given = arrays.token_ids, sources, arrays.positions, arrays.slots, owners
+    for column, values, nothing in zip(columns, given, (0, -1, 0, -1, -1), strict=True):
+        column[:count], column[count:num_tokens] = values, nothing
+
+
+def fill_runs(lens: np.ndarray, starts: np.ndarray, tables: np.ndarray, arrays: StepArrays, num_seqs: int) -> None:
+    """Write what such a graph reads of the runs.
+
+    Args:
+        lens: (at least num_seqs,) tokens of each sequence, its run included.
+        starts: (at least num_seqs + 1,) where each run begins.
+        tables: (at least num_seqs, blocks of the longest sequence).
+        arrays: of the step.
+        num_seqs: of the graph; behind those that there are they have no length.
+    """
+    count = arrays.num_runs
+    lens[:count], lens[count:num_seqs] = arrays.starts + arrays.counts, 0
+    starts[0], starts[1 : count + 1] = 0, np.cumsum(arrays.counts)
+    starts[count + 1 : num_seqs + 1] = arrays.num_tokens
+    tables[:count, : arrays.tables.shape[1]] = arrays.tables
 
 
 def fill_prompt(values: np.ndarray, arrays: StepArrays, run: int) -> None:

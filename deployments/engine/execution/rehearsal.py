@@ -7,6 +7,7 @@ the pool of the size that was found. What the steps read and write is the pool's
 import gc
 import time
 from array import array
+from dataclasses import replace
 
 import torch
 
@@ -17,7 +18,7 @@ from deployments.engine.kv.cache import KVCache
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
-from deployments.engine.scheduling.scheduler import MAX_SCORED_TOKENS
+from deployments.engine.scheduling.scheduler import MAX_SCORED_TOKENS, MAX_VERIFIED_TOKENS
 from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.messages import MAX_LOGPROBS, Adjustments, GenerateRequest, SamplingParams
 
@@ -31,6 +32,19 @@ _SAMPLING = SamplingParams(
     adjustments=Adjustments(logit_bias=((0, 1.0),)),
     num_logprobs=MAX_LOGPROBS,
 )
+
+
+def drafter_limits(limits: EngineLimits, drafter: LoadedModel) -> EngineLimits:
+    """Bounds of the model that guesses for an engine of these bounds.
+
+    Its steps hold everybody's next token up, so one computes few tokens of a prompt that it does not know yet.
+    """
+    return replace(
+        limits,
+        max_model_len=min(limits.max_model_len, drafter.max_model_len),
+        max_num_batched_tokens=max(2 * limits.max_num_seqs, limits.max_num_batched_tokens // 4),
+        max_drafts=0,
+    )
 
 
 def build_rehearsed(loaded: LoadedModel, limits: EngineLimits) -> Runner:
@@ -66,11 +80,13 @@ def free_beside_largest_steps(loaded: LoadedModel, limits: EngineLimits) -> int:
         ValueError: not even that fits.
     """
     _give_back()
-    runner = build_rehearsed(loaded, limits)
+    runners = [build_rehearsed(loaded, limits)]
+    if loaded.drafter is not None:
+        runners.append(build_rehearsed(loaded.drafter, drafter_limits(limits, loaded.drafter)))
     torch.cuda.synchronize(loaded.device)
     # What steps took stays with torch's allocator: what is free now is what nobody ever took.
     free, _ = torch.cuda.mem_get_info(loaded.device)
-    del runner
+    del runners
     _give_back()
     return int(free)
 
@@ -117,6 +133,14 @@ def rehearse(runner: Runner, limits: EngineLimits) -> None:
     items = [ScheduledSequence.of(sequence, 1) for sequence in decodes]
     scored = _sequence(0, 0, room + 1, token_ids, table, num_prompt_logprobs=MAX_LOGPROBS)
     runner.launch([*items, ScheduledSequence.of(scored, room)]).collect()
+    if drafts := most_drafts(limits):
+        items = [
+            ScheduledSequence.decode(
+                _sequence(number, longest - count - 1, longest - count, token_ids, table), (0,) * count
+            )
+            for number, count in enumerate(drafts)
+        ]
+        runner.launch(items).collect()
 
 
 def worst_steps(limits: EngineLimits) -> list[list[tuple[int, int]]]:
@@ -139,6 +163,13 @@ def worst_steps(limits: EngineLimits) -> list[list[tuple[int, int]]]:
     ]
     unique = {tuple(step): step for step in steps if step}
     return list(unique.values())
+
+
+def most_drafts(limits: EngineLimits) -> list[int]:
+    """Drafts of each sequence in a step that tries as many as it may; none of an engine that guesses nothing."""
+    room = min(limits.max_num_batched_tokens, MAX_VERIFIED_TOKENS)
+    most = min(limits.max_drafts, limits.max_model_len - 1)
+    return [count - 1 for count in _fill(room, 1 + most, limits.max_num_seqs)] if most else []
 
 
 def _fill(budget: int, longest: int, num_seqs: int) -> list[int]:

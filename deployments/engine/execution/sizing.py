@@ -93,16 +93,19 @@ def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
             f" ({config.max_num_seqs}), so that every sequence can get its token in each step"
         )
     block_size = config.block_size or (16 if on_cpu else _GPU_BLOCK_SIZE)
-    if loaded.has_cuda_layers and block_size % _GPU_BLOCK_SIZE:
+    has_cuda_layers = loaded.has_cuda_layers or (loaded.drafter is not None and loaded.drafter.has_cuda_layers)
+    if has_cuda_layers and block_size % _GPU_BLOCK_SIZE:
         raise ValueError(f"block_size is {block_size}, must be a multiple of {_GPU_BLOCK_SIZE} on a GPU")
-    limits = EngineLimits(max_model_len, block_size, _TRIAL_BLOCKS, config.max_num_seqs, max_num_batched_tokens)
+    max_drafts = 0 if config.speculation.method == "off" else config.speculation.max_drafts
+    bounds = config.max_num_seqs, max_num_batched_tokens, max_drafts
+    limits = EngineLimits(max_model_len, block_size, _TRIAL_BLOCKS, *bounds)
     return replace(limits, num_blocks=_count_blocks(loaded, config, limits))
 
 
 def _count_blocks(loaded: LoadedModel, config: EngineConfig, limits: EngineLimits) -> int:
     if config.num_blocks:
         return config.num_blocks
-    bytes_per_block = loaded.kv_shape.bytes_per_block(limits.block_size)
+    bytes_per_block = loaded.bytes_per_block(limits.block_size)
     if config.kv_cache_bytes:
         if config.kv_cache_bytes < bytes_per_block:
             raise ValueError(f"kv_cache_bytes is {config.kv_cache_bytes}, one block alone takes {bytes_per_block}")
@@ -129,7 +132,8 @@ def _count_cpu_blocks(limits: EngineLimits, bytes_per_block: int) -> int:
 
 def _gpu_pool_bytes(loaded: LoadedModel, limits: EngineLimits, bytes_per_block: int, config: EngineConfig) -> int:
     free = free_beside_largest_steps(loaded, limits)
-    exports = export_room(limits, bytes_per_block, loaded.device, config.hands_over).num_bytes
+    handed_over = loaded.kv_shape.bytes_per_block(limits.block_size)
+    exports = export_room(limits, handed_over, loaded.device, config.hands_over).num_bytes
     room = free + limits.num_blocks * bytes_per_block - exports - _MARGIN_BYTES
     found = (
         f"{free / _GIB:.2f} GiB of the GPU's memory are free beside the model and its largest steps; hand-offs take"

@@ -113,6 +113,15 @@ class Guides:
             if not guided.is_busy:
                 self._go_on(guided)
 
+    def look_ahead(self, sequence: Sequence, token_ids: tuple[int, ...]) -> tuple[bytes, ...]:
+        """The masks behind guesses of the next tokens, as far as they may come; of a sequence whose own mask is there.
+
+        In the engine's thread, since a step waits for them.
+        """
+        guided = self._by_id[sequence.request_id]
+        assert guided.guide is not None and not guided.is_busy, f"{sequence.request_id}: its guide is not here"
+        return tuple(guided.guide.masks_behind(token_ids))
+
     def drop(self, request_id: str) -> None:
         """The sequence is over; unknown ids are no error."""
         self._by_id.pop(request_id, None)

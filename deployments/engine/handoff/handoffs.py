@@ -1,6 +1,7 @@
 """All hand-offs of one engine, in both directions. For the engine's thread, but for what the outbox allows others."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Collection, Iterator
 
 from deployments.engine.config import EngineLimits
 from deployments.engine.execution.sizing import ExportRoom
@@ -11,6 +12,8 @@ from deployments.engine.handoff.outbox import Outbox
 from deployments.engine.handoff.states import Clock
 from deployments.engine.kv.copies import KVCopies
 from deployments.engine.stats import EngineStats
+
+logger = logging.getLogger(__name__)
 
 
 class Handoffs:
@@ -30,6 +33,7 @@ class Handoffs:
         self.outbox = Outbox(room.max_blocks, lease_s, clock)
         self.exporter = Exporter(self.outbox, copies, limits.block_size, room.max_chunk_blocks)
         self.importer = Importer(self.inbox, copies, limits.block_size, stats)
+        self._stats = stats
 
     def __iter__(self) -> Iterator[str]:
         """Requests whose KV comes or goes."""
@@ -46,8 +50,24 @@ class Handoffs:
         """The other engine lives; False: nothing is held for it here."""
         return self.inbox.renew(request_id) or self.outbox.renew(request_id)
 
+    def expired(self) -> tuple[list[str], list[str]]:
+        """Requests whose other engine was not heard of within the lease: those awaited, and those kept for others.
+
+        The engine computes the rest of the first ones' prompts, and drops the others, before it asks again.
+        """
+        awaited, kept = self.inbox.expired(), self.outbox.expired()
+        for request_id in awaited:
+            logger.warning("%s: no KV came within the lease; computing the rest of the prompt here", request_id)
+        self._stats.expired_leases += len(awaited) + len(kept)
+        return awaited, kept
+
     def discard(self, request_id: str) -> None:
         """The request is over. Unknown ones are no error."""
         self.exporter.discard(request_id)
         self.outbox.drop(request_id)
         self.importer.discard(request_id)
+
+    def check_integrity(self, reserved: Collection[str]) -> None:
+        """Assert that nothing is lost, and that just those are awaited for which blocks are reserved."""
+        self.outbox.check_integrity()
+        assert set(self.inbox) == set(reserved), f"{[*reserved]} are reserved, {[*self.inbox]} awaited"

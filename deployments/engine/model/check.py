@@ -1,4 +1,6 @@
-"""Looks at a model before a server starts: `python -m deployments.engine.model.check MODEL`, a process of its own.
+"""Looks at a model before a server starts, and at the one that is to guess for it, in a process of its own.
+
+Run: `python -m deployments.engine.model.check MODEL [DRAFTER]`.
 
 To compare the names and shapes of weights with a configuration takes torch and transformers, 3 s of CPU
 to load, which the caller spares itself. Called by `app/local_server.py`.
@@ -16,32 +18,59 @@ from deployments.engine.model.resolve import resolve_model
 from deployments.errors import UnsupportedModelError
 
 
-def check_weights_of(model: str) -> None:
+def check_weights_of(model: str) -> str | None:
     """Refuse a model that is here and that no engine would load, without loading it.
 
     Args:
         model: what the user calls it. A GGUF file is converted, which looks at all of it, and found again by engines. A
             hub's model that is not here yet is left to whoever fetches it.
 
+    Returns:
+        Where it is: a folder, or the id of a hub's model; None: it is not here yet.
+
     Raises:
         UnsupportedModelError: names what is at fault.
     """
     path = resolve_model(model)
     was_converted = Path(path).parent == cache_folder()
-    if was_converted or (local_path(path) is None and not is_cached(path)):
-        return
+    if was_converted:
+        return path
+    if local_path(path) is None and not is_cached(path):
+        return None
     from deployments.engine.model.checkpoint import check_checkpoint
 
     check_checkpoint(path)
+    return path
+
+
+def check_pair(model: str, drafter: str) -> None:
+    """The same of both; and refuse them where the one cannot guess for the other.
+
+    Raises:
+        UnsupportedModelError: names what is at fault.
+    """
+    path, drafter_path = check_weights_of(model), check_weights_of(drafter)
+    if path is None or drafter_path is None:
+        return
+    from deployments.engine.model.config import read_config
+    from deployments.engine.model.same_vocabulary import check_same_vocabulary
+
+    sizes = [read_config(found).vocab_size for found in (path, drafter_path)]
+    check_same_vocabulary(path, sizes[0], drafter_path, sizes[1])
 
 
 def main() -> None:
     """End with the status `REFUSED` for a model that is refused."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
+    parser.add_argument("drafter", nargs="?")
     logging.basicConfig(level=logging.INFO)
     try:
-        check_weights_of(parser.parse_args().model)
+        options = parser.parse_args()
+        if options.drafter is None:
+            check_weights_of(options.model)
+        else:
+            check_pair(options.model, options.drafter)
     except UnsupportedModelError:
         traceback.print_exc()
         sys.exit(REFUSED)

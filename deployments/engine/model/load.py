@@ -22,6 +22,7 @@ from deployments.engine.model.end_tokens import end_token_ids
 from deployments.engine.model.probe import probe_kv_shape
 from deployments.engine.model.resolve import resolve_model
 from deployments.engine.model.rope import separate_lengths, waits_for_device
+from deployments.engine.model.same_vocabulary import check_same_vocabulary
 from deployments.engine.model.weights import load_weights
 from deployments.engine.scheduling.positions import FIXED, PositionRule
 
@@ -45,6 +46,7 @@ class LoadedModel:
         vocab_size: rows of the output layer.
         eos_token_ids: ids that end a text, as far as the model's configuration says.
         has_cuda_layers: its layers are those of a GPU (`layers/replace.py`), which only `CudaRunner` can run.
+        drafter: a smaller model with the same vocabulary, which guesses what this one will draw; None: none does.
     """
 
     model: PreTrainedModel
@@ -57,16 +59,32 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
     positions: PositionRule = FIXED
     has_cuda_layers: bool = False
+    drafter: "LoadedModel | None" = None
+
+    def bytes_per_block(self, block_size: int) -> int:
+        """KV of a block, with that of the model that guesses."""
+        own = self.kv_shape.bytes_per_block(block_size)
+        return own if self.drafter is None else own + self.drafter.bytes_per_block(block_size)
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
-    """Load and check a model.
+    """Load and check a model, and the one that guesses for it if there is to be one.
 
     Raises:
-        UnsupportedModelError: it is not there, not whole, or the engine cannot run it; names what is at fault.
+        UnsupportedModelError: one is not there, not whole, or the engine cannot run it, or their vocabularies differ;
+            names what is at fault.
     """
+    loaded = _load(config, config.model)
+    if config.speculation.model is None:
+        return loaded
+    drafter = _load(config, config.speculation.model)
+    check_same_vocabulary(loaded.path, loaded.vocab_size, drafter.path, drafter.vocab_size)
+    return replace(loaded, drafter=drafter)
+
+
+def _load(config: EngineConfig, name: str) -> LoadedModel:
     register()
-    path = resolve_model(config.model)
+    path = resolve_model(name)
     device = _choose_device(config.device)
     torch.empty(0, device=device)  # raises here, if there is none: no fault of the model
     with naming(path):

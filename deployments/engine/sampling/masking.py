@@ -59,9 +59,10 @@ def build_masking(items: list[ScheduledSequence]) -> Masking | None:
     for item in items:
         mask = item.sequence.mask
         if mask is not None and item.num_draws:
-            assert item.num_draws == 1, f"{item.sequence.request_id}: a mask is of one draw"
-            draws.append(draw)
-            masks.append(mask)
+            of_draws = (mask, *item.sequence.draft_masks[: len(item.drafts)])
+            assert len(of_draws) == item.num_draws, f"{item.sequence.request_id}: {len(of_draws)} masks for {item}"
+            draws += range(draw, draw + item.num_draws)
+            masks += of_draws
         draw += item.num_draws
     if not draws:
         return None

@@ -2,9 +2,10 @@
 
 Every running sequence that decodes gets its token first; prompts share what is left of the token budget, those of the
 highest priority first, and among them the one with fewest tokens left, so that a short prompt does not wait behind a
-long one. No prompt is overtaken by more tokens than it has itself, or 16 times as many of higher priority. A sequence
-that is held keeps its blocks and its place, and is left out. Knows blocks and sequences, nothing of tensors. Called by
-the engine, once per step.
+long one. Nor does it wait beside one: where nothing decodes, a step in which a prompt ends has no part of another. No
+prompt is overtaken by more tokens than it has itself, or 16 times as many of higher priority. A sequence that is held
+keeps its blocks and its place, and is left out. Knows blocks and sequences, nothing of tensors. Called by the engine,
+once per step.
 
 Source: Sarathi-Serve (Agrawal et al., OSDI 2024) for chunked prefill beside decodes; shortest remaining time first.
 """
@@ -28,6 +29,8 @@ _URGENCY = 16
 
 # Of a step, over all its prompts: the logits of each are of the whole vocabulary, 150 MB in bfloat16 of 150,000 tokens.
 MAX_SCORED_TOKENS = 512
+# Of a step with drafts, for the same reason; on a GPU no larger one is recorded either.
+MAX_VERIFIED_TOKENS = 512
 
 _RUNNING = Status.RUNNING  # asked of each sequence in every step; see `sequence.py`
 
@@ -106,10 +109,10 @@ class Scheduler:
         others = [s for s in self.running[num_running:] if s.has_work]
         if len(decoding) < len(runnable):
             others += [s for s in runnable if s.status is _RUNNING and not s.is_decoding]
-        num_scores_left = MAX_SCORED_TOKENS
+        num_scores_left, ends = MAX_SCORED_TOKENS, False
         for sequence in sorted(others, key=_precedence):
             num_tokens = min(sequence.num_remaining_tokens, budget)
-            if num_tokens == 0:
+            if num_tokens == 0 or (ends and not decoding and num_tokens < sequence.num_remaining_tokens):
                 break
             if sequence.wants_scores:
                 num_tokens = min(num_tokens, num_scores_left)
@@ -117,8 +120,21 @@ class Scheduler:
                 if num_tokens == 0:
                     continue
             scheduled.append(ScheduledSequence.of(sequence, num_tokens))
+            ends |= num_tokens == sequence.num_remaining_tokens
             budget -= num_tokens
         return Schedule(scheduled, placed)
+
+    def make_room(self, going: list[Sequence]) -> bool:
+        """Give sequences that decode the blocks of their newest tokens before the step; False: not to all of them."""
+        return all(self._blocks.append(sequence) for sequence in going)
+
+    def make_room_for_drafts(self, sequence: Sequence, num_drafts: int) -> bool:
+        """Give a sequence blocks for drafts behind its newest token; False: there is no room for them.
+
+        Nor is there where their KV would be of no use, because the sequence is to be computed anew with them.
+        """
+        offset = self._offset(sequence, sequence.num_tokens + num_drafts)
+        return offset == sequence.position_offset and self._blocks.append(sequence, num_drafts)
 
     def activate(self, sequence: Sequence) -> None:
         """A reserved sequence has what it waited for, or gave up waiting: from now on it runs here."""
@@ -156,7 +172,8 @@ class Scheduler:
     def _schedule_decodes(self, decoding: list[Sequence]) -> tuple[list[ScheduledSequence], int]:
         """Runs of the newest token, with drafts behind it, and how many sequences gave their blocks away."""
         scheduled: list[ScheduledSequence] = []
-        num_sent_back, room = self._send_back_outgrown(decoding), self._limits.max_num_batched_tokens - len(decoding)
+        num_sent_back = self._send_back_outgrown(decoding)
+        room = min(self._limits.max_num_batched_tokens, MAX_VERIFIED_TOKENS) - len(decoding)
         for sequence in decoding:
             while sequence.status is _RUNNING and not self._blocks.append(sequence):
                 self._preempt(self._least_of(self.running[self.running.index(sequence) :]))
@@ -179,10 +196,11 @@ class Scheduler:
     def _choose_drafts(self, sequence: Sequence, room: int) -> tuple[int, ...]:
         """As many as may become tokens, without taking anything from others: budget, blocks, or the lead in length."""
         drafts = sequence.drafts[: max(0, min(room, sequence.max_num_tokens - sequence.num_tokens - 1))]
-        offset = self._offset(sequence, sequence.num_tokens + len(drafts))
-        if sequence.mask is not None or sequence.num_pending_tokens or offset != sequence.position_offset:
-            return ()  # behind a draft other tokens may be drawn than behind the newest one
-        return drafts if self._blocks.append(sequence, len(drafts)) else ()
+        if sequence.num_pending_tokens:
+            return ()
+        if sequence.mask is not None:  # behind a draft other tokens may be drawn than behind the newest one
+            drafts = drafts[: len(sequence.draft_masks)]
+        return drafts if self.make_room_for_drafts(sequence, len(drafts)) else ()
 
     @staticmethod
     def _least_of(candidates: list[Sequence]) -> Sequence:

@@ -57,6 +57,7 @@ class Sequence:
         block_hashes: chained hash of each full block of `token_ids`, filled on demand.
         num_published_blocks: leading blocks that were offered to the prefix cache.
         drafts: guesses of the tokens behind the newest one, for the next step.
+        draft_masks: what `mask` would be behind each of them, in a sequence that has one.
         wants_scores: logprobs of its prompt were asked for and are not told yet; nothing is shared with it until then.
         prompt_scores: those that are known, of the tokens behind the first.
         is_held: it waits for the host, and no step computes it.
@@ -87,6 +88,7 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     num_published_blocks: int = 0
     drafts: tuple[int, ...] = ()
+    draft_masks: tuple[bytes, ...] = ()
     is_held: bool = False
     mask: bytes | None = None
     wants_scores: bool = False
@@ -179,7 +181,7 @@ class Sequence:
         assert self.status is Status.RUNNING, f"{self.request_id} is {self.status}"
         self.status = Status.WAITING
         self.num_preemptions += 1
-        self.drafts = ()
+        self.drafts, self.draft_masks = (), ()
         self._move_to(position_offset)
 
     def finish(self) -> None:
@@ -210,9 +212,14 @@ class Sequence:
         """What it needs is there; `mask`: of its next draw."""
         self.is_held, self.mask = False, mask
 
-    def propose(self, drafts: tuple[int, ...]) -> None:
-        """Guess the tokens behind the newest one; the next step tries as many as fit, and the guess is gone then."""
-        self.drafts = drafts
+    def propose(self, drafts: tuple[int, ...], masks: tuple[bytes, ...] = ()) -> None:
+        """Guess the tokens behind the newest one; the next step tries as many as fit, and the guess is gone then.
+
+        Args:
+            drafts: the guess.
+            masks: see `draft_masks`; without one no draft of a sequence with a mask is tried.
+        """
+        self.drafts, self.draft_masks = drafts, masks
 
     def overtake(self, num_tokens: int) -> None:
         """So many tokens of a later sequence go before this prompt."""
@@ -260,7 +267,7 @@ class Sequence:
         """A step that computes this run was started: its next tokens are those behind it."""
         assert run.start == self.num_launched_tokens, f"{self.request_id}: {run} behind {self.num_launched_tokens}"
         self.num_launched_tokens += run.num_tokens
-        self.drafts = ()
+        self.drafts, self.draft_masks = (), ()
         if run.num_draws and self.role is not _EXPORT:
             self.num_tokens += 1
 

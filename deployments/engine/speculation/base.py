@@ -1,29 +1,57 @@
-"""What guesses tokens, and what a guess is. Knows no model and no step."""
+"""What guesses tokens, and what is asked of it. Knows no model and no step."""
 
 from typing import NamedTuple, Protocol
 
 from deployments.engine.scheduling.sequence import Sequence
 
 
-class Draft(NamedTuple):
-    """Tokens that may come next.
+class Wish(NamedTuple):
+    """Guesses that are wanted.
 
     Attributes:
-        token_ids: the guess, at least one.
+        sequence: of the tokens behind its newest one; all its tokens are known.
+        num_tokens: at most so many.
+    """
+
+    sequence: Sequence
+    num_tokens: int
+
+
+class Prospect(NamedTuple):
+    """What could be guessed.
+
+    Attributes:
+        num_tokens: at least one, at most as many as were wished.
         kind: guesses of one kind are about as often right; small numbers from 0 on.
     """
 
-    token_ids: tuple[int, ...]
-    kind: int
+    num_tokens: int
+    kind: int = 0
 
 
 class Drafter(Protocol):
-    """Guesses the tokens behind the newest one of a sequence."""
+    """Guesses the tokens behind the newest ones of sequences: first tells how many it could, then is told how many."""
 
     num_kinds: int
 
-    def draft(self, sequence: Sequence, max_tokens: int) -> Draft | None:
-        """Guess at most so many; None: there is nothing to go by. All tokens of the sequence are known."""
+    def look(self, wish: Wish) -> Prospect | None:
+        """Say what could be guessed, without taking long; None: there is nothing to go by."""
+        ...
+
+    def draft(self, wishes: list[Wish]) -> list[tuple[int, ...]]:
+        """Guess, all at once, no more than was said just before.
+
+        Args:
+            wishes: each of at least one token. The blocks of each sequence have room for its newest token and for so
+                many behind it.
+
+        Returns:
+            For each wish its tokens; perhaps fewer than were wished, or none.
+        """
+        ...
+
+    def seconds(self, num_sequences: int) -> float:
+        """What one more token of so many sequences takes, about; 0: it is not known, or next to nothing."""
         ...
 
     def drop(self, request_id: str) -> None:

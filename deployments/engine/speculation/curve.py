@@ -1,5 +1,7 @@
 """What a step of so many tokens takes, learned from steps that were run anyway. Pure: no clock."""
 
+from math import inf
+
 # Steps after which a size that was not run again is forgotten: contexts have grown since, or others use the machine.
 _MEMORY_STEPS = 512
 # Weight of a new measurement; the first ones of a size weigh more.
@@ -9,17 +11,24 @@ _MAX_SURPRISE = 1.5
 
 
 class StepCurve:
-    """Seconds of a step by its tokens. Sizes that were not run are taken to cost as little as is possible."""
+    """Seconds of a step by its tokens. Sizes that were not run are taken to cost as little as is possible.
 
-    def __init__(self) -> None:
+    Args:
+        max_tokens: no step has more.
+    """
+
+    def __init__(self, max_tokens: float = inf) -> None:
+        self._max_tokens = max_tokens
         self._num_steps = 0
         self._seconds: dict[int, float] = {}
         self._counts: dict[int, int] = {}
         self._last: dict[int, int] = {}
+        self._estimates: dict[int, float] = {}  # asked hundreds of times between two steps
 
     def add(self, num_tokens: int, seconds: float) -> None:
         """A step has ended."""
         self._num_steps += 1
+        self._estimates.clear()
         size = _size(num_tokens)
         if (known := self._seconds.get(size)) is None:
             self._seconds[size], self._counts[size] = seconds, 1
@@ -37,7 +46,14 @@ class StepCurve:
 
     def seconds(self, num_tokens: int) -> float:
         """Of a step, at least: no less than a smaller one, nor more than a larger one. 0: nothing is known."""
+        if num_tokens > self._max_tokens:
+            return inf
         size = _size(num_tokens)
+        if (known := self._estimates.get(size)) is None:
+            known = self._estimates[size] = self._estimate(size)
+        return known
+
+    def _estimate(self, size: int) -> float:
         if (known := self._seconds.get(size)) is not None:
             return known
         smaller = [seconds for other, seconds in self._seconds.items() if other < size]

@@ -25,6 +25,7 @@ def choose_lengths(
     guesses: Sequence[Guess],
     num_sequences: int,
     seconds: Callable[[int], float],
+    draft_s: Callable[[int], float] = lambda num_sequences: 0.0,
     max_step_s: float | None = None,
 ) -> list[int]:
     """Drafts to try of each sequence.
@@ -33,7 +34,8 @@ def choose_lengths(
         guesses: of those that have any.
         num_sequences: all that the step continues, each by one token for certain.
         seconds: that a step of so many tokens takes.
-        max_step_s: no step shall take longer for the sake of drafts; None: whatever pays.
+        draft_s: that guessing one more token of so many sequences takes before.
+        max_step_s: no step, with its guesses, shall take longer for the sake of drafts; None: whatever pays.
 
     Returns:
         For each guess a number; none at all unless they pay. A step takes the likeliest drafts first, so each number is
@@ -42,10 +44,10 @@ def choose_lengths(
     chances = sorted(((chance, row) for row, guess in enumerate(guesses) for chance in _chances(guess)), reverse=True)
     plain_s = seconds(num_sequences)
     best_rate, best_count = _LEAST_GAIN * num_sequences / plain_s if plain_s else 0.0, 0
-    expected = float(num_sequences)
-    for count, (chance, _) in enumerate(chances, 1):
+    expected, guessing = float(num_sequences), _Guessing(len(guesses), draft_s)
+    for count, (chance, row) in enumerate(chances, 1):
         expected += chance
-        step_s = seconds(num_sequences + count)
+        step_s = seconds(num_sequences + count) + guessing.add(row)
         if max_step_s is not None and step_s > max_step_s:
             break
         if not step_s or expected / step_s > best_rate:
@@ -54,6 +56,27 @@ def choose_lengths(
     for _, row in chances[:best_count]:
         lengths[row] += 1
     return lengths
+
+
+class _Guessing:
+    """What guessing takes: the first tokens of all sequences at once, then the second ones of those that want two."""
+
+    def __init__(self, num_rows: int, draft_s: Callable[[int], float]) -> None:
+        self._draft_s = draft_s
+        self._lengths = [0] * num_rows
+        self._num_rows: list[int] = []  # of the first tokens, of the second ones ...
+        self._total_s = 0.0
+
+    def add(self, row: int) -> float:
+        """One more token of a sequence; tells the seconds of all."""
+        place = self._lengths[row]
+        self._lengths[row] += 1
+        if place == len(self._num_rows):
+            self._num_rows.append(0)
+        before = self._num_rows[place]
+        self._num_rows[place] += 1
+        self._total_s += self._draft_s(before + 1) - (self._draft_s(before) if before else 0.0)
+        return self._total_s
 
 
 def _chances(guess: Guess) -> list[float]:

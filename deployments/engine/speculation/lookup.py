@@ -10,8 +10,7 @@ from array import array
 
 import numpy as np
 
-from deployments.engine.scheduling.sequence import Sequence
-from deployments.engine.speculation.base import Draft
+from deployments.engine.speculation.base import Prospect, Wish
 
 # Lengths of n-grams, the longest first: the longer the match, the more often what follows is the same.
 SIZES = (8, 4, 2)
@@ -65,25 +64,34 @@ class LookupDrafter:
     def __init__(self) -> None:
         self._indices: dict[str, Index] = {}
 
-    def draft(self, sequence: Sequence, max_tokens: int) -> Draft | None:
-        tokens = sequence.token_ids
+    def look(self, wish: Wish) -> Prospect | None:
+        sequence, num_tokens = wish
         index = self._indices.get(sequence.request_id)
         if index is None:
             index = self._indices[sequence.request_id] = Index()
-        if not index.take(tokens):
-            return None
-        found = index.find(tokens)
+        found = index.find(sequence.token_ids) if index.take(sequence.token_ids) else None
         if found is None:
             return None
-        place, length = found
-        drafts = tokens[place : place + max_tokens]
-        period = len(tokens) - place
-        while len(drafts) < max_tokens:
-            drafts.append(drafts[len(drafts) - period])
-        return Draft(tuple(drafts), min(length, _LONGEST_MATCH).bit_length() - 2)
+        return Prospect(num_tokens, min(found[1], _LONGEST_MATCH).bit_length() - 2)
+
+    def draft(self, wishes: list[Wish]) -> list[tuple[int, ...]]:
+        return [self._copy(wish) for wish in wishes]
+
+    def seconds(self, num_sequences: int) -> float:
+        return 0.0
 
     def drop(self, request_id: str) -> None:
         self._indices.pop(request_id, None)
+
+    def _copy(self, wish: Wish) -> tuple[int, ...]:
+        tokens = wish.sequence.token_ids
+        found = self._indices[wish.sequence.request_id].find(tokens)
+        assert found is not None, f"{wish.sequence.request_id}: there was a match just now"
+        drafts = tokens[found[0] : found[0] + wish.num_tokens]
+        period = len(tokens) - found[0]
+        while len(drafts) < wish.num_tokens:
+            drafts.append(drafts[len(drafts) - period])
+        return tuple(drafts)
 
 
 def _key(tokens: "array[int]") -> int:

@@ -4,15 +4,23 @@ An answer is the same with and without: what is drawn depends on seed, place and
 where it is what was drawn. So all that is decided here is time.
 """
 
-from deployments.engine.config import SpeculationConfig
+import time
+from itertools import takewhile
+
+from deployments.engine.config import EngineLimits, SpeculationConfig
+from deployments.engine.execution.rehearsal import build_rehearsed, drafter_limits
+from deployments.engine.grammar.guides import Guides
+from deployments.engine.model.load import LoadedModel
 from deployments.engine.scheduling.run import ScheduledSequence
-from deployments.engine.scheduling.scheduler import Scheduler
+from deployments.engine.scheduling.scheduler import MAX_VERIFIED_TOKENS, Scheduler
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.engine.speculation.acceptance import Acceptance
-from deployments.engine.speculation.base import Draft, Drafter
+from deployments.engine.speculation.base import Drafter, Prospect, Wish
 from deployments.engine.speculation.curve import StepCurve
+from deployments.engine.speculation.draft_model import DraftModel
 from deployments.engine.speculation.lengths import Guess, choose_lengths
 from deployments.engine.speculation.lookup import LookupDrafter
+from deployments.engine.speculation.patience import Patience
 from deployments.engine.stats import EngineStats
 from deployments.messages import Draws
 
@@ -31,33 +39,43 @@ class Speculator:
         self._config = config
         self._stats = stats
         self._acceptance = Acceptance(0 if drafter is None else drafter.num_kinds)
-        self._curve = StepCurve()
+        self._curve = StepCurve(MAX_VERIFIED_TOKENS)
+        self._patience = Patience()
         self._kinds: dict[str, int] = {}  # of the drafts that were proposed last
+        self._drafting_s = 0.0  # that guessing took before the step that has not ended
 
     @property
     def is_on(self) -> bool:
         """Whether anything is ever guessed."""
         return self._drafter is not None
 
-    def propose(self, scheduler: Scheduler) -> None:
+    def waits_for(self, items: list[ScheduledSequence]) -> bool:
+        """Whether a step with these is to be concluded before the next one is chosen, so that this may guess."""
+        return self.is_on and self._patience.waits_for(items)
+
+    def propose(self, scheduler: Scheduler, guides: Guides) -> None:
         """Guess for the sequences that the next step continues, where that is expected to pay.
 
-        Beside prompts nothing is tried: there each token costs what a prompt's does, and is taken from them.
+        Beside prompts nothing is tried: there each token costs what a prompt's does, and is taken from them. Nor where
+        blocks are short: a draft shall take none that somebody's newest token needs.
         """
         if self._drafter is None or scheduler.can_admit:
             return
         going = [sequence for sequence in scheduler.running if sequence.has_work]
-        if not all(sequence.is_decoding for sequence in going):
+        if not all(sequence.is_decoding for sequence in going) or not scheduler.make_room(going):
             return
-        drafted = [
-            (sequence, draft) for sequence in going if (draft := self._draft(self._drafter, sequence)) is not None
-        ]
-        if not drafted:
+        wishes, kinds = self._choose(self._drafter, going)
+        wishes = [wish for wish in wishes if scheduler.make_room_for_drafts(*wish)]
+        if not wishes:
             return
-        for (sequence, draft), length in zip(drafted, self._lengths(drafted, len(going)), strict=True):
-            if length:
-                self._kinds[sequence.request_id] = draft.kind
-                sequence.propose(draft.token_ids[:length])
+        begun_s = time.monotonic()
+        drafts = self._drafter.draft(wishes)
+        self._drafting_s = time.monotonic() - begun_s
+        for (sequence, _), tokens in zip(wishes, drafts, strict=True):
+            masks = _masks_behind(sequence, tokens, guides)
+            if tokens and (masks or sequence.mask is None):
+                self._kinds[sequence.request_id] = kinds[sequence.request_id]
+                sequence.propose(tokens, masks)
 
     def note_draws(self, collected: list[tuple[ScheduledSequence, Draws]]) -> None:
         """A step has ended with these runs; of each those draws that count, one more than drafts that were right."""
@@ -72,9 +90,10 @@ class Speculator:
         self._kinds.clear()
 
     def note_step(self, items: list[ScheduledSequence], seconds: float) -> None:
-        """A step with these has ended and took so long."""
+        """A step with these has ended; with the guesses before it, it took so long."""
         if self.is_on and all(item.is_decode for item in items):
-            self._curve.add(sum(item.num_tokens for item in items), seconds)
+            self._curve.add(sum(item.num_tokens for item in items), seconds - self._drafting_s)
+        self._drafting_s = 0.0
 
     def drop(self, request_id: str) -> None:
         """The sequence is over; unknown ids are no error."""
@@ -83,25 +102,63 @@ class Speculator:
         self._drafter.drop(request_id)
         self._acceptance.drop(request_id)
 
-    def _draft(self, drafter: Drafter, sequence: Sequence) -> Draft | None:
-        # A grammar has the mask of the next draw alone; and who has one token left to draw needs no drafts.
-        num_left = sequence.max_num_tokens - sequence.num_tokens - 1
-        if sequence.mask is not None or sequence.num_pending_tokens or num_left <= 0:
-            return None
-        return drafter.draft(sequence, min(num_left, self._config.max_drafts))
+    def _choose(self, drafter: Drafter, going: list[Sequence]) -> tuple[list[Wish], dict[str, int]]:
+        """How many tokens to guess of which sequences, and of which kind each one's are."""
+        wishes: list[Wish] = []
+        prospects: list[Prospect] = []
+        for sequence in going:
+            num_left = sequence.max_num_tokens - sequence.num_tokens - 1
+            if sequence.num_pending_tokens or num_left <= 0:  # who has one token left to draw needs no drafts
+                continue
+            wish = Wish(sequence, min(num_left, self._config.max_drafts))
+            if (prospect := drafter.look(wish)) is not None:
+                wishes.append(wish)
+                prospects.append(prospect)
+        kinds = {wish.sequence.request_id: prospect.kind for wish, prospect in zip(wishes, prospects, strict=True)}
+        lengths = self._lengths(drafter, wishes, prospects, len(going)) if wishes else []
+        chosen = [wish._replace(num_tokens=length) for wish, length in zip(wishes, lengths, strict=True) if length]
+        return chosen, kinds
 
-    def _lengths(self, drafted: list[tuple[Sequence, Draft]], num_sequences: int) -> list[int]:
+    def _lengths(
+        self, drafter: Drafter, wishes: list[Wish], prospects: list[Prospect], num_sequences: int
+    ) -> list[int]:
         if not self._config.is_adaptive:
-            return [len(draft.token_ids) for _, draft in drafted]
+            return [prospect.num_tokens for prospect in prospects]
         if not self._curve.is_known(num_sequences):
-            return [0] * len(drafted)  # until a step without drafts says what one takes
+            return [0] * len(wishes)  # until a step without drafts says what one takes
         guesses = [
-            Guess(self._acceptance.rate(sequence.request_id, draft.kind), len(draft.token_ids))
-            for sequence, draft in drafted
+            Guess(self._acceptance.rate(wish.sequence.request_id, prospect.kind), prospect.num_tokens)
+            for wish, prospect in zip(wishes, prospects, strict=True)
         ]
-        return choose_lengths(guesses, num_sequences, self._curve.seconds, self._config.max_step_s)
+        return choose_lengths(guesses, num_sequences, self._curve.seconds, drafter.seconds, self._config.max_step_s)
 
 
-def build_speculator(config: SpeculationConfig, stats: EngineStats) -> Speculator:
-    """As the settings say."""
-    return Speculator(None if config.method == "off" else LookupDrafter(), config, stats)
+def _masks_behind(sequence: Sequence, drafts: tuple[int, ...], guides: Guides) -> tuple[bytes, ...]:
+    """What may follow each draft by the sequence's grammar, up to the first that may not come or ends the answer."""
+    if sequence.mask is None:
+        return ()
+    stops = sequence.request.sampling.stop_token_ids
+    return guides.look_ahead(sequence, tuple(takewhile(lambda token: token not in stops, drafts)))
+
+
+def build_speculator(
+    config: SpeculationConfig, stats: EngineStats, loaded: LoadedModel, limits: EngineLimits
+) -> Speculator:
+    """As the settings say; on a GPU the steps of a model that guesses are tried beside the engine's pool.
+
+    Raises:
+        ValueError: that model is not loaded, or its steps do not fit into the GPU's memory.
+    """
+    return Speculator(_build_drafter(config, loaded, limits), config, stats)
+
+
+def _build_drafter(config: SpeculationConfig, loaded: LoadedModel, limits: EngineLimits) -> Drafter | None:
+    if config.method == "off":
+        return None
+    if config.method == "ngram":
+        return LookupDrafter()
+    if loaded.drafter is None:
+        raise ValueError(f"speculation.model is {config.model!r}, and no such model was loaded beside {loaded.path!r}")
+    own = drafter_limits(limits, loaded.drafter)
+    runner = build_rehearsed(loaded.drafter, own)
+    return DraftModel(runner, own.max_model_len, own.max_num_batched_tokens, loaded.drafter.positions)

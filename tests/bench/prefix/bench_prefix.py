@@ -168,6 +168,7 @@ def main() -> int:
     parser.add_argument("--settle-s", type=float, default=3.0, help="before the first request")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scenario", help="of the load tests, in place of conversations")
+    parser.add_argument("--ours", action="store_true", help="of a scenario, the way by cached prefixes alone")
     parser.add_argument("--load", type=float, default=1.0, help="multiplier of the scenario's arrivals")
     parser.add_argument("--duration", type=float, default=90.0, help="of the scenario, in seconds")
     parser.add_argument("--num-blocks", type=int, help="of each engine's pool, in a scenario; else what memory allows")

@@ -7,9 +7,10 @@ that all of the KV is sent. In the end the engine that computed is killed. Then 
 nothing, in short rounds with the tier, without it, and without it once more (`cost.py`). Prints tables and, as its last
 line, one JSON object.
 
-With `--shape` the same on one GPU, which all engines share: a shape of `bench-gpu` with random weights in place of the
-default model. The hand-off is CUDA IPC within the card. Two engines differ in the last bits of bfloat16 when one has
-computed a prompt at once and another its last tokens alone, and random weights make near ties of many tokens.
+With `--shape` the same on GPUs: a shape of `bench-gpu` with random weights in place of the default model. On one GPU
+all engines share it, and the hand-off is CUDA IPC within the card. On two GPUs the hand-off goes to the second. Two
+engines differ in the last bits of bfloat16 when one has computed a prompt at once and another its last tokens alone,
+and random weights make near ties of many tokens.
 """
 
 import argparse
@@ -51,8 +52,9 @@ VOCAB = 49_000
 ASKED = {"same engine": 0.15, "hand-off": 0.35, "tier": 0.35, "tier, engine killed": 0.35}
 ASKED_OF_GPU = {"same engine": 0.15, "hand-off": 0.15, "tier": 0.25, "tier, engine killed": 0.25}
 MAX_SLOWDOWN = 0.03
-# Of the card, for each of three engines, and of its memory for each one's KV.
+# Of the card, for each of three engines, and of its memory for each one's KV; and of the second card, if there is one.
 GPU_SHARE = 0.3
+NEIGHBOUR_SHARE = 0.6
 GPU_KV_BYTES = 6 << 30
 TIMEOUT_S = 600
 
@@ -89,7 +91,9 @@ class Bench:
         """
         shape = self._args.shape
         build: EngineBuilder = partial(build_random, shape) if shape else build_engine
-        options = {"num_cpus": 1.0, "num_gpus": GPU_SHARE if shape else 0.0}
+        is_neighbour = not has_tier and not is_switched and torch.cuda.device_count() > 1
+        share = NEIGHBOUR_SHARE if is_neighbour else GPU_SHARE  # two of the others leave no room for it on the first
+        options = {"num_cpus": 1.0, "num_gpus": share if shape else 0.0}
         actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(SwitchedActor if is_switched else EngineActor)
         arguments = (self._tier,) if is_switched else (build, self._tier if has_tier else None)
         actor = actor_class.options(**options).remote(self._config(caches), *arguments)
@@ -269,7 +273,12 @@ def main() -> int:
     args = parser.parse_args()
     if args.shape and not torch.cuda.is_available():
         parser.error("--shape needs a GPU")
-    ray.init(num_cpus=8, num_gpus=int(bool(args.shape)), include_dashboard=False, log_to_driver=False)
+    ray.init(
+        num_cpus=8,
+        num_gpus=torch.cuda.device_count() if args.shape else 0,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
     bench = Bench(args)
     if args.rounds:
         bench.rounds()

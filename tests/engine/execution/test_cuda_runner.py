@@ -13,13 +13,15 @@ from torch import Tensor
 from tests.engine.interpreted import DEVICE  # before what needs Triton
 
 from deployments.engine.execution import cuda as runners  # isort: skip
+from deployments.engine.execution import verification  # isort: skip
 from deployments.engine.execution.costs import StepCosts
 from deployments.engine.kernels.arguments import Scores
 from deployments.engine.kv.cache import KVCache
-from deployments.messages import SamplingParams
+from deployments.messages import GenerateRequest, SamplingParams
+from tests.engine.drafters import lies, mixture, truth, with_drafter
 from tests.engine.driving import Transcript, build_engine, greedy, run
 from tests.engine.families import load, random_prompt, reference
-from tests.engine.insides import replace_runner, runner_of, tell_of_replays
+from tests.engine.insides import forget_verification, replace_runner, runner_of, tell_of_replays, tell_of_verifications
 from tests.gpu.expected import expected_attention
 
 if DEVICE.type == "cuda":
@@ -30,6 +32,7 @@ from deployments.engine.attention.cuda import Prompts
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.engine import Engine
 from deployments.engine.execution.graphs import PromptGraph
+from deployments.engine.kernels.cuda_verification import Runs
 
 NUM_TOKENS = 6
 
@@ -77,6 +80,19 @@ class PlainStep:
         return expected_attention(queries, keys, values, scores)
 
 
+class PlainVerificationStep:
+    """As `VerificationStep`, likewise."""
+
+    rows = None
+
+    def __init__(self, cache: KVCache, slots: Tensor, tables: Tensor, runs: Runs) -> None:
+        prompts = Prompts(0, len(slots), runs.max_queries, 0, runs.starts, (), lens=runs.lens, tables=tables)
+        self._step = PlainStep(cache, slots, tables[:0], runs.lens[:0], (prompts,))
+
+    def attend(self, asked: LayerAttention) -> Tensor:
+        return self._step.attend(asked)
+
+
 class FakeGraph:
     """Runs again what was recorded, into the same output."""
 
@@ -115,7 +131,9 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(runners, "CudaStep", PlainStep)
-    monkeypatch.setattr(runners, "record", lambda graph, run, pool: graph.record(run))
+    monkeypatch.setattr(verification, "VerificationStep", PlainVerificationStep)
+    for module in (runners, verification):
+        monkeypatch.setattr(module, "record", lambda graph, run, pool: graph.record(run))
 
 
 @pytest.fixture
@@ -195,3 +213,61 @@ def test_drawn_tokens_are_those_of_a_step_launched_as_a_whole(monkeypatch: pytes
             transcript.note(engine.step())
         answers.append(dict(run(engine, transcript).tokens))
     assert answers[0] == answers[1]
+
+
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], tuple[int, int]]]:
+    """Of each step with drafts that a graph held: tokens of its sequences, and the graph's room."""
+    seen: list[tuple[list[int], tuple[int, int]]] = []
+    tell_of_verifications(monkeypatch, lambda arrays, size: seen.append((arrays.counts.tolist(), size)))
+    return seen
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("lies", [truth, lies, mixture])
+def test_drafts_are_verified_by_the_graph_that_just_holds_them(
+    family: str, lies: Callable[[int], bool], verified: list[tuple[list[int], tuple[int, int]]]
+) -> None:
+    prompts = {f"r{length}": random_prompt(length, seed=length) for length in (3, 40, 21)}
+    answers = {name: reference(family, prompt, NUM_TOKENS) for name, prompt in prompts.items()}
+    engine = with_drafter(
+        build(family, speculation={"method": "ngram", "max_drafts": 4}), lambda s: answers[s.request_id], lies
+    )
+    check(family, prompts, generate(engine, prompts))
+    check(family, prompts, generate(engine, prompts, apart=1))
+    assert engine.stats().drafted_tokens.total
+    assert ([5, 5, 5], (4, 16)) in verified, verified
+    assert any(size[1] > sum(counts) for counts, size in verified), "some rooms are larger than what is in them"
+
+
+def test_a_sequence_without_drafts_is_verified_beside_others(
+    verified: list[tuple[list[int], tuple[int, int]]],
+) -> None:
+    prompts = {f"r{length}": random_prompt(length, seed=length) for length in (3, 40, 21)}
+    answers = {name: reference("llama", prompt, NUM_TOKENS) for name, prompt in prompts.items()} | {"r40": ()}
+    engine = with_drafter(build("llama", speculation={"method": "ngram"}), lambda s: answers[s.request_id], truth)
+    check("llama", prompts, generate(engine, prompts))
+    assert ([1, 5, 5], (4, 16)) in verified, verified
+
+
+def test_what_no_graph_holds_is_launched_as_a_whole(verified: list[tuple[list[int], tuple[int, int]]]) -> None:
+    prompts = {f"r{length}": random_prompt(length, seed=length) for length in (3, 40, 21)}
+    answers = {name: reference("llama", prompt, NUM_TOKENS) for name, prompt in prompts.items()}
+    engine = build("llama", speculation={"method": "ngram", "max_drafts": 2})
+    with_drafter(engine, lambda s: answers[s.request_id], truth)
+    forget_verification(engine)
+    check("llama", prompts, generate(engine, prompts))
+    assert engine.stats().accepted_tokens.total and not verified
+
+
+def test_drawn_tokens_are_those_without_drafts(verified: list[tuple[list[int], tuple[int, int]]]) -> None:
+    def draw(engine: Engine) -> dict[str, list[int]]:
+        for number, length in enumerate((3, 40, 21)):
+            sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.9, top_k=9, seed=number, num_logprobs=1)
+            engine.add(GenerateRequest(f"r{number}", random_prompt(length, seed=length), sampling))
+        return run(engine).tokens
+
+    answers = draw(build("llama"))
+    engine = build("llama", speculation={"method": "ngram"})
+    assert draw(with_drafter(engine, lambda s: tuple(answers[s.request_id]), mixture)) == answers
+    assert verified

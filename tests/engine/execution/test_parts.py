@@ -12,7 +12,9 @@ from deployments.engine.execution.parts import (
     chunk_values,
     fill_chunk,
     fill_prompt,
+    fill_runs,
     fill_singles,
+    fill_tokens,
     recorded_prompts,
 )
 from deployments.engine.scheduling.ids import block_array, token_array
@@ -140,3 +142,20 @@ def test_the_graph_of_a_chunk_reads_where_its_context_is() -> None:
     last, *starts, length = values[15:19].tolist()
     assert (last, starts, length) == (3, [0, 4], 12)
     assert values[19:].tolist() == [1200, 1201, 1202, 0, 0, 0]
+
+
+def test_the_graph_of_decodes_with_drafts_reads_whose_each_token_is() -> None:
+    arrays = arrays_of(run(6, 1, 7, drafts=2), DECODE)
+    columns, lens, starts, tables = np.full((5, 8), 77), np.full(4, 77), np.full(5, 77), np.full((4, 6), 77)
+    fill_tokens(columns, arrays, 6)
+    fill_runs(lens, starts, tables, arrays, 3)
+    token_ids, sources, positions, slots, owners = columns[:, :6].tolist()
+    assert token_ids == [605, 706, 0, 0, 0, 0]
+    assert sources == [-1] * 6
+    assert positions == [5, 6, 7, 8, 0, 0]
+    assert slots == [601 * BLOCK_SIZE + 1, 701 * BLOCK_SIZE + 2, 701 * BLOCK_SIZE + 3, 702 * BLOCK_SIZE, -1, -1]
+    assert owners == [0, 1, 1, 1, -1, -1]
+    assert (columns[:, 6:] == 77).all(), "what is behind its room is not read"
+    assert lens.tolist() == [6, 9, 0, 77]
+    assert starts.tolist() == [0, 1, 4, 4, 77]
+    assert tables[:2, :3].tolist() == [[600, 601, 0], [700, 701, 702]]

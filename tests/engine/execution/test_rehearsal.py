@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from deployments.engine.config import EngineConfig, EngineLimits
 from deployments.engine.execution import rehearsal, sizing
 from deployments.engine.execution.portable import build_runner
-from deployments.engine.execution.rehearsal import build_rehearsed, rehearse, worst_steps
+from deployments.engine.execution.rehearsal import build_rehearsed, drafter_limits, most_drafts, rehearse, worst_steps
 from deployments.engine.execution.sizing import choose_limits
 from deployments.engine.kv.cache import KVCache
+from deployments.engine.scheduling.scheduler import MAX_VERIFIED_TOKENS
 from deployments.errors import InvalidRequestError
 from tests.engine.driving import build_engine, generate, greedy
 from tests.engine.families import CPU, load, random_prompt, reference
@@ -41,11 +42,22 @@ def test_the_corners_are_among_the_steps() -> None:
     assert [(0, 8)] * 5 in steps and [(92, 8)] * 5 in steps, "all sequences are prompts"
 
 
+def test_a_step_with_as_many_drafts_as_may_be_is_among_them() -> None:
+    assert most_drafts(LIMITS) == []
+    assert most_drafts(replace(LIMITS, max_drafts=3)) == [3] * 5
+    assert most_drafts(replace(LIMITS, max_drafts=8)) == [8] * 4 + [3], "40 tokens"
+    assert sum(1 + count for count in most_drafts(EngineLimits(1000, 8, 2, 256, 8192, 8))) == MAX_VERIFIED_TOKENS
+
+
+def test_a_model_that_guesses_for_an_engine_is_given_no_drafts_itself() -> None:
+    assert drafter_limits(replace(LIMITS, max_drafts=3), load("llama")).max_drafts == 0
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_the_steps_run_beside_a_pool_that_could_not_hold_them(family: str) -> None:
-    loaded = load(family)
-    cache = KVCache(loaded.kv_shape, LIMITS.num_blocks, LIMITS.block_size, CPU)
-    rehearse(build_runner(loaded, cache, LIMITS), LIMITS)
+    loaded, limits = load(family), replace(LIMITS, max_drafts=8)
+    cache = KVCache(loaded.kv_shape, limits.num_blocks, limits.block_size, CPU)
+    rehearse(build_runner(loaded, cache, limits), limits)
 
 
 def test_an_engine_gives_the_same_tokens_after_them() -> None:

@@ -49,12 +49,12 @@ def step(scheduler: Scheduler) -> dict[str, int]:
 
 
 def test_prompts_of_one_length_share_the_budget_in_the_order_of_arrival() -> None:
-    scheduler = build(budget=16)
-    for name, length in [("a", 10), ("b", 10), ("c", 10)]:
-        add(scheduler, name, length)
-    assert step(scheduler) == {"a": 10, "b": 6}
-    assert step(scheduler) == {"a": 1, "b": 4, "c": 10}
-    assert step(scheduler) == {"a": 1, "b": 1, "c": 1}
+    scheduler = build(budget=24)
+    for name in "abcd":
+        add(scheduler, name, 10)
+    assert step(scheduler) == {"a": 10, "b": 10}, "and no part of the third, for which both would wait"
+    assert step(scheduler) == {"a": 1, "b": 1, "c": 10, "d": 10}
+    assert step(scheduler) == {"a": 1, "b": 1, "c": 1, "d": 1}
 
 
 def test_a_prompt_that_waits_to_be_handed_over_holds_up_no_other() -> None:
@@ -71,7 +71,17 @@ def test_a_short_prompt_overtakes_a_long_one_in_the_middle_of_its_chunks() -> No
     add(scheduler, "long", 40)
     assert step(scheduler) == {"long": 8}
     add(scheduler, "short", 5)
-    assert step(scheduler) == {"short": 5, "long": 3}
+    assert step(scheduler) == {"short": 5}, "nor does it wait for a part of the long one"
+    assert step(scheduler) == {"short": 1, "long": 7}
+    add(scheduler, "beside", 3)
+    assert step(scheduler) == {"short": 1, "beside": 3, "long": 4}, "a token waits for whatever is in its step"
+
+
+def test_prompts_that_end_in_one_step_share_it() -> None:
+    scheduler = build(budget=16)
+    for number in range(4):
+        add(scheduler, f"short-{number}", 5)
+    assert step(scheduler) == {"short-0": 5, "short-1": 5, "short-2": 5}
 
 
 def test_a_prompt_is_overtaken_by_no_more_tokens_than_it_has() -> None:
@@ -280,7 +290,8 @@ def test_a_sequence_is_placed_once_however_often_it_is_preempted() -> None:
 def test_a_sequence_that_is_held_is_left_out_and_holds_nobody_up() -> None:
     scheduler = build(budget=8)
     decoding, prompt = add(scheduler, "decoding", 3), add(scheduler, "prompt", 30)
-    assert step(scheduler) == {"decoding": 3, "prompt": 5}
+    assert step(scheduler) == {"decoding": 3}
+    assert step(scheduler) == {"decoding": 1, "prompt": 7}
     decoding.hold()
     assert step(scheduler) == {"prompt": 8}
     prompt.hold()

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from deployments.engine.scheduling.ids import token_array
 from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.engine.speculation import lookup
+from deployments.engine.speculation.base import Wish
 from deployments.engine.speculation.lookup import SIZES, Index, LookupDrafter
 from deployments.messages import GenerateRequest, SamplingParams
 
@@ -40,34 +41,42 @@ def test_what_is_found_is_the_last_place_of_the_longest_match_however_the_tokens
             assert tokens[place - length : place] == tokens[len(tokens) - length :]
 
 
+def guess(drafter: LookupDrafter, sequence: Sequence, num_tokens: int) -> tuple[int, ...] | None:
+    wish = Wish(sequence, num_tokens)
+    if (prospect := drafter.look(wish)) is None:
+        return None
+    assert prospect.num_tokens == num_tokens
+    (tokens,) = drafter.draft([wish])
+    return tokens
+
+
 def test_what_stood_behind_the_same_tokens_is_guessed() -> None:
-    draft = LookupDrafter().draft(sequence_of(7, 8, 1, 2, 3, 4, 9, 7, 8), 3)
-    assert draft is not None and draft.token_ids == (1, 2, 3)
+    assert guess(LookupDrafter(), sequence_of(7, 8, 1, 2, 3, 4, 9, 7, 8), 3) == (1, 2, 3)
 
 
 def test_a_loop_is_guessed_beyond_its_end() -> None:
-    draft = LookupDrafter().draft(sequence_of(5, 1, 2, 3, 1, 2, 3), 8)
-    assert draft is not None and draft.token_ids == (1, 2, 3, 1, 2, 3, 1, 2)
+    assert guess(LookupDrafter(), sequence_of(5, 1, 2, 3, 1, 2, 3), 8) == (1, 2, 3, 1, 2, 3, 1, 2)
 
 
 def test_longer_matches_are_of_a_kind_of_their_own() -> None:
     drafter, kinds = LookupDrafter(), []
     for length in (2, 4, 8, 16, 30):
         repeated = range(100, 100 + length)
-        draft = drafter.draft(sequence_of(*repeated, 1, *repeated), 1)
-        assert draft is not None and draft.token_ids == (1,)
-        kinds.append(draft.kind)
+        sequence = sequence_of(*repeated, 1, *repeated)
+        assert guess(drafter, sequence, 1) == (1,)
+        prospect = drafter.look(Wish(sequence, 1))
+        assert prospect is not None
+        kinds.append(prospect.kind)
         drafter.drop("r")
     assert kinds == [0, 1, 2, 3, 3] and max(kinds) < LookupDrafter.num_kinds
 
 
 def test_nothing_is_guessed_of_tokens_that_never_came_before() -> None:
-    assert LookupDrafter().draft(sequence_of(*range(40)), 5) is None
-    assert LookupDrafter().draft(sequence_of(1), 5) is None
+    assert guess(LookupDrafter(), sequence_of(*range(40)), 5) is None
+    assert guess(LookupDrafter(), sequence_of(1), 5) is None
 
 
 def test_a_long_prompt_is_taken_in_by_parts() -> None:
     sequence, drafter = sequence_of(*range(lookup._TAKEN_AT_ONCE), 0, 1), LookupDrafter()
-    assert drafter.draft(sequence, 2) is None
-    draft = drafter.draft(sequence, 2)
-    assert draft is not None and draft.token_ids == (2, 3)
+    assert guess(drafter, sequence, 2) is None
+    assert guess(drafter, sequence, 2) == (2, 3)

@@ -110,3 +110,14 @@ def test_nothing_is_guessed_beside_prompts_and_each_step_still_continues_every_s
     assert engine.stats().drafted_tokens == before
     run(engine, transcript)
     assert engine.stats().drafted_tokens != before
+
+
+def test_drafts_take_no_block_that_the_newest_token_of_another_needs() -> None:
+    engine = with_drafter(guessing(num_blocks=5), lambda sequence: (1,) * NUM_TOKENS, truth)
+    engine.add(greedy("wants drafts", random_prompt(15, seed=6), NUM_TOKENS))
+    engine.add(greedy("wants a block", random_prompt(16, seed=7), NUM_TOKENS))
+    transcript = Transcript()
+    while not transcript.tokens["wants a block"]:
+        transcript.note(engine.step())
+    engine.step()
+    assert engine.stats().preemptions == 0 and engine.num_free_blocks == 0

@@ -1,0 +1,48 @@
+"""Which longer runs of a step that is launched as a whole attend together. Knows no model."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from deployments.engine.attention.cuda import LONG_CHUNK, Prompts
+from deployments.engine.batch.arrays import StepArrays
+from deployments.engine.upload import Span
+
+
+def groups(arrays: StepArrays) -> list[tuple[int, int]]:
+    """First and end of the longer runs that attend together: whole prompts, and chunks with context."""
+    found: list[tuple[int, int]] = []
+    for run in range(arrays.num_singles, arrays.num_runs):
+        if found and _attend_together(arrays, run - 1, run):
+            found[-1] = found[-1][0], run + 1
+        else:
+            found.append((run, run + 1))
+    return found
+
+
+def _attend_together(arrays: StepArrays, one: int, other: int) -> bool:
+    """Whole prompts do, and chunks with context, but for long ones."""
+    if arrays.starts[one] == 0 or arrays.starts[other] == 0:
+        return bool(arrays.starts[one] == arrays.starts[other] == 0)
+    return bool(max(arrays.counts[one], arrays.counts[other]) < LONG_CHUNK)
+
+
+@dataclass(frozen=True, slots=True)
+class PendingPrompts:
+    """`Prompts` whose tensors are not uploaded yet."""
+
+    start: int
+    num_tokens: int
+    max_queries: int
+    max_keys: int
+    sequences: tuple[tuple[int, int], ...]
+    starts: Span
+    context: tuple[Span, Span, Span] | None
+
+    def on(self, inputs: Tensor) -> Prompts:
+        shape = self.start, self.num_tokens, self.max_queries, self.max_keys
+        if self.context is None:
+            return Prompts(*shape, self.starts.on(inputs), self.sequences)
+        lens, capacities, tables = (span.on(inputs) for span in self.context)
+        on_gpu = lens, capacities, tables.view(len(self.sequences), -1)
+        return Prompts(*shape, self.starts.on(inputs), self.sequences, *on_gpu)

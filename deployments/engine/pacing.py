@@ -1,0 +1,72 @@
+"""When steps that overlap are chosen, launched and concluded, and what they take.
+
+A pipelined engine launches a step while the one before runs, so that the device never waits. What comes meanwhile has
+to wait for both. That is a few milliseconds where sequences decode; a step of a long prompt takes fifty. So the next
+one is chosen late behind a step of prompts alone, and a step that draws somebody's first token is concluded at once.
+"""
+
+from collections import deque
+
+from deployments.engine.execution.base import LaunchedStep
+from deployments.engine.stats import EngineStats
+
+# So long before a step ends the next one is chosen, and its first kernels are launched; the others follow as they run.
+_LEAD_S = 0.005
+# Of what a step is expected to take: longer contexts take longer, and waiting too long leaves the device idle.
+_SURE_SHARE = 0.9
+# The least seconds per token that were seen are forgotten so much with each step.
+_FORGOTTEN = 1.02
+# Whether a step has ended is looked at so often.
+_GLANCE_S = 0.002
+
+
+class Pace:
+    """See the module. Of two steps that overlap the second begins as the first ends.
+
+    Args:
+        stats: of the engine; steps with prompts are noted there.
+    """
+
+    def __init__(self, stats: EngineStats) -> None:
+        self._stats = stats
+        self._under_way: deque[tuple[float, LaunchedStep]] = deque()
+        self._ended_s = 0.0
+        self._token_s = 0.0  # of a prompt, the least seen; 0: none
+
+    def begin(self, step: LaunchedStep, begun_s: float) -> None:
+        """A step was launched, which was prepared from `begun_s` on."""
+        self._under_way.append((begun_s, step))
+
+    def end(self, now_s: float) -> float:
+        """The step that was begun first has ended; tells its seconds."""
+        begun_s, step = self._under_way.popleft()
+        seconds = now_s - max(begun_s, self._ended_s)
+        if num_tokens := step.num_prompt_tokens:
+            # All three at once: whoever learns what a step costs must not see the tokens of one without its time.
+            self._stats.prompt_tokens += num_tokens
+            self._stats.prefill_steps += 1
+            self._stats.prefill_s += seconds
+            token_s = seconds / num_tokens
+            self._token_s = min(token_s, self._token_s * _FORGOTTEN) if self._token_s else token_s
+        self._ended_s = now_s
+        return seconds
+
+    def pause_s(self, now_s: float) -> float:
+        """Seconds for which nothing needs to be chosen, since the device has work until then; ask again after them."""
+        if len(self._under_way) != 1:
+            return 0.0
+        begun_s, step = self._under_way[0]
+        if step.done is None or not _has_prompts_alone(step) or step.done.query():
+            return 0.0
+        expected_s = step.num_prompt_tokens * self._token_s * _SURE_SHARE
+        left_s = max(begun_s, self._ended_s) + expected_s - _LEAD_S - now_s
+        return min(_GLANCE_S, max(0.0, left_s))
+
+
+def is_awaited(step: LaunchedStep) -> bool:
+    """Whether somebody's first token comes of it, which the launching of another step would hold up."""
+    return _has_prompts_alone(step) and any(item.num_draws for item in step.items)
+
+
+def _has_prompts_alone(step: LaunchedStep) -> bool:
+    return not any(item.is_decode for item in step.items)

@@ -1,0 +1,243 @@
+"""What verifying drafts costs on a GPU, and what it brings with drafts that are right as often as is said.
+
+Run: `make bench-speculation` on a machine with a GPU. Prints two tables and, as its last line, one JSON object with the
+raw numbers. The model has the shape of Llama-3.1-8B and random weights, but for its embeddings, which have it count:
+the token behind n is n + 1, by far. So what a drafter has to guess is known, and no rounding changes it.
+
+Costs: steps of so many sequences, each with its newest token and drafts behind it up to 2, 4 or 8 tokens in all,
+launched one behind the other, against steps without drafts.
+
+Speed-up: tokens per second of the whole engine loop, with as many drafts as the engine finds worth it, against the same
+engine without. Each draft is right with the same chance, independently. The bound is what the best fixed number of
+drafts would bring if a step took what it takes the GPU alone, as the first table has it.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from functools import cache
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from deployments.engine.config import EngineConfig, SpeculationConfig
+from deployments.engine.engine import Engine
+from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
+from deployments.engine.scheduling.ids import block_array, token_array
+from deployments.engine.scheduling.run import ScheduledSequence
+from deployments.engine.scheduling.sequence import Role, Sequence
+from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
+from tests.bench.bench_gpu import fill_random
+from tests.bench.gpu_shapes import SHAPES, Shape
+from tests.engine.drafters import Knowing, truth
+from tests.engine.insides import runner_of, speculate_by
+
+MAX_TOKENS = 8  # of a sequence in a step
+CONTEXT = 300
+WARM_UP_LAUNCHES, LAUNCHES = 5, 30
+PROMPT_TOKENS, WARM_UP_TOKENS, MEASURED_TOKENS = 256, 100, 200
+
+
+def load_counting(shape: Shape) -> LoadedModel:
+    """A model with random weights that counts."""
+    config = shape.config()
+    config.tie_word_embeddings = False
+    with torch.device("cuda"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    fill_random(model)
+    embedding, output = (model.get_parameter(name) for name in ("model.embed_tokens.weight", "lm_head.weight"))
+    with torch.no_grad():
+        output.copy_(embedding.roll(1, 0))
+        embedding.mul_(1500)  # what layers add to it is small beside it
+    return optimize_layers(prepare_model(model, "random", torch.device("cuda")))
+
+
+def build(shape: Shape, max_num_seqs: int) -> Engine:
+    settings = EngineConfig(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=8192,
+        max_model_len=4096,
+        kv_cache_bytes=24 << 30,
+        hands_over=False,
+        speculation=SpeculationConfig(method="ngram", max_drafts=MAX_TOKENS - 1),
+    )
+    return Engine(load_counting(shape), settings)
+
+
+def launch_s(engine: Engine, num_seqs: int, tokens_each: int) -> float:
+    """Seconds of a step of decodes alone, of so many tokens each, launched one behind the other."""
+    runner, size = runner_of(engine), engine.limits.block_size
+    blocks = -(-(CONTEXT + tokens_each) // size)
+    items = []
+    for number in range(num_seqs):
+        tokens = token_array(np.random.default_rng(number).integers(0, 1000, CONTEXT + 1).tolist())
+        request = GenerateRequest(f"c{number}", tuple(tokens[:1]), SamplingParams(max_tokens=100, temperature=0.0))
+        table = block_array(block % engine.limits.num_blocks for block in range(number * blocks, (number + 1) * blocks))
+        sequence = Sequence(request, Role.LOCAL, 0.0, token_ids=tokens, block_table=table, num_computed_tokens=CONTEXT)
+        items.append(ScheduledSequence.decode(sequence, (7,) * (tokens_each - 1)))
+    for _ in range(WARM_UP_LAUNCHES):
+        runner.launch(items)
+    torch.cuda.synchronize()
+    begun_s = time.perf_counter()
+    for _ in range(LAUNCHES):
+        runner.launch(items)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begun_s) / LAUNCHES
+
+
+class Answers:
+    """What the model will say to each request, and what a drafter guesses of it."""
+
+    def __init__(self, vocab_size: int, chance: float) -> None:
+        self._vocab_size, self._chance = vocab_size, chance
+        self.guess = cache(self._guess)
+
+    def right(self, request: GenerateRequest) -> np.ndarray:
+        return (request.prompt_token_ids[-1] + 1 + np.arange(request.sampling.max_tokens)) % self._vocab_size
+
+    def of(self, sequence: Sequence) -> tuple[int, ...]:
+        return self.guess(sequence.request)
+
+    def _guess(self, request: GenerateRequest) -> tuple[int, ...]:
+        """The answer, with every token wrong with the chance that is left."""
+        rng = np.random.default_rng(int(request.request_id.rpartition("-")[2]))
+        right = self.right(request)
+        is_wrong = rng.random(len(right)) >= self._chance
+        return tuple(np.where(is_wrong, (right + 3) % self._vocab_size, right).tolist())
+
+
+@dataclass
+class Run:
+    """Tokens per second of one batch with one kind of drafts, each time it was measured, and what came of these."""
+
+    batch: int
+    chance: float | None
+    rates: list[float] = field(default_factory=list)
+    drafted: float = 0.0
+    accepted: float = 0.0
+    runs_with_drafts: int = 0
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
+
+
+class Loop:
+    """Drives an engine as `EngineLoop` does."""
+
+    def __init__(self, engine: Engine, vocab_size: int) -> None:
+        self._engine, self._vocab_size = engine, vocab_size
+        self._rng = np.random.default_rng(0)
+        self._count = 0
+
+    def measure(self, run: Run) -> None:
+        """Once more.
+
+        Raises:
+            RuntimeError: a token is not the one that the model must say.
+        """
+        engine, answers = self._engine, Answers(self._vocab_size, run.chance or 0.0)
+        config = SpeculationConfig(method="ngram", max_drafts=MAX_TOKENS - 1)
+        speculate_by(engine, None if run.chance is None else Knowing(answers.of, truth), config)
+        before, requests = engine.stats(), [self._add() for _ in range(run.batch)]
+        told: dict[str, list[int]] = {request.request_id: [] for request in requests}
+        self._step_until(told, WARM_UP_TOKENS)
+        first, begun_s = sum(map(len, told.values())), time.perf_counter()
+        self._step_until(told, WARM_UP_TOKENS + MEASURED_TOKENS)
+        run.rates.append((sum(map(len, told.values())) - first) / (time.perf_counter() - begun_s))
+        for request in requests:
+            engine.abort(request.request_id)
+            tokens = told[request.request_id]
+            if tokens != answers.right(request)[: len(tokens)].tolist():
+                raise RuntimeError(f"{request.request_id}: the model does not count: {tokens[:20]}")
+        while engine.has_work:
+            engine.step()
+        now = engine.stats()
+        run.drafted += now.drafted_tokens.total - before.drafted_tokens.total
+        run.accepted += now.accepted_tokens.total - before.accepted_tokens.total
+        run.runs_with_drafts += sum(now.drafted_tokens.counts) - sum(before.drafted_tokens.counts)
+
+    def _add(self) -> GenerateRequest:
+        self._count += 1
+        prompt = tuple(self._rng.integers(0, self._vocab_size, PROMPT_TOKENS).tolist())
+        request = GenerateRequest(f"r-{self._count}", prompt, SamplingParams(max_tokens=3000, temperature=0.0))
+        self._engine.add(request)
+        return request
+
+    def _step_until(self, told: dict[str, list[int]], num_tokens: int) -> None:
+        """Until so many tokens of each are told, on average."""
+        while sum(map(len, told.values())) < num_tokens * len(told) or not all(told.values()):
+            for event in self._engine.step():
+                if isinstance(event, TokenOutput):
+                    told[event.request_id] += event.token_ids
+
+
+def bound(costs: dict[int, float], chance: float) -> tuple[float, int]:
+    """The best speed-up that a fixed number of tokens per sequence and step brings, and that number."""
+    expected = {tokens: sum(chance**place for place in range(tokens)) for tokens in costs}
+    return max((expected[tokens] * costs[1] / costs[tokens], tokens) for tokens in costs)
+
+
+def measure_costs(engine: Engine, batches: list[int]) -> dict[int, dict[int, float]]:
+    """Seconds of a step, of each number of sequences and of tokens of each."""
+    print("| sequences | tokens of each | ms | of a step without drafts |\n|---|---|---|---|")
+    found: dict[int, dict[int, float]] = {}
+    for batch in batches:
+        own = found[batch] = {}
+        for tokens in range(1, MAX_TOKENS + 1):
+            if batch * tokens > 512:
+                break
+            own[tokens] = launch_s(engine, batch, tokens)
+            print(f"| {batch} | {tokens} | {own[tokens] * 1e3:.3f} | {own[tokens] / own[1]:.3f} |", flush=True)
+    return found
+
+
+def measure_speedups(
+    engine: Engine, vocab_size: int, costs: dict[int, dict[int, float]], chances: list[float], repeats: int
+) -> list[Run]:
+    """Of each number of sequences without drafts and with each kind of them."""
+    print("| sequences | right | tokens/s without | with | ratio | bound (at tokens) | of it | tried | right of them |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    loop, runs = Loop(engine, vocab_size), []
+    for batch, own in costs.items():
+        plain, guessed = Run(batch, None), [Run(batch, chance) for chance in chances]
+        for _ in range(repeats):
+            for run in (plain, *guessed):
+                loop.measure(run)
+        for run in guessed:
+            assert run.chance is not None
+            ratio, (most, tokens) = run.rate / plain.rate, bound(own, run.chance)
+            tried = run.drafted / run.runs_with_drafts if run.runs_with_drafts else 0.0
+            right = run.accepted / run.drafted if run.drafted else 0.0
+            print(
+                f"| {batch} | {run.chance:.0%} | {plain.rate:.0f} | {run.rate:.0f} | {ratio:.2f} "
+                f"| {most:.2f} ({tokens}) | {ratio / most:.0%} | {tried:.1f} | {right:.2f} |",
+                flush=True,
+            )
+        runs += [plain, *guessed]
+    return runs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-8b")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--chances", type=float, nargs="*", default=[0.6, 0.7, 0.8])
+    parser.add_argument("--repeats", type=int, default=2)
+    args = parser.parse_args()
+    shape = SHAPES[args.shape]
+    begun_s = time.perf_counter()
+    engine = build(shape, max(args.batches))
+    print(f"{torch.cuda.get_device_name()}, {args.shape}: ready in {time.perf_counter() - begun_s:.1f} s")
+    costs = measure_costs(engine, args.batches)
+    runs = measure_speedups(engine, shape.config().vocab_size, costs, args.chances, args.repeats)
+    report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "shape": args.shape}
+    print(json.dumps(report | {"command": sys.argv, "costs_s": costs, "runs": [asdict(run) for run in runs]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""A pipelined engine waits for tokens where that leads to drafts, and its answers are the same."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from deployments.engine.engine import Engine
+from deployments.engine.scheduling.run import ScheduledSequence
+from deployments.engine.scheduling.sequence import Role, Sequence
+from deployments.engine.speculation.patience import Patience
+from deployments.messages import GenerateRequest, SamplingParams
+from tests.engine.drafters import lies, mixture, truth, with_drafter
+from tests.engine.driving import Transcript, build_engine, generate, greedy, run
+from tests.engine.families import load, random_prompt
+from tests.engine.insides import is_in_flight
+
+NUM_TOKENS = 24
+PROMPTS = tuple(random_prompt(length, seed=length) for length in (1, 5, 8, 23, 40))
+
+
+def decode(*drafts: int) -> ScheduledSequence:
+    request = GenerateRequest("r", (1, 2), SamplingParams(max_tokens=9))
+    return ScheduledSequence.decode(Sequence(request, Role.LOCAL, 0.0), drafts)
+
+
+def test_each_wait_in_vain_makes_the_pause_longer_up_to_a_bound() -> None:
+    patience = Patience()
+    waits = [patience.waits_for([decode(), decode()]) for _ in range(60)]
+    assert [step for step, is_wait in enumerate(waits) if is_wait] == [0, 2, 6, 14, 30, 46]
+
+
+def test_a_step_with_drafts_is_waited_for_always_and_so_is_the_next_one() -> None:
+    patience = Patience()
+    for _ in range(20):
+        patience.waits_for([decode()])
+    assert patience.waits_for([decode(), decode(7)]) and patience.waits_for([decode(3)])
+    assert patience.waits_for([decode()]) and not patience.waits_for([decode()])
+
+
+def test_parts_of_prompts_are_not_waited_for_but_their_ends_are() -> None:
+    sequence = Sequence(GenerateRequest("p", (1, 2), SamplingParams(max_tokens=9)), Role.LOCAL, 0.0)
+    patience = Patience()
+    assert not patience.waits_for([decode(), ScheduledSequence.of(sequence, 1)])
+    assert patience.waits_for([decode(), ScheduledSequence.of(sequence, 2)]), "and it is as patient as before"
+
+
+def build(answer: Callable[[Sequence], tuple[int, ...]], lies: Callable[[int], bool], **overrides: Any) -> Engine:
+    engine = build_engine(load("llama"), is_pipelined=True, speculation={"method": "ngram"}, **overrides)
+    return with_drafter(engine, answer, lies)
+
+
+def requests() -> list[GenerateRequest]:
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.8, seed=2, stop_token_ids=(3,))
+    drawn = [GenerateRequest(f"d{number}", prompt, sampling) for number, prompt in enumerate(PROMPTS)]
+    return [*drawn, *(greedy(f"g{number}", prompt, NUM_TOKENS) for number, prompt in enumerate(PROMPTS))]
+
+
+@pytest.mark.parametrize("lies", [truth, lies, mixture])
+@pytest.mark.parametrize("overrides", [{}, {"num_blocks": 19, "enable_prefix_caching": False}], ids=["", "tight"])
+def test_answers_are_the_same(lies: Callable[[int], bool], overrides: dict[str, object]) -> None:
+    plain = generate(build_engine(load("llama")), requests())
+    answers = dict(zip([request.request_id for request in requests()], plain, strict=True))
+    engine = build(lambda sequence: answers[sequence.request_id], lies, **overrides)
+    assert generate(engine, requests()) == plain
+    assert engine.stats().drafted_tokens.total
+    assert not overrides or engine.stats().preemptions
+
+
+def test_right_guesses_save_steps() -> None:
+    answers = dict(zip(PROMPTS, generate(build_engine(load("llama")), greedy_requests()), strict=True))
+    engine = build(lambda sequence: answers[sequence.request.prompt_token_ids], truth, max_num_seqs=8)
+    generate(engine, greedy_requests())
+    assert engine.stats().steps <= 4 + NUM_TOKENS / 9 + 1
+
+
+def greedy_requests() -> list[GenerateRequest]:
+    return [greedy(f"g{number}", prompt, NUM_TOKENS) for number, prompt in enumerate(PROMPTS)]
+
+
+def test_where_nothing_is_guessed_steps_overlap_as_without_drafts() -> None:
+    engine, transcript = build(lambda sequence: (), truth), Transcript()
+    engine.add(greedy("r", PROMPTS[1], 60))
+    num_steps = num_waits = 0
+    while engine.has_work:
+        events = engine.begin_step()
+        num_steps, num_waits = num_steps + 1, num_waits + (not is_in_flight(engine))
+        transcript.note([*events, *engine.finish_step()])
+    assert num_waits <= 2 + 6, f"{num_waits} of {num_steps} steps began behind a wait"
+    assert len(run(engine, transcript).tokens["r"]) == 60
