@@ -85,6 +85,23 @@ class OverloadedError(KvRelayError):
         return self.message
 
 
+class StartingError(KvRelayError):
+    """Not served, since nobody is there who could, and whoever is being started did not come in time.
+
+    Args:
+        message: names what is being started, and the bound.
+        retry_after_s: when the same request could succeed, by what a start took before.
+    """
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s)
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
+
+
 class SlowReaderError(KvRelayError):
     """The client did not read its tokens; the message gives the bound."""
 

@@ -18,6 +18,7 @@ from deployments.errors import (
     OverloadedError,
     RequestTooLargeError,
     SlowReaderError,
+    StartingError,
     TransferError,
 )
 
@@ -116,6 +117,14 @@ def failure_of(error: Exception) -> Failure:
             return Failure(HTTPStatus.REQUEST_TIMEOUT, str(error), code="client_too_slow")
         case EngineDeadError() | TransferError():
             return Failure(HTTPStatus.SERVICE_UNAVAILABLE, str(error), "server_error", code="engine_unavailable")
+        case StartingError():
+            return Failure(
+                HTTPStatus.SERVICE_UNAVAILABLE,
+                str(error),
+                "server_error",
+                code="engine_starting",
+                retry_after_s=error.retry_after_s,
+            )
         case HTTPException():
             return Failure(HTTPStatus(error.status_code), error.detail)
     return Failure(HTTPStatus.INTERNAL_SERVER_ERROR, "internal error", "server_error", code="internal_error")
