@@ -131,6 +131,20 @@ def unless_decode_can(need: Need, prompts: Prompts) -> Need:
     )
 
 
+def unless_idle(need: Need, answers: Answers, num_starting: int, num_flipped: int) -> Need:
+    """What answers need, where there may be no engine for them: none while nobody is there, nor came a moment ago.
+
+    That is no forecast: what comes next is held until an engine has started, and what was needed is kept for a while.
+    One that is starting is awaited: an ingress may wait for it, and to give it up and begin anew would help nobody.
+    """
+    if num_flipped or not answers.is_idle:
+        why = f"{answers.num_held} requests are held until an engine is there; " * bool(answers.num_held)
+        return replace(need, why=why + need.why)
+    if num_starting:
+        return Need(1.0, 1.0, 0.0, "nobody is there, but an engine is starting")
+    return Need(0.0, 0.0, 0.0, "nobody is there, and nobody comes")
+
+
 def need_of_answers(
     answers: Answers, seen: PoolSeen, num_starting: int, settings: PlannerSettings, *, awaits_prefill: bool = False
 ) -> Need:
@@ -165,7 +179,8 @@ def need_of_answers(
     num_held_up = answers.num_for_prefill if awaits_prefill else 0
     num_open = answers.num_running + answers.num_waiting - num_held_up
     num_open += 0 if awaits_prefill else answers.num_reserved
-    waiting = _open_after(num_open, requests.now * answer_s, answer_s, seen.start_s) / batch
+    start_s = seen.start_s if seen.num_ready else 0.0  # nobody ends while there is no engine
+    waiting = _open_after(num_open, requests.now * answer_s, answer_s, start_s) / batch
     burst = max(own.burst, running, waiting if answers.num_waiting > num_held_up else 0.0)
     why = (
         f"{requests.now:.2f} requests/s ({requests.slow:.2f} over a while) of {answers.output_tokens:.0f} tokens, "
@@ -192,7 +207,9 @@ def _careful(rate: Rate) -> float:
 
 def _burst(queued_s: float, work: float, seen: PoolSeen, num_starting: int, bound_s: float) -> float:
     """Engines so that what waits is done in time, once another has started; 0: it will be done before."""
-    num_ready = max(1, seen.num_ready)
+    if not seen.num_ready:  # nobody computes anything until they start, however many
+        return work + queued_s / (bound_s + seen.start_s)
+    num_ready = seen.num_ready
     left_s = queued_s - max(0.0, num_ready + num_starting - work) * seen.start_s
     return work + left_s / (bound_s + seen.start_s) if left_s > 0 else 0.0
 

@@ -80,6 +80,8 @@ class Answers:
         max_seqs: seats of an engine.
         kv_use: share of the KV pool that those with a seat hold.
         num_reserved: sequences that have a seat, and wait for their prompts to come from the prefill pool.
+        num_new: requests that came since the observation before.
+        num_held: of those that wait, that ingresses hold until there is an engine.
     """
 
     requests: Rate = field(default_factory=Rate)
@@ -91,6 +93,13 @@ class Answers:
     max_seqs: int = 1
     kv_use: float = 0.0
     num_reserved: int = 0
+    num_new: int = 0
+    num_held: int = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Nobody is there, or was a moment ago."""
+        return not (self.num_running or self.num_waiting or self.num_reserved or self.num_new)
 
 
 @dataclass(frozen=True, slots=True)

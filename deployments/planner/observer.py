@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 
 from deployments.engine.stats import EngineStats
 from deployments.load.decode_steps import decode_steps_between
+from deployments.load.held import Held
 from deployments.load.outlook import PoolReadings
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.planner.flow import Flow
 from deployments.planner.gap_learner import GapLearner
 from deployments.planner.observation import Answers, Observation, PoolSeen, Prompts
 from deployments.planner.settings import PlannerSettings
-from deployments.planner.windows import MeanLength, QueueAge, Share, TailWindow
+from deployments.planner.windows import HandedOn, MeanLength, QueueAge, Share, TailWindow
 
 _OUTPUT_HALF_LIFE = 64.0  # finished requests
 # What answers are taken to have before any has ended, as firmly as if so many had.
@@ -33,6 +34,8 @@ _COLD_S, _COLD_STEPS, _COLD_BUSY_S = 10.0, 20, 5.0
 _NUM_STARTS = 5
 # One that has not come after so many times that is not waited for.
 _LATE_STARTS = 2.0
+# What ingresses held engines have told of by then: both tell once a second, and a first step may take a while.
+_HANDED_ON_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +109,8 @@ class _Pool:
         self._misses = Share(_MISS_HALF_LIFE)
         self._per_request = Share(_PROMPT_HALF_LIFE)
         self._queue = QueueAge()
-        self._came = self.queued = self._seatless = self._of_others = self._oldest_s = 0.0
+        self._handed_on = HandedOn(_HANDED_ON_S)
+        self._came = self.queued = self._held = self._seatless = self._of_others = self._oldest_s = 0.0
 
     def take(self, engines: Mapping[str, EngineStats], as_of_s: float, at_s: float) -> list[_Progress]:
         """A reading: what it says of costs is learned."""
@@ -115,12 +119,12 @@ class _Pool:
         self.costs.update(warm, as_of_s)
         return progress
 
-    def count_prompts(self, computed: int, found: int, queued: int) -> float:
-        """Prompt tokens that came since the last reading, by those computed, found, and waiting now."""
+    def count_prompts(self, computed: int, found: int, queued: int, at_s: float, held: int = 0) -> float:
+        """Prompt tokens that came since the last reading, by those computed, found, waiting now, and held for engines."""
         self._misses.add(computed, computed + found)
-        came = max(0.0, computed + found + queued - self.queued)
-        self.queued = float(queued)
-        return came
+        at_engines = max(0.0, computed + found + queued - self.queued)
+        self.queued, self._held = float(queued), float(held)
+        return self._handed_on.came(held, at_engines, at_s)
 
     def take_prompts(
         self, came: float, requests: "_Came", elapsed_s: float, at_s: float, seatless: int = 0, of_others: float = 0.0
@@ -131,7 +135,7 @@ class _Pool:
         self._per_request.add(came, requests.seen)
         self._tokens.add(came + requests.refused * self._per_request.value(0.0), elapsed_s)
         self._came += came
-        self._oldest_s = self._queue.age(self._came, self._came - self.queued, at_s)
+        self._oldest_s = self._queue.age(self._came, self._came - self.queued - self._held, at_s)
 
     def queued_here(self) -> int:
         """Prompt tokens that wait for engines of this pool, in it."""
@@ -144,7 +148,7 @@ class _Pool:
         return Prompts(
             self._tokens.rate,
             self._misses.value(1.0),
-            self.queued - self._of_others,
+            self.queued + self._held - self._of_others,
             self._seatless,
             self._oldest_s,
             token_s,
@@ -174,6 +178,9 @@ class Observer:
         self._output = MeanLength(_OUTPUT_BELIEVED, _OUTPUT_WEIGHT, _OUTPUT_HALF_LIFE)
         self._requests = Flow(max(1.0, settings.ttft_s))
         self._decode_share = Share(_MISS_HALF_LIFE)  # of prompt tokens, with enough prefill replicas
+        self._handed_on = HandedOn(_HANDED_ON_S)
+        self._held, self._num_new = Held(), 0
+        self._max_seqs = 1  # seats of an engine; as was seen last, for it is asked for while there is none
         self._at_s = -math.inf
 
     def note_asked(self, pool: str, num_more: int, at_s: float) -> None:
@@ -181,6 +188,10 @@ class Observer:
         asked = self._decode if pool == DECODE else self._prefill
         if asked is not None:
             asked.replicas.note_asked(num_more, at_s)
+
+    def note_held(self, held: Held) -> None:
+        """What ingresses hold now, since there is no decode engine."""
+        self._held = held
 
     def observe(self, reading: Reading, at_s: float, num_refused: int = 0) -> Observation:
         """Take a reading.
@@ -194,23 +205,25 @@ class Observer:
         self._at_s = at_s
         self._adopt(reading)
         progress = self._decode.take(reading.pools[DECODE], reading.as_of_s, at_s)
-        requests = _Came(max(0, sum(_num_seen(p.now) - _num_seen(p.before) for p in progress)), num_refused)
-        self._requests.add(requests.seen + requests.refused if elapsed_s > 0 else 0, elapsed_s)
+        at_engines = max(0, sum(_num_seen(p.now) - _num_seen(p.before) for p in progress))
+        requests = _Came(round(self._handed_on.came(self._held.count, at_engines, at_s)), num_refused)
+        self._num_new = requests.seen + requests.refused
+        self._requests.add(self._num_new if elapsed_s > 0 else 0, elapsed_s)
         self._learn_answers(progress, elapsed_s)
         computed, found = _computed(progress)
         queued = self._decode.queued_here()
         if self._prefill is None:
-            came = self._decode.count_prompts(computed, found, queued)
+            came = self._decode.count_prompts(computed, found, queued, at_s, self._held.tokens)
             self._decode.take_prompts(came, requests, elapsed_s, at_s)
             return Observation(at_s, self._see_decode())
         if reading.pools[PREFILL]:
-            here = self._decode.count_prompts(computed, 0, queued)
+            here = self._decode.count_prompts(computed, 0, queued, at_s)
             self._take_prompts(self._prefill, reading, here, requests, elapsed_s, at_s)
         else:
             # Decode computes them all; what they would keep busy is prefill's to tell.
-            self._decode.take_prompts(self._decode.count_prompts(0, 0, 0), requests, elapsed_s, at_s)
+            self._decode.take_prompts(self._decode.count_prompts(0, 0, 0, at_s), requests, elapsed_s, at_s)
             self._prefill.take({}, reading.as_of_s, at_s)
-            came = self._prefill.count_prompts(computed, found, queued)
+            came = self._prefill.count_prompts(computed, found, queued, at_s, self._held.tokens)
             self._prefill.take_prompts(came, requests, elapsed_s, at_s)
         return Observation(at_s, self._see_decode(), self._see_prefill(self._prefill))
 
@@ -260,7 +273,7 @@ class Observer:
             if p.is_warm:
                 pool.tail.add(p.now.ttft_s, p.before.ttft_s)
         remote = sum(stats.num_remote_prompt_tokens for stats in self._decode.replicas.stats.values())
-        there = pool.count_prompts(*_computed(progress), pool.queued_here() + remote)
+        there = pool.count_prompts(*_computed(progress), pool.queued_here() + remote, at_s, self._held.tokens)
         taken_over = waiting = 0.0
         if pool.replicas.are_starting(at_s):
             share = self._decode_share.value(1.0)
@@ -277,17 +290,20 @@ class Observer:
         num_reserved = sum(engine.num_reserved for engine in engines)
         kv_tokens = sum(engine.num_used_blocks * engine.block_size for engine in engines)
         token_s = pool.prompts.token_s or (self._prefill.prompts.token_s if self._prefill is not None else 0.0)
+        self._max_seqs = max((engine.max_num_seqs for engine in engines), default=self._max_seqs)
         gaps = self._gaps.curve(token_s, kv_tokens / max(1, num_running + num_reserved))
         answers = Answers(
             self._requests.rate,
             self._output.value,
             gaps,
             num_running,
-            sum(engine.num_waiting for engine in engines),
+            sum(engine.num_waiting for engine in engines) + self._held.count,
             sum(map(_num_for_prefill, engines)),
-            max([1, *(engine.max_num_seqs for engine in engines)]),
+            self._max_seqs,
             _used_share(engines),
             num_reserved,
+            self._num_new,
+            self._held.count,
         )
         return PoolSeen(len(engines), pool.replicas.start_s, pool.prompts, answers, pool.tail.value)
 

@@ -20,6 +20,7 @@ from deployments.planner.need import (
     need_of_answers,
     need_of_prompts,
     unless_decode_can,
+    unless_idle,
 )
 from deployments.planner.observation import Observation, PoolSeen, Tail
 from deployments.planner.settings import PlannerSettings
@@ -91,9 +92,11 @@ def plan(
     """
     decode_bounds, prefill_bounds = bounds
     lent, memory = seen.num_flipped, memory.with_roles(seen.num_flipped)
-    decode, decode_memory = _wish_decode(seen, decode_bounds.shifted(-lent), settings, memory.decode)
+    may_lack = decode_bounds.least == 0
+    decode, decode_memory = _wish_decode(seen, decode_bounds.shifted(-lent), settings, memory.decode, may_lack=may_lack)
     if seen.prefill is None or prefill_bounds is None:
         chosen, _ = _share(decode, None, settings.max_cost or math.inf)
+        chosen = decode_bounds.by_way_of_one(chosen)
         alone = _settle(decode_memory, decode, chosen, seen.at_s)
         return Plan(chosen, 0, _describe("decode", decode, chosen)), replace(memory, decode=alone)
     own_bounds = prefill_bounds.shifted(lent)
@@ -128,13 +131,13 @@ def _deployed(
     working: tuple[int, int], flipped: int, bounds: tuple[Bounds, Bounds], settings: PlannerSettings
 ) -> tuple[int, int]:
     """Replicas of both deployments, decode's first, of which so many do the work of each pool."""
-    decode = bounds[0].clamp(working[0] + flipped)
+    decode = bounds[0].by_way_of_one(bounds[0].clamp(working[0] + flipped))
     prefill = working[1] - flipped
     if settings.max_cost:  # one that starts in the place of one that goes back may cost more
         prefill = min(
             prefill, math.floor((settings.max_cost - decode * settings.decode_cost) / settings.prefill_cost + 1e-9)
         )
-    return decode, bounds[1].clamp(prefill)
+    return decode, bounds[1].by_way_of_one(bounds[1].clamp(prefill))
 
 
 def _short_since(seen: Observation, prefill: _Wish, memory: Memory) -> float | None:
@@ -167,13 +170,15 @@ def _flip(
 
 
 def _wish_decode(
-    seen: Observation, bounds: Bounds, settings: PlannerSettings, memory: PoolMemory
+    seen: Observation, bounds: Bounds, settings: PlannerSettings, memory: PoolMemory, *, may_lack: bool
 ) -> tuple[_Wish, PoolMemory]:
     pool, answers = seen.decode, seen.decode.answers
     assert answers is not None, "decode generates"
     prefill, num_starting = seen.prefill, max(0, bounds.target - pool.num_ready)
     awaits = prefill is not None and prefill.num_ready > 0 and is_behind(prefill.prompts, prefill.num_ready, settings)
     need = need_of_answers(answers, pool, num_starting, settings, awaits_prefill=awaits)
+    if may_lack:
+        need = unless_idle(need, answers, num_starting, seen.num_flipped)
     return _wish(pool, seen.at_s, need, bounds, settings, settings.decode_cost, memory)
 
 
@@ -251,10 +256,11 @@ def _remember(
 
 
 def _share(decode: _Wish, prefill: _Wish | None, budget: float) -> tuple[int, int]:
-    """What both get of the budget, decode's first."""
+    """What both get of the budget, decode's first; of that one at least where any is needed: else nothing is served."""
+    least = max(decode.bounds.least, min(1, decode.count))
     if prefill is None:
         affordable = math.inf if budget == math.inf else math.floor(budget / decode.cost + 1e-9)
-        return max(decode.bounds.least, min(decode.count, int(min(affordable, decode.count)))), 0
+        return max(least, min(decode.count, int(min(affordable, decode.count)))), 0
     if decode.count * decode.cost + prefill.count * prefill.cost <= budget + 1e-9:
         return decode.count, prefill.count
 
@@ -266,10 +272,10 @@ def _share(decode: _Wish, prefill: _Wish | None, budget: float) -> tuple[int, in
         both = part(decode, split[0]), part(prefill, split[1])
         return min(both), max(both)
 
-    splits = [(decode.bounds.least, prefill.bounds.least)]
+    splits = [(least, prefill.bounds.least)]
     for num_prefill in range(prefill.bounds.least, prefill.count + 1):
         left = math.floor((budget - num_prefill * prefill.cost) / decode.cost + 1e-9)
-        if (num_decode := min(decode.count, left)) >= decode.bounds.least:
+        if (num_decode := min(decode.count, left)) >= least:
             splits.append((num_decode, num_prefill))
     best = max(splits, key=parts)
     now = decode.bounds.target, prefill.bounds.target

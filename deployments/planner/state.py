@@ -22,6 +22,10 @@ class Bounds:
         """Of those that do a pool's work, where so many more do than its deployment has; one decode replica remains."""
         return Bounds(max(self.least + count, min(self.least, 1)), self.most + count, self.target + count)
 
+    def by_way_of_one(self, count: int) -> int:
+        """As Ray Serve goes to none: first to one."""
+        return max(count, min(1, self.target - 1))
+
     def clamp(self, count: int) -> int:
         """The nearest that is allowed."""
         return min(max(count, self.least), self.most)

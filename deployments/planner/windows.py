@@ -142,3 +142,38 @@ class QueueAge:
         while len(self._came) > 1 and self._came[1][0] <= left:
             self._came.popleft()
         return at_s - self._came[1][1] if len(self._came) > 1 and came > left else 0.0
+
+
+class HandedOn:
+    """What ingresses held goes on to engines, and has come once. Both tell of it, up to some seconds apart.
+
+    What is not held any more and no engine tells of soon has left.
+
+    Args:
+        within_s: engines tell of it within so long.
+    """
+
+    def __init__(self, within_s: float) -> None:
+        self._within_s = within_s
+        self._held = 0
+        self._gone: deque[tuple[float, float]] = deque()  # when, and how much of it no engine has told of
+        self._early = 0.0  # of what is held, that an engine has told of
+
+    def came(self, held: int, at_engines: float, at_s: float) -> float:
+        """How much has come since the last time: so much is held now, and so much is new at engines."""
+        more, self._held = held - self._held, held
+        if more < 0:
+            known = min(-more, self._early)
+            self._early -= known
+            self._gone.append((at_s, -more - known))
+        while self._gone and at_s - self._gone[0][0] > self._within_s:
+            self._gone.popleft()
+        while self._gone and at_engines > 0:
+            since_s, left = self._gone.popleft()
+            known = min(left, at_engines)
+            at_engines -= known
+            if left > known:
+                self._gone.appendleft((since_s, left - known))
+        early = min(at_engines, max(0.0, held - max(0, more) - self._early))
+        self._early += early
+        return max(0, more) + at_engines - early
