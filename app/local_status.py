@@ -142,7 +142,8 @@ def _headline(document: Json) -> Text:
     is_ok = health["status"] == "ok"
     text = Text(f"{document['model']}  ", style="bold")
     text.append(f"{document['mode']}, kvrelay {document['version']}  ", style="dim")
-    return text.append("serving" if is_ok else f"cannot serve: {health['reason']}", "green" if is_ok else "bold red")
+    words = ": ".join(filter(None, ["serving" if is_ok else "cannot serve", health["reason"]]))
+    return text.append(words, "green" if is_ok else "bold red")
 
 
 def _figures(document: Json) -> Table:

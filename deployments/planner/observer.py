@@ -120,7 +120,7 @@ class _Pool:
         return progress
 
     def count_prompts(self, computed: int, found: int, queued: int, at_s: float, held: int = 0) -> float:
-        """Prompt tokens that came since the last reading, by those computed, found, waiting now, and held for engines."""
+        """Prompt tokens that came since the last reading, by those computed, found, waiting now, and held."""
         self._misses.add(computed, computed + found)
         at_engines = max(0.0, computed + found + queued - self.queued)
         self.queued, self._held = float(queued), float(held)

@@ -54,6 +54,7 @@ class ServiceState:
         num_ingresses: replicas of the ingress that there are.
         is_planned: the planner is on.
         decisions: of the planner, the last one at the end.
+        may_sleep: there may be no decode replica until a request comes.
     """
 
     model: str
@@ -64,6 +65,7 @@ class ServiceState:
     num_ingresses: int = 1
     is_planned: bool = False
     decisions: Sequence[Decision] = ()
+    may_sleep: bool = False
 
 
 def describe(state: ServiceState, history: History, others: Sequence[ClientHistory], now_s: float) -> Json:
@@ -87,7 +89,10 @@ def describe(state: ServiceState, history: History, others: Sequence[ClientHisto
         "model": state.model,
         "mode": state.mode,
         "version": state.version,
-        "health": {"status": "ok" if is_serving else "unavailable", "reason": "" if is_serving else reason},
+        "health": {
+            "status": "ok" if is_serving else "unavailable",
+            "reason": _sleep(state, history) if is_serving else reason,
+        },
         "ingresses": {"asked": max(state.num_ingresses, 1 + len(others)), "answered": 1 + len(others)},
         "window_s": seconds,
         "pools": {pool: _pool(pool, history, state, now_s) for pool in _pools_of(state)},
@@ -103,6 +108,14 @@ def describe(state: ServiceState, history: History, others: Sequence[ClientHisto
         "events": [asdict(event) for event in history.events],
         "history": _curves(history, clients, _pools_of(state), now_s),
     }
+
+
+def _sleep(state: ServiceState, history: History) -> str:
+    """What there is to say of a service that can serve, and has nobody yet who does; else nothing."""
+    if not state.may_sleep or history.replicas.get(DECODE, True):
+        return ""
+    is_starting = bool(state.states.get(DECODE, {}).get("STARTING"))
+    return "a decode replica is starting" if is_starting else "no decode replica runs, the next request starts one"
 
 
 def _merged_clients(parts: Iterable[ClientHistory]) -> dict[int, ClientSlot]:

@@ -87,6 +87,15 @@ def test_what_a_service_does_is_told_in_words_and_numbers() -> None:
     assert any(line.startswith("planner, ") and line.endswith("decode 2. tokens come too late") for line in lines)
 
 
+def test_a_service_that_sleeps_is_said_to_serve_and_to_have_nobody_yet() -> None:
+    shown = json.loads(document())
+    shown["health"] = {"status": "ok", "reason": "no decode replica runs, the next request starts one"}
+    with answering(json.dumps(shown).encode()) as url:
+        told = status("--url", url, key=KEY)
+    (line, *_) = told.stdout.splitlines()
+    assert line.split("  ")[-1].strip() == "serving: no decode replica runs, the next request starts one"
+
+
 def test_nothing_is_cut_off_in_a_pipe_of_80_columns() -> None:
     shown = json.loads(document())
     shown["pools"]["decode"]["states"] = {"RUNNING": 12, "STARTING": 3, "STOPPING": 2}

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -85,6 +86,20 @@ def test_replicas_are_busy_silent_or_gone():
         for replica in pool["replicas"]
     }
     assert states == {"p": ("busy", 0.0), "d": ("silent", SILENT_S + 9.0), "e": ("gone", 0.0)}
+
+
+def test_a_service_that_may_sleep_says_whether_it_does_and_whether_it_wakes():
+    service, asleep = Service(), replace(STATE, may_sleep=True)
+    assert told(service, asleep)["health"]["reason"] == "", "nothing was read"
+    service.run(1)
+    asleep_health = {"status": "ok", "reason": "no decode replica runs, the next request starts one"}
+    assert told(service, asleep)["health"] == asleep_health
+    waking = replace(asleep, states={DECODE: {"STARTING": 1}})
+    assert told(service, waking)["health"] == {"status": "ok", "reason": "a decode replica is starting"}
+    assert told(service)["health"]["reason"] == "", "this one may not"
+    service.start(DECODE, "d")
+    service.run(1)
+    assert told(service, waking)["health"] == {"status": "ok", "reason": ""}
 
 
 def test_what_nobody_has_read_for_long_counts_as_silence():

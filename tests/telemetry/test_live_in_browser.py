@@ -119,6 +119,19 @@ async def test_a_long_reason_is_told_in_short_and_whole_where_one_points() -> No
         await expect(status).to_have_attribute("title", f"Cannot serve: {reason}")
 
 
+async def test_a_service_that_sleeps_serves_and_says_so_though_its_last_replica_is_gone() -> None:
+    complaints: list[str] = []
+    sleeper = service()
+    sleeper.engines = {PREFILL: {}, DECODE: {}}
+    sleeper.run(1)
+    app = build_app(backend(sleeper, ServiceState("m", "disaggregated", "1", may_sleep=True)), build_codec(), INFO)
+    async with serving(app) as url, page_of(url, complaints) as page:
+        status = page.locator("#status")
+        await expect(status).to_have_text("Serving: no decode replica runs, the next request starts one")
+        await expect(status).to_have_class("status good")
+    assert complaints == []
+
+
 async def test_what_a_model_says_is_text_and_nothing_else() -> None:
     complaints: list[str] = []
     app = build_app(backend(service(), ServiceState(EVIL, "disaggregated", "1")), build_codec(), INFO)

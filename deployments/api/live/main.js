@@ -62,6 +62,7 @@ function sayStatus(live) {
   const lost = Object.entries(live.pools).flatMap(([pool, { replicas }]) => replicas.filter(({ state }) => state === "silent" || state === "gone").map((replica) => ({ pool, ...replica })));
   const [worst] = lost;
   if (live.health.status !== "ok") return mark("bad", `Cannot serve: ${live.health.reason}`);
+  if (live.health.reason) return mark("good", `Serving: ${live.health.reason}`);
   if (worst) return mark("warn", `${worst.pool} replica ${worst.state === "gone" ? "is gone" : `silent for ${lasting(worst.since_s)}`}`);
   mark("good", "Serving");
 }
