@@ -16,10 +16,11 @@ from ray.serve.config import RequestRouterConfig
 
 from app.arguments import ConfigError, describe_errors, list_arguments, unflatten
 from app.deployment_config import FRONT_NUM_CPUS, HEALTH_CHECK_TIMEOUT_S, EngineSettings, IngressConfig, PoolConfig
-from app.scaling import planned_pool, telling_ingress
+from app.scaling import TELL_SPAN_S, planned_pool, telling_ingress
 from deployments.engine.config import EngineConfig
 from deployments.kv_tier.settings import TierSettings
 from deployments.load.admission import Bounds
+from deployments.load.held import HoldBounds
 from deployments.planner.settings import PlannerSettings
 from deployments.routing.crossover import default_tokens
 from deployments.routing.settings import RoutingSettings
@@ -88,9 +89,7 @@ class AppConfig(BaseModel):
 
     def _check_pools(self) -> None:
         if self.decode.min_replicas == 0:
-            raise ConfigError(
-                "decode.min_replicas=0: must be at least 1, for without a decode replica nothing is served"
-            )
+            self._check_woken("decode")
         if self.tier.is_on and not self.engine_config("decode").enable_prefix_caching:
             raise ConfigError("tier.max_bytes: with engine.enable_prefix_caching=false nothing fetches from the tier")
         if self.mode == "colocated":
@@ -115,11 +114,24 @@ class AppConfig(BaseModel):
                     f"to the other, so both must be the same; set engine.{name}"
                 )
 
-    def _check_no_prefill(self) -> None:
-        """Refuse that there may be no prefill replica where nobody would start one, or ask for one in vain."""
+    def _check_woken(self, pool: Pool) -> None:
+        """Refuse that a pool may have no replica where nobody would start one."""
         needs = {
             "planner.enabled=true, for Ray Serve starts none that nobody asks for": self.planner.enabled,
             "planner.dry_run=false, likewise": not self.planner.dry_run,
+            # Serve starts a replica for what has waited in that time, though it does so no more.
+            f"planner.hold_s of more than {TELL_SPAN_S:g}, for which Ray Serve remembers calls": (
+                self.planner.hold_s > TELL_SPAN_S
+            ),
+        }
+        for need, is_so in needs.items():
+            if not is_so:
+                raise ConfigError(f"{pool}.min_replicas=0: needs {need}")
+
+    def _check_no_prefill(self) -> None:
+        """Refuse that there may be no prefill replica where nobody would start one, or ask for one in vain."""
+        self._check_woken("prefill")
+        needs = {
             "routing.by_prefix=true, for whoever sends prompts must know that there is none": self.routing.by_prefix,
             "parity_check=false, for there may be none to compare tokens with": not self.parity_check,
         }
@@ -150,13 +162,19 @@ class AppConfig(BaseModel):
         least = None if self.mode == "colocated" else default_tokens(self.min_remote_prefill_tokens)
         return Bounds(self.ingress.max_ttft_s, self.ingress.max_queued_tokens, least)
 
+    def hold_bounds(self) -> HoldBounds | None:
+        """Return what bounds requests that wait for a decode replica; None: there always is one."""
+        if self.decode.min_replicas:
+            return None
+        return HoldBounds(self.decode.max_queued_requests, self.ingress.max_start_s)
+
     def deployment_options(self, deployment: Pool | Literal["ingress"]) -> dict[str, Any]:
         """Return the options of one deployment, as `Deployment.options` takes them."""
         is_colocated = self.mode == "colocated"
         if deployment == "ingress":
             options = self.ingress.deployment_options()
             if self.planner.enabled:
-                told = telling_ingress(is_colocated, self.planner)
+                told = telling_ingress(is_colocated, self.planner, holds=self.decode.min_replicas == 0)
                 options["autoscaling_config"] = told | options["autoscaling_config"]
             return options
         check_s = max(HEALTH_CHECK_TIMEOUT_S, self.engine_config(deployment).max_silence_s + HEALTH_CHECK_SPARE_S)
@@ -165,6 +183,8 @@ class AppConfig(BaseModel):
         options = self.pool(deployment).deployment_options() | special
         if self.planner.enabled:
             options["autoscaling_config"] |= planned_pool(deployment, is_colocated, self.planner)
+        if deployment == "decode" and self.decode.min_replicas == 0 and self.decode.initial_replicas is None:
+            options["autoscaling_config"]["initial_replicas"] = 1  # an ingress learns from it what is served
         return options
 
     def _check_flip(self) -> None:
@@ -200,6 +220,10 @@ class AppConfig(BaseModel):
         least = sum(self.pool(pool).min_replicas * costs[pool] for pool in pools)
         if 0 < self.planner.max_cost < least:
             raise ConfigError(f"planner.max_cost={self.planner.max_cost:g}: the pools' min_replicas cost {least:g}")
+        awake = least if self.decode.min_replicas else least + costs["decode"]
+        if 0 < self.planner.max_cost < awake:
+            message = f"one decode replica, which it takes to serve anything, and prefill.min_replicas cost {awake:g}"
+            raise ConfigError(f"planner.max_cost={self.planner.max_cost:g}: {message}")
 
     def metrics_plan(self) -> MetricsPlan:
         """Return what each replica is told of metrics."""

@@ -56,8 +56,8 @@ class ReplicaConfig(BaseModel):
     """How many replicas a deployment has and where they run.
 
     Attributes:
-        min_replicas: replicas kept at all times; at least 1, but of prefill, of which the planner may need none.
-        initial_replicas: replicas at the start; else `min_replicas`.
+        min_replicas: replicas kept at all times; 0, where the planner starts them: of prefill and decode.
+        initial_replicas: replicas at the start; else `min_replicas`, but of decode at least 1.
         max_replicas: replicas at most.
         autoscaling_config: other fields of Ray Serve's AutoscalingConfig, such as `upscale_delay_s`.
         max_ongoing_requests: requests that one replica takes at once, running and waiting.
@@ -130,6 +130,8 @@ class IngressConfig(ReplicaConfig):
         max_request_bytes: largest body of a request; a larger one is refused.
         max_unread_tokens: tokens kept for a client that does not read; with more its request is ended.
         resume_timeout_s: seconds without a new token after which a request whose decode replica was lost fails.
+        max_start_s: where `decode.min_replicas=0`, a request that has waited so many seconds for a decode replica to
+            start is refused with 503.
         max_ttft_s: a request is refused with 429 if its first token is estimated to take more seconds than its priority
             may use of this: 100% high, 80% normal, 50% low.
         max_queued_tokens: the same for prompt tokens that wait, per engine that computes prompts.
@@ -149,6 +151,7 @@ class IngressConfig(ReplicaConfig):
     max_request_bytes: int = Field(default=MAX_BODY_BYTES, ge=1)
     max_unread_tokens: int = Field(default=8192, ge=1)
     resume_timeout_s: float = Field(default=60.0, gt=0)
+    max_start_s: float = Field(default=600.0, gt=0)
     max_ttft_s: float = Field(default=60.0, gt=0)
     max_queued_tokens: int = Field(default=1_000_000, ge=1)
     api_keys: Annotated[str, AfterValidator(check_source)] | None = None

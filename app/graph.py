@@ -58,6 +58,7 @@ def ingress_settings(args: AppConfig) -> IngressSettings:
         traces=args.ingress.traces,
         metrics=args.metrics_plan(),
         tells_planner=args.planner.enabled,
+        hold=args.hold_bounds(),
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from deployments.errors import EngineDeadError, OverloadedError, TransferError, brief, was_cancelled
+from deployments.load.held import HeldRequests
 from deployments.messages import GenerateRequest, resumed_id
 from deployments.ray_errors import as_ours
 from deployments.receipt_log import ReceiptLog
@@ -45,6 +46,7 @@ class DecodeClient:
         resume_timeout_s: a request that was lost and has had no new token for so long fails.
         on_resume: called for each time that a request is resumed.
         routers: choose the replicas.
+        held: has requests wait while there is no replica; None: there is always one.
     """
 
     def __init__(
@@ -54,12 +56,14 @@ class DecodeClient:
         resume_timeout_s: float,
         on_resume: Callable[[], None],
         routers: PoolRouters,
+        held: HeldRequests | None = None,
     ) -> None:
         self._decode = decode
         self._tokens = tokens
         self._resume_timeout_s = resume_timeout_s
         self._on_resume = on_resume
         self._routers = routers
+        self._held = held
 
     async def serve(self, request: GenerateRequest, stream: TokenStream, log: ReceiptLog | None = None) -> None:
         """Have a request served until its last token is in the stream, or fail the stream.
@@ -77,6 +81,8 @@ class DecodeClient:
             stream.fail(error)
 
     async def _serve(self, request: GenerateRequest, stream: TokenStream, log: ReceiptLog | None) -> None:
+        if self._held is not None:
+            await self._held.wait(request.num_given_tokens)
         for attempt in itertools.count():
             try:
                 await self._attempt(_remainder(request, stream), stream, log, is_resumed=attempt > 0)
@@ -109,7 +115,7 @@ class DecodeClient:
             log.sent(routed, len(stream.token_ids))
         try:
             call = self._decode.generate.remote(replace(request, route=routed.route), self._tokens.address)
-            receipt = await (self._first_progress(call, stream) if is_resumed else call)
+            receipt = await (self._first_progress(call, stream) if is_resumed else self._served(call, stream))
             if log is not None:
                 log.ended(len(stream.token_ids), receipt)
             await asyncio.sleep(_LAST_TOKEN_TIMEOUT_S)  # cancelled as soon as the reader has the last token
@@ -129,6 +135,25 @@ class DecodeClient:
             routed.ended()
         if not stream.has_ended:
             raise TransferError(f"the last token did not arrive within {_LAST_TOKEN_TIMEOUT_S:.0f} s")
+
+    async def _served(self, call: Any, stream: TokenStream) -> DecodeReceipt | None:
+        """Wait for the end of a call; that of one which came as the last replica went Serve holds, however long.
+
+        Raises:
+            StartingError: it has waited for too long, and there is no replica still.
+        """
+        if self._held is None:
+            return await _wait(call)
+        end = asyncio.ensure_future(_wait(call))
+        try:
+            while not end.done():
+                await asyncio.wait([end], timeout=self._held.max_s)
+                if not end.done() and not stream.token_ids and self._held.is_closed:
+                    call.cancel()
+                    raise self._held.give_up()
+            return await end
+        finally:
+            end.cancel()
 
     async def _first_progress(self, call: Any, stream: TokenStream) -> DecodeReceipt | None:
         """Wait for the end of a call, but no longer than `resume_timeout_s` for its first token."""

@@ -34,8 +34,9 @@ from deployments.engine.model.tokenizer_files import check_tokenizer
 from deployments.engine_info import EngineInfo
 from deployments.errors import UnsupportedModelError
 from deployments.load.admission import Admission, Bounds
+from deployments.load.held import HoldBounds
 from deployments.messages import ModelInfo
-from deployments.planner.wire import REFUSED
+from deployments.planner.wire import numbers_of_ingress
 from deployments.pool_backend import PoolBackend
 from deployments.routing.crossover import Crossover
 from deployments.routing.pools import PoolRouters
@@ -88,7 +89,8 @@ class IngressSettings:
         logs_requests: a line for each call.
         traces: of calls.
         metrics: of this replica.
-        tells_planner: Ray Serve carries to its controller, for the planner, how many calls were refused.
+        tells_planner: Ray Serve carries to its controller, for the planner, how many calls were refused, and are held.
+        hold: bounds of those that wait for a decode replica; None: there always is one.
     """
 
     model: str
@@ -110,6 +112,7 @@ class IngressSettings:
     traces: TraceSettings = field(default_factory=TraceSettings)
     metrics: MetricsPlan = field(default_factory=MetricsPlan)
     tells_planner: bool = False
+    hold: HoldBounds | None = None
 
 
 @serve.ingress()
@@ -160,6 +163,7 @@ class Ingress:
             settings.metrics.vllm_model,
             self._view,
             may_lack_prefill=settings.crossover is not None and settings.crossover.may_lack_pool,
+            hold=settings.hold,
         )
         if settings.metrics.to_ray:
             self._telling_ray = asyncio.create_task(tell_ray(self._families))
@@ -188,12 +192,20 @@ class Ingress:
 
     def _look(self, *, is_colocated: bool) -> ServiceLook:
         settings, mode = self._settings, "colocated" if is_colocated else "disaggregated"
-        fixed = ServiceState(settings.served_model_name, mode, own_version(), is_planned=settings.tells_planner)
+        fixed = ServiceState(
+            settings.served_model_name,
+            mode,
+            own_version(),
+            is_planned=settings.tells_planner,
+            may_sleep=settings.hold is not None,
+        )
         return ServiceLook(fixed, serve.get_replica_context().app_name)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What Serve carries to its controller for the planner; nothing if there is none."""
-        return {REFUSED: float(self._backend.num_refused)} if self._settings.tells_planner else {}
+        if not self._settings.tells_planner:
+            return {}
+        return numbers_of_ingress(self._backend.num_refused, self._backend.held)
 
     async def _families(self) -> Iterable[Metric]:
         return families_of_ingress(self._backend.own_stats(), self._settings.metrics.vllm_model)

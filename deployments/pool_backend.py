@@ -6,15 +6,16 @@ the engines directly, to the `TokenReceiver` of this replica.
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import Context
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from deployments.decode_client import DecodeClient
-from deployments.errors import EngineDeadError
+from deployments.errors import EngineDeadError, StartingError
 from deployments.load.admission import Admission, Ticket
+from deployments.load.held import Held, HeldRequests, HoldBounds
 from deployments.load.pool_health import PoolHealth
 from deployments.load.pool_watch import PoolWatch
 from deployments.load.reading import DECODE, PREFILL, Reading, by_role
@@ -24,6 +25,7 @@ from deployments.receipt_log import ReceiptLog, ReceiptStream
 from deployments.receipts import Receipt
 from deployments.replica_stats import Positions, ReplicaStats
 from deployments.routing.pools import PoolRouters
+from deployments.serve_state import ask_each
 from deployments.telemetry.client_stats import ClientCounts
 from deployments.telemetry.ingress_stats import IngressStats
 from deployments.telemetry.live_view import LiveView
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 _STATS_TIMEOUT_S = 10.0
 # A call that is in doubt waits no longer for a fresh reading; an engine answers between two of its steps.
 _REFRESH_TIMEOUT_S = 0.5
+# One replica that does not answer hides no other that does: less than `MAX_AGE_S` of `pool_health.py`.
+_READY_TIMEOUT_S = 4.0
 
 
 class PoolBackend:
@@ -56,6 +60,7 @@ class PoolBackend:
         vllm_model: see `render`.
         view: shows the service to those who look; None: with nothing but numbers.
         may_lack_prefill: there may be no prefill replica.
+        hold: there may be no decode replica, and this bounds who waits for one; None: there always is one.
     """
 
     def __init__(
@@ -73,11 +78,17 @@ class PoolBackend:
         view: LiveView | None = None,
         *,
         may_lack_prefill: bool = False,
+        hold: HoldBounds | None = None,
     ) -> None:
         self._pools = {DECODE: decode} if prefill is None else {PREFILL: prefill, DECODE: decode}
-        self._may_lack = frozenset([PREFILL] if may_lack_prefill else [])
+        self._may_lack = frozenset([PREFILL] * may_lack_prefill + [DECODE] * (hold is not None))
+        self._held = None if hold is None else HeldRequests(hold, self._look_closely)
         asked = {name: handle for name, handle in self._pools.items() if name not in self._may_lack}
-        self.pool_health = PoolHealth({name: partial(_be_ready, handle) for name, handle in asked.items()})
+        asks: dict[str, Callable[[], Awaitable[object]]]
+        asks = {name: partial(_be_ready, handle) for name, handle in asked.items()}
+        if self._held is not None:
+            asks[DECODE] = partial(_be_ready_or_start, decode, self._held)
+        self.pool_health = PoolHealth(asks)
         self._tokens = tokens
         self._admission = admission
         self._routers = routers
@@ -87,7 +98,7 @@ class PoolBackend:
         self.peers = Peers(ask_peers or self._ask_self, self.own_stats)
         self._view = view or LiveView(self.own_stats)
         self._metrics = SingleFlight[bytes]()
-        self._decode = DecodeClient(decode, tokens, resume_timeout_s, self.clients.request_resumed, routers)
+        self._decode = DecodeClient(decode, tokens, resume_timeout_s, self.clients.request_resumed, routers, self._held)
 
     async def admit(self, requests: Sequence[GenerateRequest], key: bytes) -> Ticket:
         """Let a call in; see `Admission.admit`. Before others' requests have it refused, the pools are read anew."""
@@ -133,9 +144,14 @@ class PoolBackend:
         """Calls that were not let in."""
         return self._admission.refusals.total()
 
+    @property
+    def held(self) -> Held:
+        """Requests that wait for a decode replica."""
+        return Held() if self._held is None else self._held.now()
+
     def own_stats(self) -> IngressStats:
         """What this ingress replica tells of itself."""
-        return IngressStats.of(self._replica, self.clients.stats, self._admission, self._routers)
+        return IngressStats.of(self._replica, self.clients.stats, self._admission, self._routers, self.held)
 
     async def _ask_self(self) -> list[IngressStats]:
         return [self.own_stats()]
@@ -169,6 +185,16 @@ class PoolBackend:
         self._admission.update(reading)
         self._routers.update(reading)
         self._view.take(reading)
+        if self._held is not None:
+            self._held.update(reading)
+
+    def _look_closely(self) -> None:
+        """Somebody waits for a replica: read the pools more often until nobody does."""
+        self._looking = asyncio.create_task(self._look_until_nobody_waits())
+
+    async def _look_until_nobody_waits(self) -> None:
+        while self.held.count:
+            await self.watch.refresh(_REFRESH_TIMEOUT_S)
 
     async def _ask_pools(
         self, read: Mapping[str, Positions | None]
@@ -209,3 +235,21 @@ async def _be_ready(handle: "DeploymentHandle[Any]") -> None:
         await handle.ready.remote()
     except Exception as error:
         raise as_ours(error) from error
+
+
+async def _be_ready_or_start(handle: "DeploymentHandle[Any]", held: HeldRequests) -> None:
+    """One replica is ready; or there is none, and nobody has waited for one in vain.
+
+    Each replica is asked, for a question to any of them would have Serve start one where there is none.
+    """
+    try:
+        answers = await ask_each(handle, "ready", _READY_TIMEOUT_S)
+    except Exception as error:
+        if not is_nobody_there(error):
+            raise as_ours(error) from error
+        if held.is_overdue:
+            raise StartingError("no replica runs, and none has started in time", 0.0) from None
+        return
+    failures = [answer for answer in answers if isinstance(answer, BaseException)]
+    if len(failures) == len(answers):
+        raise as_ours(failures[0]) if isinstance(failures[0], Exception) else failures[0]

@@ -16,7 +16,7 @@ from deployments.engine.stats import EngineStats
 from deployments.planner.settings import PlannerSettings
 from deployments.planner.shared import PoolView, planner_of
 from deployments.planner.state import Bounds
-from deployments.planner.wire import REFUSED, of_numbers
+from deployments.planner.wire import REFUSED, held_of, of_numbers
 from deployments.planner_log import publish
 from deployments.roles import tell_roles
 
@@ -49,7 +49,7 @@ class PoolPolicy:
 
 
 class IngressPolicy:
-    """The same for the ingress: tells the planner how many calls were refused, and leaves the rest to Serve.
+    """The same for the ingress: tells the planner what was refused and is held, and leaves the rest to Serve.
 
     Args:
         is_colocated: there is no prefill pool.
@@ -63,8 +63,9 @@ class IngressPolicy:
     def __call__(self, context: AutoscalingContext) -> tuple[int | float, dict[str, Any]]:
         """As many replicas as by Serve's own policy."""
         planner = planner_of(context.app_name or "", self._settings, self._is_colocated)
-        told = (context.raw_metrics or {}).get(REFUSED, {})
-        planner.note_refused({name.unique_id: int(series[-1].value) for name, series in told.items() if series})
+        told, _ = _told_last(context)
+        planner.note_refused({name: int(of[REFUSED]) for name, of in told.items() if REFUSED in of})
+        planner.note_held(held_of(told.values()))
         by_default: tuple[int | float, dict[str, Any]] = replica_queue_length_autoscaling_policy(context)
         return by_default
 
@@ -74,6 +75,16 @@ def view_of(context: AutoscalingContext) -> PoolView:
     bounds = Bounds(
         context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas, context.target_num_replicas
     )
+    told, as_of_s = _told_last(context)
+    engines: dict[str, EngineStats] = {}
+    for replica_name, numbers in told.items():
+        if (stats := of_numbers(numbers)) is not None:
+            engines[replica_name] = stats
+    return PoolView(bounds, engines, as_of_s)
+
+
+def _told_last(context: AutoscalingContext) -> tuple[dict[str, dict[str, float]], float]:
+    """What each replica told last, by its name, and since when all of it is true."""
     told: dict[str, dict[str, float]] = {}
     as_of_s = context.current_time or 0.0
     for name, of_replicas in (context.raw_metrics or {}).items():
@@ -81,8 +92,4 @@ def view_of(context: AutoscalingContext) -> PoolView:
             if series:
                 told.setdefault(replica.unique_id, {})[name] = series[-1].value
                 as_of_s = min(as_of_s, series[-1].timestamp)
-    engines: dict[str, EngineStats] = {}
-    for replica_name, numbers in told.items():
-        if (stats := of_numbers(numbers)) is not None:
-            engines[replica_name] = stats
-    return PoolView(bounds, engines, as_of_s)
+    return told, as_of_s

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from deployments.engine.stats import EngineStats
+from deployments.load.held import Held
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.planner.flip import choose_flipped
 from deployments.planner.observer import Observer
@@ -84,6 +85,7 @@ class SharedPlanner:
         self._decided_s = -math.inf
         self._refused_before: Mapping[str, int] | None = None
         self._num_refused = 0
+        self._num_held = 0
         self._is_silent = False
         self._num_missed: dict[str, int] = {}
         self._decisions: deque[Decision] = deque(maxlen=MAX_DECISIONS)
@@ -105,6 +107,13 @@ class SharedPlanner:
         before = self._refused_before
         self._num_refused += sum(max(0, count - before.get(name, 0)) for name, count in counts.items())
         self._refused_before = counts
+
+    def note_held(self, held: Held) -> None:
+        """What ingresses hold now; what has just begun to wait is planned for at once."""
+        if held.count and not self._num_held:
+            self._decided_s = -math.inf
+        self._num_held = held.count
+        self._observer.note_held(held)
 
     def decide(self, pool: str, view: PoolView, at_s: float) -> int:
         """How many replicas a pool is to have now."""

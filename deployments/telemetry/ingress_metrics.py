@@ -89,6 +89,12 @@ class IngressCollector(Collector):
             _INGRESS,
             [((one.replica,), one.num_readings) for one in replicas],
         )
+        yield gauge(
+            "requests_held",
+            "Requests that wait for a decode replica to start.",
+            _INGRESS,
+            [((one.replica,), one.held.count) for one in replicas],
+        )
         for name, (attribute, text) in _OUTLOOKS.items():
             yield gauge(name, text, _POOL, self._outlooks(attribute))
 

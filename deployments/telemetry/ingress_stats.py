@@ -5,10 +5,13 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from deployments.load.admission import Admission, Reason
+from deployments.load.held import Held
 from deployments.load.outlook import Outlook
 from deployments.messages import Priority
 from deployments.routing.pools import PoolRouters
 from deployments.telemetry.client_stats import ClientStats
+
+NOBODY_HELD = Held()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,7 @@ class IngressStats:
         choices: replicas that it chose, by pool and by what decided.
         promised_tokens: by pool, prompt tokens that the chosen replicas were taken to have cached.
         routing_s: seconds that the choices took.
+        held: requests that wait for a decode replica to start.
     """
 
     replica: str
@@ -56,9 +60,17 @@ class IngressStats:
     choices: Mapping[tuple[str, str], int] = field(default_factory=dict)
     promised_tokens: Mapping[str, int] = field(default_factory=dict)
     routing_s: float = 0.0
+    held: Held = NOBODY_HELD
 
     @classmethod
-    def of(cls, replica: str, clients: ClientStats, admission: Admission, routers: PoolRouters) -> Self:
+    def of(
+        cls,
+        replica: str,
+        clients: ClientStats,
+        admission: Admission,
+        routers: PoolRouters,
+        held: Held = NOBODY_HELD,
+    ) -> Self:
         """As it is now; an independent snapshot."""
         return cls(
             replica=replica,
@@ -73,4 +85,5 @@ class IngressStats:
             choices={(pool, reason.value): count for (pool, reason), count in sorted(routers.choices.items())},
             promised_tokens=dict(routers.promised_tokens),
             routing_s=routers.seconds,
+            held=held,
         )

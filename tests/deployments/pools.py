@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -16,6 +17,7 @@ from deployments.engine.engine import Engine
 from deployments.engine_client import EngineClient
 from deployments.front import EngineFront
 from deployments.load.admission import Admission, Bounds
+from deployments.load.held import HoldBounds
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import GenerateRequest, TokenOutput
 from deployments.pool_backend import PoolBackend
@@ -28,7 +30,7 @@ from deployments.tokens.receiver import TokenReceiver, TokenStream
 from tests.deployments.faulty_engine import FaultyEngine
 from tests.engine.families import random_prompt
 from tests.kv_tier.local_tier import LocalTier
-from tests.waiting import PATIENCE_S
+from tests.waiting import PATIENCE_S, until
 
 PROMPT = random_prompt(150, seed=3)
 NUM_TOKENS = 12
@@ -71,28 +73,46 @@ class Handle:
         return Handle(self._replicas, method)
 
     def remote(self, *args: Any) -> Call:
+        return Call(self._ask(args) if self._replicas else self._ask_the_first(args))
+
+    async def _ask_the_first(self, args: tuple[Any, ...]) -> Any:
+        """As Serve waits for one."""
+        await until(lambda: self._replicas)
+        return await self._ask(args)
+
+    def _ask(self, args: tuple[Any, ...]) -> Coroutine[Any, Any, Any]:
         alive = [replica for replica in self._replicas if not replica.front.engine.is_dead]
         named_by = PREFILL if self._method == "prefill" else DECODE
         name = getattr(args[0].route, named_by) if args and isinstance(args[0], GenerateRequest) else ""
         named = [replica for replica in alive if replica.name == name]
-        return Call(getattr((named or alive or self._replicas)[0].deployment, self._method)(*args))
+        coroutine: Coroutine[Any, Any, Any]
+        coroutine = getattr((named or alive or self._replicas)[0].deployment, self._method)(*args)
+        return coroutine
 
     def broadcast(self, method: str, *args: Any) -> "Answers":
         alive = [replica for replica in self._replicas if not replica.front.engine.is_dead]
-        return Answers([getattr(replica.deployment, method)(*args) for replica in alive])
+        return Answers([partial(getattr(replica.deployment, method), *args) for replica in alive])
 
 
 @dataclass(frozen=True)
 class Answers:
     """What all replicas say."""
 
-    coroutines: list[Coroutine[Any, Any, Any]]
+    asks: list[Callable[[], Coroutine[Any, Any, Any]]]
 
-    async def results_async(self, timeout_s: float, *, return_exceptions: bool) -> list[Any]:
-        if not self.coroutines:
-            raise DeploymentUnavailableError(DeploymentID("pool"))
+    async def results_async(self, timeout_s: float, *, return_exceptions: bool = False) -> list[Any]:
         async with asyncio.timeout(timeout_s):
-            return await asyncio.gather(*self.coroutines, return_exceptions=return_exceptions)
+            answers = [answer.get_async() for answer in await self._fetch_replica_results_async()]
+            return await asyncio.gather(*answers, return_exceptions=return_exceptions)
+
+    async def _fetch_replica_results_async(self) -> "list[Answers]":
+        """One for each replica, as `ask_each` takes them."""
+        if not self.asks:
+            raise DeploymentUnavailableError(DeploymentID("pool"))
+        return [Answers([ask]) for ask in self.asks]
+
+    async def get_async(self) -> Any:
+        return await self.asks[0]()
 
 
 @dataclass(frozen=True)
@@ -120,6 +140,7 @@ class Pools:
         engines: those of the prefill replicas, then those of the decode replicas.
         start_ingress: puts another one in the ingress's place, that knows nothing yet.
         start_prefill: adds a prefill replica of a name.
+        start_decode: likewise.
     """
 
     prefills: list[Replica]
@@ -130,6 +151,7 @@ class Pools:
     backend: PoolBackend
     start_ingress: Callable[[], None]
     start_prefill: Callable[[str], Coroutine[Any, Any, None]]
+    start_decode: Callable[[str], Coroutine[Any, Any, None]]
 
     @classmethod
     async def start(
@@ -145,6 +167,7 @@ class Pools:
         routing: RoutingSettings | None = None,
         tiers: Mapping[str, LocalTier] | None = None,
         may_lack_prefill: bool = False,
+        hold: HoldBounds | None = None,
         **overrides: object,
     ) -> "Pools":
         pools = cls()
@@ -168,11 +191,16 @@ class Pools:
         pools.decodes = []
         least_tokens = None if may_lack_prefill else min_tokens
         decode_handle: Any = Handle(pools.decodes)
-        for i in range(num_decode):
+
+        async def start_decode(name: str) -> None:
             pools.decodes.append(
-                await replica(f"d{i}", Decode, prefill_handle, least_tokens, False, lambda: decode_handle)
+                await replica(name, Decode, prefill_handle, least_tokens, False, lambda: decode_handle)
             )
-        pools.engines += [replica.engine for replica in pools.decodes]
+            pools.engines.append(pools.decodes[-1].engine)
+
+        pools.start_decode = start_decode
+        for i in range(num_decode):
+            await start_decode(f"d{i}")
         pools.tokens = await TokenReceiver.start("127.0.0.1", max_unread_tokens)
         bounds = Bounds(max_ttft_s=30.0, max_queued_tokens=10_000, min_remote_tokens=min_tokens)
         crossover = Crossover(Goals(ttft_s=2.0, itl_s=0.1), min_tokens, may_lack_prefill)
@@ -189,6 +217,7 @@ class Pools:
                 ClientCounts(),
                 "i0",
                 may_lack_prefill=may_lack_prefill,
+                hold=hold,
             )
 
         pools.start_ingress = start_ingress

@@ -144,7 +144,6 @@ def test_prefill_may_have_no_replica_where_the_planner_starts_one(caplog):
         ({"planner.dry_run": "true"}, "planner.dry_run=false"),
         ({"routing.by_prefix": "false"}, "routing.by_prefix=true"),
         ({"parity_check": "true"}, "parity_check=false"),
-        ({"decode.min_replicas": "0"}, "decode.min_replicas=0: must be at least 1"),
     ],
 )
 def test_no_prefill_replica_is_refused_where_nobody_would_start_one_or_know(arguments, message):

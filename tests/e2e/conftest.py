@@ -208,6 +208,13 @@ class Scaled:
         wait_until(have_two, 300)
 
 
+def save_small_model(folder: Path) -> str:
+    """One with random weights, of which `tests.engine.families.reference("llama", ...)` knows the answers."""
+    copy.deepcopy(build_model("llama")).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return resolve_model(str(folder))
+
+
 @pytest.fixture(scope="package")
 def scaled(services: dict[str, Service], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scaled]:
     """Two replicas of each pool, with a small random model."""
@@ -215,13 +222,11 @@ def scaled(services: dict[str, Service], tmp_path_factory: pytest.TempPathFactor
     url = services["colocated"].url.removesuffix("colocated") + name
     scaled = Scaled(Service("disaggregated", url, name), folder / "replicas.json")
     scaled.scale(2)
-    model = folder / "model"
-    copy.deepcopy(build_model("llama")).save_pretrained(model)
-    build_tokenizer().save_pretrained(model)
+    model = save_small_model(folder / "model")
     size = {"min_replicas": 1, "initial_replicas": 2, "max_replicas": 2}
     args = AppConfig.model_validate(
         {
-            "model": resolve_model(str(model)),
+            "model": model,
             "served_model_name": MODEL_NAME,
             "min_remote_prefill_tokens": 64,
             "parity_check": False,
