@@ -216,6 +216,9 @@ class AppConfig(BaseModel):
                 names = " and ".join(f"{pool}.autoscaling_config.{name}" for name in sorted(taken))
                 if not self.planner.dry_run:
                     raise ConfigError(f"planner.enabled=true decides when replicas come and go; leave out {names}")
+        self._check_max_cost(pools)
+
+    def _check_max_cost(self, pools: list[Pool]) -> None:
         costs = {"prefill": self.planner.prefill_cost, "decode": self.planner.decode_cost}
         least = sum(self.pool(pool).min_replicas * costs[pool] for pool in pools)
         if 0 < self.planner.max_cost < least:

@@ -63,6 +63,7 @@ ENGINE_ROOMS = (
     "speculation",
     "process",
     "outputs",
+    "pacing",
     "engine",
     "loop",
 )

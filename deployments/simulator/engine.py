@@ -326,12 +326,15 @@ class ModelledEngine:
         if whole:
             self._counted_steps += whole
             self.stats.steps += whole
-            if batch:
-                self.stats.generated_tokens += whole * batch
-                self.stats.itl_s.observe(length_s, whole * batch)
-                if self._in_step:
-                    self.stats.prefill_gaps += whole * batch
-                    self.stats.prefill_gap_s += length_s * whole * batch
+            self._count_gaps(length_s, whole * batch)
+
+    def _count_gaps(self, length_s: float, count: int) -> None:
+        if count:
+            self.stats.generated_tokens += count
+            self.stats.itl_s.observe(length_s, count)
+        if self._in_step:
+            self.stats.prefill_gaps += count
+            self.stats.prefill_gap_s += length_s * count
 
     def _let_go(self) -> None:
         while self._answers and self._answers[0][0] <= self._steps + 1e-6:

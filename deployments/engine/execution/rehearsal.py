@@ -147,9 +147,7 @@ def worst_steps(limits: EngineLimits) -> list[list[tuple[int, int]]]:
     """(computed before, new) tokens of the sequences of each step; all of them draw a token."""
     longest, budget, num_seqs = limits.max_model_len, limits.max_num_batched_tokens, limits.max_num_seqs
     decode = (longest - 1, 1)
-    alone = min(budget, longest)
-    beside = min(budget - num_seqs + 1, longest)
-    share = min(budget // num_seqs, longest)
+    alone, beside, share = (min(most, longest) for most in (budget, budget - num_seqs + 1, budget // num_seqs))
     steps = [
         [decode] * num_seqs,
         [(0, alone)],
@@ -161,8 +159,7 @@ def worst_steps(limits: EngineLimits) -> list[list[tuple[int, int]]]:
         [(0, share)] * num_seqs,
         [(longest - share, share)] * num_seqs,
     ]
-    unique = {tuple(step): step for step in steps if step}
-    return list(unique.values())
+    return list({tuple(step): step for step in steps if step}.values())
 
 
 def most_drafts(limits: EngineLimits) -> list[int]:
