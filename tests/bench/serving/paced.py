@@ -78,6 +78,10 @@ class PacedEngine:
         return bool(self._running)
 
     @property
+    def pause_s(self) -> float:
+        return 0.0
+
+    @property
     def next_expiry_s(self) -> float | None:
         return None
 
