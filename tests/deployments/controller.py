@@ -1,6 +1,6 @@
 """Ray Serve's controller, as far as the policies of the pools know it."""
 
-from itertools import count
+from uuid import uuid4
 
 from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
@@ -9,14 +9,12 @@ from deployments.engine.stats import EngineStats
 from deployments.planner.wire import to_numbers
 from deployments.pool_policy import PoolPolicy
 
-_apps = count()
-
 
 class Controller:
     """Calls both policies as Serve's controller does, each loop with what the replicas told last."""
 
     def __init__(self, **settings) -> None:
-        self.app = f"app{next(_apps)}"
+        self.app = uuid4().hex  # planners are kept by it, for as long as the process lives
         self.settings = {"enabled": True, "ttft_s": 1.0, "itl_s": 0.05, "start_s": 1.0} | settings
         self.policies = {pool: PoolPolicy(pool, False, self.settings) for pool in ("decode", "prefill")}
         self.stats = {pool: [self.engine()] for pool in self.policies}

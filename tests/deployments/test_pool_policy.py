@@ -10,7 +10,6 @@ from ray.serve.config import AutoscalingConfig
 
 from app.arguments import ConfigError
 from app.config import AppConfig
-from deployments import pool_policy
 from deployments.engine.stats import EngineStats
 from deployments.planner import shared
 from deployments.planner.observer import Observer
@@ -86,8 +85,9 @@ def test_other_settings_begin_anew():
 
 def test_each_change_is_kept_with_its_reason_and_told_once(monkeypatch):
     told = []
-    monkeypatch.setattr(pool_policy, "publish", lambda app, decisions: told.append((app, decisions)))
     controller = Controller()
+    called = type(controller.policies["decode"]).__call__.__globals__  # what the policies see, whoever imported them
+    monkeypatch.setitem(called, "publish", lambda app, decisions: told.append((app, decisions)))
     controller.run(30)
     ((app, (first,)),) = told
     assert app == controller.app, "it said what it wants, which was what there was"
