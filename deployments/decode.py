@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _MAX_PREFILLS = 3
 _PREFILL_RETRY_S = 1.0
 # A prefill replica says so at once when all of a prompt has arrived, and the first token takes no longer to come here.
-_PREFILL_RECEIPT_S = 1.0
+_PREFILL_END_S = 1.0
 _MAX_BEGINNINGS = 10_000
 
 
@@ -210,8 +210,8 @@ class Decode(EngineReplica):
                             self._prefill.note_silence()  # its lease ran out
                 elif isinstance(event, Timed):
                     times = event.times
-            if request.wants_receipt and handoff is not None:
-                await asyncio.wait([handoff], timeout=_PREFILL_RECEIPT_S)
+            if handoff is not None:  # a short answer ends before the prefill replica has heard that all has arrived
+                await asyncio.wait([handoff], timeout=_PREFILL_END_S)
         finally:
             if handoff is not None:
                 handoff.cancel()

@@ -86,7 +86,8 @@ def test_other_settings_begin_anew():
 def test_each_change_is_kept_with_its_reason_and_told_once(monkeypatch):
     told = []
     controller = Controller()
-    called = type(controller.policies["decode"]).__call__.__globals__  # what the policies see, whoever imported them
+    # Not the module's: whoever reads a policy out of Serve's configuration gives the class methods of another one.
+    called = type(controller.policies["decode"]).__call__.__globals__
     monkeypatch.setitem(called, "publish", lambda app, decisions: told.append((app, decisions)))
     controller.run(30)
     ((app, (first,)),) = told

@@ -23,7 +23,7 @@ TINY_S = 1e-6
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A receipt is waited for longer than a busy machine takes."""
-    monkeypatch.setattr(decode, "_PREFILL_RECEIPT_S", PATIENCE_S)
+    monkeypatch.setattr(decode, "_PREFILL_END_S", PATIENCE_S)
     monkeypatch.setattr(receipt_log, "PATIENCE_S", PATIENCE_S)
 
 
