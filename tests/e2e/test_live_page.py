@@ -1,5 +1,6 @@
 """The live page as people see it, in headless Chromium: under load, with a prompt of theirs, while an engine dies."""
 
+import json
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
 from deployments import planner_log
 from deployments.planner.shared import Decision
@@ -23,7 +24,7 @@ from tests.waiting import wait_until
 
 AXE = Path(__file__).parents[1] / "clients" / "node" / "node_modules" / "axe-core" / "axe.min.js"
 QUESTION = "Tell me, please, in a few words, what a river is and where it goes. " * 6
-NUM_TOKENS = 12  # with which the model is not done
+NUM_TOKENS = 12
 PATIENCE_MS = ANSWER_TIMEOUT_S * 1000
 
 Open = Callable[..., Visit]
@@ -90,6 +91,11 @@ def kill_an_engine(service: Service) -> None:
     os.kill(info.pid, signal.SIGKILL)
 
 
+def never_done(route: Route) -> None:
+    """What the page asks for, but of a model that has never said all: it draws at random, and may end its answer."""
+    route.continue_(post_data=json.dumps({**json.loads(route.request.post_data or ""), "ignore_eos": True}))
+
+
 def tile(page: Page, title: str) -> str:
     return page.locator(".tile", has_text=title).locator(".big").inner_text()
 
@@ -114,7 +120,7 @@ def test_under_load_it_shows_the_pools_and_what_they_do(visit: Open, disaggregat
 def test_a_prompt_is_typed_and_its_tokens_come_in_the_colours_of_their_pools(
     visit: Open, disaggregated: Service
 ) -> None:
-    page = visit(disaggregated).page
+    page = visit(disaggregated, lambda page: page.route(re.compile("completions$"), never_done)).page
     keys = page.keyboard
     keys.press("Tab")
     keys.press("Enter")  # the way past everything to the prompt
