@@ -7,6 +7,7 @@ deployment classes. `app/graph.py` and `app/local.py` read it; `app/arguments.py
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any, Literal, Self
@@ -210,17 +211,16 @@ class AppConfig(BaseModel):
             self._check_flip()
         if not self.planner.enabled:
             return
-        pools: list[Pool] = ["decode"] if self.mode == "colocated" else ["prefill", "decode"]
-        for pool in pools:
+        for pool in self._pools():
             if taken := _PLANNERS_OWN & self.pool(pool).autoscaling_config.keys():
                 names = " and ".join(f"{pool}.autoscaling_config.{name}" for name in sorted(taken))
                 if not self.planner.dry_run:
                     raise ConfigError(f"planner.enabled=true decides when replicas come and go; leave out {names}")
-        self._check_max_cost(pools)
+        self._check_max_cost()
 
-    def _check_max_cost(self, pools: list[Pool]) -> None:
+    def _check_max_cost(self) -> None:
         costs = {"prefill": self.planner.prefill_cost, "decode": self.planner.decode_cost}
-        least = sum(self.pool(pool).min_replicas * costs[pool] for pool in pools)
+        least = sum(config.min_replicas * costs[pool] for pool, config in self._pools().items())
         if 0 < self.planner.max_cost < least:
             raise ConfigError(f"planner.max_cost={self.planner.max_cost:g}: the pools' min_replicas cost {least:g}")
         awake = least if self.decode.min_replicas else least + costs["decode"]
@@ -234,9 +234,31 @@ class AppConfig(BaseModel):
 
     def max_num_cpus(self) -> float:
         """CPUs that Ray reserves when every deployment has all its replicas."""
-        pools = [self.decode] if self.mode == "colocated" else [self.prefill, self.decode]
-        engines = sum(pool.max_replicas * (pool.num_cpus + FRONT_NUM_CPUS) for pool in pools)
+        engines = sum(pool.max_replicas * (pool.num_cpus + FRONT_NUM_CPUS) for pool in self._pools().values())
         return engines + self.ingress.max_replicas * self.ingress.num_cpus
+
+    def what_lacks(self, there: Mapping[str, float]) -> str | None:
+        """Say which resource of the engines there is too little of; None where the fewest engines can start.
+
+        Args:
+            there: what Ray has, by its names. CPUs are not looked at: `max_num_cpus` says how many it is told of.
+        """
+        asked: dict[str, float] = defaultdict(float)
+        settings: dict[str, list[str]] = defaultdict(list)
+        for pool, config in self._pools().items():
+            named = {"GPU": ("num_gpus", config.num_gpus)}
+            named |= {name: (f"resources.{name}", amount) for name, amount in config.resources.items()}
+            for name, (setting, amount) in named.items():
+                if amount and (count := max(config.min_replicas, int(pool == "decode"))):
+                    asked[name] += count * amount
+                    settings[name].append(f"{pool}.{setting}={amount:g} (engines: {count})")
+        for name, amount in asked.items():
+            if amount > (found := there.get(name, 0)):
+                return f"{' and '.join(settings[name])}: {amount:g} {name} needed, and Ray finds {found:g} here"
+        return None
+
+    def _pools(self) -> dict[Pool, PoolConfig]:
+        return {"decode": self.decode} if self.mode == "colocated" else {"prefill": self.prefill, "decode": self.decode}
 
 
 def _guesses(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from app.config import AppConfig
 from app.haproxy import LOOPBACK_VARIABLE
 from app.local_checks import TEMP_PREFIX, LocalError, check_port, check_temp_folder, positive, tell_of_memory
 from app.local_process import RunFolder, Server, interrupt_once, whole_lines
-from app.local_server import APP, NO_RAY, NO_RAY_MARK, RUNS, STAGE_MARK
+from app.local_server import APP, NO_RAY, NO_RAY_MARK, NO_ROOM, RUNS, STAGE_MARK
 from app.local_status import add_arguments, show_status
 from app.ports import free_ports
 from deployments.api.keys import KeyRing, KeysError
@@ -231,6 +231,8 @@ def _end_of(status: int, stages: list[str], folder: RunFolder) -> LocalError:
     """Why a server that ended did so."""
     if status == NO_RAY:
         return NoRayError(next((stage for stage in reversed(stages) if stage.startswith(NO_RAY_MARK)), NO_RAY_MARK))
+    if status == NO_ROOM and stages:
+        return LocalError(stages[-1])
     return LocalError(f"the server ended with status {status}:\n\n{_last_lines(folder.log)}")
 
 

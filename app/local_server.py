@@ -32,6 +32,8 @@ from deployments.engine.model.files import REFUSED
 APP = "app:graph"
 STAGE_MARK = "[kvrelay] "
 RUNS = "every replica runs"
+# The status with which the process ends where engines could never start (EX_UNAVAILABLE); its last stage says why.
+NO_ROOM = 69
 # Begins the stage that says why Ray did not come up, and the status with which the process then ends (EX_TEMPFAIL).
 NO_RAY_MARK = "Ray did not start"
 NO_RAY = 75
@@ -109,6 +111,13 @@ def start_ray(port: int, num_cpus: int, temp_dir: Path) -> None:
         serve.start(http_options=http_options(port))
     except Exception as error:  # Ray has no type of its own for what did not come in time
         raise NotUpError(str(error)) from error
+
+
+def check_room(config: AppConfig) -> None:
+    """End where Ray has not what the engines ask for: replicas would wait for it for ever."""
+    if (lack := config.what_lacks(ray.cluster_resources())) is not None:
+        say(lack)
+        sys.exit(NO_ROOM)
 
 
 def start(application: Application) -> None:
@@ -189,6 +198,8 @@ def main() -> None:
             say("checking the model")
             finish_check(check)
         start_ray(options.port, options.num_cpus, options.temp_dir)
+        if options.app == APP:
+            check_room(config)
         start(application)
         # Only now: ray.init sets a handler of its own, and until here `down` ends the whole session by force.
         signal.signal(signal.SIGTERM, _exit)

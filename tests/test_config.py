@@ -40,6 +40,30 @@ def test_no_arguments_need_two_cores_and_no_gpu():
         assert config.deployment_options(pool)["placement_group_bundles"] == [{"CPU": 0.1}, {"CPU": 0.8}]
 
 
+def test_what_a_machine_lacks_is_said_with_who_asks_for_it():
+    both = read("prefill.num_gpus=1", "decode.num_gpus=0.5", "decode.min_replicas=2", "decode.max_replicas=2")
+    said = "prefill.num_gpus=1 (engines: 1) and decode.num_gpus=0.5 (engines: 2): 2 GPU needed, and Ray finds {} here"
+    assert both.what_lacks({"CPU": 2}) == said.format(0)
+    assert both.what_lacks({"CPU": 2, "GPU": 1}) == said.format(1)
+    assert both.what_lacks({"CPU": 2, "GPU": 2}) is None
+    slots = read("decode.resources.slot=1", "mode=colocated")
+    assert slots.what_lacks({"slot": 1}) is None, "there is no prefill pool"
+    assert slots.what_lacks({}) == "decode.resources.slot=1 (engines: 1): 1 slot needed, and Ray finds 0 here"
+    assert read().what_lacks({}) is None
+
+
+def test_pools_that_sleep_need_what_wakes_them():
+    asleep = read(
+        "planner.enabled=true",
+        "parity_check=false",
+        "decode.min_replicas=0",
+        "decode.num_gpus=1",
+        "prefill.min_replicas=0",
+        "prefill.num_gpus=1",
+    )
+    assert asleep.what_lacks({}) == "decode.num_gpus=1 (engines: 1): 1 GPU needed, and Ray finds 0 here"
+
+
 def test_dotted_keys_reach_nested_fields_and_strings_become_their_types():
     config = read("prefill.max_replicas=4", "engine.enable_prefix_caching=false", "decode.engine.num_blocks=512")
     assert config.prefill.max_replicas == 4

@@ -70,6 +70,14 @@ def test_a_graph_that_cannot_start_is_reported_with_its_cause_and_leaves_nothing
 
 
 @pytest.mark.e2e
+def test_engines_for_which_nothing_is_here_are_refused_in_one_line_instead_of_waiting(folder, port):
+    failed = run(folder, "up", "--port", str(port), "decode.resources.slot=1")
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines() == ["decode.resources.slot=1 (engines: 1): 1 slot needed, and Ray finds 0 here"]
+    assert folder.server() is None
+
+
+@pytest.mark.e2e
 def test_interrupting_the_start_stops_what_was_started(folder, port):
     arguments = command(folder, "up", "--app", "tests.tiny_graphs:healthy", "--port", str(port))
     # Tests that run in the background of a script are born with the signal ignored, and so are their children.
