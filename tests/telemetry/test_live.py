@@ -147,6 +147,14 @@ def test_a_quantile_is_in_the_bucket_of_the_value_that_has_that_rank(values):
         assert low <= found[name] <= high
 
 
+@given(st.floats(min_value=0.005, max_value=60.0), st.integers(1, 1000))
+def test_from_5_ms_on_a_percentile_of_equal_values_is_off_by_less_than_its_bucket_is_long(value, count):
+    histogram = Histogram()
+    histogram.observe(value, count)
+    found: Any = quantiles(histogram.counts)
+    assert all(0.6 * value <= found[name] <= 1.67 * value for name in ("p50", "p95", "p99"))
+
+
 async def test_however_many_look_the_others_are_asked_once_and_only_where_there_are_some():
     asked = []
     num_ingresses = 1
