@@ -301,7 +301,8 @@ async def measure_flags(folder: Path, port: int, rounds: int, window_s: float) -
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Start what is measured, measure it, and stop it."""
-    rounds, window_s = (1, 2.0) if options.quick else (options.rounds, 5.0)
+    usual = (seeing.ROUNDS, seeing.WINDOW_S) if options.seeing else (3, 5.0)
+    rounds, window_s = (1, 2.0) if options.quick else (options.rounds or usual[0], usual[1])
     if options.flags:
         rows = uvloop.run(measure_flags(folder, options.port, rounds, window_s))
         show_flags(rows)
@@ -332,7 +333,9 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="how often each figure is taken (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, help=f"how often each figure is taken (default: 3; with --seeing {seeing.ROUNDS})"
+    )
     parser.add_argument("--quick", action="store_true", help="one round of short looks")
     parser.add_argument("--flags", action="store_true", help="the gain of each setting of app/serve.env")
     parser.add_argument("--seeing", action="store_true", help="what it costs that the service tells of itself")

@@ -92,9 +92,8 @@ class MeasuredServer:
         """CPU seconds by role, user and system, since each process began."""
         used: Counter[str] = Counter()
         for role, process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                times = process.cpu_times()
-                used[role] += times.user + times.system
+            with contextlib.suppress(OSError):  # ended since
+                used[role] += time.clock_gettime(_cpu_clock(process.pid))
         return used
 
     def rss_bytes(self, role: str) -> int:
@@ -103,6 +102,14 @@ class MeasuredServer:
     def stop(self) -> None:
         self.server.stop()
         self._folder.forget()
+
+
+def _cpu_clock(pid: int) -> int:
+    """The clock of a process's CPU time, as `clock_getcpuclockid(3)` makes it, which Python lacks.
+
+    In nanoseconds, where `/proc` counts ticks of 10 ms.
+    """
+    return (~pid << 3) | 2
 
 
 @contextlib.contextmanager
