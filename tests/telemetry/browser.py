@@ -3,13 +3,27 @@
 import os
 import shutil
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser, Page, Playwright
 
 NAMES = ("chromium-headless-shell", "chromium", "google-chrome")
+AXE = Path(__file__).parents[1] / "clients" / "node" / "node_modules" / "axe-core" / "axe.min.js"
+# With axe-core on the page: the rules that it breaks gravely, each with where; and whether it is wider than the window.
+GRAVE = """async () => (await axe.run()).violations
+  .filter(({ impact }) => impact === "serious" || impact === "critical")
+  .map(({ id, nodes }) => [id, nodes.map(({ html, any }) => `${html}: ${any.map(({ message }) => message)}`)])"""
+IS_TOO_WIDE = "() => document.documentElement.scrollWidth > innerWidth"
+# As people see a page: colours, and how wide the window is.
+LOOKS: dict[str, tuple[Literal["light", "dark"], int]] = {
+    "light": ("light", 1280),
+    "dark": ("dark", 1280),
+    "phone": ("light", 375),
+    "dark phone": ("dark", 375),
+}
 
 
 def options() -> dict[str, Any]:
@@ -20,6 +34,14 @@ def options() -> dict[str, Any]:
         pytest.fail(told) if os.environ.get("CI") else pytest.skip(told)
     # As root, in a container: its own sandbox cannot be set up, and it opens our page alone.
     return {"executable_path": path, "chromium_sandbox": False}
+
+
+def axe_core() -> str:
+    """Its script, for a page whose policy is set aside; see `options` for where there is none."""
+    if not AXE.exists():
+        told = "there is no axe-core: `make test` installs it, where npm is there"
+        pytest.fail(told) if os.environ.get("CI") else pytest.skip(told)
+    return AXE.read_text()
 
 
 def launch(playwright: Playwright) -> Browser:

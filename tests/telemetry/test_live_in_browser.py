@@ -4,6 +4,7 @@ import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from playwright.async_api import Page, async_playwright, expect
@@ -15,7 +16,7 @@ from deployments.messages import FinishReason
 from deployments.planner.shared import Decision
 from deployments.telemetry.live import ServiceState, describe
 from tests.api.fakes import INFO, FakeBackend, build_codec, playing, serving
-from tests.telemetry.browser import options
+from tests.telemetry.browser import GRAVE, IS_TOO_WIDE, LOOKS, axe_core, options
 from tests.telemetry.minutes import Service
 from tests.waiting import PATIENCE_S
 
@@ -50,10 +51,10 @@ def backend(service: Service, state: ServiceState) -> FakeBackend:
 
 
 @asynccontextmanager
-async def page_of(url: str, complaints: list[str]) -> AsyncIterator[Page]:
+async def page_of(url: str, complaints: list[str], **of_page: Any) -> AsyncIterator[Page]:
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(**options())
-        page = await browser.new_page()
+        page = await browser.new_page(**of_page)
         page.set_default_timeout(PATIENCE_MS)
         expect.set_options(timeout=PATIENCE_MS)
         page.on("console", lambda said: complaints.append(said.text) if said.type != "log" else None)
@@ -62,6 +63,16 @@ async def page_of(url: str, complaints: list[str]) -> AsyncIterator[Page]:
         await page.goto(url)
         yield page
         await browser.close()
+
+
+async def check_for_everybody(page: Page) -> None:
+    """By axe-core's rules everybody can use the page as it is now, in whichever look; and nothing is too wide."""
+    for look, (scheme, width) in LOOKS.items():
+        await page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+        await page.set_viewport_size({"width": width, "height": 900})
+        await page.evaluate(axe_core())
+        assert await page.evaluate(GRAVE) == [], look
+        assert not await page.evaluate(IS_TOO_WIDE), look
 
 
 async def test_with_keys_it_asks_for_one_that_may_read_numbers_and_says_why_another_will_not_do(
@@ -145,13 +156,21 @@ async def test_what_a_model_says_is_text_and_nothing_else() -> None:
     assert complaints == []
 
 
-async def test_silence_refusals_and_decisions_are_told_and_a_service_that_is_gone() -> None:
+def ill_service() -> tuple[Service, ServiceState]:
+    """One with a silent replica and one that is gone, refusals, and a planner that decides."""
     ill = service()
+    ill.start(DECODE, "lost")
+    ill.run(1)
+    del ill.engines[DECODE]["lost"]
     ill.silent_s["d"] = 12.0
     ill.refusals["ttft", "low"] += 4
     ill.run(5)
     decision = Decision(1.0, {"decode": 1}, {"decode": 2}, "gaps of 80 ms", True)
-    state = ServiceState("m", "disaggregated", "1", is_planned=True, decisions=[decision])
+    return ill, ServiceState("m", "disaggregated", "1", is_planned=True, decisions=[decision])
+
+
+async def test_silence_refusals_and_decisions_are_told_and_a_service_that_is_gone() -> None:
+    ill, state = ill_service()
     async with page_of("about:blank", []) as page:
         async with serving(build_app(backend(ill, state), build_codec(), INFO)) as url:
             await page.goto(url)
@@ -163,6 +182,25 @@ async def test_silence_refusals_and_decisions_are_told_and_a_service_that_is_gon
             await expect(page.locator("#planner")).to_contain_text("decode 1 → 2 (dry run)gaps of 80 ms")
         await expect(page.locator("#banner")).to_contain_text("The service does not answer")
         await expect(page.locator("#live")).to_have_class("stale")
+
+
+async def test_everybody_can_use_it_whatever_ails_the_service(tmp_path: Path) -> None:
+    ill, state = ill_service()
+    async with page_of("about:blank", [], bypass_csp=True) as page:
+        async with serving(build_app(backend(ill, state), build_codec(), INFO)) as url:
+            await page.goto(url)
+            await page.get_by_label("Prompt", exact=True).fill("hi " * 40)
+            await page.get_by_role("button", name="Send").click()
+            await expect(page.locator("#answer .error")).to_be_visible()
+            await check_for_everybody(page)
+        await expect(page.locator("#live")).to_have_class("stale")
+        await check_for_everybody(page)
+        file = tmp_path / "keys.toml"
+        file.write_text(f'[watcher]\nkey = "{KEY}"\nmetrics = true\n')
+        async with serving(build_app(backend(ill, state), build_codec(), INFO, keys=KeyRing(str(file)))) as url:
+            await page.goto(url)
+            await expect(page.get_by_label("API key")).to_be_focused()
+            await check_for_everybody(page)
 
 
 async def test_a_prompt_that_cannot_be_served_is_told_why() -> None:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -93,7 +94,8 @@ class MeasuredServer:
         used: Counter[str] = Counter()
         for role, process in self.processes():
             with contextlib.suppress(OSError):  # ended since
-                used[role] += time.clock_gettime(_cpu_clock(process.pid))
+                seconds: Any = time.clock_gettime(_cpu_clock(process.pid))  # a Counter is typed for whole numbers
+                used[role] += seconds
         return used
 
     def rss_bytes(self, role: str) -> int:
