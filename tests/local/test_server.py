@@ -1,6 +1,7 @@
 """The background server comes up, says why when it does not, and goes away whole and alone. Starts Ray."""
 
 import json
+import re
 import signal
 import subprocess
 import urllib.request
@@ -53,6 +54,9 @@ def test_a_server_comes_up_answers_and_goes_away_whole_and_alone(folder, port, b
     assert f"already runs at {server.url}" in again.stderr
 
     assert run(folder, "down").returncode == 0
+    log = folder.log.read_text()
+    assert re.search(r"Replica\(id='\w+', deployment='\w+', app='default'\) is stopped", log), "in order"
+    assert "ServeController.graceful_shutdown" not in log
     assert [process for process in members if is_alive(process)] == []
     assert server.processes() == []
     assert not Path(server.temp_dir).exists()
