@@ -62,9 +62,9 @@ CHATS = (
 )
 
 
-# Modules that are not in the order of their names. The first one has a Ray of its own, beside which that of the others
-# shall not idle; the last one leaves one replica of each pool.
-FIRST, LAST = ("test_make_serve",), ("test_live_page", "test_routing", "test_drain")
+# Modules that are not in the order of their names. The first ones have a Ray of their own, beside which that of the
+# others shall not idle; the last one leaves one replica of each pool.
+FIRST, LAST = ("test_make_serve", "test_serve_run"), ("test_live_page", "test_routing", "test_drain")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
