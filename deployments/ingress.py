@@ -159,7 +159,7 @@ class Ingress:
             settings.resume_timeout_s,
             clients,
             replica,
-            partial(self._ask_all, "ingress_stats"),
+            partial(self._ask_all, "ingress_stats") if settings.max_replicas > 1 else None,
             settings.metrics.vllm_model,
             self._view,
             may_lack_prefill=settings.crossover is not None and settings.crossover.may_lack_pool,

@@ -164,7 +164,7 @@ class PoolBackend:
 
     async def _read_metrics(self) -> bytes:
         (pools, _), ingresses = await asyncio.gather(self._ask_pools(dict.fromkeys(self._pools)), self.peers.read())
-        # 9 ms for eight engines and two ingress replicas with vLLM's names, too (one core, 2026-11-29).
+        # Apart, for it takes as long as a step of an engine: see telemetry/exposition.py.
         return await asyncio.to_thread(render, pools, ingresses, self._vllm_model)
 
     async def read_pools(self) -> dict[str, list[ReplicaStats]]:
