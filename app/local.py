@@ -25,6 +25,7 @@ from app.arguments import ConfigError, list_arguments
 from app.config import AppConfig
 from app.haproxy import LOOPBACK_VARIABLE
 from app.local_checks import TEMP_PREFIX, LocalError, check_port, check_temp_folder, positive, tell_of_memory
+from app.local_download import Downloads
 from app.local_process import RunFolder, Server, interrupt_once, whole_lines
 from app.local_server import APP, NO_RAY, NO_RAY_MARK, NO_ROOM, RUNS, STAGE_MARK
 from app.local_status import add_arguments, show_status
@@ -57,6 +58,7 @@ class Launch:
         app: import path of the graph.
         pairs: its arguments, each as key=value.
         deadline_s: when to give up, on the monotonic clock.
+        downloads: of its models.
     """
 
     app: str
@@ -65,6 +67,7 @@ class Launch:
     pairs: list[str]
     began_s: float
     deadline_s: float
+    downloads: Downloads
 
 
 def parse_arguments(pairs: list[str]) -> AppConfig:
@@ -90,8 +93,10 @@ def up(folder: RunFolder, app: str, port: int, num_cpus: int | None, timeout_s: 
         LocalError: it runs already, the port is taken, there is no room, or it did not start.
     """
     config = parse_arguments(pairs)
+    models: list[str] = []
     if app == APP:  # what another one does with the name, only it knows
-        for model in filter(None, (config.model, config.engine_config("decode").speculation.model)):
+        models += filter(None, (config.model, config.engine_config("decode").speculation.model))
+        for model in models:
             check_model(model)
             check_tokenizer(model)
         if config.ingress.api_keys is not None:
@@ -101,7 +106,9 @@ def up(folder: RunFolder, app: str, port: int, num_cpus: int | None, timeout_s: 
         print(told, flush=True)
     num_cpus = num_cpus or max(os.cpu_count() or 1, math.ceil(config.max_num_cpus()))
     began_s = time.monotonic()
-    server = _launch(folder, Launch(app, port, num_cpus, pairs, began_s, began_s + timeout_s))
+    server = _launch(
+        folder, Launch(app, port, num_cpus, pairs, began_s, began_s + timeout_s, Downloads(models, began_s))
+    )
     print(f"\n{config.served_model_name} is served at {server.url} (log: {folder.log}; stop with: make stop). Try:\n")
     print(f"  {_curl(server, config.served_model_name, needs_key=config.ingress.api_keys is not None)}\n")
 
@@ -215,6 +222,7 @@ def _wait_until_healthy(folder: RunFolder, server: Server, process: subprocess.P
         while True:
             ended = process.poll() is not None  # before its last words are read
             stages += _print_stages(log, launch.began_s)
+            launch.downloads.tell(launch.began_s)
             elapsed = time.monotonic() - launch.began_s
             if ended:
                 raise _end_of(process.returncode, stages, folder)
