@@ -31,6 +31,7 @@ from deployments.engine.stats import EngineStats
 from deployments.roles import NAMESPACE
 from load_tests.environment import describe
 from tests.bench.chaos.cluster import join
+from tests.bench.progress import note
 from tests.bench.service import serving
 
 FOLDER = RunFolder(Path(".run/flip"))
@@ -188,7 +189,8 @@ async def tell(load: Load, engines: Engines, num_rounds: int) -> dict[str, list[
     """Tell one engine its role, again and again; seconds until it does other work, there and back."""
     there, back = list[float](), list[float]()
     async with load.of(STEADY):
-        for _ in range(num_rounds):
+        for number in range(num_rounds):
+            note(f"round {number + 1} of {num_rounds}")
             before = (await engines.until(lambda stats: stats[1].num_reserved > 0))[1].prompt_tokens
             there.append(await _timed(engines, True, partial(_is_given, before)))
             await engines.until(lambda stats: stats[1].num_reserved + stats[1].num_running == 0)
@@ -212,14 +214,17 @@ async def _timed(engines: Engines, is_flipped: bool, condition: Callable[[list[E
 async def plan(load: Load, engines: Engines) -> dict[str, list[float]]:
     """Have the planner decide; seconds from the change of the load to that of the role."""
     settle_s = 3.0 * float(PLANNED["planner.hold_s"])
+    note("chats, until the planner has settled")
     async with load.of(CHATS):
         await asyncio.sleep(settle_s)
+    note("long prompts, until it flips a replica")
     async with load.of(PROMPTS):
         begun_s = time.monotonic()
         await engines.until(lambda stats: any(engine.is_flipped for engine in stats))
         there_s = time.monotonic() - begun_s
         await asyncio.sleep(PROMPTS_S)
     await engines.until(lambda stats: any(engine.is_flipped for engine in stats))  # else there is nothing to time
+    note("long answers, until it flips that back")
     async with load.of(ANSWERS):
         begun_s = time.monotonic()
         await engines.until(lambda stats: not any(engine.is_flipped for engine in stats))

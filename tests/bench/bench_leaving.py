@@ -21,6 +21,7 @@ import numpy as np
 
 from app.local_process import RunFolder
 from load_tests.environment import describe
+from tests.bench.progress import note
 from tests.bench.service import serving
 
 FOLDER = RunFolder(Path(".run/leaving"))
@@ -90,6 +91,7 @@ def main() -> int:
     freed_s: dict[str, list[float]] = {way.name: [] for way in WAYS}
     with serving(FOLDER, options.port, options.arguments):
         for round_ in range(options.rounds):
+            note(f"round {round_ + 1} of {options.rounds}")
             for way in WAYS:
                 freed_s[way.name].append(leave(options.port, way, 2000 + round_))
     for name, seconds in freed_s.items():

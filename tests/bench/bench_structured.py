@@ -28,6 +28,7 @@ from deployments.engine.process import configure_process
 from deployments.engine.sampling.masking import Masking
 from deployments.grammars import read_vocabulary
 from deployments.messages import GenerateRequest, Grammar, SamplingParams
+from tests.bench.progress import note
 
 BATCH_SIZE = 16
 # Never whole before `max_tokens`, so that all rounds draw as many tokens.
@@ -207,9 +208,11 @@ def main() -> None:
     parser.add_argument("--compile-s", type=float, default=5.0, help="of compiling, beside others' tokens")
     args = parser.parse_args()
     configure_process(1)
+    note("masks and their compiling")
     loaded = load_model(EngineConfig(model=args.model))
     found = measure_masks(resolve_model(args.model), loaded.vocab_size, loaded.eos_token_ids, args.masks)
     found |= measure_beats(resolve_model(args.model), loaded.vocab_size, loaded.eos_token_ids)
+    note(f"steps, {args.rounds} rounds")
     engine = Engine(loaded, EngineConfig(model=args.model))
     grammar = grammar_of(SCHEMA, loaded.eos_token_ids)
     for one in (None, grammar):
@@ -218,6 +221,7 @@ def main() -> None:
         (measure_steps(engine, None, args.steps), measure_steps(engine, grammar, args.steps))
         for _ in range(args.rounds)
     ]
+    note("gaps of others beside compiling")
     found |= measure_gaps(engine, args.compile_s, loaded.eos_token_ids)
     plain, guided = (statistics.median(side) for side in zip(*samples, strict=True))
     found |= {"plain_step_ms": 1e3 * plain, "guided_step_ms": 1e3 * guided, "cost": guided / plain - 1}

@@ -36,6 +36,7 @@ from tests.bench.autoscale.plots import save_plot
 from tests.bench.autoscale.verdict import Phase, Reaction, problems, react, steps_of
 from tests.bench.autoscale.watch import Moment, Watch
 from tests.bench.player import play
+from tests.bench.progress import timed
 
 FOLDER = Path(".run/autoscale")
 PORT = 8017
@@ -108,8 +109,8 @@ def measure(config: AppConfig, phases: Sequence[Phase], port: int, seed: int) ->
             serve.start(proxy_location="HeadOnly", http_options={"host": HOST, "port": port})
             serve.run(graph(config))
             print("both pools serve; the load begins", flush=True)
-            with Watch() as watch:
-                seconds = sum(phase.seconds for phase in phases)
+            seconds = sum(phase.seconds for phase in phases)
+            with Watch() as watch, timed("load", seconds):
                 samples = play(list(build_load(phases, seed)), port, MODEL, seconds, drain_s=60.0)
         finally:
             for log in logs.glob("serve/controller_*.log"):  # with the planner's reasons

@@ -25,6 +25,7 @@ from tests.bench.chaos.probes import Call, Deck, Probe, build_probes
 from tests.bench.chaos.report import about, print_problems, print_verdict, record_row, verdict_row, write_samples
 from tests.bench.chaos.storm import Done, Fault, Pool, plan_storm
 from tests.bench.chaos.verdict import Reference, decide
+from tests.bench.progress import timed
 
 PORT = 8013
 MODEL = "chaos"
@@ -88,7 +89,8 @@ async def endure(
         ended, begun_s = asyncio.Event(), time.monotonic()
         storm = Storm(cluster, client, leavers)
         sending = asyncio.create_task(send_steadily(client, load, options.rate, options.seed, ended))
-        await asyncio.gather(storm.run(plan), asyncio.sleep(options.minutes * 60))
+        with timed("storm", options.minutes * 60):
+            await asyncio.gather(storm.run(plan), asyncio.sleep(options.minutes * 60))
         ended.set()
         ended_s = time.monotonic()
         await sending

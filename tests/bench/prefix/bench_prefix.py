@@ -26,6 +26,7 @@ from pathlib import Path
 from app.local import down, up
 from app.local_process import RunFolder
 from tests.bench.prefix.scenarios import Bench, report
+from tests.bench.progress import note
 from tests.bench.serving.client import post
 
 FOLDER = RunFolder(Path(".run/prefix"))
@@ -183,6 +184,7 @@ def main() -> int:
     seconds = dict.fromkeys(WAYS, 0.0)
     for number in range(args.rounds):
         for way in list(WAYS)[:: -1 if number % 2 else 1]:
+            note(f"round {number + 1} of {args.rounds}: {way}")
             turns, took_s = run(args, WAYS[way])
             found[way] += turns
             seconds[way] += took_s

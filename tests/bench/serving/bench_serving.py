@@ -29,6 +29,7 @@ import uvloop
 
 from deployments.engine.model.files import BUNDLED_MODEL
 from deployments.engine.model.resolve import resolve_model
+from tests.bench.progress import note
 from tests.bench.serving import seeing
 from tests.bench.serving.analysis import (
     added_gaps,
@@ -55,10 +56,6 @@ IDLE_WINDOW_S = 8.0
 # With more the ordinary way falls far behind and needs minutes to recover, so that is looked at once, at the end.
 MAX_ORDINARY_STREAMS = 32
 _BUSY_SHARE = 1.5
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 class Bench:

@@ -10,7 +10,6 @@ half of them. Windows are of 10 s, for as seldom are Ray's agents told.
 
 import asyncio
 import random
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from tests.bench.progress import note
 from tests.bench.serving.analysis import Paired, pair_up
 from tests.bench.serving.client import completion, post
 from tests.bench.serving.server import MeasuredServer
@@ -102,7 +102,7 @@ async def cost_of_calls(bench: "Bench", name: str) -> dict[str, Any]:
         "call_s": sum(seconds) / len(seconds),
         "by_process_us": {role: round(s / len(seconds) * 1e6, 1) for role, s in used.items()},
     }
-    print(f"{name}: {row['calls']} calls, {row['cpu_us_per_call']:.0f} us of CPU each", file=sys.stderr, flush=True)
+    note(f"{name}: {row['calls']} calls, {row['cpu_us_per_call']:.0f} us of CPU each")
     return row
 
 
@@ -129,7 +129,7 @@ async def measure(bench: "Bench") -> dict[str, Any]:
         await bench.cost(name, STREAMS[-1])  # what is done only once
     pairs: list[dict[str, Any]] = []
     for index in range(bench.rounds):
-        print(f"round {index + 1} of {bench.rounds}", file=sys.stderr, flush=True)
+        note(f"round {index + 1} of {bench.rounds}")
         for number, (what, look) in enumerate(looks(bench).items()):
             order = (ON, OFF) if (index + number) % 2 else (OFF, ON)
             pairs.append({"what": what} | {name: await _look(bench, name, look(name)) for name in order})

@@ -29,6 +29,7 @@ from tests.bench.chaos.probes import Call, Deck, build_probes
 from tests.bench.chaos.report import about, print_problems, write_samples
 from tests.bench.chaos.storm import Pool
 from tests.bench.chaos.verdict import find_leaks as find_held
+from tests.bench.progress import timed
 from tests.bench.soak.processes import Usage, take
 from tests.bench.soak.verdict import Idle, Trend, find_leaks, fit_trends
 
@@ -113,9 +114,10 @@ class Soak:
         async with Client(self._cluster.url, MODEL) as client:
             load = asyncio.create_task(send_steadily(client, deck, rate, self._options.seed, ended))
             await asyncio.sleep(_RAMP_S)
-            while time.monotonic() < end_s:
-                samples += await asyncio.to_thread(take, self._cluster.server.processes(), time.monotonic())
-                await asyncio.sleep(self._options.every_s)
+            with timed("load", seconds):
+                while time.monotonic() < end_s:
+                    samples += await asyncio.to_thread(take, self._cluster.server.processes(), time.monotonic())
+                    await asyncio.sleep(self._options.every_s)
             ended.set()
             await load
         return client.records
