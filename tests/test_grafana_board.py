@@ -1,6 +1,7 @@
 """The board has the form of those that Ray gives its own Grafana, beside which it is loaded."""
 
 import json
+import re
 import warnings
 from collections.abc import Iterator
 from itertools import combinations
@@ -14,6 +15,8 @@ from tests.docs.pages import ROOT
 Board = dict[str, Any]
 BOARD: Board = json.loads((ROOT / "app" / "grafana" / "kvrelay.json").read_text())
 NUM_COLUMNS = 24
+# What is in a query beside names of metrics.
+FUNCTIONS = {"sum", "max", "count", "rate", "increase", "histogram_quantile"}
 # A source is an object since Grafana 8.3, which reads its name, as Ray's have it, as well; a refresh is a time, or off.
 MAY_DIFFER = {"datasource", "refresh"}
 
@@ -94,3 +97,18 @@ def overlap(one: Board, other: Board) -> bool:
         one[at] < other[at] + other[length] and other[at] < one[at] + one[length]
         for at, length in (("x", "w"), ("y", "h"))
     )
+
+
+def test_each_panel_has_a_unit_and_its_legend_names_what_its_query_groups_by() -> None:
+    for panel in panels_of(BOARD):
+        assert panel["type"] == "row" or panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        for target in panel.get("targets", []):
+            groups = re.findall(r"by \(([^)]*)\)", target["expr"])
+            grouped = {label for group in groups for label in group.split(", ")} - {"le"}
+            assert set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"])) == grouped, target["expr"]
+
+
+def test_queries_name_metrics_by_the_prefix_that_was_chosen_alone() -> None:
+    for query in [target["expr"] for panel in panels_of(BOARD) for target in panel.get("targets", [])]:
+        bare = re.sub(r"by \([^)]*\)|\[\$__rate_interval\]|\$\{prefix\}_\w+", "", query)
+        assert set(re.findall(r"[a-z_]{2,}", bare)) <= FUNCTIONS, query
