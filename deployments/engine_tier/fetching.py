@@ -6,7 +6,7 @@ comes too late, ends the prompt that can be used; what came before it stays.
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from threading import Lock
 from typing import Any
@@ -58,11 +58,12 @@ class Fetcher:
             self._policy.note_computed(*self._lending.prompt_costs)
             return self._policy.asks(num_tokens)
 
-    def fetch(self, chain: list[bytes]) -> None:
+    def fetch(self, chain: list[bytes], done: Callable[[], None]) -> None:
         """Bring what is not cached of the leading blocks of a prompt; returns when it can be found, or is given up.
 
         Args:
             chain: hashes of the blocks, in whole objects.
+            done: called between two steps as soon as what came can be found; not if nothing was to come.
 
         Raises:
             EngineDeadError: there are no more steps.
@@ -88,7 +89,7 @@ class Fetcher:
                 origins = self._copy_in(loan, first, found, copying_s + patience_s)
         finally:
             copied_s = time.monotonic()
-            self._loop.call(lambda engine: _end(engine, loan, origins))
+            self._loop.call(lambda engine: _end(engine, loan, origins, done))
             self._note(copying_s - begun_s, copied_s - copying_s, len(origins), loan)
 
     def note_failure(self, error: BaseException) -> None:
@@ -146,6 +147,7 @@ class Fetcher:
             self.seconds += waited_s + seconds
 
 
-def _end(engine: Engine, loan: Loan, origins: Sequence[str | None]) -> None:
+def _end(engine: Engine, loan: Loan, origins: Sequence[str | None], done: Callable[[], None]) -> None:
     engine.lending.bring(loan, origins)
     engine.lending.give_back(loan)
+    done()

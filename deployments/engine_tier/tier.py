@@ -7,6 +7,7 @@ the engine looks there; what was not is computed.
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Lock
 
 import numpy as np
@@ -115,10 +116,11 @@ class EngineTier:
         return hash_chain(root_of(offset, request.cache_salt), token_ids, block_size)
 
     def _bring(self, request_id: str, chain: list[bytes], enter: Callable[[], None]) -> None:
-        """Fetch what there is, whatever becomes of it, and let the request enter."""
+        """Fetch what there is, whatever becomes of it, and let the request enter: before another step, if it can."""
+        enters = partial(self._enter, request_id, enter)
         try:
             if self.holds(request_id):
-                self._fetcher.fetch(chain)
+                self._fetcher.fetch(chain, enters)
         except TierError as error:
             self._fetcher.note_failure(error)
         except EngineDeadError as error:
@@ -126,9 +128,10 @@ class EngineTier:
         except Exception:
             logger.exception("%s: the tier could not be used", request_id)
         finally:
-            self._enter(request_id, enter)
+            enters()
 
     def _enter(self, request_id: str, enter: Callable[[], None]) -> None:
+        """Let a request enter that still waits: once, whoever asks."""
         with self._lock:  # an abort comes before or after as a whole
             if request_id in self._waiting:
                 self._waiting.remove(request_id)

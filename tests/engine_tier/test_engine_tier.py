@@ -10,6 +10,7 @@ import pytest
 
 from deployments.engine.engine import Engine
 from deployments.engine.loop import EngineLoop
+from deployments.engine.scheduling.block_hash import hash_chain, root_of
 from deployments.engine.scheduling.positions import FIXED
 from deployments.engine_tier import giving
 from deployments.engine_tier.tier import EngineTier
@@ -266,6 +267,30 @@ def test_the_batch_goes_on_while_a_request_waits(tier: LocalTier, members: list[
     assert members[1].tier.holds("waits")
     tier.goes_on.set()
     assert waiting.result(60)[0] == reference("llama", PROMPT, 8)
+
+
+def test_no_step_begins_between_the_end_of_a_fetch_and_the_request_that_it_was_for(
+    members: list[Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, seen = members[1].engine, list[str]()
+    chain = hash_chain(root_of(0), PROMPT, BLOCK_SIZE)[: NUM_OBJECTS * OBJECT_BLOCKS]
+    begin_step, add = engine.begin_step, engine.add
+
+    def begin_noted() -> list[EngineEvent]:
+        if engine.lending.num_cached(chain) == len(chain):
+            seen.append("step")
+        return begin_step()
+
+    def add_noted(request: GenerateRequest) -> None:
+        seen.append(f"{request.request_id} beside {engine.num_sequences}")
+        add(request)
+
+    monkeypatch.setattr(engine, "begin_step", begin_noted)
+    monkeypatch.setattr(engine, "add", add_noted)
+    running = members[1].ask(greedy("runs", random_prompt(20, seed=6), 200))
+    assert members[1].tokens(greedy("waits", PROMPT, 8)) == (reference("llama", PROMPT, 8), ALL)
+    running.result(60)
+    assert seen[:3] == ["runs beside 0", "waits beside 1", "step"]
 
 
 def test_without_room_in_the_pool_the_prompt_is_computed_when_there_is(tier: LocalTier, members: list[Member]) -> None:
