@@ -42,13 +42,17 @@ class Mean:
 
     def __init__(self, half_life: float) -> None:
         self._half_life = half_life
-        self._total = self._count = 0.0
+        self._total = self._count = self._early = 0.0
 
     def add(self, total: float, count: float) -> None:
-        """So much, over so many more. Without any of them: nothing."""
-        if count > 0 and total >= 0:
+        """So much, over so many more. Without any of them it counts with the next: an answer takes many readings."""
+        if total < 0 or count < 0:
+            return
+        self._early += total
+        if count > 0:
             keep = 0.5 ** (count / self._half_life)
-            self._total, self._count = keep * self._total + total, keep * self._count + count
+            self._total, self._count = keep * self._total + self._early, keep * self._count + count
+            self._early = 0.0
 
     @property
     def value(self) -> float | None:

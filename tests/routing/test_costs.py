@@ -78,6 +78,14 @@ def test_a_request_is_expected_to_generate_as_many_tokens_as_others_did() -> Non
     assert costs.num_new_tokens(20) == 20
 
 
+def test_tokens_that_were_generated_while_no_answer_ended_count_when_one_does() -> None:
+    costs, now = DecodeCosts(), EngineStats()
+    for second in range(200):  # one answer of 240 tokens at a time
+        now = replace(now, generated_tokens=12 * second, finished=12 * second // 240)
+        costs.update({"d": now}, {}, 16, float(second))
+    assert costs.num_new_tokens(4000) == 240
+
+
 def test_a_hand_off_costs_what_chunks_took() -> None:
     costs, handoff = DecodeCosts(), HandoffStats()
     assert costs.there(1.0, 0.001).seconds(100) == pytest.approx(1.005), "nothing is known of it"
@@ -111,7 +119,8 @@ def test_a_mean_is_of_what_was_added_lately() -> None:
     assert mean.value is None
     mean.add(5.0, 0)
     assert mean.value is None
-    mean.add(1000.0, 100)
+    mean.add(995.0, 100)
+    assert mean.value == 10.0, "what came early counts as well"
     mean.add(100.0, 100)
     assert mean.value == pytest.approx(1.0, rel=0.05)
 
