@@ -148,9 +148,9 @@ class Lending:
         """The copy is done, or given up; what was brought stays findable. Once for each loan."""
         self._blocks.take_back(loan.blocks)
 
-    def copy_out(self, loan: Loan, out: np.ndarray) -> None:
+    def copy_out(self, loan: Loan, out: np.ndarray) -> float:
         """See `HostCopies.copy_out`. From any thread."""
-        self._host_copies.copy_out(loan.blocks, loan.ready, out)
+        return self._host_copies.copy_out(loan.blocks, loan.ready, out)
 
     def copy_in(self, loan: Loan, first: int, data: np.ndarray) -> None:
         """Write blocks of a loan, from this one on, as many as there are rows. From any thread."""

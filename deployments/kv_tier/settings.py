@@ -12,8 +12,8 @@ class TierSettings(BaseModel):
         max_bytes: of KV in the tier, over all nodes; 0: there is none. Ray spills to disk what exceeds its memory.
         object_bytes: blocks of a prompt are kept together up to so many bytes; a block that is larger, alone.
         num_shards: processes that know what is there.
-        copy_share: of an engine's time, while it has work, that its copies to the tier may take; 0.02 on a CPU, which
-            computes meanwhile, 0.5 on a GPU.
+        copy_share: of an engine's time, while it has work, that its copies to the tier may take; 0.02 on a CPU, of a
+            core that would compute meanwhile, 0.5 on a GPU.
         name: applications of one cluster that give the same one share the tier, as far as their KV is the same.
     """
 

@@ -1,5 +1,6 @@
 """KV that is copied out of one engine's cache and into another's beside their steps: tokens are those of one engine."""
 
+import time
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,22 @@ def test_what_is_gone_is_not_lent_and_what_does_not_fit_is_not_reserved() -> Non
     assert engine.lending.reserve(HASHES) is None
     engine.check_integrity()
     run(engine, started)
+
+
+def test_a_copy_that_waits_for_a_core_takes_nobody_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, copyto = build_engine(load("llama")), np.copyto
+    continued(engine)
+    loan = engine.lending.lend(HASHES)
+    assert loan is not None
+
+    def copyto_late(*given: Any) -> None:
+        time.sleep(0.03)
+        copyto(*given)
+
+    monkeypatch.setattr(np, "copyto", copyto_late)
+    taken_s = engine.lending.copy_out(loan, np.zeros((len(HASHES), engine.lending.bytes_per_block), np.uint8))
+    assert 0 < taken_s < 0.03
+    engine.lending.give_back(loan)
 
 
 def test_bytes_of_another_shape_are_refused() -> None:

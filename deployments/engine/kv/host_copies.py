@@ -6,6 +6,7 @@ all layers, keys and values, one behind the other.
 """
 
 import queue
+import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,15 +44,24 @@ class HostCopies:
         self._has_lanes = False
         self._lock = Lock()
 
-    def copy_out(self, block_ids: Sequence[int], computed: torch.cuda.Event | None, out: np.ndarray) -> None:
+    def copy_out(self, block_ids: Sequence[int], computed: torch.cuda.Event | None, out: np.ndarray) -> float:
         """Copy blocks to the host's memory; returns when they are there.
 
         Args:
             block_ids: N of them.
             computed: when they are; None: they are.
             out: (N, bytes_per_block) uint8.
+
+        Returns:
+            Seconds that this took others: on a GPU all of them, on a CPU those of a core. A copy that waits for a core,
+            or for the interpreter, is in nobody's way.
         """
-        rows = self._rows(out, block_ids)
+        clock = time.monotonic if self._pool.is_cuda else time.thread_time
+        begun_s = clock()
+        self._copy_out(block_ids, computed, self._rows(out, block_ids))
+        return clock() - begun_s
+
+    def _copy_out(self, block_ids: Sequence[int], computed: torch.cuda.Event | None, rows: np.ndarray) -> None:
         if self._pool.is_cuda:
             with self._lane(computed) as lane:
                 for block, row in zip(block_ids, rows, strict=True):
