@@ -2,10 +2,12 @@
 
 from dataclasses import replace
 
+import pytest
+
 from deployments.engine.engine import Engine
 from deployments.messages import Placed, TokenOutput, resumed_id
 from tests.engine.driving import BLOCK_SIZE, Transcript, build_engine, generate, greedy, prefill_all, run
-from tests.engine.families import load, random_prompt
+from tests.engine.families import load, random_prompt, reference
 
 PROMPT = random_prompt(57, seed=57)
 ALL = 56  # but for the last token, which is always computed
@@ -21,20 +23,26 @@ def say(engine: Engine, request_id: str) -> int:
     return run(engine).cached[request_id]
 
 
-def hand_over(prefill: Engine, decode: Engine, request_id: str = "r", num_chunks: int | None = None) -> int | None:
-    """Hand a prompt over, or only its first chunks; what the decode engine says with its first token."""
+def hand_over_noted(
+    prefill: Engine, decode: Engine, request_id: str, num_chunks: int | None = None
+) -> tuple[Transcript, int]:
+    """Hand a prompt over, or only its first chunks; what the decode engine says, and how many blocks it was sent."""
     decode.add(greedy(request_id, PROMPT, 3), remote_threshold=0)
     (placed,) = decode.step()
     assert isinstance(placed, Placed) and placed.remote
     transcript = Transcript()
-    for chunk, tensor in prefill_all(prefill, greedy(request_id, PROMPT, 3), placed.num_cached_tokens // BLOCK_SIZE)[
-        :num_chunks
-    ]:
+    chunks = prefill_all(prefill, greedy(request_id, PROMPT, 3), placed.num_cached_tokens // BLOCK_SIZE)[:num_chunks]
+    for chunk, tensor in chunks:
         transcript.note(decode.import_chunk(chunk, tensor))
     if num_chunks is not None:
         decode.prefill_locally(request_id)
     run(decode, transcript)
-    return transcript.cached[request_id]
+    return transcript, sum(chunk.num_blocks for chunk, _ in chunks)
+
+
+def hand_over(prefill: Engine, decode: Engine, request_id: str = "r", num_chunks: int | None = None) -> int | None:
+    """`hand_over_noted`; what the decode engine says was cached, with its first token."""
+    return hand_over_noted(prefill, decode, request_id, num_chunks)[0].cached[request_id]
 
 
 def test_an_engine_alone_tells_what_it_found() -> None:
@@ -63,6 +71,22 @@ def test_after_a_hand_off_it_is_what_the_prefill_engine_found_whatever_decode_ha
     generate(longer := build(), [greedy("earlier", PROMPT[:30], 1)])
     assert hand_over(shorter, longer, "both have a part") == 16, "prefill began behind the part that it has"
     assert longer.stats().delta_hit_tokens == 0, "decode had as much"
+
+
+@pytest.mark.parametrize("in_decode", [0, 3], ids=["decode cold", "decode warm"])
+@pytest.mark.parametrize("in_prefill", [0, 5], ids=["prefill cold", "prefill warm"])
+def test_tokens_are_the_same_whatever_either_engine_has_cached_and_decode_is_sent_what_it_lacks(
+    in_prefill: int, in_decode: int
+) -> None:
+    prefill, decode = build(), build()
+    for engine, num_blocks in ((prefill, in_prefill), (decode, in_decode)):
+        if num_blocks:
+            generate(engine, [greedy("earlier", PROMPT[: num_blocks * BLOCK_SIZE + 1], 1)])
+    computed = prefill.stats().prompt_tokens
+    transcript, num_sent = hand_over_noted(prefill, decode, "r")
+    assert tuple(transcript.tokens["r"]) == reference("llama", PROMPT, 3)
+    assert num_sent == -(-len(PROMPT) // BLOCK_SIZE) - in_decode
+    assert prefill.stats().prompt_tokens - computed == len(PROMPT) - in_prefill * BLOCK_SIZE
 
 
 def test_what_prefill_has_and_decode_has_not_is_counted_as_such() -> None:
