@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
+from typing import Any
 
 from load_tests.generator import judge, request_body
 from load_tests.samples import Run, Sample
@@ -28,12 +29,15 @@ class Player:
         model: its name in the API.
         end_s: nothing is sent later; seconds since `start_s`, as all times.
         drain_s: how long answers are awaited after that.
+        with_receipts: ask for each one's receipt.
+        sent: takes each request that was sent, and its reply.
     """
 
     port: int
     model: str
     end_s: float
     drain_s: float
+    with_receipts: bool = False
     start_s: float = field(default_factory=time.monotonic)
     sent: list[tuple[Planned, Reply]] = field(default_factory=list)
 
@@ -62,12 +66,18 @@ class Player:
                 await asyncio.sleep(max(0.0, wait_s))
                 if self._now_s() >= self.end_s:
                     return
-                connection = await post(self.port, request_body(request, self.model))
+                connection = await post(self.port, self._body(request))
                 self.sent.append((request, connection.reply))
                 await connection.reply.done.wait()
         finally:
             if connection is not None:
                 connection.transport.close()
+
+    def _body(self, request: Planned) -> dict[str, Any]:
+        body = request_body(request, self.model)
+        if self.with_receipts:
+            body["stream_options"] |= {"include_receipt": True}
+        return body
 
     def _sample(self, request: Planned, reply: Reply) -> Sample:
         whole = reply.done.is_set()
@@ -100,21 +110,40 @@ class Player:
         )
 
 
-def play(schedule: Sequence[Planned], port: int, model: str, end_s: float, drain_s: float) -> tuple[Sample, ...]:
-    """See `Player`."""
+def play(
+    schedule: Sequence[Planned],
+    port: int,
+    model: str,
+    end_s: float,
+    drain_s: float,
+    receipts: list[tuple[Planned, Reply]] | None = None,
+) -> tuple[Sample, ...]:
+    """See `Player`; `receipts` takes what was sent, if receipts are to be asked for."""
 
     async def started() -> tuple[Sample, ...]:
-        return await Player(port, model, end_s, drain_s).play(schedule)
+        player = Player(port, model, end_s, drain_s, with_receipts=receipts is not None)
+        samples = await player.play(schedule)
+        if receipts is not None:
+            receipts.extend(player.sent)
+        return samples
 
     return asyncio.run(started())
 
 
-def run(scenario: Scenario, port: int, model: str, deployment: str, round_: int, load: float = 1.0) -> Run:
-    """Run a scenario once; runs of one round and load send the same at the same times."""
+def run(
+    scenario: Scenario,
+    port: int,
+    model: str,
+    deployment: str,
+    round_: int,
+    load: float = 1.0,
+    receipts: list[tuple[Planned, Reply]] | None = None,
+) -> Run:
+    """Run a scenario once; runs of one round and load send the same at the same times. `receipts`: see `play`."""
     schedule = build_schedule(scenario, f"{scenario.name}/{round_}/{load:g}", load)
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
     begun, cpu_s = time.monotonic(), _cpu_s()
-    samples = play(schedule, port, model, scenario.warmup_s + scenario.duration_s, scenario.drain_s)
+    samples = play(schedule, port, model, scenario.warmup_s + scenario.duration_s, scenario.drain_s, receipts)
     share = (_cpu_s() - cpu_s) / (time.monotonic() - begun)
     return Run(
         scenario=scenario.name,

@@ -174,6 +174,7 @@ def main() -> int:
     parser.add_argument("--duration", type=float, default=90.0, help="of the scenario, in seconds")
     parser.add_argument("--num-blocks", type=int, help="of each engine's pool, in a scenario; else what memory allows")
     parser.add_argument("--tier-bytes", type=int, default=2 << 30, help="of the tier, in a scenario")
+    parser.add_argument("--object-bytes", type=int, default=4 << 20, help="of an object of the tier, in a scenario")
     args = parser.parse_args()
     if args.scenario:
         bench = Bench(args, ARGUMENTS, lambda: Clients(args).warm_up())

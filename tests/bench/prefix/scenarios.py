@@ -2,7 +2,7 @@
 
 Both ways get the same requests at the same times, in turn. Told are the prompt tokens that engines computed, by the
 engines' own count, and how long clients waited for their first token. What a cache of everybody's, that forgets
-nothing, would have left to compute is told as well: nobody can do with less.
+nothing, would have left to compute is told as well: nobody can do with less. Receipts tell where the rest was lost.
 """
 
 import argparse
@@ -23,7 +23,9 @@ from load_tests.samples import Run
 from load_tests.scenario import Scenario, load_scenario
 from load_tests.schedule import Planned, build_schedule
 from tests.bench.player import run
+from tests.bench.prefix.losses import KINDS, losses, told_of
 from tests.bench.service import serving
+from tests.bench.serving.client import Reply
 
 MODEL = "smollm2-135m-instruct"
 BLOCK_SIZE = 16
@@ -43,11 +45,13 @@ class Played:
         run: as clients saw it.
         origins: prompt tokens by pool and where their KV came from.
         least: prompt tokens that one cache for all would have computed of what was sent.
+        losses: where what was computed beyond that could have been found; see `losses`.
     """
 
     run: Run
     origins: dict[str, float]
     least: int
+    losses: dict[str, int]
 
     @property
     def computed(self) -> float:
@@ -70,7 +74,7 @@ class Bench:
         pool = [f"engine.num_blocks={args.num_blocks}"] if args.num_blocks else []
         self._ways = {
             SERVE: [*arguments, *pool, "routing.by_prefix=false"],
-            OURS: [*arguments, *pool, f"tier.max_bytes={args.tier_bytes}"],
+            OURS: [*arguments, *pool, f"tier.max_bytes={args.tier_bytes}", f"tier.object_bytes={args.object_bytes}"],
         }
         if args.ours:
             del self._ways[SERVE]
@@ -88,21 +92,25 @@ class Bench:
         with serving(folder, self._args.port, self._ways[way]):
             asyncio.run(self._warm_up())
             before = read_origins(self._args.port)
-            taken = run(self.scenario, self._args.port, MODEL, way, round_, self._args.load)
+            receipts: list[tuple[Planned, Reply]] = []
+            taken = run(self.scenario, self._args.port, MODEL, way, round_, self._args.load, receipts)
             after = read_origins(self._args.port)
         sent = {(sample.session, sample.turn) for sample in taken.samples}
         schedule = build_schedule(self.scenario, f"{self.scenario.name}/{round_}/{self._args.load:g}", self._args.load)
         least = least_computed([one for one in schedule if (one.session, one.turn) in sent])
-        return Played(taken, {name: after[name] - before[name] for name in after}, least)
+        lost = losses(told_of(receipts), BLOCK_SIZE)
+        return Played(taken, {name: after[name] - before[name] for name in after}, least, lost)
 
     def _tell(self, way: str) -> None:
         last = self.played[way][-1]
         failed = sum(sample.error is not None for sample in last.run.samples)
         self.loads.append(float(Path("/proc/loadavg").read_text().split()[0]))
         problems = "".join(f"; {problem}" for problem in last.run.generator.problems)
+        lost = ", ".join(f"{count} {kind}" for kind, count in last.losses.items())
         print(
             f"{way}: {len(last.run.samples)} requests, {failed} failed, {last.computed:.0f} tokens computed "
-            f"(at least {last.least}), TTFT p50 {percentile_s([last], 50):.2f}, p95 {percentile_s([last], 95):.2f} s; "
+            f"(at least {last.least}; beyond that {lost}), "
+            f"TTFT p50 {percentile_s([last], 50):.2f}, p95 {percentile_s([last], 95):.2f} s; "
             f"load {self.loads[-1]:.1f}{problems}",
             flush=True,
         )
@@ -147,6 +155,7 @@ def report(bench: Bench) -> dict[str, Any]:
             "computed": sum(one.computed for one in played),
             "least": sum(one.least for one in played),
             "prompt_tokens": sum(sample.prompt_tokens for one in played for sample in one.run.samples),
+            "losses": {kind: sum(one.losses[kind] for one in played) for kind in KINDS},
             **{f"ttft_p{share}_s": percentile_s(played, share) for share in (50, 95, 99)},
             "failed": sum(sample.error is not None for one in played for sample in one.run.samples),
         }
