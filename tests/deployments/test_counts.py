@@ -8,7 +8,7 @@ from deployments.messages import GenerateRequest
 from deployments.replica_stats import Positions, ReplicaStats
 from tests.deployments.conftest import StartPools
 from tests.deployments.pools import NUM_TOKENS, PROMPT, Pools
-from tests.engine.driving import greedy
+from tests.engine.driving import BLOCK_SIZE, greedy
 from tests.engine.families import random_prompt
 
 
@@ -36,6 +36,24 @@ async def test_prompts_are_counted_by_where_they_were_computed(start: StartPools
         await pools.collect(greedy(name, prompt, NUM_TOKENS))
     await pools.wait_idle()
     assert await counted(pools, "prompts_total", "where") == {"cached": 1, "decode": 3, "prefill": 1}
+
+
+async def test_prompt_tokens_are_counted_by_where_their_kv_came_from(start: StartPools) -> None:
+    pools = await start(num_decode=2)
+    cached = (len(PROMPT) - 1) // BLOCK_SIZE * BLOCK_SIZE
+
+    async def ask(name: str) -> dict[str, float]:
+        before = await counted(pools, "prompt_tokens_by_origin_total", "origin")
+        await pools.collect(greedy(name, PROMPT, NUM_TOKENS))
+        await pools.wait_idle()
+        after = await counted(pools, "prompt_tokens_by_origin_total", "origin")
+        return {origin: count - before.get(origin, 0) for origin, count in after.items() if count != before.get(origin)}
+
+    assert await ask("new") == {"miss": len(PROMPT)}
+    assert await ask("this engine has it") == {"engine": cached, "miss": len(PROMPT) - cached}
+    pools.decodes.reverse()
+    found = await ask("only the prefill engine has it")
+    assert found == {"engine": cached, "delta": cached, "miss": len(PROMPT) - cached}, "found by one, sent to the other"
 
 
 async def test_a_prompt_of_one_token_that_ends_in_the_prefill_pool_counts_there(start: StartPools) -> None:
