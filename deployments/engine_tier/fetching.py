@@ -35,6 +35,7 @@ class Fetcher:
         keys: of the engine's KV.
 
     Attributes:
+        num_queued: prompt tokens that the engine had to compute when it was last asked: they hide as much of a fetch.
         num_bytes: that were brought.
         seconds: that this took.
         num_failures: times that something did not come, or not in time.
@@ -48,6 +49,7 @@ class Fetcher:
         self._lock = Lock()  # of what was measured and counted
         self._policy = FetchPolicy()
         self._copiers = ThreadPoolExecutor(lending.num_lanes, thread_name_prefix="tier-copy")
+        self.num_queued = 0
         self.num_bytes = 0
         self.seconds = 0.0
         self.num_failures = 0
@@ -73,9 +75,9 @@ class Fetcher:
         found = self._find(self._keys.of_chain(chain)[first:])
         num_tokens, num_bytes = len(found) * size * self._keys.block_size, len(found) * self._keys.num_bytes
         with self._lock:
-            if not found or not self._policy.fetches(num_tokens, num_bytes):
+            if not found or not self._policy.fetches(num_tokens, num_bytes, self.num_queued):
                 return
-            patience_s = self._policy.patience_s(num_tokens)
+            patience_s = self._policy.patience_s(self.num_queued + num_tokens)
         begun_s = time.monotonic()
         hashes = chain[: (first + len(found)) * size]
         loan = self._loop.call(lambda engine: engine.lending.reserve(hashes))

@@ -92,7 +92,8 @@ class EngineTier:
         return self._giver.give(key)
 
     def add_to(self, stats: EngineStats) -> None:
-        """What the engine does not know of itself."""
+        """What the engine does not know of itself; and what it has to compute is noted here."""
+        self._fetcher.num_queued = stats.num_queued_prompt_tokens - stats.num_remote_prompt_tokens
         stats.num_waiting += len(self._waiting)
         stats.tier_hit_tokens = self._lending.num_hit_tokens
         stats.tier_fetched_bytes, stats.tier_fetch_s = self._fetcher.num_bytes, self._fetcher.seconds

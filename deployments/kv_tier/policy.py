@@ -140,12 +140,12 @@ class FetchPolicy:
             return num_tokens > 0
         return max(found, _LEAST_FOUND_SHARE) * num_tokens * token_s > lookup_s
 
-    def fetches(self, num_tokens: int, num_bytes: int) -> bool:
-        """Whether to fetch so many tokens, rather than compute them."""
+    def fetches(self, num_tokens: int, num_bytes: int, num_before: int = 0) -> bool:
+        """Whether to fetch so many tokens, rather than compute them behind so many others that wait in the engine."""
         token_s, byte_s = self._token_s.value, self._byte_s.value
         if token_s is None or byte_s is None:
             return num_tokens > 0
-        if _WAITS * (self._wait_s.value or 0.0) + byte_s * num_bytes < token_s * num_tokens:
+        if _WAITS * (self._wait_s.value or 0.0) + byte_s * num_bytes < token_s * (num_before + num_tokens):
             return True
         self._byte_s.shrink(_FORGIVENESS)
         self._wait_s.shrink(_FORGIVENESS)

@@ -12,9 +12,11 @@ from deployments.engine.engine import Engine
 from deployments.engine.loop import EngineLoop
 from deployments.engine.scheduling.block_hash import hash_chain, root_of
 from deployments.engine.scheduling.positions import FIXED
+from deployments.engine.stats import EngineStats
 from deployments.engine_tier import giving
 from deployments.engine_tier.tier import EngineTier
 from deployments.kv_tier.keys import TierKeys
+from deployments.kv_tier.policy import FetchPolicy
 from deployments.kv_transfer.layout import KVLayout
 from deployments.messages import EngineEvent, GenerateRequest, TokenOutput, resumed_id
 from tests.engine.driving import BLOCK_SIZE, build_engine, greedy
@@ -267,6 +269,21 @@ def test_the_batch_goes_on_while_a_request_waits(tier: LocalTier, members: list[
     assert members[1].tier.holds("waits")
     tier.goes_on.set()
     assert waiting.result(60)[0] == reference("llama", PROMPT, 8)
+
+
+def test_a_fetch_is_weighed_against_what_the_engine_would_compute_before(
+    members: list[Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[int]()
+
+    def fetches(_: FetchPolicy, num_tokens: int, num_bytes: int, num_before: int) -> bool:
+        asked.append(num_before)
+        return False
+
+    monkeypatch.setattr(FetchPolicy, "fetches", fetches)
+    members[1].tier.add_to(EngineStats(num_queued_prompt_tokens=700, num_remote_prompt_tokens=200))
+    assert warm(members[1]) == 0
+    assert asked == [500]
 
 
 def test_no_step_begins_between_the_end_of_a_fetch_and_the_request_that_it_was_for(

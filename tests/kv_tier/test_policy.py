@@ -81,6 +81,11 @@ def test_a_busy_engine_fetches_no_few_tokens_for_each_fetch_waits_for_two_steps(
     assert policy.fetches(85, 10**6)
 
 
+def test_what_waits_in_the_engine_hides_as_much_of_a_fetch() -> None:
+    assert not measured().fetches(100, 2 * 10**8), "0.2 s against 0.1 s"
+    assert measured().fetches(100, 2 * 10**8, 101), "0.2 s against 0.1 s behind 0.101 s of others"
+
+
 def test_a_fetch_that_was_too_slow_is_tried_again_in_the_end() -> None:
     policy = measured()
     answers = [policy.fetches(100, 2 * 10**8) for _ in range(60)]
