@@ -8,6 +8,7 @@ nothing, would have left to compute is told as well: nobody can do with less. Re
 import argparse
 import asyncio
 import re
+import time
 import urllib.request
 from collections import defaultdict
 from collections.abc import Sequence
@@ -32,8 +33,11 @@ BLOCK_SIZE = 16
 SERVE, OURS = "Ray Serve", "by prefix, with the tier"
 MIN_FEWER, MAX_TTFT = 2.0, 0.6
 _ORIGIN = re.compile(
-    r'^kvrelay_prompt_tokens_by_origin_total\{origin="(\w+)",pool="(\w+)",[^}]*\} (\S+)$', re.MULTILINE
+    r'^kvrelay_prompt_tokens_by_origin_total\{origin="(\w+)",pool="(\w+)",([^}]*)\} (\S+)$', re.MULTILINE
 )
+# Of both pools. On a busy machine some do not answer in time for a page of metrics.
+_NUM_REPLICAS = 4
+_ASKS = 60
 _DRAIN_S = 120.0
 
 
@@ -130,11 +134,17 @@ def least_computed(schedule: Sequence[Planned]) -> int:
 
 
 def read_origins(port: int) -> dict[str, float]:
-    """Prompt tokens so far by pool and origin."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
-        text = response.read().decode()
+    """Prompt tokens so far by pool and origin, once all replicas have told theirs."""
+    for _ in range(_ASKS):
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as response:
+            told = _ORIGIN.findall(response.read().decode())
+        if len({(pool, replica) for _, pool, replica, _ in told}) == _NUM_REPLICAS:
+            break
+        time.sleep(1.0)
+    else:
+        raise RuntimeError(f"{_NUM_REPLICAS} replicas have not told their numbers at once, asked {_ASKS} times")
     found: dict[str, float] = defaultdict(float)
-    for origin, pool, count in _ORIGIN.findall(text):
+    for origin, pool, _, count in told:
         found[f"{pool} {origin}"] += float(count)
     return dict(found)
 
