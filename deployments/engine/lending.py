@@ -7,7 +7,7 @@ ends a loan is for the engine's thread; the rest says so.
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Event
 
 import numpy as np
@@ -34,14 +34,12 @@ class Loan:
         blocks: one for each.
         num_cached: leading ones that are cached, to be read; the others are to be written to.
         ready: when the device has done what it was asked for before the loan; None: it has.
-        written: when the device has done each of the copies into them that it was asked for and has not done yet.
     """
 
     hashes: tuple[bytes, ...]
     blocks: tuple[int, ...]
     num_cached: int
     ready: torch.cuda.Event | None
-    written: list[torch.cuda.Event] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +80,9 @@ class Lending:
         return self._host_copies.bytes_per_block
 
     @property
-    def num_threads(self) -> int:
-        """That may well copy at once."""
-        return self._host_copies.num_threads
+    def num_lanes(self) -> int:
+        """Copies that may well be made at once."""
+        return self._host_copies.num_lanes
 
     @property
     def num_hit_tokens(self) -> int:
@@ -147,13 +145,7 @@ class Lending:
             self._blocks.bring(block, block_hash, origin)
 
     def give_back(self, loan: Loan) -> None:
-        """The copy is done, or given up; what was brought stays findable. Once for each loan.
-
-        Between this and `bring` no step is launched: those that are launched later wait for the device's copies, also
-        for those into blocks that were not brought, which anybody may have now.
-        """
-        for written in loan.written:
-            self._copies.wait_for(written)
+        """The copy is done, or given up; what was brought stays findable. Once for each loan."""
         self._blocks.take_back(loan.blocks)
 
     def copy_out(self, loan: Loan, out: np.ndarray) -> float:
@@ -161,14 +153,9 @@ class Lending:
         return self._host_copies.copy_out(loan.blocks, loan.ready, out)
 
     def copy_in(self, loan: Loan, first: int, data: np.ndarray) -> None:
-        """Write blocks of a loan, from this one on, as many as there are rows. From any thread.
-
-        Returns when the data was read; the device may still write it.
-        """
+        """Write blocks of a loan, from this one on, as many as there are rows. From any thread."""
         assert first >= loan.num_cached, "these are cached, and others may read them"
-        written = self._host_copies.copy_in(loan.blocks[first : first + len(data)], loan.ready, data)
-        if written is not None:
-            loan.written.append(written)
+        self._host_copies.copy_in(loan.blocks[first : first + len(data)], loan.ready, data)
 
     def _loan(self, hashes: Sequence[bytes], cached: list[int], blank: list[int]) -> Loan:
         return Loan(tuple(hashes), (*cached, *blank), len(cached), self._copies.fence())

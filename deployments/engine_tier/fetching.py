@@ -48,7 +48,7 @@ class Fetcher:
         self._keys = keys
         self._lock = Lock()  # of what was measured and counted
         self._policy = FetchPolicy()
-        self._copiers = ThreadPoolExecutor(lending.num_threads, thread_name_prefix="tier-copy")
+        self._copiers = ThreadPoolExecutor(lending.num_lanes, thread_name_prefix="tier-copy")
         self.num_queued = 0
         self.num_bytes = 0
         self.seconds = 0.0

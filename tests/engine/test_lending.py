@@ -9,11 +9,9 @@ import torch
 
 from deployments.engine.engine import Engine
 from deployments.engine.kv.cache import KVCache, KVShape
-from deployments.engine.kv.copies import KVCopies
 from deployments.engine.kv.host_copies import HostCopies
 from deployments.engine.lending import Stretch
 from deployments.engine.scheduling.block_hash import hash_chain, root_of
-from deployments.engine.scheduling.block_manager import BlockManager
 from tests.engine.driving import BLOCK_SIZE, Transcript, build_engine, generate, greedy, run
 from tests.engine.families import CPU, load, random_prompt, reference
 
@@ -109,22 +107,6 @@ def test_a_copy_that_waits_for_a_core_takes_nobody_any_time(monkeypatch: pytest.
     taken_s = engine.lending.copy_out(loan, np.zeros((len(HASHES), engine.lending.bytes_per_block), np.uint8))
     assert 0 < taken_s < 0.03
     engine.lending.give_back(loan)
-
-
-def test_blocks_are_given_back_behind_what_the_device_still_copies_into_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = build_engine(load("llama"))
-    told = list[object]()
-    copied = iter(["first", "second"])
-    monkeypatch.setattr(HostCopies, "copy_in", lambda *_: next(copied))
-    monkeypatch.setattr(KVCopies, "wait_for", lambda _, written: told.append(written))
-    monkeypatch.setattr(BlockManager, "take_back", lambda *_: told.append("given back"))
-    loan = engine.lending.reserve(HASHES)
-    assert loan is not None
-    for number in range(2):
-        engine.lending.copy_in(loan, number, np.zeros((1, engine.lending.bytes_per_block), np.uint8))
-    engine.lending.bring(loan, (None,))  # the second came too late
-    engine.lending.give_back(loan)
-    assert told == ["first", "second", "given back"]
 
 
 def test_bytes_of_another_shape_are_refused() -> None:

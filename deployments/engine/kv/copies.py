@@ -71,12 +71,6 @@ class KVCopies:
         """When everything that was launched up to now is done."""
         return torch.cuda.current_stream().record_event() if self._stream is not None else None
 
-    def wait_for(self, written: torch.cuda.Event) -> None:
-        """Have all that is launched from now on find what others write into blocks until then."""
-        torch.cuda.current_stream().wait_event(written)
-        if self._stream is not None:
-            self._stream.wait_event(written)
-
     def _compile(self) -> None:
         """Copy a block out and in, so that the first hand-off finds the kernels ready."""
         chunk = self.allocate(1)

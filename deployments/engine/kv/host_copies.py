@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 
 # Copies at once on a GPU, each with a thread that moves bytes within the host: one thread brings 4.7 GB/s of shared
 # memory to the device, four bring 17 (blocks of Llama-3.1-8B, one GPU, 16 cores, 2026-11-28).
-_NUM_THREADS = 8
-# Blocks of pinned memory that they share: while the device still reads a block, its thread fills another one.
-_NUM_LANES = 12
+_NUM_LANES = 8
 
 
 class HostCopies:
@@ -42,7 +40,7 @@ class HostCopies:
         self.bytes_per_block = planes.numel()
         self._lanes: queue.SimpleQueue[_Lane] = queue.SimpleQueue()
         self._plane_shape = tuple(planes.shape)
-        self.num_threads = _NUM_THREADS if self._pool.is_cuda else 1
+        self.num_lanes = _NUM_LANES if self._pool.is_cuda else 1
         self._has_lanes = False
         self._lock = Lock()
 
@@ -65,37 +63,31 @@ class HostCopies:
 
     def _copy_out(self, block_ids: Sequence[int], computed: torch.cuda.Event | None, rows: np.ndarray) -> None:
         if self._pool.is_cuda:
-            with self._lane() as lane:
+            with self._lane(computed) as lane:
                 for block, row in zip(block_ids, rows, strict=True):
-                    lane.fetch(self._pool[:, :, block], row, computed)
+                    lane.fetch(self._pool[:, :, block], row)
             return
         pool = self._pool.numpy()
         for block, row in zip(block_ids, rows, strict=True):
             np.copyto(row, pool[:, :, block])
 
-    def copy_in(
-        self, block_ids: Sequence[int], computed: torch.cuda.Event | None, data: np.ndarray
-    ) -> torch.cuda.Event | None:
-        """Copy what `copy_out` has made into blocks; returns when the data was read.
+    def copy_in(self, block_ids: Sequence[int], computed: torch.cuda.Event | None, data: np.ndarray) -> None:
+        """Copy what `copy_out` has made into blocks; returns when it is there, on a GPU too.
 
         Args:
             block_ids: N of them.
             computed: when no step that was launched before uses the blocks any more; None: none does.
             data: (N, bytes_per_block) uint8; it is not written to.
-
-        Returns:
-            When it is in the blocks; None: it is.
         """
         rows = self._rows(data, block_ids)
         if self._pool.is_cuda:
-            with self._lane() as lane:
+            with self._lane(computed) as lane:
                 for block, row in zip(block_ids, rows, strict=True):
-                    lane.put(row, self._pool[:, :, block], computed)
-                return lane.written()
+                    lane.put(row, self._pool[:, :, block])
+            return
         pool = self._pool.numpy()
         for block, row in zip(block_ids, rows, strict=True):
             np.copyto(pool[:, :, block], row)
-        return None
 
     def _rows(self, data: np.ndarray, block_ids: Sequence[int]) -> np.ndarray:
         expected = (len(block_ids), self.bytes_per_block)
@@ -104,17 +96,20 @@ class HostCopies:
         return data.reshape(-1, *self._plane_shape)
 
     @contextmanager
-    def _lane(self) -> "Iterator[_Lane]":
-        """A lane that nobody else uses. It is given back while the device still copies; the next one's copies wait."""
+    def _lane(self, after: torch.cuda.Event | None) -> "Iterator[_Lane]":
+        """A lane that nobody else uses; when it is given back its copies are done."""
         with self._lock:
             if not self._has_lanes:  # taken with the first copy: most engines make none
                 self._has_lanes = True
-                for _ in range(_NUM_LANES):
+                for _ in range(self.num_lanes):
                     self._lanes.put(_Lane.on(self._pool[:, :, 0]))
         lane = self._lanes.get()
         try:
             with torch.cuda.device(self._pool.device), torch.cuda.stream(lane.stream):
+                if after is not None:
+                    lane.stream.wait_event(after)
                 yield lane
+                lane.stream.synchronize()
         finally:
             self._lanes.put(lane)
 
@@ -136,28 +131,19 @@ class _Lane:
         pinned = torch.empty(planes.shape, dtype=torch.uint8, pin_memory=True)
         return cls(torch.cuda.Stream(planes.device), pinned, torch.empty_like(pinned, device=planes.device))
 
-    def fetch(self, planes: Tensor, row: np.ndarray, after: torch.cuda.Event | None) -> None:
+    def fetch(self, planes: Tensor, row: np.ndarray) -> None:
         """Copy a block to the host."""
-        if after is not None:
-            self.stream.wait_event(after)
         _words(self.staging).copy_(_words(planes))
         self.pinned.copy_(self.staging, non_blocking=True)
         self.stream.synchronize()
         np.copyto(row, self.pinned.numpy())
 
-    def put(self, row: np.ndarray, planes: Tensor, after: torch.cuda.Event | None) -> None:
-        """Have a block copied to the device; steps that run there delay the device alone."""
+    def put(self, row: np.ndarray, planes: Tensor) -> None:
+        """Copy a block to the device."""
         self.stream.synchronize()  # the one before is out of the pinned memory
         np.copyto(self.pinned.numpy(), row)
-        if after is not None:
-            self.stream.wait_event(after)
         self.staging.copy_(self.pinned, non_blocking=True)
         _words(planes).copy_(_words(self.staging))
-
-    def written(self) -> torch.cuda.Event:
-        """When the device has done all that it was asked for here."""
-        event: torch.cuda.Event = self.stream.record_event()
-        return event
 
 
 def _words(planes: Tensor) -> Tensor:
