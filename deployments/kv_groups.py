@@ -1,8 +1,8 @@
 """What KV is made of, described once: for the engine that keeps it and for those that carry it. Knows no tensors.
 
-Layers whose KV is alike form a group. A model of one kind of layer has one; a model that mixes kinds (a sliding window
-in some layers, fewer heads in others) has several, each with pool and blocks of its own. Engines keep one group today:
-`only_group` refuses the rest, and nothing else has to.
+Layers whose KV is alike form a group. A model of one kind of layer has one; a model that mixes kinds (fewer heads in
+some layers) has several, each with pool and blocks of its own. Engines keep one group today: `only_group` refuses the
+rest, and nothing else has to.
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,8 +58,8 @@ class KVGroup:
         layers: their indices in the model, in the order in which pools and chunks hold them.
         num_kv_heads: KV heads of a layer.
         head_dim: elements of a head.
-        window: tokens whose KV is kept, the newest; None: all of a sequence. A model that attends within a window may
-            well keep all.
+        window: tokens of a sequence whose KV is kept, the newest; None: all. Where only some layers have a window, all
+            keep all.
     """
 
     layers: tuple[int, ...]
@@ -103,21 +103,17 @@ def bytes_per_block(groups: KVGroups, block_size: int, form: KVForm) -> int:
 
 
 def only_group(groups: KVGroups) -> KVGroup:
-    """The group of a model that has one, and keeps all of its tokens.
+    """The group of a model that has one.
 
     Raises:
         UnsupportedModelError: engines cannot keep this KV yet.
     """
-    if len(groups) == 1 and groups[0].window is None:
+    if len(groups) == 1:
         return groups[0]
     kinds = "; ".join(
-        f"layers {list(group.layers)}: {group.num_kv_heads} heads of {group.head_dim}"
-        + (f", the last {group.window} tokens" if group.window is not None else "")
-        for group in groups
+        f"layers {list(group.layers)}: {group.num_kv_heads} heads of {group.head_dim}" for group in groups
     )
-    raise UnsupportedModelError(
-        f"keys and values must have one shape in all layers, and none be dropped; found {kinds}"
-    )
+    raise UnsupportedModelError(f"keys and values must have one shape in all layers; found {kinds}")
 
 
 def differences(ours: KVGroups, theirs: KVGroups) -> Iterator[str]:

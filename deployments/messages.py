@@ -283,12 +283,14 @@ class Placed:
     Attributes:
         request_id: the request.
         remote: True: blocks are reserved and wait for a prefill engine; False: this engine computes the prompt.
-        num_cached_tokens: prompt tokens already here; always whole blocks.
+        num_cached_tokens: leading prompt tokens that are here already, or are not read; always whole blocks.
+        num_unread_tokens: of these the ones that are not here.
     """
 
     request_id: str
     remote: bool
     num_cached_tokens: int
+    num_unread_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

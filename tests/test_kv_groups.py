@@ -56,14 +56,14 @@ def test_differences_come_in_order_and_name_their_group():
     assert list(differences((FULL,), theirs)) == ["groups of layers: ours 1, theirs 2"]
 
 
-def test_one_group_that_keeps_all_tokens_is_what_engines_keep():
-    assert only_group((FULL,)) is FULL
+@pytest.mark.parametrize("group", [FULL, WINDOWED])
+def test_one_group_is_what_engines_keep(group):
+    assert only_group((group,)) is group
 
 
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ((WINDOWED,), r"layers \[0, 2, 4\]: 2 heads of 128, the last 512 tokens"),
         ((KVGroup((0, 2, 4), 2, 128), FULL), r"layers \[0, 2, 4\]: 2 heads of 128; layers \[1, 3\]: 4 heads of 64"),
         ((), "found"),
     ],

@@ -102,6 +102,7 @@ class EngineLimits:
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: token budget of one step.
         max_drafts: tokens of one sequence that a step tries at most.
+        kv_window: tokens of a sequence, the newest, whose KV is kept; None: all.
     """
 
     max_model_len: int
@@ -110,3 +111,4 @@ class EngineLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_drafts: int = 0
+    kv_window: int | None = None

@@ -34,7 +34,7 @@ from deployments.engine.lending import Lending
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.outputs import Outputs
 from deployments.engine.pacing import Pace, is_awaited
-from deployments.engine.scheduling.block_manager import BlockManager
+from deployments.engine.scheduling.block_manager import build_blocks
 from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.scheduling.checks import check_first_block, check_request
 from deployments.engine.scheduling.run import ScheduledSequence
@@ -71,10 +71,9 @@ class Engine:
         self.kv_shape = loaded.kv_shape
         self._runner = build_rehearsed(loaded, self.limits)
         self._copies = KVCopies(self._runner.cache)
-        block_size, caching = self.limits.block_size, config.enable_prefix_caching
-        self._blocks = BlockManager(self.limits.num_blocks, block_size, enable_prefix_caching=caching)
+        self._blocks = build_blocks(self.limits, enable_prefix_caching=config.enable_prefix_caching)
         self._scheduler = Scheduler(self._blocks, self.limits, loaded.positions)
-        bytes_per_block = loaded.kv_shape.bytes_per_block(block_size)
+        bytes_per_block = loaded.kv_shape.bytes_per_block(self.limits.block_size)
         self.export_room = export_room(self.limits, bytes_per_block, loaded.device, config.hands_over)
         self._stats = EngineStats.begin(self.limits)
         self._handoffs = Handoffs(self._copies, self.limits, self.export_room, config.lease_s, clock, self._stats)
@@ -192,7 +191,7 @@ class Engine:
         """Stop waiting for a prefill engine and compute what is missing here; False if it does not wait."""
         sequence = self._handoffs.importer.give_up(request_id)
         if sequence is not None:
-            self._scheduler.activate(sequence)
+            self._scheduler.compute_here(sequence)
         return sequence is not None
 
     def renew(self, request_id: str) -> bool:
@@ -234,7 +233,7 @@ class Engine:
         schedule = self._scheduler.schedule()
         for placed in schedule.placed:
             events.append(placed)
-            self._stats.prefix_hit_tokens += placed.num_cached_tokens
+            self._stats.prefix_hit_tokens += placed.num_cached_tokens - placed.num_unread_tokens
             if placed.remote:
                 self._handoffs.importer.add(self._scheduler.reserved[placed.request_id])
         self._scheduled = schedule.scheduled

@@ -2,9 +2,10 @@
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import TypeAlias
 
 import hypothesis.strategies as st
 import pytest
@@ -34,6 +35,8 @@ from tests.engine.insides import is_between_engines, scheduler_of
 from tests.tiny_models import ONE_LAYER
 
 LEASE_S = 15.0  # as by default
+Model: TypeAlias = Callable[[], LoadedModel]
+
 BLOCK_SIZE, MAX_PROMPT, MAX_TOKENS, VOCAB_SIZE = 4, 30, 10, ONE_LAYER["vocab_size"]
 POOL_BLOCKS = 14  # one request may need 10: two long ones must fight for blocks
 
@@ -56,6 +59,19 @@ def similar() -> LoadedModel:
     return prepare_model(model, "", CPU)
 
 
+@cache
+def windowed() -> LoadedModel:
+    """A token sees five."""
+    return prepare_model(small_model("MistralConfig", **(ONE_LAYER | {"sliding_window": 5})), "", CPU)
+
+
+@cache
+def keeping(model: Model) -> LoadedModel:
+    """It, with all of its KV kept."""
+    shape = model().kv_shape
+    return replace(model(), kv_shape=replace(shape, groups=(replace(shape.group, window=None),)))
+
+
 def build_small(
     loaded: LoadedModel | None = None,
     *,
@@ -69,21 +85,21 @@ def build_small(
 
 
 @cache
-def alone(prompt: tuple[int, ...], sampling: SamplingParams) -> tuple[int, ...]:
+def alone(prompt: tuple[int, ...], sampling: SamplingParams, model: Model = tiny) -> tuple[int, ...]:
     """What the request generates with an engine of its own."""
-    (tokens,) = generate(build_small(), [GenerateRequest("alone", prompt, sampling)])
+    (tokens,) = generate(build_small(keeping(model)), [GenerateRequest("alone", prompt, sampling)])
     return tokens
 
 
-def answer_of(request: GenerateRequest) -> tuple[int, ...]:
+def answer_of(request: GenerateRequest, model: Model = tiny) -> tuple[int, ...]:
     """What it generates, whatever else is asked about it."""
-    return alone(request.prompt_token_ids, replace(request.sampling, num_logprobs=None))
+    return alone(request.prompt_token_ids, replace(request.sampling, num_logprobs=None), model)
 
 
 @cache
-def logprobs_of(tokens: tuple[int, ...]) -> list[float]:
+def logprobs_of(tokens: tuple[int, ...], model: Model = tiny) -> list[float]:
     """Of all but the first of them, scored by an engine of its own."""
-    engine = build_small(num_blocks=64)
+    engine = build_small(keeping(model), num_blocks=64)
     engine.add(GenerateRequest("scored", tokens, SamplingParams(max_tokens=1), num_prompt_logprobs=0))
     told = [event for event in iter_events(engine) if isinstance(event, TokenOutput)]
     return [token.logprob or 0.0 for token in told[0].prompt]
@@ -132,11 +148,16 @@ class Relay(RuleBasedStateMachine):
     """A prefill engine, a decode engine, and a network and clients without manners."""
 
     is_pipelined = False
+    model: Model = staticmethod(tiny)
+    num_blocks = POOL_BLOCKS
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = FakeClock()
-        self.prefill, self.decode = (build_small(is_pipelined=self.is_pipelined, clock=self.clock) for _ in range(2))
+        self.prefill, self.decode = (
+            build_small(self.model(), is_pipelined=self.is_pipelined, clock=self.clock, num_blocks=self.num_blocks)
+            for _ in range(2)
+        )
         self.requests: dict[str, GenerateRequest] = {}
         self.tokens: dict[str, list[int]] = {}
         self.ended: set[str] = set()
@@ -266,8 +287,8 @@ class Relay(RuleBasedStateMachine):
                 assert event.request_id not in self.ended, f"{event} after the end"
                 assert event.index == len(tokens)
                 tokens += event.token_ids
-                check_scores(request, event)
-                whole = answer_of(request)
+                check_scores(request, event, self.model)
+                whole = answer_of(request, self.model)
                 assert tuple(tokens) == whole[: len(tokens)], "other tokens than alone"
                 assert (event.finish_reason is not None) is (len(tokens) == len(whole))
                 if event.finish_reason is not None:
@@ -277,8 +298,8 @@ class Relay(RuleBasedStateMachine):
         """The first token also comes from the prefill engine; if it is the last one too, nobody sends any KV."""
         request = self.requests[event.request_id]
         assert event.index == 0
-        check_scores(request, event)
-        assert event.token_ids == answer_of(request)[:1]
+        check_scores(request, event, self.model)
+        assert event.token_ids == answer_of(request, self.model)[:1]
         if event.finish_reason is not None:
             self.end(event.request_id)
 
@@ -301,26 +322,39 @@ class Relay(RuleBasedStateMachine):
         for engine in (self.prefill, self.decode):
             engine.check_integrity()
             assert engine.num_sequences == 0
-            assert engine.num_free_blocks == POOL_BLOCKS
+            assert engine.num_free_blocks == self.num_blocks
             assert not is_between_engines(engine)
             assert not engine.has_work
 
 
-def check_scores(request: GenerateRequest, event: TokenOutput) -> None:
+def check_scores(request: GenerateRequest, event: TokenOutput, model: Model) -> None:
     """Logprobs are there where they were asked for, and of the right tokens."""
     prompt, is_asked = request.prompt_token_ids, request.sampling.num_logprobs is not None
     assert tuple(draw.token_id for draw in event.draws) == (event.token_ids if is_asked else ())
     is_scored = request.num_prompt_logprobs is not None and event.index == 0
     assert tuple(token.token_id for token in event.prompt) == (prompt[1:] if is_scored else ())
     if is_asked and event.index == 0:
-        *_, expected = logprobs_of((*prompt, event.token_ids[0]))
+        *_, expected = logprobs_of((*prompt, event.token_ids[0]), model)
         assert event.draws[0].logprob == pytest.approx(expected, abs=1e-4)
     if is_scored:
-        assert [token.logprob for token in event.prompt] == pytest.approx(logprobs_of(prompt), abs=1e-4)
+        assert [token.logprob for token in event.prompt] == pytest.approx(logprobs_of(prompt, model), abs=1e-4)
 
 
 class PipelinedRelay(Relay):
     """The same with engines that start a step before they conclude the one before."""
+
+    is_pipelined = True
+
+
+class WindowedRelay(Relay):
+    """The same with a window in every layer, and fewer blocks than a long sequence had without."""
+
+    model = staticmethod(windowed)
+    num_blocks = 6
+
+
+class PipelinedWindowedRelay(WindowedRelay):
+    """That with engines that start a step before they conclude the one before."""
 
     is_pipelined = True
 
@@ -374,9 +408,11 @@ class PipelinedDraftModelRelay(DraftModelRelay):
 
 
 TestRelay, TestPipelinedRelay, TestSpeculatingRelay = Relay.TestCase, PipelinedRelay.TestCase, SpeculatingRelay.TestCase
+TestWindowedRelay, TestPipelinedWindowedRelay = WindowedRelay.TestCase, PipelinedWindowedRelay.TestCase
 TestLyingRelay, TestKnowingRelay = LyingRelay.TestCase, KnowingRelay.TestCase
 TestDraftModelRelay = DraftModelRelay.TestCase
 TestRelay.settings = TestPipelinedRelay.settings = settings(max_examples=80, stateful_step_count=50)
+TestWindowedRelay.settings = TestPipelinedWindowedRelay.settings = TestRelay.settings
 TestPipelinedSpeculatingRelay = PipelinedSpeculatingRelay.TestCase
 TestPipelinedDraftModelRelay = PipelinedDraftModelRelay.TestCase
 TestSpeculatingRelay.settings = TestDraftModelRelay.settings = settings(max_examples=40, stateful_step_count=50)

@@ -98,7 +98,7 @@ def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
         raise ValueError(f"block_size is {block_size}, must be a multiple of {_GPU_BLOCK_SIZE} on a GPU")
     max_drafts = 0 if config.speculation.method == "off" else config.speculation.max_drafts
     bounds = config.max_num_seqs, max_num_batched_tokens, max_drafts
-    limits = EngineLimits(max_model_len, block_size, _TRIAL_BLOCKS, *bounds)
+    limits = EngineLimits(max_model_len, block_size, _TRIAL_BLOCKS, *bounds, loaded.kv_shape.group.window)
     return replace(limits, num_blocks=_count_blocks(loaded, config, limits))
 
 

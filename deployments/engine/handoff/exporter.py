@@ -14,6 +14,7 @@ from torch import Tensor
 from deployments.engine.handoff.completions import Completions
 from deployments.engine.handoff.outbox import Outbox
 from deployments.engine.kv.copies import KVCopies
+from deployments.engine.scheduling.retention import Retention
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Sequence, Status
 from deployments.messages import ChunkReady
@@ -40,14 +41,15 @@ class Exporter:
     Args:
         outbox: where chunks wait to be taken.
         copies: of the pool.
-        block_size: tokens per block.
+        retention: of the engine, and of those for which it computes.
         max_chunk_blocks: of one chunk.
     """
 
-    def __init__(self, outbox: Outbox, copies: KVCopies, block_size: int, max_chunk_blocks: int) -> None:
+    def __init__(self, outbox: Outbox, copies: KVCopies, retention: Retention, max_chunk_blocks: int) -> None:
         self._outbox = outbox
         self._copies = copies
-        self._block_size = block_size
+        self._retention = retention
+        self._block_size = retention.block_size
         self._max_chunk_blocks = max_chunk_blocks
         self._outgoing: dict[str, _Outgoing] = {}
         self._completions = Completions()
@@ -62,8 +64,8 @@ class Exporter:
         return any(0 < self._next_size(each, each.sequence.num_launched_tokens) <= room for each in outgoing)
 
     def add(self, sequence: Sequence, first_block: int) -> None:
-        """Hand a sequence over from this block on."""
-        self._outbox.open(sequence.request_id, first_block)
+        """Hand a sequence over from this block on, but for blocks that nobody reads behind its prompt."""
+        self._outbox.open(sequence.request_id, max(first_block, self._retention.num_passed(sequence.num_tokens)))
         self._outgoing[sequence.request_id] = _Outgoing(sequence)
 
     def discard(self, request_id: str) -> None:
@@ -115,7 +117,7 @@ class Exporter:
     def _announce(self, outgoing: _Outgoing, size: int, end: int) -> ChunkReady:
         sequence = outgoing.sequence
         start = self._outbox.next_block(sequence.request_id)
-        is_last = end >= sequence.num_tokens and start + size == len(sequence.block_table)
+        is_last = end >= sequence.num_tokens and start + size == self._num_blocks(sequence)
         tensor = self._copies.allocate(size)
         chunk = self._outbox.put(sequence.request_id, size, tensor, is_last=is_last)
         outgoing.announced.append((chunk, tensor))
@@ -127,7 +129,11 @@ class Exporter:
         sequence = outgoing.sequence
         if sequence.status is not Status.RUNNING or outgoing.is_all_announced:
             return 0
-        num_blocks = len(sequence.block_table)
+        num_blocks = self._num_blocks(sequence)
         if end < sequence.num_tokens:
             num_blocks = min(end // self._block_size, num_blocks - 1)
         return min(num_blocks - self._outbox.next_block(sequence.request_id), self._max_chunk_blocks)
+
+    def _num_blocks(self, sequence: Sequence) -> int:
+        """Of all its tokens, which it may not all have yet."""
+        return -(-sequence.num_tokens // self._block_size)

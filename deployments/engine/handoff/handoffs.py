@@ -11,6 +11,7 @@ from deployments.engine.handoff.inbox import Inbox
 from deployments.engine.handoff.outbox import Outbox
 from deployments.engine.handoff.states import Clock
 from deployments.engine.kv.copies import KVCopies
+from deployments.engine.scheduling.retention import Retention
 from deployments.engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ class Handoffs:
     ) -> None:
         self.inbox = Inbox(lease_s, clock)
         self.outbox = Outbox(room.max_blocks, lease_s, clock)
-        self.exporter = Exporter(self.outbox, copies, limits.block_size, room.max_chunk_blocks)
+        self.exporter = Exporter(self.outbox, copies, Retention.of(limits), room.max_chunk_blocks)
         self.importer = Importer(self.inbox, copies, limits.block_size, stats)
         self._stats = stats
 

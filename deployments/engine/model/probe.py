@@ -98,13 +98,22 @@ def _kv_shape(model: PreTrainedModel, probe: _Probe) -> KVShape:
     if sorted(probe.calls) != list(range(num_layers)):
         raise UnsupportedModelError(f"{name} has {num_layers} layers, but attention ran in layers {probe.calls}")
     try:
-        return KVShape(_group(probe.layers), probe.dtype)
+        return KVShape(_group(probe.layers, _kept(model, probe)), probe.dtype)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{name}: {error}") from None
 
 
-def _group(layers: Mapping[int, tuple[int, int, int]]) -> tuple[KVGroup, ...]:
-    """Put layers whose KV has one shape together."""
+def _kept(model: PreTrainedModel, probe: _Probe) -> int | None:
+    """How many of the newest tokens any layer sees; None: all, or as many as the model takes."""
+    windows = [window for window in probe.windows.values() if window is not None]
+    if len(windows) < len(probe.windows):
+        return None
+    widest = max(windows)
+    return widest if 0 < widest < max_model_len(model.config) else None
+
+
+def _group(layers: Mapping[int, tuple[int, int, int]], window: int | None) -> tuple[KVGroup, ...]:
+    """Put layers whose KV has one shape together; all keep as many tokens."""
     layers_of: dict[tuple[int, int], list[int]] = {}
     for i, (num_kv_heads, key_dim, value_dim) in sorted(layers.items()):
         if key_dim != value_dim:
@@ -112,7 +121,7 @@ def _group(layers: Mapping[int, tuple[int, int, int]]) -> tuple[KVGroup, ...]:
                 f"heads of keys and values must have one size, those of layer {i} have {key_dim} and {value_dim}"
             )
         layers_of.setdefault((num_kv_heads, key_dim), []).append(i)
-    return tuple(KVGroup(tuple(layers), *heads) for heads, layers in layers_of.items())
+    return tuple(KVGroup(tuple(layers), *heads, window) for heads, layers in layers_of.items())
 
 
 def _check_windows(model: PreTrainedModel, probe: _Probe) -> None:

@@ -1,7 +1,8 @@
 """Who owns which KV block. Reference counts, the prefix cache, and the order in which cached blocks are given up.
 
 Knows block ids and token ids, nothing of tensors. Only full blocks are shared, and a sequence always computes at least
-its last token into a block of its own, so that no block ever has to be copied.
+its last token into a block of its own, so that no block ever has to be copied. Where every layer has a window, a
+sequence gives blocks back as it passes them, and is given blocks for a part of its tokens at a time.
 
 Source: PagedAttention (Kwon et al., SOSP 2023); automatic prefix caching as in vLLM's design documents.
 """
@@ -11,9 +12,12 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Chain
 
+from deployments.engine.config import EngineLimits
 from deployments.engine.scheduling.block_hash import hash_block, root_of
 from deployments.engine.scheduling.cache_log import CacheLog
 from deployments.engine.scheduling.ids import block_array
+from deployments.engine.scheduling.place import Place
+from deployments.engine.scheduling.retention import Retention
 from deployments.engine.scheduling.sequence import Sequence
 
 # Hashes of a sequence's blocks, how many of them were published before, and how many are now.
@@ -30,9 +34,17 @@ class BlockManager:
         on_published: told of each sequence's full blocks, as they become findable; None: nobody is.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool = True,
+        retention: Retention | None = None,
+    ) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self._retention = retention or Retention(block_size)
         self._prefix_caching = enable_prefix_caching
         self._blank = deque(range(num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
@@ -59,78 +71,89 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def num_cached_prefix_blocks(self, sequence: Sequence) -> int:
-        """Leading blocks of a sequence that the cache holds; never all of its tokens."""
-        return len(self._match(sequence))
+        """Leading blocks of a sequence that need not be computed, by what the cache holds; never all of its tokens."""
+        num_passed, shared = self._match(sequence)
+        return num_passed + len(shared)
 
-    def can_admit(self, sequence: Sequence, num_spare_blocks: int = 0) -> bool:
+    def can_admit(self, sequence: Sequence, num_spare_blocks: int = 0, remote_threshold: int | None = None) -> bool:
         """Whether `admit` would succeed now."""
-        return self._fits(sequence, self._match(sequence), num_spare_blocks)
+        return self._fits(self._place(sequence, remote_threshold), num_spare_blocks)
 
-    def admit(self, sequence: Sequence, num_spare_blocks: int = 0) -> bool:
-        """Give a sequence blocks for all its tokens, shared ones first.
+    def admit(self, sequence: Sequence, num_spare_blocks: int = 0, remote_threshold: int | None = None) -> Place | None:
+        """Give a sequence blocks for its tokens, shared ones first.
+
+        For all of them, but where it will pass blocks while it is computed: see `Retention.reach`, and `extend`.
 
         Args:
             sequence: holds no blocks yet; what was found in the cache counts as computed.
             num_spare_blocks: blocks that must stay free afterwards.
+            remote_threshold: with at least so many tokens that were not found, a prefill engine computes its prompt: it
+                is given blocks for all that is read behind the prompt, and what is not counts as computed.
 
         Returns:
-            False, and nothing changed, if there are too few free blocks.
+            None, and nothing changed, if there are too few free blocks.
         """
         assert not sequence.block_table, f"{sequence.request_id} already holds blocks"
-        shared = self._match(sequence)
-        if not self._fits(sequence, shared, num_spare_blocks):
-            return False
-        num_new = self.blocks_for(sequence.num_tokens) - len(shared)
-        for block in shared:
+        place = self._place(sequence, remote_threshold)
+        if not self._fits(place, num_spare_blocks):
+            return None
+        for block in place.shared:
             self._hold(block)
         if self._brought:
-            self.num_brought_hits += len(self._brought.intersection(shared))
-            self._brought.difference_update(shared)
-        sequence.take_blocks(shared, [self._take() for _ in range(num_new)], len(shared) * self.block_size)
-        return True
+            self.num_brought_hits += len(self._brought.intersection(place.shared))
+            self._brought.difference_update(place.shared)
+        blank = [self._take() for _ in range(place.num_new)]
+        num_found = place.num_passed + len(place.shared)
+        sequence.take_blocks(place.shared, blank, num_found * self.block_size, place.num_passed)
+        return place
 
     def num_found_tokens(self, sequence: Sequence) -> int:
         """Leading tokens that `admit` found in the cache and that were not computed for this very request before.
 
         They were if it is resumed, or if an earlier attempt to hand it over has failed.
         """
-        origin, num_blocks = sequence.request.origin, 0
-        for block in sequence.block_table[: sequence.num_published_blocks]:
-            if self._origin_of[block] == origin:
-                break
-            num_blocks += 1
-        return num_blocks * self.block_size
+        origin, num_passed = sequence.request.origin, sequence.num_passed_blocks
+        found = sequence.block_table[num_passed : sequence.num_published_blocks]
+        own = (number for number, block in enumerate(found) if self._origin_of[block] == origin)
+        num_blocks = next(own, len(found))
+        # Of those that were passed nobody knows: as the first one that is held.
+        return (num_passed + num_blocks) * self.block_size if num_blocks else 0
 
     def append(self, sequence: Sequence, num_drafts: int = 0) -> bool:
         """Make room for the newest token and for drafts behind it; False, and nothing changed, if there is none."""
-        num_tokens, num_blocks = sequence.num_tokens + num_drafts, len(sequence.block_table)
-        if num_tokens <= num_blocks * self.block_size:
+        num_tokens = sequence.num_tokens + num_drafts
+        if num_tokens <= len(sequence.block_table) * self.block_size:
             return True
-        num_new = self.blocks_for(num_tokens) - num_blocks
+        num_new = self._num_missing(sequence, num_tokens)
         if num_new > self.num_free_blocks:
             return False
         sequence.add_blocks([self._take() for _ in range(num_new)])
         return True
+
+    def extend(self, sequence: Sequence, num_tokens: int) -> int:
+        """Make room for the next tokens of a prompt: for so many of these as there is room for now."""
+        end = sequence.num_launched_tokens + num_tokens
+        if end > len(sequence.block_table) * self.block_size:
+            num_new = min(self._num_missing(sequence, end), self.num_free_blocks)
+            sequence.add_blocks([self._take() for _ in range(num_new)])
+        return min(end, len(sequence.block_table) * self.block_size) - sequence.num_launched_tokens
 
     def trim(self, sequence: Sequence) -> None:
         """Take back the blocks that were for drafts alone."""
         self._release(sequence.drop_surplus(self.blocks_for(sequence.num_tokens)))
 
     def publish(self, sequence: Sequence) -> None:
-        """Offer full blocks to later sequences: computed, or they will be before a step that is started from now on."""
-        num_full = sequence.num_lasting_tokens // self.block_size
-        if not self._prefix_caching or num_full <= sequence.num_published_blocks:
-            return
-        hashes = self._hashes(sequence, num_full)
-        for i in range(sequence.num_published_blocks, num_full):
-            block = sequence.block_table[i]
-            # A twin computed at the same time was first: keep that one, ours stays private.
-            if hashes[i] not in self._block_of and block not in self._hash_of:
-                is_new = (i + 1) * self.block_size > sequence.num_cached_tokens
-                self._enter(block, hashes[i], sequence.request.origin if is_new else None)
-        if (told := self.on_published) is not None:  # another thread may say that nobody is told any more
-            told(hashes, sequence.num_published_blocks, num_full)
-        sequence.note_published(num_full)
+        """Offer full blocks to later sequences: computed, or they will be before a step that is started from now on.
+
+        Those that no later token of the sequence sees are given back.
+        """
+        self._offer(sequence)
+        if self._retention.window is not None:
+            self._release(sequence.pass_blocks(self._retention.num_passed(sequence.num_lasting_tokens)))
+
+    def lacks_passed(self, sequence: Sequence) -> bool:
+        """Whether its next token sees blocks that were passed."""
+        return sequence.num_passed_blocks > self._retention.num_passed(sequence.num_launched_tokens)
 
     def free(self, sequence: Sequence) -> None:
         """Take all blocks back; those that were published stay findable until they are needed."""
@@ -188,9 +211,12 @@ class BlockManager:
         """
         expected = [self._lent[block] for block in range(self.num_blocks)]
         for sequence in sequences:
-            assert len(set(sequence.block_table)) == len(sequence.block_table), f"{sequence.request_id}: block twice"
-            for block in sequence.block_table:
+            held = sequence.block_table[sequence.num_passed_blocks :]
+            assert len(set(held)) == len(held), f"{sequence.request_id}: block twice"
+            for block in held:
                 expected[block] += 1
+            num_passed = self._retention.num_passed(max(sequence.num_lasting_tokens, sequence.num_prompt_tokens))
+            assert sequence.num_passed_blocks <= num_passed, f"{sequence.request_id}: passed what it still sees"
         assert expected == self._ref_counts, f"reference counts {self._ref_counts}, held are {expected}"
         free = set(self._blank) | set(self._cached)
         assert len(free) == self.num_free_blocks, "a block is free twice"
@@ -211,22 +237,64 @@ class BlockManager:
         self._origin_of[block] = origin
         self.cache_log.published(block_hash)
 
-    def _fits(self, sequence: Sequence, shared: list[int], num_spare_blocks: int) -> bool:
-        num_new = self.blocks_for(sequence.num_tokens) - len(shared)
-        num_shared_free = sum(1 for block in shared if self._ref_counts[block] == 0)
-        return num_new + num_shared_free + num_spare_blocks <= self.num_free_blocks
+    def _offer(self, sequence: Sequence) -> None:
+        num_full = sequence.num_lasting_tokens // self.block_size
+        if not self._prefix_caching or num_full <= sequence.num_published_blocks:
+            return
+        hashes = self._hashes(sequence, num_full)
+        for i in range(sequence.num_published_blocks, num_full):
+            block = sequence.block_table[i]
+            # A twin computed at the same time was first: keep that one, ours stays private.
+            if hashes[i] not in self._block_of and block not in self._hash_of:
+                is_new = (i + 1) * self.block_size > sequence.num_cached_tokens
+                self._enter(block, hashes[i], sequence.request.origin if is_new else None)
+        if (told := self.on_published) is not None:  # another thread may say that nobody is told any more
+            told(hashes, sequence.num_published_blocks, num_full)
+        sequence.note_published(num_full)
 
-    def _match(self, sequence: Sequence) -> list[int]:
+    def _num_missing(self, sequence: Sequence, num_tokens: int) -> int:
+        """Blocks without which so many tokens have no room; if they are not there, passed ones are given back before.
+
+        A step may be in flight behind which a sequence passes some, and that was not concluded.
+        """
+        num_missing = self.blocks_for(num_tokens) - len(sequence.block_table)
+        if num_missing > self.num_free_blocks:
+            self.publish(sequence)
+        return num_missing
+
+    def _place(self, sequence: Sequence, remote_threshold: int | None) -> Place:
+        """What `admit` would give a sequence."""
+        num_tokens, size = sequence.num_tokens, self.block_size
+        first, shared = self._match(sequence)
+        num_found = first + len(shared)
+        is_awaited = remote_threshold is not None and num_tokens - num_found * size >= remote_threshold
+        if is_awaited:
+            num_passed, num_held = self._retention.num_passed(num_tokens), num_tokens
+            shared, first = shared[max(0, num_passed - first) :], max(first, num_passed)
+        else:
+            num_held = self._retention.reach(num_tokens, num_found * size)
+        num_new = self.blocks_for(num_held) - first - len(shared)
+        if self._retention.window is not None:  # in a small pool it is computed in shorter steps
+            num_new = min(num_new, self.num_blocks - len(shared))
+        return Place(first, shared, num_new, num_found, is_awaited)
+
+    def _fits(self, place: Place, num_spare_blocks: int) -> bool:
+        num_shared_free = sum(1 for block in place.shared if self._ref_counts[block] == 0)
+        return place.num_new + num_shared_free + num_spare_blocks <= self.num_free_blocks
+
+    def _match(self, sequence: Sequence) -> tuple[int, list[int]]:
+        """Of the longest prefix behind which a sequence can go on: blocks that it passes, and those that it shares."""
         if not self._prefix_caching or sequence.wants_scores:
-            return []
+            return 0, []
         max_blocks = (sequence.num_tokens - 1) // self.block_size  # the last token is always computed
-        blocks: list[int] = []
-        for block_hash in self._hashes(sequence, max_blocks)[:max_blocks]:
-            block = self._block_of.get(block_hash)
-            if block is None:
-                break
-            blocks.append(block)
-        return blocks
+        hashes = self._hashes(sequence, max_blocks)[:max_blocks]
+        first, end = self._usable(hashes)
+        return first, [self._block_of[block_hash] for block_hash in hashes[first:end]]
+
+    def _usable(self, hashes: Chain[bytes]) -> tuple[int, int]:
+        """Of a sequence with these blocks the first one that is read behind the longest usable prefix; and its end."""
+        end = self._retention.longest_prefix(block_hash in self._block_of for block_hash in hashes)
+        return self._retention.num_passed(end * self.block_size), end
 
     def _hashes(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
         hashes, size = sequence.block_hashes, self.block_size
@@ -262,3 +330,13 @@ class BlockManager:
             self.cache_log.evicted(block_hash)
         self._ref_counts[block] = 1
         return block
+
+
+def build_blocks(limits: EngineLimits, *, enable_prefix_caching: bool) -> BlockManager:
+    """Of the pool of an engine."""
+    return BlockManager(
+        limits.num_blocks,
+        limits.block_size,
+        enable_prefix_caching=enable_prefix_caching,
+        retention=Retention.of(limits),
+    )

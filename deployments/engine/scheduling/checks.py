@@ -3,6 +3,7 @@
 import math
 
 from deployments.engine.config import EngineLimits
+from deployments.engine.scheduling.retention import Retention
 from deployments.errors import InvalidRequestError, RequestTooLargeError
 from deployments.messages import (
     MAX_LOGIT_BIAS,
@@ -48,7 +49,7 @@ def check_request(request: GenerateRequest, limits: EngineLimits, vocab_size: in
         raise RequestTooLargeError(
             f"{len(prompt)} prompt tokens + {max_tokens} to generate = {total}, the model takes {limits.max_model_len}"
         )
-    num_blocks = -(-total // limits.block_size)
+    num_blocks = Retention.of(limits).least_blocks(total)
     if num_blocks > limits.num_blocks:
         raise RequestTooLargeError(
             f"{len(prompt)} prompt tokens + {max_tokens} to generate need {num_blocks} KV blocks, this engine has "

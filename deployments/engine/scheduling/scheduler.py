@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from deployments.engine.config import EngineLimits
 from deployments.engine.scheduling.block_manager import BlockManager
+from deployments.engine.scheduling.place import Place
 from deployments.engine.scheduling.positions import FIXED, PositionRule
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Sequence, Status
@@ -84,7 +85,7 @@ class Scheduler:
     @property
     def num_remote_prompt_tokens(self) -> int:
         """Those of them that a prefill engine will compute once there are blocks; what is cached is not known yet."""
-        return sum(s.num_tokens for s in self.waiting if _is_remote(s, s.num_tokens))
+        return sum(s.num_tokens for s in self.waiting if _is_remote(s))
 
     @property
     def has_work(self) -> bool:
@@ -111,17 +112,19 @@ class Scheduler:
             others += [s for s in runnable if s.status is _RUNNING and not s.is_decoding]
         num_scores_left, ends = MAX_SCORED_TOKENS, False
         for sequence in sorted(others, key=_precedence):
-            num_tokens = min(sequence.num_remaining_tokens, budget)
-            if num_tokens == 0 or (ends and not decoding and num_tokens < sequence.num_remaining_tokens):
+            num_tokens = self._blocks.extend(sequence, min(sequence.num_remaining_tokens, budget))
+            if budget == 0 or (ends and not decoding and num_tokens < sequence.num_remaining_tokens):
                 break
             if sequence.wants_scores:
                 num_tokens = min(num_tokens, num_scores_left)
                 num_scores_left -= num_tokens
-                if num_tokens == 0:
-                    continue
+            if num_tokens == 0:
+                continue
             scheduled.append(ScheduledSequence.of(sequence, num_tokens))
             ends |= num_tokens == sequence.num_remaining_tokens
             budget -= num_tokens
+        if others and not scheduled:
+            self._make_way()
         return Schedule(scheduled, placed)
 
     def make_room(self, going: list[Sequence]) -> bool:
@@ -137,10 +140,19 @@ class Scheduler:
         return offset == sequence.position_offset and self._blocks.append(sequence, num_drafts)
 
     def activate(self, sequence: Sequence) -> None:
-        """A reserved sequence has what it waited for, or gave up waiting: from now on it runs here."""
+        """A reserved sequence has what it waited for: from now on it runs here."""
         del self.reserved[sequence.request_id]
         sequence.activate()
         self.running.append(sequence)
+
+    def compute_here(self, sequence: Sequence) -> None:
+        """A reserved sequence waits no longer: what is missing of its prompt is computed here.
+
+        All of it, if what was not to come would be seen now.
+        """
+        self.activate(sequence)
+        if self._blocks.lacks_passed(sequence):
+            self._send_back(sequence)
 
     def remove(self, request_id: str) -> Sequence | None:
         """Forget a sequence, whatever its state, and free its blocks; None if there is none of that id."""
@@ -210,6 +222,11 @@ class Scheduler:
         """
         return min(reversed(candidates), key=lambda s: s.priority)
 
+    def _make_way(self) -> None:
+        """No prompt could be given a block: one gives its blocks away, unless a step in flight brings some back."""
+        if not any(s.num_in_flight_tokens for s in self.running):
+            self._preempt(self._least_of(self.running))
+
     def _preempt(self, sequence: Sequence) -> None:
         self._send_back(sequence)
         self.num_preemptions += 1
@@ -236,7 +253,10 @@ class Scheduler:
     @property
     def can_admit(self) -> bool:
         """Whether a sequence that waits would get blocks now."""
-        return self._has_seat and self._blocks.can_admit(min(self.waiting, key=_precedence), self._num_spare)
+        if not self._has_seat:
+            return False
+        sequence = min(self.waiting, key=_precedence)
+        return self._blocks.can_admit(sequence, self._num_spare, _threshold_of(sequence))
 
     def _running_prompts(self) -> Iterator[Sequence]:
         return (s for s in self.running if not s.is_decoding)
@@ -245,24 +265,28 @@ class Scheduler:
         placed: list[Placed] = []
         while self._has_seat:
             sequence = min(self.waiting, key=_precedence)
-            may_be_remote = sequence.remote_threshold is not None and sequence.num_preemptions == 0
-            if not may_be_remote and self._num_tokens_before(sequence) >= budget:
+            threshold = _threshold_of(sequence)
+            if threshold is None and self._num_tokens_before(sequence) >= budget:
                 break
-            if not self._blocks.admit(sequence, self._num_spare):
+            place = self._blocks.admit(sequence, self._num_spare, threshold)
+            if place is None:
                 break
             self.waiting.remove(sequence)
             self._count_overtaken(sequence)
-            is_remote = _is_remote(sequence, sequence.num_remaining_tokens)
             if sequence.num_preemptions == 0:
                 sequence.find_cached(self._blocks.num_found_tokens(sequence))
-                placed.append(Placed(sequence.request_id, is_remote, sequence.num_computed_tokens))
-            if is_remote:
+                placed.append(self._placed(sequence, place))
+            if place.is_awaited:
                 sequence.reserve()
                 self.reserved[sequence.request_id] = sequence
             else:
                 sequence.start()
                 self.running.append(sequence)
         return placed
+
+    def _placed(self, sequence: Sequence, place: Place) -> Placed:
+        num_tokens, num_found = sequence.num_computed_tokens, place.num_found * self._blocks.block_size
+        return Placed(sequence.request_id, place.is_awaited, num_tokens, num_tokens - num_found)
 
     def _num_tokens_before(self, sequence: Sequence) -> int:
         """Tokens of running prompts that would get the budget before a waiting one."""
@@ -278,10 +302,15 @@ class Scheduler:
                 other.overtake(-(-sequence.num_remaining_tokens // weight))
 
 
-def _is_remote(sequence: Sequence, num_tokens: int) -> bool:
-    """Whether a prefill engine computes the prompt of a sequence with that many uncached tokens."""
-    threshold = sequence.remote_threshold
-    return threshold is not None and sequence.num_preemptions == 0 and num_tokens >= threshold
+def _threshold_of(sequence: Sequence) -> int | None:
+    """With how many uncached tokens a prefill engine computes the prompt of a sequence; None: with none."""
+    return sequence.remote_threshold if sequence.num_preemptions == 0 else None
+
+
+def _is_remote(sequence: Sequence) -> bool:
+    """Whether a prefill engine computes the prompt of a sequence, if nothing of it is cached."""
+    threshold = _threshold_of(sequence)
+    return threshold is not None and sequence.num_tokens >= threshold
 
 
 def _precedence(prompt: Sequence) -> tuple[bool, int, int, int]:

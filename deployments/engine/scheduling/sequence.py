@@ -46,13 +46,13 @@ class Sequence:
         arrival_s: monotonic time of arrival.
         remote_threshold: IMPORT is chosen at admission if at least as many prompt tokens are uncached; None: never.
         token_ids: the prompt, then the generated tokens, as far as they are known; as `token_array` makes it.
-        arrival_number: position in the order of arrival at this engine.
-        num_overtaken_tokens: prompt tokens of later sequences that were admitted before this prompt was done; those of
-            higher priority count in part.
+        arrival_number: its place in the order of arrival.
+        num_overtaken_tokens: prompt tokens of later sequences that went first, as far as its priority counts them.
         num_computed_tokens: leading tokens whose KV is in the blocks.
         num_cached_tokens: leading tokens of the prompt that no engine has computed for this request, as far as is known
-            here; while a prefill engine has it that is all of them, until its first chunk says where it began.
+            here; while a prefill engine has it all of them, until its first chunk says where it began.
         block_table: physical block of each logical block; as `block_array` makes it.
+        num_passed_blocks: leading ones that are held no longer, since nobody reads them; the table names another there.
         position_offset: what is added to its positions for the rotary embedding; KV of another one is of no use to it.
         block_hashes: chained hash of each full block of `token_ids`, filled on demand.
         num_published_blocks: leading blocks that were offered to the prefix cache.
@@ -68,8 +68,7 @@ class Sequence:
         num_prompt_tokens: what was there before the first token was drawn here.
         max_num_tokens: with so many it is over.
         num_tokens: known ones, and those that steps in flight draw for certain.
-        num_launched_tokens: leading tokens, drafts included, whose KV is in the blocks or will be once the steps in
-            flight have ended.
+        num_launched_tokens: leading tokens, drafts included, whose KV is in the blocks, or will be by steps in flight.
     """
 
     request: GenerateRequest
@@ -78,6 +77,7 @@ class Sequence:
     remote_threshold: int | None = None
     token_ids: "array[int]" = field(default_factory=token_array)
     block_table: "array[int]" = field(default_factory=block_array)
+    num_passed_blocks: int = 0
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
@@ -205,7 +205,7 @@ class Sequence:
         return scores
 
     def hold(self) -> None:
-        """Leave it out of steps until `release`: what it needs for the next one is not there yet."""
+        """Leave it out of steps until `release`."""
         self.is_held = True
 
     def release(self, mask: bytes | None = None) -> None:
@@ -213,12 +213,7 @@ class Sequence:
         self.is_held, self.mask = False, mask
 
     def propose(self, drafts: tuple[int, ...], masks: tuple[bytes, ...] = ()) -> None:
-        """Guess the tokens behind the newest one; the next step tries as many as fit, and the guess is gone then.
-
-        Args:
-            drafts: the guess.
-            masks: see `draft_masks`; without one no draft of a sequence with a mask is tried.
-        """
+        """Guess the tokens behind the newest one, with `draft_masks`, for the next step alone."""
         self.drafts, self.draft_masks = drafts, masks
 
     def overtake(self, num_tokens: int) -> None:
@@ -229,12 +224,22 @@ class Sequence:
         """No more than so many leading tokens were found, the others were computed for this request."""
         self.num_cached_tokens = min(self.num_cached_tokens, num_tokens)
 
-    def take_blocks(self, found: list[int], blank: list[int], num_found_tokens: int) -> None:
-        """Hold blocks for all its tokens: first those that hold KV of it already, so many tokens of it."""
+    def take_blocks(self, found: list[int], blank: list[int], num_found_tokens: int, num_passed: int = 0) -> None:
+        """Hold blocks behind so many passed ones: first those that hold KV of it already, up to so many tokens."""
         assert not self.block_table, f"{self.request_id} already holds blocks"
-        self.block_table = block_array(found + blank)
+        held = found + blank
+        self.block_table = block_array(held[:1]) * num_passed + block_array(held)
+        self.num_passed_blocks, self.num_published_blocks = num_passed, num_passed + len(found)
         self.num_computed_tokens = self.num_launched_tokens = num_found_tokens
-        self.num_published_blocks = len(found)
+
+    def pass_blocks(self, num_blocks: int) -> "array[int]":
+        """Nobody reads so many leading blocks any more: gives those back that were held. The last one stays."""
+        num_blocks = min(num_blocks, len(self.block_table) - 1)
+        passed = self.block_table[self.num_passed_blocks : num_blocks]
+        if passed:  # what stands there is read and not seen, so it is KV of this sequence
+            self.block_table[:num_blocks] = self.block_table[num_blocks : num_blocks + 1] * num_blocks
+            self.num_passed_blocks = num_blocks
+        return passed
 
     def find_cached(self, num_tokens: int) -> None:
         """So many leading tokens were found, and not computed for this very request before."""
@@ -259,8 +264,8 @@ class Sequence:
 
     def drop_blocks(self) -> "array[int]":
         """Hold no blocks any more; gives them back."""
-        blocks, self.block_table = self.block_table, block_array()
-        self.num_computed_tokens = self.num_launched_tokens = self.num_published_blocks = 0
+        blocks, self.block_table = self.block_table[self.num_passed_blocks :], block_array()
+        self.num_computed_tokens = self.num_launched_tokens = self.num_published_blocks = self.num_passed_blocks = 0
         return blocks
 
     def begin(self, run: Span) -> None:
@@ -278,7 +283,6 @@ class Sequence:
         sequence that gave its blocks away meanwhile, but what was drawn is as good as before.
 
         Args:
-            run: as it was begun.
             draws: those that count, see `Span.accept`; at least one if the run draws.
 
         Returns:
@@ -298,8 +302,7 @@ class Sequence:
     def receive(self, num_tokens: int, draws: Draws = ()) -> Draws:
         """KV of so many leading tokens came from a prefill engine; with all of the prompt's, what was drawn behind it.
 
-        Returns:
-            As `conclude`.
+        Returns as `conclude`.
         """
         self.num_computed_tokens = self.num_launched_tokens = num_tokens
         self.limit_cached(num_tokens)
@@ -315,6 +318,7 @@ class Sequence:
         assert self.num_computed_tokens >= 0 and self.num_in_flight_tokens >= 0, f"{name} computed less than nothing"
         capacity = len(self.block_table) * block_size
         assert capacity >= self.num_launched_tokens, f"{name}: more computed than its blocks hold"
+        assert self.num_passed_blocks < max(1, len(self.block_table)), f"{name} holds none of its blocks"
         assert self.num_computed_tokens <= len(self.token_ids), f"{name}: tokens that nobody knows are computed"
         assert self.num_pending_tokens in (0, 1), f"{name}: {self.num_pending_tokens} tokens are pending"
         assert self.num_published_blocks * block_size <= self.num_lasting_tokens, f"{name}: published what may not last"

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from deployments.engine.scheduling.block_hash import hash_block, hash_chain, root_of
 from deployments.engine.scheduling.block_manager import BlockManager
+from deployments.engine.scheduling.retention import Retention
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.messages import DrawnToken, GenerateRequest, SamplingParams
@@ -237,9 +238,11 @@ def test_a_twin_that_was_computed_meanwhile_stays(manager: BlockManager) -> None
 class Blocks(RuleBasedStateMachine):
     """Any order of admissions, computations, growth and ends; beside it, what each block really holds."""
 
+    retention = Retention(BLOCK_SIZE)
+
     def __init__(self) -> None:
         super().__init__()
-        self.manager = BlockManager(10, BLOCK_SIZE)
+        self.manager = BlockManager(10, BLOCK_SIZE, retention=self.retention)
         self.live: list[Sequence] = []
         self.content: dict[int, tuple[int, ...]] = {}
         self.loans: list[list[int]] = []
@@ -250,14 +253,14 @@ class Blocks(RuleBasedStateMachine):
     def admit(self, tokens: list[int], spare: int) -> None:
         new, free = sequence(tokens, Role.LOCAL), self.manager.num_free_blocks
         fits = self.manager.can_admit(new, spare)
-        assert self.manager.admit(new, spare) is fits
+        assert (self.manager.admit(new, spare) is not None) is fits
         if not fits:
             assert self.manager.num_free_blocks == free
             return
         assert self.manager.num_free_blocks >= spare
         assert new.num_remaining_tokens >= 1
         new.start()
-        for i in range(new.num_computed_tokens // BLOCK_SIZE):
+        for i in range(new.num_passed_blocks, new.num_computed_tokens // BLOCK_SIZE):
             found = self.content[new.block_table[i]]
             assert found == tuple(tokens[: (i + 1) * BLOCK_SIZE]), "the cache gave a block with other tokens"
         self.live.append(new)
@@ -268,8 +271,9 @@ class Blocks(RuleBasedStateMachine):
         """Of a prompt, or the newest token, which draws the next one: with it the sequence grows."""
         if self.live:
             chosen = data.draw(st.sampled_from(self.live))
-            if self.manager.append(chosen):
-                compute(self.manager, chosen, min(count, chosen.num_remaining_tokens), token)
+            count = self.manager.extend(chosen, min(count, chosen.num_remaining_tokens))
+            if count:
+                compute(self.manager, chosen, count, token)
                 self.note(chosen)
 
     @rule(data=st.data(), drafts=st.lists(st.integers(0, 1), min_size=1, max_size=9), wrong=st.integers(0, 9))
@@ -295,7 +299,7 @@ class Blocks(RuleBasedStateMachine):
         self.note(chosen)
 
     def note(self, chosen: Sequence) -> None:
-        for i in range(chosen.num_computed_tokens // BLOCK_SIZE):
+        for i in range(chosen.num_passed_blocks, chosen.num_computed_tokens // BLOCK_SIZE):
             self.content[chosen.block_table[i]] = tuple(chosen.token_ids[: (i + 1) * BLOCK_SIZE])
 
     @rule(data=st.data())
@@ -356,5 +360,17 @@ class Blocks(RuleBasedStateMachine):
         assert self.manager.num_free_blocks == 10
 
 
-TestBlocks = Blocks.TestCase
-TestBlocks.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+class WindowedBlocks(Blocks):
+    """The same where a token sees six: blocks behind are given back, and need not be there for a prefix to be found."""
+
+    retention = Retention(BLOCK_SIZE, 6, 9)
+
+    @invariant()
+    def nothing_is_held_behind_the_window_of_the_next_token(self) -> None:
+        for live in self.live:
+            behind = (live.num_computed_tokens - 6 + 1) // BLOCK_SIZE
+            assert live.num_passed_blocks == max(0, behind)
+
+
+TestBlocks, TestWindowedBlocks = Blocks.TestCase, WindowedBlocks.TestCase
+TestBlocks.settings = TestWindowedBlocks.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
