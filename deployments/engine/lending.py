@@ -116,6 +116,14 @@ class Lending:
         """Leading blocks of a sequence that are cached; from any thread, and out of date at once."""
         return self._blocks.num_cached(hashes)
 
+    def num_usable(self, hashes: Sequence[bytes]) -> int:
+        """Leading blocks that need not be computed; likewise."""
+        return self._blocks.num_usable(hashes)
+
+    def num_unread(self, num_blocks: int) -> int:
+        """Leading blocks that nobody reads behind so many; from any thread."""
+        return self._blocks.num_unread(num_blocks)
+
     def lend(self, hashes: Sequence[bytes]) -> Loan | None:
         """Hold these blocks to be read; None if some are cached no more."""
         if self._blocks.num_cached(hashes) < len(hashes):

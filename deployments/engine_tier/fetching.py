@@ -71,15 +71,20 @@ class Fetcher:
             EngineDeadError: there are no more steps.
         """
         size = self._keys.num_blocks
-        first = self._lending.num_cached(chain) // size  # more than when it came, perhaps: another one has fetched it
+        first = self._lending.num_usable(chain) // size  # more than when it came, perhaps: another one has fetched it
         found = self._find(self._keys.of_chain(chain)[first:])
-        num_tokens, num_bytes = len(found) * size * self._keys.block_size, len(found) * self._keys.num_bytes
+        num_tokens, end = self._num_tokens(found), (first + len(found)) * size
+        unread = self._lending.num_unread(end)
+        found = found[max(0, unread // size - first) :]
+        offset = end - len(found) * size  # of the first that is fetched
         with self._lock:
+            num_bytes = len(found) * self._keys.num_bytes
             if not found or not self._policy.fetches(num_tokens, num_bytes, self.num_queued):
                 return
             patience_s = self._policy.patience_s(self.num_queued + num_tokens)
         begun_s = time.monotonic()
-        hashes = chain[: (first + len(found)) * size]
+        hashes = chain[min(unread, offset) : end]
+        offset -= min(unread, offset)
         loan = self._loop.call(lambda engine: engine.lending.reserve(hashes))
         if loan is None:
             return  # no room: sequences that run need it more
@@ -87,8 +92,8 @@ class Fetcher:
         origins: list[str | None] = []
         try:
             # What the engine had when the tier was asked may be gone: nobody writes it, so nothing behind it counts.
-            if loan.num_cached >= first * size:
-                origins = self._copy_in(loan, first, found, copying_s + patience_s)
+            if loan.num_cached >= offset:
+                origins = self._copy_in(loan, offset, found, copying_s + patience_s)
         finally:
             copied_s = time.monotonic()
             self._loop.call(lambda engine: _end(engine, loan, origins, done))
@@ -117,9 +122,13 @@ class Fetcher:
     def _num_tokens(self, objects: Sequence[object]) -> int:
         return len(objects) * self._keys.num_blocks * self._keys.block_size
 
-    def _copy_in(self, loan: Loan, first: int, found: Sequence[Found[Any]], until_s: float) -> list[str | None]:
-        """Write objects into a loan's blocks; the origins of those behind the cached ones that came without a gap."""
-        copies = [self._copiers.submit(self._copy, loan, i, one, until_s) for i, one in enumerate(found, first)]
+    def _copy_in(self, loan: Loan, offset: int, found: Sequence[Found[Any]], until_s: float) -> list[str | None]:
+        """Write objects into a loan's blocks from there on; the origins of what was not cached, up to the first gap."""
+        starts = range(offset, len(loan.blocks), self._keys.num_blocks)
+        copies = [
+            self._copiers.submit(self._copy, loan, start, one, until_s)
+            for start, one in zip(starts, found, strict=True)
+        ]
         wait(copies)  # whatever fails: none may write to blocks that are given back
         origins: list[str | None] = []
         for copy in copies:
@@ -129,9 +138,8 @@ class Fetcher:
             origins += copy.result()
         return origins
 
-    def _copy(self, loan: Loan, number: int, one: Found[Any], until_s: float) -> Origins:
-        """Write the object of this number in its sequence; the origins of its blocks that were not cached."""
-        start = number * self._keys.num_blocks
+    def _copy(self, loan: Loan, start: int, one: Found[Any], until_s: float) -> Origins:
+        """Write an object into the blocks from this one on; the origins of those that were not cached."""
         num_cached = max(0, loan.num_cached - start)
         if num_cached >= self._keys.num_blocks:
             return ()

@@ -64,8 +64,8 @@ class EngineTier:
             enter: has the engine take it; called once, unless the request is forgotten before.
         """
         chain = self._chain(request)
-        num_cached = self._lending.num_cached(chain)
-        self._giver.offer_again(chain[:num_cached])
+        self._giver.offer_again(chain[: self._lending.num_cached(chain)])
+        num_cached = self._lending.num_usable(chain)
         if not self._fetcher.asks((len(chain) - num_cached) * self._keys.block_size):
             enter()
             return

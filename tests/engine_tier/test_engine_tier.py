@@ -32,8 +32,8 @@ ALL = NUM_OBJECTS * OBJECT_BLOCKS * BLOCK_SIZE
 class Member:
     """An engine in its loop, with its side of the tier."""
 
-    def __init__(self, tier: LocalTier, model: str = "model", **overrides: Any) -> None:
-        self.engine = build_engine(load("llama"), **overrides)
+    def __init__(self, tier: LocalTier, model: str = "model", family: str = "llama", **overrides: Any) -> None:
+        self.engine = build_engine(load(family), **overrides)
         shape = self.engine.kv_shape
         layout = KVLayout(model, shape.form.name, BLOCK_SIZE, shape.groups)
         self.loop = EngineLoop(self.engine, self._emit)
@@ -133,6 +133,33 @@ def test_an_engine_finds_what_another_has_computed(members: list[Member]) -> Non
     assert stats.tier_fetched_bytes == members[0].stats().tier_given_bytes > 0
     assert warm(members[1], "again") == ALL, "it is in its own cache now"
     assert members[1].stats().tier_hit_tokens == ALL
+
+
+def test_behind_a_window_nothing_is_fetched(tier: LocalTier) -> None:
+    members = [Member(tier, family="mistral_windowed") for _ in range(2)]
+    expected = reference("mistral_windowed", PROMPT, 8)
+    assert members[0].tokens(greedy("cold", PROMPT, 8)) == (expected, 0)
+    tier.wait_for(NUM_OBJECTS)
+    assert members[1].tokens(greedy("warm", PROMPT, 8)) == (expected, ALL)
+    num_bytes = members[1].stats().tier_fetched_bytes
+    assert num_bytes == members[0].stats().tier_given_bytes // NUM_OBJECTS, "a window is one object"
+    assert members[1].tokens(greedy("again", PROMPT, 8)) == (expected, ALL)
+    assert members[1].stats().tier_fetched_bytes == num_bytes, "it has the last window, and needs no more"
+    for member in members:
+        member.stop()
+
+
+def test_what_is_behind_the_own_part_of_a_window_is_fetched(tier: LocalTier) -> None:
+    members = [Member(tier, family="mistral_windowed") for _ in range(2)]
+    members[0].tokens(greedy("cold", PROMPT, 8))
+    tier.wait_for(NUM_OBJECTS)
+    tier.is_away = True
+    members[1].tokens(greedy("shorter", PROMPT[:86], 1))  # 10 blocks, of which 3 whole objects
+    tier.is_away = False
+    assert members[1].tokens(greedy("warm", PROMPT, 8)) == (reference("mistral_windowed", PROMPT, 8), ALL)
+    assert members[1].stats().tier_hit_tokens == ALL - 10 * BLOCK_SIZE
+    for member in members:
+        member.stop()
 
 
 def test_it_outlives_the_engine_that_computed_it(tier: LocalTier, members: list[Member]) -> None:

@@ -13,6 +13,7 @@ from deployments.engine.config import EngineConfig, EngineLimits
 from deployments.engine.execution.memory import available_memory
 from deployments.engine.execution.rehearsal import free_beside_largest_steps, name_limits
 from deployments.engine.model.load import LoadedModel
+from deployments.engine.scheduling.retention import Retention
 
 _CPU_POOL_BYTES = 1 << 30
 _CPU_MEMORY_SHARE = 0.25
@@ -118,7 +119,7 @@ def _count_blocks(loaded: LoadedModel, config: EngineConfig, limits: EngineLimit
 def _count_cpu_blocks(limits: EngineLimits, bytes_per_block: int) -> int:
     available = available_memory()
     num_blocks = max(1, min(_CPU_POOL_BYTES, int(available * _CPU_MEMORY_SHARE)) // bytes_per_block)
-    if num_blocks * limits.block_size < limits.max_model_len:
+    if num_blocks < Retention.of(limits).least_blocks(limits.max_model_len):
         logger.warning(
             "the KV pool holds %d tokens, fewer than max_model_len (%d): it takes a quarter of the %.2f GiB of memory"
             " that are available, %.2f GiB at most; free memory or set kv_cache_bytes",

@@ -163,6 +163,14 @@ class BlockManager:
         """Leading ones of these blocks that are cached now. Safe from any thread; it may be out of date at once."""
         return next((i for i, block_hash in enumerate(hashes) if block_hash not in self._block_of), len(hashes))
 
+    def num_usable(self, hashes: Chain[bytes]) -> int:
+        """Leading ones of these blocks that a sequence need not compute now; likewise from any thread."""
+        return self._usable(hashes)[1]
+
+    def num_unread(self, num_blocks: int) -> int:
+        """Leading ones of so many blocks that nobody reads who goes on behind them; likewise."""
+        return self._retention.num_passed(num_blocks * self.block_size)
+
     def lend(self, hashes: Chain[bytes]) -> list[int]:
         """Hold the leading ones of these blocks that are cached, until `take_back`; nobody may write to them."""
         blocks = [self._block_of[block_hash] for block_hash in hashes[: self.num_cached(hashes)]]

@@ -182,6 +182,13 @@ def test_chunks_behind_computed_tokens_are_replayed_beside_decodes(
     assert (1, [16]) in replayed and (2, [16]) in replayed, replayed
 
 
+@pytest.mark.parametrize("budget", [16, 64])
+def test_blocks_that_a_sequence_has_passed_are_named_by_no_graph(budget: int) -> None:
+    engine = build("mistral_windowed", max_num_batched_tokens=budget, num_blocks=8)
+    prompts = {f"r{length}": random_prompt(length, seed=length) for length in (100, 40, 21)}
+    check("mistral_windowed", prompts, generate(engine, prompts, apart=1))
+
+
 def test_a_prompt_in_several_chunks_takes_graphs_for_all_of_them(replayed: list[tuple[int, list[int]]]) -> None:
     engine = build("llama", max_num_batched_tokens=20)
     prompts = {"short": random_prompt(5), "long": random_prompt(50, seed=1)}
