@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from deployments.engine.scheduling.positions import FIXED, PositionRule
+from deployments.engine.scheduling.retention import Retention
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class EngineInfo:
         kv: names model and kind of its KV; engines with different names cannot hand over. Empty: not known.
         has_tier: whether it takes KV from the shared tier, too.
         model: as it was set. Empty: not known.
+        kv_window: tokens of a sequence, the newest, whose KV is kept; None: all.
     """
 
     path: str
@@ -38,6 +40,12 @@ class EngineInfo:
     kv: str = ""
     has_tier: bool = False
     model: str = ""
+    kv_window: int | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request that model and pool take."""
+        return Retention(self.block_size, self.kv_window).longest(self.num_blocks, self.max_model_len)
 
 
 @dataclass(frozen=True, slots=True)

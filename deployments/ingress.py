@@ -290,7 +290,7 @@ def describe_served(engine: EngineInfo, codec: TextCodec, name: str, root: str =
     return ModelInfo(
         name=name,
         path=engine.path,
-        max_model_len=min(engine.max_model_len, engine.num_blocks * engine.block_size),
+        max_model_len=engine.longest,
         vocab_size=engine.vocab_size,
         eos_token_ids=tuple(sorted({*engine.eos_token_ids, *own_ends})),
         root=root,

@@ -122,6 +122,7 @@ LIGHT_ENGINE = [
     "deployments.engine.scheduling.block_hash",
     "deployments.engine.scheduling.cache_log",
     "deployments.engine.scheduling.positions",
+    "deployments.engine.scheduling.retention",
 ]
 ENGINE_HOSTS = ("engine", "engine_builder", "engine_tier", "engine_host", "local_engine")
 # Of the project's own modules, these alone may be imported from under each prefix.

@@ -42,5 +42,9 @@ def test_a_text_ends_where_the_engines_or_the_tokenizer_say(
     assert describe_served(engine, TextCodec(tokenizer), "m").eos_token_ids == expected
 
 
-def test_the_context_is_no_longer_than_the_pool_holds() -> None:
-    assert describe_served(ENGINE, TextCodec(build_tokenizer()), "m").max_model_len == 1600
+@pytest.mark.parametrize(
+    ("kv_window", "num_blocks", "longest"), [(None, 100, 1600), (None, 300, 4096), (200, 14, 4096), (200, 13, 208)]
+)
+def test_the_context_is_no_longer_than_the_pool_holds(kv_window: int | None, num_blocks: int, longest: int) -> None:
+    engine = replace(ENGINE, kv_window=kv_window, num_blocks=num_blocks)
+    assert describe_served(engine, TextCodec(build_tokenizer()), "m").max_model_len == longest

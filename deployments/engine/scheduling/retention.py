@@ -53,6 +53,10 @@ class Retention:
         # Of a window's tokens the first may be the last of its block.
         return num_blocks if self.window is None else min(num_blocks, -(-self.window // self.block_size) + 1)
 
+    def longest(self, num_blocks: int, max_tokens: int) -> int:
+        """Tokens of the longest sequence that a pool of so many blocks takes, up to a bound."""
+        return max_tokens if self.least_blocks(max_tokens) <= num_blocks else num_blocks * self.block_size
+
     def longest_prefix(self, cached: Iterable[bool]) -> int:
         """Leading blocks behind which a sequence can go on, if these of its blocks are cached."""
         longest = run = 0

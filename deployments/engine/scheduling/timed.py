@@ -64,7 +64,8 @@ class TimedSequence(Sequence):
     def _note_placed(self) -> None:
         if self.placed_s is None:
             self.placed_s = time.monotonic()
-            self.num_found_tokens = self.num_computed_tokens
+            is_found = self.num_published_blocks > self.num_passed_blocks  # and not just passed
+            self.num_found_tokens = self.num_computed_tokens if is_found else 0
 
 
 def build_sequence(request: GenerateRequest, role: Role, remote_threshold: int | None = None) -> Sequence:
