@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from deployments.engine.kernels.cuda_experts import Gate, Tile, combine, down, gate_up
 from deployments.engine.kernels.cuda_few_experts import down_of_few, gate_up_of_few
+from deployments.engine.kernels.cuda_mxfp4 import packed_product
 from deployments.engine.kernels.cuda_router import router_logits
 from deployments.engine.kernels.cuda_routing import Routing, plan_blocks, route
+from deployments.engine.kernels.mxfp4 import Mxfp4
 from deployments.engine.layers.owed import Owed
 from deployments.engine.layers.trial import PROBE_ROWS, is_near
+from deployments.errors import UnsupportedModelError
 
 # Up to here each token reads the weights of its experts for itself: they seldom meet.
 _FEW_TOKENS = 4
@@ -94,6 +97,16 @@ class FusedExperts(nn.Module):
         self.owed = Owed()
         self.num_experts = len(gate_up_proj)
         self.num_bytes = gate_up_proj.nbytes + down_proj.nbytes
+        self._packed: tuple[Mxfp4, Mxfp4] | None = None
+
+    def pack(self) -> bool:
+        """Keep the weights in MXFP4 from now on, without a change of their numbers; False: they are not in it."""
+        first, second = Mxfp4.of(self.gate_up_proj), Mxfp4.of(self.down_proj)
+        if first is None or second is None:
+            return False
+        self._packed, self.num_bytes = (first, second), first.nbytes + second.nbytes
+        del self.gate_up_proj, self.down_proj
+        return True
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         residual = self.owed.take()
@@ -105,12 +118,18 @@ class FusedExperts(nn.Module):
         return out
 
     def _add(self, x: Tensor, ids: Tensor, weights: Tensor, out: Tensor, adds: bool) -> None:
+        if self._packed is not None:
+            plan = plan_blocks(ids, self.num_experts, _tiles(ids.numel() / self.num_experts)[0])
+            hidden = packed_product(x, self._packed[0], self._gate_up_bias, plan, ids.shape[1], self._gate)
+            products = packed_product(hidden, self._packed[1], self._down_bias, plan, 1, None)
+            combine(products, weights, out, adds=adds)
+            return
         if len(x) <= _FEW_TOKENS:
             hidden = gate_up_of_few(x, self.gate_up_proj, self._gate_up_bias, ids, self._gate)
             down_of_few(hidden, self.down_proj, self._down_bias, ids, weights, out, adds=adds)
             return
-        rows, first, second = _tiles(ids.numel() / len(self.gate_up_proj))
-        plan = plan_blocks(ids, len(self.gate_up_proj), rows)
+        rows, first, second = _tiles(ids.numel() / self.num_experts)
+        plan = plan_blocks(ids, self.num_experts, rows)
         hidden = gate_up(x, self.gate_up_proj, self._gate_up_bias, plan, ids.shape[1], self._gate, first)
         combine(down(hidden, self.down_proj, self._down_bias, plan, second), weights, out, adds=adds)
 
@@ -144,6 +163,21 @@ def fuse_experts(model: nn.Module) -> int:
             parent.experts = fused
             num_fused += 1
     return num_fused
+
+
+@torch.inference_mode()
+def pack_experts(model: nn.Module) -> None:
+    """Keep the weights of all experts in MXFP4, after `fuse_experts`.
+
+    Raises:
+        UnsupportedModelError: there are none that our kernels run, or some are not in MXFP4.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, FusedExperts)]
+    if not layers:
+        raise UnsupportedModelError("quantization is mxfp4, and the model has no experts that kernels of ours run")
+    for name, experts in layers:
+        if not experts.pack():
+            raise UnsupportedModelError(f"quantization is mxfp4, and the weights of {name} are not in MXFP4")
 
 
 def _replace_routers(parent: nn.Module) -> None:

@@ -9,6 +9,7 @@ from deployments.engine.layers.cpu import fuse_decoder_layers
 from deployments.engine.layers.fused import CPU_KERNELS, fuse_layers
 from deployments.engine.layers.linear import convert_linears
 from deployments.engine.layers.merged import merge_linears
+from deployments.errors import UnsupportedModelError
 
 
 def replace_layers(model: PreTrainedModel, config: EngineConfig, kv_shape: KVShape, *, attention_rotates: bool) -> None:
@@ -19,29 +20,40 @@ def replace_layers(model: PreTrainedModel, config: EngineConfig, kv_shape: KVSha
         config: of the engine.
         kv_shape: of the model.
         attention_rotates: attention's kernels rotate queries and keys, where a layer leaves it to them.
+
+    Raises:
+        UnsupportedModelError: experts are to stay in MXFP4, and cannot.
     """
+    is_on_cuda = model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16)
+    keeps_mxfp4 = config.quantization == "mxfp4"
+    if keeps_mxfp4 and not is_on_cuda:
+        raise UnsupportedModelError(
+            "quantization is mxfp4, for which there are kernels on a GPU, in bfloat16 and float16; the model is in"
+            f" {model.dtype} on {model.device}"
+        )
     # Linear layers that read the same input become one. First: these are plain still, and their weights lie as loaded.
     merge_linears(model)
     # Each linear layer is put into the form in which it is kept and multiplied.
     convert_linears(model, config)
     # Norms, gated MLPs and rotary embeddings become one kernel each. An MLP is built around its linear layers' last
     # form, and tried with it.
-    if model.device.type == "cuda":
-        if model.dtype in (torch.bfloat16, torch.float16):
-            _fuse_on_cuda(model, attention_rotates)
-    elif model.dtype is torch.float32:
+    if is_on_cuda:
+        _fuse_on_cuda(model, attention_rotates, keeps_mxfp4)
+    elif model.device.type == "cpu" and model.dtype is torch.float32:
         fuse_layers(model, CPU_KERNELS)
         # Last, since it takes whole decoder layers apart, and tries what it makes of them.
         fuse_decoder_layers(model, kv_shape)
 
 
-def _fuse_on_cuda(model: PreTrainedModel, attention_rotates: bool) -> None:
+def _fuse_on_cuda(model: PreTrainedModel, attention_rotates: bool, keeps_mxfp4: bool) -> None:
     # Triton is there only where a GPU is.
     from deployments.engine.layers import cuda, cuda_decoder, cuda_experts, cuda_fp8, skinny
 
     fuse_layers(model, cuda.KERNELS if attention_rotates else cuda.KERNELS_WITHOUT_ROTARY)
     skinny.fuse_gates(model)
     cuda_experts.fuse_experts(model)
+    if keeps_mxfp4:
+        cuda_experts.pack_experts(model)
     # Decoder layers add to their residuals in kernels of their blocks, which are to be in place.
     cuda_decoder.fuse_residuals(model)
     # What a decoder layer's products take in FP8 is rounded by the kernel before them.

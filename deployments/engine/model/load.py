@@ -77,7 +77,9 @@ def load_model(config: EngineConfig) -> LoadedModel:
     loaded = _load(config, config.model)
     if config.speculation.model is None:
         return loaded
-    drafter = _load(config, config.speculation.model)
+    # Nobody asks the smaller one for experts.
+    changes = {"quantization": None} if config.quantization == "mxfp4" else {}
+    drafter = _load(config.model_copy(update=changes), config.speculation.model)
     check_same_vocabulary(loaded.path, loaded.vocab_size, drafter.path, drafter.vocab_size)
     return replace(loaded, drafter=drafter)
 

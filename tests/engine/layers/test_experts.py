@@ -11,12 +11,14 @@ from transformers import PreTrainedModel
 
 from tests.engine.interpreted import DEVICE  # before the kernels
 
-from deployments.engine.layers.cuda_experts import FusedExperts, FusedRouter, fuse_experts  # isort: skip
+from deployments.engine.layers.cuda_experts import FusedExperts, FusedRouter, fuse_experts, pack_experts  # isort: skip
 from deployments.engine.kernels.cuda_experts import Gate, Tile, combine, down, gate_up  # isort: skip
 from deployments.engine.kernels.cuda_few_experts import down_of_few, gate_up_of_few  # isort: skip
 from deployments.engine.kernels.cuda_router import router_logits  # isort: skip
 from deployments.engine.kernels.cuda_routing import Routing, plan_blocks, route  # isort: skip
 
+from deployments.engine.kernels.mxfp4 import SHARED, Mxfp4
+from deployments.errors import UnsupportedModelError
 from tests.engine.families import small_model
 from tests.tiny_models import ONE_LAYER_OF_EXPERTS
 
@@ -178,6 +180,47 @@ def test_a_layer_of_experts_adds_to_the_residual_that_it_is_told_of(
     assert out.data_ptr() == residual.data_ptr()
     check(out, expected)
     check(experts(x, ids.long(), weights), expected - expected + of.expected(x, ids, weights))
+
+
+def in_mxfp4(num_experts: int, rows: int, depth: int) -> Tensor:
+    codes = torch.randint(0, 256, (num_experts, rows, depth // 2), device=DEVICE).byte()
+    scales = torch.randint(121, 124, (num_experts, rows, depth // SHARED), device=DEVICE).byte()
+    return Mxfp4(codes, scales).widen(torch.float16)
+
+
+def build_in_mxfp4() -> PreTrainedModel:
+    """A model as gpt-oss is."""
+    changes = ONE_LAYER_OF_EXPERTS | {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 3}
+    model: PreTrainedModel = small_model("GptOssConfig", "eager", **changes).half().to(DEVICE)
+    for parameter in model.model.layers[0].mlp.experts.parameters():
+        if parameter.dim() == 3:
+            parameter.data.copy_(in_mxfp4(3, parameter.shape[2], parameter.shape[1]).mT)
+    return model
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 20])
+def test_experts_that_stay_in_mxfp4_give_what_their_numbers_do(num_tokens: int) -> None:
+    model = build_in_mxfp4()
+    assert fuse_experts(model) == 1
+    mlp = model.model.layers[0].mlp
+    x = randn(1, num_tokens, 64)
+    expected, num_bytes = mlp(x)[0].double(), mlp.experts.num_bytes
+    pack_experts(model)
+    check(mlp(x)[0], expected)
+    assert mlp.experts.num_bytes * 16 == num_bytes * 4.25
+
+
+def test_experts_that_are_not_in_mxfp4_are_refused_by_name() -> None:
+    model = build_in_mxfp4()
+    model.model.layers[0].mlp.experts.down_proj.data[2, 0, 0] = 0.3
+    fuse_experts(model)
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.mlp\.experts are not in MXFP4"):
+        pack_experts(model)
+
+
+def test_a_model_without_experts_cannot_keep_them_in_mxfp4() -> None:
+    with pytest.raises(UnsupportedModelError, match="no experts"):
+        pack_experts(nn.Linear(3, 3))
 
 
 INNER: dict[str, Any] = {"moe_intermediate_size": 16}

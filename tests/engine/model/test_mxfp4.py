@@ -56,6 +56,12 @@ def write(folder: Path) -> PreTrainedModel:
     return model
 
 
+def test_to_keep_them_in_mxfp4_is_refused_where_there_are_no_kernels(tmp_path: Path) -> None:
+    write(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"quantization is mxfp4.* torch\.float32 on cpu"):
+        load_model(EngineConfig(model=str(tmp_path), device="cpu", quantization="mxfp4"))
+
+
 def load(folder: Path) -> LoadedModel:
     return load_model(EngineConfig(model=str(folder), device="cpu"))
 
