@@ -147,7 +147,9 @@ class BlockManager:
 
         Those that no later token of the sequence sees are given back.
         """
-        self._offer(sequence)
+        num_full = sequence.num_lasting_tokens // self.block_size
+        if num_full > sequence.num_published_blocks and self._prefix_caching:
+            self._offer(sequence, num_full)
         if self._retention.window is not None:
             self._release(sequence.pass_blocks(self._retention.num_passed(sequence.num_lasting_tokens)))
 
@@ -245,10 +247,7 @@ class BlockManager:
         self._origin_of[block] = origin
         self.cache_log.published(block_hash)
 
-    def _offer(self, sequence: Sequence) -> None:
-        num_full = sequence.num_lasting_tokens // self.block_size
-        if not self._prefix_caching or num_full <= sequence.num_published_blocks:
-            return
+    def _offer(self, sequence: Sequence, num_full: int) -> None:
         hashes = self._hashes(sequence, num_full)
         for i in range(sequence.num_published_blocks, num_full):
             block = sequence.block_table[i]

@@ -6,6 +6,7 @@ and where requests are checked.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Self
 
 from deployments.engine.config import EngineLimits
@@ -59,11 +60,11 @@ class Retention:
 
     def longest_prefix(self, cached: Iterable[bool]) -> int:
         """Leading blocks behind which a sequence can go on, if these of its blocks are cached."""
+        if self.window is None:
+            return sum(1 for _ in takewhile(bool, cached))
         longest = run = 0
         for number, is_cached in enumerate(cached, 1):
             run = run + 1 if is_cached else 0
             if is_cached and run >= number - self.num_passed(number * self.block_size):
                 longest = number
-            elif self.window is None:
-                break
         return longest
