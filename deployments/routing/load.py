@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from deployments.engine.stats import EngineStats
 from deployments.load.outlook import MAX_AGE_S
 from deployments.load.own_share import Entry, OwnShare
+from deployments.routing.scoring import blocks_held
 
 # Of what a replica was given lately: after so long it counts half.
 RECENT_HALF_LIFE_S = 60.0
@@ -120,6 +121,16 @@ class ReplicaLoad:
         # Serve may hold back what no engine has seen; what this router has open it knows for sure.
         whole = self._sequences.whole(self._open, 0.0, num_routers)
         return whole if whole > total else float(total)
+
+    @property
+    def max_held_tokens(self) -> int | None:
+        """Of a sequence that are held there at once: a window and a step; None: all."""
+        window = self.stats.kv_window
+        return None if window is None else window + self.stats.max_num_batched_tokens
+
+    def blocks_held(self, num_tokens: int, block_size: int) -> int:
+        """Blocks that so many tokens of a sequence take there at once."""
+        return blocks_held(num_tokens, self.max_held_tokens, block_size)
 
     def num_free_blocks(self, now_s: float, num_routers: int) -> float:
         """Without those that sequences on their way will take."""

@@ -2,8 +2,7 @@
 
 Brings together what is cached where (`index.py`), what waits where (`load.py`) and what that costs (`scoring.py`). It
 is told how the pool is, in batches, and asked once per request; it never asks anybody. What it chose counts at once.
-Knows names and numbers; how the reports come and how a request reaches the replica is its owner's business. No clock of
-its own, not thread-safe.
+Knows names and numbers, not how reports come and requests go. No clock of its own, not thread-safe.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -125,6 +124,7 @@ class DecodeRule:
             num_blocks=max(1, load.stats.num_blocks),
             block_size=at.block_sizes.get(name, 1),
             step_tokens=max(1, load.stats.max_num_batched_tokens),
+            max_held_tokens=load.max_held_tokens,
         )
 
     @property
@@ -330,7 +330,7 @@ class Router:
             for size in set(sizes.values()):
                 self._heat.ask(prompt.of(size), now_s)
         num_left = prompt.num_tokens - choice.score.cached_tokens
-        num_blocks = -(-(num_left + num_new_tokens) // sizes.get(name, 1))
+        num_blocks = load.blocks_held(num_left + num_new_tokens, sizes.get(name, 1))
         sent = load.send(num_left if computes else 0, num_blocks, now_s)
         self._index.expect(name, prompt, now_s)
         return Routed(name, choice, self, prompt, load, sent)

@@ -112,6 +112,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
         num_blocks: of its pool.
         block_size: tokens per block.
         step_tokens: of a full step.
+        max_held_tokens: of a sequence whose KV it holds at once; None: all.
     """
 
     replica: str
@@ -125,6 +126,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     num_blocks: int = 1
     block_size: int = 1
     step_tokens: int = 1
+    max_held_tokens: int | None = None
 
 
 class Score(msgspec.Struct, frozen=True, gc=False):
@@ -243,7 +245,8 @@ def score_decode(
         own_s += elsewhere.there.seconds(num_left)
     else:
         own_s += (candidate.queued_tokens + num_left) * costs.token_s
-    num_needed = -(-(num_tokens + num_new_tokens - cached_tokens) // candidate.block_size)
+    num_uncached = num_tokens + num_new_tokens - cached_tokens
+    num_needed = blocks_held(num_uncached, candidate.max_held_tokens, candidate.block_size)
     wait_s = 0.0
     if num_sequences + 1 > max_sequences or num_needed > num_free:
         num_beyond = max(0.0, num_sequences + 1 - max_sequences)
@@ -255,6 +258,13 @@ def score_decode(
         other_s += weights.full * ((used - weights.full_from) / (1.0 - weights.full_from))
     cost = weights.fill * own_s + weights.seat * wait_s + other_s
     return Score(candidate.replica, cost, cached_tokens, own_s, wait_s, other_s, here)
+
+
+def blocks_held(num_tokens: int, max_held_tokens: int | None, block_size: int) -> int:
+    """Blocks that so many tokens of a sequence take at once."""
+    if max_held_tokens is not None and max_held_tokens < num_tokens:
+        num_tokens = max_held_tokens
+    return -(-num_tokens // block_size)
 
 
 def _bring(candidate: Candidate, shared_tokens: int, costs: Costs) -> tuple[int, float]:

@@ -121,6 +121,16 @@ def test_a_session_stays_with_its_kv_until_that_decode_replica_is_full() -> None
     assert cost(cached_tokens=3904, num_free_blocks=0) > cost() - 3.904, "too few blocks cost something"
 
 
+def test_a_sequence_needs_no_more_blocks_than_its_window_and_a_step() -> None:
+    def cost(num_free_blocks: int, max_held_tokens: int | None) -> float:
+        values = {"num_free_blocks": num_free_blocks, "num_blocks": 1000, "block_size": 16}
+        held = changed(Candidate("a", max_held_tokens=max_held_tokens), **values)
+        return score_decode(4000, 96, held, COSTS, DecodeWeights()).wait_s
+
+    assert cost(256, None) == cost(63, 1000) == cost(256, 5000) == 0
+    assert cost(255, None) > 0 and cost(62, 1000) > 0
+
+
 def test_of_equals_all_routers_choose_the_same_and_prompts_are_spread() -> None:
     scores = [prefill(1000) for _ in range(8)]
     named = [
