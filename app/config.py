@@ -18,7 +18,7 @@ from ray.serve.config import RequestRouterConfig
 from app.arguments import ConfigError, describe_errors, list_arguments, unflatten
 from app.deployment_config import FRONT_NUM_CPUS, HEALTH_CHECK_TIMEOUT_S, EngineSettings, IngressConfig, PoolConfig
 from app.scaling import TELL_SPAN_S, planned_pool, telling_ingress
-from deployments.engine.config import EngineConfig
+from deployments.engine.config import MODELS_THAT_GUESS, EngineConfig
 from deployments.kv_tier.settings import TierSettings
 from deployments.load.admission import Bounds
 from deployments.load.held import HoldBounds
@@ -264,7 +264,7 @@ class AppConfig(BaseModel):
 def _guesses(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of guesses of one pool: what is its own goes before, and a model of another method falls away."""
     settings: dict[str, Any] = shared.get("speculation", {}) | own.get("speculation", {})
-    if settings.get("method") != "draft_model":
+    if settings.get("method") not in MODELS_THAT_GUESS:
         settings.pop("model", None)
     return settings
 

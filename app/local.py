@@ -95,10 +95,13 @@ def up(folder: RunFolder, app: str, port: int, num_cpus: int | None, timeout_s: 
     config = parse_arguments(pairs)
     models: list[str] = []
     if app == APP:  # what another one does with the name, only it knows
-        models += filter(None, (config.model, config.engine_config("decode").speculation.model))
+        guessing = config.engine_config("decode").speculation
+        models += filter(None, (config.model, guessing.model))
         for model in models:
-            check_model(model)
-            check_tokenizer(model)
+            has_tokenizer = model != guessing.model or guessing.method != "eagle3"
+            check_model(model, has_tokenizer=has_tokenizer)
+            if has_tokenizer:
+                check_tokenizer(model)
         if config.ingress.api_keys is not None:
             KeyRing(config.ingress.api_keys)
     check_temp_folder()

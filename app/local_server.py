@@ -29,6 +29,7 @@ from app.config import AppConfig
 from app.haproxy import REPLICA_KEEP_ALIVE_S
 from app.ports import HOST
 from app.ray_agents import choose_ports
+from deployments.engine.config import SpeculationConfig
 from deployments.engine.model.files import REFUSED
 
 APP = "app:graph"
@@ -76,11 +77,13 @@ def http_options(port: int) -> dict[str, object]:
     return {"host": HOST, "port": port, "keep_alive_timeout_s": REPLICA_KEEP_ALIVE_S}
 
 
-def start_check(model: str, drafter: str | None) -> subprocess.Popen[bytes]:
+def start_check(model: str, guessing: SpeculationConfig) -> subprocess.Popen[bytes]:
     """Look at the models' files in a process of its own: that loads torch, which this one would keep."""
     # Its names and shapes alone, of what is here: without a question to the hub.
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen([sys.executable, "-m", CHECK, model, *([drafter] if drafter else [])], env=environment)
+    drafter = [guessing.model] if guessing.model else []
+    kind = ["--eagle3"] if guessing.method == "eagle3" else []
+    return subprocess.Popen([sys.executable, "-m", CHECK, model, *drafter, *kind], env=environment)
 
 
 def finish_check(check: subprocess.Popen[bytes]) -> None:
@@ -207,8 +210,8 @@ def main() -> None:
         say("loading the code")
         config = AppConfig.model_validate(arguments)
         # What another application does with the name, only it knows.
-        drafter = config.engine_config("decode").speculation.model
-        check = start_check(config.model, drafter) if options.app == APP else None
+        guessing = config.engine_config("decode").speculation
+        check = start_check(config.model, guessing) if options.app == APP else None
         application = load_builder(options.app)(config)
         if check is not None:
             say("checking the model")

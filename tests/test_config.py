@@ -279,11 +279,14 @@ def test_prefill_engines_guess_nothing_and_are_not_asked_to():
 
 def test_a_model_that_guesses_goes_with_its_method_alone():
     assert "needs model" in refusal("engine.speculation.method=draft_model")
-    assert "method=draft_model alone" in refusal("engine.speculation.model=/small")
+    assert "needs model: an EAGLE-3 head" in refusal("engine.speculation.method=eagle3")
+    assert "method=draft_model and method=eagle3 alone" in refusal("engine.speculation.model=/small")
     shared = "engine.speculation.method=draft_model", "engine.speculation.model=/small"
     for method in ("off", "ngram"):
         config = read(*shared, f"decode.engine.speculation.method={method}")
         assert config.engine_config("decode").speculation == SpeculationConfig(method=method)
+    config = read(*shared, "decode.engine.speculation.method=eagle3")
+    assert config.engine_config("decode").speculation == SpeculationConfig(method="eagle3", model="/small")
 
 
 def test_every_argument_is_listed_with_a_meaning():

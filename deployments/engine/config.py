@@ -5,14 +5,20 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+# What `speculation.model` names, of methods that need it.
+MODELS_THAT_GUESS = {
+    "draft_model": "a smaller model with the same vocabulary",
+    "eagle3": "an EAGLE-3 head that was trained for the large one",
+}
+
 
 class SpeculationConfig(BaseModel):
     """How an engine guesses tokens that it has not drawn yet, and tries them in one step; frozen. No answer changes.
 
     Attributes:
         method: `ngram` copies what stood behind the same tokens before, in prompt or answer; `draft_model` has a
-            smaller model guess; `off` guesses nothing.
-        model: the smaller one of `draft_model`, named as the large one is; it must have the same vocabulary.
+            smaller model guess, `eagle3` a head of the large one; `off` guesses nothing.
+        model: the smaller one, named as the large one is, with the same vocabulary; or the head, a folder or hub id.
         max_drafts: tokens of one sequence that a step tries at most.
         is_adaptive: no more are tried than are expected to pay, by how many were right and what steps take; false
             tries all that there are.
@@ -21,7 +27,7 @@ class SpeculationConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    method: Literal["off", "ngram", "draft_model"] = "off"
+    method: Literal["off", "ngram", "draft_model", "eagle3"] = "off"
     model: str | None = Field(default=None, min_length=1)
     max_drafts: int = Field(default=8, ge=1, le=64)
     is_adaptive: bool = True
@@ -29,10 +35,12 @@ class SpeculationConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_model(self) -> Self:
-        if self.method == "draft_model" and self.model is None:
-            raise ValueError("method is draft_model, which needs model: a smaller model with the same vocabulary")
-        if self.method != "draft_model" and self.model is not None:
-            raise ValueError(f"model is {self.model!r}, which takes effect with method=draft_model alone")
+        needed = MODELS_THAT_GUESS.get(self.method)
+        if needed is not None and self.model is None:
+            raise ValueError(f"method is {self.method}, which needs model: {needed}")
+        if needed is None and self.model is not None:
+            methods = " and ".join(f"method={method}" for method in MODELS_THAT_GUESS)
+            raise ValueError(f"model is {self.model!r}, which takes effect with {methods} alone")
         return self
 
 

@@ -304,7 +304,7 @@ class Engine:
         collected, now_s = ending.collect(), time.monotonic()
         for run, scores in ending.collect_prompts():
             run.sequence.add_scores(run, scores)
-        self._speculator.note_draws(collected)
+        self._speculator.note_draws(collected, ending.states)
         for run, draws in collected:
             sequence = run.sequence
             if sequence.status is _FINISHED:

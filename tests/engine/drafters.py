@@ -2,9 +2,13 @@
 
 from collections.abc import Callable
 
+from torch import Tensor
+
 from deployments.engine.engine import Engine
+from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.engine.speculation.base import Prospect, Wish
+from deployments.messages import Draws
 from tests.engine.insides import speculate_by
 
 Answer = Callable[[Sequence], tuple[int, ...]]
@@ -31,6 +35,9 @@ class Knowing:
 
     def draft(self, wishes: list[Wish]) -> list[tuple[int, ...]]:
         return [self._guess(wish) for wish in wishes]
+
+    def learn(self, collected: list[tuple[ScheduledSequence, Draws]], states: Tensor | None) -> None:
+        """It knows all."""
 
     def seconds(self, num_sequences: int) -> float:
         return 0.0

@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors.numpy import load_file, save_file
 
 from app.local_process import RunFolder
+from tests.engine import eagle3_heads
 from tests.engine.families import small_model
 from tests.local.commands import ROOT, run
 
@@ -52,3 +53,15 @@ def test_weights_of_another_shape_are_refused_before_ray_starts(tmp_path: Path, 
     assert failed.stderr.count("\n") == 1
     assert "checking the model" in failed.stdout and "Ray" not in failed.stdout + folder.log.read_text()
     assert folder.server() is None
+
+
+def test_a_head_that_does_not_fit_is_refused_before_ray_starts(tmp_path: Path, folder: RunFolder, port: int) -> None:
+    model = tmp_path / "model"
+    eagle3_heads.target().save_pretrained(model)
+    (model / "tokenizer.json").write_text("{}")
+    head = eagle3_heads.save(tmp_path / "head", eagle3_heads.weights(), draft_vocab_size=90)
+    guessing = "decode.engine.speculation.method=eagle3", f"decode.engine.speculation.model={head}"
+    failed = run(folder, "up", "--port", str(port), f"model={model}", *guessing)
+    assert failed.returncode == 1
+    assert failed.stderr == f"EAGLE-3 head {head!r}: lm_head.weight is [96, 64], must be [90, 64]\n"
+    assert "checking the model" in failed.stdout and "Ray" not in failed.stdout + folder.log.read_text()

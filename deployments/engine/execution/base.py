@@ -89,12 +89,15 @@ class LaunchedStep:
             device.
         done: when it has ended; None where `launch` returns no earlier.
         scores: of what it draws and of prompts; None: nobody asked.
+        states: (T, S) what those layers were given that a head guesses by, behind each other, of each token in the
+            batch's order; None: none does.
     """
 
     items: list[ScheduledSequence]
     tokens: Tensor
     done: torch.cuda.Event | None
     scores: Scores | None = None
+    states: Tensor | None = None
 
     @property
     def num_prompt_tokens(self) -> int:

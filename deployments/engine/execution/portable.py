@@ -8,6 +8,7 @@ from deployments.engine.attention.paged import compile_kernels, has_kernels
 from deployments.engine.attention.sdpa import SdpaStep
 from deployments.engine.config import EngineLimits
 from deployments.engine.execution.base import LaunchedStep, Preparation, PreparedStep, Runner
+from deployments.engine.execution.looking import decoder_layers, looking_at
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.sampling.sampler import compile_draws, sample
@@ -30,6 +31,7 @@ class ModelRunner:
     def __init__(self, loaded: LoadedModel, cache: KVCache) -> None:
         self._model = loaded.model
         self._device = loaded.device
+        self._looked_at = [] if loaded.head is None else decoder_layers(loaded.model, loaded.head.layers)
         self.cache = cache
         self._preparation = Preparation(cache.block_size)
         self._drawn = torch.empty(0, dtype=torch.int64)
@@ -41,13 +43,14 @@ class ModelRunner:
     def launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep:
         step = self._preparation.prepare(scheduled)
         arrays, logit_rows, drawn = step.arrays, step.logit_rows, self._drawn
-        logits = self._model(
-            input_ids=self._token_ids(step).unsqueeze(0),
-            position_ids=upload(arrays.positions, self._device).unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=upload(logit_rows, self._device),
-            paged_step=SdpaStep(self.cache, arrays, logit_rows),
-        ).logits[0]
+        with looking_at(self._looked_at) as states:
+            logits = self._model(
+                input_ids=self._token_ids(step).unsqueeze(0),
+                position_ids=upload(arrays.positions, self._device).unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=upload(logit_rows, self._device),
+                paged_step=SdpaStep(self.cache, arrays, logit_rows),
+            ).logits[0]
         to_draw = logits if step.scoring is None else logits[: len(arrays.draw_rows)]
         if step.adjusting is not None:
             to_draw = step.adjusting.on(self._device, drawn).apply(to_draw)
@@ -56,7 +59,7 @@ class ModelRunner:
         self._drawn = torch.empty(0, dtype=torch.int64) if step.sampling is None else sample(to_draw, step.sampling)
         scores = None if step.scoring is None else step.scoring.score(logits, self._drawn)
         done = torch.cuda.current_stream().record_event() if self._device.type == "cuda" else None
-        return LaunchedStep(step.items, self._drawn, done, scores)
+        return LaunchedStep(step.items, self._drawn, done, scores, torch.cat(states, dim=1) if states else None)
 
     def _token_ids(self, step: PreparedStep) -> Tensor:
         """With what the step before drew, without waiting for it."""

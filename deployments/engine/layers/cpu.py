@@ -6,7 +6,7 @@ the others pass on what they are given, if the model's output stays the same bit
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -72,6 +72,7 @@ class _Layer:
         num_heads: of its queries.
         scores: as its attention asks for them.
         is_last: it is the model's last one.
+        is_looked_at: others want to see its input.
     """
 
     original: Callable[..., Tensor]
@@ -80,9 +81,10 @@ class _Layer:
     num_heads: int
     scores: Scores
     is_last: bool
+    is_looked_at: bool
 
     def is_followed_by(self, other: "_Layer") -> bool:
-        return other.index == self.index + 1 and other.scores == self.scores
+        return other.index == self.index + 1 and other.scores == self.scores and not other.is_looked_at
 
     def addresses(self) -> tuple[object, ...]:
         """A `LAYER`."""
@@ -148,8 +150,13 @@ def _pass_on(hidden_states: Tensor, **_: object) -> Tensor:
     return hidden_states
 
 
-def fuse_decoder_layers(model: nn.Module, shape: KVShape) -> int:
+def fuse_decoder_layers(model: nn.Module, shape: KVShape, inputs_wanted: Collection[int] = ()) -> int:
     """Replace the forward of those layers that can be; after linears are packed.
+
+    Args:
+        model: its layers.
+        shape: of its KV.
+        inputs_wanted: layers that others look at the inputs of: none before them runs them.
 
     Returns:
         How many.
@@ -159,7 +166,8 @@ def fuse_decoder_layers(model: nn.Module, shape: KVShape) -> int:
     fused: list[tuple[Any, _Layer]] = []
     for layer in layers:
         parts = _parts_of(layer)
-        known = None if parts is None else _known(layer, parts, shape, _index_of(layer) == last)
+        index = _index_of(layer)
+        known = None if parts is None else _known(layer, parts, shape, index == last, index in inputs_wanted)
         if known is not None:
             layer.forward = _Run([known])
             fused.append((layer, known))
@@ -237,7 +245,7 @@ class _Recorder(SdpaStep):
 
 
 @torch.inference_mode()
-def _known(layer: Any, parts: _Parts, shape: KVShape, is_last: bool) -> _Layer | None:
+def _known(layer: Any, parts: _Parts, shape: KVShape, *marks: bool) -> _Layer | None:
     """The layer, if compiled code gives the same where the residual is small beside what is added, and large."""
     index, head_dim = _index_of(layer), shape.group.head_dim
     generator = torch.Generator().manual_seed(0)
@@ -254,7 +262,7 @@ def _known(layer: Any, parts: _Parts, shape: KVShape, is_last: bool) -> _Layer |
             expected = layer(scale * rows, **needs, paged_step=theirs)
             if theirs.scores is None or not can_attend(ours.cache, theirs.scores):
                 return None
-            known = _Layer(layer.forward, parts, index, parts.attended.depth // head_dim, theirs.scores, is_last)
+            known = _Layer(layer.forward, parts, index, parts.attended.depth // head_dim, theirs.scores, *marks)
             out = _Run([known])(scale * rows, **needs, paged_step=ours)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             logger.info("%s runs as modules: %s", type(layer).__name__, error)

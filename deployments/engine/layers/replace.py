@@ -1,5 +1,7 @@
 """What is done to a model's layers after it was loaded, from the top down: faster ones that compute the same."""
 
+from collections.abc import Collection
+
 import torch
 from transformers import PreTrainedModel
 
@@ -12,7 +14,14 @@ from deployments.engine.layers.merged import merge_linears
 from deployments.errors import UnsupportedModelError
 
 
-def replace_layers(model: PreTrainedModel, config: EngineConfig, kv_shape: KVShape, *, attention_rotates: bool) -> None:
+def replace_layers(
+    model: PreTrainedModel,
+    config: EngineConfig,
+    kv_shape: KVShape,
+    *,
+    attention_rotates: bool,
+    inputs_wanted: Collection[int] = (),
+) -> None:
     """Replace layers of a model, in place. Each step finds what the one before has left.
 
     Args:
@@ -20,6 +29,7 @@ def replace_layers(model: PreTrainedModel, config: EngineConfig, kv_shape: KVSha
         config: of the engine.
         kv_shape: of the model.
         attention_rotates: attention's kernels rotate queries and keys, where a layer leaves it to them.
+        inputs_wanted: decoder layers whose inputs others look at.
 
     Raises:
         UnsupportedModelError: experts are to stay in MXFP4, and cannot.
@@ -39,10 +49,10 @@ def replace_layers(model: PreTrainedModel, config: EngineConfig, kv_shape: KVSha
     # form, and tried with it.
     if is_on_cuda:
         _fuse_on_cuda(model, attention_rotates, keeps_mxfp4)
-    elif model.device.type == "cpu" and model.dtype is torch.float32:
+    elif model.device.type != "cuda" and model.dtype is torch.float32:
         fuse_layers(model, CPU_KERNELS)
         # Last, since it takes whole decoder layers apart, and tries what it makes of them.
-        fuse_decoder_layers(model, kv_shape)
+        fuse_decoder_layers(model, kv_shape, inputs_wanted)
 
 
 def _fuse_on_cuda(model: PreTrainedModel, attention_rotates: bool, keeps_mxfp4: bool) -> None:

@@ -1,6 +1,6 @@
 """Looks at a model before a server starts, and at the one that is to guess for it, in a process of its own.
 
-Run: `python -m deployments.engine.model.check MODEL [DRAFTER]`.
+Run: `python -m deployments.engine.model.check MODEL [DRAFTER] [--eagle3]`.
 
 To compare the names and shapes of weights with a configuration takes torch and transformers, 3 s of CPU
 to load, which the caller spares itself. Called by `app/local_server.py`.
@@ -59,16 +59,35 @@ def check_pair(model: str, drafter: str) -> None:
     check_same_vocabulary(path, sizes[0], drafter_path, sizes[1])
 
 
+def check_eagle3_pair(model: str, head: str) -> None:
+    """The same of a model and an EAGLE-3 head.
+
+    Raises:
+        UnsupportedModelError: names what is at fault.
+    """
+    path = check_weights_of(model)
+    head_path = resolve_model(head)
+    if path is None or (local_path(head_path) is None and not is_cached(head_path)):
+        return
+    from deployments.engine.model.config import read_config
+    from deployments.engine.model.eagle3_files import check_eagle3
+
+    check_eagle3(head_path, read_config(path))
+
+
 def main() -> None:
     """End with the status `REFUSED` for a model that is refused."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("drafter", nargs="?")
+    parser.add_argument("--eagle3", action="store_true", help="what guesses is an EAGLE-3 head")
     logging.basicConfig(level=logging.INFO)
     try:
         options = parser.parse_args()
         if options.drafter is None:
             check_weights_of(options.model)
+        elif options.eagle3:
+            check_eagle3_pair(options.model, options.drafter)
         else:
             check_pair(options.model, options.drafter)
     except UnsupportedModelError:

@@ -80,8 +80,12 @@ def gguf_shards(file: Path) -> list[Path]:
     return [file.with_name(f"{prefix}{number:05}-of-{count}.gguf") for number in range(1, int(count) + 1)]
 
 
-def check_model(model: str) -> None:
+def check_model(model: str, *, has_tokenizer: bool = True) -> None:
     """Refuse a model that cannot be served from here, as far as can be told without loading it.
+
+    Args:
+        model: what the user calls it.
+        has_tokenizer: it must have one; a head that guesses for a model has none of its own.
 
     Raises:
         UnsupportedModelError: one line that names the model, the file and the fault.
@@ -93,7 +97,7 @@ def check_model(model: str) -> None:
             _check_hub(model)
         else:
             check_files(model)
-            if path.is_dir() and not any((path / name).exists() for name in _TOKENIZERS):
+            if has_tokenizer and path.is_dir() and not any((path / name).exists() for name in _TOKENIZERS):
                 raise refusal(model, f"no tokenizer in this folder (none of {', '.join(_TOKENIZERS)})")
 
 

@@ -18,6 +18,8 @@ from deployments.engine.layers.fp8 import quantize_weights
 from deployments.engine.layers.replace import replace_layers
 from deployments.engine.model.checkpoint import naming, read_checkpoint
 from deployments.engine.model.config import check_config
+from deployments.engine.model.eagle3 import Eagle3Head
+from deployments.engine.model.eagle3_files import load_eagle3
 from deployments.engine.model.end_tokens import end_token_ids
 from deployments.engine.model.probe import probe_kv_shape
 from deployments.engine.model.resolve import resolve_model
@@ -25,6 +27,7 @@ from deployments.engine.model.rope import separate_lengths, waits_for_device
 from deployments.engine.model.same_vocabulary import check_same_vocabulary
 from deployments.engine.model.weights import load_weights
 from deployments.engine.scheduling.positions import FIXED, PositionRule
+from deployments.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +50,7 @@ class LoadedModel:
         eos_token_ids: ids that end a text, as far as the model's configuration says.
         has_cuda_layers: its layers are those of a GPU (`layers/replace.py`), which only `CudaRunner` can run.
         drafter: a smaller model with the same vocabulary, which guesses what this one will draw; None: none does.
+        head: of this model, which guesses likewise; None: none does.
     """
 
     model: PreTrainedModel
@@ -60,22 +64,25 @@ class LoadedModel:
     positions: PositionRule = FIXED
     has_cuda_layers: bool = False
     drafter: "LoadedModel | None" = None
+    head: Eagle3Head | None = None
 
     def bytes_per_block(self, block_size: int) -> int:
-        """KV of a block, with that of the model that guesses."""
-        own = self.kv_shape.bytes_per_block(block_size)
-        return own if self.drafter is None else own + self.drafter.bytes_per_block(block_size)
+        """KV of a block, with that of the model or head that guesses."""
+        guessing = 0 if self.drafter is None else self.drafter.bytes_per_block(block_size)
+        guessing += 0 if self.head is None else self.head.kv_shape.bytes_per_block(block_size)
+        return self.kv_shape.bytes_per_block(block_size) + guessing
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
-    """Load and check a model, and the one that guesses for it if there is to be one.
+    """Load and check a model, and the one or the head that guesses for it if there is to be one.
 
     Raises:
-        UnsupportedModelError: one is not there, not whole, or the engine cannot run it, or their vocabularies differ;
+        UnsupportedModelError: one is not there, not whole, or the engine cannot run it, or they do not fit each other;
             names what is at fault.
     """
-    loaded = _load(config, config.model)
-    if config.speculation.model is None:
+    head = config.speculation.model if config.speculation.method == "eagle3" else None
+    loaded = _load(config, config.model, head)
+    if config.speculation.model is None or head is not None:
         return loaded
     # Nobody asks the smaller one for experts.
     changes = {"quantization": None} if config.quantization == "mxfp4" else {}
@@ -84,11 +91,15 @@ def load_model(config: EngineConfig) -> LoadedModel:
     return replace(loaded, drafter=drafter)
 
 
-def _load(config: EngineConfig, name: str) -> LoadedModel:
+def _load(config: EngineConfig, name: str, head: str | None = None) -> LoadedModel:
     register()
     path = resolve_model(name)
     device = _choose_device(config.device)
     torch.empty(0, device=device)  # raises here, if there is none: no fault of the model
+    if head is not None and device.type != "cpu":
+        raise UnsupportedModelError(
+            f"EAGLE-3 head {head!r}: a GPU's steps are CUDA graphs, which hand out no hidden states: CPUs alone"
+        )
     with naming(path):
         checkpoint = read_checkpoint(path)
         dtype: torch.dtype | str = _DTYPES.get(config.dtype, torch.float32 if device.type == "cpu" else "auto")
@@ -97,6 +108,8 @@ def _load(config: EngineConfig, name: str) -> LoadedModel:
         if config.quantization == "fp8":
             quantize_weights(model)
         loaded = replace(prepare_model(model, path, device), eos_token_ids=checkpoint.end_token_ids)
+        if head is not None:
+            loaded = replace(loaded, head=load_eagle3(resolve_model(head), model, model.config))
         return optimize_layers(loaded, config)
 
 
@@ -111,7 +124,10 @@ def optimize_layers(loaded: LoadedModel, config: EngineConfig | None = None) -> 
         The same model, and whether its layers are those of a GPU now.
     """
     is_known = _is_known_to_cuda(loaded.model, loaded.kv_shape)
-    replace_layers(loaded.model, config or EngineConfig(), loaded.kv_shape, attention_rotates=is_known)
+    wanted = () if loaded.head is None else loaded.head.layers
+    replace_layers(
+        loaded.model, config or EngineConfig(), loaded.kv_shape, attention_rotates=is_known, inputs_wanted=wanted
+    )
     return replace(loaded, has_cuda_layers=is_known)
 
 

@@ -1,8 +1,12 @@
-"""What guesses tokens, and what is asked of it. Knows no model and no step."""
+"""What guesses tokens, and what is asked of it. Knows no model."""
 
 from typing import NamedTuple, Protocol
 
+from torch import Tensor
+
+from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Sequence
+from deployments.messages import Draws
 
 
 class Wish(NamedTuple):
@@ -47,6 +51,15 @@ class Drafter(Protocol):
 
         Returns:
             For each wish its tokens; perhaps fewer than were wished, or none.
+        """
+        ...
+
+    def learn(self, collected: list[tuple[ScheduledSequence, Draws]], states: Tensor | None) -> None:
+        """A step has ended, and its draws have not joined their sequences yet.
+
+        Args:
+            collected: its runs in the batch's order, each with those of its draws that count.
+            states: see `LaunchedStep`.
         """
         ...
 

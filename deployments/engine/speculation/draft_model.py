@@ -13,6 +13,8 @@ import time
 from array import array
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from deployments.engine.execution.base import LaunchedStep, Runner
 from deployments.engine.scheduling.ids import token_array
 from deployments.engine.scheduling.positions import FIXED, PositionRule
@@ -20,7 +22,7 @@ from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.engine.speculation.base import Prospect, Wish
 from deployments.engine.speculation.curve import StepCurve
-from deployments.messages import GenerateRequest
+from deployments.messages import Draws, GenerateRequest
 
 
 @dataclass(slots=True)
@@ -129,6 +131,9 @@ class DraftModel:
         for follower in followers:
             self._note(follower)
         return [follower.guessed() for follower in followers]
+
+    def learn(self, collected: list[tuple[ScheduledSequence, Draws]], states: Tensor | None) -> None:
+        """Tokens are all that it goes by."""
 
     def seconds(self, num_sequences: int) -> float:
         return self._curve.seconds(num_sequences)

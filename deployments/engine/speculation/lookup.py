@@ -9,8 +9,11 @@ Source: prompt lookup decoding (Saxena, 2023); the copy may run into its own gue
 from array import array
 
 import numpy as np
+from torch import Tensor
 
+from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.speculation.base import Prospect, Wish
+from deployments.messages import Draws
 
 # Lengths of n-grams, the longest first: the longer the match, the more often what follows is the same.
 SIZES = (8, 4, 2)
@@ -76,6 +79,9 @@ class LookupDrafter:
 
     def draft(self, wishes: list[Wish]) -> list[tuple[int, ...]]:
         return [self._copy(wish) for wish in wishes]
+
+    def learn(self, collected: list[tuple[ScheduledSequence, Draws]], states: Tensor | None) -> None:
+        """Tokens are all that it goes by."""
 
     def seconds(self, num_sequences: int) -> float:
         return 0.0

@@ -7,6 +7,8 @@ where it is what was drawn. So all that is decided here is time.
 import time
 from itertools import takewhile
 
+from torch import Tensor
+
 from deployments.engine.config import EngineLimits, SpeculationConfig
 from deployments.engine.execution.rehearsal import build_rehearsed, drafter_limits
 from deployments.engine.grammar.guides import Guides
@@ -18,6 +20,7 @@ from deployments.engine.speculation.acceptance import Acceptance
 from deployments.engine.speculation.base import Drafter, Prospect, Wish
 from deployments.engine.speculation.curve import StepCurve
 from deployments.engine.speculation.draft_model import DraftModel
+from deployments.engine.speculation.eagle3 import Eagle3Drafter
 from deployments.engine.speculation.lengths import Guess, choose_lengths
 from deployments.engine.speculation.lookup import LookupDrafter
 from deployments.engine.speculation.patience import Patience
@@ -77,8 +80,15 @@ class Speculator:
                 self._kinds[sequence.request_id] = kinds[sequence.request_id]
                 sequence.propose(tokens, masks)
 
-    def note_draws(self, collected: list[tuple[ScheduledSequence, Draws]]) -> None:
-        """A step has ended with these runs; of each those draws that count, one more than drafts that were right."""
+    def note_draws(self, collected: list[tuple[ScheduledSequence, Draws]], states: Tensor | None) -> None:
+        """A step has ended with these runs; of each those draws that count, one more than drafts that were right.
+
+        Args:
+            collected: the runs; no draws have joined their sequences yet.
+            states: see `LaunchedStep`.
+        """
+        if self._drafter is not None:
+            self._drafter.learn(collected, states)
         if not self._kinds:
             return
         for run, draws in collected:
@@ -157,6 +167,8 @@ def _build_drafter(config: SpeculationConfig, loaded: LoadedModel, limits: Engin
         return None
     if config.method == "ngram":
         return LookupDrafter()
+    if loaded.head is not None:
+        return Eagle3Drafter(loaded.head, limits, loaded.device)
     if loaded.drafter is None:
         raise ValueError(f"speculation.model is {config.model!r}, and no such model was loaded beside {loaded.path!r}")
     own = drafter_limits(limits, loaded.drafter)

@@ -52,6 +52,16 @@ def test_a_whole_folder_is_let_through(folder: Path) -> None:
     check_model(str(folder))
 
 
+def test_what_guesses_for_a_model_needs_no_tokenizer_of_its_own(folder: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    assert "no tokenizer in this folder" in refusal(str(folder))
+    check_model(str(folder), has_tokenizer=False)
+    (folder / "config.json").unlink()
+    with pytest.raises(UnsupportedModelError, match=r"config\.json"):
+        check_model(str(folder), has_tokenizer=False)
+
+
 def test_a_folder_is_found_from_the_home_folder_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
     check_model("~/a model")
