@@ -285,8 +285,6 @@ def test_a_model_that_guesses_goes_with_its_method_alone():
     for method in ("off", "ngram"):
         config = read(*shared, f"decode.engine.speculation.method={method}")
         assert config.engine_config("decode").speculation == SpeculationConfig(method=method)
-    config = read(*shared, "decode.engine.speculation.method=eagle3")
-    assert config.engine_config("decode").speculation == SpeculationConfig(method="eagle3", model="/small")
 
 
 def test_every_argument_is_listed_with_a_meaning():

@@ -75,12 +75,7 @@ def load_eagle3(path: str, target: nn.Module, config: PretrainedConfig) -> Eagle
     found = {name: Header(tuple(weight.shape), not weight.is_floating_point()) for name, weight in weights.items()}
     _check_shapes(path, form, found)
     to_target, _ = weights.pop(_TO_TARGET, None), weights.pop(_IS_KNOWN, None)
-    target_ids = None
-    if to_target is not None:
-        target_ids = to_target.long() + torch.arange(len(to_target))
-        ids = target_ids.unique()
-        if len(ids) != len(target_ids) or not 0 <= int(ids[0]) <= int(ids[-1]) < config.vocab_size:
-            raise _refusal(path, f"{_TO_TARGET} names tokens twice, or such as the model does not have")
+    target_ids = None if to_target is None else _target_ids(path, to_target, config.vocab_size)
     with torch.device("meta"):
         head = Eagle3Head(form)
     embedding: Any = target.get_input_embeddings()  # type: ignore[operator]  # of transformers' models
@@ -88,6 +83,14 @@ def load_eagle3(path: str, target: nn.Module, config: PretrainedConfig) -> Eagle
     head.load_state_dict({name: weight.to(like.device, like.dtype) for name, weight in weights.items()}, assign=True)
     head.complete(embedding, target_ids)
     return head
+
+
+def _target_ids(path: str, to_target: Tensor, vocab_size: int) -> Tensor:
+    target_ids = to_target.long() + torch.arange(len(to_target))
+    ids = target_ids.unique()
+    if len(ids) != len(target_ids) or not 0 <= int(ids[0]) <= int(ids[-1]) < vocab_size:
+        raise _refusal(path, f"{_TO_TARGET} names tokens twice, or such as the model does not have")
+    return target_ids
 
 
 def _refusal(path: str, fault: str) -> UnsupportedModelError:

@@ -96,10 +96,6 @@ def _load(config: EngineConfig, name: str, head: str | None = None) -> LoadedMod
     path = resolve_model(name)
     device = _choose_device(config.device)
     torch.empty(0, device=device)  # raises here, if there is none: no fault of the model
-    if head is not None and device.type != "cpu":
-        raise UnsupportedModelError(
-            f"EAGLE-3 head {head!r}: a GPU's steps are CUDA graphs, which hand out no hidden states: CPUs alone"
-        )
     with naming(path):
         checkpoint = read_checkpoint(path)
         dtype: torch.dtype | str = _DTYPES.get(config.dtype, torch.float32 if device.type == "cpu" else "auto")
@@ -108,9 +104,15 @@ def _load(config: EngineConfig, name: str, head: str | None = None) -> LoadedMod
         if config.quantization == "fp8":
             quantize_weights(model)
         loaded = replace(prepare_model(model, path, device), eos_token_ids=checkpoint.end_token_ids)
-        if head is not None:
-            loaded = replace(loaded, head=load_eagle3(resolve_model(head), model, model.config))
-        return optimize_layers(loaded, config)
+        return optimize_layers(loaded if head is None else _with_head(loaded, head), config)
+
+
+def _with_head(loaded: LoadedModel, name: str) -> LoadedModel:
+    if loaded.device.type != "cpu":
+        raise UnsupportedModelError(
+            f"EAGLE-3 head {name!r}: a GPU's steps are CUDA graphs, which hand out no hidden states; it is for CPUs"
+        )
+    return replace(loaded, head=load_eagle3(resolve_model(name), loaded.model, loaded.model.config))
 
 
 def optimize_layers(loaded: LoadedModel, config: EngineConfig | None = None) -> LoadedModel:

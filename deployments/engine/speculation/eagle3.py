@@ -255,16 +255,15 @@ def _arrays(rows: list[_Row], block_size: int) -> StepArrays:
     tables = _tables(rows, -(-(starts + counts) // block_size))
     ends, owners = np.cumsum(counts), np.repeat(np.arange(len(rows)), counts)
     positions = np.arange(len(owners)) + (starts - ends + counts)[owners]
-    num_singles = int((counts == 1).sum())
     return StepArrays(
         token_ids=np.concatenate([np.frombuffer(row.tokens, np.uint32) for row in rows]).astype(np.int64),
-        sources=np.full(num_singles, -1),
+        sources=np.full((counts == 1).sum(), -1),
         positions=positions,
         slots=slots(tables, owners, positions, block_size),
         starts=starts,
         counts=counts,
         tables=tables,
-        num_singles=num_singles,
+        num_singles=int((counts == 1).sum()),
         draw_rows=ends - 1,
         draw_positions=positions[ends - 1] + 1,
     )

@@ -15,6 +15,7 @@ import torch
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
 from deployments.engine.execution.sizing import choose_limits
+from deployments.engine.model import load as load_module
 from deployments.engine.model.check import check_eagle3_pair
 from deployments.engine.model.eagle3_files import load_eagle3
 from deployments.engine.model.load import LoadedModel, load_model, optimize_layers, prepare_model
@@ -346,6 +347,7 @@ def test_a_head_of_another_form_is_refused_in_one_line(
 
 
 def test_on_a_gpu_a_head_is_refused(tmp_path: Path, model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deployments.engine.model.load._choose_device", lambda _: torch.device("meta"))
+    as_on_a_gpu = lambda *args: replace(prepare_model(*args), device=torch.device("cuda"))  # noqa: E731
+    monkeypatch.setattr(load_module, "prepare_model", as_on_a_gpu)
     with pytest.raises(UnsupportedModelError, match="CUDA graphs, which hand out no hidden states"):
         load_pair(model_path, eagle3_heads.save(tmp_path, weights()))
