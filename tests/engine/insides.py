@@ -135,7 +135,7 @@ _TRY_ALL = SpeculationConfig(method="ngram", is_adaptive=False)
 def speculate_by(engine: Engine, drafter: Drafter | None, config: SpeculationConfig = _TRY_ALL) -> None:
     """Have an engine whose settings let it guess try what this one guesses, all of it unless the settings differ."""
     assert engine.limits.max_drafts
-    engine._speculator = Speculator(drafter, config, engine._stats)
+    engine._speculator = Speculator(drafter, config, engine._stats, engine._speculator.drafted_sizes)
 
 
 @contextmanager

@@ -1,9 +1,14 @@
 """What a step of so many tokens takes, learned from steps that were run anyway. Pure: no clock."""
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from math import inf
 
 # Steps after which a size that was not run again is forgotten: contexts have grown since, or others use the machine.
-_MEMORY_STEPS = 512
+_MEMORY_STEPS = 2048
+# Steps of a size before it is judged. The first one may wait for code or memory, as that of a CUDA graph does: a size
+# that looks slow by it is not run again, and those above it are taken to be as slow.
+_FEW_STEPS = 3
 # Weight of a new measurement; the first ones of a size weigh more.
 _LEAST_WEIGHT = 0.1
 # One step that was held up says little: it counts as at most so many times what was expected.
@@ -11,54 +16,73 @@ _MAX_SURPRISE = 1.5
 
 
 class StepCurve:
-    """Seconds of a step by its tokens. Sizes that were not run are taken to cost as little as is possible.
+    """Seconds of a step by its tokens. Sizes that were hardly run are taken to cost as little as is possible.
 
     Args:
         max_tokens: no step has more.
+        drafted_sizes: to which steps with drafts are padded, in order: those between two cost the same. Of a runner
+            that pads none there are none.
     """
 
-    def __init__(self, max_tokens: float = inf) -> None:
+    def __init__(self, max_tokens: float = inf, drafted_sizes: Sequence[int] = ()) -> None:
         self._max_tokens = max_tokens
+        self._drafted_sizes = drafted_sizes
         self._num_steps = 0
         self._seconds: dict[int, float] = {}
         self._counts: dict[int, int] = {}
         self._last: dict[int, int] = {}
         self._estimates: dict[int, float] = {}  # asked hundreds of times between two steps
 
-    def add(self, num_tokens: int, seconds: float) -> None:
+    def add(self, num_tokens: int, seconds: float, *, has_drafts: bool = False) -> None:
         """A step has ended."""
         self._num_steps += 1
         self._estimates.clear()
-        size = _size(num_tokens)
-        if (known := self._seconds.get(size)) is None:
-            self._seconds[size], self._counts[size] = seconds, 1
-        else:
-            self._counts[size] += 1
-            weight = max(_LEAST_WEIGHT, 1.0 / self._counts[size])
-            self._seconds[size] = known + weight * (min(seconds, known * _MAX_SURPRISE) - known)
+        size = self._size(num_tokens, has_drafts)
+        count = self._counts[size] = self._counts.get(size, 0) + 1
+        self._seconds[size] = self._joined(self._seconds.get(size, inf), seconds, count)
         self._last[size] = self._num_steps
         if self._num_steps % _MEMORY_STEPS == 0:
             self._forget()
 
     def is_known(self, num_tokens: int) -> bool:
-        """Whether such steps were run lately."""
-        return _size(num_tokens) in self._seconds
+        """Whether enough of such steps without drafts were run lately to compare others with them."""
+        return self._counts.get(_size(num_tokens), 0) >= _FEW_STEPS
 
     def seconds(self, num_tokens: int) -> float:
-        """Of a step, at least: no less than a smaller one, nor more than a larger one. 0: nothing is known."""
+        """Of a step without drafts, at least. 0: nothing is known."""
+        size = _size(num_tokens)
+        return self._seconds[size] if size in self._seconds else self._estimate(size)
+
+    def drafted_seconds(self, num_tokens: int) -> float:
+        """Of a step with drafts, at least: no less than a smaller one, nor more than a larger one. 0: likewise."""
         if num_tokens > self._max_tokens:
             return inf
-        size = _size(num_tokens)
+        size = self._size(num_tokens, has_drafts=True)
         if (known := self._estimates.get(size)) is None:
             known = self._estimates[size] = self._estimate(size)
         return known
 
+    def _joined(self, known: float, seconds: float, count: int) -> float:
+        """With one more measurement: of the first ones the least, then a mean that follows them."""
+        if count <= _FEW_STEPS:
+            return min(known, seconds)
+        weight = max(_LEAST_WEIGHT, 1.0 / (count - _FEW_STEPS + 1))
+        return known + weight * (min(seconds, known * _MAX_SURPRISE) - known)
+
     def _estimate(self, size: int) -> float:
-        if (known := self._seconds.get(size)) is not None:
-            return known
-        smaller = [seconds for other, seconds in self._seconds.items() if other < size]
-        larger = [seconds for other, seconds in self._seconds.items() if other > size]
-        return min([max(smaller, default=0.0), *larger])
+        if self._counts.get(size, 0) >= _FEW_STEPS:
+            return self._seconds[size]
+        smaller = [self._seconds[n] for n, count in self._counts.items() if n < size and count >= _FEW_STEPS]
+        others = [seconds for other, seconds in self._seconds.items() if other >= size]
+        if not smaller:
+            smaller = [seconds for other, seconds in self._seconds.items() if other < size]
+            smaller = [min(smaller)] if smaller else []
+        return min([max(smaller, default=0.0), *others])
+
+    def _size(self, num_tokens: int, has_drafts: bool) -> int:
+        """Of a class of steps."""
+        place = bisect_left(self._drafted_sizes, num_tokens) if has_drafts else len(self._drafted_sizes)
+        return self._drafted_sizes[place] if place < len(self._drafted_sizes) else _size(num_tokens)
 
     def _forget(self) -> None:
         for size in [size for size, last in self._last.items() if self._num_steps - last >= _MEMORY_STEPS]:
@@ -66,6 +90,6 @@ class StepCurve:
 
 
 def _size(num_tokens: int) -> int:
-    """Of a class of steps: each number up to 16 for itself, then eight to an octave."""
+    """Of a class of steps that are not padded: each number up to 16 for itself, then eight to an octave."""
     shift = max(0, num_tokens.bit_length() - 4)
     return num_tokens >> shift << shift

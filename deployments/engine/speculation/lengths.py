@@ -1,29 +1,17 @@
 """How many drafts of each sequence a step tries: as many as bring the most tokens per second. Pure functions."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 # Drafts that are right this seldom are never worth a place.
-_LEAST_CHANCE = 0.05
+_LEAST_CHANCE = 0.02
 # Estimates are noisy: drafts must promise so much more than none.
 _LEAST_GAIN = 1.03
 
 
-class Guess(NamedTuple):
-    """Of one sequence.
-
-    Attributes:
-        rate: how likely each draft is right, if those before it are.
-        max_drafts: that there are.
-    """
-
-    rate: float
-    max_drafts: int
-
-
 def choose_lengths(
-    guesses: Sequence[Guess],
+    guesses: Sequence[Sequence[float]],
     num_sequences: int,
+    plain_s: float,
     seconds: Callable[[int], float],
     draft_s: Callable[[int], float] = lambda num_sequences: 0.0,
     max_step_s: float | None = None,
@@ -31,9 +19,10 @@ def choose_lengths(
     """Drafts to try of each sequence.
 
     Args:
-        guesses: of those that have any.
+        guesses: of each sequence that has any, how likely each of its drafts is right, if those before it are.
         num_sequences: all that the step continues, each by one token for certain.
-        seconds: that a step of so many tokens takes.
+        plain_s: seconds of a step without drafts.
+        seconds: of one of so many tokens in all.
         draft_s: that guessing one more token of so many sequences takes before.
         max_step_s: no step, with its guesses, shall take longer for the sake of drafts; None: whatever pays.
 
@@ -42,7 +31,6 @@ def choose_lengths(
         the one that maximises expected tokens over seconds for the batch as a whole.
     """
     chances = sorted(((chance, row) for row, guess in enumerate(guesses) for chance in _chances(guess)), reverse=True)
-    plain_s = seconds(num_sequences)
     best_rate, best_count = _LEAST_GAIN * num_sequences / plain_s if plain_s else 0.0, 0
     expected, guessing = float(num_sequences), _Guessing(len(guesses), draft_s)
     for count, (chance, row) in enumerate(chances, 1):
@@ -79,12 +67,12 @@ class _Guessing:
         return self._total_s
 
 
-def _chances(guess: Guess) -> list[float]:
+def _chances(rates: Sequence[float]) -> list[float]:
     """Of each of a sequence's drafts to be right together with all before it."""
     chances: list[float] = []
     chance = 1.0
-    for _ in range(guess.max_drafts):
-        chance *= guess.rate
+    for rate in rates:
+        chance *= rate
         if chance < _LEAST_CHANCE:
             break
         chances.append(chance)

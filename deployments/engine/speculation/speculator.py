@@ -21,7 +21,7 @@ from deployments.engine.speculation.base import Drafter, Prospect, Wish
 from deployments.engine.speculation.curve import StepCurve
 from deployments.engine.speculation.draft_model import DraftModel
 from deployments.engine.speculation.eagle3 import Eagle3Drafter
-from deployments.engine.speculation.lengths import Guess, choose_lengths
+from deployments.engine.speculation.lengths import choose_lengths
 from deployments.engine.speculation.lookup import LookupDrafter
 from deployments.engine.speculation.patience import Patience
 from deployments.engine.stats import EngineStats
@@ -35,14 +35,22 @@ class Speculator:
         drafter: what guesses; None: nothing does.
         config: how far.
         stats: where counts go.
+        drafted_sizes: see `StepCurve`.
     """
 
-    def __init__(self, drafter: Drafter | None, config: SpeculationConfig, stats: EngineStats) -> None:
+    def __init__(
+        self,
+        drafter: Drafter | None,
+        config: SpeculationConfig,
+        stats: EngineStats,
+        drafted_sizes: tuple[int, ...] = (),
+    ) -> None:
         self._drafter = drafter
         self._config = config
         self._stats = stats
         self._acceptance = Acceptance(0 if drafter is None else drafter.num_kinds)
-        self._curve = StepCurve(MAX_VERIFIED_TOKENS)
+        self.drafted_sizes = drafted_sizes
+        self._curve = StepCurve(MAX_VERIFIED_TOKENS, drafted_sizes)
         self._patience = Patience()
         self._kinds: dict[str, int] = {}  # of the drafts that were proposed last
         self._drafting_s = 0.0  # that guessing took before the step that has not ended
@@ -102,7 +110,8 @@ class Speculator:
     def note_step(self, items: list[ScheduledSequence], seconds: float) -> None:
         """A step with these has ended; with the guesses before it, it took so long."""
         if self.is_on and all(item.is_decode for item in items):
-            self._curve.add(sum(item.num_tokens for item in items), seconds - self._drafting_s)
+            num_tokens = sum(item.num_tokens for item in items)
+            self._curve.add(num_tokens, seconds - self._drafting_s, has_drafts=num_tokens > len(items))
         self._drafting_s = 0.0
 
     def drop(self, request_id: str) -> None:
@@ -135,12 +144,15 @@ class Speculator:
         if not self._config.is_adaptive:
             return [prospect.num_tokens for prospect in prospects]
         if not self._curve.is_known(num_sequences):
-            return [0] * len(wishes)  # until a step without drafts says what one takes
+            return [0] * len(wishes)  # until steps without drafts say what one takes
         guesses = [
-            Guess(self._acceptance.rate(wish.sequence.request_id, prospect.kind), prospect.num_tokens)
+            self._acceptance.rates(wish.sequence.request_id, prospect.kind, prospect.num_tokens)
             for wish, prospect in zip(wishes, prospects, strict=True)
         ]
-        return choose_lengths(guesses, num_sequences, self._curve.seconds, drafter.seconds, self._config.max_step_s)
+        plain_s, drafted_s = self._curve.seconds(num_sequences), self._curve.drafted_seconds
+        return choose_lengths(
+            guesses, num_sequences, plain_s, drafted_s, drafter.seconds, max_step_s=self._config.max_step_s
+        )
 
 
 def _masks_behind(sequence: Sequence, drafts: tuple[int, ...], guides: Guides) -> tuple[bytes, ...]:
@@ -159,7 +171,16 @@ def build_speculator(
     Raises:
         ValueError: that model is not loaded, or its steps do not fit into the GPU's memory.
     """
-    return Speculator(_build_drafter(config, loaded, limits), config, stats)
+    return Speculator(_build_drafter(config, loaded, limits), config, stats, _drafted_sizes(loaded, limits))
+
+
+def _drafted_sizes(loaded: LoadedModel, limits: EngineLimits) -> tuple[int, ...]:
+    """Of the graphs that verify drafts; none where there are none."""
+    if not loaded.has_cuda_layers:
+        return ()
+    from deployments.engine.execution.verification import verification_sizes  # Triton is there only where a GPU is
+
+    return tuple(sorted({num_tokens for _, num_tokens in verification_sizes(limits)}))
 
 
 def _build_drafter(config: SpeculationConfig, loaded: LoadedModel, limits: EngineLimits) -> Drafter | None:
