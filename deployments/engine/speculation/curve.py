@@ -55,11 +55,9 @@ class StepCurve:
 
     def drafted_seconds(self, num_tokens: int) -> float:
         """Of a step with drafts, at least: no less than a smaller one, nor more than a larger one. 0: likewise."""
-        if num_tokens > self._max_tokens:
-            return inf
-        size = self._size(num_tokens, has_drafts=True)
-        if (known := self._estimates.get(size)) is None:
-            known = self._estimates[size] = self._estimate(size)
+        if (known := self._estimates.get(num_tokens)) is None:
+            size = self._size(num_tokens, has_drafts=True)
+            known = self._estimates[num_tokens] = self._estimate(size) if num_tokens <= self._max_tokens else inf
         return known
 
     def _joined(self, known: float, seconds: float, count: int) -> float:

@@ -32,10 +32,11 @@ def choose_lengths(
     """
     chances = sorted(((chance, row) for row, guess in enumerate(guesses) for chance in _chances(guess)), reverse=True)
     best_rate, best_count = _LEAST_GAIN * num_sequences / plain_s if plain_s else 0.0, 0
-    expected, guessing = float(num_sequences), _Guessing(len(guesses), draft_s)
+    expected = float(num_sequences)
+    guessing = _Guessing(len(guesses), draft_s) if draft_s(len(guesses)) else None
     for count, (chance, row) in enumerate(chances, 1):
         expected += chance
-        step_s = seconds(num_sequences + count) + guessing.add(row)
+        step_s = seconds(num_sequences + count) + (0.0 if guessing is None else guessing.add(row))
         if max_step_s is not None and step_s > max_step_s:
             break
         if not step_s or expected / step_s > best_rate:

@@ -24,9 +24,13 @@ def compute_bound(num_tokens: int) -> float:
 
 
 def choose(
-    guesses: list[list[float]], num_sequences: int, seconds: Seconds, *args: Seconds, **options: float
+    guesses: list[list[float]],
+    num_sequences: int,
+    seconds: Seconds,
+    draft_s: Seconds = lambda num_sequences: 0.0,
+    max_step_s: float | None = None,
 ) -> list[int]:
-    return choose_lengths(guesses, num_sequences, seconds(num_sequences), seconds, *args, **options)
+    return choose_lengths(guesses, num_sequences, seconds(num_sequences), seconds, draft_s, max_step_s)
 
 
 def test_where_tokens_cost_nothing_more_all_likely_drafts_are_tried() -> None:
