@@ -1,0 +1,133 @@
+"""A service whose decode engines guess by a model or a head beside the large one: each token is as without."""
+
+import copy
+import json
+import os
+import signal
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from ray import serve
+from transformers import PreTrainedModel
+
+from app.config import AppConfig
+from app.graph import graph
+from deployments.engine.model.load import prepare_model
+from deployments.messages import GenerateRequest, SamplingParams
+from tests.api.fakes import build_tokenizer
+from tests.e2e.conftest import ENGINE_PATIENCE, MODEL_NAME, Service
+from tests.engine import eagle3_heads
+from tests.engine.driving import build_engine, generate
+from tests.engine.families import CPU, random_prompt
+
+NUM_TOKENS = 40
+# Long enough that it is under way when its engine is killed.
+NUM_STREAMED = 400
+PROMPTS = {f"p{length}": random_prompt(length, seed=length) for length in (5, 40, 150)}
+# A replica is replaced, on a machine that others keep busy.
+TIMEOUT_S = 300.0
+
+
+def like(model: PreTrainedModel) -> PreTrainedModel:
+    """Hardly another model, which is often right."""
+    other = copy.deepcopy(model)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for weights in other.parameters():
+            if weights.ndim > 1:
+                weights.add_(0.05 * weights.std() * torch.randn_like(weights))
+    return other
+
+
+def save(folder: Path, model: PreTrainedModel) -> str:
+    copy.deepcopy(model).save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@cache
+def answers(num_tokens: int, temperature: float) -> dict[str, tuple[int, ...]]:
+    """Of an engine that guesses nothing."""
+    sampling = SamplingParams(max_tokens=num_tokens, temperature=temperature, seed=7)
+    loaded = prepare_model(copy.deepcopy(eagle3_heads.target()), "", CPU)
+    asked = [GenerateRequest(name, prompt, sampling) for name, prompt in PROMPTS.items()]
+    return dict(zip(PROMPTS, generate(build_engine(loaded, num_blocks=500), asked), strict=True))
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("colocated", "draft_model"), ("disaggregated", "draft_model"), ("disaggregated", "eagle3")],
+    ids=lambda param: "-".join(param),
+)
+def guessing(
+    request: pytest.FixtureRequest, services: dict[str, Service], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Service]:
+    mode, method = request.param
+    name, folder = f"{mode}_{method}", tmp_path_factory.mktemp("guessing")
+    if method == "eagle3":
+        guesses = eagle3_heads.save(folder / "head", eagle3_heads.weights())
+    else:
+        guesses = save(folder / "small", like(eagle3_heads.target()))
+    # All guesses are tried, so that some are right and some are wrong whatever the machine does meanwhile.
+    speculation = {"method": method, "model": guesses, "is_adaptive": False, "max_drafts": 3}
+    args = AppConfig.model_validate(
+        {
+            "mode": mode,
+            "model": save(folder / "large", eagle3_heads.target()),
+            "served_model_name": MODEL_NAME,
+            "parity_check": False,
+            "engine": ENGINE_PATIENCE | {"num_blocks": 500, "block_size": 16},
+            "ingress": {"max_ttft_s": 600, "resume_timeout_s": 600},
+            "decode": {"engine": {"speculation": speculation}, "graceful_shutdown_timeout_s": 1.0},
+        }
+        | ({"min_remote_prefill_tokens": 32} if mode == "disaggregated" else {})
+    )
+    serve.run(graph(args), name=name, route_prefix=f"/{name}")
+    yield Service(mode, services["colocated"].url.removesuffix("colocated") + name, name)
+    serve.delete(name)
+
+
+def body(name: str, num_tokens: int, temperature: float) -> dict[str, Any]:
+    fields = {"model": MODEL_NAME, "prompt": PROMPTS[name], "max_tokens": num_tokens, "ignore_eos": True}
+    return fields | {"temperature": temperature, "seed": 7, "return_token_ids": True}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8], ids=["greedy", "drawn"])
+def test_tokens_are_those_of_an_engine_that_guesses_nothing(
+    guessing: Service, client: httpx.Client, temperature: float
+) -> None:
+    for name, expected in answers(NUM_TOKENS, temperature).items():
+        answer = client.post(f"{guessing.url}/v1/completions", json=body(name, NUM_TOKENS, temperature))
+        assert answer.status_code == httpx.codes.OK, answer.text
+        assert tuple(answer.json()["choices"][0]["token_ids"]) == expected, name
+    (decode,) = guessing.stats("Decode")
+    assert decode.engine.drafted_tokens.total > 0
+    if "draft_model" in (guessing.name or ""):
+        assert decode.engine.accepted_tokens.total > 0
+    if guessing.mode == "disaggregated":
+        (prefill,) = guessing.stats("Prefill")
+        assert prefill.handoff.num_requests > 0 and prefill.engine.drafted_tokens.total == 0
+
+
+def test_a_stream_goes_on_token_for_token_when_its_decode_engine_is_killed(
+    guessing: Service, client: httpx.Client
+) -> None:
+    (expected,) = [tokens for name, tokens in answers(NUM_STREAMED, 0.8).items() if name == "p150"]
+    (victim,) = guessing.pool("Decode").broadcast("engine_info").results(timeout_s=TIMEOUT_S)
+    asked = body("p150", NUM_STREAMED, 0.8) | {"stream": True}
+    told: list[int] = []
+    with client.stream("POST", f"{guessing.url}/v1/completions", json=asked) as stream:
+        for line in stream.iter_lines():
+            if not line.startswith("data: ") or line == "data: [DONE]":
+                continue
+            if not told:
+                os.kill(victim.pid, signal.SIGKILL)
+            told += json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"]
+    assert tuple(told) == expected
+    (successor,) = guessing.stats("Decode")
+    assert successor.engine.drafted_tokens.total > 0, "the one that took its place has guessed as well"
