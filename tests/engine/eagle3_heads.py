@@ -1,5 +1,6 @@
 """EAGLE-3 heads with random weights in the form of public checkpoints, and what one guesses without any engine."""
 
+import copy
 import json
 from functools import cache
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 from deployments.engine.attention.base import LayerAttention
-from deployments.engine.model.eagle3 import Eagle3Head
+from deployments.engine.model.eagle3 import Eagle3Form, Eagle3Head
 from tests.engine.families import small_model
 from tests.tiny_models import SMALL
 
@@ -78,6 +79,14 @@ def save(folder: Path, tensors: dict[str, Tensor], *, is_old: bool = False, **ch
     else:
         save_file(tensors, folder / "model.safetensors")
     return str(folder)
+
+
+def head_of(model: PreTrainedModel) -> Eagle3Head:
+    """One for a model of any size, which takes the input of its first layer three times."""
+    config = LlamaConfig.from_dict(copy.deepcopy(CONFIG) | {"vocab_size": model.config.vocab_size})
+    head = Eagle3Head(Eagle3Form(config, (0, 0, 0), model.config.hidden_size, config.vocab_size, True, False))
+    head.complete(model.get_input_embeddings(), None)
+    return head
 
 
 class _Dense:

@@ -16,8 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from deployments.engine.engine import Engine
 from deployments.engine.handoff.outbox import TakenChunk
 from deployments.engine.handoff.states import Clock
+from deployments.engine.model.eagle3 import Eagle3Head
 from deployments.engine.model.load import LoadedModel, prepare_model
 from deployments.engine.scheduling.sequence import Sequence
+from deployments.engine.speculation.base import Wish
 from deployments.messages import (
     Adjustments,
     ChunkReady,
@@ -28,10 +30,11 @@ from deployments.messages import (
     SamplingParams,
     TokenOutput,
 )
-from tests.engine.drafters import lies, mixture, truth, with_drafter
+from tests.engine.drafters import Knowing, lies, mixture, truth, with_drafter
 from tests.engine.driving import FakeClock, Transcript, build_engine, generate, greedy, prefill_all, run
+from tests.engine.eagle3_heads import head_of
 from tests.engine.families import CPU, small_model
-from tests.engine.insides import is_between_engines, scheduler_of
+from tests.engine.insides import drafter_of, is_between_engines, scheduler_of
 from tests.tiny_models import ONE_LAYER
 
 LEASE_S = 15.0  # as by default
@@ -70,6 +73,13 @@ def keeping(model: Model) -> LoadedModel:
     """It, with all of its KV kept."""
     shape = model().kv_shape
     return replace(model(), kv_shape=replace(shape, groups=(replace(shape.group, window=None),)))
+
+
+@cache
+def tiny_head() -> Eagle3Head:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return head_of(tiny().model)
 
 
 def build_small(
@@ -395,6 +405,33 @@ class DraftModelRelay(Relay):
         )
 
 
+class HeadRelay(Relay):
+    """The same with a decode engine that follows all with a head, and tries what is right two times of three."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decode = build_small(
+            replace(tiny(), head=tiny_head()),
+            is_pipelined=self.is_pipelined,
+            clock=self.clock,
+            speculation={"method": "eagle3", "model": "beside", "is_adaptive": False, "max_drafts": 3},
+        )
+        drafter = drafter_of(self.decode)
+        guess, known = drafter.draft, Knowing(lambda sequence: answer_of(sequence.request), mixture)
+
+        def guess_and_correct(wishes: list[Wish]) -> list[tuple[int, ...]]:
+            assert all(1 <= len(tokens) <= 3 for tokens in guess(wishes))
+            return known.draft(wishes)
+
+        drafter.draft = guess_and_correct
+
+
+class PipelinedHeadRelay(HeadRelay):
+    """That with engines that start a step before they conclude the one before, where nothing is guessed."""
+
+    is_pipelined = True
+
+
 class PipelinedSpeculatingRelay(SpeculatingRelay):
     """That with engines that start a step before they conclude the one before, where nothing is guessed."""
 
@@ -418,6 +455,8 @@ TestPipelinedDraftModelRelay = PipelinedDraftModelRelay.TestCase
 TestSpeculatingRelay.settings = TestDraftModelRelay.settings = settings(max_examples=40, stateful_step_count=50)
 TestPipelinedSpeculatingRelay.settings = TestSpeculatingRelay.settings
 TestPipelinedDraftModelRelay.settings = TestSpeculatingRelay.settings
+TestHeadRelay, TestPipelinedHeadRelay = HeadRelay.TestCase, PipelinedHeadRelay.TestCase
+TestHeadRelay.settings = TestPipelinedHeadRelay.settings = TestSpeculatingRelay.settings
 TestLyingRelay.settings = TestKnowingRelay.settings = settings(max_examples=20, stateful_step_count=50)
 
 
