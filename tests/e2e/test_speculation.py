@@ -80,12 +80,11 @@ def guessing(
             "mode": mode,
             "model": save(folder / "large", eagle3_heads.target()),
             "served_model_name": MODEL_NAME,
-            "parity_check": False,
             "engine": ENGINE_PATIENCE | {"num_blocks": 500, "block_size": 16},
             "ingress": {"max_ttft_s": 600, "resume_timeout_s": 600},
             "decode": {"engine": {"speculation": speculation}, "graceful_shutdown_timeout_s": 1.0},
         }
-        | ({"min_remote_prefill_tokens": 32} if mode == "disaggregated" else {})
+        | ({"min_remote_prefill_tokens": 32, "parity_check": False} if mode == "disaggregated" else {})
     )
     serve.run(graph(args), name=name, route_prefix=f"/{name}")
     yield Service(mode, services["colocated"].url.removesuffix("colocated") + name, name)

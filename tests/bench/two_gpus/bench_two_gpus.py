@@ -245,6 +245,7 @@ def main() -> int:
     parser.add_argument("--shape", default="llama-8b")
     parser.add_argument("--steps", type=int, default=2048, help="token budget of the prefill engine")
     parser.add_argument("--scenario", default=str(HERE / "mixed.yaml"))
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of all turns besides")
     parser.add_argument("--round", type=int, default=0)
     parser.add_argument("--model", type=Path, help="folder of the model; default: .run/two-gpus/SHAPE")
     parser.add_argument("--kill", action="store_true", help="kill engines at the end of the first turn")
@@ -255,7 +256,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     write_model(folder, options.shape)
     num_gpus = torch.cuda.device_count()
-    common = ["engine.max_num_seqs=64", "engine.max_model_len=16384"]
+    common = ["engine.max_num_seqs=64", "engine.max_model_len=16384", *options.set]
     common += ["prefill.num_gpus=1", "decode.num_gpus=1"] if num_gpus > 1 else ["engine.kv_cache_bytes=500000000"]
     vocab_size = config_of(options.shape).vocab_size
     runs: list[Run] = []
