@@ -24,15 +24,21 @@ import psutil
 from app.arguments import ConfigError, list_arguments
 from app.config import AppConfig
 from app.haproxy import LOOPBACK_VARIABLE
-from app.local_checks import TEMP_PREFIX, LocalError, check_port, check_temp_folder, positive, tell_of_memory
+from app.local_checks import (
+    TEMP_PREFIX,
+    LocalError,
+    check_models,
+    check_port,
+    check_temp_folder,
+    positive,
+    tell_of_memory,
+)
 from app.local_download import Downloads
 from app.local_process import RunFolder, Server, interrupt_once, whole_lines
 from app.local_server import APP, NO_RAY, NO_RAY_MARK, NO_ROOM, RUNS, STAGE_MARK
 from app.local_status import add_arguments, show_status
 from app.ports import free_ports
 from deployments.api.keys import KeyRing, KeysError
-from deployments.engine.model.files import check_model
-from deployments.engine.model.tokenizer_files import check_tokenizer
 from deployments.errors import UnsupportedModelError
 
 SERVE_SETTINGS = Path(__file__).with_name("serve.env")
@@ -95,13 +101,7 @@ def up(folder: RunFolder, app: str, port: int, num_cpus: int | None, timeout_s: 
     config = parse_arguments(pairs)
     models: list[str] = []
     if app == APP:  # what another one does with the name, only it knows
-        guessing = config.engine_config("decode").speculation
-        models += filter(None, (config.model, guessing.model))
-        for model in models:
-            has_tokenizer = model != guessing.model or guessing.method != "eagle3"
-            check_model(model, has_tokenizer=has_tokenizer)
-            if has_tokenizer:
-                check_tokenizer(model)
+        models = check_models(config)
         if config.ingress.api_keys is not None:
             KeyRing(config.ingress.api_keys)
     check_temp_folder()

@@ -1,4 +1,4 @@
-"""What is looked at before a server starts: options, its port, room for its files. Refused in one line each.
+"""What is looked at before a server starts: options, models, its port, room for its files. Refused in one line each.
 
 Knows where Ray keeps its files, and does not start it. Called by `local.py`.
 """
@@ -10,7 +10,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from app.config import AppConfig
 from app.ports import MAX_PORT, free_ports, why_not
+from deployments.engine.model.files import check_model
+from deployments.engine.model.tokenizer_files import check_tokenizer
 
 TEMP_PREFIX = "kvrelay-"
 SHARED_MEMORY = Path("/dev/shm")
@@ -37,6 +40,22 @@ def positive(kind: type[int] | type[float]) -> Callable[[str], float]:
 
     number.__name__ = kind.__name__  # which argparse tells of what is no number
     return number
+
+
+def check_models(config: AppConfig) -> list[str]:
+    """Look at the files of all models that engines are to load, and say which these are.
+
+    Raises:
+        UnsupportedModelError: there is no such model, it is not whole, or cannot be served.
+    """
+    guessing = config.engine_config("decode").speculation
+    models = [model for model in (config.model, guessing.model) if model]
+    for model in models:
+        has_tokenizer = model != guessing.model or guessing.method != "eagle3"
+        check_model(model, has_tokenizer=has_tokenizer)
+        if has_tokenizer:
+            check_tokenizer(model)
+    return models
 
 
 def check_port(port: int) -> None:
