@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
+from itertools import count
 from threading import Event
 from time import sleep
 from typing import Any, Protocol
@@ -89,7 +90,8 @@ class GlooGroup:
 
     A wait for a message whose bytes are on their way ends at its timeout alone, whoever dies meanwhile, and it pins the
     tensor until then; a wait for a message that has not begun ends at once (torch 2.13). So neither end waits for
-    the payload: both wait for a small message behind it, and drop the payload's work if that does not come.
+    the payload: both wait for a small message behind it, and drop the payload's work if that does not come. It has the
+    payload's number, so that no receiver takes a payload for another one.
     """
 
     depth = 1  # a second payload would come between the first and the message behind it
@@ -105,10 +107,11 @@ class GlooGroup:
         options._timeout = timedelta(seconds=timeout_s)
         self._group = _ProcessGroupGloo(store, rank, 2, options)
         self._peer = 1 - rank
+        self._sends, self._receives = count(), count()
 
     def start_send(self, tensor: Tensor) -> Wait:
         payload = self._group.send([tensor], self._peer, _PAYLOAD)
-        sent = self._group.send([_mark()], self._peer, _SENT)
+        sent = self._group.send([_mark(next(self._sends))], self._peer, _SENT)
 
         def wait(timeout_s: float) -> bool:
             timeout = timedelta(seconds=timeout_s)
@@ -120,12 +123,14 @@ class GlooGroup:
         return wait
 
     def start_recv(self, tensor: Tensor) -> Wait:
-        payload = self._group.recv([tensor], self._peer, _PAYLOAD)
+        payload, expected = self._group.recv([tensor], self._peer, _PAYLOAD), _mark(next(self._receives))
 
         def wait(timeout_s: float) -> bool:
-            timeout = timedelta(seconds=timeout_s)
-            self._group.recv([_mark()], self._peer, _SENT).wait(timeout)
+            timeout, sent = timedelta(seconds=timeout_s), _mark()
+            self._group.recv([sent], self._peer, _SENT).wait(timeout)
             payload.wait(timeout)
+            if not torch.equal(sent, expected):
+                raise RuntimeError(f"got message {int(sent)} in place of {int(expected)}")
             self._group.send([_mark()], self._peer, _RECEIVED).wait(timeout)
             return True
 
@@ -139,8 +144,9 @@ class GlooGroup:
             self._group.recv([_mark()], self._peer, _NEVER).wait(timedelta(milliseconds=1))
 
 
-def _mark() -> Tensor:
-    return torch.empty(1, dtype=torch.uint8)
+def _mark(number: int = 0) -> Tensor:
+    """What goes beside payloads: (1,) int64."""
+    return torch.tensor([number])
 
 
 class NcclGroup:

@@ -1,7 +1,14 @@
 """What a receiver asks a source over a link's line: to say when a chunk is complete, and to send it then.
 
-A question may be asked long before the chunk is computed, so answers come in any order. What is sent is received in the
-order in which the source says so. A question is `number what object`, an answer `number answer note`.
+A question may be asked long before the chunk is computed, so answers come in any order. Whoever hears or says one never
+waits: answers are given by whoever completes a chunk, and what is sent is begun by the link.
+
+The invariant of what is sent: **both ends begin the messages of a link in one order**, for a group pairs them by it.
+The source submits a message and says so under one lock, which gives it its place: 0, 1, 2 and so on. The receiver
+submits a receive for each answer, in the order in which it hears them, and none for anything else. An answer with
+another place than the next one ends the link, and so does a message that one end has failed or given up (`Link`).
+
+A question is `number what object`, an answer `number answer place note`; what is not sent has no place, `-`.
 """
 
 import time
@@ -35,6 +42,7 @@ class Answer(StrEnum):
     GONE = "gone"
 
 
+_NOWHERE = "-"
 # The chunk, where it was sent, what came with it, and the monotonic time when it was said to be complete.
 Arrival: TypeAlias = "Future[tuple[Tensor | None, str, float]]"
 
@@ -55,6 +63,7 @@ class Inquiries:
         # Whoever takes one out of it finishes its future.
         self._open: dict[int, _Open] = {}
         self._line: Line | None = None
+        self._next_place = count()
         self._ended: tuple[type[TransferError], str] | None = None
 
     @property
@@ -109,7 +118,10 @@ class Inquiries:
 
     def _listen(self, link: Link, line: Line) -> None:
         while (answer := line.hear()) is not None:
-            number, word, note = answer.split(" ", 2)
+            number, word, place, note = answer.split(" ", 3)
+            if place != _NOWHERE and int(place) != next(self._next_place):
+                link.close(f"the source has sent message {place} out of turn")
+                return
             with self._lock:
                 inquiry = self._open.pop(int(number), None)
             if inquiry is None:
@@ -169,8 +181,8 @@ class Answers:
         self._link = link
         self._line = line
         self._chunks = chunks
-        # Both ends must begin what is sent in one order.
         self._order = Lock()
+        self._next_place = count()
 
     def run(self) -> None:
         """Answer until the receiver closes the link."""
@@ -178,7 +190,7 @@ class Answers:
             while (question := self._line.hear()) is not None:
                 number, want, object_id = question.split(" ", 2)
                 if (note := self._chunks.note_of(object_id)) is None:
-                    self._line.say(f"{number} {Answer.GONE} ")
+                    self._line.say(f"{number} {Answer.GONE} {_NOWHERE} ")
                 else:
                     note.add_done_callback(partial(self._answer, number, want, object_id))
         self._link.close("the receiver closed the link")
@@ -190,10 +202,12 @@ class Answers:
         try:
             with self._order:
                 if sending is None:
-                    self._line.say(f"{number} {Answer.GONE} ")
+                    self._line.say(f"{number} {Answer.GONE} {_NOWHERE} ")
                     return
+                place = _NOWHERE
                 if want == Want.SEND:
                     self._link.submit(sending)
-                self._line.say(f"{number} {Answer.COMPLETE} {note.result()}")
+                    place = str(next(self._next_place))
+                self._line.say(f"{number} {Answer.COMPLETE} {place} {note.result()}")
         except (OSError, TransferError):
             self._link.close("the receiver closed the link")

@@ -1,7 +1,9 @@
 """One pair of engines, seen from one of them: a thread that opens a channel, then runs jobs over it, in turn.
 
-Owns the rule that nothing here waits without a bound: `Watchdog` asks the peers of all links whether they live, without
-waiting for the answers, and ends the links of those that died or hang. Knows Ray's actors; nothing of KV or layouts.
+Owns two rules. Jobs begin in the order in which they were submitted, on both ends, for a group pairs messages by their
+order; so none begins before one that still has to wait for its beginning, and that one holds up none that has begun.
+And nothing here waits without a bound: `Watchdog` asks the peers of all links whether they live, without waiting for
+the answers, and ends the links of those that died or hang. Knows Ray's actors; nothing of KV or layouts.
 """
 
 import logging
@@ -26,10 +28,12 @@ from deployments.kv_transfer.line import Line
 logger = logging.getLogger(__name__)
 
 CONTROL_GROUP = "kv_ctl"
-# A job begins a message and pauses; then it waits for it, and pauses each time that it is not over. As many as the
-# group can have under way are at work: each begins as soon as it may, and the first one is waited for.
-Steps = Generator[None, None, Tensor | None]
+# A job pauses each time that it cannot begin its message yet, and says False; then it begins it, pauses, and waits for
+# it, with a pause each time that it is not over: these say True. As many as the group can have under way are at work:
+# each begins as soon as it may, and the first one is waited for. No step may take long.
+Steps = Generator[bool, None, Tensor | None]
 Job = Callable[[Group, TransferConfig], Steps]
+_MISSED = "the other engine has not answered for a while, and one end has given up what the other one may still move"
 
 
 class LinkLostError(TransferError):
@@ -60,11 +64,11 @@ def _answer(_engine: object) -> None:
     """The question whether an engine lives; being run is the answer."""
 
 
-def until_over(wait: Wait, timeout_s: float) -> Generator[None]:
+def until_over(wait: Wait, timeout_s: float) -> Generator[bool]:
     """The second half of a job."""
     deadline = monotonic() + timeout_s
     while not wait(deadline - monotonic()):
-        yield
+        yield True
 
 
 class OpenInquiries(Protocol):
@@ -115,6 +119,7 @@ class _Task:
     job: Job
     future: "Future[Tensor | None]"
     steps: Steps | None = None
+    has_begun: bool = False
 
     def fail(self, kind: type[TransferError], reason: str) -> None:
         # A new exception for each: one that was raised elsewhere has a traceback, and that pins tensors.
@@ -152,6 +157,9 @@ class Link:
         # All below is guarded by _changed. Whoever takes a task out of it finishes its future, and nobody else.
         self._waiting: deque[_Task] = deque()
         self._current: deque[_Task] = deque()
+        self._is_newest_next = False
+        # Some job that the other end knows of was failed: what comes behind would be taken for it.
+        self._is_ending = False
         self._channel: Channel | None = None
         self._state_since = monotonic()
         self._doubt: str | None = None
@@ -163,10 +171,10 @@ class Link:
         return self._closed is not None
 
     def submit(self, job: Job) -> "Future[Tensor | None]":
-        """Run a job behind those that came before. One that raises `TransferError` fails alone, else the link closes.
+        """Run a job behind those that came before. If one fails the link closes, for the other end has begun it, too.
 
         Raises:
-            LinkLostError: the link is closed.
+            LinkLostError: the link is closed, or about to be.
             TransferError: the peer does not answer.
         """
         task = _Task(job, Future())
@@ -175,6 +183,8 @@ class Link:
                 raise LinkLostError(self._closed)
             if self._doubt is not None:
                 raise TransferError(self._doubt)
+            if self._is_ending:
+                raise LinkLostError(_MISSED)
             self._waiting.append(task)
             self._changed.notify()
         return task.future
@@ -226,8 +236,10 @@ class Link:
         with self._changed:
             self._doubt = reason
             tasks = list(self._waiting) if in_doubt else []
-            if in_doubt:
+            if tasks:
                 self._waiting.clear()
+                self._is_ending = True
+                self._changed.notify()
         for task in tasks:
             task.fail(TransferError, str(reason))
         if in_doubt and self._inquiries is not None:
@@ -241,6 +253,7 @@ class Link:
             self._advance(task)
             # Else this name would keep the last chunk until the next one comes.
             del task
+        self.close(_MISSED, LinkLostError)
 
     def _connect(self) -> str | None:
         """Open the channel; why not, if it failed. A late one of a closed link is ended at once."""
@@ -259,12 +272,18 @@ class Link:
         return None
 
     def _turn(self) -> _Task | None:
-        """Wait for a job: one that can begin, else the first that has; None once the link is closed."""
+        """Wait for a job: one that can begin, else the first that has; None once the link is closed, or is to be."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed is not None or self._waiting or self._current)
-            if self._closed is not None or self._channel is None:
+            self._changed.wait_for(
+                lambda: self._closed is not None or self._is_ending or self._waiting or self._current
+            )
+            if self._closed is not None or self._channel is None or not (self._waiting or self._current):
                 return None
             assert self._channel.group is not None, "there is nothing to move over this link"
+            if self._current and not self._current[-1].has_begun:
+                # The newest and the first in turn: it begins when there is room, which the first may have to give.
+                self._is_newest_next = not self._is_newest_next
+                return self._current[-1] if self._is_newest_next else self._current[0]
             if self._waiting and len(self._current) < self._channel.group.depth:
                 if not self._current:
                     self._state_since = monotonic()
@@ -277,15 +296,10 @@ class Link:
     def _advance(self, task: _Task) -> None:
         assert task.steps is not None
         try:
-            next(task.steps)
+            task.has_begun = next(task.steps) or task.has_begun
         except StopIteration as end:
             if self._finish(task):
                 task.future.set_result(end.value)
-        except LinkLostError as error:
-            self.close(str(error), LinkLostError)
-        except TransferError as error:
-            if self._finish(task):
-                task.fail(TransferError, str(error))
         except Exception as error:
             self.close(f"transfer failed: {brief(error)}")
 

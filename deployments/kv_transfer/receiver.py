@@ -35,6 +35,7 @@ from deployments.kv_transfer.source import Invitation, forget
 
 # Chunks that were sent and are not in the pool yet, or are on their way: what their memory is bounded by.
 _MAX_RECEIVED = 8
+_ROOM_POLL_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,13 +169,17 @@ class Receiver:
         return Channel(group, line)
 
     def _receive(self, chunk: RemoteChunk, group: Group, config: TransferConfig) -> Steps:
-        if not self._room.acquire(timeout=config.transfer_timeout_s):
-            raise TimeoutError("the engine takes nothing into its pool")
+        deadline = monotonic() + config.transfer_timeout_s
+        # Not for long at once: what gives room back may be what this very link has under way.
+        while not self._room.acquire(timeout=_ROOM_POLL_S):
+            if monotonic() > deadline:
+                raise TimeoutError("the engine takes nothing into its pool")
+            yield False
         started = monotonic()
         tensor = group.allocate(chunk.shape, chunk.dtype)
         weakref.finalize(tensor, self._room.release).atexit = False
         wait = group.start_recv(tensor)
-        yield
+        yield True
         yield from until_over(wait, config.transfer_timeout_s)
         self._count_received(tensor.nbytes, started)
         return tensor

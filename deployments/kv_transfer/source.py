@@ -127,7 +127,7 @@ class Source:
     def _send(self, tensor: Tensor, group: Group, config: TransferConfig) -> Steps:
         try:
             wait = group.start_send(tensor)
-            yield
+            yield True
             yield from until_over(wait, config.transfer_timeout_s)
         except Exception:
             self._counters.add(num_failed=1)

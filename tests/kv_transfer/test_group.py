@@ -63,6 +63,17 @@ def test_bytes_arrive_unchanged(ends, dtype):
     assert torch.equal(received, sent)
 
 
+def test_a_message_that_comes_in_place_of_another_is_not_taken_for_it(ends):
+    sender, receiver = reversed(ends)
+    next(receiver._receives)  # of a message that the sender has never begun
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(send, sender, torch.zeros(8), PATIENCE_S)
+        with pytest.raises(RuntimeError, match="got message 0 in place of 1"):
+            recv(receiver, torch.zeros(8), PATIENCE_S)
+        receiver.abort()
+        assert isinstance(sending.exception(PATIENCE_S), RuntimeError)
+
+
 @pytest.mark.parametrize("aborting", [0, 1])
 def test_abort_wakes_a_pending_receive_on_either_end(ends, aborting):
     with ThreadPoolExecutor(1) as pool:

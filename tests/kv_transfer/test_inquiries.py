@@ -46,7 +46,7 @@ class FakeLink:
 
 def move(name: str, group: Group, config: TransferConfig) -> Steps:
     """Never run here."""
-    yield
+    yield True
     return None
 
 

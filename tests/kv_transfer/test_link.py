@@ -94,7 +94,7 @@ class Rig:
         def job(group: Group, config: TransferConfig) -> Steps:
             tensor = torch.zeros(4)
             wait = group.start_recv(tensor)
-            yield
+            yield True
             yield from until_over(wait, 2 * PATIENCE_S)
             return tensor
 
@@ -106,7 +106,7 @@ class Rig:
         def job(group: Group, config: TransferConfig) -> Steps:
             notes.append(("start", number))
             wait = group.start_recv(torch.zeros(4))
-            yield
+            yield True
             yield from until_over(wait, 2 * PATIENCE_S)
             notes.append(("end", number))
             return None
@@ -186,12 +186,63 @@ def test_a_silent_peer_keeps_the_transfer_in_progress_and_fails_those_behind_it(
         second.result(timeout=PATIENCE_S)
     with pytest.raises(TransferError, match="not answered"):
         rig.receive()
-    rig.peer.has_been_silent_s = 0.0
-    rig.link.check()
-    third = rig.receive()
     rig.group.may_finish.set()
     assert first.result(timeout=PATIENCE_S) is not None
-    assert third.result(timeout=PATIENCE_S) is not None
+
+
+def test_a_link_ends_behind_a_job_that_one_end_alone_has_given_up(rig):
+    """The other end moves its message all the same, and what comes behind would be taken for it."""
+    first = rig.receive()
+    assert rig.group.is_receiving.wait(PATIENCE_S)
+    given_up = rig.receive()
+    rig.peer.has_been_silent_s = 3.0
+    rig.link.check()
+    assert given_up.exception(timeout=PATIENCE_S) is not None
+    rig.peer.has_been_silent_s = 0.0
+    rig.link.check()
+    with pytest.raises(LinkLostError, match="given up"):
+        rig.receive()
+    assert not rig.link.is_closed, "the transfer in progress goes on"
+    rig.group.may_finish.set()
+    assert first.result(timeout=PATIENCE_S) is not None
+    wait_until(lambda: rig.link.is_closed, PATIENCE_S)
+    assert rig.line.is_closed, "the other end sees it"
+
+
+def test_a_peer_that_was_silent_while_nothing_waited_keeps_its_link(rig):
+    rig.group.may_finish.set()
+    rig.receive().result(timeout=PATIENCE_S)
+    for silent_s in (3.0, 0.0):
+        rig.peer.has_been_silent_s = silent_s
+        rig.link.check()
+    assert rig.receive().result(timeout=PATIENCE_S) is not None
+
+
+def test_a_job_that_cannot_begin_holds_up_none_that_has_and_lets_none_pass():
+    """What gives it room may be the end of one that is under way on the same link."""
+    rig = Rig(depth=3)
+    room, notes = threading.Semaphore(1), list[tuple[str, int]]()
+
+    def receive(number: int) -> "Future[Tensor | None]":
+        def job(group: Group, config: TransferConfig) -> Steps:
+            while not room.acquire(timeout=0.001):
+                yield False
+            notes.append(("start", number))
+            yield True
+            yield from until_over(group.start_recv(torch.zeros(4)), 2 * PATIENCE_S)
+            notes.append(("end", number))
+            return None
+
+        received = rig.link.submit(job)
+        received.add_done_callback(lambda _: room.release())
+        return received
+
+    futures = [receive(i) for i in range(6)]
+    rig.group.may_finish.set()
+    for future in futures:
+        future.result(timeout=PATIENCE_S)
+    assert notes == [(step, i) for i in range(6) for step in ("start", "end")]
+    rig.link.close("end of the test")
 
 
 def test_a_transfer_that_takes_too_long_ends_the_link():
@@ -229,15 +280,17 @@ def test_an_error_while_forming_the_group_reaches_the_jobs():
         rig.receive().result(timeout=PATIENCE_S)
 
 
-def test_a_job_refused_by_the_source_fails_alone(rig):
-    def refused(group: Group, config: TransferConfig) -> Steps:
-        yield
-        raise TransferError("gone")
+def test_a_job_that_fails_ends_the_link_which_would_take_the_next_message_for_its_own(rig):
+    def failing(group: Group, config: TransferConfig) -> Steps:
+        yield True
+        raise TransferError("broken")
 
     rig.group.may_finish.set()
-    with pytest.raises(TransferError, match="gone"):
-        rig.link.submit(refused).result(timeout=PATIENCE_S)
-    assert rig.receive().result(timeout=PATIENCE_S) is not None
+    futures = [rig.link.submit(failing), rig.receive()]
+    for future in futures:
+        with pytest.raises(TransferError, match="broken"):
+            future.result(timeout=PATIENCE_S)
+    assert rig.link.is_closed
 
 
 def test_a_job_after_the_end_is_told_to_take_a_new_link(rig):
