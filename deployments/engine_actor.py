@@ -5,7 +5,6 @@ transfer never delays an abort, and chunks by direct transport.
 """
 
 import queue
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -111,12 +110,17 @@ class EngineActor:
     def take_chunk(self, request_id: str, index: int) -> "Export":
         """It leaves this process by direct transfer only."""
         taken = self._host.take_chunk(request_id, index)
-        return Export(taken.tensor, taken.completion)
+        return Export(taken.tensor, taken.completion, taken.cuts, taken.earlier)
 
     @direct.receives_kv
-    def receive_kv(self, chunk: ChunkReady, arrival: Arrival) -> float:
-        self._host.receive_kv(replace(chunk, first_token=arrival.first_token), arrival.tensor)
-        return time.monotonic() - arrival.complete_s
+    def receive_kv(self, chunk: ChunkReady, arrivals: Iterator[Arrival]) -> float:
+        with self._host.filling() as filling:
+            for arrival in arrivals:
+                part = replace(chunk, first_token=arrival.first_token, layers=arrival.layers)
+                filling.add(part, arrival.tensor, arrival.complete_s)
+                # Else this name would keep the part until the next one comes.
+                del arrival
+            return filling.finish()
 
     @ray.method(concurrency_group=direct.TIER_GROUP)
     def give(self, key: bytes) -> "tuple[Origins | None, np.ndarray | None]":

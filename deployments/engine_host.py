@@ -5,11 +5,14 @@ methods may be called from any thread; some wait for the loop.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -50,6 +53,92 @@ T = TypeVar("T")
 # A chunk that is imported waits for the step in progress; a step longer than this means that the engine hangs.
 _IMPORT_TIMEOUT_S = 60.0
 _EXPIRED = "the decode engine was not heard of within the lease"
+
+
+class _Part(NamedTuple):
+    chunk: ChunkReady
+    tensor: Tensor
+    complete_s: float
+
+
+class Filling:
+    """One chunk's way into the pool: each part between two steps, with all that are there by then.
+
+    Left by an exception, it takes nothing more: the parts may lie in memory that the source gives to others then.
+
+    Args:
+        loop: of the engine.
+        import_chunk: called in the loop's thread, see `EngineHost.import_chunk`.
+    """
+
+    def __init__(
+        self, loop: EngineLoop, import_chunk: "Callable[[ChunkReady, Tensor, Engine], torch.cuda.Event | None]"
+    ) -> None:
+        self._loop = loop
+        self._import_chunk = import_chunk
+        self._parts: deque[_Part] = deque()
+        self._commands: list[Future[torch.cuda.Event | None]] = []
+        self._seconds = self._until_s = 0.0
+
+    def add(self, chunk: ChunkReady, tensor: Tensor, complete_s: float) -> None:
+        """Take a part that is complete since then."""
+        self._parts.append(_Part(chunk, tensor, complete_s))
+        self._commands.append(self._loop.submit(self._take_in))
+
+    def finish(self) -> float:
+        """Wait until the device has read all; seconds in which some part was there and not yet in the pool.
+
+        Raises:
+            ValueError: see `Engine.import_chunk`.
+        """
+        for command in self._commands:
+            if (imported := command.result(_IMPORT_TIMEOUT_S)) is not None:
+                imported.synchronize()
+        return self._seconds + time.monotonic() - self._until_s
+
+    def __enter__(self) -> "Filling":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            return
+        for command in [command for command in self._commands if not command.cancel()]:
+            with suppress(Exception):
+                if (imported := command.result(_IMPORT_TIMEOUT_S)) is not None:
+                    imported.synchronize()
+
+    def _take_in(self, engine: Engine) -> "torch.cuda.Event | None":
+        imported = None
+        for part in _joined(self._parts):
+            imported = self._import_chunk(part.chunk, part.tensor, engine)
+            now_s = time.monotonic()
+            self._seconds += now_s - max(part.complete_s, self._until_s)
+            self._until_s = now_s
+        return imported
+
+
+def _joined(parts: deque[_Part]) -> Iterator[_Part]:
+    """Take all that are there, those as one that lie behind each other in memory: each import costs a launch."""
+    while parts:
+        part = parts.popleft()
+        while parts and part.chunk.layers and _follows(parts[0].tensor, part.tensor):
+            first, after = part, parts.popleft()
+            assert first.chunk.layers is not None and after.chunk.layers is not None
+            layers = first.chunk.layers[0], after.chunk.layers[1]
+            shape = (layers[1] - layers[0], *first.tensor.shape[1:])
+            part = _Part(
+                replace(after.chunk, layers=layers),
+                first.tensor.as_strided(shape, first.tensor.stride()),
+                first.complete_s,
+            )
+        yield part
+
+
+def _follows(tensor: Tensor, before: Tensor) -> bool:
+    return (
+        tensor.data_ptr() == before.data_ptr() + before.nbytes
+        and tensor.untyped_storage().data_ptr() == before.untyped_storage().data_ptr()
+    )
 
 
 class EngineHost:
@@ -120,10 +209,9 @@ class EngineHost:
             raise TransferError(f"{request_id}: chunk {index} is gone")
         return chunk
 
-    def receive_kv(self, chunk: ChunkReady, tensor: Tensor) -> None:
-        imported = self._loop.call(partial(self.import_chunk, chunk, tensor), _IMPORT_TIMEOUT_S)
-        if imported is not None:
-            imported.synchronize()
+    def filling(self) -> "Filling":
+        """Take a chunk into the pool, whole or part by part."""
+        return Filling(self._loop, self.import_chunk)
 
     def release_chunk(self, request_id: str, index: int) -> None:
         self._post(lambda engine: engine.release_chunk(request_id, index))

@@ -7,6 +7,7 @@ rest, and nothing else has to.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 from deployments.errors import UnsupportedModelError
@@ -90,6 +91,11 @@ KVGroups: TypeAlias = tuple[KVGroup, ...]
 def num_blocks_of(chunk_shape: Sequence[int]) -> int:
     """Blocks of a chunk of this shape; 0: no chunk has such a shape."""
     return chunk_shape[BLOCK_AXIS] if len(chunk_shape) > BLOCK_AXIS else 0
+
+
+def layers_of_parts(cuts: Sequence[int], num_layers: int) -> list[tuple[int, int]]:
+    """Of a chunk that is cut at these layers: the first one of each part, and the one behind its last."""
+    return list(pairwise((0, *cuts, num_layers)))
 
 
 def bytes_per_token(groups: KVGroups, form: KVForm) -> int:

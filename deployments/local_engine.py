@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.outbox import TakenChunk
+from deployments.engine.handoff.outbox import Completion, TakenChunk
 from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats
 from deployments.engine_builder import BuiltEngine
@@ -36,17 +36,17 @@ class Answer(Generic[T]):
         return asyncio.shield(answer).__await__()
 
 
-async def first_token_of(chunk: ChunkReady, taken: TakenChunk) -> DrawnToken | None:
-    """What comes with a chunk, once it is complete.
+async def first_token_of(chunk: ChunkReady, completion: Completion) -> DrawnToken | None:
+    """What comes with a chunk, or with a part of it, once that is complete.
 
     Raises:
         TransferError: the hand-off is over.
     """
     try:
         # Shielded: else whoever is cancelled here would cancel it for all.
-        return await asyncio.shield(asyncio.wrap_future(taken.completion))
+        return await asyncio.shield(asyncio.wrap_future(completion))
     except asyncio.CancelledError:
-        if taken.completion.cancelled() and not was_cancelled():
+        if completion.cancelled() and not was_cancelled():
             raise TransferError(f"{chunk.request_id}: chunk {chunk.index} is gone") from None
         raise
 
@@ -98,10 +98,11 @@ class LocalEngine:
         return self._answer_by(self._receive, (chunk, taken))
 
     async def _receive(self, chunk: ChunkReady, taken: TakenChunk) -> float:
-        complete = replace(chunk, first_token=await first_token_of(chunk, taken))
-        complete_s = time.monotonic()
-        await self._event_loop.run_in_executor(self._threads, self._host.receive_kv, complete, taken.tensor)
-        return time.monotonic() - complete_s
+        with self._host.filling() as filling:
+            for layers, tensor, completion in taken.parts():
+                first_token = await first_token_of(chunk, completion)
+                filling.add(replace(chunk, first_token=first_token, layers=layers), tensor, time.monotonic())
+            return await self._event_loop.run_in_executor(self._threads, filling.finish)
 
     def release_chunk(self, request_id: str, index: int) -> Awaitable[None]:
         return self._ask(self._host.release_chunk, request_id, index)

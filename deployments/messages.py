@@ -305,6 +305,7 @@ class ChunkReady:
         is_last: no chunk of the request comes behind it.
         first_token: the first generated token, as it was drawn; comes with the KV of the last chunk.
         num_cached_tokens: leading tokens of the prompt that the prefill engine did not compute for this request.
+        layers: the first one whose KV this is, and the one behind the last; None: it is that of all.
     """
 
     request_id: str
@@ -314,6 +315,7 @@ class ChunkReady:
     is_last: bool = False
     first_token: DrawnToken | None = None
     num_cached_tokens: int = 0
+    layers: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,9 @@ class EngineConfig(BaseModel):
             machines, it is sent: over TCP (gloo) from CPUs, over NCCL from GPUs.
         lease_s: a hand-off whose other engine has not been heard of for so long is given up: its blocks are freed, or
             the decode engine computes the rest of the prompt. Longer than any step takes.
+        handoff_layer_parts: in so many parts, of some layers each, what the last step of a prompt computes is handed
+            over, each part as soon as the step has computed its layers; 1: all of it behind the step. More leave less
+            of a hand-off to be waited for behind a short prompt, and have a decode engine copy more often.
         max_silence_s: an engine that does not answer for so long, between two steps, counts as hung and is replaced.
             Longer than any step takes.
         num_threads: CPU threads of this engine's process; 1 unless given.
@@ -95,6 +98,7 @@ class EngineConfig(BaseModel):
     hands_over: bool = True
     share_kv: bool = True
     lease_s: float = Field(default=15.0, gt=0)
+    handoff_layer_parts: int = Field(default=1, ge=1, le=64)
     max_silence_s: float = Field(default=15.0, gt=0)
     num_threads: int | None = Field(default=None, ge=1)
     speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
@@ -112,6 +116,7 @@ class EngineLimits:
         max_num_batched_tokens: token budget of one step.
         max_drafts: tokens of one sequence that a step tries at most.
         kv_window: tokens of a sequence, the newest, whose KV is kept; None: all.
+        handoff_layer_parts: see `EngineConfig`.
     """
 
     max_model_len: int
@@ -121,3 +126,4 @@ class EngineLimits:
     max_num_batched_tokens: int
     max_drafts: int = 0
     kv_window: int | None = None
+    handoff_layer_parts: int = 1

@@ -282,7 +282,7 @@ class Engine:
 
     def _launch(self, scheduled: list[ScheduledSequence], begun_s: float) -> LaunchedStep:
         self._stats.steps += 1
-        launched = self._runner.launch(scheduled)
+        launched = self._runner.launch(scheduled, self._handoffs.exporter.watch)
         self._pace.begin(launched, begun_s)
         for item in scheduled:
             item.sequence.begin(item)

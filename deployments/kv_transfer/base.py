@@ -18,25 +18,32 @@ class Export:
         tensor: the chunk, complete or not; from now on it is not written to but by whoever completes it.
         completion: done when it is complete, on a GPU too; the result goes to the receiver with it. Cancelled if it
             never will be.
+        cuts: layers at which it is cut into parts, each of which goes to the receiver as soon as it is complete; none:
+            it goes whole.
+        earlier: as `completion`, of the parts before the last, in order.
     """
 
     tensor: "Tensor"
     completion: Future[DrawnToken | None]
+    cuts: tuple[int, ...] = ()
+    earlier: tuple[Future[DrawnToken | None], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """What a method that receives KV gets.
+    """What a method that receives KV gets: a chunk, or a part of one.
 
     Attributes:
-        tensor: the chunk, complete; it may be the source's own memory.
+        tensor: the KV, complete; it may be the source's own memory.
         first_token: what the completion of the export has brought.
         complete_s: monotonic time when this process heard that it is complete.
+        layers: the first one whose KV it is, and the one behind the last; None: it is that of all.
     """
 
     tensor: "Tensor"
     first_token: DrawnToken | None
     complete_s: float
+    layers: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,24 +10,27 @@ longer than a step, and only the bytes wait for them.
         @exports_kv
         def take_chunk(self, request_id: str, index: int) -> Export: ...
         @receives_kv
-        def receive_kv(self, header: ChunkReady, arrival: Arrival) -> None: ...
+        def receive_kv(self, header: ChunkReady, arrivals: Iterator[Arrival]) -> None: ...
 
     ack = decode.receive_kv.remote(header, prefill.take_chunk.remote(request_id, index))
 
 Ray runs the receiving side of all transfers of an actor on one thread (`_ray_system`), so a hung source would stop all
 others. Here that thread only delivers a ticket, `RemoteChunk`; the pull happens on the thread of the method that was
 given it. Whatever fails is raised there, and reaches whoever awaits that method as the project's own errors.
+
+One reference may stand for a chunk in parts, see `Export.cuts`: it is passed on once, and the parts come as they are
+complete.
 """
 
 import base64
 import functools
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import msgspec
 import ray
@@ -128,13 +131,15 @@ def exports_kv(method: Callable[P, Export]) -> Callable[P, Tensor]:
     return export
 
 
-def receives_kv(method: Callable[[Self, Header, Arrival], Result]) -> Callable[[Self, Header, Tensor], Result]:
-    """Mark an actor's method that takes a chunk as its second argument; it runs once the chunk is complete and there.
+def receives_kv(
+    method: Callable[[Self, Header, Iterator[Arrival]], Result],
+) -> Callable[[Self, Header, Tensor], Result]:
+    """Mark an actor's method that takes a chunk as its second argument.
 
-    The tensor may be the source's own memory: whoever reads it must be done, on a GPU too, when the method returns.
+    It gets the chunk once it is complete and there, or each part of it likewise, one after the other; it goes through
+    them all. They may be the source's own memory: whoever reads it must be done, on a GPU too, when the method returns.
 
-    If the tensor cannot be brought, the method does not run, and whoever awaits it sees `TransferError` or
-    `LayoutMismatchError`.
+    If one cannot be brought, the method sees `TransferError` or `LayoutMismatchError`, and so does whoever awaits it.
     """
 
     @functools.wraps(method)
@@ -148,22 +153,38 @@ def receives_kv(method: Callable[[Self, Header, Arrival], Result]) -> Callable[[
     return receive
 
 
-def _bring(chunk: Tensor | RemoteChunk) -> Arrival:
+def _bring(chunk: Tensor | RemoteChunk) -> Iterator[Arrival]:
     """Pull the chunk; one that this very engine exported arrives as it is."""
     if isinstance(chunk, RemoteChunk):
-        tensor, note, complete_s = endpoint.pull(chunk)
-        return Arrival(tensor, _decode(note), complete_s)
+        for tensor, note, complete_s, layers in endpoint.pull(chunk):
+            yield Arrival(tensor, _decode(note), complete_s, layers if chunk.cuts else None)
+            del tensor
+        return
     try:
-        return Arrival(chunk, _decode(_exported[id(chunk)].result()), time.monotonic())
+        token = _decode(_exported[id(chunk)].notes[-1].result())
     except CancelledError:
         raise TransferError("the chunk is gone") from None
+    yield Arrival(chunk, token, time.monotonic())
 
 
-# What comes with the chunks that this process has exported, by tensor, as long as that lives.
-_exported: dict[int, "Future[str]"] = {}
+class _Exported(NamedTuple):
+    """What comes with the parts of a chunk, and where it is cut into them."""
+
+    notes: "tuple[Future[str], ...]"
+    cuts: tuple[int, ...]
+
+
+# Of the chunks that this process has exported, by tensor, as long as that lives.
+_exported: dict[int, _Exported] = {}
 
 
 def _expect_export(export: Export) -> None:
+    notes = tuple(map(_note_of, (*export.earlier, export.completion)))
+    _exported[id(export.tensor)] = _Exported(notes, export.cuts)
+    weakref.finalize(export.tensor, _exported.pop, id(export.tensor)).atexit = False
+
+
+def _note_of(completion: "Future[DrawnToken | None]") -> "Future[str]":
     note: Future[str] = Future()
 
     def finish(done: "Future[DrawnToken | None]") -> None:
@@ -172,9 +193,8 @@ def _expect_export(export: Export) -> None:
         else:
             note.set_result(_encode(done.result()))
 
-    export.completion.add_done_callback(finish)
-    _exported[id(export.tensor)] = note
-    weakref.finalize(export.tensor, _exported.pop, id(export.tensor)).atexit = False
+    completion.add_done_callback(finish)
+    return note
 
 
 def _encode(token: DrawnToken | None) -> str:
@@ -218,8 +238,9 @@ class KvTransport(TensorTransportManager):
         if len(rdt_object) != 1:
             raise ValueError(f"a method that exports KV returns one tensor, got {len(rdt_object)}")
         (tensor,) = rdt_object
-        note = _exported[id(tensor)]
-        endpoint.hold(obj_id, tensor, note)
+        exported = _exported[id(tensor)]
+        note = exported.notes[-1]
+        endpoint.hold(obj_id, tensor, *exported)
         chunk = RemoteChunk(
             object_id=obj_id,
             source=ray.get_runtime_context().current_actor,
@@ -229,6 +250,7 @@ class KvTransport(TensorTransportManager):
             device=tensor.device.type,
             place=endpoint.place_of(tensor),
             note=note.result() if note.done() and not note.cancelled() else None,
+            cuts=exported.cuts,
         )
         return _ChunkMetadata([(tensor.shape, tensor.dtype)], tensor.device.type, chunk)
 

@@ -3,6 +3,7 @@
 Called by `direct`; knows no Ray object references to chunks.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -15,7 +16,7 @@ from deployments.kv_transfer.layout import KVLayout
 from deployments.kv_transfer.link import Watchdog
 from deployments.kv_transfer.local import Arena, Place
 from deployments.kv_transfer.process import Counters
-from deployments.kv_transfer.receiver import Receiver, RemoteChunk
+from deployments.kv_transfer.receiver import Pulled, Receiver, RemoteChunk
 from deployments.kv_transfer.source import Invitation, Source
 
 
@@ -48,19 +49,20 @@ class Endpoint:
             num_held=self._source.num_held,
         )
 
-    def hold(self, object_id: str, tensor: Tensor, note: "Future[str]") -> None:
+    def hold(self, object_id: str, tensor: Tensor, notes: "tuple[Future[str], ...]", cuts: tuple[int, ...]) -> None:
         """Keep a chunk until `release`.
 
         Args:
             object_id: its name.
-            tensor: complete, on a GPU too, once `note` is done.
-            note: what its receiver is told with it.
+            tensor: complete, on a GPU too, once the last note is done.
+            notes: what its receiver is told with its parts; done when these are complete.
+            cuts: layers at which it is cut into parts.
 
         Raises:
             ValueError: not a contiguous tensor of this engine's layout and device.
         """
         _check_chunk(tensor, self.layout, self._device)
-        self._source.hold(object_id, tensor, note)
+        self._source.hold(object_id, tensor, notes, cuts)
 
     def place_of(self, tensor: Tensor) -> Place | None:
         """Where engines of this machine find a chunk; None if it must be sent to them."""
@@ -74,7 +76,7 @@ class Endpoint:
         """A receiver has opened a link and waits for us."""
         self._source.accept(invitation, self._device, self._config)
 
-    def pull(self, chunk: RemoteChunk) -> tuple[Tensor, str, float]:
+    def pull(self, chunk: RemoteChunk) -> Iterator[Pulled]:
         """See `Receiver.pull`."""
         return self._receiver.pull(chunk, self.layout, self._device, self._config)
 

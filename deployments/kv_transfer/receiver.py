@@ -1,11 +1,13 @@
 """Brings chunks of other engines here, or into reach. The receiver drives: it opens the links, and asks."""
 
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from threading import Lock, Semaphore
-from time import monotonic
+from threading import Lock
+from time import monotonic, sleep
+from typing import NamedTuple
 from uuid import uuid4
 
 import ray
@@ -13,10 +15,11 @@ import torch
 from torch import Tensor
 
 from deployments.errors import LayoutMismatchError, TransferError
+from deployments.kv_groups import layers_of_parts
 from deployments.kv_transfer.base import TransferConfig
 from deployments.kv_transfer.channel import Channel
 from deployments.kv_transfer.group import Group, build_group, host_store
-from deployments.kv_transfer.inquiries import Inquiries
+from deployments.kv_transfer.inquiries import Arrival, Inquiries
 from deployments.kv_transfer.layout import KVLayout
 from deployments.kv_transfer.line import LineHost
 from deployments.kv_transfer.link import (
@@ -31,11 +34,11 @@ from deployments.kv_transfer.link import (
 )
 from deployments.kv_transfer.local import Neighbours, Place
 from deployments.kv_transfer.process import Counters, actor_id, node_ip
-from deployments.kv_transfer.source import Invitation, forget
+from deployments.kv_transfer.source import Invitation, forget, name_of_part
 
 # Chunks that were sent and are not in the pool yet, or are on their way: what their memory is bounded by.
 _MAX_RECEIVED = 8
-_ROOM_POLL_S = 0.001
+_ROOM_POLL_S = 0.0002
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class RemoteChunk:
         device: `cpu` or `cuda`.
         place: where it can be read on the source's machine; None: nowhere, it must be sent.
         note: what comes with it; None: it was not complete yet, and who asks is told.
+        cuts: layers at which it is cut into parts, which are complete one after the other; none: it comes whole.
     """
 
     object_id: str
@@ -61,11 +65,67 @@ class RemoteChunk:
     device: str
     place: Place | None = None
     note: str | None = None
+    cuts: tuple[int, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
         found: torch.dtype = getattr(torch, self.layout.form.element)
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A chunk, or a part of one, that the source is asked for.
+
+    Attributes:
+        chunk: it.
+        name: by which it is asked for.
+        num_layers: of it.
+        is_sent: it comes over the link; else it is read where it is.
+    """
+
+    chunk: RemoteChunk
+    name: str
+    num_layers: int
+    is_sent: bool
+
+
+class Pulled(NamedTuple):
+    """A chunk that was brought here, or into reach, or a part of one.
+
+    Attributes:
+        tensor: it; the caller keeps a reference to the chunk while it is used, for it may be the source's own memory.
+        note: what came with it.
+        complete_s: monotonic time when this process heard that it is complete.
+        layers: the first one whose KV it is, and the one behind the last.
+    """
+
+    tensor: Tensor
+    note: str
+    complete_s: float
+    layers: tuple[int, int]
+
+
+class _Room:
+    """Memory for `_MAX_RECEIVED` chunks; a part of one takes its share. Safe from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._used = 0
+        # Not under the lock: a tensor may be dropped anywhere, also by this very thread amid `take`.
+        self._freed: deque[int] = deque()
+
+    def take(self, num_layers: int, of_layers: int) -> bool:
+        """Take room for some layers of a chunk; False: there is none now."""
+        with self._lock:
+            while self._freed:
+                self._used -= self._freed.popleft()
+            fits = self._used + num_layers <= _MAX_RECEIVED * of_layers
+            self._used += num_layers if fits else 0
+            return fits
+
+    def give_back(self, num_layers: int) -> None:
+        self._freed.append(num_layers)
 
 
 class Receiver:
@@ -87,7 +147,7 @@ class Receiver:
         self._links: dict[tuple[str, bool], Link] = {}
         self._inquiries: dict[tuple[str, bool], Inquiries] = {}
         self._received_at = 0.0
-        self._room = Semaphore(_MAX_RECEIVED)
+        self._room = _Room()
 
     @property
     def num_links(self) -> int:
@@ -97,12 +157,10 @@ class Receiver:
     def num_neighbours(self) -> int:
         return len(self._neighbours)
 
-    def pull(
-        self, chunk: RemoteChunk, layout: KVLayout, device: str, config: TransferConfig
-    ) -> tuple[Tensor, str, float]:
-        """Bring a chunk here, or into reach, with its note and when it was complete; blocks until it is.
+    def pull(self, chunk: RemoteChunk, layout: KVLayout, device: str, config: TransferConfig) -> Iterator[Pulled]:
+        """Bring a chunk here, or into reach: whole, or part by part as they are complete; each wait blocks.
 
-        The caller keeps a reference to the chunk for as long as it uses the tensor: it may be the source's own memory.
+        All parts are asked for at once, so that nothing but the source's word is on the way of any.
 
         Raises:
             LayoutMismatchError: the source's KV is of another kind; nothing was sent.
@@ -112,32 +170,43 @@ class Receiver:
         if chunk.device != device:
             raise LayoutMismatchError(f"engines disagree on the device of KV: ours {device}, theirs {chunk.device}")
         view = None if chunk.place is None else self._neighbours.view(chunk.place, chunk.shape, chunk.dtype)
-        if view is None:
-            tensor, note, complete_s = self._ask(chunk, config, is_sent=True)
-            assert tensor is not None
-            return tensor, note, complete_s
-        if chunk.note is None:
-            _, note, complete_s = self._ask(chunk, config, is_sent=False)
-        else:
-            note, complete_s = chunk.note, monotonic()
-        self._counters.add(num_received=1, num_received_bytes=view.nbytes, num_read_in_place=1)
-        return view, note, complete_s
+        if view is not None and chunk.note is not None:
+            self._counters.add(num_received=1, num_received_bytes=view.nbytes, num_read_in_place=1)
+            yield Pulled(view, chunk.note, monotonic(), (0, len(view)))
+            return
+        parts = layers_of_parts(chunk.cuts, chunk.shape[0])
+        names = [name_of_part(chunk.object_id, i) for i in range(len(parts))] if chunk.cuts else [chunk.object_id]
+        asked = [
+            _Asked(chunk, name, end - first, view is None) for name, (first, end) in zip(names, parts, strict=True)
+        ]
+        arrivals = [self._ask(each, config) for each in asked]
+        for each, layers in zip(asked, parts, strict=True):
+            tensor, note, complete_s = self._await(each, arrivals.pop(0), config)
+            if tensor is None:
+                assert view is not None
+                tensor = view[slice(*layers)]
+            # A name of its own would keep it here while the next part is awaited.
+            yield Pulled(tensor, note, complete_s, layers)
+            del tensor
+        self._counters.add(num_received=1)
+        if view is not None:
+            self._counters.add(num_received_bytes=view.nbytes, num_read_in_place=1)
 
-    def _ask(self, chunk: RemoteChunk, config: TransferConfig, is_sent: bool) -> tuple[Tensor | None, str, float]:
+    def _ask(self, asked: "_Asked", config: TransferConfig) -> Arrival:
+        receive = partial(self._receive, asked) if asked.is_sent else None
+        return self._inquiries_at(asked.chunk, config, asked.is_sent).ask(asked.name, receive)
+
+    def _await(self, asked: "_Asked", arrival: Arrival, config: TransferConfig) -> tuple[Tensor | None, str, float]:
         try:
             try:
-                return self._ask_once(chunk, config, is_sent)
+                return arrival.result()
             except LinkLostError:
                 # The source closed its end while nothing was under way, or was restarted.
-                return self._ask_once(chunk, config, is_sent)
+                return self._ask(asked, config).result()
         except TransferError as error:
             self._counters.add(num_failed=1)
             # A new exception: the link's other jobs may hold the old one.
-            raise TransferError(f"chunk from engine {chunk.source_id}: {error}") from None
-
-    def _ask_once(self, chunk: RemoteChunk, config: TransferConfig, is_sent: bool) -> tuple[Tensor | None, str, float]:
-        inquiries = self._inquiries_at(chunk, config, is_sent)
-        return inquiries.ask(chunk.object_id, partial(self._receive, chunk) if is_sent else None).result()
+            raise TransferError(f"chunk from engine {asked.chunk.source_id}: {error}") from None
 
     def _inquiries_at(self, chunk: RemoteChunk, config: TransferConfig, is_sent: bool) -> Inquiries:
         name, key = uuid4().hex, (chunk.source_id, is_sent)
@@ -168,16 +237,17 @@ class Receiver:
             raise
         return Channel(group, line)
 
-    def _receive(self, chunk: RemoteChunk, group: Group, config: TransferConfig) -> Steps:
+    def _receive(self, asked: "_Asked", group: Group, config: TransferConfig) -> Steps:
         deadline = monotonic() + config.transfer_timeout_s
-        # Not for long at once: what gives room back may be what this very link has under way.
-        while not self._room.acquire(timeout=_ROOM_POLL_S):
+        while not self._room.take(asked.num_layers, asked.chunk.shape[0]):
             if monotonic() > deadline:
                 raise TimeoutError("the engine takes nothing into its pool")
+            # Not for long at once: what gives room back may be what this very link has under way.
+            sleep(_ROOM_POLL_S)
             yield False
         started = monotonic()
-        tensor = group.allocate(chunk.shape, chunk.dtype)
-        weakref.finalize(tensor, self._room.release).atexit = False
+        tensor = group.allocate((asked.num_layers, *asked.chunk.shape[1:]), asked.chunk.dtype)
+        weakref.finalize(tensor, self._room.give_back, asked.num_layers).atexit = False
         wait = group.start_recv(tensor)
         yield True
         yield from until_over(wait, config.transfer_timeout_s)
@@ -189,7 +259,7 @@ class Receiver:
         with self._lock:
             ended = monotonic()
             since, self._received_at = max(started, self._received_at), ended
-        self._counters.add(num_received=1, num_received_bytes=nbytes, receive_s=ended - since)
+        self._counters.add(num_received_bytes=nbytes, receive_s=ended - since)
 
     def _forget(self, link: Link) -> None:
         with self._lock:

@@ -12,6 +12,7 @@ from threading import Lock, Thread
 
 from torch import Tensor
 
+from deployments.kv_groups import layers_of_parts
 from deployments.kv_transfer.base import TransferConfig
 from deployments.kv_transfer.channel import Channel
 from deployments.kv_transfer.group import Group, build_group, join_store
@@ -21,6 +22,7 @@ from deployments.kv_transfer.link import Job, Link, Peer, RemoteEngine, Steps, W
 from deployments.kv_transfer.process import Counters, node_ip
 
 Address = tuple[str, int]
+_PART = "/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,19 @@ class Invitation:
 @dataclass(frozen=True, slots=True)
 class _Held:
     tensor: Tensor
-    note: "Future[str]"
+    notes: "tuple[Future[str], ...]"
+    cuts: tuple[int, ...]
+
+    def part(self, number: int | None) -> Tensor:
+        if number is None:
+            return self.tensor
+        first, end = layers_of_parts(self.cuts, len(self.tensor))[number]
+        return self.tensor[first:end]
+
+
+def name_of_part(object_id: str, number: int) -> str:
+    """What a part of a chunk is asked for by; the chunk's own name asks for it whole."""
+    return f"{object_id}{_PART}{number}"
 
 
 class Source:
@@ -71,10 +85,17 @@ class Source:
     def num_links(self) -> int:
         return len(self._links)
 
-    def hold(self, object_id: str, tensor: Tensor, note: "Future[str]") -> None:
-        """Keep a chunk until `release`; `note` is done when it is complete."""
+    def hold(self, object_id: str, tensor: Tensor, notes: "tuple[Future[str], ...]", cuts: tuple[int, ...]) -> None:
+        """Keep a chunk until `release`.
+
+        Args:
+            object_id: its name.
+            tensor: its memory.
+            notes: of its parts; each is done when that and those before are complete.
+            cuts: layers at which it is cut into parts.
+        """
         with self._lock:
-            self._held[object_id] = _Held(tensor, note)
+            self._held[object_id] = _Held(tensor, notes, cuts)
 
     def release(self, object_id: str) -> None:
         """Drop a chunk; one that is being sent lives until that ends."""
@@ -83,15 +104,21 @@ class Source:
 
     def note_of(self, object_id: str) -> "Future[str] | None":
         """See `Chunks`."""
-        with self._lock:
-            held = self._held.get(object_id)
-        return None if held is None else held.note
+        held, number = self._find(object_id)
+        return None if held is None else held.notes[-1 if number is None else number]
 
     def sending_of(self, object_id: str) -> Job | None:
         """See `Chunks`."""
+        held, number = self._find(object_id)
+        if held is None:
+            return None
+        return partial(self._send, held.part(number), number is None or number == len(held.cuts))
+
+    def _find(self, name: str) -> tuple[_Held | None, int | None]:
+        """A chunk, and which part of it is meant; None: the whole."""
+        object_id, _, number = name.partition(_PART)
         with self._lock:
-            held = self._held.get(object_id)
-        return None if held is None else partial(self._send, held.tensor)
+            return self._held.get(object_id), int(number) if number else None
 
     def accept(self, invitation: Invitation, device: str, config: TransferConfig) -> None:
         """A receiver waits for us; a link of that kind that it had before is over."""
@@ -124,7 +151,7 @@ class Source:
         if link is not None and link.name == invitation.name:
             Answers(link, line, self).run()
 
-    def _send(self, tensor: Tensor, group: Group, config: TransferConfig) -> Steps:
+    def _send(self, tensor: Tensor, ends_chunk: bool, group: Group, config: TransferConfig) -> Steps:
         try:
             wait = group.start_send(tensor)
             yield True
@@ -132,7 +159,7 @@ class Source:
         except Exception:
             self._counters.add(num_failed=1)
             raise
-        self._counters.add(num_sent=1)
+        self._counters.add(num_sent=int(ends_chunk))
         return None
 
     def _forget(self, link: Link) -> None:

@@ -7,6 +7,8 @@ hand-off is from the first chunk announced to the last block in the other engine
 bytes in one piece through a TCP socket on loopback, into a buffer that is there already; the two take turns.
 
 Part 2 runs the application twice on one Ray, disaggregated and colocated, and asks both in turn, over HTTP, idle.
+
+With `--shaped RATE` neither runs: see `shaped_link.py`.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from app.config import AppConfig
 from app.graph import graph
 from deployments.engine_actor import EngineActor
 from deployments.kv_transfer import direct
+from tests.bench.shaped_link import bench_shaped
 from tests.engine_pair import DrivenEngine, hand_over, random_prompt
 
 HANDOFF_TOKENS = (512, 2048, 8000)
@@ -160,12 +163,23 @@ def bench_ttft(port: int, num_rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def commit() -> str:
+    """What is measured."""
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
 def main() -> int:
     """Run both parts and print the report."""
     parser = argparse.ArgumentParser(prog="make bench-handoff ARGS=...", description="What a hand-off costs on a CPU.")
     parser.add_argument("--rounds", type=int, default=5, help="of each measurement (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8123, help="of the two applications (default: %(default)s)")
+    parser.add_argument("--shaped", metavar="RATE", help="between two hosts over such a link, as `tc` has it; as root")
+    parser.add_argument("--lengths", default=",".join(map(str, HANDOFF_TOKENS)), help="of prompts over such a link")
     options = parser.parse_args()
+    if options.shaped:
+        rows = bench_shaped(options.shaped, options.rounds, list(map(int, options.lengths.split(","))))
+        print(json.dumps({"commit": commit(), "rate": options.shaped, "rows": rows}))
+        return 0
     ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
     transfers = bench_transfer(
         AppConfig.model_validate({"decode.engine.enable_prefix_caching": "false"}), options.rounds
@@ -186,9 +200,8 @@ def main() -> int:
                 row["tokens"], *values, row["added_s"] * 1e3, row["added_share"], row["added_second_token_s"] * 1e3
             )
         )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     versions = {"torch": torch.__version__, "ray": ray.__version__, "python": platform.python_version()}
-    print(json.dumps({"commit": commit, "versions": versions, "transfer": transfers, "ttft": latencies}))
+    print(json.dumps({"commit": commit(), "versions": versions, "transfer": transfers, "ttft": latencies}))
     return 0
 
 

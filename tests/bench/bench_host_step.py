@@ -25,6 +25,7 @@ from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
 from deployments.engine.execution.base import LaunchedStep, Preparation
 from deployments.engine.kv.cache import KVCache
+from deployments.engine.kv.layers import LayerWatch
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.messages import GenerateRequest, SamplingParams
 from tests.bench.bench_engine import commit, cpu_model
@@ -43,7 +44,7 @@ class LayoutRunner:
         self.cache = cache
         self._preparation = Preparation(cache.block_size)
 
-    def launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep:
+    def launch(self, scheduled: list[ScheduledSequence], watch: LayerWatch | None = None) -> LaunchedStep:
         step = self._preparation.prepare(scheduled)
         return LaunchedStep(step.items, torch.ones(len(step.arrays.draw_rows), dtype=torch.int64), None)
 

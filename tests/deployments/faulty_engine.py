@@ -10,9 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.outbox import TakenChunk
+from deployments.engine.handoff.outbox import Completion, TakenChunk
 from deployments.engine_builder import BuiltEngine
 from deployments.engine_info import EngineInfo
+from deployments.errors import TransferError
 from deployments.kv_tier.keys import TierKeys
 from deployments.kv_transfer.layout import KVLayout
 from deployments.local_engine import Answer, LocalEngine, first_token_of
@@ -160,12 +161,36 @@ class FaultyEngine(LocalEngine):
 
     async def _arrival(self, chunk: ChunkReady, taken: Awaitable[TakenChunk]) -> TakenChunk:
         arrived = await taken
-        await first_token_of(chunk, arrived)
+        if arrived.cuts:
+            return self._by_parts(chunk, arrived)
+        await first_token_of(chunk, arrived.completion)
         await self._hold(chunk)
+        self._fail_if_told()
+        return replace(arrived, tensor=self.changes(arrived.tensor))
+
+    def _by_parts(self, chunk: ChunkReady, taken: TakenChunk) -> TakenChunk:
+        """The same chunk, whose parts arrive when they are let through."""
+        arrivals = [Completion() for _ in taken.parts()]
+
+        async def deliver() -> None:
+            for (layers, _, completion), arrival in zip(taken.parts(), arrivals, strict=True):
+                try:
+                    token = await first_token_of(chunk, completion)
+                    await self._hold(replace(chunk, layers=layers))
+                    self._fail_if_told()
+                except (TransferError, ConnectionError) as error:
+                    arrival.set_exception(error)
+                else:
+                    arrival.set_result(token)
+
+        self._event_loop.create_task(deliver())
+        *earlier, last = arrivals
+        return replace(taken, completion=last, earlier=tuple(earlier))
+
+    def _fail_if_told(self) -> None:
         if self.fail_receives:
             self.fail_receives -= 1
             raise ConnectionError("the transfer broke")
-        return replace(arrived, tensor=self.changes(arrived.tensor))
 
     async def _hold(self, chunk: ChunkReady) -> None:
         if not self.lets_go.is_set() and self.holds(chunk):

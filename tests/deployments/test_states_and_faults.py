@@ -93,6 +93,13 @@ async def filling(case: Case) -> None:
     await case.pools.decode.engine.has_held.wait()
 
 
+async def filling_by_layers(case: Case) -> None:
+    """The first layers of blocks have come, and no block as a whole."""
+    case.pools.decode.engine.holds = lambda chunk: chunk.is_last and chunk.layers is not None and chunk.layers[0] > 0
+    case.ask()
+    await case.pools.decode.engine.has_held.wait()
+
+
 async def ready(case: Case) -> None:
     """Everything is computed and copied out; the last chunk is on its way."""
     case.pools.decode.engine.holds = lambda chunk: chunk.is_last
@@ -146,7 +153,7 @@ async def decode_engine_hangs(case: Case) -> None:
         await case.pools.decode.deployment.check_health()
 
 
-STATES = [queued, begun, reserved, filling, ready, decoding]
+STATES = [queued, begun, reserved, filling, filling_by_layers, ready, decoding]
 FAULTS = [
     client_leaves,
     ingress_dies,
@@ -161,9 +168,11 @@ Step = Callable[[Case], Awaitable[None]]
 
 
 @pytest_asyncio.fixture
-async def case(start: StartPools) -> Case:
-    silence, clock = {"lease_s": LEASE_S, "max_silence_s": LEASE_S}, HeldClock()
-    return Case(await start(num_prefill=2, num_decode=2, max_num_seqs=1, clock=clock, **silence), clock)
+async def case(start: StartPools, state: Step) -> Case:
+    settings, clock = {"lease_s": LEASE_S, "max_silence_s": LEASE_S}, HeldClock()
+    if state is filling_by_layers:
+        settings["handoff_layer_parts"] = 2
+    return Case(await start(num_prefill=2, num_decode=2, max_num_seqs=1, clock=clock, **settings), clock)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)

@@ -28,7 +28,9 @@ from deployments.messages import EngineEvent, Grammar
 
 if TYPE_CHECKING:
     from deployments.engine.batch.arrays import StepArrays
+    from deployments.engine.execution.base import PreparedStep
     from deployments.engine.execution.graphs import PromptGraph
+    from deployments.engine.kv.layers import LayerWatch
 
 CompileGrammar: TypeAlias = Callable[[Grammar, list[int]], Any]
 
@@ -163,9 +165,11 @@ def tell_of_replays(monkeypatch: pytest.MonkeyPatch, tell: "Callable[[StepArrays
 
     replay = CudaRunner._replay_parts
 
-    def tell_and_replay(self: CudaRunner, arrays: "StepArrays", graphs: "list[PromptGraph]") -> Tensor:
-        tell(arrays, graphs)
-        return replay(self, arrays, graphs)
+    def tell_and_replay(
+        self: CudaRunner, step: "PreparedStep", graphs: "list[PromptGraph]", watch: "LayerWatch | None"
+    ) -> Tensor:
+        tell(step.arrays, graphs)
+        return replay(self, step, graphs, watch)
 
     monkeypatch.setattr(CudaRunner, "_replay_parts", tell_and_replay)
 

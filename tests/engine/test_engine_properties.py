@@ -51,6 +51,19 @@ def tiny() -> LoadedModel:
 
 
 @cache
+def deeper() -> LoadedModel:
+    """The same behind a layer that adds nothing."""
+    weights = tiny().model.state_dict()
+    model = small_model("LlamaConfig", **(ONE_LAYER | {"num_hidden_layers": 2}))
+    own = {name.replace("layers.0.", "layers.1."): value for name, value in weights.items()}
+    model.load_state_dict(own, strict=False)
+    first = model.model.layers[0]
+    for linear in (first.self_attn.o_proj, first.mlp.down_proj):
+        torch.nn.init.zeros_(linear.weight)
+    return prepare_model(model, "", CPU)
+
+
+@cache
 def similar() -> LoadedModel:
     """Hardly another model."""
     model = copy.deepcopy(tiny().model)
@@ -139,19 +152,29 @@ samplings = st.builds(
 
 @dataclass
 class InFlight:
-    """A chunk that was announced; `taken` once it was."""
+    """A chunk that was announced; `taken` once it was. Or a part of one: then this is its number."""
 
     chunk: ChunkReady
     taken: TakenChunk | None = None
+    part: int = 0
 
     @property
     def is_complete(self) -> bool:
         """Whether it was taken and may be delivered."""
-        return self.taken is not None and self.taken.completion.done() and not self.taken.completion.cancelled()
+        if self.taken is None:
+            return False
+        *_, completion = self.taken.parts()[self.part]
+        return completion.done() and not completion.cancelled()
+
+    def parts(self) -> "list[InFlight]":
+        """Of a chunk that was taken: each may come before or behind any other."""
+        assert self.taken is not None
+        return [replace(self, part=i) for i in range(len(self.taken.parts()))]
 
     def deliver(self, engine: Engine) -> list[EngineEvent]:
         assert self.taken is not None
-        return engine.import_chunk(replace(self.chunk, first_token=self.taken.completion.result()), self.taken.tensor)
+        layers, tensor, completion = self.taken.parts()[self.part]
+        return engine.import_chunk(replace(self.chunk, layers=layers, first_token=completion.result()), tensor)
 
 
 class Relay(RuleBasedStateMachine):
@@ -160,13 +183,15 @@ class Relay(RuleBasedStateMachine):
     is_pipelined = False
     model: Model = staticmethod(tiny)
     num_blocks = POOL_BLOCKS
+    layer_parts = 1
 
     def __init__(self) -> None:
         super().__init__()
         self.clock = FakeClock()
+        loaded = deeper() if self.layer_parts > 1 else self.model()
+        shape = {"num_blocks": self.num_blocks, "handoff_layer_parts": self.layer_parts}
         self.prefill, self.decode = (
-            build_small(self.model(), is_pipelined=self.is_pipelined, clock=self.clock, num_blocks=self.num_blocks)
-            for _ in range(2)
+            build_small(loaded, is_pipelined=self.is_pipelined, clock=self.clock, **shape) for _ in range(2)
         )
         self.requests: dict[str, GenerateRequest] = {}
         self.tokens: dict[str, list[int]] = {}
@@ -230,7 +255,7 @@ class Relay(RuleBasedStateMachine):
         item.taken = self.prefill.take_chunk(item.chunk.request_id, item.chunk.index)
         assert self.prefill.take_chunk(item.chunk.request_id, item.chunk.index) is None, "given away twice"
         if item.taken is not None:
-            self.asked_for.append(item)
+            self.asked_for += item.parts()
 
     @precondition(lambda self: any(item.is_complete for item in self.asked_for))
     @rule(data=st.data())
@@ -369,6 +394,12 @@ class PipelinedWindowedRelay(WindowedRelay):
     is_pipelined = True
 
 
+class RelayByLayers(Relay):
+    """What the last step of a prompt computes goes in parts."""
+
+    layer_parts = 2
+
+
 class SpeculatingRelay(Relay):
     """The same with a decode engine that guesses, two times of three rightly."""
 
@@ -446,6 +477,8 @@ class PipelinedDraftModelRelay(DraftModelRelay):
 
 TestRelay, TestPipelinedRelay, TestSpeculatingRelay = Relay.TestCase, PipelinedRelay.TestCase, SpeculatingRelay.TestCase
 TestWindowedRelay, TestPipelinedWindowedRelay = WindowedRelay.TestCase, PipelinedWindowedRelay.TestCase
+TestRelayByLayers = RelayByLayers.TestCase
+TestRelayByLayers.settings = settings(max_examples=40, stateful_step_count=50)
 TestLyingRelay, TestKnowingRelay = LyingRelay.TestCase, KnowingRelay.TestCase
 TestDraftModelRelay = DraftModelRelay.TestCase
 TestRelay.settings = TestPipelinedRelay.settings = settings(max_examples=80, stateful_step_count=50)

@@ -2,15 +2,19 @@
 
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from deployments.engine.engine import Engine
-from deployments.messages import Placed
+from deployments.engine.execution.base import LaunchedStep
+from deployments.engine.handoff.outbox import TakenChunk
+from deployments.messages import ChunkReady, EngineEvent, Placed
 from tests.engine.driving import BLOCK_SIZE, Transcript, build_engine, generate, greedy, hand_over, prefill_all, run
 from tests.engine.families import FAMILIES, build_model, load, random_prompt, reference
+from tests.engine.insides import runner_of
 
 NUM_TOKENS = 12
 # Shorter than a block, at its border and beside it, and beyond the sliding windows.
@@ -162,6 +166,75 @@ def test_a_prefill_engine_that_holds_part_of_the_prefix_still_sends_all() -> Non
     for chunk, tensor in chunks:
         transcript.note(decode.import_chunk(chunk, tensor))
     assert tuple(run(decode, transcript).tokens["r"]) == reference("llama", LONG, NUM_TOKENS)
+
+
+def import_parts(decode: Engine, chunk: ChunkReady, taken: TakenChunk) -> list[EngineEvent]:
+    """Each part of a chunk by itself, the last one first."""
+    events: list[EngineEvent] = []
+    for layers, tensor, completion in reversed(taken.parts()):
+        events += decode.import_chunk(replace(chunk, layers=layers, first_token=completion.result()), tensor)
+        decode.check_integrity()
+    return events
+
+
+@every_family
+@pytest.mark.parametrize("budget", [16, 256], ids=["in chunks", "in one step"])
+@pytest.mark.parametrize("is_pipelined", [False, True], ids=["in turn", "pipelined"])
+def test_what_the_last_step_of_a_prompt_computes_goes_in_parts_of_layers(
+    family: str, budget: int, is_pipelined: bool
+) -> None:
+    loaded = load(family, optimized=True)
+    prefill = build_engine(loaded, is_pipelined=is_pipelined, max_num_batched_tokens=budget, handoff_layer_parts=2)
+    decode = build_engine(loaded)
+    reserve(decode)
+    transcript, taken = Transcript(), dict[int, tuple[ChunkReady, TakenChunk]]()
+    notes: list[str] = []
+    launch = runner_of(prefill).launch
+
+    def launch_and_note(*arguments: Any) -> LaunchedStep:
+        """The front has passed the chunks on before the step is launched."""
+        for chunk in transcript.chunks[len(taken) :]:
+            found = prefill.take_chunk("r", chunk.index)
+            assert found is not None
+            taken[chunk.index] = chunk, found
+            for part in found.earlier:
+                part.add_done_callback(lambda _: notes.append("part"))
+            found.completion.add_done_callback(lambda _: notes.append("chunk"))
+        launched: LaunchedStep = launch(*arguments)
+        notes.append("launched")
+        return launched
+
+    runner_of(prefill).launch = launch_and_note
+    prefill.prefill(greedy("r", LONG, NUM_TOKENS), 0)
+    while prefill.has_work:
+        transcript.note(prefill.begin_step())
+        transcript.note(prefill.finish_step())
+        prefill.check_integrity()
+    cuts = [found.cuts for _, found in taken.values()]
+    assert cuts == [()] * (len(cuts) - 1) + [cuts[-1]] and len(cuts[-1]) == 1, "only the last step's"
+    assert notes.index("part") < len(notes) - 1 - notes[::-1].index("launched"), "while the step is computed"
+    told = Transcript()
+    for chunk, found in taken.values():
+        told.note(import_parts(decode, chunk, found))
+        prefill.release_chunk("r", chunk.index)
+    assert tuple(run(decode, told).tokens["r"]) == reference(family, LONG, NUM_TOKENS)
+    prefill.check_integrity()
+    assert prefill.stats().num_used_blocks == 0
+
+
+def test_a_prompt_of_which_some_layers_have_come_is_finished_locally() -> None:
+    prefill, decode = build_engine(load("llama"), handoff_layer_parts=2), build_engine(load("llama"))
+    reserve(decode)
+    prefill.prefill(greedy("r", LONG, NUM_TOKENS), 0)
+    (chunk,) = [event for event in prefill.begin_step() if isinstance(event, ChunkReady)]
+    taken = prefill.take_chunk("r", chunk.index)
+    assert taken is not None
+    prefill.finish_step()
+    layers, tensor, _ = taken.parts()[0]
+    assert decode.import_chunk(replace(chunk, layers=layers), tensor) == []
+    assert decode.prefill_locally("r")
+    assert tuple(run(decode).tokens["r"]) == reference("llama", LONG, NUM_TOKENS)
+    assert decode.stats().prompt_tokens == len(LONG), "what has come of its blocks is of no use"
 
 
 def test_chunks_may_arrive_in_any_order() -> None:

@@ -10,6 +10,7 @@ from deployments.engine.batch.build import order_for_batch
 from deployments.engine.engine import Engine
 from deployments.engine.execution.base import LaunchedStep
 from deployments.engine.kv.cache import KVCache
+from deployments.engine.kv.layers import LayerWatch
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.messages import FinishReason, GenerateRequest, SamplingParams, TokenOutput
@@ -30,7 +31,7 @@ class CountingRunner:
         self.cache = cache
         self.num_tokens = 0  # of the last step
 
-    def launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep:
+    def launch(self, scheduled: list[ScheduledSequence], watch: LayerWatch | None = None) -> LaunchedStep:
         items = order_for_batch(scheduled)
         self.num_tokens = sum(item.num_tokens for item in items)
         drawn = [item.first_draw + i for item in items for i in range(item.num_draws)]

@@ -1,8 +1,11 @@
 """An engine actor without a model: chunks of one value, and what the tests must see of its process."""
 
 import os
+import random
 import threading
+import time
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -23,6 +26,8 @@ from tests.kv_transfer.threads import kv_threads
 EARLY = -1.0
 # For what must happen, also on a busy machine.
 PATIENCE_S = 120.0
+# Layers at which chunks are cut that come in parts.
+CUTS = (1, 3)
 # 64 KiB per block.
 LAYOUT = KVLayout("test-model", "float32", block_size=16, groups=(KVGroup((0, 1, 2, 3), 2, 64),))
 
@@ -70,15 +75,52 @@ class FakeEngine:
             self._early.pop(0).set_result(token) if token is not None else self._early.pop(0).cancel()
 
     @exports_kv
+    def take_parts(self, num_blocks: int, value: float, is_dropped: bool) -> Export:
+        """A chunk in three parts, each complete a little later; or never, from the second on.
+
+        Each layer's value is that of the chunk and its number in tenths.
+        """
+        shape = self._layout.chunk_shape(num_blocks)
+        chunk = self._arena.allocate(shape, torch.float32)
+        chunk = torch.empty(shape) if chunk is None else chunk
+        chunk.copy_((value + torch.arange(shape[0]) / 10).view(-1, *[1] * (len(shape) - 1)).expand(shape))
+        self._exported.append(weakref.ref(chunk))
+        *earlier, last = completions = [Future[DrawnToken | None]() for _ in range(len(CUTS) + 1)]
+
+        def complete() -> None:
+            for i, completion in enumerate(completions):
+                time.sleep(random.uniform(0, 0.01))
+                if is_dropped and i:
+                    completion.cancel()
+                else:
+                    completion.set_result(DrawnToken(int(value)) if completion is last else None)
+
+        threading.Thread(target=complete, daemon=True).start()
+        return Export(chunk, last, CUTS, tuple(earlier))
+
+    @exports_kv
     def take_wrong_chunk(self) -> Export:
         return Export(torch.zeros(3, 3), done(None))
 
     @receives_kv
-    def receive_kv(self, header: ChunkReady, arrival: Arrival) -> tuple[float, float, int]:
+    def receive_kv(self, header: ChunkReady, arrivals: Iterator[Arrival]) -> tuple[float, float, int]:
+        arrival, *later = arrivals
+        assert later == [], "it comes whole"
         chunk, self._first_token = arrival.tensor, arrival.first_token
         halves = chunk.view(2, -1)
         assert (halves[0] == halves[0, 0]).all() and (halves[1] == halves[1, 0]).all()
         return float(halves[0, 0]), float(halves[1, 0]), chunk.shape[2]
+
+    @receives_kv
+    def receive_parts(self, header: ChunkReady, arrivals: Iterator[Arrival]) -> list[Any]:
+        """Of each part, as it comes: its layers, the least and the greatest value of each, and the token with it."""
+        found = []
+        for arrival in arrivals:
+            flat = arrival.tensor.flatten(1)
+            values = flat.amin(1).tolist(), flat.amax(1).tolist()
+            found.append((arrival.layers, *values, arrival.first_token))
+            del arrival, flat
+        return found
 
     @ray.method(concurrency_group="ctl")
     def first_token(self) -> DrawnToken | None:

@@ -57,7 +57,10 @@ def build(config: EngineConfig) -> BuiltEngine:
 
 
 class WatchedEngine(EngineActor):
-    """One block per step and chunk. With a tier, and then alone, it keeps what it has computed."""
+    """One block per step and chunk; a prompt's last one comes layer by layer.
+
+    With a tier, and then alone, it keeps what it has computed.
+    """
 
     def __init__(self, share_kv: bool, tier: TierSettings | None = None) -> None:
         config = EngineConfig(
@@ -67,6 +70,7 @@ class WatchedEngine(EngineActor):
             max_num_batched_tokens=BLOCK_SIZE,
             enable_prefix_caching=tier is not None,
             share_kv=share_kv,
+            handoff_layer_parts=2,
             lease_s=PATIENCE_S,  # nobody renews it
         )
         # A tier that is late on a busy machine is waited for all the same.

@@ -28,6 +28,7 @@ from deployments.engine.kernels.cuda_prefill import prefill_attention
 from deployments.engine.kernels.cuda_rotary import rotate_and_write
 from deployments.engine.kernels.cuda_splits import Splits, plan_splits
 from deployments.engine.kv.cache import KVCache, KVShape
+from deployments.engine.kv.layers import LayerWatch
 
 _CAUSAL = (-1, 0)
 _RECORDED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
@@ -98,6 +99,7 @@ class CudaStep:
         single_lens: (D,) int32 tokens of each one's sequence, itself included.
         prompts: the chunks behind the single tokens.
         rows: see `AttentionStep`.
+        watch: is told of the layers that have written their KV; None: nobody is.
     """
 
     def __init__(
@@ -108,8 +110,9 @@ class CudaStep:
         single_lens: Tensor,
         prompts: tuple[Prompts, ...] = (),
         rows: Tensor | None = None,
+        watch: LayerWatch | None = None,
     ) -> None:
-        self._cache, self._slots = cache, slots
+        self._cache, self._slots, self._watch = cache, slots, watch
         self._tables, self._lens = single_tables, single_lens
         self._prompts = prompts
         self._splits: dict[int | None, Splits] = {}
@@ -119,6 +122,8 @@ class CudaStep:
         layer, scores, kv = asked.layer, asked.scores, self._cache.paged(asked.layer)
         keeps = any(prompts.tables is None for prompts in self._prompts)
         rotated, new_keys, new_values = write(asked, kv, self._slots, keeps=keeps)
+        if self._watch is not None and layer + 1 in self._watch.ends:
+            self._watch.reach(layer + 1)
         if not self._prompts:
             return self._attend_singles(rotated, kv, scores)
         parts = []

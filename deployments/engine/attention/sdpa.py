@@ -21,6 +21,7 @@ from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.kernels.arguments import Scores
 from deployments.engine.kernels.cpu import use_torch_threads
 from deployments.engine.kv.cache import KVCache
+from deployments.engine.kv.layers import LayerWatch
 from deployments.engine.upload import upload
 
 # A split has a fixed price beside its tokens: about that of 32 tokens (2 Zen 3 cores, 3 KV heads of 64, 2026-11).
@@ -70,11 +71,18 @@ class SdpaStep:
         cache: the pool.
         arrays: the step.
         logit_rows: places in the batch of the tokens whose logits are wanted; None: of those that draw.
+        watch: is told of the layers that have written their KV; None: nobody is.
     """
 
-    def __init__(self, cache: KVCache, arrays: StepArrays, logit_rows: np.ndarray | None = None) -> None:
+    def __init__(
+        self,
+        cache: KVCache,
+        arrays: StepArrays,
+        logit_rows: np.ndarray | None = None,
+        watch: LayerWatch | None = None,
+    ) -> None:
         use_torch_threads()
-        self.cache = cache
+        self.cache, self.watch = cache, watch
         self.slots = upload(arrays.slots, cache.blocks.device)
         # On a CPU alone: layers there leave the other rows in place, those of a GPU drop them.
         rows = arrays.draw_rows if logit_rows is None else logit_rows
@@ -90,6 +98,7 @@ class SdpaStep:
         assert rotation is None, "this attention takes queries and keys that are rotated"
         num_singles = self._arrays.num_singles
         stored = self.cache.write(layer, self.slots, keys.transpose(0, 1), values.transpose(0, 1))
+        self.tell(layer + 1)
         if can_attend(self.cache, scores):
             return self.attend_stored(layer, queries.transpose(0, 1), scores)
         keys, values = (part.transpose(0, 1) for part in stored)
@@ -100,6 +109,11 @@ class SdpaStep:
             span = slice(chunk.query_start, chunk.query_start + chunk.num_queries)
             outputs.append(self._prefill(layer, chunk, queries[:, span], keys[:, span], values[:, span], scores))
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def tell(self, num_layers: int) -> None:
+        """So many leading layers have written their KV."""
+        if self.watch is not None and num_layers in self.watch.ends:
+            self.watch.reach(num_layers)
 
     def attend_stored(self, layer: int, queries: Tensor, scores: Scores) -> Tensor:
         """Attend in one layer whose new keys and values are in the pool, rotated.

@@ -11,6 +11,7 @@ from torch import Tensor
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.batch.build import build_arrays, order_for_batch, rows_of
 from deployments.engine.kv.cache import KVCache
+from deployments.engine.kv.layers import LayerWatch
 from deployments.engine.sampling.adjusting import Adjusting, build_adjusting
 from deployments.engine.sampling.masking import Masking, build_masking
 from deployments.engine.sampling.sampler import SamplingBatch, SamplingPreparation
@@ -125,10 +126,11 @@ class Runner(Protocol):
 
     cache: KVCache
 
-    def launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep:
+    def launch(self, scheduled: list[ScheduledSequence], watch: LayerWatch | None = None) -> LaunchedStep:
         """Start a step.
 
         Args:
             scheduled: at least one run of tokens; pending ones are those that the step before draws.
+            watch: is told how far the step has come, or nothing, where the runner cannot tell; None: nobody is.
         """
         ...

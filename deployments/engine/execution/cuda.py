@@ -26,6 +26,7 @@ from deployments.engine.execution.base import LaunchedStep, Preparation, Prepare
 from deployments.engine.execution.costs import StepCosts
 from deployments.engine.execution.graphs import (
     MAX_GRAPH_BATCH,
+    GraphMarks,
     MemoryPool,
     PromptGraph,
     SinglesGraph,
@@ -45,6 +46,7 @@ from deployments.engine.execution.parts import (
 )
 from deployments.engine.execution.verification import Verification
 from deployments.engine.kv.cache import KVCache
+from deployments.engine.kv.layers import LayerWatch, layer_ends
 from deployments.engine.layers.base import weight_bytes
 from deployments.engine.layers.cuda import can_drop_rows
 from deployments.engine.model.load import LoadedModel
@@ -95,7 +97,7 @@ class CudaRunner:
         compile_draws(loaded.vocab_size, loaded.model.dtype, loaded.device)
 
     @torch.inference_mode()
-    def launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep:
+    def launch(self, scheduled: list[ScheduledSequence], watch: LayerWatch | None = None) -> LaunchedStep:
         self._turn ^= 1
         step = self._preparation.prepare(scheduled)
         arrays, sampling = step.arrays, step.sampling
@@ -107,9 +109,9 @@ class CudaRunner:
         elif self._verification is not None and (size := self._verification.find(arrays)) is not None:
             logits = self._verification.replay(arrays, size, self._turn)
         elif (graphs := self._recorded_parts(step)) is not None:
-            is_drawn, logits = False, self._replay_parts(arrays, graphs)
+            is_drawn, logits = False, self._replay_parts(step, graphs, watch)
         else:
-            is_drawn, logits = False, self._run_eagerly(arrays, step.logit_rows)
+            is_drawn, logits = False, self._run_eagerly(arrays, step.logit_rows, watch)
         num_draws = len(arrays.draw_rows)
         result = self._results[self._turn][:num_draws]
         if sampling is not None:
@@ -150,8 +152,9 @@ class CudaRunner:
             found.append(graphs[min(length for length in graphs if length >= count)])
         return found
 
-    def _replay_parts(self, arrays: StepArrays, graphs: list[PromptGraph]) -> Tensor:
+    def _replay_parts(self, step: PreparedStep, graphs: list[PromptGraph], watch: LayerWatch | None) -> Tensor:
         """Single tokens, then each prompt or chunk, each as the graph of its size; logits of all that draw."""
+        arrays = step.arrays
         first, upload = arrays.num_singles, self._prompt_uploads[self._turn]
         writer = Writer(upload.values)
         spans = [writer.take(len(graph.inputs)) for graph in graphs]
@@ -168,16 +171,18 @@ class CudaRunner:
             logits[:first] = self._replay_singles(arrays).logits[:first]
         drawing = np.isin(np.cumsum(arrays.counts) - 1, arrays.draw_rows)
         row = first
-        for graph, span, draws in zip(graphs, spans, drawing[first:].tolist(), strict=True):
+        for graph, span, draws, item in zip(graphs, spans, drawing[first:].tolist(), step.items[first:], strict=True):
             graph.inputs.copy_(span.on(inputs))
             graph.graph.replay()
+            if watch is not None and graph.marks is not None:
+                graph.marks.tell(watch, item.sequence.request_id)
             if draws:
                 assert graph.logits is not None
                 logits[row] = graph.logits[0]
                 row += 1
         return logits
 
-    def _run_eagerly(self, arrays: StepArrays, logit_rows: np.ndarray) -> Tensor:
+    def _run_eagerly(self, arrays: StepArrays, logit_rows: np.ndarray, watch: LayerWatch | None) -> Tensor:
         upload, num_singles = self._prompt_uploads[self._turn], arrays.num_singles
         writer = Writer(upload.values)
         flat = (arrays.token_ids, arrays.positions, arrays.slots, arrays.sources, arrays.single_lens, logit_rows)
@@ -195,6 +200,7 @@ class CudaRunner:
             lens.on(inputs),
             tuple(prompt.on(inputs) for prompt in prompts),
             last.on(inputs).long(),
+            watch,
         )
         return self._forward(ids, positions.on(inputs), step)
 
@@ -280,7 +286,7 @@ class CudaRunner:
 
     @torch.inference_mode()
     def _capture_prompt(self, length: int, pool: MemoryPool | None) -> MemoryPool:
-        recorded = self._prompt_graphs[length] = PromptGraph(length, self._inputs(3 * length + 1))
+        recorded = self._prompt_graphs[length] = PromptGraph(length, self._inputs(3 * length + 1), self._marks())
         starts = torch.tensor([0, length], dtype=torch.int32, device=self._device)
         prompt = Prompts(0, length, length, length, starts, ((0, length),), is_recorded=True)
         return self._capture_prompts(recorded, prompt, pool)
@@ -288,12 +294,16 @@ class CudaRunner:
     @torch.inference_mode()
     def _capture_chunk(self, length: int, pool: MemoryPool | None) -> MemoryPool:
         inputs = self._inputs(chunk_values(length, self._max_blocks))
-        recorded = self._chunk_graphs[length] = PromptGraph(length, inputs)
+        recorded = self._chunk_graphs[length] = PromptGraph(length, inputs, self._marks())
         starts, lens, table = inputs[3 * length + 1 :].split((2, 1, self._max_blocks))
         longest = self._max_blocks * self.cache.block_size
         context = {"lens": lens, "tables": table.unsqueeze(0)}
         prompt = Prompts(0, length, length, longest, starts, ((longest - length, length),), is_recorded=True, **context)
         return self._capture_prompts(recorded, prompt, pool)
+
+    def _marks(self) -> GraphMarks | None:
+        ends = layer_ends(self.cache.group.num_layers, self._limits.handoff_layer_parts)
+        return GraphMarks(ends) if len(ends) > 1 else None
 
     def _inputs(self, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32, device=self._device)
@@ -306,7 +316,8 @@ class CudaRunner:
         recorded.holds = prompts
 
         def run() -> Tensor:
-            step = CudaStep(self.cache, slots, nothing.view(0, 0), nothing, (prompts,), last.long())
+            single = nothing.view(0, 0), nothing
+            step = CudaStep(self.cache, slots, *single, (prompts,), last.long(), recorded.marks)
             return self._forward(ids, positions, step)
 
         recorded.logits = record(recorded.graph, run, pool)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from deployments.engine.kv.layers import LayerWatch
+
 # Between these a batch is padded to the next one.
 _SMALL_BATCHES = (1, 2, 4, 8)
 _BATCH_STEP = 16
@@ -48,12 +50,34 @@ class SinglesGraph:
         self.batch_size, self.graph, self.logits = batch_size, graph, logits
 
 
+class GraphMarks:
+    """Where a recorded step has come so far: events that each of its replays records anew. A `LayerWatch`.
+
+    Args:
+        ends: numbers of leading layers.
+    """
+
+    def __init__(self, ends: tuple[int, ...]) -> None:
+        self.ends = ends
+        self._events = {end: torch.cuda.Event(external=True) for end in ends}
+
+    def reach(self, num_layers: int, after: torch.cuda.Event | None = None, request_id: str | None = None) -> None:
+        """See `LayerWatch`; while the step is recorded."""
+        self._events[num_layers].record()
+
+    def tell(self, watch: LayerWatch, request_id: str) -> None:
+        """Behind a replay, and before the next one: that it was launched, for this request."""
+        for end, event in self._events.items():
+            watch.reach(end, event, request_id)
+
+
 class PromptGraph:
     """A step of one whole prompt of up to a fixed length, or of such a chunk behind computed tokens, recorded.
 
     Args:
         length: of the prompt or chunk.
         inputs: what it reads, int32; see `fill_prompt` and `fill_chunk`. Slots are negative: it writes nowhere yet.
+        marks: that it sets; None: none.
 
     Attributes:
         graph: to replay, once `record` has filled it.
@@ -61,8 +85,8 @@ class PromptGraph:
         holds: what else the graph reads.
     """
 
-    def __init__(self, length: int, inputs: Tensor) -> None:
-        self.length, self.inputs = length, inputs
+    def __init__(self, length: int, inputs: Tensor, marks: GraphMarks | None = None) -> None:
+        self.length, self.inputs, self.marks = length, inputs, marks
         self.inputs[2 * length : 3 * length] = -1
         self.graph = torch.cuda.CUDAGraph()
         self.logits: Tensor | None = None

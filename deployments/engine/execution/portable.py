@@ -10,6 +10,7 @@ from deployments.engine.config import EngineLimits
 from deployments.engine.execution.base import LaunchedStep, Preparation, PreparedStep, Runner
 from deployments.engine.execution.looking import decoder_layers, looking_at
 from deployments.engine.kv.cache import KVCache
+from deployments.engine.kv.layers import LayerWatch
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.sampling.sampler import compile_draws, sample
 from deployments.engine.scheduling.run import ScheduledSequence
@@ -40,7 +41,7 @@ class ModelRunner:
         compile_draws(loaded.vocab_size, loaded.model.dtype, loaded.device)
 
     @torch.inference_mode()
-    def launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep:
+    def launch(self, scheduled: list[ScheduledSequence], watch: LayerWatch | None = None) -> LaunchedStep:
         step = self._preparation.prepare(scheduled)
         arrays, logit_rows, drawn = step.arrays, step.logit_rows, self._drawn
         with looking_at(self._looked_at) as states:
@@ -49,7 +50,7 @@ class ModelRunner:
                 position_ids=upload(arrays.positions, self._device).unsqueeze(0),
                 use_cache=False,
                 logits_to_keep=upload(logit_rows, self._device),
-                paged_step=SdpaStep(self.cache, arrays, logit_rows),
+                paged_step=SdpaStep(self.cache, arrays, logit_rows, watch),
             ).logits[0]
         to_draw = logits if step.scoring is None else logits[: len(arrays.draw_rows)]
         if step.adjusting is not None:

@@ -44,6 +44,7 @@ def drafter_limits(limits: EngineLimits, drafter: LoadedModel) -> EngineLimits:
         max_model_len=min(limits.max_model_len, drafter.max_model_len),
         max_num_batched_tokens=max(2 * limits.max_num_seqs, limits.max_num_batched_tokens // 4),
         max_drafts=0,
+        handoff_layer_parts=1,
     )
 
 

@@ -98,8 +98,9 @@ def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
     if has_cuda_layers and block_size % _GPU_BLOCK_SIZE:
         raise ValueError(f"block_size is {block_size}, must be a multiple of {_GPU_BLOCK_SIZE} on a GPU")
     max_drafts = 0 if config.speculation.method == "off" else config.speculation.max_drafts
-    bounds = config.max_num_seqs, max_num_batched_tokens, max_drafts
-    limits = EngineLimits(max_model_len, block_size, _TRIAL_BLOCKS, *bounds, loaded.kv_shape.group.window)
+    window, parts = loaded.kv_shape.group.window, config.handoff_layer_parts if config.hands_over else 1
+    bounds = config.max_num_seqs, max_num_batched_tokens, max_drafts, window, parts
+    limits = EngineLimits(max_model_len, block_size, _TRIAL_BLOCKS, *bounds)
     return replace(limits, num_blocks=_count_blocks(loaded, config, limits))
 
 

@@ -1,9 +1,11 @@
 """Copies computed prompts out of the pool for other engines, chunk by chunk, as far as the outbox has room.
 
 A chunk is announced before the step that computes it is launched, so that whoever passes it on has done so by the time
-it is complete.
+it is complete. Chunks of the step that ends a prompt have nothing but that step to hide behind: if the engine's limits
+say so they go in parts of some layers each, and each part is copied out as soon as the step has come so far.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -11,13 +13,32 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from deployments.engine.config import EngineLimits
 from deployments.engine.handoff.completions import Completions
 from deployments.engine.handoff.outbox import Outbox
 from deployments.engine.kv.copies import KVCopies
+from deployments.engine.kv.layers import LayerWatch, layer_ends
 from deployments.engine.scheduling.retention import Retention
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Sequence, Status
 from deployments.messages import ChunkReady
+
+
+@dataclass(slots=True)
+class _Announced:
+    """A chunk that is not copied out yet.
+
+    Attributes:
+        chunk: it.
+        tensor: its memory.
+        ends: layers where its parts end.
+        num_copied: of the parts.
+    """
+
+    chunk: ChunkReady
+    tensor: Tensor
+    ends: tuple[int, ...]
+    num_copied: int = 0
 
 
 @dataclass(slots=True)
@@ -26,12 +47,12 @@ class _Outgoing:
 
     Attributes:
         sequence: it.
-        announced: chunks that are not copied out yet.
+        announced: what is copied out in this step.
         is_all_announced: no other chunk comes.
     """
 
     sequence: Sequence
-    announced: list[tuple[ChunkReady, Tensor]] = field(default_factory=list)
+    announced: list[_Announced] = field(default_factory=list)
     is_all_announced: bool = False
 
 
@@ -41,16 +62,21 @@ class Exporter:
     Args:
         outbox: where chunks wait to be taken.
         copies: of the pool.
-        retention: of the engine, and of those for which it computes.
+        limits: of the engine.
         max_chunk_blocks: of one chunk.
+
+    Attributes:
+        ends: layers where the parts of a chunk end that is not handed over whole; see `LayerWatch`.
     """
 
-    def __init__(self, outbox: Outbox, copies: KVCopies, retention: Retention, max_chunk_blocks: int) -> None:
+    def __init__(self, outbox: Outbox, copies: KVCopies, limits: EngineLimits, max_chunk_blocks: int) -> None:
         self._outbox = outbox
         self._copies = copies
-        self._retention = retention
-        self._block_size = retention.block_size
+        self._retention = Retention.of(limits)  # as those keep it for whom it computes
+        self._block_size = limits.block_size
         self._max_chunk_blocks = max_chunk_blocks
+        self.ends = layer_ends(copies.num_layers, limits.handoff_layer_parts)
+        self._last_copied: torch.cuda.Event | None = None
         self._outgoing: dict[str, _Outgoing] = {}
         self._completions = Completions()
 
@@ -85,8 +111,26 @@ class Exporter:
         for request_id, outgoing in self._outgoing.items():
             end = reach.get(request_id, outgoing.sequence.num_launched_tokens)
             while 0 < (size := self._next_size(outgoing, end)) <= self._outbox.num_free_blocks:
-                chunks.append(self._announce(outgoing, size, end))
+                chunks.append(self._announce(outgoing, size, end, request_id in reach))
         return chunks
+
+    @property
+    def watch(self) -> LayerWatch | None:
+        """Who is to be told how far the step has come that is launched next; None: nobody."""
+        is_needed = len(self.ends) > 1 and any(
+            len(each.ends) > 1 for outgoing in self._outgoing.values() for each in outgoing.announced
+        )
+        return self if is_needed else None
+
+    def reach(self, num_layers: int, after: torch.cuda.Event | None = None, request_id: str | None = None) -> None:
+        """See `LayerWatch`: copy out what is in parts, as far as the step has come."""
+        after = self._copies.fence() if after is None else after
+        for outgoing in self._outgoing.values() if request_id is None else [self._outgoing.get(request_id)]:
+            for each in [] if outgoing is None else outgoing.announced:
+                num_parts = bisect_right(each.ends, num_layers)
+                if len(each.ends) > 1 and num_parts > each.num_copied:
+                    assert outgoing is not None
+                    self._copy_out(outgoing.sequence, each, num_parts, after)
 
     def export(self, done: torch.cuda.Event | None) -> None:
         """Copy out what was announced and is computed, or in flight.
@@ -96,13 +140,24 @@ class Exporter:
         """
         for outgoing in self._outgoing.values():
             sequence = outgoing.sequence
-            for chunk, tensor in outgoing.announced:
-                end = chunk.start_block + chunk.num_blocks
-                block_ids = sequence.block_table[chunk.start_block : end].tolist()
+            for each in outgoing.announced:
+                end = each.chunk.start_block + each.chunk.num_blocks
                 is_computed = end * self._block_size <= sequence.num_computed_tokens
-                copied = self._copies.export(block_ids, tensor, None if is_computed else done)
-                self._completions.call_after(copied, partial(self._outbox.note_copied, chunk.request_id, chunk.index))
+                if each.num_copied < len(each.ends):
+                    self._copy_out(sequence, each, len(each.ends), None if is_computed else done)
             outgoing.announced.clear()
+        self._copies.hold_back(self._last_copied)
+        self._last_copied = None
+
+    def _copy_out(self, sequence: Sequence, each: _Announced, num_parts: int, after: torch.cuda.Event | None) -> None:
+        """Copy what is missing of the first parts of a chunk."""
+        chunk, first = each.chunk, each.ends[each.num_copied - 1] if each.num_copied else 0
+        block_ids = sequence.block_table[chunk.start_block : chunk.start_block + chunk.num_blocks].tolist()
+        part = each.tensor[first : each.ends[num_parts - 1]]
+        self._last_copied = copied = self._copies.export(block_ids, part, after, first)
+        for _ in range(num_parts - each.num_copied):
+            self._completions.call_after(copied, partial(self._outbox.note_copied, chunk.request_id, chunk.index))
+        each.num_copied = num_parts
 
     def take_done(self) -> list[str]:
         """Sequences that are copied out, and of which nothing is awaited any more; this class forgets them."""
@@ -114,13 +169,15 @@ class Exporter:
     def _is_done(self, outgoing: _Outgoing) -> bool:
         return outgoing.is_all_announced and self._outbox.has_first_token(outgoing.sequence.request_id)
 
-    def _announce(self, outgoing: _Outgoing, size: int, end: int) -> ChunkReady:
+    def _announce(self, outgoing: _Outgoing, size: int, end: int, is_scheduled: bool) -> ChunkReady:
         sequence = outgoing.sequence
+        # What the step that ends the prompt computes; earlier steps have later ones to hide behind.
+        ends = self.ends if is_scheduled and end >= sequence.num_tokens else self.ends[-1:]
         start = self._outbox.next_block(sequence.request_id)
         is_last = end >= sequence.num_tokens and start + size == self._num_blocks(sequence)
         tensor = self._copies.allocate(size)
-        chunk = self._outbox.put(sequence.request_id, size, tensor, is_last=is_last)
-        outgoing.announced.append((chunk, tensor))
+        chunk = self._outbox.put(sequence.request_id, size, tensor, is_last=is_last, cuts=ends[:-1])
+        outgoing.announced.append(_Announced(chunk, tensor, ends))
         outgoing.is_all_announced = is_last
         return replace(chunk, num_cached_tokens=sequence.num_cached_tokens)
 

@@ -11,7 +11,6 @@ from deployments.engine.handoff.inbox import Inbox
 from deployments.engine.handoff.outbox import Outbox
 from deployments.engine.handoff.states import Clock
 from deployments.engine.kv.copies import KVCopies
-from deployments.engine.scheduling.retention import Retention
 from deployments.engine.stats import EngineStats
 
 logger = logging.getLogger(__name__)
@@ -30,9 +29,9 @@ class Handoffs:
     def __init__(
         self, copies: KVCopies, limits: EngineLimits, room: ExportRoom, lease_s: float, clock: Clock, stats: EngineStats
     ) -> None:
-        self.inbox = Inbox(lease_s, clock)
+        self.inbox = Inbox(lease_s, clock, copies.num_layers)
         self.outbox = Outbox(room.max_blocks, lease_s, clock)
-        self.exporter = Exporter(self.outbox, copies, Retention.of(limits), room.max_chunk_blocks)
+        self.exporter = Exporter(self.outbox, copies, limits, room.max_chunk_blocks)
         self.importer = Importer(self.inbox, copies, limits.block_size, stats)
         self._stats = stats
 

@@ -35,7 +35,7 @@ class Importer:
         self._sequences[sequence.request_id] = sequence
 
     def fill(self, chunk: ChunkReady, tensor: Tensor) -> tuple[Sequence, DrawnToken] | None:
-        """Copy a chunk into its blocks.
+        """Copy a chunk, or some layers of it, into its blocks.
 
         Returns:
             The sequence and its first token once all is here, which ends the hand-off; None before, and if nobody waits
@@ -51,7 +51,7 @@ class Importer:
         if len(blocks) < chunk.num_blocks:
             tensor = tensor.narrow(BLOCK_AXIS, chunk.num_blocks - len(blocks), len(blocks)).contiguous()
         if blocks:
-            self._copies.import_([sequence.block_table[i] for i in blocks], tensor)
+            self._copies.import_([sequence.block_table[i] for i in blocks], tensor, chunk.layers)
         sequence.limit_cached(chunk.num_cached_tokens)
         if self._inbox.fill(chunk) is not State.READY:
             return None

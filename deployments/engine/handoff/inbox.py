@@ -9,10 +9,11 @@ from deployments.messages import ChunkReady, DrawnToken
 
 
 class _Incoming(Side):
-    def __init__(self, expires_s: float, blocks: range) -> None:
+    def __init__(self, expires_s: float, blocks: range, all_layers: int) -> None:
         super().__init__(expires_s)
         self.blocks = blocks
-        self.missing = set(blocks)
+        # By the block, its layers that have not come, as bits.
+        self.missing = dict.fromkeys(blocks, all_layers)
         self.first_token: DrawnToken | None = None
 
 
@@ -22,9 +23,11 @@ class Inbox:
     Args:
         lease_s: a hand-off of which nobody has been heard for so long is over.
         clock: monotonic seconds.
+        num_layers: whose KV a block has.
     """
 
-    def __init__(self, lease_s: float, clock: Clock = time.monotonic) -> None:
+    def __init__(self, lease_s: float, clock: Clock = time.monotonic, num_layers: int = 1) -> None:
+        self._num_layers = num_layers
         self._lease_s = lease_s
         self._clock = clock
         self._handoffs: dict[str, _Incoming] = {}
@@ -45,7 +48,7 @@ class Inbox:
     def reserve(self, request_id: str, blocks: range) -> None:
         """Begin a hand-off that brings these blocks, counted from the start of the sequence, and the first token."""
         assert request_id not in self._handoffs, f"{request_id} is reserved already"
-        self._handoffs[request_id] = _Incoming(self._clock() + self._lease_s, blocks)
+        self._handoffs[request_id] = _Incoming(self._clock() + self._lease_s, blocks, _bits(0, self._num_layers))
 
     def expect(self, chunk: ChunkReady) -> range | None:
         """Which blocks a chunk is for: its last ones, for some were here before; None: nobody waits for it any more.
@@ -53,7 +56,7 @@ class Inbox:
         One that has come before is no error: a second prefill engine computes the same KV, and nobody reads it yet.
 
         Raises:
-            ValueError: it has blocks that are neither set aside nor in front of those.
+            ValueError: it has blocks that are neither set aside nor in front of those, or layers that there are not.
         """
         handoff = self._handoffs.get(chunk.request_id)
         if handoff is None:
@@ -61,12 +64,18 @@ class Inbox:
         blocks = range(chunk.start_block, chunk.start_block + chunk.num_blocks)
         if not blocks or blocks[0] < 0 or blocks.stop > handoff.blocks.stop:
             raise ValueError(f"{chunk.request_id}: chunk {chunk.index} has {blocks}, {handoff.blocks} are awaited")
+        first, end = chunk.layers or (0, self._num_layers)
+        if not 0 <= first < end <= self._num_layers:
+            raise ValueError(f"{chunk.request_id}: chunk {chunk.index} has layers {first} to {end - 1}")
         return range(max(blocks.start, min(blocks.stop, handoff.blocks.start)), blocks.stop)
 
     def fill(self, chunk: ChunkReady) -> State:
         """The blocks of a chunk that `expect` accepted are here."""
         handoff = self._handoffs[chunk.request_id]
-        handoff.missing.difference_update(range(chunk.start_block, chunk.start_block + chunk.num_blocks))
+        come = _bits(*(chunk.layers or (0, self._num_layers)))
+        for block in range(chunk.start_block, chunk.start_block + chunk.num_blocks):
+            if missing := handoff.missing.pop(block, 0) & ~come:
+                handoff.missing[block] = missing
         if chunk.first_token is not None:
             handoff.first_token = chunk.first_token
         handoff.expires_s = self._clock() + self._lease_s
@@ -101,3 +110,7 @@ class Inbox:
     def next_expiry_s(self) -> float | None:
         """Seconds until the next lease runs out; None: there is none."""
         return states.next_expiry_s(self._handoffs, self._clock())
+
+
+def _bits(first: int, end: int) -> int:
+    return (1 << end) - (1 << first)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from deployments.engine.handoff import states
 from deployments.engine.handoff.states import Clock, Side, State
+from deployments.kv_groups import layers_of_parts
 from deployments.messages import ChunkReady, DrawnToken
 
 if TYPE_CHECKING:
@@ -29,10 +30,22 @@ class TakenChunk:
         tensor: its memory.
         completion: done when the KV is there, with the first token if the chunk is the last; cancelled if the hand-off
             is over before.
+        cuts: layers at which it is cut into parts, each of which is complete by itself; none: it is whole.
+        earlier: as `completion`, of the parts before the last.
     """
 
     tensor: "Tensor"
     completion: Completion
+    cuts: tuple[int, ...] = ()
+    earlier: tuple[Completion, ...] = ()
+
+    def parts(self) -> "list[tuple[tuple[int, int] | None, Tensor, Completion]]":
+        """Its parts in order: their layers, see `ChunkReady`, their memory, and when they are complete."""
+        if not self.cuts:
+            return [(None, self.tensor, self.completion)]
+        layers = layers_of_parts(self.cuts, len(self.tensor))
+        completions = (*self.earlier, self.completion)
+        return [(part, self.tensor[slice(*part)], done) for part, done in zip(layers, completions, strict=True)]
 
 
 @dataclass(slots=True)
@@ -40,6 +53,10 @@ class _Chunk:
     num_blocks: int
     tensor: "Tensor | None"
     is_last: bool
+    cuts: tuple[int, ...] = ()
+    earlier: tuple[Completion, ...] = ()
+    # Of the earlier parts; who counts one takes its completion, and finishes it without the lock.
+    num_copied: int = 0
     is_copied: bool = False
     # Who sets this takes the completion; it is finished without the lock, for others may do anything then.
     is_complete: bool = False
@@ -119,13 +136,15 @@ class Outbox:
             chunk.completion.set_result(token)
         return True
 
-    def put(self, request_id: str, num_blocks: int, tensor: "Tensor", *, is_last: bool) -> ChunkReady:
-        """Announce the chunk that comes next; the last one brings the first token."""
+    def put(
+        self, request_id: str, num_blocks: int, tensor: "Tensor", *, is_last: bool, cuts: tuple[int, ...] = ()
+    ) -> ChunkReady:
+        """Announce the chunk that comes next, in parts of layers or whole; the last one brings the first token."""
         with self._lock:
             handoff = self._handoffs[request_id]
             assert handoff.state in (State.RESERVED, State.FILLING), f"{request_id} is {handoff.state}"
             start, index = handoff.next_block, next(self._chunk_numbers)
-            handoff.chunks[index] = _Chunk(num_blocks, tensor, is_last)
+            handoff.chunks[index] = _Chunk(num_blocks, tensor, is_last, cuts, tuple(Future() for _ in cuts))
             handoff.next_block += num_blocks
             self._num_blocks += num_blocks
             handoff.move(State.READY if is_last else State.FILLING)
@@ -133,15 +152,22 @@ class Outbox:
             return ChunkReady(request_id, index, start, num_blocks, is_last)
 
     def note_copied(self, request_id: str, index: int) -> None:
-        """All KV of a chunk is in its memory. Unknown ones are no error: the hand-off may be over."""
+        """A whole chunk is in its memory, or its next part. Unknown ones are no error: the hand-off may be over."""
         with self._lock:
             handoff = self._handoffs.get(request_id)
             chunk = None if handoff is None else handoff.chunks.get(index)
             if handoff is None or chunk is None:
                 return
-            chunk.is_copied = True
+            part = None
+            if chunk.num_copied < len(chunk.earlier):
+                part = chunk.earlier[chunk.num_copied]
+                chunk.num_copied += 1
+            else:
+                chunk.is_copied = True
             is_complete = _becomes_complete(chunk, handoff)
-        if is_complete:
+        if part is not None:
+            part.set_result(None)
+        elif is_complete:
             chunk.completion.set_result(handoff.first_token if chunk.is_last else None)
 
     def take(self, request_id: str, index: int) -> TakenChunk | None:
@@ -154,7 +180,7 @@ class Outbox:
             tensor, chunk.tensor = chunk.tensor, None
             handoff.expires_s = self._clock() + self._lease_s
             self._advance(request_id, handoff)
-        return None if tensor is None else TakenChunk(tensor, chunk.completion)
+        return None if tensor is None else TakenChunk(tensor, chunk.completion, chunk.cuts, chunk.earlier)
 
     def release(self, request_id: str, index: int) -> None:
         """The receiver has the chunk: its memory may be used for others.
@@ -180,10 +206,11 @@ class Outbox:
             self._num_blocks -= sum(chunk.num_blocks for chunk in handoff.chunks.values())
             handoff.move(State.RELEASED)
             incomplete = [chunk for chunk in handoff.chunks.values() if not chunk.is_complete]
+            parts = [part for chunk in incomplete for part in chunk.earlier[chunk.num_copied :]]
             for chunk in incomplete:
-                chunk.is_complete = True
-        for chunk in incomplete:
-            chunk.completion.cancel()
+                chunk.is_complete, chunk.num_copied = True, len(chunk.earlier)
+        for completion in (*parts, *(chunk.completion for chunk in incomplete)):
+            completion.cancel()
 
     def renew(self, request_id: str) -> bool:
         """The other engine lives; False: there is no such hand-off any more."""

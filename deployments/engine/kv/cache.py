@@ -122,28 +122,36 @@ class KVCache:
         keys, values = self.blocks[layer]
         return keys.index_select(0, block_ids), values.index_select(0, block_ids)
 
-    def export_blocks(self, block_ids: list[int], out: Tensor) -> None:
-        """Copy blocks of every layer out.
+    def export_blocks(self, block_ids: list[int], out: Tensor, first_layer: int = 0) -> None:
+        """Copy blocks out, of every layer or of some that follow each other.
 
         Args:
             block_ids: N of them.
-            out: of `chunk_shape`, contiguous.
+            out: of `chunk_shape`, or of fewer layers; contiguous.
+            first_layer: of those that are copied.
         """
+        pool = self.blocks[first_layer : first_layer + len(out)]
         ids = upload(np.array(block_ids, np.int64), self.blocks.device)
         if self.blocks.is_cuda:
             from deployments.engine.kernels.cuda_blocks import gather_blocks  # Triton is there only where a GPU is
 
-            gather_blocks(self.blocks, ids, out)
+            gather_blocks(pool, ids, out)
         else:
-            torch.index_select(self.blocks, 2, ids, out=out)
+            torch.index_select(pool, 2, ids, out=out)
 
-    def import_blocks(self, block_ids: list[int], chunk: Tensor) -> None:
+    def import_blocks(self, block_ids: list[int], chunk: Tensor, layers: tuple[int, int] | None = None) -> None:
         """Copy a chunk, shaped as that of `export_blocks`, into blocks.
+
+        Args:
+            block_ids: N of them.
+            chunk: what is copied.
+            layers: the first one that it has, and the one behind the last; None: it has all.
 
         Raises:
             ValueError: the chunk has another shape or dtype.
         """
-        expected = self.chunk_shape(len(block_ids))
+        pool = self.blocks if layers is None else self.blocks[layers[0] : layers[1]]
+        expected = (len(pool), *self.chunk_shape(len(block_ids))[1:])
         if tuple(chunk.shape) != expected or chunk.dtype != self.blocks.dtype:
             raise ValueError(
                 f"KV chunk is {tuple(chunk.shape)} {chunk.dtype}, this pool takes {expected} {self.blocks.dtype}"
@@ -152,9 +160,9 @@ class KVCache:
         if self.blocks.is_cuda:
             from deployments.engine.kernels.cuda_blocks import scatter_blocks
 
-            scatter_blocks(self.blocks, ids, chunk)
+            scatter_blocks(pool, ids, chunk)
         else:
-            self.blocks.index_copy_(2, ids, chunk)
+            pool.index_copy_(2, ids, chunk)
 
     def chunk_shape(self, num_blocks: int) -> tuple[int, ...]:
         """Of so many blocks of every layer."""

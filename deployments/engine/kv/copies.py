@@ -30,6 +30,10 @@ class KVCopies:
         if self._stream is not None:
             self._compile()
 
+    @property
+    def num_layers(self) -> int:
+        return self._cache.group.num_layers
+
     def allocate_from(self, allocate: Allocate) -> None:
         """Copy chunks out to memory from there; where it has no room, as before to torch's."""
         self._allocate = allocate
@@ -39,33 +43,45 @@ class KVCopies:
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             return self._place(self._cache.chunk_shape(num_blocks))
 
-    def export(self, block_ids: list[int], chunk: Tensor, after: torch.cuda.Event | None) -> torch.cuda.Event | None:
-        """Copy blocks out.
+    def export(
+        self, block_ids: list[int], chunk: Tensor, after: torch.cuda.Event | None, first_layer: int = 0
+    ) -> torch.cuda.Event | None:
+        """Copy blocks out. A later step may overwrite them only behind `hold_back`.
 
         Args:
-            block_ids: N of them; those that a later step overwrites are copied before.
-            chunk: from `allocate`.
+            block_ids: N of them.
+            chunk: from `allocate`, or some layers of it.
             after: when they are computed; None: they are.
+            first_layer: of those that are copied.
 
         Returns:
-            When the chunk is complete.
+            When the chunk is complete, and all that were copied before.
         """
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             if self._stream is not None and after is not None:
                 self._stream.wait_event(after)
-            self._cache.export_blocks(block_ids, chunk)
-            ready = self._stream.record_event() if self._stream is not None else None
-        if ready is not None:
-            torch.cuda.current_stream().wait_event(ready)
-        return ready
+            self._cache.export_blocks(block_ids, chunk, first_layer)
+            return self._stream.record_event() if self._stream is not None else None
 
-    def import_(self, block_ids: list[int], chunk: Tensor) -> None:
+    def hold_back(self, copied: torch.cuda.Event | None) -> None:
+        """Have whatever is launched from now on wait for what was copied out until then; None: it waits for nothing."""
+        if copied is not None:
+            torch.cuda.current_stream().wait_event(copied)
+
+    def import_(self, block_ids: list[int], chunk: Tensor, layers: tuple[int, int] | None = None) -> None:
         """Copy a chunk, complete on a GPU too, into blocks, before any step that is launched later.
+
+        Args:
+            block_ids: N of them.
+            chunk: it lives until the copy is done, by itself if it has some layers alone.
+            layers: see `KVCache.import_blocks`.
 
         Raises:
             ValueError: the chunk has another shape or dtype.
         """
-        self._cache.import_blocks(block_ids, chunk)
+        self._cache.import_blocks(block_ids, chunk, layers)
+        if layers is not None and chunk.is_cuda:
+            chunk.record_stream(torch.cuda.current_stream())
 
     def fence(self) -> torch.cuda.Event | None:
         """When everything that was launched up to now is done."""
@@ -74,7 +90,7 @@ class KVCopies:
     def _compile(self) -> None:
         """Copy a block out and in, so that the first hand-off finds the kernels ready."""
         chunk = self.allocate(1)
-        self.export([0], chunk, None)
+        self.hold_back(self.export([0], chunk, None))
         self.import_([0], chunk)
         torch.cuda.synchronize()
 

@@ -23,6 +23,7 @@ from deployments.engine.kernels.arguments import Scores
 from deployments.engine.kernels.cpu_layers import LAYER, run_layers
 from deployments.engine.kernels.cpu_matmul import PackedWeight
 from deployments.engine.kv.cache import KVCache, KVShape
+from deployments.engine.kv.layers import LayerWatch
 from deployments.engine.kv.slots import slots
 from deployments.engine.layers.fused import FusedGatedMLP, FusedRMSNorm
 from deployments.engine.layers.merged import LinearPart
@@ -131,8 +132,7 @@ class _Run:
         last = self._layers[-1]
         rows = paged_step.rows if last.is_last else None
         paged = paged_step.paged(last.scores.window)
-        run_layers(  # type: ignore[call-arg]  # numba declares no parameters
-            self._table,
+        arguments = (
             hidden.numpy(),
             *(table[0].contiguous().numpy() for table in position_embeddings),
             paged_step.slots.numpy(),
@@ -140,9 +140,20 @@ class _Run:
             paged.runs,
             paged.window,
             np.float32(last.scores.scaling),
-            np.arange(len(hidden)) if rows is None else rows.numpy(),
         )
+        every = np.arange(len(hidden))
+        wanted = every if rows is None else rows.numpy()
+        for first, end in pairwise(self._edges(paged_step.watch)):
+            # numba declares no parameters
+            run_layers(self._table[first:end], *arguments, wanted if end == len(self._layers) else every)  # type: ignore[call-arg]
+            paged_step.tell(self._layers[end - 1].index + 1)
         return hidden_states
+
+    def _edges(self, watch: LayerWatch | None) -> list[int]:
+        """Where the layers are cut for somebody who is told of some of them; both ends included."""
+        ends = () if watch is None else watch.ends
+        inner = [i for i, layer in enumerate(self._layers) if i and layer.index in ends]
+        return [0, *inner, len(self._layers)]
 
 
 def _pass_on(hidden_states: Tensor, **_: object) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from deployments.engine.config import EngineConfig
 from deployments.engine.execution.base import LaunchedStep, Preparation
 from deployments.engine.kv.cache import KVCache
+from deployments.engine.kv.layers import LayerWatch
 from deployments.engine.model.load import prepare_model
 from deployments.engine.model.resolve import resolve_model
 from deployments.engine.process import configure_process
@@ -37,7 +38,7 @@ class ModelledRunner:
         self._curves = curves
         self._preparation = Preparation(cache.block_size)
 
-    def launch(self, scheduled: list[ScheduledSequence]) -> LaunchedStep:
+    def launch(self, scheduled: list[ScheduledSequence], watch: LayerWatch | None = None) -> LaunchedStep:
         step = self._preparation.prepare(scheduled)
         num_draws = len(step.arrays.draw_rows)
         launched = LaunchedStep(step.items, torch.full((num_draws,), _ANY_TOKEN), None)

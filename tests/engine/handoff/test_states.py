@@ -254,6 +254,79 @@ def test_a_chunk_that_is_not_complete_is_not_released() -> None:
     assert source.outbox.num_blocks == 0 and source.outbox.state("r") is State.RELEASED
 
 
+def in_parts(source: Source) -> tuple[ChunkReady, TakenChunk]:
+    """The last chunk, of three layers, taken before anything of it is there."""
+    tensor = torch.arange(3.0).reshape(3, 1)
+    chunk = source.outbox.put("r", 4, tensor, is_last=True, cuts=(1, 2))
+    taken = source.outbox.take("r", chunk.index)
+    assert taken is not None
+    return chunk, taken
+
+
+def test_the_parts_of_a_chunk_are_complete_one_after_the_other_and_the_first_token_comes_with_the_last() -> None:
+    source = Source()
+    chunk, taken = in_parts(source)
+    parts = taken.parts()
+    assert [(layers, float(tensor)) for layers, tensor, _ in parts] == [((0, 1), 0.0), ((1, 2), 1.0), ((2, 3), 2.0)]
+    for num_copied in range(3):
+        assert [completion.done() for *_, completion in parts] == [i < num_copied for i in range(3)]
+        source.outbox.release("r", chunk.index)
+        assert source.outbox.num_blocks == 4, "it is not complete"
+        source.outbox.note_copied("r", chunk.index)
+    assert [completion.done() for *_, completion in parts] == [True, True, False]
+    source.outbox.set_first_token("r", FIRST)
+    assert [completion.result() for *_, completion in parts] == [None, None, FIRST]
+    source.outbox.release("r", chunk.index)
+    assert source.outbox.state("r") is State.RELEASED
+
+
+@pytest.mark.parametrize("num_copied", [0, 1, 2, 3])
+def test_parts_that_are_not_there_when_a_hand_off_ends_never_will_be(num_copied: int) -> None:
+    source = Source()
+    chunk, taken = in_parts(source)
+    for _ in range(num_copied):
+        source.outbox.note_copied("r", chunk.index)
+    source.outbox.drop("r")
+    source.outbox.note_copied("r", chunk.index)
+    parts = [completion for *_, completion in taken.parts()]
+    whole = min(num_copied, 2)  # the last one waits for the first token
+    assert [part.cancelled() for part in parts] == [False] * whole + [True] * (3 - whole)
+    assert source.outbox.num_blocks == 0
+
+
+def test_a_block_is_there_when_all_of_its_layers_are() -> None:
+    inbox = Inbox(LEASE_S, FakeClock(), num_layers=3)
+    inbox.reserve("r", range(1, 5))
+
+    def fill(start: int, layers: tuple[int, int] | None, first_token: DrawnToken | None = None) -> State:
+        chunk = ChunkReady("r", 0, start, 2, first_token=first_token, layers=layers)
+        assert inbox.expect(chunk) == range(start, start + 2)
+        return inbox.fill(chunk)
+
+    assert fill(3, (0, 2)) is State.FILLING
+    assert fill(1, (1, 3), FIRST) is State.FILLING
+    assert fill(1, (1, 3), FIRST) is State.FILLING, "a part that comes again"
+    assert fill(3, None) is State.FILLING, "the whole chunk, by a second prefill engine"
+    assert fill(1, (0, 1)) is State.READY
+    assert inbox.claim("r") == FIRST
+
+
+def test_a_block_of_which_some_layers_have_come_counts_as_missing() -> None:
+    inbox = Inbox(LEASE_S, FakeClock(), num_layers=3)
+    inbox.reserve("r", range(1, 5))
+    inbox.fill(ChunkReady("r", 0, 1, 2))
+    inbox.fill(ChunkReady("r", 1, 3, 2, layers=(0, 2)))
+    assert inbox.drop("r") == 3
+
+
+@pytest.mark.parametrize("layers", [(-1, 2), (1, 1), (2, 1), (1, 4)])
+def test_layers_that_there_are_not_are_refused(layers: tuple[int, int]) -> None:
+    inbox = Inbox(LEASE_S, FakeClock(), num_layers=3)
+    inbox.reserve("r", range(1, 5))
+    with pytest.raises(ValueError, match="has layers"):
+        inbox.expect(ChunkReady("r", 0, 1, 2, layers=layers))
+
+
 class Pair(RuleBasedStateMachine):
     """An outbox and an inbox, messages that are lost, late and doubled, deaths and time: nothing stays held."""
 

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -281,6 +282,57 @@ def test_a_stopped_source_can_be_read_and_a_dead_one_is_forgotten(engines, start
         ray.get(destination.receive_kv.remote(ChunkReady("request", 0, 0, 4), ref), timeout=PATIENCE_S)
     assert_arrived([hand_off(other, destination, 1, 3.0)], [(1, 3.0)])
     wait_for(lambda: links_and_threads(destination) == before)  # which other tests count
+
+
+def check_parts(parts: list[Any], value: float) -> None:
+    """They are those of a chunk of this value, in order; what was all complete may come as one."""
+    edges = [0, *(end for (_, end), *_ in parts)]
+    assert [layers for layers, *_ in parts] == list(pairwise(edges)) and edges[-1] == 4
+    for side in (1, 2):
+        values = [layer for part in parts for layer in part[side]]
+        assert values == pytest.approx([value + i / 10 for i in range(4)])
+    assert [token for *_, token in parts] == [None] * (len(parts) - 1) + [DrawnToken(int(value))]
+
+
+def test_parts_of_several_prompts_between_two_sources_and_two_receivers_are_never_mixed_up(engines, sharing):
+    """Asked for before they are there, completed at random, some of them given up after their first part."""
+    sources, receivers = [engines[0], engines[1], sharing], engines[2:]
+    rng = random.Random(1)
+    before = ray.get([engine.stats.remote() for engine in sources])
+    jobs = [(rng.choice(sources), rng.choice(receivers), rng.random() < 0.2) for _ in range(60)]
+    acks = []
+    for i, (source, receiver, is_dropped) in enumerate(jobs):
+        ref = source.take_parts.remote(4, float(i), is_dropped)
+        acks.append(receiver.receive_parts.remote(ChunkReady("request", i, 0, 4), ref))
+        del ref
+    for i, (ack, (*_, is_dropped)) in enumerate(zip(acks, jobs, strict=True)):
+        if is_dropped:
+            with pytest.raises(TransferError, match="no longer has it"):
+                ray.get(ack, timeout=PATIENCE_S)
+        else:
+            check_parts(ray.get(ack, timeout=PATIENCE_S), float(i))
+    del acks
+    wait_for(lambda: sum(ray.get([engine.num_exported_alive.remote() for engine in sources])) == 0)
+    stats = ray.get([engine.stats.remote() for engine in sources])
+    num_sent = [stats[i].num_sent - before[i].num_sent for i in range(3)]
+    num_whole = [sum(source is by and not is_dropped for by, _, is_dropped in jobs) for source in sources]
+    assert num_sent[:2] == num_whole[:2] and num_sent[2] == 0, "those of the third are read where they are"
+    assert [stats[i].num_failed for i in range(3)] == [before[i].num_failed for i in range(3)]
+
+
+def test_a_source_that_is_killed_between_two_parts_fails_the_transfer_fast(engines, start_engine):
+    source, (other, destination) = start_engine(), engines[:2]
+    assert_arrived([hand_off(other, destination, 1, 0.0)], [(1, 0.0)])
+    before = links_and_threads(destination)
+    ray.get(source.hold_back.remote("send", PATIENCE_S))
+    ack = destination.receive_parts.remote(ChunkReady("request", 0, 0, BIG), source.take_parts.remote(BIG, 1.0, False))
+    assert ray.get(source.wait_until_about_to_move.remote())
+    ray.kill(source)
+    with pytest.raises(TransferError) as failure:
+        ray.get(ack, timeout=PATIENCE_S)
+    assert TIMED_OUT not in str(failure.value), "the death was noticed"
+    assert_arrived([hand_off(other, destination, 1, 3.0)], [(1, 3.0)])
+    wait_for(lambda: links_and_threads(destination) == before)
 
 
 @pytest.mark.parametrize("arena_bytes", [0, 16 << 20], ids=["sent", "read in place"])
