@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ray.exceptions import RayError
 from torch import Tensor
 
 from deployments.errors import TransferError
@@ -15,26 +14,14 @@ from deployments.kv_transfer.base import TransferConfig
 from deployments.kv_transfer.channel import Channel
 from deployments.kv_transfer.group import Group, Wait
 from deployments.kv_transfer.line import Line
-from deployments.kv_transfer.link import Link, LinkLostError, Peer, Steps, Watchdog, until_over
+from deployments.kv_transfer.link import Link, LinkLostError, Steps, Watchdog, until_over
+from tests.kv_transfer.peers import FakePeer
 from tests.kv_transfer.threads import kv_threads
 from tests.waiting import wait_until
 
 CONFIG = TransferConfig(probe_interval_s=0.01)
 # What never happens takes longer than this.
 PATIENCE_S = 30.0
-
-
-class FakePeer(Peer):
-    """Lives, hangs or is dead as the test says."""
-
-    def __init__(self) -> None:
-        self.is_dead = False
-        self.has_been_silent_s = 0.0
-
-    def silent_s(self, interval_s: float) -> float:
-        if self.is_dead:
-            raise RayError
-        return self.has_been_silent_s
 
 
 class FakeGroup:

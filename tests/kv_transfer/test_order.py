@@ -25,7 +25,7 @@ from deployments.kv_transfer.group import Group, Wait
 from deployments.kv_transfer.inquiries import Answers, Arrival, Inquiries
 from deployments.kv_transfer.line import Line
 from deployments.kv_transfer.link import Job, Link, Steps, until_over
-from tests.kv_transfer.test_link import FakePeer
+from tests.kv_transfer.peers import FakePeer
 
 PATIENCE_S = 60.0
 CONFIG = TransferConfig()
