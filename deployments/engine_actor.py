@@ -117,7 +117,7 @@ class EngineActor:
         with self._host.filling() as filling:
             for arrival in arrivals:
                 part = replace(chunk, first_token=arrival.first_token, layers=arrival.layers)
-                filling.add(part, arrival.tensor, arrival.complete_s)
+                filling.add(part, arrival.tensor, arrival.complete_s, keeps=arrival.is_lent or arrival.layers is None)
                 # Else this name would keep the part until the next one comes.
                 del arrival
             return filling.finish()

@@ -78,10 +78,21 @@ class Filling:
         self._import_chunk = import_chunk
         self._parts: deque[_Part] = deque()
         self._commands: list[Future[torch.cuda.Event | None]] = []
+        self._kept: list[Tensor] = []
         self._seconds = self._until_s = 0.0
 
-    def add(self, chunk: ChunkReady, tensor: Tensor, complete_s: float) -> None:
-        """Take a part that is complete since then."""
+    def add(self, chunk: ChunkReady, tensor: Tensor, complete_s: float, keeps: bool = True) -> None:
+        """Take a part.
+
+        Args:
+            chunk: what it is.
+            tensor: its KV.
+            complete_s: when it was, monotonic.
+            keeps: it is kept until the device has read all of the chunk. A part that was sent is not: the memory is
+                owed to parts of other chunks, without which this chunk's next part may not come (`KVCopies.import_`).
+        """
+        if keeps:
+            self._kept.append(tensor)
         self._parts.append(_Part(chunk, tensor, complete_s))
         self._commands.append(self._loop.submit(self._take_in))
 

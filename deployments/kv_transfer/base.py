@@ -34,16 +34,18 @@ class Arrival:
     """What a method that receives KV gets: a chunk, or a part of one.
 
     Attributes:
-        tensor: the KV, complete; it may be the source's own memory.
+        tensor: the KV, complete.
         first_token: what the completion of the export has brought.
         complete_s: monotonic time when this process heard that it is complete.
         layers: the first one whose KV it is, and the one behind the last; None: it is that of all.
+        is_lent: it is the source's own memory, or a part of it.
     """
 
     tensor: "Tensor"
     first_token: DrawnToken | None
     complete_s: float
     layers: tuple[int, int] | None = None
+    is_lent: bool = False
 
 
 @dataclass(frozen=True, slots=True)

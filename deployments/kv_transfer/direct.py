@@ -156,15 +156,15 @@ def receives_kv(
 def _bring(chunk: Tensor | RemoteChunk) -> Iterator[Arrival]:
     """Pull the chunk; one that this very engine exported arrives as it is."""
     if isinstance(chunk, RemoteChunk):
-        for tensor, note, complete_s, layers in endpoint.pull(chunk):
-            yield Arrival(tensor, _decode(note), complete_s, layers if chunk.cuts else None)
+        for tensor, note, complete_s, layers, is_lent in endpoint.pull(chunk):
+            yield Arrival(tensor, _decode(note), complete_s, layers if chunk.cuts else None, is_lent)
             del tensor
         return
     try:
         token = _decode(_exported[id(chunk)].notes[-1].result())
     except CancelledError:
         raise TransferError("the chunk is gone") from None
-    yield Arrival(chunk, token, time.monotonic())
+    yield Arrival(chunk, token, time.monotonic(), is_lent=True)
 
 
 class _Exported(NamedTuple):

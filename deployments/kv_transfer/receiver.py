@@ -94,16 +94,18 @@ class Pulled(NamedTuple):
     """A chunk that was brought here, or into reach, or a part of one.
 
     Attributes:
-        tensor: it; the caller keeps a reference to the chunk while it is used, for it may be the source's own memory.
+        tensor: it.
         note: what came with it.
         complete_s: monotonic time when this process heard that it is complete.
         layers: the first one whose KV it is, and the one behind the last.
+        is_lent: it is the source's own memory; the caller keeps a reference to the chunk while it is used.
     """
 
     tensor: Tensor
     note: str
     complete_s: float
     layers: tuple[int, int]
+    is_lent: bool
 
 
 class _Room:
@@ -172,7 +174,7 @@ class Receiver:
         view = None if chunk.place is None else self._neighbours.view(chunk.place, chunk.shape, chunk.dtype)
         if view is not None and chunk.note is not None:
             self._counters.add(num_received=1, num_received_bytes=view.nbytes, num_read_in_place=1)
-            yield Pulled(view, chunk.note, monotonic(), (0, len(view)))
+            yield Pulled(view, chunk.note, monotonic(), (0, len(view)), True)
             return
         parts = layers_of_parts(chunk.cuts, chunk.shape[0])
         names = [name_of_part(chunk.object_id, i) for i in range(len(parts))] if chunk.cuts else [chunk.object_id]
@@ -186,7 +188,7 @@ class Receiver:
                 assert view is not None
                 tensor = view[slice(*layers)]
             # A name of its own would keep it here while the next part is awaited.
-            yield Pulled(tensor, note, complete_s, layers)
+            yield Pulled(tensor, note, complete_s, layers, view is not None)
             del tensor
         self._counters.add(num_received=1)
         if view is not None:

@@ -10,6 +10,9 @@ line, one JSON object with every raw number.
 the other engine's pool; "behind" is what is left of it when the first token is there, if the prompt is computed
 meanwhile; the rest was hidden. "GiB/s" is that of the bytes' own way into the pool: copies on the GPU's clock; over
 NCCL the receiving, from the source's word that a chunk is complete to its last byte, and the copy of the last chunk.
+
+`--parts 1,4` does all of it twice, with other engines: what the last step of a prompt computes goes whole, and in four
+parts of some layers each, see `EngineConfig.handoff_layer_parts`.
 """
 
 import argparse
@@ -17,6 +20,7 @@ import json
 import statistics
 import sys
 import time
+from itertools import product
 from typing import Any
 
 import ray
@@ -100,7 +104,7 @@ def build(config: EngineConfig) -> BuiltEngine:
     return assemble_engine(load_random(SHAPES[MODEL]), config)
 
 
-def start(rank: int, share_kv: bool, max_num_batched_tokens: int, num_gpus: float) -> DrivenEngine:
+def start(rank: int, share_kv: bool, max_num_batched_tokens: int, num_gpus: float, num_parts: int) -> Any:
     """An engine in a process of its own, with room for the KV of two of the longest prompts."""
     config = EngineConfig(
         max_num_seqs=8,
@@ -109,13 +113,14 @@ def start(rank: int, share_kv: bool, max_num_batched_tokens: int, num_gpus: floa
         kv_cache_bytes=9 << 30,
         enable_prefix_caching=rank == 0,  # so that the prefill engine can hand over what it has computed before
         share_kv=share_kv,
+        handoff_layer_parts=num_parts,
     )
     env = {"NCCL_NVLS_ENABLE": "0"}  # multicast needs rights that lent machines do not give
     if num_gpus < 1:
         env |= {"NCCL_HOSTID": f"host-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
     actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(TimedEngine)
     options = {"num_cpus": 1, "num_gpus": num_gpus, "runtime_env": {"env_vars": env}}
-    return DrivenEngine(actor_class.options(**options).remote(config))
+    return actor_class.options(**options).remote(config)
 
 
 def time_alone(source: DrivenEngine, prompt: tuple[int, ...], name: str) -> float:
@@ -127,7 +132,7 @@ def time_alone(source: DrivenEngine, prompt: tuple[int, ...], name: str) -> floa
 
 
 def measure(
-    way: str, source: DrivenEngine, target: DrivenEngine, lengths: list[int], rounds: int
+    way: str, num_parts: int, source: DrivenEngine, target: DrivenEngine, lengths: list[int], rounds: int
 ) -> list[dict[str, Any]]:
     """Rows of the table, printed as they come."""
     rows = []
@@ -160,14 +165,21 @@ def measure(
             hand_over(source, target, prompt, f"look-{length}-{i}")
         copies = ray.get(target.actor.copies.remote())
         received_s = after.receive_s - before.receive_s
-        row = {"way": way, "tokens": length, "bytes": handed.num_bytes, "rounds": found, "copies": copies}
+        row = {
+            "way": way,
+            "parts": num_parts,
+            "tokens": length,
+            "bytes": handed.num_bytes,
+            "rounds": found,
+            "copies": copies,
+        }
         rows.append(row | {"received_s": received_s})
         # A chunk that is received is copied while the next one is: only the copy of the last one is behind that.
         counted = copies[len(copies) // rounds - 1 :: len(copies) // rounds] if received_s else copies
         moved_s = sum(seconds for _, seconds in counted) / rounds + received_s / (2 * rounds)
         median = {name: statistics.median(r[name] for r in found) for name in found[0]}
         print(
-            f"{way:>9} {length:>7} {handed.num_bytes / 2**20:>8.0f} {median['prefill_s'] * 1e3:>11.1f}"
+            f"{way:>9} {num_parts:>6} {length:>7} {handed.num_bytes / 2**20:>8.0f} {median['prefill_s'] * 1e3:>11.1f}"
             f" {median['ttft_s'] * 1e3:>9.1f} {median['ttft_s'] / median['prefill_s'] - 1:>+6.1%}"
             f" {median['alone_s'] * 1e3:>9.1f} {median['behind_s'] * 1e3:>10.1f}"
             f" {1 - median['behind_s'] / median['alone_s']:>7.0%}"
@@ -197,6 +209,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--ways", default="cuda_ipc,nccl")
+    parser.add_argument("--parts", default="1", help="of layers; several, one after the other (default: %(default)s)")
     parser.add_argument(
         "--steps", type=int, default=8192, help="token budget of both engines, so that they compute alike"
     )
@@ -210,14 +223,15 @@ def main() -> int:
     print(f"{num_gpus} x {torch.cuda.get_device_name()}, torch {torch.__version__}, ray {ray.__version__}")
     bare = measure_bare(list(map(int, options.lengths.split(",")))) if num_gpus > 1 else {}
     print(
-        f"{'':>9} {'tokens':>7} {'MiB':>8} {'prefill ms':>11} {'TTFT ms':>9} {'':>6} {'alone ms':>9} {'behind ms':>10}"
-        f" {'hidden':>7} {'GiB/s':>7}"
+        f"{'':>9} {'parts':>6} {'tokens':>7} {'MiB':>8} {'prefill ms':>11} {'TTFT ms':>9} {'':>6} {'alone ms':>9}"
+        f" {'behind ms':>10} {'hidden':>7} {'GiB/s':>7}"
     )
-    for way in options.ways.split(","):
+    for way, num_parts in product(options.ways.split(","), map(int, options.parts.split(","))):
         share = 0.4 if num_gpus == 1 else 1
-        source = start(0, way == "cuda_ipc", options.steps, share)
-        target = start(1, way == "cuda_ipc", options.steps, share)
-        rows += measure(way, source, target, [int(length) for length in options.lengths.split(",")], options.rounds)
+        actors = [start(rank, way == "cuda_ipc", options.steps, share, num_parts) for rank in (0, 1)]
+        source, target = map(DrivenEngine, actors)
+        lengths = [int(length) for length in options.lengths.split(",")]
+        rows += measure(way, num_parts, source, target, lengths, options.rounds)
         stats = ray.get(target.actor.stats.remote())
         assert stats.num_used_blocks == 0, stats
         for engine in (source, target):

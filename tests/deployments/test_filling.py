@@ -1,8 +1,9 @@
 """A chunk's way into the pool, with a loop that takes commands when the test says so."""
 
+import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -48,9 +49,9 @@ class Pool:
 
 class Rig:
     def __init__(self) -> None:
-        self.loop: Any = HeldLoop()
+        self.loop = HeldLoop()
         self.pool = Pool()
-        self.filling = Filling(self.loop, self.pool.import_chunk)
+        self.filling = Filling(cast(Any, self.loop), self.pool.import_chunk)
 
     def add(self, tensor: Tensor, layers: tuple[int, int] | None, num_blocks: int = 1) -> None:
         self.filling.add(ChunkReady("r", 0, 0, num_blocks, layers=layers), tensor, complete_s=0.0)
@@ -86,6 +87,17 @@ def test_parts_with_memory_of_their_own_are_imported_one_by_one(rig: Rig) -> Non
     rig.loop.go_on()
     rig.filling.finish()
     assert rig.pool.imported == [((0, 1), [0.0]), ((1, 3), [1.0, 1.0]), ((3, 4), [3.0])]
+
+
+def test_memory_of_parts_that_were_sent_is_given_back_before_the_next_ones_come(rig: Rig) -> None:
+    """What has the room waits for what needs it, else."""
+    tensors = [torch.zeros(1), torch.zeros(1)]
+    refs = [weakref.ref(tensor) for tensor in tensors]
+    for layers, keeps in zip(LAYERS[::2], (False, True), strict=True):
+        rig.filling.add(ChunkReady("r", 0, 0, 1, layers=layers), tensors.pop(0), complete_s=0.0, keeps=keeps)
+    rig.loop.go_on()
+    assert [ref() is None for ref in refs] == [True, False]
+    rig.filling.finish()
 
 
 def test_when_a_transfer_fails_no_part_is_read_any_more(rig: Rig) -> None:
