@@ -99,19 +99,16 @@ def up(folder: RunFolder, app: str, port: int, num_cpus: int | None, timeout_s: 
         LocalError: it runs already, the port is taken, there is no room, or it did not start.
     """
     config = parse_arguments(pairs)
-    models: list[str] = []
-    if app == APP:  # what another one does with the name, only it knows
-        models = check_models(config)
-        if config.ingress.api_keys is not None:
-            KeyRing(config.ingress.api_keys)
+    models = check_models(config) if app == APP else []  # what another one does with the name, only it knows
+    if app == APP and config.ingress.api_keys is not None:
+        KeyRing(config.ingress.api_keys)
     check_temp_folder()
     if (told := tell_of_memory()) is not None:
         print(told, flush=True)
     num_cpus = num_cpus or max(os.cpu_count() or 1, math.ceil(config.max_num_cpus()))
     began_s = time.monotonic()
-    server = _launch(
-        folder, Launch(app, port, num_cpus, pairs, began_s, began_s + timeout_s, Downloads(models, began_s))
-    )
+    launch = Launch(app, port, num_cpus, pairs, began_s, began_s + timeout_s, Downloads(models, began_s))
+    server = _launch(folder, launch)
     print(f"\n{config.served_model_name} is served at {server.url} (log: {folder.log}; stop with: make stop). Try:\n")
     print(f"  {_curl(server, config.served_model_name, needs_key=config.ingress.api_keys is not None)}\n")
 
