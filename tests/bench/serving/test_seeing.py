@@ -1,10 +1,15 @@
 """Pairs of looks say what differs, whatever the machine does meanwhile; CPU is counted finely."""
 
+import asyncio
 import os
 import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
+from tests.bench.serving import seeing
 from tests.bench.serving.analysis import pair_up
 from tests.bench.serving.server import _cpu_clock
 
@@ -26,3 +31,55 @@ def test_cpu_of_a_process_is_told_between_two_ticks() -> None:
         before_s = time.process_time()
         told_s = time.clock_gettime(_cpu_clock(os.getpid()))
         assert before_s <= told_s <= time.process_time()
+
+
+class FakeBench:
+    """Looks of so many rounds, which take no time."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds, self.window_s = rounds, 0.0
+        self.servers = {seeing.ON: object(), seeing.OFF: object()}
+
+    async def idle(self) -> None: ...
+
+    async def cost(self, name: str, num_streams: int) -> dict[str, Any]:
+        return {"cpu_us_per_token": 1e4 / num_streams, "tokens_per_s": 50.0 * num_streams}
+
+
+def test_looks_come_in_pairs_watched_and_not_and_who_is_first_changes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    looked: list[tuple[str, str, bool]] = []
+    is_watched = False
+
+    @asynccontextmanager
+    async def watched(server: object) -> AsyncIterator[None]:
+        nonlocal is_watched
+        is_watched = True
+        yield
+        is_watched = False
+
+    def look(what: str, figures: dict[str, float]) -> Callable[[str], Awaitable[dict[str, Any]]]:
+        async def taken(name: str) -> dict[str, Any]:
+            looked.append((what, name, is_watched))
+            return {key: value * (1.02 if name == seeing.ON else 1.0) for key, value in figures.items()}
+
+        return taken
+
+    shown = {what: {key: 5.0 for key, *_ in figures} for what, figures in seeing._SHOWN.items()}
+    bench: Any = FakeBench(2)
+    assert seeing.looks(bench).keys() == shown.keys(), "all that is looked at is shown"
+    monkeypatch.setattr(seeing, "watched", watched)
+    monkeypatch.setattr(seeing, "looks", lambda _: {what: look(what, figures) for what, figures in shown.items()})
+    report = asyncio.run(seeing.measure(bench))
+
+    assert all(is_watched == (name == seeing.ON) for _, name, is_watched in looked)
+    pairs = [looked[n : n + 2] for n in range(0, len(looked), 2)]
+    assert all(first[0] == second[0] and first[1] != second[1] for first, second in pairs)
+    first_of = {what: [pair[0][1] for pair in pairs if pair[0][0] == what] for what in shown}
+    assert all(sorted(first) == [seeing.OFF, seeing.ON] for first in first_of.values())
+    seeing.show(report)
+    (line,) = [
+        line for line in capsys.readouterr().out.splitlines() if "8 streams, us/token" in line and "128" not in line
+    ]
+    assert line.split()[-8:] == ["5.1", "5.0", "0.10", "1.020", "1.020", "-", "1.020", "2"]
