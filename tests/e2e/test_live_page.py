@@ -134,7 +134,6 @@ def test_under_load_it_shows_the_pools_and_what_they_do(visit: Open, disaggregat
         page = visit(disaggregated).page
         expect(page.locator(".tile .big.none")).to_have_count(0)
         expect(page.locator(".state.busy").first).to_be_visible()
-        expect(page.locator("#status")).to_have_text("Serving")
         assert re.fullmatch(r"[\d.]+\s?(ms|s)", tile(page, "First token, p95"))
         assert re.fullmatch(r"[\d.]+\s?: 1", tile(page, "Prefill : decode"))
         for pool in ("Prefill", "Decode"):
@@ -144,6 +143,8 @@ def test_under_load_it_shows_the_pools_and_what_they_do(visit: Open, disaggregat
         expect(page.locator("#handoff")).to_contain_text("prompts handed over")
         expect(page.locator("#planner")).to_contain_text("Off")
         expect(page.locator("#refusals")).to_contain_text("Nobody was refused")
+    # And not before: on a machine that others keep busy a pool may not answer in time, which is then told.
+    expect(page.locator("#status")).to_have_text("Serving")
 
 
 def test_a_prompt_is_typed_and_its_tokens_come_in_the_colours_of_their_pools(
