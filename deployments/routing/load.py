@@ -126,7 +126,7 @@ class ReplicaLoad:
     def max_held_tokens(self) -> int | None:
         """Of a sequence that are held there at once: a window and a step; None: all."""
         window = self.stats.kv_window
-        return None if window is None else window + self.stats.max_num_batched_tokens
+        return window + self.stats.max_num_batched_tokens if window else None
 
     def blocks_held(self, num_tokens: int, block_size: int) -> int:
         """Blocks that so many tokens of a sequence take there at once."""
