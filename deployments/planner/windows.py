@@ -37,8 +37,9 @@ class MeanLength:
     too small when traffic begins or grows: the short ones end first.
 
     That answers have become longer shows before these have ended. It is believed where chance does not explain that so
-    few end: then the mean is that of the last few, at least what those that run have drawn so far, and at most twice
-    that, for in the midst of answers of one length half of each is drawn.
+    few end, by those that have ended before and not by what was believed of them. These are of another kind then: the
+    mean is that of the last few without them, at least what those that run have drawn so far, and at most twice that,
+    for in the midst of answers of one length half of each is drawn.
 
     Args:
         believed: tokens, before anything is known.
@@ -52,22 +53,25 @@ class MeanLength:
         self._believed, self._weight, self._half_life = believed, weight, half_life
         self._drawn = self._ended = self._last_drawn = self._last_ended = 0.0
         self._age = 0.0  # tokens that those that run have drawn, each
-        self._before: float | None = None  # the mean a while ago; while no answer ends, it is not past
+        self._before = Share(half_life)  # the mean a while ago; while no answer ends, it is not past
         self._allowed: float | None = None
 
     def add(self, drawn: int, ended: int) -> None:
         """So many tokens were drawn, and so many answers ended meanwhile."""
-        if drawn >= 0 and ended >= 0:
-            keep_last = 0.5 ** (ended / _LAST_ANSWERS)
-            keep = keep_last if self._are_longer else 0.5 ** (ended / self._half_life)
-            self._weight *= keep
-            self._drawn, self._ended = keep * self._drawn + drawn, keep * self._ended + ended
-            self._last_drawn = keep_last * self._last_drawn + drawn
-            self._last_ended = keep_last * self._last_ended + ended
-            if ended:
-                before = self._mean if self._before is None else self._before
-                keep_before = 0.5 ** (ended / self._half_life)
-                self._before = keep_before * before + (1.0 - keep_before) * self._mean
+        if drawn < 0 or ended < 0:
+            return
+        were_longer = self._are_longer
+        keep_last = 0.5 ** (ended / _LAST_ANSWERS)
+        keep = keep_last if were_longer else 0.5 ** (ended / self._half_life)
+        self._weight *= keep
+        self._drawn, self._ended = keep * self._drawn + drawn, keep * self._ended + ended
+        self._last_drawn = keep_last * self._last_drawn + drawn
+        self._last_ended = keep_last * self._last_ended + ended
+        if ended:
+            self._before.add(ended * self._drawn / self._ended, ended)
+        if self._are_longer and not were_longer:  # the last that have ended are of the others
+            self._last_drawn -= self._last_ended * self._before.value(0.0)
+            self._last_ended = 0.0
 
     def note_running(self, num_running: int, drawn: int, num_open: int, allowed: int) -> None:
         """So many run and have drawn so many tokens; and so many, with those that wait, may draw so many at most."""
@@ -86,7 +90,8 @@ class MeanLength:
     @property
     def _are_longer(self) -> bool:
         """Whether fewer of the last answers have ended than of such as were before would have, beyond chance."""
-        expected = self._last_drawn / self._before if self._before else 0.0
+        before = self._before.value(0.0)
+        expected = self._last_drawn / before if before else 0.0
         return expected - self._last_ended > _SURPRISE * math.sqrt(expected)
 
     @property

@@ -8,6 +8,7 @@ from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.planner.observer import Observer
 from deployments.planner.plan import plan
 from deployments.planner.settings import PlannerSettings
+from deployments.planner.shared import PERIOD_S
 from deployments.planner.state import Bounds, Memory
 from deployments.simulator.pools import PoolState
 
@@ -88,7 +89,7 @@ class Planned:
         changes: when a target changed, and why.
     """
 
-    period_s = 2.0
+    period_s = PERIOD_S
 
     def __init__(self, settings: PlannerSettings, is_colocated: bool = False) -> None:
         self._settings = settings

@@ -61,6 +61,14 @@ def test_answers_that_become_longer_are_known_before_most_of_them_have_ended_and
     assert answers.run(90, lambda: 12)[-1] < 25
 
 
+def test_what_was_believed_before_any_had_ended_does_not_hide_that_they_become_longer():
+    answers = Answers(believed=256.0)
+    answers.run(60, lambda: 12)
+    values = answers.run(10, lambda: 120)
+    assert max(values[:10]) < 20
+    assert values[75] > 50 and values[95] > 70
+
+
 LENGTHS = {
     "one length": lambda draw: 100,
     "as if ended by chance": lambda draw: draw.expovariate(0.01),
