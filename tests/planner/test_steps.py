@@ -21,7 +21,7 @@ def targets_in(phase: Phase, behind_s: float, seed: int) -> dict[str, list[tuple
     """How many replicas of each pool are wanted when, in seconds since a phase began behind a calm one."""
     config = arguments([])
     load = build_load([Phase("little", behind_s), phase], seed)
-    requests = [Request(one.at_s, len(one.prompt), one.output_tokens) for one in load]
+    requests = [Request(one.at_s or 0.0, len(one.prompt), one.output_tokens) for one in load]
     engine, least = config.engine_config("decode"), config.min_remote_prefill_tokens
     assert engine.num_blocks and engine.block_size and engine.max_num_batched_tokens and engine.max_num_seqs
     curves = replace(
