@@ -2,7 +2,8 @@
 
 Such a request is in no engine and in no queue of Ray Serve's. It is counted here, and the planner hears of it from
 here, which starts as many replicas as those that wait need. Readings tell that replicas have come. They do not come all
-at once, so for a few seconds the first one is given no more than it has seats for. Knows no Ray.
+at once, so for a few seconds the first one is given no more than it has seats for. Knows no Ray. The simulator holds
+its requests by the same code, without coroutines.
 """
 
 import asyncio
@@ -51,12 +52,12 @@ class Held:
 
 
 @dataclass(eq=False, slots=True)
-class _Request:
-    """One that waits until `go` is done."""
+class Waiting:
+    """A request that waits; `go` is called once, when it may go to a replica."""
 
     num_tokens: int
     since_s: float
-    go: asyncio.Future[None]
+    go: Callable[[], None]
 
 
 class HeldRequests:
@@ -78,7 +79,7 @@ class HeldRequests:
         self.max_s = bounds.max_s
         self._on_first = on_first
         self._clock = clock
-        self._waiting: dict[_Request, None] = {}  # in the order in which they came
+        self._waiting: dict[Waiting, None] = {}  # in the order in which they came
         self._num_tokens = 0
         self._is_closed = False
         self._opened_s = -math.inf
@@ -109,8 +110,26 @@ class HeldRequests:
             OverloadedError: too many wait.
             StartingError: none came in time.
         """
-        if not (self._is_closed or self._waiting):
+        go = asyncio.get_running_loop().create_future()
+        request = self.enter(num_tokens, lambda: None if go.done() else go.set_result(None))
+        if request is None:
             return
+        try:
+            async with asyncio.timeout(self.max_s):
+                await go
+        except TimeoutError:
+            raise self.give_up() from None
+        finally:
+            self.leave(request)
+
+    def enter(self, num_tokens: int, go: Callable[[], None]) -> Waiting | None:
+        """Have a request with so many prompt tokens wait until `go` is called; None: it may go at once.
+
+        Raises:
+            OverloadedError: too many wait.
+        """
+        if not (self._is_closed or self._waiting):
+            return None
         bounds = self._bounds
         if len(self._waiting) >= bounds.max_requests:
             raise OverloadedError(
@@ -118,18 +137,20 @@ class HeldRequests:
                 f"{bounds.max_requests} may (decode.max_queued_requests)",
                 self._retry_s,
             )
-        request = _Request(num_tokens, self._clock(), asyncio.get_running_loop().create_future())
+        request = Waiting(num_tokens, self._clock(), go)
         self._waiting[request] = None
         self._num_tokens += num_tokens
         if len(self._waiting) == 1:
             self._on_first()
-        try:
-            async with asyncio.timeout(self.max_s):
-                await request.go
-        except TimeoutError:
-            raise self.give_up() from None
-        finally:
-            self._forget(request)
+        return request
+
+    def leave(self, request: Waiting) -> bool:
+        """It waits no longer; False: it did not."""
+        if request not in self._waiting:
+            return False
+        del self._waiting[request]
+        self._num_tokens -= request.num_tokens
+        return True
 
     def give_up(self) -> StartingError:
         """A request has waited for too long: what it is told."""
@@ -155,15 +176,9 @@ class HeldRequests:
         num_going = len(self._waiting) if now_s - self._opened_s >= SPREAD_S else max(0, room)
         for request in [*self._waiting][:num_going]:
             self._num_sent += 1
-            self._forget(request)
-            if not request.go.done():
-                request.go.set_result(None)
+            self.leave(request)
+            request.go()
 
     @property
     def _retry_s(self) -> float:
         return _UNKNOWN_RETRY_S if self._start_took_s is None else self._start_took_s
-
-    def _forget(self, request: _Request) -> None:
-        if request in self._waiting:
-            del self._waiting[request]
-            self._num_tokens -= request.num_tokens

@@ -13,6 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from deployments.planner.settings import PlannerSettings
@@ -70,9 +71,10 @@ def _setup(options: argparse.Namespace) -> Setup:
         curves = with_figures(curves, read_figures(options.curves), str(options.curves))
     start_s, failure_s = options.start_s, options.failure_s
     pool = PoolSetup(curves, start_s, most=options.most, cost=options.cost, failure_s=failure_s)
+    prefill, decode = (replace(pool, least=count) for count in options.least)
     least, by_prefix = options.min_remote_tokens, not options.serve_routing
     tier_tokens = options.tier_tokens
-    return Setup(pool, pool, options.ttft_s, options.itl_s, least, tier_tokens=tier_tokens, by_prefix=by_prefix)
+    return Setup(decode, prefill, options.ttft_s, options.itl_s, least, tier_tokens=tier_tokens, by_prefix=by_prefix)
 
 
 def _compare(trace: list[Request], setup: Setup, options: argparse.Namespace) -> dict[str, Result]:
@@ -150,6 +152,13 @@ def _pools(text: str) -> tuple[int, int]:
     return int(prefill), int(decode)
 
 
+def _least(text: str) -> tuple[int, int]:
+    prefill, plus, decode = text.partition("+")
+    if not plus or not (prefill.isdecimal() and decode.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not P+D, as in 0+1")
+    return int(prefill), int(decode)
+
+
 def _share(text: str) -> float:
     if not 0.0 < float(text) <= 1.0:
         raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and up to 1, as in 0.95")
@@ -168,6 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--itl-s", type=float, default=0.05, help="bound of 95%% of a request's gaps")
     parser.add_argument("--start-s", type=float, default=60.0, help="a replica takes to start")
     parser.add_argument("--most", type=int, default=32, help="replicas of each pool")
+    parser.add_argument(
+        "--least", type=_least, default=(1, 1), metavar="P+D", help="replicas of each pool; with 0 it may sleep"
+    )
     parser.add_argument("--cost", type=float, default=1.0, help="of a replica and hour")
     parser.add_argument("--slower", type=float, default=1.0, help="times that a step takes as long as measured")
     parser.add_argument("--curves", type=Path, help="JSON: other figures, by the names in simulator/curves.py")

@@ -28,7 +28,7 @@ class Request:
         chain: names of the prompt's full blocks, as far as the trace tells them.
         ttft_s: to its first token; None: it had none.
         end_s: when its last token came; None: it has none.
-        is_refused: admission did not let it in.
+        is_refused: admission did not let it in; or it was held for a replica, and too many were, or none came in time.
         gaps_over: of its tokens, that came later than the bound after the one before.
     """
 

@@ -4,6 +4,7 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
+from deployments.load.held import Held
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.planner.observer import Observer
 from deployments.planner.plan import plan
@@ -17,8 +18,11 @@ class Fixed:
     """As many as there are."""
 
     period_s = 60.0
+    wakes = False
 
-    def decide(self, reading: Reading, pools: dict[str, PoolState], at_s: float, num_refused: int) -> dict[str, int]:
+    def decide(
+        self, reading: Reading, pools: dict[str, PoolState], at_s: float, num_refused: int, held: Held
+    ) -> dict[str, int]:
         return {name: pool.target for name, pool in pools.items()}
 
 
@@ -45,6 +49,7 @@ class ServeDefault:
     """
 
     period_s = 1.0
+    wakes = False
 
     def __init__(
         self,
@@ -58,7 +63,9 @@ class ServeDefault:
         self._look_back_s = look_back_s
         self._pools: dict[str, _ServePool] = {}
 
-    def decide(self, reading: Reading, pools: dict[str, PoolState], at_s: float, num_refused: int) -> dict[str, int]:
+    def decide(
+        self, reading: Reading, pools: dict[str, PoolState], at_s: float, num_refused: int, held: Held
+    ) -> dict[str, int]:
         return {name: self._decide(name, pool, at_s) for name, pool in pools.items()}
 
     def _decide(self, name: str, pool: PoolState, at_s: float) -> int:
@@ -90,6 +97,7 @@ class Planned:
     """
 
     period_s = PERIOD_S
+    wakes = True
 
     def __init__(self, settings: PlannerSettings, is_colocated: bool = False) -> None:
         self._settings = settings
@@ -97,7 +105,10 @@ class Planned:
         self._memory = Memory()
         self.changes: list[tuple[float, str]] = []
 
-    def decide(self, reading: Reading, pools: dict[str, PoolState], at_s: float, num_refused: int) -> dict[str, int]:
+    def decide(
+        self, reading: Reading, pools: dict[str, PoolState], at_s: float, num_refused: int, held: Held
+    ) -> dict[str, int]:
+        self._observer.note_held(held)
         seen = self._observer.observe(reading, at_s, num_refused)
         bounds = {name: Bounds(pool.least, pool.most, pool.target) for name, pool in pools.items()}
         decided, self._memory = plan(seen, (bounds[DECODE], bounds.get(PREFILL)), self._settings, self._memory)

@@ -1,19 +1,21 @@
 """A modelled service: one ingress, both pools, hand-offs between them, replicas that start and leave.
 
-Admission and the routers are the project's own, told once a second how the engines are; the number of replicas follows
-whoever scales. A replica costs from when it is asked for until its last request has left it.
+Admission, the routers and the hold of requests that have no replica are the project's own, told once a second how the
+engines are; the number of replicas follows whoever scales. A replica costs from when it is asked for until its last
+request has left it.
 """
 
 import random
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Protocol
 
 import simpy
 
 from deployments.errors import OverloadedError, RequestTooLargeError
-from deployments.load.admission import Admission, Bounds
+from deployments.load.admission import Admission, Bounds, Ticket
+from deployments.load.held import Held, HeldRequests, HoldBounds
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.messages import ANYWHERE, Priority
 from deployments.routing.crossover import Crossover, Goals
@@ -25,6 +27,8 @@ from deployments.simulator.requests import BLOCK_SIZE, Request
 from deployments.simulator.way import Way
 
 _READ_PERIOD_S = 1.0
+# As `decode.max_queued_requests` and `ingress.max_start_s` are unless set.
+_HOLD = HoldBounds(max_requests=1024, max_s=600.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ class Setup:
         min_remote_tokens: prompts with fewer uncached tokens are computed by decode; None: by what was measured.
         call_s: that a request takes beside the engines, until its first token is with the client.
         tier_tokens: that the shared tier holds; 0: there is none.
+        hold: who may wait for a decode replica, where there may be none.
         by_prefix: replicas are chosen by the project's routers; else as Ray Serve does.
         seed: of what Ray Serve draws, and of failures.
     """
@@ -50,17 +55,27 @@ class Setup:
     min_remote_tokens: int | None = None
     call_s: float = 0.0
     tier_tokens: int = 0
+    hold: HoldBounds = _HOLD
     by_prefix: bool = True
     seed: int = 0
 
 
 class Scaler(Protocol):
-    """Chooses how many replicas there are."""
+    """Chooses how many replicas there are.
+
+    Attributes:
+        period_s: between two choices.
+        wakes: it has replicas started for requests that are held; else they wait where Ray Serve has them wait, which
+            starts one.
+    """
 
     period_s: float
+    wakes: bool
 
-    def decide(self, reading: Reading, pools: dict[str, PoolState], at_s: float, num_refused: int) -> dict[str, int]:
-        """Targets by pool; calls refused since the last time are told."""
+    def decide(
+        self, reading: Reading, pools: dict[str, PoolState], at_s: float, num_refused: int, held: Held
+    ) -> dict[str, int]:
+        """Targets by pool; calls refused since the last time are told, and those that are held now."""
         ...
 
 
@@ -95,12 +110,15 @@ class Service:
             self.pools[PREFILL] = self._way.prefill
         crossover, least = None, None
         if setup.prefill is not None:
-            crossover = Crossover(Goals(setup.ttft_s, setup.itl_s), setup.min_remote_tokens)
+            may_lack = setup.prefill.least == 0
+            crossover = Crossover(Goals(setup.ttft_s, setup.itl_s), setup.min_remote_tokens, may_lack)
             least = crossover.default_tokens
         self._routers = PoolRouters(RoutingSettings(by_prefix=setup.by_prefix), crossover, clock=self._clock)
         self._admission = Admission(Bounds(setup.ttft_s, 100_000_000, least), self._clock, self._routers.is_remote)
         self._least = least
         self._scaler = scaler
+        may_sleep = setup.decode.least == 0 and scaler.wakes
+        self._held = HeldRequests(setup.hold, lambda: None, self._clock) if may_sleep else None
         self._tell = ended
         self._num_refused = self._num_open = 0
         self._numbers = count()
@@ -143,12 +161,22 @@ class Service:
         self.reading = Reading.of(pools, self.env.now)
         self._admission.update(self.reading)
         self._routers.update(self.reading)
+        if self._held is not None:
+            self._held.update(self.reading)
+
+    @property
+    def held(self) -> Held:
+        """Requests that wait for a decode replica."""
+        return Held() if self._held is None else self._held.now()
 
     def _scale_on(self) -> Generator[simpy.Event, None, None]:
-        while not self.is_over:
-            states = {name: pool.state for name, pool in self.pools.items()}
-            targets = self._scaler.decide(self.reading, states, self.env.now, self._num_refused)
+        while not self.is_over or self.held.count or self._way.num_unplaced:
+            states, num_unplaced = {name: pool.state for name, pool in self.pools.items()}, self._way.num_unplaced
+            states[DECODE] = replace(states[DECODE], num_ongoing=states[DECODE].num_ongoing + num_unplaced)
+            targets = self._scaler.decide(self.reading, states, self.env.now, self._num_refused, self.held)
             self._num_refused = 0
+            if num_unplaced and not states[DECODE].num_ready:
+                targets[DECODE] = max(1, targets[DECODE])  # Ray Serve starts one by itself
             for name, pool in self.pools.items():
                 pool.scale(targets[name], pool.setup.start_s)
                 pool.history.append((self.env.now, pool.target, len(pool.ready)))
@@ -159,14 +187,43 @@ class Service:
         try:
             ticket = self._admission.admit([request.prompt_tokens], Priority.HIGH, b"")
         except (OverloadedError, RequestTooLargeError):
-            request.is_refused = True
             self._num_refused += 1
-            self._tell(request)
+            self._refuse(request)
             return
+        self._num_open += 1
+        if not self._hold(request, ticket):
+            self._send(request, ticket)
+
+    def _refuse(self, request: Request) -> None:
+        request.is_refused = True
+        self._tell(request)
+
+    def _hold(self, request: Request, ticket: Ticket) -> bool:
+        """Have it wait for a decode replica, if there is none; whether that is so, or it may not even wait."""
+        held = self._held
+        if held is None:
+            return False
+
+        def give_up() -> None:
+            ticket.close()
+            self._num_open -= 1
+            self._refuse(request)
+
+        try:
+            waiting = held.enter(request.prompt_tokens, lambda: self._send(request, ticket))
+        except OverloadedError:
+            give_up()
+            return True
+        if waiting is None:
+            return False
+        self.env.timeout(held.max_s).callbacks.append(lambda _: give_up() if held.leave(waiting) else None)
+        return True
+
+    def _send(self, request: Request, ticket: Ticket) -> None:
+        """To a decode replica."""
         routed = self._route(request)
         least = routed.route.min_remote_tokens
         least = self._least if least is None else least
-        self._num_open += 1
         self._way.begin(Call(request, ticket, routed, least, next(self._numbers), request))
 
     def _end(self, call: Call) -> None:

@@ -36,6 +36,7 @@ class Way:
 
     Attributes:
         gaps: between tokens, of all requests.
+        num_unplaced: requests that were let in and have found no decode replica: they ask again.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Way:
         self._ended = ended
         self._tier = ModelledCache(tier_blocks) if tier_blocks else None
         self.gaps = Gaps()
+        self.num_unplaced = 0
 
         def pool(name: str, setup: PoolSetup) -> Pool:
             return Pool(name, setup, env, itl_s, self.gaps, draw, self._take_back)
@@ -66,11 +68,16 @@ class Way:
         """A request was let in, or has lost its replica."""
         replica = call.replica = self.decode.find(call.routed.route.decode, self._draw)
         if replica is None:
-            self._env.timeout(_RETRY_S).callbacks.append(lambda _: self.begin(call))
+            self.num_unplaced += 1
+            self._env.timeout(_RETRY_S).callbacks.append(lambda _: self._begin_again(call))
             return
         replica.calls.add(call)
         replica.waiting.append(call)
         self._seat(replica)
+
+    def _begin_again(self, call: Call) -> None:
+        self.num_unplaced -= 1
+        self.begin(call)
 
     def _seat(self, replica: Replica) -> None:
         """Whoever waits and has room goes on."""

@@ -10,6 +10,7 @@ import simpy
 from ray.serve.autoscaling_policy import _apply_delay_logic, _apply_scaling_factors
 from ray.serve.config import AutoscalingConfig
 
+from deployments.load.held import Held
 from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.planner.settings import PlannerSettings
 from deployments.simulator.__main__ import main
@@ -223,7 +224,7 @@ def test_what_serve_decides_by_default_is_what_ray_serve_decides():
     for second in range(1500):
         ongoing = round(8 + 8 * math.sin(second / 100))
         pool = PoolState(1, 20, target, target, ongoing)
-        target = ours.decide(Reading({}, 0.0), {DECODE: pool}, float(second), 0)[DECODE]
+        target = ours.decide(Reading({}, 0.0), {DECODE: pool}, float(second), 0, Held())[DECODE]
         wanted = _apply_scaling_factors(theirs * ongoing / (2.0 * theirs), theirs, config)
         theirs, state = _apply_delay_logic(wanted, theirs, config, state, _now=float(second))
         theirs = min(max(theirs, 1), 20)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from deployments.engine.stats import EngineStats
+from deployments.load.held import Held
 from deployments.load.reading import Reading
 from deployments.replica_stats import HandoffStats, ReplicaStats
 from deployments.simulator.curves import Curves
@@ -96,10 +97,12 @@ class Watching(Fixed):
     def __init__(self) -> None:
         self.snapshots: list[Snapshot] = []
 
-    def decide(self, reading: Reading, pools: dict[str, PoolState], at_s: float, num_refused: int) -> dict[str, int]:
+    def decide(
+        self, reading: Reading, pools: dict[str, PoolState], at_s: float, num_refused: int, held: Held
+    ) -> dict[str, int]:
         engines = {(pool, name): stats for pool, read in reading.pools.items() for name, stats in read.items()}
         self.snapshots.append(Snapshot(engines))
-        return super().decide(reading, pools, at_s, num_refused)
+        return super().decide(reading, pools, at_s, num_refused, held)
 
 
 def test_what_a_modelled_engine_teaches_makes_another_one_like_it():
