@@ -3,7 +3,7 @@
 Batches of today are alike, and tell nothing of others; so what was seen of each size is kept, apart, and forgotten by
 the hour. Where that does not tell the parts apart, a sequence is taken to cost what a prompt token does, which is as
 much to compute (0.026 ms against 0.025 ms: Llama-3.1-8B, one H100, docs/measured.md), and the rest is taken for the
-step's own. So while steps have computed prompts alone, that is what is known of small batches. Pure: no clock.
+step's own. So while steps have computed prompts alone, that much is known of batches. Pure: no clock.
 
 Source: Bayesian linear regression (ridge), with errors in proportion to the gap.
 """
@@ -77,12 +77,11 @@ class GapLearner:
         """
         costs = self.costs(token_s)
         if costs is None:
-            if not token_s:
-                return None
-            costs = 0.0, token_s, token_s * _KV_TO_PROMPT
+            believed_s = token_s * (1.0 + _KV_TO_PROMPT * kv_per_sequence)
+            return GapCurve(0.0, believed_s) if token_s else None
         step_s, sequence_s, kv_s = costs
-        seen = max((s.sequences / s.weight for s in self._sizes.values()), default=0.0)
-        return GapCurve(step_s, sequence_s + kv_s * kv_per_sequence, max(_SMALL, _BEYOND * seen))
+        largest = max(_SMALL, _BEYOND * max(s.sequences / s.weight for s in self._sizes.values()))
+        return GapCurve(step_s, sequence_s + kv_s * kv_per_sequence, largest)
 
     def costs(self, token_s: float) -> tuple[float, float, float] | None:
         """Seconds of each step, of each sequence in it, of each token of KV that it reads; None: no step was seen.

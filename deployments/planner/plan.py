@@ -230,17 +230,13 @@ def _adopt(memory: PoolMemory, bounds: Bounds, at_s: float) -> PoolMemory:
 def _heed_tail(
     memory: PoolMemory, pool: PoolSeen, need: Need, bounds: Bounds, settings: PlannerSettings, at_s: float
 ) -> PoolMemory:
-    """Raise need where a bound is not kept by engines that should be enough, and that are all there.
-
-    So far that the most that was needed lately needs one more than there are: what is needed just now may be little.
-    """
+    """Raise need where a bound is not kept by engines that should be enough, and that are all there."""
     is_enough = 0 < need.times(memory.factor).num_engines <= bounds.target == pool.num_ready
     is_due = at_s - memory.raised_s > hold(settings, pool.start_s)
     is_due = is_due and at_s - memory.changed_s > _TAIL_S + pool.start_s
     if not (is_enough and is_due and is_missed(pool.tail, settings.quantile)):
         return memory
-    lately = memory.needs[0][1] / memory.factor if memory.needs else 0.0
-    one_more = (bounds.target + 0.5) / max(need.lasting, need.burst, lately)
+    one_more = (bounds.target + 0.5) / max(need.lasting, need.burst)
     return replace(memory, factor=min(max(memory.factor, one_more), _MAX_RAISE), raised_s=at_s)
 
 

@@ -45,29 +45,32 @@ def test_no_decode_replica_is_refused_where_nobody_would_start_one(arguments, me
 
 
 class Sleeper(Controller):
-    """Both pools may have no replica; an ingress tells what it holds."""
+    """Both pools may have no replica; ingress replicas tell what each of them holds."""
 
-    def __init__(self) -> None:
-        super().__init__(hold_s=5.0)
+    def __init__(self, **settings) -> None:
+        super().__init__(hold_s=5.0, **settings)
         self.bounds = dict.fromkeys(self.policies, (0, 10))
         self.ingress = IngressPolicy(False, self.settings)
-        self.held = Held()
+        self.held = Held()  # by the first one
+        self.held_by_others: list[Held] = []
 
     def loop(self, seconds=0.5) -> dict[str, int]:
         targets = super().loop(seconds)
         context = self.context("decode")
-        (replica,) = [ReplicaID("i0", context.deployment_id)]
-        told = numbers_of_ingress(0, self.held)
-        context.raw_metrics = {name: {replica: [TimeStampedValue(self.now_s, value)]} for name, value in told.items()}
+        context.raw_metrics = {}
+        for number, held in enumerate((self.held, *self.held_by_others)):
+            replica = ReplicaID(f"i{number}", context.deployment_id)
+            for name, value in numbers_of_ingress(0, held).items():
+                context.raw_metrics.setdefault(name, {})[replica] = [TimeStampedValue(self.now_s, value)]
         self.ingress(context)
         for pool, num_left in targets.items():
             del self.stats[pool][num_left:]
         return targets
 
 
-@pytest.fixture
-def sleeper() -> Sleeper:
-    controller = Sleeper()
+@pytest.fixture(params=[False, True], ids=["no flips", "flips"])
+def sleeper(request) -> Sleeper:
+    controller = Sleeper(flip=request.param)
     controller.run(10)
     controller.run(300, tokens=0)
     assert controller.targets == {"decode": 0, "prefill": 0}
@@ -79,6 +82,18 @@ def test_held_requests_wake_decode_in_the_next_turn_of_the_controller(sleeper):
     sleeper.held = Held(1, 20, 0.1)
     sleeper.loop(0.2)
     assert sleeper.loop(0.2) == {"decode": 1, "prefill": 0}
+
+
+def test_what_several_ingress_replicas_hold_wakes_as_many_as_all_of_it_needs(sleeper):
+    seats = sleeper.engine().max_num_seqs
+    sleeper.held = Held(1, 20, 0.1)
+    for _ in range(3):
+        sleeper.loop()
+    assert sleeper.targets["decode"] == 1, "one asks for little"
+    sleeper.held_by_others = [Held(seats, 20 * seats, 0.1)] * 2
+    for _ in range(3):
+        sleeper.loop()
+    assert sleeper.targets["decode"] == 3
 
 
 def test_it_stays_awake_until_what_was_held_is_served_and_sleeps_again(sleeper):

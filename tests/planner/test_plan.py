@@ -255,19 +255,6 @@ def test_a_bound_that_is_not_kept_by_engines_enough_adds_one():
     assert service.targets[0] <= before[0] + 1
 
 
-def test_a_bound_that_is_not_kept_while_little_is_needed_adds_no_more_than_one_once_much_is_needed_again():
-    service = Service()
-    much = {"requests": 20, "output_tokens": 4000.0, "num_running": 600}
-    little = {"requests": 11, "output_tokens": 4000.0, "num_running": 330}
-    service.run(200, **much)
-    before = service.targets
-    service.run(30, **little)
-    assert service.targets == before, "they are held"
-    service.run(6, **little, tail=Tail(count=5000, over=0.2))
-    service.run(60, **much)
-    assert service.targets[0] == before[0] + 1
-
-
 def test_few_slow_ones_are_chance_and_change_nothing():
     service = Service()
     service.run(120, requests=20)
