@@ -22,7 +22,8 @@ from deployments.planner.state import Bounds, Memory
 # Ray Serve's own: its controller writes what this one says, and of others warnings alone.
 logger = logging.getLogger("ray.serve")
 
-PERIOD_S = 1.0
+# Looking each second it saw more short queues, and answered bursts with the wrong pool: see docs/log.md.
+PERIOD_S = 2.0
 # A pool whose policy was not asked while another's was, so many times, is not scaled by it, and nothing is known of it.
 # Not seconds: the controller itself may stand still for some, as when replicas start.
 _MAX_MISSED = 20
