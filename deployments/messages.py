@@ -15,7 +15,6 @@ from deployments.receipts import Timed
 MAX_PENALTY = 2.0
 MAX_LOGIT_BIAS = 100.0
 REPETITION_PENALTIES = 0.1, 10.0
-
 # The likeliest tokens that are told beside each token, at most.
 MAX_LOGPROBS = 20
 # Logprobs of one prompt, those of the likeliest tokens included: 0.9 MB on the wire, within one frame.
