@@ -17,6 +17,7 @@ from deployments.engine.execution import verification  # isort: skip
 from deployments.engine.execution.costs import StepCosts
 from deployments.engine.kernels.arguments import Scores
 from deployments.engine.kv.cache import KVCache
+from deployments.engine.kv.layers import LayerWatch
 from deployments.messages import GenerateRequest, SamplingParams
 from tests.engine.drafters import lies, mixture, truth, with_drafter
 from tests.engine.driving import Transcript, build_engine, greedy, run
@@ -48,8 +49,9 @@ class PlainStep:
         single_lens: Tensor,
         prompts: tuple[Prompts, ...] = (),
         rows: Tensor | None = None,
+        watch: LayerWatch | None = None,
     ) -> None:
-        self._cache, self._slots, self.rows = cache, slots, rows
+        self._cache, self._slots, self.rows, self._watch = cache, slots, rows, watch
         self._decodes = list(zip(single_lens.tolist(), single_tables, strict=True))
         self._prompts = prompts
 
@@ -58,6 +60,8 @@ class PlainStep:
         queries, keys, values = (part.transpose(0, 1) for part in (queries, keys, values))
         written = self._slots >= 0
         self._cache.write(layer, self._slots[written].long(), keys[written], values[written])
+        if self._watch is not None and layer + 1 in self._watch.ends:
+            self._watch.reach(layer + 1)
         out = torch.zeros_like(queries)
         for row, (length, table) in enumerate(self._decodes):
             if length:
