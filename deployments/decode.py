@@ -227,8 +227,9 @@ class Decode(EngineReplica):
         elif placed.remote:
             where = Computed.PREFILL
         else:
-            num_left = request.num_given_tokens - placed.num_cached_tokens
-            where = Computed.CACHED if num_left <= self._front.engine.info.block_size else Computed.DECODE
+            num_cached = placed.num_cached_tokens
+            is_cached = 0 < num_cached >= request.num_given_tokens - self._front.engine.info.block_size
+            where = Computed.CACHED if is_cached else Computed.DECODE
         if where is not None:
             self._front.prompts[where.value] += 1
 

@@ -57,7 +57,7 @@ class HandoffStats:
 class Computed(StrEnum):
     """Where a prompt was computed."""
 
-    CACHED = "cached"  # at the decode engine, which had all of it but the last block
+    CACHED = "cached"  # at the decode engine, which had all of it but the last block, and not nothing
     DECODE = "decode"
     PREFILL = "prefill"
 

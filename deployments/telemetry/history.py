@@ -19,6 +19,10 @@ NUM_SLOTS = 120
 MAX_EVENTS = 30
 # A replica that has gone is told of for so long.
 GONE_S = 60.0
+# One that was not heard for longer than what Serve said may be old is gone, where Serve has none that may answer.
+LOST_S = 8.0
+# Serve's words for replicas that answer nobody.
+_TO_COME = {"STARTING", "STOPPED"}
 _NUM_BUCKETS = len(LATENCY_BUCKETS_S) + 1
 
 # What is counted of a replica since it started.
@@ -166,12 +170,7 @@ class History:
         known = self.replicas.setdefault(pool, {})
         names = {stats.replica for stats in replicas}
         for name in known.keys() - names:
-            # What it did until it was last heard it did for this pool.
-            self._left.setdefault(pool, Counter()).update(self._count_anew(known.pop(name).stats))
-            if name in flipped:
-                continue
-            self.gone[pool, name] = now_s
-            self.events.append(ReplicaEvent(now_s, pool, name, "gone"))
+            self._part_with(pool, name, now_s, is_gone=name not in flipped)
         for stats in replicas:
             before = known.get(stats.replica)
             if before is None and (before := flipped.get(stats.replica)) is not None:
@@ -180,6 +179,25 @@ class History:
                 self._greet(pool, stats, now_s, is_first=is_first)
             recent = Counter[str]() if before is None else before.recent
             known[stats.replica] = KnownReplica(stats, now_s - stats.age_s, recent)
+
+    def note_states(self, states: Mapping[str, Mapping[str, int]]) -> None:
+        """What Serve says of the pools: one that has lost all its replicas cannot be read, and tells nothing itself.
+
+        Args:
+            states: by pool, how many replicas are in which state, in Serve's words.
+        """
+        now_s = self._clock()
+        for pool in [pool for pool, of in states.items() if of.keys() <= _TO_COME]:
+            silent = [name for name, known in self.replicas.get(pool, {}).items() if now_s - known.heard_s > LOST_S]
+            for name in silent:
+                self._part_with(pool, name, now_s, is_gone=True)
+
+    def _part_with(self, pool: str, name: str, now_s: float, *, is_gone: bool) -> None:
+        """What it did until it was last heard it did for this pool."""
+        self._left.setdefault(pool, Counter()).update(self._count_anew(self.replicas[pool].pop(name).stats))
+        if is_gone:
+            self.gone[pool, name] = now_s
+            self.events.append(ReplicaEvent(now_s, pool, name, "gone"))
 
     def _greet(self, pool: str, stats: ReplicaStats, now_s: float, *, is_first: bool) -> None:
         """What those had done that the first reading of a pool finds is past; what comes later begins with nothing.

@@ -70,6 +70,7 @@ class LiveView:
     async def _make(self, health: tuple[bool, str]) -> None:
         seen = (health, *(name for pool in self._history.replicas.values() for name in pool))
         state = replace(await self._look(seen), health=health)
+        self._history.note_states(state.states)
         others = await self._others() if state.num_ingresses > 1 else []
         self._document = describe(state, self._history, others, time.time())
         self._made_s = time.monotonic()

@@ -32,10 +32,11 @@ async def test_prompts_are_counted_by_where_they_were_computed(start: StartPools
         ("short", random_prompt(40, seed=5)),
         ("other", random_prompt(40, seed=6)),
         ("third", random_prompt(40, seed=7)),
+        ("within a block", random_prompt(BLOCK_SIZE - 1, seed=8)),
     ):
         await pools.collect(greedy(name, prompt, NUM_TOKENS))
     await pools.wait_idle()
-    assert await counted(pools, "prompts_total", "where") == {"cached": 1, "decode": 3, "prefill": 1}
+    assert await counted(pools, "prompts_total", "where") == {"cached": 1, "decode": 4, "prefill": 1}
 
 
 async def test_prompt_tokens_are_counted_by_where_their_kv_came_from(start: StartPools) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from deployments.load.reading import DECODE, PREFILL
-from deployments.telemetry.history import GONE_S, NUM_SLOTS, SLOT_S
+from deployments.telemetry.history import GONE_S, LOST_S, NUM_SLOTS, SLOT_S
 from tests.telemetry.minutes import Service
 
 
@@ -59,6 +59,31 @@ def test_replicas_that_come_and_go_are_told_of(service: Service) -> None:
     assert service.history.gone == {(DECODE, "b"): gone_s}
     service.run(GONE_S)
     assert not service.history.gone and service.history.replicas[DECODE].keys() == {"a", "c"}
+
+
+def test_the_last_replica_of_a_pool_that_cannot_be_read_is_gone_once_serve_says_that_none_runs(
+    service: Service,
+) -> None:
+    service.start(DECODE, "a")
+    service.start(PREFILL, "p")
+    service.run(2)
+    del service.engines[DECODE]["a"]
+    service.unread.add(DECODE)
+    service.run(LOST_S)
+    assert DECODE in service.history.replicas, "nobody has said anything of it"
+    service.history.note_states({DECODE: {"STARTING": 1}, PREFILL: {"STARTING": 1}})
+    assert not service.history.events, "Serve's word may be as old"
+    service.run(1)
+    service.history.note_states({DECODE: {"STARTING": 1, "STOPPING": 1}})
+    assert not service.history.events, "that one may answer yet"
+    service.history.note_states({DECODE: {"STARTING": 1}, PREFILL: {"STARTING": 1}})
+    (event,) = service.history.events
+    assert (event.at_s, event.pool, event.replica, event.kind) == (service.now_s, DECODE, "a", "gone")
+    assert service.history.gone == {(DECODE, "a"): service.now_s} and service.history.replicas[PREFILL].keys() == {"p"}
+    service.start(DECODE, "b")
+    service.unread.clear()
+    service.run(1)
+    assert [event.kind for event in service.history.events] == ["gone", "came"]
 
 
 def test_an_engine_that_is_silent_was_heard_when_it_spoke_last(service: Service) -> None:
