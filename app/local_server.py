@@ -43,6 +43,8 @@ NO_RAY = 75
 CHECK = "deployments.engine.model.check"
 _MAX_REASON = 300
 _POLL_S = 1.0
+# Without news a waiting user is told again how it stands.
+_PATIENCE_S = 30.0
 _SIGNAL_POLL_S = 0.5
 # Ray Serve's own; `down` waits no longer.
 _STOP_TIMEOUT_S = 30.0
@@ -161,14 +163,26 @@ def _complaints() -> list[str]:
 
 def _report_replicas(stopped: threading.Event) -> None:
     told: set[str] = set()
+    told_s = time.monotonic()
     while not stopped.wait(_POLL_S):
-        for application in serve.status().applications.values():
-            for name, deployment in application.deployments.items():
-                states = ", ".join(f"{count} {state.lower()}" for state, count in deployment.replica_states.items())
-                line = f"{name}: {states or 'waiting for resources'}"
-                if line not in told:
-                    told.add(line)
-                    say(line)
+        lines = _states_of_replicas()
+        if news := [line for line in lines if line not in told]:
+            told.update(news)
+            told_s = time.monotonic()
+            for line in news:
+                say(line)
+        elif time.monotonic() - told_s > _PATIENCE_S:
+            told_s = time.monotonic()
+            say(f"still so: {'; '.join(lines)}")
+
+
+def _states_of_replicas() -> list[str]:
+    lines = []
+    for application in serve.status().applications.values():
+        for name, deployment in application.deployments.items():
+            states = ", ".join(f"{count} {state.lower()}" for state, count in deployment.replica_states.items())
+            lines.append(f"{name}: {states or 'waiting for resources'}")
+    return lines
 
 
 def _exit(signum: int, frame: FrameType | None) -> None:

@@ -3,13 +3,17 @@
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import ray
+from ray import serve
 from ray.exceptions import RayTaskError
 
 from app import local_server
@@ -17,6 +21,7 @@ from app.config import AppConfig
 from app.local_process import RunFolder
 from app.local_server import NO_RAY, NO_RAY_MARK, RUNS, STAGE_MARK
 from tests.local.commands import ROOT, is_alive
+from tests.waiting import wait_until
 
 REASON = "The current node timed out during startup."
 # In the place of a server: leaves a child that listens, as a Ray that half came up does, until the file says otherwise.
@@ -127,3 +132,26 @@ def test_a_server_whose_ray_does_not_come_up_says_so_in_one_line_and_ends_with_i
         local_server.main()
     assert ended.value.code == NO_RAY
     assert f"{STAGE_MARK}{NO_RAY_MARK}: {said}\n" in capsys.readouterr().out
+
+
+def test_who_waits_for_replicas_is_told_again_how_it_stands(monkeypatch, capsys):
+    deployment = SimpleNamespace(replica_states={"STARTING": 1})
+    status = SimpleNamespace(applications={"default": SimpleNamespace(deployments={"Decode": deployment})})
+    monkeypatch.setattr(serve, "status", lambda: status)
+    monkeypatch.setattr(local_server, "_POLL_S", 0.01)
+    monkeypatch.setattr(local_server, "_PATIENCE_S", 0.0)
+    told: list[str] = []
+
+    def told_so_far() -> list[str]:
+        told.extend(capsys.readouterr().out.splitlines())
+        return told
+
+    stopped = threading.Event()
+    with ThreadPoolExecutor(1) as thread:
+        reporting = thread.submit(local_server._report_replicas, stopped)
+        try:
+            wait_until(lambda: len(told_so_far()) >= 3, 30)
+        finally:
+            stopped.set()
+        reporting.result()
+    assert told[:3] == [f"{STAGE_MARK}{line}" for line in ("Decode: 1 starting", *["still so: Decode: 1 starting"] * 2)]
