@@ -217,11 +217,12 @@ def _burst(queued_s: float, work: float, seen: PoolSeen, num_starting: int, boun
 def _running(answers: Answers, num_ready: int, batch: float, bound_s: float) -> float:
     """Engines for those that run, in batches of which the gap keeps the bound.
 
-    As many tokens per second as now; or, where batches are too large already, so that they pile up, for all of them.
+    As many tokens per second as now; or, where batches are too large already, so that they pile up, or it is not known
+    what a step takes of its own, so that engines seem to have no time left, for all of them.
     """
     assert answers.gaps is not None
     now_s = answers.gaps.seconds(answers.num_running / max(1, num_ready))
-    if now_s > bound_s:
+    if now_s > bound_s or not answers.gaps.step_s:
         return answers.num_running / batch
     return answers.num_running * answers.gaps.seconds(batch) / now_s / batch if now_s > 0 else 0.0
 

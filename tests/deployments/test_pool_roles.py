@@ -46,7 +46,7 @@ def short_of_prefill(**settings) -> Controller:
 
 def test_an_idle_decode_replica_is_told_its_role_until_it_says_so_and_later_to_decode_again(ordered):
     controller = short_of_prefill()
-    controller.run(4, queued=40_000)
+    controller.run(6, queued=40_000)
     assert len(ordered) > 1 and set(ordered) == {("decode1", True)}, "again, for it has not said so yet"
     controller.stats["decode"][1].is_flipped = True
     ordered.clear()

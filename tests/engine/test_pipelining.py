@@ -35,7 +35,8 @@ def test_chunks_and_batches(family: str, budget: int) -> None:
 
 @some_families
 def test_preemption_while_a_token_is_in_flight(family: str) -> None:
-    engine = build(family, num_blocks=19, enable_prefix_caching=False)
+    num_blocks = 11 if family == "mistral_windowed" else 19  # its sequences give blocks back
+    engine = build(family, num_blocks=num_blocks, enable_prefix_caching=False)
     assert outputs(engine) == expected(family)
     assert engine.stats().preemptions > 0
 

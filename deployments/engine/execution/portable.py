@@ -1,5 +1,7 @@
 """Runs one scheduled step of any model on any device: forward pass, sampling."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,7 +46,7 @@ class ModelRunner:
     def launch(self, scheduled: list[ScheduledSequence], watch: LayerWatch | None = None) -> LaunchedStep:
         step = self._preparation.prepare(scheduled)
         arrays, logit_rows, drawn = step.arrays, step.logit_rows, self._drawn
-        with looking_at(self._looked_at) as states:
+        with looking_at(self._looked_at) if self._looked_at else nullcontext(()) as states:
             logits = self._model(
                 input_ids=self._token_ids(step).unsqueeze(0),
                 position_ids=upload(arrays.positions, self._device).unsqueeze(0),

@@ -1,5 +1,7 @@
 """Blocks are counted exactly once, and a prefix is found only where it really lies."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -264,7 +266,6 @@ class Blocks(RuleBasedStateMachine):
             found = self.content[new.block_table[i]]
             assert found == tuple(tokens[: (i + 1) * BLOCK_SIZE]), "the cache gave a block with other tokens"
         self.live.append(new)
-        self.note(new)
 
     @rule(data=st.data(), count=st.integers(1, 9), token=st.integers(0, 1))
     def compute_some(self, data: st.DataObject, count: int, token: int) -> None:
@@ -273,8 +274,8 @@ class Blocks(RuleBasedStateMachine):
             chosen = data.draw(st.sampled_from(self.live))
             count = self.manager.extend(chosen, min(count, chosen.num_remaining_tokens))
             if count:
-                compute(self.manager, chosen, count, token)
-                self.note(chosen)
+                with self.noting(chosen):
+                    compute(self.manager, chosen, count, token)
 
     @rule(data=st.data(), drafts=st.lists(st.integers(0, 1), min_size=1, max_size=9), wrong=st.integers(0, 9))
     def speculate(self, data: st.DataObject, drafts: list[int], wrong: int) -> None:
@@ -289,18 +290,22 @@ class Blocks(RuleBasedStateMachine):
             return
         run = ScheduledSequence.of(chosen, 1, tuple(drafts))
         right = [draft if i != wrong else 1 - draft for i, draft in enumerate(drafts)]
-        chosen.begin(run)
-        self.manager.publish(chosen)
-        drawn = run.accept(tuple(DrawnToken(token) for token in [*right, 0]))
-        assert len(chosen.conclude(run, drawn)) == min(wrong, len(drafts)) + 1
-        self.manager.publish(chosen)
-        self.manager.trim(chosen)
+        with self.noting(chosen):
+            chosen.begin(run)
+            self.manager.publish(chosen)
+            drawn = run.accept(tuple(DrawnToken(token) for token in [*right, 0]))
+            assert len(chosen.conclude(run, drawn)) == min(wrong, len(drafts)) + 1
+            self.manager.publish(chosen)
+            self.manager.trim(chosen)
         assert len(chosen.block_table) <= max(num_blocks, self.manager.blocks_for(chosen.num_tokens))
-        self.note(chosen)
 
-    def note(self, chosen: Sequence) -> None:
-        for i in range(chosen.num_passed_blocks, chosen.num_computed_tokens // BLOCK_SIZE):
-            self.content[chosen.block_table[i]] = tuple(chosen.token_ids[: (i + 1) * BLOCK_SIZE])
+    @contextmanager
+    def noting(self, chosen: Sequence) -> Iterator[None]:
+        """What is computed meanwhile, in the blocks that were there before: one that is passed by then is cached."""
+        first, blocks = chosen.num_passed_blocks, chosen.block_table[:]
+        yield
+        for i in range(first, chosen.num_computed_tokens // BLOCK_SIZE):
+            self.content[blocks[i]] = tuple(chosen.token_ids[: (i + 1) * BLOCK_SIZE])
 
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
