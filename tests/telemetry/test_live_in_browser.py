@@ -24,6 +24,7 @@ PATIENCE_MS = PATIENCE_S * 1000
 KEY, BLIND_KEY = "sk-watcher-0123456789", "sk-caller-0123456789"
 EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 
+TOP = "element => element.getBoundingClientRect().top"
 
 def service() -> Service:
     """That has worked for a minute."""
@@ -231,3 +232,101 @@ async def test_the_waterfall_puts_prefill_before_the_first_token_and_shows_the_g
     assert bars["prefill"] == pytest.approx((0.7, 0.3)), "it ends where the first token was sent"
     assert bars["decode"] == pytest.approx((1.06, 0.94))
     assert [kind for _, _, kind, _ in rows["Hand-off"]] == ["prefill", "warn"], "as in the panel of hand-offs"
+async def two_polls(page: Page) -> None:
+    """What was answered before the second is shown."""
+    for _ in range(2):
+        async with page.expect_response("**/live"):
+            pass
+
+
+async def test_a_list_that_somebody_reads_stays_where_it_is_whatever_comes_to_it() -> None:
+    busy = service()
+    for number in range(20):
+        busy.start(DECODE, f"d{number}")
+        busy.run(1)
+    decisions = [Decision(float(n), {"decode": 1}, {"decode": 2}, f"reason {n}", False) for n in range(20)]
+    state = ServiceState("m", "disaggregated", "1", is_planned=True, decisions=decisions)
+    async with serving(build_app(backend(busy, state), build_codec(), INFO)) as url, page_of(url, []) as page:
+        for name in ("planner", "events"):
+            entries = page.locator(f"#{name} ol")
+            await entries.evaluate("list => { list.focus(); list.scrollTop = 120; }")
+            entry = await entries.locator("li").nth(8).element_handle()
+            assert entry is not None
+            await entry.evaluate("entry => getSelection().selectAllChildren(entry)")
+            top, words = await entry.evaluate(TOP), await entry.inner_text()
+            await two_polls(page)
+            decisions.append(Decision(20.0, {"decode": 2}, {"decode": 3}, f"newer than {name}", False))
+            del decisions[0]
+            busy.start(DECODE, f"newer than {name}")
+            busy.run(1)
+            await expect(entries.locator("li").first).to_contain_text(f"newer than {name}")
+            await expect(entries).to_be_focused()
+            assert await entry.inner_text() == words
+            assert await entry.evaluate(TOP) == pytest.approx(top, abs=1), "an entry is 37 pixels high at least"
+            selected = await page.evaluate("getSelection().toString()")
+            assert selected.split() == words.split()
+
+
+async def test_long_words_are_broken_wherever_they_stand() -> None:
+    long = "abcdefghij" * 10
+    state = ServiceState(
+        long,
+        "disaggregated",
+        "1",
+        (False, long),
+        {DECODE: {long: 1}},
+        is_planned=True,
+        decisions=[Decision(1.0, {"decode": 1}, {"decode": 2}, long, False)],
+    )
+    wordy = service()
+    for pool in (PREFILL, DECODE):
+        wordy.start(pool, long)
+        wordy.silent_s[long] = 500.0
+    wordy.refusals[long, long] += 1
+    wordy.run(5)
+    spills = """() => [...document.querySelectorAll(".top, .tile, .card, .chart, #banner")]
+      .filter(({ scrollWidth, clientWidth }) => scrollWidth > clientWidth).map(({ outerHTML }) => outerHTML)"""
+    async with page_of("about:blank", []) as page:
+        async with serving(build_app(backend(wordy, state), build_codec(), INFO)) as url:
+            await page.goto(url)
+            await expect(page.locator("#events")).to_contain_text(long)
+            await check_words(page, spills)
+        await expect(page.locator("#banner")).to_be_visible()
+        await check_words(page, spills)
+
+
+async def check_words(page: Page, spills: str) -> None:
+    for width in (1280, 1100, 800, 375, 320):
+        await page.set_viewport_size({"width": width, "height": 900})
+        assert not await page.evaluate(IS_TOO_WIDE), width
+        assert await page.evaluate(spills) == [], width
+
+
+
+
+async def test_computing_a_prompt_has_one_colour_for_each_pool_and_being_found_has_others() -> None:
+    worked = service()
+    prefill, decode = worked.engines[PREFILL]["p"], worked.engines[DECODE]["d"]
+
+    def work() -> None:
+        prefill.prompt_tokens += 10
+        decode.prompt_tokens += 10
+        decode.prefix_hit_tokens += 10
+        decode.delta_hit_tokens += 10
+
+    worked.run(10, work)
+    attempt = {"decode": {"replica": "d", "queued_s": 0.1, "computing_s": 0.3, "next_token_s": 0.1}, "prefill": []}
+    receipt = {"ingress_s": 0.1, "choices": [{"ttft_s": 1.0, "attempts": [attempt]}]}
+    app = build_app(backend(worked, ServiceState("m", "disaggregated", "1")), build_codec(), INFO)
+    async with serving(app) as url, page_of(url, []) as page:
+        script = "async receipt => (await import('/live/waterfall.js')).lanes(receipt, 2)"
+        bars = {words: kind for _, _, kind, words in dict(await page.evaluate(script, receipt))["Decode"]}
+        swatches = page.locator("#where .swatch")
+        await expect(swatches).to_have_count(4)
+        kinds = dict(await swatches.evaluate_all("all => all.map(one => [one.textContent, one.classList[1]])"))
+        assert f"k-{bars['computes the prompt']}" == kinds["computed by the decode pool"]
+        assert bars["computes the prompt"] != bars["the rest"]
+        for scheme, _ in LOOKS.values():
+            await page.emulate_media(color_scheme=scheme)
+            shown = "all => all.map(one => getComputedStyle(one, '::before').backgroundColor)"
+            assert len(set(await swatches.evaluate_all(shown))) == 4

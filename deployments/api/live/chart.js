@@ -1,5 +1,5 @@
 // Curves over the last minutes, with axes and units; whoever points at one reads the values of that time.
-import { el, svg } from "./dom.js";
+import { el, renew, svg } from "./dom.js";
 
 const HEIGHT = 150, LEFT = 52, RIGHT = 10, TOP = 10, BOTTOM = 22;
 // A reading may be late: so many missing points are no gap.
@@ -60,7 +60,7 @@ export class Chart {
   legend(series, values, i) {
     const told = values.map((of) => (i === null ? latest(of) : of[i]));
     const words = told.map((value) => (value === null || value === undefined ? "–" : this.say(value)));
-    this.keys.replaceChildren(...series.map(({ key, label }, n) => el("li", { class: `k-${key}` }, `${label} `, el("b", {}, words[n]))));
+    renew(this.keys, ...series.map(({ key, label }, n) => el("li", { class: `k-${key}` }, `${label} `, el("b", {}, words[n]))));
     if (i === null) {
       const now = series.map(({ label }, n) => `${label} ${words[n]}`).join(", ");
       this.drawing.setAttribute("aria-label", `${this.title} over the last ten minutes; latest: ${now}`);

@@ -18,6 +18,37 @@ function fill(element, attributes, children) {
   return element;
 }
 
+// Makes an element show these parts. What it shows already is left alone: focus, scrolling and selections stay in it.
+export function renew(place, ...parts) {
+  const wanted = parts.map((part) => (part instanceof Node ? part : document.createTextNode(part)));
+  const left = [...place.childNodes];
+  const take = (fits) => {
+    const i = left.findIndex(fits);
+    return i < 0 ? null : left.splice(i, 1)[0];
+  };
+  const same = wanted.map((part) => take((old) => old.isEqualNode(part)));
+  const shown = wanted.map((part, i) => same[i] ?? become(take((old) => old.nodeName === part.nodeName), part));
+  for (const old of left) old.remove();
+  let next = place.firstChild;
+  for (const part of shown) {
+    if (part === next) next = next.nextSibling;
+    else place.insertBefore(part, next);
+  }
+}
+
+// Of an element or text, if there is one, and another of the same name: the old one, which says what the other does.
+function become(old, part) {
+  if (!old) return part;
+  if (old.nodeType === Node.TEXT_NODE) {
+    old.data = part.data;
+    return old;
+  }
+  for (const name of old.getAttributeNames()) if (!part.hasAttribute(name)) old.removeAttribute(name);
+  for (const name of part.getAttributeNames()) if (old.getAttribute(name) !== part.getAttribute(name)) old.setAttribute(name, part.getAttribute(name));
+  renew(old, ...part.childNodes);
+  return old;
+}
+
 const NONE = { text: "–", unit: "" };
 
 function scaled(value, steps) {

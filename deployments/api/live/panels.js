@@ -1,5 +1,5 @@
-// Everything that is drawn anew with each document: tiles, pools, prompts, hand-offs, refusals, planner, events.
-import { bytes, clock, count, el, find, lasting, percent, say, seconds, svg, times } from "./dom.js";
+// Everything that each document may change: tiles, pools, prompts, hand-offs, refusals, planner, events.
+import { bytes, clock, count, el, find, lasting, percent, renew, say, seconds, svg, times } from "./dom.js";
 
 const POOL_NAMES = { prefill: "Prefill", decode: "Decode" };
 const REASONS = {
@@ -12,17 +12,17 @@ const ORIGINS = [
   ["prefill_cache", "pcache", "found cached in the prefill pool"],
   ["tier", "tier", "brought from the shared tier"],
   ["prefill", "prefill", "computed by the prefill pool"],
-  ["decode", "decode", "computed by the decode pool"],
+  ["decode", "dprompt", "computed by the decode pool"],
 ];
 
 export function show(live) {
-  find("tiles").replaceChildren(...tiles(live));
-  find("pools").replaceChildren(...Object.entries(live.pools).map(([name, pool]) => poolCard(name, pool)));
-  find("where").replaceChildren(...where(live));
-  find("handoff").replaceChildren(...handoff(live));
-  find("refusals").replaceChildren(...refusals(live));
-  find("planner").replaceChildren(...planner(live.planner));
-  find("events").replaceChildren(...events(live));
+  renew(find("tiles"), ...tiles(live));
+  renew(find("pools"), ...Object.entries(live.pools).map(([name, pool]) => poolCard(name, pool)));
+  renew(find("where"), ...where(live));
+  renew(find("handoff"), ...handoff(live));
+  renew(find("refusals"), ...refusals(live));
+  renew(find("planner"), ...planner(live.planner));
+  renew(find("events"), ...events(live));
 }
 
 const minutes = (live) => (live.window_s < 10 ? "few seconds" : lasting(live.window_s));

@@ -21,7 +21,7 @@ export function lanes(receipt, totalS) {
     if (handoff) told.push(["Hand-off", [[firstS - handoff.hidden_s, handoff.hidden_s, "prefill", "hidden"], [firstS, handoff.exposed_s, "warn", "exposed"]]]);
   } else {
     const begin = at + (decode.queued_s ?? 0) + (decode.awaited_s ?? 0), computed = begin + (decode.computing_s ?? 0);
-    mine.push([begin, decode.computing_s ?? 0, "dcache", "computes the prompt"]);
+    mine.push([begin, decode.computing_s ?? 0, "dprompt", "computes the prompt"]);
     mine.push([computed, Math.max(0, firstS - computed), "between", "between (calls, queues of the machine)"]);
   }
   const goesOnS = firstS + (prefill && handoff ? handoff.exposed_s : 0), nextS = decode.next_token_s ?? 0;
