@@ -17,8 +17,8 @@ from deployments.api.failures import failure_of
 from deployments.api.keys import ForbiddenError, KeyRing, UnauthorizedError
 from deployments.api.live_page import ASSETS
 
-# Load balancers ask the first two, which tell no more than whether the service works. The others are the same
-# everywhere, and a browser that opens them has no key: the live page asks for one before it can show anything.
+# Load balancers ask the first two, which tell no more than whether the service works. The others tell no more
+# than whether there are keys, and a browser that opens them has none: the live page asks for one, to show anything.
 OPEN_PATHS = frozenset({"/health", "/ping", "/docs", "/openapi.json", "/", *(f"/live/{name}" for name in ASSETS)})
 # These tell of everybody's calls.
 METRICS_PATHS = frozenset({"/metrics", "/live"})

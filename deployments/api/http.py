@@ -72,7 +72,7 @@ def build_app(
     examiner = examiner or Here(lambda ends: Vocabulary(codec.backend.to_str(), info.vocab_size, ends))
     service = Service(backend, codec, info, observer, max_body_bytes, body_timeout_s, GrammarCheck(examiner))
     responses = Endpoint(service, "resp_", read_response, ResponseAnswer, sse.named_frame)
-    pages = Pages(service)
+    pages = Pages(service, has_keys=keys is not None)
     middleware = [Middleware(RequestIds, is_sent_by_server=server_sends_ids), Middleware(ClosesUnread)]
     if cors_origins:  # before keys: a browser asks without one
         middleware.append(build_cors(cors_origins))

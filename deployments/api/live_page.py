@@ -1,6 +1,7 @@
 """The files of the folder `live/`, of which the live page is made: read once, the same for everybody.
 
-They tell nothing of a service; the page's numbers are another route, `/live`. `pages.py` serves both.
+They tell nothing of a service but whether it has keys; the page's numbers are another route, `/live`. `pages.py` serves
+both.
 """
 
 from collections.abc import Mapping
@@ -51,3 +52,5 @@ def _read() -> dict[str, Asset]:
 ASSETS = _read()
 # It refers to the others by where they are, seen from the root.
 PAGE = ASSETS.pop("page.html")
+# Where the service has keys: the page asks people for one before it asks for numbers.
+PAGE_WITH_KEYS = _asset("page.html", PAGE.body.replace(b"<html ", b"<html data-needs-key ", 1))

@@ -23,7 +23,7 @@ from deployments.api.calls import ModelNotFoundError
 from deployments.api.docs_page import HEADERS, render_page
 from deployments.api.exchange import Service
 from deployments.api.forms import Health, Model, Models, Version
-from deployments.api.live_page import ASSETS, PAGE, Asset
+from deployments.api.live_page import ASSETS, PAGE, PAGE_WITH_KEYS, Asset
 from deployments.api.openapi import describe_api
 from deployments.api.text import TextCodec
 from deployments.api.tokenization import detokenize, tokenize
@@ -34,9 +34,15 @@ _METRICS_CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """One method per route; `service` is what calls are served with."""
+    """One method per route.
+
+    Attributes:
+        service: what calls are served with.
+        has_keys: the numbers of the live page need one.
+    """
 
     service: Service
+    has_keys: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     async def models(self, _: Request) -> Response:
@@ -103,7 +109,7 @@ class Pages:
         return Response(render_page(describe_api()), headers=HEADERS, media_type="text/html")
 
     async def live_page(self, request: Request) -> Response:
-        return _to_asset_response(PAGE, request)
+        return _to_asset_response(PAGE_WITH_KEYS if self.has_keys else PAGE, request)
 
     async def live_asset(self, request: Request) -> Response:
         asset = ASSETS.get(request.path_params["name"])

@@ -93,6 +93,16 @@ async def test_numbers_are_for_keys_that_may_read_them(client: httpx.AsyncClient
     assert answer.headers["cache-control"] == "no-store"
 
 
+async def test_the_page_says_whether_a_key_is_needed_and_else_is_the_same_everywhere(client: httpx.AsyncClient) -> None:
+    keyed = await client.get("/")
+    async with client_of(build_app(playing(), build_codec(), INFO)) as of_nobody:
+        open_to_all = await of_nobody.get("/")
+    assert keyed.text.replace("<html data-needs-key ", "<html ") == open_to_all.text
+    assert "needs-key" in keyed.text
+    assert "needs-key" not in open_to_all.text
+    assert keyed.headers["etag"] != open_to_all.headers["etag"]
+
+
 async def test_a_part_that_has_not_changed_is_not_sent_again(client: httpx.AsyncClient) -> None:
     tag = (await client.get("/live/page.css")).headers["etag"]
     again = await client.get("/live/page.css", headers={"if-none-match": tag})

@@ -3,11 +3,13 @@
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.async_api import Page, async_playwright, expect
+from starlette.applications import Starlette
 
 from deployments.api.http import build_app
 from deployments.api.keys import KeyRing
@@ -22,9 +24,9 @@ from tests.waiting import PATIENCE_S
 
 PATIENCE_MS = PATIENCE_S * 1000
 KEY, BLIND_KEY = "sk-watcher-0123456789", "sk-caller-0123456789"
+TOP = "element => element.getBoundingClientRect().top"
 EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 
-TOP = "element => element.getBoundingClientRect().top"
 
 def service() -> Service:
     """That has worked for a minute."""
@@ -76,49 +78,103 @@ async def check_for_everybody(page: Page) -> None:
         assert not await page.evaluate(IS_TOO_WIDE), look
 
 
-async def test_with_keys_it_asks_for_one_that_may_read_numbers_and_says_why_another_will_not_do(
-    tmp_path: Path,
-) -> None:
+@pytest.fixture
+def keys(tmp_path: Path) -> KeyRing:
     file = tmp_path / "keys.toml"
     file.write_text(f'[watcher]\nkey = "{KEY}"\nmetrics = true\n[caller]\nkey = "{BLIND_KEY}"\n')
-    app = build_app(
-        backend(service(), ServiceState("m", "disaggregated", "1")), build_codec(), INFO, keys=KeyRing(str(file))
-    )
-    async with serving(app) as url, page_of(url, []) as page:
-        form = page.locator("#key-form")
-        await expect(form).to_be_visible()
+    return KeyRing(str(file))
+
+
+def keyed_app(keys: KeyRing) -> Starlette:
+    return build_app(backend(service(), ServiceState("m", "disaggregated", "1")), build_codec(), INFO, keys=keys)
+
+
+async def test_with_keys_it_asks_for_one_before_it_asks_for_numbers(keys: KeyRing) -> None:
+    complaints: list[str] = []
+    async with serving(keyed_app(keys)) as url, page_of("about:blank", complaints) as page:
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        await page.goto(url)
+        await expect(page.locator("#key-form")).to_be_visible()
         await expect(page.locator("#live")).to_be_hidden()
         await expect(page.get_by_label("API key")).to_be_focused()
-        for key, said in (("sk-nobody-0123456789", "is not valid"), (BLIND_KEY, "may not read the metrics")):
-            await page.get_by_label("API key").fill(key)
-            await page.keyboard.press("Enter")
-            await expect(form).to_contain_text(said)
+        assert f"{url}/live" not in asked
         await page.get_by_label("API key").fill(KEY)
         await page.keyboard.press("Enter")
         await expect(page.locator("#live")).to_be_visible()
         await page.reload()
         await expect(page.locator("#status")).to_have_text("Serving")
+    assert complaints == []
 
 
-async def test_a_key_that_no_header_can_carry_is_refused_and_does_not_lock_the_page(tmp_path: Path) -> None:
-    file = tmp_path / "keys.toml"
-    file.write_text(f'[watcher]\nkey = "{KEY}"\nmetrics = true\n')
-    app = build_app(
-        backend(service(), ServiceState("m", "disaggregated", "1")), build_codec(), INFO, keys=KeyRing(str(file))
-    )
-    async with serving(app) as url, page_of(url, []) as page:
-        form = page.locator("#key-form")
-        for key in ("sk\u2013watcher", "sk-watcher\u200b"):
+async def test_a_key_that_may_not_read_numbers_is_told_why_and_forgotten(keys: KeyRing) -> None:
+    complaints: list[str] = []
+    async with serving(keyed_app(keys)) as url, page_of(url, complaints) as page:
+        for key, said in (("sk-nobody-0123456789", "is not valid"), (BLIND_KEY, "may not read the metrics")):
             await page.get_by_label("API key").fill(key)
             await page.keyboard.press("Enter")
-            await expect(form).to_contain_text("has a character that no key has")
+            await expect(page.locator("#key-form")).to_contain_text(said)
             assert await page.evaluate("sessionStorage.length") == 0
-        await page.evaluate("sessionStorage.setItem('kvrelay-key', 'sk\u2013of an older page')")
         await page.reload()
-        await expect(form).to_contain_text("has a character that no key has")
+        await expect(page.get_by_label("API key")).to_be_focused()
+    refused = "Failed to load resource: the server responded with a status of"
+    assert complaints == [f"{refused} 401 (Unauthorized)", f"{refused} 403 (Forbidden)"], "what the browser itself says"
+
+
+async def test_a_key_that_no_header_can_carry_is_refused_and_does_not_lock_the_page(keys: KeyRing) -> None:
+    complaints: list[str] = []
+    async with serving(keyed_app(keys)) as url, page_of(url, complaints) as page:
+        form = page.locator("#key-form")
+        unseen, long = "has a character that no key has", "has 20,000 characters, and no header carries more"
+        for key, said in (("sk\u2013watcher", unseen), ("x" * 20_000, long), ("sk-watcher\u200b", unseen)):
+            await page.get_by_label("API key").fill(key)
+            await page.keyboard.press("Enter")
+            await expect(form).to_contain_text(said)
+            assert await page.evaluate("sessionStorage.length") == 0
+        for key, said in (("sk\u2013of an older page", unseen), ("x" * 20_000, long)):
+            await page.evaluate("key => sessionStorage.setItem('kvrelay-key', key)", key)
+            await page.reload()
+            await expect(form).to_contain_text(said)
         await page.get_by_label("API key").fill(KEY)
         await page.keyboard.press("Enter")
         await expect(page.locator("#status")).to_have_text("Serving")
+    assert complaints == []
+
+
+async def test_a_key_whose_limit_is_used_up_is_told_so_and_left_alone_as_long_as_the_service_says(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(f'[watcher]\nkey = "{KEY}"\nmetrics = true\nrequests_per_minute = 1\n')
+    now_s, began = [0.0], datetime(2026, 1, 1)
+    app = keyed_app(KeyRing(str(file), clock=lambda: now_s[0]))
+    async with serving(app) as url, page_of("about:blank", []) as page:
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url) if request.url.endswith("/live") else None)
+        await page.add_init_script(f"if (location.host) sessionStorage.setItem('kvrelay-key', '{KEY}')")
+        await page.clock.install(time=began)
+        await page.goto(url)
+        await expect(page.locator("#status")).to_have_text("Serving")
+        await page.clock.pause_at(began + timedelta(hours=1))
+        banner = page.locator("#banner")
+        words = "Your key's limit of 1 requests per minute is used up, and this page makes 30: asked again in 60 s."
+        await expect(banner).to_contain_text(words)
+        await page.clock.run_for(59_000)
+        await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        assert len(asked) == 2
+        now_s[0] += 60.0
+        await page.clock.run_for(1_000)
+        await expect(banner).to_be_hidden()
+        await expect(page.locator("#status")).to_have_text("Serving")
+
+
+async def test_a_service_that_has_too_much_to_do_is_not_said_to_be_gone() -> None:
+    app = build_app(backend(service(), ServiceState("m", "disaggregated", "1")), build_codec(), INFO)
+    async with serving(app) as url, page_of("about:blank", []) as page:
+        await page.route("**/live", lambda route: route.fulfill(status=429, headers={"retry-after": "7"}))
+        await page.goto(url)
+        words = "The service has too much to do to answer: asked again in 7 s."
+        await expect(page.locator("#banner")).to_have_text(words)
 
 
 async def test_a_long_reason_is_told_in_short_and_whole_where_one_points() -> None:
@@ -185,7 +241,7 @@ async def test_silence_refusals_and_decisions_are_told_and_a_service_that_is_gon
         await expect(page.locator("#live")).to_have_class("stale")
 
 
-async def test_everybody_can_use_it_whatever_ails_the_service(tmp_path: Path) -> None:
+async def test_everybody_can_use_it_whatever_ails_the_service(keys: KeyRing) -> None:
     ill, state = ill_service()
     async with page_of("about:blank", [], bypass_csp=True) as page:
         async with serving(build_app(backend(ill, state), build_codec(), INFO)) as url:
@@ -196,42 +252,12 @@ async def test_everybody_can_use_it_whatever_ails_the_service(tmp_path: Path) ->
             await check_for_everybody(page)
         await expect(page.locator("#live")).to_have_class("stale")
         await check_for_everybody(page)
-        file = tmp_path / "keys.toml"
-        file.write_text(f'[watcher]\nkey = "{KEY}"\nmetrics = true\n')
-        async with serving(build_app(backend(ill, state), build_codec(), INFO, keys=KeyRing(str(file)))) as url:
+        async with serving(build_app(backend(ill, state), build_codec(), INFO, keys=keys)) as url:
             await page.goto(url)
             await expect(page.get_by_label("API key")).to_be_focused()
             await check_for_everybody(page)
 
 
-async def test_a_prompt_that_cannot_be_served_is_told_why() -> None:
-    app = build_app(backend(service(), ServiceState("m", "disaggregated", "1")), build_codec(), INFO)
-    async with serving(app) as url, page_of(url, []) as page:
-        await page.get_by_label("Prompt", exact=True).fill("hi " * 40)
-        await page.get_by_role("button", name="Send").click()
-        await expect(page.locator("#answer .error")).to_contain_text("the model's context is 64 tokens")
-        await expect(page.get_by_role("button", name="Send")).to_be_enabled()
-
-
-async def test_the_waterfall_puts_prefill_before_the_first_token_and_shows_the_gap() -> None:
-    times = {"queued_s": 0.1, "computing_s": 0.3}
-    attempt = {
-        "decode": {"replica": "d", "queued_s": 0.0, "next_token_s": 0.05},
-        "prefill": [{"replica": "p", **times}],
-        "handoff": {"bytes": 1, "hidden_s": 0.02, "exposed_s": 0.01},
-        "sent_s": 0.1,
-        "first_token_s": 0.9,
-    }
-    receipt = {"ingress_s": 0.1, "choices": [{"ttft_s": 1.0, "attempts": [attempt]}]}
-    app = build_app(backend(service(), ServiceState("m", "disaggregated", "1")), build_codec(), INFO)
-    async with serving(app) as url, page_of(url, []) as page:
-        script = "async ([receipt, totalS]) => (await import('/live/waterfall.js')).lanes(receipt, totalS)"
-        rows = dict(await page.evaluate(script, [receipt, 2.0]))
-    bars = {kind: (begin, length) for begin, length, kind, _ in (*rows["Prefill"], *rows["Decode"])}
-    assert bars["between"] == pytest.approx((0.1, 0.5))
-    assert bars["prefill"] == pytest.approx((0.7, 0.3)), "it ends where the first token was sent"
-    assert bars["decode"] == pytest.approx((1.06, 0.94))
-    assert [kind for _, _, kind, _ in rows["Hand-off"]] == ["prefill", "warn"], "as in the panel of hand-offs"
 async def two_polls(page: Page) -> None:
     """What was answered before the second is shown."""
     for _ in range(2):
@@ -302,6 +328,34 @@ async def check_words(page: Page, spills: str) -> None:
         assert await page.evaluate(spills) == [], width
 
 
+async def test_a_prompt_that_cannot_be_served_is_told_why() -> None:
+    app = build_app(backend(service(), ServiceState("m", "disaggregated", "1")), build_codec(), INFO)
+    async with serving(app) as url, page_of(url, []) as page:
+        await page.get_by_label("Prompt", exact=True).fill("hi " * 40)
+        await page.get_by_role("button", name="Send").click()
+        await expect(page.locator("#answer .error")).to_contain_text("the model's context is 64 tokens")
+        await expect(page.get_by_role("button", name="Send")).to_be_enabled()
+
+
+async def test_the_waterfall_puts_prefill_before_the_first_token_and_shows_the_gap() -> None:
+    times = {"queued_s": 0.1, "computing_s": 0.3}
+    attempt = {
+        "decode": {"replica": "d", "queued_s": 0.0, "next_token_s": 0.05},
+        "prefill": [{"replica": "p", **times}],
+        "handoff": {"bytes": 1, "hidden_s": 0.02, "exposed_s": 0.01},
+        "sent_s": 0.1,
+        "first_token_s": 0.9,
+    }
+    receipt = {"ingress_s": 0.1, "choices": [{"ttft_s": 1.0, "attempts": [attempt]}]}
+    app = build_app(backend(service(), ServiceState("m", "disaggregated", "1")), build_codec(), INFO)
+    async with serving(app) as url, page_of(url, []) as page:
+        script = "async ([receipt, totalS]) => (await import('/live/waterfall.js')).lanes(receipt, totalS)"
+        rows = dict(await page.evaluate(script, [receipt, 2.0]))
+    bars = {kind: (begin, length) for begin, length, kind, _ in (*rows["Prefill"], *rows["Decode"])}
+    assert bars["between"] == pytest.approx((0.1, 0.5))
+    assert bars["prefill"] == pytest.approx((0.7, 0.3)), "it ends where the first token was sent"
+    assert bars["decode"] == pytest.approx((1.06, 0.94))
+    assert [kind for _, _, kind, _ in rows["Hand-off"]] == ["prefill", "warn"], "as in the panel of hand-offs"
 
 
 async def test_computing_a_prompt_has_one_colour_for_each_pool_and_being_found_has_others() -> None:

@@ -83,5 +83,12 @@ export function inShort(words, most = 80) {
   return first.length > most ? `${first.slice(0, most - 1).trimEnd()}…` : first;
 }
 
-// Whether a header can carry a key: what is typed can, what is pasted from a page may have dashes or spaces that cannot.
-export const isSendable = (key) => /^[\x21-\x7e]+$/.test(key);
+// HAProxy takes 16 KiB of headers, and a browser sends some of its own.
+const LONGEST_KEY = 8000;
+
+// Why no header can carry a key, if none can: what is pasted from a page may have dashes or spaces, or be no key at all.
+export function faultOf(key) {
+  if (key.length > LONGEST_KEY) return `The key has ${key.length.toLocaleString("en")} characters, and no header carries more than ${LONGEST_KEY.toLocaleString("en")}`;
+  if (!/^[\x21-\x7e]+$/.test(key)) return "The key has a character that no key has, such as a long dash or an unseen space: type it, or copy it anew";
+  return null;
+}

@@ -1,10 +1,12 @@
 // Asks for the numbers while somebody looks, and shows them. Nothing is asked while the page is hidden or paused.
 import { Chart } from "./chart.js";
-import { clock, count, el, find, inShort, isSendable, lasting, percent, say, seconds } from "./dom.js";
+import { clock, count, el, faultOf, find, inShort, lasting, percent, renew, say, seconds } from "./dom.js";
 import { show } from "./panels.js";
-import { setUpPrompt } from "./prompt.js";
+import { explain, setUpPrompt } from "./prompt.js";
 
 const PERIOD_MS = 2000;
+// Whatever Retry-After says.
+const LONGEST_REST_S = 600;
 const KEY = "kvrelay-key";
 const inSeconds = (value) => say(seconds(value)), inCounts = (value) => say(count(value)), inPercent = (value) => say(percent(value));
 const quantiles = (name) => ["p50", "p95", "p99"].map((label, i) => ({ key: "abc"[i], label, of: `${name}_${label}_s` }));
@@ -18,28 +20,34 @@ const CHARTS = [
   new Chart("KV pool in use", perPool("kv_use"), inPercent, { floor: 0.1, ceiling: 1 }),
 ];
 
-let timer = null, isPaused = false, lastS = null;
+// Where the service has keys, the page comes with this word: nothing is asked without one.
+const NEEDS_KEY = "needsKey" in document.documentElement.dataset;
+
+let timer = null, isPaused = false, lastS = null, restsUntilMs = 0;
 const headers = () => {
   const key = sessionStorage.getItem(KEY);
   return key ? { authorization: `Bearer ${key}` } : {};
 };
-const UNSENDABLE = { message: "The key has a character that no key has, such as a long dash or an unseen space: type it, or copy it anew" };
 
 async function poll() {
   clearTimeout(timer);
   timer = null;
   if (isPaused || document.hidden) return;
-  if (!isSendable(sessionStorage.getItem(KEY) ?? "none")) return refuseKey();
+  const key = sessionStorage.getItem(KEY), restMs = restsUntilMs - performance.now();
+  if (key === null ? NEEDS_KEY : faultOf(key)) return askForKey(key && faultOf(key));
+  if (restMs > 0) return void (timer = setTimeout(poll, restMs));
+  let waitMs = PERIOD_MS;
   try {
     const response = await fetch("live", { headers: headers(), signal: AbortSignal.timeout(10_000) });
-    if (response.status === 401 || response.status === 403) return askForKey(await response.json());
-    if (!response.ok) throw new Error(`the service answered ${response.status}`);
-    take(await response.json());
+    if (response.status === 401 || response.status === 403) return askForKey(key && (await explain(response)));
+    if (response.status === 429) waitMs = rest(response.headers);
+    else if (!response.ok) throw new Error(`the service answered ${response.status}`);
+    else take(await response.json());
   } catch (error) {
     lose(error);
   }
   clearTimeout(timer);
-  timer = setTimeout(poll, PERIOD_MS);
+  timer = setTimeout(poll, waitMs);
 }
 
 function take(live) {
@@ -49,7 +57,7 @@ function take(live) {
   find("live").classList.remove("stale");
   find("banner").hidden = true;
   document.title = `kvrelay · ${live.model}`;
-  find("served").replaceChildren(el("b", {}, live.model), live.mode === "colocated" ? ", prefill and decode in one pool" : ", prefill and decode apart");
+  renew(find("served"), el("b", {}, live.model), live.mode === "colocated" ? ", prefill and decode in one pool" : ", prefill and decode apart");
   sayStatus(live);
   show(live);
   for (const chart of CHARTS) chart.update(live.history);
@@ -76,29 +84,45 @@ function mark(kind, words) {
 
 function lose(error) {
   mark("bad", "No answer");
-  find("live").classList.add("stale");
-  find("banner").hidden = false;
-  find("banner").textContent = `The service does not answer (${error.message}).${lastS ? ` The numbers below are of ${clock(lastS)}.` : ""}`;
+  warn(`The service does not answer (${error.message}).`);
 }
 
-function askForKey({ error }, isTold = sessionStorage.getItem(KEY) !== null) {
+// The service says that it is asked too often; how many milliseconds it shall be left alone.
+function rest(headers) {
+  const limit = headers.get("x-ratelimit-limit-requests");
+  const waitS = Math.min(LONGEST_REST_S, Math.max(PERIOD_MS / 1000, Number(headers.get("retry-after")) || 0));
+  mark("warn", limit ? "Limit of the key reached" : "Too busy to answer");
+  warn(`${limit ? `Your key's limit of ${limit} requests per minute is used up, and this page makes ${60_000 / PERIOD_MS}` : "The service has too much to do to answer"}: asked again in ${lasting(waitS)}.`);
+  restsUntilMs = performance.now() + waitS * 1000;
+  return waitS * 1000;
+}
+
+// Says why the numbers are no newer than they are.
+function warn(words) {
+  find("live").classList.add("stale");
+  const told = lastS ? `${words} The numbers below are of ${clock(lastS)}.` : words;
+  if (find("banner").textContent !== told) find("banner").textContent = told;
+  find("banner").hidden = false;
+}
+
+// In place of the numbers; says what is wrong with the key that there was, if there was one.
+function askForKey(fault) {
+  sessionStorage.removeItem(KEY);
   mark("warn", "Key needed");
   find("live").hidden = true;
+  find("banner").hidden = true;
+  const isNew = find("key-form").hidden;
   find("key-form").hidden = false;
-  if (isTold) find("key-reason").textContent = `${error.message}.`;
-  find("key").focus();
-}
-
-function refuseKey() {
-  sessionStorage.removeItem(KEY);
-  askForKey({ error: UNSENDABLE }, true);
+  if (fault) find("key-reason").textContent = `${fault}.`;
+  if (isNew || fault) find("key").focus();
 }
 
 find("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  const key = find("key").value.trim();
-  if (!isSendable(key)) return refuseKey();
+  const key = find("key").value.trim(), fault = faultOf(key);
+  if (fault) return askForKey(fault);
   sessionStorage.setItem(KEY, key);
+  restsUntilMs = 0;
   void poll();
 });
 find("pause").addEventListener("click", () => {

@@ -48,7 +48,8 @@ async function ask(headers) {
   }
 }
 
-async function explain(response) {
+// What an answer says that is none.
+export async function explain(response) {
   const told = await response.json().catch(() => null);
   return told?.error?.message ?? `the service answered ${response.status}`;
 }
