@@ -75,6 +75,7 @@ def guessing(
         guesses = save(folder / "small", like(eagle3_heads.target()))
     # All guesses are tried, so that some are right and some are wrong whatever the machine does meanwhile.
     speculation = {"method": method, "model": guesses, "is_adaptive": False, "max_drafts": 3}
+    small = {"num_cpus": 0.1}  # of those that services of all tests have left
     args = AppConfig.model_validate(
         {
             "mode": mode,
@@ -82,9 +83,13 @@ def guessing(
             "served_model_name": MODEL_NAME,
             "engine": ENGINE_PATIENCE | {"num_blocks": 500, "block_size": 16},
             "ingress": {"max_ttft_s": 600, "resume_timeout_s": 600},
-            "decode": {"engine": {"speculation": speculation}, "graceful_shutdown_timeout_s": 1.0},
+            "decode": small | {"engine": {"speculation": speculation}, "graceful_shutdown_timeout_s": 1.0},
         }
-        | ({"min_remote_prefill_tokens": 32, "parity_check": False} if mode == "disaggregated" else {})
+        | (
+            {"prefill": small, "min_remote_prefill_tokens": 32, "parity_check": False}
+            if mode == "disaggregated"
+            else {}
+        )
     )
     serve.run(graph(args), name=name, route_prefix=f"/{name}")
     yield Service(mode, services["colocated"].url.removesuffix("colocated") + name, name)
