@@ -171,7 +171,8 @@ Step = Callable[[Case], Awaitable[None]]
 async def case(start: StartPools, state: Step) -> Case:
     settings, clock = {"lease_s": LEASE_S, "max_silence_s": LEASE_S}, HeldClock()
     if state is filling_by_layers:
-        settings["handoff_layer_parts"] = 2
+        # With room for all chunks: one that has to wait for others' memory goes whole.
+        settings |= {"handoff_layer_parts": 2, "max_num_batched_tokens": 64}
     return Case(await start(num_prefill=2, num_decode=2, max_num_seqs=1, clock=clock, **settings), clock)
 
 
