@@ -132,9 +132,9 @@ def _look(url: str) -> RenderableType:
 
 
 def _lay_out(document: Json) -> RenderableType:
-    parts: list[RenderableType] = [_headline(document), _figures(document), _replicas(document)]
-    parts += [Text(line) for line in _lines(document)]
-    return Group(*parts)
+    """The list of replicas last: it may be longer than a terminal is high, which then shows the beginning of it."""
+    lines = [Text(line) for line in _lines(document)]
+    return Group(_headline(document), _figures(document), *lines, _replicas(document))
 
 
 def _headline(document: Json) -> Text:
@@ -192,7 +192,7 @@ def _load(replica: Json) -> Iterable[str]:
 
 
 def _lines(document: Json) -> Iterable[str]:
-    """What is left, a line for each."""
+    """What no table has, a line for each."""
     where = document["prompts"]["tokens"]
     if total := sum(where.values()):
         shares = (f"{words} {where[name] / total:.0%}" for name, words in _ORIGINS.items() if where[name])

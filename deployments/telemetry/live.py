@@ -4,8 +4,8 @@ Made when somebody asks, of what `history.py` has added up; pure. docs/live-page
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,21 +68,42 @@ class ServiceState:
     may_sleep: bool = False
 
 
-def describe(state: ServiceState, history: History, others: Sequence[ClientHistory], now_s: float) -> Json:
-    """The document.
+class Past:
+    """What slots say that have ended, which is most of a document: the same until another one ends."""
+
+    def __init__(self) -> None:
+        self._known: Hashable = None
+        self._parts: Json = {}
+
+    def parts(
+        self, history: History, others: Sequence[ClientHistory], pools: tuple[str, ...], now_s: float
+    ) -> Mapping[str, object]:
+        """Those parts of a document; see `describe`."""
+        last, newest = _last_ended(history, now_s), [each.number for each in list(history.slots)[-1:]]
+        known = (last, *newest, pools, *((other.replica, max(other.slots, default=0)) for other in others))
+        if known != self._known:
+            self._parts = _look_back(history, _merged_clients([history.clients(), *others]), pools, last)
+            self._known = known
+        return self._parts
+
+
+def describe(
+    state: ServiceState,
+    history: History,
+    others: Sequence[ClientHistory],
+    now_s: float,
+    past: Past | None = None,
+) -> Json:
+    """The document, as `sse.to_json` takes it.
 
     Args:
         state: see there.
         history: of the ingress replica that answers.
         others: what the clients of the other ingress replicas saw, as far as they answered.
         now_s: Unix time.
+        past: of the document before.
     """
-    clients = _merged_clients([history.clients(), *others])
-    recent = [slot for slot in history.slots if now_s - slot.number * SLOT_S <= WINDOW_S + SLOT_S]
-    first = recent[0].number if recent else 0
-    seen = [told for number, told in clients.items() if number >= first]
-    done = _total(recent)
-    seconds = sum(slot.seconds for slot in recent)
+    pools = _pools_of(state)
     is_serving, reason = state.health
     return {
         "at_s": now_s,
@@ -94,8 +115,21 @@ def describe(state: ServiceState, history: History, others: Sequence[ClientHisto
             "reason": _sleep(state, history) if is_serving else reason,
         },
         "ingresses": {"asked": max(state.num_ingresses, 1 + len(others)), "answered": 1 + len(others)},
+        "pools": {pool: _pool(pool, history, state, now_s) for pool in pools},
+        "planner": {"is_on": state.is_planned, "decisions": list(state.decisions)},
+        "events": list(history.events),
+        **(past or Past()).parts(history, others, pools, now_s),
+    }
+
+
+def _look_back(history: History, clients: Mapping[int, ClientSlot], pools: Sequence[str], last: int) -> Json:
+    first = last + 1 - round(WINDOW_S / SLOT_S)
+    recent = [slot for slot in history.slots if slot.number >= first]
+    seen = [told for number, told in clients.items() if number >= first]
+    done = _total(recent)
+    seconds = sum(slot.seconds for slot in recent)
+    return {
         "window_s": seconds,
-        "pools": {pool: _pool(pool, history, state, now_s) for pool in _pools_of(state)},
         "latency": {
             "ttft_s": quantiles(_merged([told.ttft for told in seen])),
             "itl_s": quantiles(_merged([told.itl for told in seen])),
@@ -104,9 +138,7 @@ def describe(state: ServiceState, history: History, others: Sequence[ClientHisto
         "prompts": _prompts(done),
         "handoff": _handoff(done, seconds),
         "refusals": _refusals(seen),
-        "planner": {"is_on": state.is_planned, "decisions": [asdict(decision) for decision in state.decisions]},
-        "events": [asdict(event) for event in history.events],
-        "history": _curves(history, clients, _pools_of(state), now_s),
+        "history": _curves(history, clients, pools, last),
     }
 
 
@@ -263,13 +295,15 @@ def _merged(counts: Sequence[Sequence[int]]) -> list[int]:
     return [sum(of_bucket) for of_bucket in zip(*counts, _NOBODY.ttft, strict=True)]
 
 
-def _curves(
-    history: History, clients: Mapping[int, ClientSlot], pools: Sequence[str], now_s: float
-) -> dict[str, object]:
-    """The same over time: one point for each slot, the last of which has ended; None where nothing was seen."""
+def _last_ended(history: History, now_s: float) -> int:
+    """Number of the last slot that has ended."""
     last = int(now_s // SLOT_S) - 1
-    if history.slots and history.slots[-1].number == last - 1:
-        last -= 1  # the next reading ends the slot
+    is_late = history.slots and history.slots[-1].number == last - 1
+    return last - 1 if is_late else last  # the next reading ends that one
+
+
+def _curves(history: History, clients: Mapping[int, ClientSlot], pools: Sequence[str], last: int) -> dict[str, object]:
+    """The same over time: one point for each slot up to the last that has ended; None where nothing was seen."""
     numbers = range(last - NUM_SLOTS + 1, last + 1)
     slots = {slot.number: slot for slot in history.slots}
     known = [slots.get(number) for number in numbers]

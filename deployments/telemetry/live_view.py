@@ -14,7 +14,7 @@ from functools import partial
 from deployments.load.reading import Reading
 from deployments.telemetry.history import ClientHistory, History
 from deployments.telemetry.ingress_stats import IngressStats
-from deployments.telemetry.live import ServiceState, describe
+from deployments.telemetry.live import Past, ServiceState, describe
 from deployments.telemetry.single_flight import SingleFlight
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class LiveView:
         self._look = look
         self._ask_all = ask_all
         self._document: Mapping[str, object] = {}
+        self._past = Past()
         self._made_s = -math.inf
         self._making = SingleFlight[None]()
 
@@ -72,7 +73,7 @@ class LiveView:
         state = replace(await self._look(seen), health=health)
         self._history.note_states(state.states)
         others = await self._others() if state.num_ingresses > 1 else []
-        self._document = describe(state, self._history, others, time.time())
+        self._document = describe(state, self._history, others, time.time(), self._past)
         self._made_s = time.monotonic()
 
     async def _others(self) -> list[ClientHistory]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import subprocess
 import sys
 import threading
@@ -157,3 +158,21 @@ def test_watching_shows_it_again_until_it_is_ended() -> None:
             process.terminate()
             _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, "")
+
+
+def test_a_terminal_with_fewer_lines_than_there_are_replicas_shows_what_the_planner_decided() -> None:
+    shown = json.loads(document())
+    (replica, *_) = shown["pools"]["prefill"]["replicas"]
+    shown["pools"]["prefill"]["replicas"] = [replica | {"name": f"r{n}"} for n in range(40)]
+    screen, end = pty.openpty()
+    environment = os.environ | {"LINES": "24", "COLUMNS": "100", "TERM": "xterm"}
+    with answering(json.dumps(shown).encode()) as url:
+        command = [sys.executable, "-m", "app.local", "status", "--watch", "--url", url]
+        with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=end, stderr=end) as process:
+            os.close(end)
+            told = ""
+            while "r0" not in told:
+                told += os.read(screen, 65536).decode()
+            process.terminate()
+    os.close(screen)
+    assert "decode 2. tokens come too late" in told and "r39" not in told

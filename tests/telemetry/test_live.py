@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Any
 
 import pytest
@@ -16,9 +16,9 @@ from deployments.api import sse
 from deployments.engine.stats import LATENCY_BUCKETS_S, Histogram
 from deployments.load.reading import DECODE, PREFILL
 from deployments.planner.shared import Decision
-from deployments.telemetry.history import ClientHistory, ClientSlot
+from deployments.telemetry.history import SLOT_S, ClientHistory, ClientSlot
 from deployments.telemetry.ingress_stats import IngressStats
-from deployments.telemetry.live import SILENT_S, ServiceState, describe, quantiles
+from deployments.telemetry.live import SILENT_S, Past, ServiceState, describe, quantiles
 from deployments.telemetry.live_view import LiveView
 from tests.telemetry.minutes import Service
 
@@ -107,6 +107,32 @@ def test_what_nobody_has_read_for_long_counts_as_silence():
     service.now_s += 20
     (replica,) = told(service)["pools"][PREFILL]["replicas"]
     assert (replica["state"], replica["since_s"]) == ("silent", 20.0)
+
+
+def test_what_is_kept_of_slots_that_have_ended_is_what_would_be_found_anew():
+    service, past, colocated = busy(), Past(), replace(STATE, mode="colocated")
+    other = ClientHistory("j", {})
+    for second in range(400):
+        if second % 100 < 90:
+            service.run(1)
+        else:
+            service.now_s += 1  # nobody answers
+        service.clients.first_token(0.3)
+        if second % 7 == 0:
+            number = service.history.slots[-1].number
+            other = ClientHistory("j", {number: ClientSlot(ttft=tuple(range(len(LATENCY_BUCKETS_S) + 1)))})
+        others, state = [other] * (second // 50 % 2), colocated if second > 300 else STATE
+        kept = describe(state, service.history, others, service.now_s, past)
+        assert kept == describe(state, service.history, others, service.now_s), second
+
+
+def test_slots_that_have_ended_are_looked_through_once(monkeypatch: pytest.MonkeyPatch):
+    service, past, times = busy(), Past(), count()
+    monkeypatch.setattr("deployments.telemetry.live._curves", lambda *_: next(times))
+    for _ in range(20):
+        service.run(1)
+        document = describe(STATE, service.history, (), service.now_s, past)
+    assert document["history"] == 20 / SLOT_S
 
 
 def test_what_clients_of_other_ingress_replicas_saw_is_added():

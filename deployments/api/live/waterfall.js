@@ -69,6 +69,9 @@ function ticks(span, few) {
   return Array.from({ length: Math.floor(span / step) + 1 }, (_, i) => i * step);
 }
 
+// Facts that are whole sentences.
+const SENTENCES = new Set(["Why there", "Resumed"]);
+
 export function facts(receipt, usage, totalS) {
   const choice = receipt.choices[0];
   const attempt = choice.attempts.at(-1);
@@ -82,5 +85,5 @@ export function facts(receipt, usage, totalS) {
     if (attempt.decode.reason) told.push(["Why there", attempt.decode.reason]);
   }
   if (choice.attempts.length > 1) told.push(["Resumed", choice.attempts.slice(0, -1).map((lost) => lost.error).join("; ")]);
-  return el("dl", { class: "facts" }, told.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))));
+  return el("dl", { class: "facts" }, told.map(([name, value]) => el("div", SENTENCES.has(name) ? { class: "wide" } : {}, el("dt", {}, name), el("dd", {}, value))));
 }
