@@ -22,6 +22,7 @@ from deployments.engine_info import EngineResources
 from deployments.kv_tier.settings import TierSettings
 from deployments.load.reading import DECODE, PREFILL
 from deployments.planner.wire import to_numbers
+from deployments.ray_errors import keep_refusals_out_of_logs
 from deployments.replica_stats import HandoffStats, Positions, ReplicaStats
 from deployments.telemetry.metrics import families_of_replica
 from deployments.telemetry.ray_metrics import tell_ray
@@ -141,6 +142,7 @@ class SpawnedEngine:
         # Not above: whoever binds the application would load torch with it.
         from deployments.engine_actor import spawn_engine
 
+        keep_refusals_out_of_logs()
         replica = serve.get_replica_context().replica_id.unique_id
         engine = spawn_engine(
             self.config, self.resources, self.build, self.tier, name=replica if self.may_flip else None
