@@ -2,13 +2,16 @@
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deployments.api import live_page
 from tests.bench.serving import seeing
 from tests.bench.serving.analysis import pair_up
 from tests.bench.serving.server import _cpu_clock
@@ -83,3 +86,9 @@ def test_looks_come_in_pairs_watched_and_not_and_who_is_first_changes(
         line for line in capsys.readouterr().out.splitlines() if "8 streams, us/token" in line and "128" not in line
     ]
     assert line.split()[-8:] == ["5.1", "5.0", "0.10", "1.020", "1.020", "-", "1.020", "2"]
+
+
+def test_the_service_is_watched_as_often_as_the_live_page_asks() -> None:
+    page = (Path(live_page.__file__).parent / "live" / "main.js").read_text()
+    (period_ms,) = re.findall(r"^const PERIOD_MS = (\d+);$", page, re.MULTILINE)
+    assert seeing.WATCHED["/live"] == int(period_ms) / 1000
