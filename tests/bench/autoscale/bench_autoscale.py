@@ -173,7 +173,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--warmup", type=float, default=70.0, help="seconds with little to do, before")
     parser.add_argument("--step", type=float, default=60.0, help="seconds of longer prompts, and of longer answers")
-    parser.add_argument("--calm", type=float, default=200.0, help="seconds with little to do, behind")
+    parser.add_argument("--calm", type=float, default=300.0, help="seconds with little to do, behind")
     parser.add_argument("arguments", nargs="*", metavar="key=value", help="further arguments of the application")
     options = parser.parse_args()
     phases = [
