@@ -124,9 +124,6 @@ def test_it_tells_of_calls_is_silent_while_nobody_calls_and_ends_by_ctrl_c_witho
             "max_tokens": 4,
         }
         httpx.post(f"{url}/v1/completions", json=body, timeout=300).raise_for_status()
-    unknown = {"model": MODEL_NAME, "prompt": [10**6], "max_tokens": 4}  # which engines alone refuse
-    refused = httpx.post(f"{url}/v1/completions", json=unknown, timeout=300)
-    assert (refused.status_code, "not in the vocabulary" in refused.text) == (httpx.codes.BAD_REQUEST, True)
     wait_until(
         lambda: len(re.findall(r"call=\S+ path=/v1/completions status=200 outcome=ok", terminal.shown)) == NUM_CALLS
     )

@@ -12,6 +12,7 @@ import openai
 import pytest
 from ray.serve._private.logging_utils import get_serve_logs_dir
 
+from deployments.messages import GenerateRequest, ReplyAddress, SamplingParams
 from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL_NAME, Service
 from tests.e2e.waiting import idle, wait_idle
 from tests.waiting import wait_until
@@ -121,19 +122,31 @@ def test_the_log_has_a_line_for_each_call_and_none_for_what_the_service_asks_its
     body = {"model": MODEL_NAME, "prompt": list(range(5000, 5200)), "max_tokens": 4}
     name = client.post(f"{service.url}/v1/completions", json=body).json()["id"]
 
-    def lines() -> str:
-        return "\n".join(
-            path.read_text()
-            for path in Path(get_serve_logs_dir()).glob(f"replica_{service.name or service.mode}_*.log")
-        )
-
-    (line,) = wait_until(lambda: re.findall(rf"^.*call={name} .*$", lines(), re.MULTILINE))
+    (line,) = wait_until(lambda: re.findall(rf"^.*call={name} .*$", logs_of(service), re.MULTILINE))
     figures = dict(re.findall(r"(\w+)=(\S+)", line))
     assert (figures["prompt_tokens"], figures["generated_tokens"], figures["status"]) == ("200", "4", "200")
     assert float(figures["ttft_s"]) <= float(figures["seconds"])
     assert ("prefill" in figures, "handoff_bytes" in figures) == (service.mode == "disaggregated",) * 2
     # Its ingress asks for numbers each second.
-    assert " CALL " not in lines()
+    assert " CALL " not in logs_of(service)
+
+
+def logs_of(service: Service) -> str:
+    """All that its replicas have logged."""
+    paths = Path(get_serve_logs_dir()).glob(f"replica_{service.name or service.mode}_*.log")
+    return "\n".join(path.read_text() for path in paths)
+
+
+def test_what_an_engine_refuses_is_no_traceback_and_what_fails_is(disaggregated: Service) -> None:
+    unknown = GenerateRequest("refused", (10**6,), SamplingParams(max_tokens=1))
+    nobody = ReplyAddress("127.0.0.1", 1, bytes(32))
+    ask = disaggregated.pool("Decode").generate.remote
+    with pytest.raises(Exception, match="token id 1000000 is not in the vocabulary"):
+        ask(unknown, nobody).result(timeout_s=ANSWER_TIMEOUT_S)
+    with pytest.raises(Exception, match="no_such_argument"):
+        ask(unknown, no_such_argument=nobody).result(timeout_s=ANSWER_TIMEOUT_S)
+    wait_until(lambda: "no_such_argument" in logs_of(disaggregated))
+    assert "is not in the vocabulary" not in logs_of(disaggregated)
 
 
 def test_admission_learns_the_speed_of_prompts(service: Service, client: httpx.Client) -> None:
