@@ -53,7 +53,7 @@ def show_status(folder: RunFolder, url: str | None, *, watch: bool) -> None:
     Raises:
         LocalError: nothing is served, or there is nothing to watch.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     is_ours = url is None
     url = _say_server(folder, console) if url is None else url.rstrip("/")
     if not watch:
@@ -167,9 +167,9 @@ def _replicas(document: Json) -> Table:
     for pool, told in document["pools"].items():
         table.add_section()
         states = ", ".join(f"{count} {state.lower()}" for state, count in told["states"].items())
-        table.add_row(f"[bold]{pool}[/bold]", f"[dim]{states}[/dim]")
+        table.add_row(Text(pool, "bold"), Text(states, "dim"))
         for replica in told["replicas"]:
-            table.add_row(f"  {replica['name']}", _state(replica), *_load(replica))
+            table.add_row(Text(f"  {replica['name']}"), _state(replica), *_load(replica))
     return table
 
 

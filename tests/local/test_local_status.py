@@ -102,12 +102,12 @@ def test_nothing_is_cut_off_in_a_pipe_of_80_columns() -> None:
     shown["pools"]["decode"]["states"] = {"RUNNING": 12, "STARTING": 3, "STOPPING": 2}
     for pool in shown["pools"].values():
         for replica in pool["replicas"]:
-            replica |= {"name": "i3sb1u1m", "max_running": 1024, "since_s": 1234.0}
+            replica |= {"name": "[b]1u1m]", "max_running": 1024, "since_s": 1234.0}
     with answering(json.dumps(shown).encode()) as url:
         told = status("--url", url, key=KEY, columns=80)
     words = " ".join(told.stdout.split())
     assert "…" not in told.stdout
-    assert "i3sb1u1m busy 0 3 of 1024 0% 12.3k" in words and "i3sb1u1m gone 1234 s ago" in words
+    assert "[b]1u1m] busy 0 3 of 1024 0% 12.3k" in words and "[b]1u1m] gone 1234 s ago" in words
     assert all(state in words for state in ("12 running", "3 starting", "2 stopping"))
 
 

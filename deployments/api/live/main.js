@@ -56,6 +56,7 @@ function take(live) {
   find("live").hidden = false;
   find("live").classList.remove("stale");
   find("banner").hidden = true;
+  find("legend").hidden = live.mode === "colocated";
   document.title = `kvrelay · ${live.model}`;
   renew(find("served"), el("b", {}, live.model), live.mode === "colocated" ? ", prefill and decode in one pool" : ", prefill and decode apart");
   sayStatus(live);

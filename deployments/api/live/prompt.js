@@ -25,8 +25,7 @@ function body() {
 async function ask(headers) {
   if (running) return;
   running = new AbortController();
-  find("send").disabled = true;
-  find("stop").disabled = false;
+  turn(find("stop"), find("send"));
   const answer = find("answer");
   answer.replaceChildren();
   answer.setAttribute("aria-busy", "true");
@@ -43,9 +42,15 @@ async function ask(headers) {
   } finally {
     running = null;
     answer.setAttribute("aria-busy", "false");
-    find("send").disabled = false;
-    find("stop").disabled = true;
+    turn(find("send"), find("stop"));
   }
+}
+
+// One button works now and the other one does not; it does not take the focus along.
+function turn(works, rests) {
+  works.disabled = false;
+  if (document.activeElement === rests) works.focus();
+  rests.disabled = true;
 }
 
 // What an answer says that is none.
@@ -59,11 +64,12 @@ async function* events(stream) {
   let rest = "";
   for (;;) {
     const { value, done } = await reader.read();
-    if (done) return;
+    if (done) throw new Error("The connection ended before the answer did.");
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
-      if (line.startsWith("data: ") && line !== "data: [DONE]") yield JSON.parse(line.slice(6));
+      if (line === "data: [DONE]") return;
+      if (line.startsWith("data: ")) yield JSON.parse(line.slice(6));
     }
   }
 }
