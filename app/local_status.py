@@ -29,6 +29,7 @@ _TIMEOUT_S = 10.0
 _NUM_DECISIONS = 3
 _NONE = "-"
 _STYLES = {"busy": "green", "idle": "default", "silent": "bold yellow", "gone": "bold red"}
+_EVENTS = {"gone": "is gone", "flipped": "flipped to this pool"}
 _ORIGINS = {
     "decode_cache": "cached in decode",
     "prefill_cache": "cached in prefill",
@@ -206,7 +207,7 @@ def _lines(document: Json) -> Iterable[str]:
         targets = ", ".join(f"{pool} {count}" for pool, count in decision["targets"].items())
         yield f"planner, {_clock(decision['at_s'])}: {targets}. {decision['reason']}"
     for event in document["events"][-_NUM_DECISIONS:]:
-        words = "is gone" if event["kind"] == "gone" else "serves"
+        words = _EVENTS.get(event["kind"], "serves")
         yield f"{_clock(event['at_s'])}: {event['pool']} replica {event['replica']} {words}"
 
 

@@ -1,5 +1,6 @@
 """The service that a benchmark measures, for as long as it does."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,9 +10,13 @@ from app.local_process import RunFolder
 
 @contextmanager
 def serving(folder: RunFolder, port: int, arguments: list[str]) -> Iterator[None]:
-    """Bring the service up, and down again whatever happens."""
-    up(folder, "app:graph", port, None, 600, arguments)
+    """Bring the service up, and down again whatever happens, also where `kill` or `timeout` ends the benchmark."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        yield
+        up(folder, "app:graph", port, None, 600, arguments)
+        try:
+            yield
+        finally:
+            down(folder)
     finally:
-        down(folder)
+        signal.signal(signal.SIGTERM, before)
