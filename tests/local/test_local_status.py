@@ -97,6 +97,16 @@ def test_a_service_that_sleeps_is_said_to_serve_and_to_have_nobody_yet() -> None
     assert line.split("  ")[-1].strip() == "serving: no decode replica runs, the next request starts one"
 
 
+def test_what_became_of_replicas_is_told() -> None:
+    shown = json.loads(document())
+    kinds = {"came": "serves", "gone": "is gone", "flipped": "flipped to this pool"}
+    shown["events"] = [{"at_s": 1.0, "pool": "prefill", "replica": f"r-{kind}", "kind": kind} for kind in kinds]
+    with answering(json.dumps(shown).encode()) as url:
+        told = status("--url", url, key=KEY)
+    for kind, words in kinds.items():
+        assert f"prefill replica r-{kind} {words}\n" in told.stdout
+
+
 def test_nothing_is_cut_off_in_a_pipe_of_80_columns() -> None:
     shown = json.loads(document())
     shown["pools"]["decode"]["states"] = {"RUNNING": 12, "STARTING": 3, "STOPPING": 2}

@@ -1,172 +1,21 @@
-"""The live page in headless Chromium, of services that are made up: with keys, ill, and with an evil model."""
+"""The live page of services that are ill, asleep, wordy or busy, in headless Chromium."""
 
-import json
 import re
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
-from playwright.async_api import Page, async_playwright, expect
-from starlette.applications import Starlette
+from playwright.async_api import Page, expect
 
 from deployments.api.http import build_app
-from deployments.api.keys import KeyRing
 from deployments.load.reading import DECODE, PREFILL
-from deployments.messages import FinishReason
 from deployments.planner.shared import Decision
-from deployments.telemetry.live import ServiceState, describe
-from tests.api.fakes import INFO, FakeBackend, build_codec, playing, serving
-from tests.telemetry.browser import GRAVE, IS_TOO_WIDE, LOOKS, axe_core, options
+from deployments.telemetry.live import ServiceState
+from tests.api.fakes import INFO, build_codec, serving
+from tests.telemetry.browser import IS_TOO_WIDE, LOOKS
 from tests.telemetry.minutes import Service
-from tests.waiting import PATIENCE_S
+from tests.telemetry.shown_page import backend, check_for_everybody, key_ring, page_of, service
 
-PATIENCE_MS = PATIENCE_S * 1000
-KEY, BLIND_KEY = "sk-watcher-0123456789", "sk-caller-0123456789"
 TOP = "element => element.getBoundingClientRect().top"
-EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>"
-
-
-def service() -> Service:
-    """That has worked for a minute."""
-    service = Service()
-    prefill, decode = service.start(PREFILL, "p"), service.start(DECODE, "d")
-
-    def work() -> None:
-        prefill.prompt_tokens += 80
-        decode.generated_tokens += 10
-        service.clients.first_token(0.3)
-        service.clients.inter_token(0.02, 10)
-
-    service.run(60, work)
-    return service
-
-
-def backend(service: Service, state: ServiceState) -> FakeBackend:
-    """Shows that service as it is when it is asked."""
-
-    class Shown(FakeBackend):
-        async def live(self) -> Mapping[str, object]:
-            return describe(state, service.history, (), service.now_s)
-
-    return Shown(playing(EVIL, FinishReason.LENGTH).script)
-
-
-@asynccontextmanager
-async def page_of(url: str, complaints: list[str], **of_page: Any) -> AsyncIterator[Page]:
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(**options())
-        page = await browser.new_page(**of_page)
-        page.set_default_timeout(PATIENCE_MS)
-        expect.set_options(timeout=PATIENCE_MS)
-        page.on("console", lambda said: complaints.append(said.text) if said.type != "log" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: complaints.append(dialog.message))
-        await page.goto(url)
-        yield page
-        await browser.close()
-
-
-async def check_for_everybody(page: Page) -> None:
-    """By axe-core's rules everybody can use the page as it is now, in whichever look; and nothing is too wide."""
-    for look, (scheme, width) in LOOKS.items():
-        await page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-        await page.set_viewport_size({"width": width, "height": 900})
-        await page.evaluate(axe_core())
-        assert await page.evaluate(GRAVE) == [], look
-        assert not await page.evaluate(IS_TOO_WIDE), look
-
-
-@pytest.fixture
-def keys(tmp_path: Path) -> KeyRing:
-    file = tmp_path / "keys.toml"
-    file.write_text(f'[watcher]\nkey = "{KEY}"\nmetrics = true\n[caller]\nkey = "{BLIND_KEY}"\n')
-    return KeyRing(str(file))
-
-
-def keyed_app(keys: KeyRing) -> Starlette:
-    return build_app(backend(service(), ServiceState("m", "disaggregated", "1")), build_codec(), INFO, keys=keys)
-
-
-async def test_with_keys_it_asks_for_one_before_it_asks_for_numbers(keys: KeyRing) -> None:
-    complaints: list[str] = []
-    async with serving(keyed_app(keys)) as url, page_of("about:blank", complaints) as page:
-        asked: list[str] = []
-        page.on("request", lambda request: asked.append(request.url))
-        await page.goto(url)
-        await expect(page.locator("#key-form")).to_be_visible()
-        await expect(page.locator("#live")).to_be_hidden()
-        await expect(page.get_by_label("API key")).to_be_focused()
-        assert f"{url}/live" not in asked
-        await page.get_by_label("API key").fill(KEY)
-        await page.keyboard.press("Enter")
-        await expect(page.locator("#live")).to_be_visible()
-        await page.reload()
-        await expect(page.locator("#status")).to_have_text("Serving")
-    assert complaints == []
-
-
-async def test_a_key_that_may_not_read_numbers_is_told_why_and_forgotten(keys: KeyRing) -> None:
-    complaints: list[str] = []
-    async with serving(keyed_app(keys)) as url, page_of(url, complaints) as page:
-        for key, said in (("sk-nobody-0123456789", "is not valid"), (BLIND_KEY, "may not read the metrics")):
-            await page.get_by_label("API key").fill(key)
-            await page.keyboard.press("Enter")
-            await expect(page.locator("#key-form")).to_contain_text(said)
-            assert await page.evaluate("sessionStorage.length") == 0
-        await page.reload()
-        await expect(page.get_by_label("API key")).to_be_focused()
-    refused = "Failed to load resource: the server responded with a status of"
-    assert complaints == [f"{refused} 401 (Unauthorized)", f"{refused} 403 (Forbidden)"], "what the browser itself says"
-
-
-async def test_a_key_that_no_header_can_carry_is_refused_and_does_not_lock_the_page(keys: KeyRing) -> None:
-    complaints: list[str] = []
-    async with serving(keyed_app(keys)) as url, page_of(url, complaints) as page:
-        form = page.locator("#key-form")
-        unseen, long = "has a character that no key has", "has 20,000 characters, and no header carries more"
-        for key, said in (("sk\u2013watcher", unseen), ("x" * 20_000, long), ("sk-watcher\u200b", unseen)):
-            await page.get_by_label("API key").fill(key)
-            await page.keyboard.press("Enter")
-            await expect(form).to_contain_text(said)
-            assert await page.evaluate("sessionStorage.length") == 0
-        for key, said in (("sk\u2013of an older page", unseen), ("x" * 20_000, long)):
-            await page.evaluate("key => sessionStorage.setItem('kvrelay-key', key)", key)
-            await page.reload()
-            await expect(form).to_contain_text(said)
-        await page.get_by_label("API key").fill(KEY)
-        await page.keyboard.press("Enter")
-        await expect(page.locator("#status")).to_have_text("Serving")
-    assert complaints == []
-
-
-async def test_a_key_whose_limit_is_used_up_is_told_so_and_left_alone_as_long_as_the_service_says(
-    tmp_path: Path,
-) -> None:
-    file = tmp_path / "keys.toml"
-    file.write_text(f'[watcher]\nkey = "{KEY}"\nmetrics = true\nrequests_per_minute = 1\n')
-    now_s, began = [0.0], datetime(2026, 1, 1)
-    app = keyed_app(KeyRing(str(file), clock=lambda: now_s[0]))
-    async with serving(app) as url, page_of("about:blank", []) as page:
-        asked: list[str] = []
-        page.on("request", lambda request: asked.append(request.url) if request.url.endswith("/live") else None)
-        await page.add_init_script(f"if (location.host) sessionStorage.setItem('kvrelay-key', '{KEY}')")
-        await page.clock.install(time=began)
-        await page.goto(url)
-        await expect(page.locator("#status")).to_have_text("Serving")
-        await page.clock.pause_at(began + timedelta(hours=1))
-        banner = page.locator("#banner")
-        words = "Your key's limit of 1 requests per minute is used up, and this page makes 30: asked again in 60 s."
-        await expect(banner).to_contain_text(words)
-        await page.clock.run_for(59_000)
-        await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
-        assert len(asked) == 2
-        now_s[0] += 60.0
-        await page.clock.run_for(1_000)
-        await expect(banner).to_be_hidden()
-        await expect(page.locator("#status")).to_have_text("Serving")
 
 
 async def test_a_service_that_has_too_much_to_do_is_not_said_to_be_gone() -> None:
@@ -201,45 +50,6 @@ async def test_a_service_that_sleeps_serves_and_says_so_though_its_last_replica_
     assert complaints == []
 
 
-async def test_what_a_model_says_is_text_and_nothing_else() -> None:
-    complaints: list[str] = []
-    app = build_app(backend(service(), ServiceState(EVIL, "disaggregated", "1")), build_codec(), INFO)
-    async with serving(app) as url, page_of(url, complaints) as page:
-        await page.get_by_label("Prompt", exact=True).fill("hi")
-        await page.get_by_label("Tokens at most").fill("40")
-        await page.get_by_role("button", name="Send").click()
-        await expect(page.locator("#answer .token").first).to_have_text(EVIL)
-        await expect(page.locator("#served b")).to_have_text(EVIL)
-        assert await page.locator("#answer img, #answer script, #served img").count() == 0
-    assert complaints == []
-
-
-async def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one() -> None:
-    app = build_app(backend(service(), ServiceState("m", "colocated", "1")), build_codec(), INFO)
-    said = {"choices": [{"index": 0, "text": "half of"}]}
-    async with serving(app) as url, page_of(url, []) as page:
-        await expect(page.locator("#legend")).to_be_hidden()
-        await page.route(re.compile("completions$"), lambda route: route.fulfill(body=f"data: {json.dumps(said)}\n\n"))
-        await page.get_by_label("Prompt", exact=True).fill("hi")
-        await page.get_by_role("button", name="Send").press("Enter")
-        await expect(page.locator("#answer .token")).to_have_text("half of")
-        await expect(page.locator("#answer .error")).to_have_text("The connection ended before the answer did.")
-        await expect(page.get_by_role("button", name="Send")).to_be_focused()
-
-
-async def test_the_focus_goes_to_the_button_that_works() -> None:
-    app = build_app(backend(service(), ServiceState("m", "disaggregated", "1")), build_codec(), INFO)
-    async with serving(app) as url, page_of(url, []) as page:
-        await expect(page.locator("#legend")).to_be_visible()
-        await page.route(re.compile("completions$"), lambda route: None)  # which nobody answers
-        await page.get_by_label("Prompt", exact=True).fill("hi")
-        await page.get_by_role("button", name="Send").press("Enter")
-        await expect(page.get_by_role("button", name="Stop")).to_be_focused()
-        await page.keyboard.press("Enter")
-        await expect(page.locator("#answer")).to_have_text("Stopped.")
-        await expect(page.get_by_role("button", name="Send")).to_be_focused()
-
-
 def ill_service() -> tuple[Service, ServiceState]:
     """One with a silent replica and one that is gone, refusals, and a planner that decides."""
     ill = service()
@@ -268,7 +78,7 @@ async def test_silence_refusals_and_decisions_are_told_and_a_service_that_is_gon
         await expect(page.locator("#live")).to_have_class("stale")
 
 
-async def test_everybody_can_use_it_whatever_ails_the_service(keys: KeyRing) -> None:
+async def test_everybody_can_use_it_whatever_ails_the_service(tmp_path: Path) -> None:
     ill, state = ill_service()
     async with page_of("about:blank", [], bypass_csp=True) as page:
         async with serving(build_app(backend(ill, state), build_codec(), INFO)) as url:
@@ -279,7 +89,7 @@ async def test_everybody_can_use_it_whatever_ails_the_service(keys: KeyRing) -> 
             await check_for_everybody(page)
         await expect(page.locator("#live")).to_have_class("stale")
         await check_for_everybody(page)
-        async with serving(build_app(backend(ill, state), build_codec(), INFO, keys=keys)) as url:
+        async with serving(build_app(backend(ill, state), build_codec(), INFO, keys=key_ring(tmp_path))) as url:
             await page.goto(url)
             await expect(page.get_by_label("API key")).to_be_focused()
             await check_for_everybody(page)
