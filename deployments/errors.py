@@ -68,6 +68,10 @@ class TierError(KvRelayError):
     """KV could not be had from the shared tier, or not soon enough; whoever wanted it computes it."""
 
 
+class PinError(KvRelayError):
+    """The driver does not pin memory of the host for a GPU."""
+
+
 class OverloadedError(KvRelayError):
     """Not taken, since too much is queued; the same request can succeed later.
 

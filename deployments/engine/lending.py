@@ -16,6 +16,7 @@ import torch
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.kv.copies import KVCopies
 from deployments.engine.kv.host_copies import HostCopies
+from deployments.engine.kv.pinned import PinnedMemory
 from deployments.engine.scheduling.block_manager import BlockManager
 from deployments.engine.stats import EngineStats
 
@@ -83,6 +84,11 @@ class Lending:
     def num_lanes(self) -> int:
         """Copies that may well be made at once."""
         return self._host_copies.num_lanes
+
+    @property
+    def pinned(self) -> PinnedMemory | None:
+        """The host's memory that is copied from without a detour; None: there is no other way."""
+        return self._host_copies.pinned
 
     @property
     def num_hit_tokens(self) -> int:

@@ -20,6 +20,7 @@ from deployments.engine.stats import EngineStats
 from deployments.engine_tier.fetching import Fetcher
 from deployments.engine_tier.giving import Giver
 from deployments.engine_tier.loop import Loop
+from deployments.engine_tier.pinning import Pinner
 from deployments.errors import EngineDeadError, TierError
 from deployments.kv_tier.index import Origins
 from deployments.kv_tier.keys import TierKeys, shard_of
@@ -52,6 +53,8 @@ class EngineTier:
         self._positions = positions
         self._giver = Giver(engine, loop, store, keys, copy_share)
         self._fetcher = Fetcher(engine.lending, loop, store, keys)
+        pinned = engine.lending.pinned
+        self._pinner = Pinner(pinned, store) if pinned is not None else None
         self._turns = [ThreadPoolExecutor(1, thread_name_prefix="tier-fetch") for _ in range(_NUM_TURNS)]
         self._lock = Lock()
         self._waiting: set[str] = set()
@@ -104,6 +107,8 @@ class EngineTier:
         for turn in self._turns:
             turn.shutdown()
         self._fetcher.stop()
+        if self._pinner is not None:
+            self._pinner.stop()
         self._giver.stop()
 
     def _chain(self, request: GenerateRequest) -> list[bytes]:

@@ -18,6 +18,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from deployments.errors import TierError, brief
 from deployments.kv_tier.index import Found, Offer, Origins, TierCounts, TierIndex
 from deployments.kv_tier.keys import shard_of
+from deployments.kv_tier.mapped import mappings
 from deployments.kv_tier.settings import TierSettings
 from deployments.kv_tier.store import leading
 
@@ -32,6 +33,8 @@ Answer = TypeVar("Answer")
 
 # One namespace for all applications of a cluster.
 _NAMESPACE = "kvrelay-tier"
+# What a process has mapped of its node's object store, where this is shared memory.
+_OBJECT_STORE = "/dev/shm/plasma"
 _OFFER_TIMEOUT_S = 10.0
 # Without a word from any engine for so long an index ends itself; longer than engines take to be replaced.
 _LINGER_S = 600.0
@@ -169,6 +172,11 @@ def counts_of(settings: TierSettings) -> list[TierCounts]:
     return counts
 
 
+def object_memory() -> list[range]:
+    """Addresses at which this process has mapped its node's object store; none before its first large object."""
+    return mappings(_OBJECT_STORE)
+
+
 class RayStore:
     """The tier as an engine's actor sees it; see `TierStore`. Made in that actor.
 
@@ -198,6 +206,9 @@ class RayStore:
             self._shards[shard_of(found.key, len(self._shards))].lose.remote([found.key])
             raise TierError(f"an object is lost: {brief(error)}") from error
         return data
+
+    def memory(self) -> Sequence[range]:
+        return object_memory()
 
     def _split(self, items: Sequence[T], key: Callable[[T], bytes]) -> list[tuple[IndexShard, list[T]]]:
         parts: list[list[T]] = [[] for _ in self._shards]

@@ -35,6 +35,10 @@ class TierStore(Protocol):
         """
         ...
 
+    def memory(self) -> Sequence[range]:
+        """Addresses at which this process sees the objects of its node; some of it may have none."""
+        ...
+
 
 def leading(keys: Sequence[bytes], found: Sequence[Found[Any]]) -> list[Found[Any]]:
     """Of what was found in any order, that which the first of these objects have without a gap."""

@@ -83,3 +83,21 @@ def test_another_engine_goes_on_with_them_as_the_first_does_with_its_own(kv_dtyp
         assert found.cached["warm"] == len(HASHES) * 256
         tokens.append(found.tokens["warm"])
     assert tokens[0] == tokens[1]
+
+
+def test_blocks_that_are_pinned_are_copied_from_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = build("llama"), build("llama")
+    source.add(greedy("cold", prompt(LENGTH), 8))
+    run(source)
+    data = copied_out(source)
+    pinned = target.lending.pinned
+    assert pinned is not None
+    page, page_bytes = data.ctypes.data // 4096 * 4096, data.nbytes + 8192
+    for start in range(0, page_bytes, 3 << 20):  # blocks of 4 MiB lie in two pieces, or in three
+        pinned.pin(page + start, min(3 << 20, page_bytes - start))
+    with monkeypatch.context() as patched:
+        patched.setattr(np, "copyto", lambda *_: pytest.fail("copied within the host"))
+        bring(target, data)
+    run(target)
+    assert np.array_equal(copied_out(target), data)
+    pinned.unpin()

@@ -136,3 +136,6 @@ class LocalStore:
 
     def read(self, found: Found[Any], timeout_s: float) -> np.ndarray:
         return self.tier.read(found, timeout_s)
+
+    def memory(self) -> Sequence[range]:
+        return ()

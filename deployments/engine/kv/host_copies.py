@@ -1,10 +1,11 @@
 """Blocks of KV to and from the host's memory, copied beside the steps, on threads other than the one that takes them.
 
 The blocks must be held for whoever copies, so that no step touches them meanwhile. On a GPU each copy has a stream of
-its own and passes through pinned memory; steps never wait for one. In the host's memory a block is one run of bytes:
-all layers, keys and values, one behind the other.
+its own and passes through pinned memory, unless what it comes from is pinned; steps never wait for one. In the host's
+memory a block is one run of bytes: all layers, keys and values, one behind the other.
 """
 
+import ctypes
 import queue
 import time
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.kv.cache import KVCache
+from deployments.engine.kv.pinned import PinnedMemory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,6 +45,7 @@ class HostCopies:
         self.num_lanes = _NUM_LANES if self._pool.is_cuda else 1
         self._has_lanes = False
         self._lock = Lock()
+        self.pinned = PinnedMemory() if self._pool.is_cuda else None
 
     def copy_out(self, block_ids: Sequence[int], computed: torch.cuda.Event | None, out: np.ndarray) -> float:
         """Copy blocks to the host's memory; returns when they are there.
@@ -80,10 +83,10 @@ class HostCopies:
             data: (N, bytes_per_block) uint8; it is not written to.
         """
         rows = self._rows(data, block_ids)
-        if self._pool.is_cuda:
+        if self.pinned is not None:
             with self._lane(computed) as lane:
                 for block, row in zip(block_ids, rows, strict=True):
-                    lane.put(row, self._pool[:, :, block])
+                    lane.put(row, self.pinned.cut(row.ctypes.data, row.nbytes), self._pool[:, :, block])
             return
         pool = self._pool.numpy()
         for block, row in zip(block_ids, rows, strict=True):
@@ -108,8 +111,10 @@ class HostCopies:
             with torch.cuda.device(self._pool.device), torch.cuda.stream(lane.stream):
                 if after is not None:
                     lane.stream.wait_event(after)
-                yield lane
-                lane.stream.synchronize()
+                try:
+                    yield lane
+                finally:
+                    lane.stream.synchronize()  # whatever has failed: its blocks are given back
         finally:
             self._lanes.put(lane)
 
@@ -138,12 +143,27 @@ class _Lane:
         self.stream.synchronize()
         np.copyto(row, self.pinned.numpy())
 
-    def put(self, row: np.ndarray, planes: Tensor) -> None:
-        """Copy a block to the device."""
-        self.stream.synchronize()  # the one before is out of the pinned memory
-        np.copyto(self.pinned.numpy(), row)
-        self.staging.copy_(self.pinned, non_blocking=True)
+    def put(self, row: np.ndarray, sizes: Sequence[int] | None, planes: Tensor) -> None:
+        """Copy a block to the device.
+
+        Args:
+            row: the block; where it is pinned, it is read until the stream has done this.
+            sizes: bytes of its parts, each of which one transfer can read; None: it is not pinned.
+            planes: of the block on the device.
+        """
+        if sizes is None:
+            self.stream.synchronize()  # the one before is out of the pinned memory
+            np.copyto(self.pinned.numpy(), row)
+            self.staging.copy_(self.pinned, non_blocking=True)
+        else:
+            for part, place in zip(_in_place(row).split(sizes), self.staging.view(-1).split(sizes), strict=True):
+                place.copy_(part, non_blocking=True)
         _words(planes).copy_(_words(self.staging))
+
+
+def _in_place(row: np.ndarray) -> Tensor:
+    """The bytes of a row, contiguous and perhaps not to be written to, without a copy."""
+    return torch.frombuffer((ctypes.c_ubyte * row.nbytes).from_address(row.ctypes.data), dtype=torch.uint8)
 
 
 def _words(planes: Tensor) -> Tensor:

@@ -148,11 +148,13 @@ class Bench:
                 self._note("hand-off", self._hand_over(computes, forgets, prompt), cold)
                 self._note("same engine", self.ask(computes, prompt), cold)
                 self._settle()
+                time.sleep(self._args.pause)
                 self._note("tier", self.ask(other, prompt), cold)
             left = [self.prompt(self._args.prefix_tokens) for _ in range(self._args.rounds)]
             for prefix in left:
                 self.ask(computes, prefix + self.prompt(self._args.suffix_tokens))
             self._settle()
+            time.sleep(self._args.pause)
             ray.kill(computes.actor)
             for prefix in left:
                 prompt = prefix + self.prompt(self._args.suffix_tokens)
@@ -269,6 +271,8 @@ def main() -> int:
     parser.add_argument("--tier-bytes", type=int, default=2 << 30)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each engine")
     parser.add_argument("--warm-up", type=int, default=0, help="rounds before those that count")
+    pause = "seconds until what the tier was given is asked for; a GPU's engines pin its memory meanwhile"
+    parser.add_argument("--pause", type=float, default=0.0, help=pause)
     parser.add_argument("--shape", choices=SHAPES, help="of random weights, on a GPU; none: the default model on a CPU")
     args = parser.parse_args()
     if args.shape and not torch.cuda.is_available():
