@@ -6,9 +6,10 @@ comes too late, ends the prompt that can be used; what came before it stays.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from threading import Lock
+from contextlib import contextmanager
+from threading import Event, Lock
 from typing import Any
 
 from deployments.engine.engine import Engine
@@ -39,6 +40,7 @@ class Fetcher:
         num_bytes: that were brought.
         seconds: that this took.
         num_failures: times that something did not come, or not in time.
+        idle: set while nothing is copied.
     """
 
     def __init__(self, lending: Lending, loop: Loop, store: TierStore, keys: TierKeys) -> None:
@@ -48,6 +50,9 @@ class Fetcher:
         self._keys = keys
         self._lock = Lock()  # of what was measured and counted
         self._policy = FetchPolicy()
+        self._num_copying = 0
+        self.idle = Event()
+        self.idle.set()
         self._copiers = ThreadPoolExecutor(lending.num_lanes, thread_name_prefix="tier-copy")
         self.num_queued = 0
         self.num_bytes = 0
@@ -93,7 +98,8 @@ class Fetcher:
         try:
             # What the engine had when the tier was asked may be gone: nobody writes it, so nothing behind it counts.
             if loan.num_cached >= offset:
-                origins = self._copy_in(loan, offset, found, copying_s + patience_s)
+                with self._copying():
+                    origins = self._copy_in(loan, offset, found, copying_s + patience_s)
         finally:
             copied_s = time.monotonic()
             self._loop.call(lambda engine: _end(engine, loan, origins, done))
@@ -121,6 +127,19 @@ class Fetcher:
 
     def _num_tokens(self, objects: Sequence[object]) -> int:
         return len(objects) * self._keys.num_blocks * self._keys.block_size
+
+    @contextmanager
+    def _copying(self) -> Iterator[None]:
+        self._count_copying(1)
+        try:
+            yield
+        finally:
+            self._count_copying(-1)
+
+    def _count_copying(self, change: int) -> None:
+        with self._lock:
+            self._num_copying += change
+            (self.idle.clear if self._num_copying else self.idle.set)()
 
     def _copy_in(self, loan: Loan, offset: int, found: Sequence[Found[Any]], until_s: float) -> list[str | None]:
         """Write objects into a loan's blocks from there on; the origins of what was not cached, up to the first gap."""

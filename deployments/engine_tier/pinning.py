@@ -29,10 +29,12 @@ class Pinner:
     Args:
         pinned: of the engine.
         store: the tier.
+        idle: set while nothing is fetched: what is pinned meanwhile would keep a fetch waiting.
     """
 
-    def __init__(self, pinned: PinnedMemory, store: TierStore) -> None:
+    def __init__(self, pinned: PinnedMemory, store: TierStore, idle: Event) -> None:
         self._pinned = pinned
+        self._idle = idle
         self._store = store
         self._done: set[int] = set()
         self._stopped = Event()
@@ -42,6 +44,7 @@ class Pinner:
     def stop(self) -> None:
         """Pin nothing more, and let go of all; nothing is fetched any more."""
         self._stopped.set()
+        self._idle.set()
         self._thread.join()
         self._pinned.unpin()
 
@@ -68,6 +71,7 @@ class Pinner:
         return [piece for piece in pieces if piece.start not in self._done and is_written(piece.start)]
 
     def _pin(self, piece: range) -> None:
+        self._idle.wait()
         if self._stopped.is_set():
             return
         begun_s = time.monotonic()

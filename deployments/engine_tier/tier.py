@@ -54,7 +54,7 @@ class EngineTier:
         self._giver = Giver(engine, loop, store, keys, copy_share)
         self._fetcher = Fetcher(engine.lending, loop, store, keys)
         pinned = engine.lending.pinned
-        self._pinner = Pinner(pinned, store) if pinned is not None else None
+        self._pinner = Pinner(pinned, store, self._fetcher.idle) if pinned is not None else None
         self._turns = [ThreadPoolExecutor(1, thread_name_prefix="tier-fetch") for _ in range(_NUM_TURNS)]
         self._lock = Lock()
         self._waiting: set[str] = set()

@@ -4,6 +4,7 @@ import mmap
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from threading import Event
 from typing import Any, cast
 
 import pytest
@@ -61,8 +62,10 @@ def mapped_file() -> Iterator[tuple[mmap.mmap, Mapped, int]]:
             yield memory, store, store.memory()[0].start
 
 
-def pinner(driver: Driver, store: Any) -> Pinner:
-    return Pinner(PinnedMemory(driver.register, driver.pinned.pop), cast(TierStore, store))
+def pinner(driver: Driver, store: Any, idle: Event | None = None) -> Pinner:
+    if idle is None:
+        (idle := Event()).set()
+    return Pinner(PinnedMemory(driver.register, driver.pinned.pop), cast(TierStore, store), idle)
 
 
 def test_what_is_written_to_is_pinned_and_nothing_else() -> None:
@@ -84,6 +87,18 @@ def test_a_store_that_is_mapped_later_is_found() -> None:
     with mapped_file() as (memory, _, start):
         memory[0] = 1
         wait_until(lambda: driver.pinned == {start: PIECE}, 10)
+        one.stop()
+
+
+def test_nothing_is_pinned_while_something_is_fetched() -> None:
+    driver, idle = Driver(), Event()
+    with mapped_file() as (memory, store, start):
+        memory[0] = memory[PIECE] = 1
+        one = pinner(driver, store, idle)
+        one._thread.join(0.3)  # thirty beats
+        assert driver.pinned == {}
+        idle.set()
+        wait_until(lambda: driver.pinned == {start: PIECE, start + PIECE: PIECE}, 10)
         one.stop()
 
 
