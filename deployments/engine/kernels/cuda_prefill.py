@@ -1,7 +1,8 @@
 """Attention of prompts on a GPU, in Triton, for what other kernels lack: windows, softcaps, sinks, over blocks or not.
 
-All heads that share keys are attended together, so that few queries fill a tile as well. bfloat16 and float16; keys
-and values in blocks also in FP8: they become what the queries are before they are multiplied.
+All heads that share keys are attended together, so that few queries fill a tile as well. Few queries behind many keys
+are few programs with much to read: the keys of each are cut into parts then. bfloat16 and float16; keys and values in
+blocks also in FP8: they become what the queries are before they are multiplied.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
@@ -23,6 +24,10 @@ from deployments.engine.kernels.cuda_scores import (
     unseen_out,
     weigh,
 )
+from deployments.engine.kernels.cuda_splits import MAX_SPLITS, merge_queries
+
+# Two for each multiprocessor of an H100 or H200. More are not worth putting together what they find.
+_MAX_PROGRAMS = 264
 
 
 def prefill_tile(head_dim: int) -> tuple[int, Tile]:
@@ -66,75 +71,53 @@ def prefill_attention(
 
     Source: FlashAttention-2 (Dao, 2023).
     """
-    num_heads, head_dim = queries.shape[1:]
-    num_kv_heads = kv.keys.shape[-2]
-    group = num_heads // num_kv_heads
+    num_kv_heads, head_dim = kv.keys.shape[-2], queries.shape[-1]
+    group = queries.shape[1] // num_kv_heads
     rows, tile = _fitting_tile(head_dim, max_queries * group)
     out = torch.zeros_like(queries) if is_padded else torch.empty_like(queries)
     is_paged = tables is not None
-    _prefill_attention[(triton.cdiv(max_queries * group, rows), num_kv_heads, len(starts) - 1)](
-        queries,
-        *kv,
-        starts,
-        lens,
-        tables,
-        scores.sinks,
-        out,
-        *factors(scores),
-        0 if tables is None else tables.stride(0),
-        kv.keys.stride(-3),
-        kv.values.stride(-3),
-        num_kv_heads,
-        GROUP=group,
-        ROWS=rows,
-        HEAD_DIM=head_dim,
-        DIMS=triton.next_power_of_2(head_dim),
-        BLOCK_SIZE=kv.keys.shape[1] if is_paged else 0,
-        TILE=tile.num_tokens,
-        IS_PAGED=is_paged,
-        **switches(scores),
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
+    num_tiles, num_sequences = triton.cdiv(max_queries * group, rows), len(starts) - 1
+    num_splits = split_count(num_tiles * num_kv_heads * num_sequences) if is_paged else 1
+    parts, stats = _room_for_parts(queries, num_splits) if num_splits > 1 else (None, None)
+    _prefill_attention[(num_tiles * num_splits, num_kv_heads, num_sequences)](
+        queries, *kv, starts, lens, tables, scores.sinks, out, parts, stats, *factors(scores),
+        0 if tables is None else tables.stride(0), kv.keys.stride(-3), kv.values.stride(-3), num_kv_heads,
+        GROUP=group, ROWS=rows, HEAD_DIM=head_dim, DIMS=triton.next_power_of_2(head_dim),
+        BLOCK_SIZE=kv.keys.shape[1] if is_paged else 0, TILE=tile.num_tokens, IS_PAGED=is_paged, SPLITS=num_splits,
+        **switches(scores), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if parts is not None and stats is not None:
+        merge_queries(parts, stats, starts, scores.sinks, out, num_splits)
     return out
+
+
+def split_count(num_programs: int) -> int:
+    """Parts that the keys of each program are cut into."""
+    return max(1, min(MAX_SPLITS // 2, _MAX_PROGRAMS // num_programs))
+
+
+def _room_for_parts(queries: Tensor, num_splits: int) -> tuple[Tensor, Tensor]:
+    """For what each part finds: weighted sums, (T * num_splits, H, head_dim), and (..., 2) their peaks and totals."""
+    num_queries, num_heads, head_dim = queries.shape
+    parts = queries.new_empty((num_queries * num_splits, num_heads, head_dim), dtype=torch.float32)
+    return parts, queries.new_empty((num_queries * num_splits, num_heads, 2), dtype=torch.float32)
 
 
 @triton.jit
 def _prefill_attention(
-    queries,
-    keys,
-    values,
-    key_scales,
-    value_scales,
-    starts,
-    lens,
-    tables,
-    sinks,
-    out,
-    scaling,
-    softcap,
-    window,
-    table_stride,
-    key_stride,
-    value_stride,
-    num_kv_heads,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    DIMS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    TILE: tl.constexpr,
-    IS_PAGED: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-):
-    """One sequence, one KV head, and rows of (query, head of its group). Scores are in powers of two."""
+    queries, keys, values, key_scales, value_scales, starts, lens, tables, sinks, out, parts, stats,
+    scaling, softcap, window, table_stride, key_stride, value_stride, num_kv_heads,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr, IS_PAGED: tl.constexpr, SPLITS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """One sequence, one KV head, rows of (query, head of its group), a part of the keys; scores are in powers of 2."""
     kv_head, sequence = tl.program_id(1), tl.program_id(2)
     start = tl.load(starts + sequence)
     num_queries = tl.load(starts + sequence + 1) - start
     length = tl.load(lens + sequence) if IS_PAGED else num_queries
-    first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # those with most to do begin
+    number, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
+    first_row = (tl.num_programs(0) // SPLITS - 1 - number) * ROWS  # those with most to do begin
     if first_row >= num_queries * GROUP:
         return
     row, dims = first_row + tl.arange(0, ROWS), tl.arange(0, DIMS)
@@ -154,12 +137,26 @@ def _prefill_attention(
         keys += start.to(tl.int64) * key_stride
         values += start.to(tl.int64) * value_stride
     peak, total, result = _attend(
-        query, keys, values, key_scales, value_scales, tables, position, earliest, latest,
+        query, keys, values, key_scales, value_scales, tables, position, earliest, latest, split,
         scaling, softcap, window, key_stride, value_stride,
-        HEAD_DIM, DIMS, BLOCK_SIZE, TILE, IS_PAGED, HAS_WINDOW, HAS_SOFTCAP,
+        HEAD_DIM, DIMS, BLOCK_SIZE, TILE, IS_PAGED, SPLITS, HAS_WINDOW, HAS_SOFTCAP,
     )  # fmt: skip
-    place = out + place[:, None] * HEAD_DIM + dims[None, :]
-    store_mean(place, kept, sinks, kv_head * GROUP + row % GROUP, peak, total, result, HAS_SINKS)
+    if SPLITS == 1:
+        place = out + place[:, None] * HEAD_DIM + dims[None, :]
+        store_mean(place, kept, sinks, kv_head * GROUP + row % GROUP, peak, total, result, HAS_SINKS)
+    else:
+        query_row = (start + row // GROUP).to(tl.int64) * SPLITS + split
+        item = query_row * (num_kv_heads * GROUP) + kv_head * GROUP + row % GROUP
+        _store_part(parts, stats, item, row < num_queries * GROUP, dims, peak, total, result, HEAD_DIM)
+
+
+@triton.jit
+def _store_part(parts, stats, item, is_row, dims, peak, total, result, HEAD_DIM: tl.constexpr):
+    """What rows have found in their part of the keys; of those that have seen none there, only that."""
+    tl.store(stats + item * 2, peak, mask=is_row)
+    tl.store(stats + item * 2 + 1, total, mask=is_row)
+    kept = (is_row & (total > 0))[:, None] & (dims < HEAD_DIM)[None, :]
+    tl.store(parts + item[:, None] * HEAD_DIM + dims[None, :], result, mask=kept)
 
 
 @triton.jit
@@ -173,6 +170,7 @@ def _attend(
     position,
     earliest,
     latest,
+    split,
     scaling,
     softcap,
     window,
@@ -183,10 +181,11 @@ def _attend(
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     IS_PAGED: tl.constexpr,
+    SPLITS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """All keys that rows at `position`, from `earliest` to `latest`, see: peak and total, and the weighted sum."""
+    """A part of the keys that rows at `position`, from `earliest` to `latest`, see: peak, total and weighted sum."""
     # Tiles that the window cuts, those that every row sees whole, and those that the diagonal cuts.
     begin = 0
     whole_from = 0
@@ -195,6 +194,11 @@ def _attend(
         whole_from = tl.maximum(tl.cdiv(tl.maximum(latest - window + 1, 0), TILE) * TILE, begin)
     whole_to = (earliest + 1) // TILE * TILE
     end = latest + 1
+    if SPLITS > 1:
+        num_keys = tl.cdiv(tl.cdiv(end - begin, TILE), SPLITS) * TILE
+        begin = tl.minimum(begin + split * num_keys, end)
+        end = tl.minimum(begin + num_keys, end)
+        whole_from, whole_to = tl.maximum(whole_from, begin), tl.minimum(whole_to, end)
     whole_from = tl.minimum(whole_from, end)
     whole_to = tl.maximum(whole_to, whole_from)
     num_whole, num_before = (whole_to - whole_from) // TILE, tl.cdiv(whole_from - begin, TILE)

@@ -125,6 +125,27 @@ def merge(parts: Tensor, stats: Tensor, spans: Tensor, sinks: Tensor | None, out
     )
 
 
+def merge_queries(
+    parts: Tensor, stats: Tensor, starts: Tensor, sinks: Tensor | None, out: Tensor, num_splits: int
+) -> None:
+    """As `merge`, of queries whose keys were cut into as many parts each; those behind the last sequence are left.
+
+    Args:
+        parts: (T * num_splits, H, head_dim) float32; where nothing was seen it may hold anything.
+        stats: (T * num_splits, H, 2) float32.
+        starts: (P + 1,) int32 where each sequence's queries begin.
+        sinks: (H,) of the layer; None: it has none.
+        out: (T, H, head_dim).
+        num_splits: of each query.
+    """
+    num_queries, num_heads, head_dim = out.shape
+    _merge_queries[(num_queries, num_heads)](
+        parts, stats, starts, sinks, out, len(starts) - 1, num_heads, HEAD_DIM=head_dim,
+        DIMS=triton.next_power_of_2(head_dim), COUNT=num_splits, SPLITS=triton.next_power_of_2(num_splits),
+        HAS_SINKS=sinks is not None, num_warps=2,
+    )  # fmt: skip
+
+
 @triton.jit
 def _plan_splits(
     lens,
@@ -249,6 +270,20 @@ def _merge_parts(
 
 
 @triton.jit
+def _merge_queries(
+    parts, stats, starts, sinks, out, num_sequences, num_heads,
+    HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, COUNT: tl.constexpr, SPLITS: tl.constexpr, HAS_SINKS: tl.constexpr,
+):  # fmt: skip
+    """One head of one query."""
+    query, head = tl.program_id(0), tl.program_id(1)
+    if query < tl.load(starts + num_sequences):
+        merge_head(
+            parts, stats, sinks, out + (query.to(tl.int64) * num_heads + head) * HEAD_DIM, head,
+            query.to(tl.int64) * COUNT * num_heads + head, num_heads, COUNT, HEAD_DIM, DIMS, SPLITS, HAS_SINKS,
+        )  # fmt: skip
+
+
+@triton.jit
 def merge_head(
     parts,
     stats,
@@ -263,14 +298,14 @@ def merge_head(
     SPLITS: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
-    """One head of one query from its items, always in their order: `count` rows of parts from `first` on."""
+    """One head of one query from its items, in their order: `count` rows of parts from `first` on, some of no keys."""
     split, dims = tl.arange(0, SPLITS), tl.arange(0, DIMS)
     inside = split < count
     place = first + split.to(tl.int64) * stride
     # Not from the L1 cache, which does not see what other multiprocessors have stored.
     peaks = tl.load(stats + place * 2, mask=inside, other=float("-inf"), cache_modifier=".cg")
     totals = tl.load(stats + place * 2 + 1, mask=inside, other=0.0, cache_modifier=".cg")
-    loaded = inside[:, None] & (dims < HEAD_DIM)[None, :]
+    loaded = (totals > 0)[:, None] & (dims < HEAD_DIM)[None, :]
     at = place[:, None] * HEAD_DIM + dims[None, :]
     part = tl.load(parts + at, mask=loaded, other=0.0, cache_modifier=".cg")
     peak = tl.max(peaks, axis=0)

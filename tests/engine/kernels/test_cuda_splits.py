@@ -10,6 +10,7 @@ from tests.engine.interpreted import DEVICE  # before the kernels
 
 from deployments.engine.kernels.arguments import PagedKV, Scores  # isort: skip
 from deployments.engine.kernels.cuda_attention import decode_attention, decode_tile  # isort: skip
+from deployments.engine.kernels import cuda_prefill  # isort: skip
 from deployments.engine.kernels.cuda_splits import MAX_SPLITS, DecodeTile, Splits, plan_splits  # isort: skip
 
 TILE = DecodeTile(32, 2, 4)
@@ -108,3 +109,35 @@ def test_attention_by_parts(
         for query, table, length, result in zip(queries[1:], tables, lens[1:], out[1:], strict=False):
             key, value = (part[table.long()].flatten(0, 1)[:length] for part in pool)
             torch.testing.assert_close(result.float(), attend_plainly(query, key, value, scores), rtol=0.01, atol=4e-3)
+
+
+@pytest.mark.parametrize("num_splits", [2, 3, 16])
+@pytest.mark.parametrize(("window", "softcap", "has_sinks"), [(None, None, False), (50, None, True), (90, 2.0, False)])
+def test_prompts_whose_keys_are_cut_into_parts_attend_the_same(
+    num_splits: int, window: int | None, softcap: float | None, has_sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    keys, values, queries, sinks = (
+        torch.randn(shape, dtype=torch.float16, device=DEVICE)
+        for shape in ((4, 256, 2, 16), (4, 256, 2, 16), (44, 6, 16), (6,))
+    )
+    scores = Scores(0.25, window, softcap, sinks if has_sinks else None)
+    starts, lens, tables = (
+        torch.tensor(given, dtype=torch.int32, device=DEVICE) for given in ([0, 7, 40], [500, 130], [[3, 1], [0, 2]])
+    )
+
+    def attend(count: int) -> Tensor:
+        monkeypatch.setattr(cuda_prefill, "split_count", lambda _: count)
+        given = (PagedKV(keys, values), starts, 33, scores)
+        return cuda_prefill.prefill_attention(queries, *given, lens=lens, tables=tables, is_padded=True)
+
+    whole, cut = attend(1), attend(num_splits)
+    assert (cut.float() - whole.float()).norm() <= 1e-3 * whole.float().norm()
+    assert not cut[40:].any(), "nobody has asked for these"
+
+
+def test_few_queries_behind_many_keys_keep_the_multiprocessors_busy() -> None:
+    # 32 queries of Llama-3.1-8B are two tiles of rows for each of 8 KV heads, 512 are 32.
+    assert cuda_prefill.split_count(2 * 8) == 16
+    assert cuda_prefill.split_count(32 * 8) == 1
+    assert cuda_prefill.split_count(1) == MAX_SPLITS // 2
