@@ -9,9 +9,8 @@ A request's life here:
 6. Whatever ended it, its blocks are free; those of a shared prefix stay findable.
 
 A hand-off has a lease on either side (`handoff/`). When it runs out a decode engine computes the rest of the prompt
-itself, and a prefill engine drops the request and says `HandoffExpired`.
-
-Not thread-safe, but for `check`, `take_chunk` and `release_chunk`; `EngineLoop` runs it.
+itself, and a prefill engine drops the request and says `HandoffExpired`. Not thread-safe, but for `check`, `take_chunk`
+and `release_chunk`; `EngineLoop` runs it.
 """
 
 import time
@@ -237,7 +236,9 @@ class Engine:
             if placed.remote:
                 self._handoffs.importer.add(self._scheduler.reserved[placed.request_id])
         self._scheduled = schedule.scheduled
-        return [*events, *self._handoffs.exporter.announce(schedule.scheduled)]
+        events += self._handoffs.exporter.announce(schedule.scheduled)
+        is_late = self._is_pipelined and self._in_flight is None and self._speculator.hurries(self._scheduled)
+        return self._outputs.hold(events) if is_late else events
 
     def finish_step(self) -> list[EngineEvent]:
         """Run the batch that was chosen. A pipelined engine starts it, and concludes the one before meanwhile.

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from deployments.engine.config import EngineConfig
+from deployments.engine.config import EngineConfig, SpeculationConfig
 from deployments.engine.engine import Engine
 from deployments.engine.execution.base import LaunchedStep, Preparation
 from deployments.engine.kv.cache import KVCache
@@ -59,6 +59,7 @@ class Scenario:
         temperature: of all.
         block_size: tokens per block.
         is_prefill: each step is the whole prompts of all, else one token of each.
+        num_drafts: tokens that are guessed of each sequence, by lookup; all are right.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Scenario:
     temperature: float = 0.0
     block_size: int = 256
     is_prefill: bool = False
+    num_drafts: int = 0
 
 
 SCENARIOS = (
@@ -75,13 +77,18 @@ SCENARIOS = (
     Scenario("256 decodes, sampled", 256, temperature=0.7),
     Scenario("256 decodes, blocks of 16", 256, block_size=16),
     Scenario("16 prompts of 700", 16, is_prefill=True),
+    Scenario("1 decode, 3 drafts", 1, num_drafts=3),
+    Scenario("32 decodes, 3 drafts of each", 32, num_drafts=3),
+    Scenario("128 decodes, 3 drafts of each", 128, num_drafts=3),
 )
 
 
-def build_engine(block_size: int) -> Engine:
+def build_engine(scenario: Scenario) -> Engine:
+    drafts = scenario.num_drafts
     config = EngineConfig(
-        block_size=block_size,
-        num_blocks=MAX_NUM_SEQS * MAX_MODEL_LEN // block_size,
+        block_size=scenario.block_size,
+        num_blocks=MAX_NUM_SEQS * MAX_MODEL_LEN // scenario.block_size,
+        speculation=SpeculationConfig(method="ngram", max_drafts=drafts) if drafts else SpeculationConfig(),
         max_num_seqs=MAX_NUM_SEQS,
         max_num_batched_tokens=BUDGET,
         max_model_len=MAX_MODEL_LEN,
@@ -115,7 +122,7 @@ def timed_step(engine: Engine) -> float:
 
 def measure(scenario: Scenario, num_steps: int) -> list[float]:
     """Seconds of each step."""
-    engine, rng = build_engine(scenario.block_size), random.Random(0)
+    engine, rng = build_engine(scenario), random.Random(0)
     seconds: list[float] = []
     if scenario.is_prefill:
         for _ in range(num_steps):

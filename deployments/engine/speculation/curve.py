@@ -1,8 +1,9 @@
 """What a step of so many tokens takes, learned from steps that were run anyway. Pure: no clock."""
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from math import inf
+
+import numpy as np
 
 # Steps after which a size that was not run again is forgotten: contexts have grown since, or others use the machine.
 _MEMORY_STEPS = 2048
@@ -26,18 +27,16 @@ class StepCurve:
 
     def __init__(self, max_tokens: float = inf, drafted_sizes: Sequence[int] = ()) -> None:
         self._max_tokens = max_tokens
-        self._drafted_sizes = drafted_sizes
+        self._drafted_sizes = np.array(drafted_sizes, dtype=np.int64)
         self._num_steps = 0
         self._seconds: dict[int, float] = {}
         self._counts: dict[int, int] = {}
         self._last: dict[int, int] = {}
-        self._estimates: dict[int, float] = {}  # asked hundreds of times between two steps
 
     def add(self, num_tokens: int, seconds: float, *, has_drafts: bool = False) -> None:
         """A step has ended."""
         self._num_steps += 1
-        self._estimates.clear()
-        size = self._size(num_tokens, has_drafts)
+        size = int(self._drafted(np.array([num_tokens]))[0]) if has_drafts else _size(num_tokens)
         count = self._counts[size] = self._counts.get(size, 0) + 1
         self._seconds[size] = self._joined(self._seconds.get(size, inf), seconds, count)
         self._last[size] = self._num_steps
@@ -53,12 +52,14 @@ class StepCurve:
         size = _size(num_tokens)
         return self._seconds[size] if size in self._seconds else self._estimate(size)
 
-    def drafted_seconds(self, num_tokens: int) -> float:
-        """Of a step with drafts, at least: no less than a smaller one, nor more than a larger one. 0: likewise."""
-        if (known := self._estimates.get(num_tokens)) is None:
-            size = self._size(num_tokens, has_drafts=True)
-            known = self._estimates[num_tokens] = self._estimate(size) if num_tokens <= self._max_tokens else inf
-        return known
+    def drafted_seconds(self, num_tokens: np.ndarray) -> np.ndarray:
+        """(N,) of steps of so many tokens, (N,), with drafts; at least.
+
+        No less than of a smaller one, nor more than of a larger one. 0: nothing is known.
+        """
+        sizes, which = np.unique(self._drafted(num_tokens), return_inverse=True)
+        seconds = np.array([self._estimate(int(size)) for size in sizes])
+        return np.where(num_tokens <= self._max_tokens, seconds[which], inf)
 
     def _joined(self, known: float, seconds: float, count: int) -> float:
         """With one more measurement: of the first ones the least, then a mean that follows them."""
@@ -77,10 +78,14 @@ class StepCurve:
             smaller = [min(smaller)] if smaller else []
         return min([max(smaller, default=0.0), *others])
 
-    def _size(self, num_tokens: int, has_drafts: bool) -> int:
-        """Of a class of steps."""
-        place = bisect_left(self._drafted_sizes, num_tokens) if has_drafts else len(self._drafted_sizes)
-        return self._drafted_sizes[place] if place < len(self._drafted_sizes) else _size(num_tokens)
+    def _drafted(self, num_tokens: np.ndarray) -> np.ndarray:
+        """(N,) of classes of steps with drafts."""
+        shifts = np.maximum(0, np.frexp(num_tokens)[1] - 4)
+        sizes = num_tokens >> shifts << shifts
+        places = np.searchsorted(self._drafted_sizes, num_tokens)
+        is_padded = places < len(self._drafted_sizes)
+        sizes[is_padded] = self._drafted_sizes[places[is_padded]]
+        return sizes
 
     def _forget(self) -> None:
         for size in [size for size, last in self._last.items() if self._num_steps - last >= _MEMORY_STEPS]:

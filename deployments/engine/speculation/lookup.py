@@ -8,7 +8,6 @@ Source: prompt lookup decoding (Saxena, 2023); the copy may run into its own gue
 
 from array import array
 
-import numpy as np
 from torch import Tensor
 
 from deployments.engine.scheduling.run import ScheduledSequence
@@ -17,12 +16,8 @@ from deployments.messages import Draws
 
 # Lengths of n-grams, the longest first: the longer the match, the more often what follows is the same.
 SIZES = (8, 4, 2)
-# A match is looked at so far back, to say of which kind it is.
-_LONGEST_MATCH = 16
 # Tokens of one sequence that are taken at once: a prompt of 100,000 would hold up everybody's step for 60 ms.
 _TAKEN_AT_ONCE = 8192
-_FACTOR, _MODULUS_BITS = 0x9E3779B97F4A7C15, 64
-_MODULUS = (1 << _MODULUS_BITS) - 1
 
 
 class Index:
@@ -35,27 +30,28 @@ class Index:
     def take(self, tokens: "array[int]") -> bool:
         """Take in tokens that are new; false: more of them are left for the next time."""
         first, last = self.num_taken, min(len(tokens), self.num_taken + _TAKEN_AT_ONCE)
-        if last - first < 64:
-            for place in range(first, last):
-                for size, places in self._places.items():
-                    if place >= size:
-                        places[_key(tokens[place - size : place])] = place
-        else:
-            for size, places in self._places.items():
-                begin = max(first - size, 0)
-                if last - begin > size:
-                    keys = _keys(np.frombuffer(tokens[begin : last - 1], np.uint32), size)
-                    places.update(zip(keys.tolist(), range(begin + size, last), strict=True))
+        begin, width = max(first - SIZES[0], 0), tokens.itemsize
+        data = tokens[begin:last].tobytes()
+        for size, places in self._places.items():
+            num_bytes = size * width
+            for place in range(max(first, size), last):
+                end = (place - begin) * width
+                places[hash(data[end - num_bytes : end])] = place
         self.num_taken = last
         return last == len(tokens)
 
     def find(self, tokens: "array[int]") -> tuple[int, int] | None:
-        """Where the tokens that are last now were followed by another one, and how many of them were the same."""
-        end = len(tokens)
+        """Where the tokens that are last now were followed by another one, and of how many it is known that they match.
+
+        Those are one of `SIZES`, or twice the longest.
+        """
+        newest = _last(tokens, len(tokens), 2 * SIZES[0])
         for size, places in self._places.items():
-            place = places.get(_key(tokens[end - size :])) if end >= size else None
-            if place is not None and tokens[place - size : place] == tokens[end - size :]:
-                return place, _match_length(tokens, place, end, size)
+            match = newest[-size * tokens.itemsize :]
+            place = places.get(hash(match)) if len(tokens) >= size else None
+            if place is not None and _last(tokens, place, size) == match:  # two may have the same hash
+                is_longer = size == SIZES[0] and place >= 2 * size and _last(tokens, place, 2 * size) == newest
+                return place, 2 * size if is_longer else size
         return None
 
 
@@ -66,6 +62,7 @@ class LookupDrafter:
 
     def __init__(self) -> None:
         self._indices: dict[str, Index] = {}
+        self._found: dict[str, tuple[int, int]] = {}  # by the last look
 
     def look(self, wish: Wish) -> Prospect | None:
         sequence, num_tokens = wish
@@ -75,7 +72,8 @@ class LookupDrafter:
         found = index.find(sequence.token_ids) if index.take(sequence.token_ids) else None
         if found is None:
             return None
-        return Prospect(num_tokens, min(found[1], _LONGEST_MATCH).bit_length() - 2)
+        self._found[sequence.request_id] = found
+        return Prospect(num_tokens, found[1].bit_length() - 2)
 
     def draft(self, wishes: list[Wish]) -> list[tuple[int, ...]]:
         return [self._copy(wish) for wish in wishes]
@@ -88,38 +86,18 @@ class LookupDrafter:
 
     def drop(self, request_id: str) -> None:
         self._indices.pop(request_id, None)
+        self._found.pop(request_id, None)
 
     def _copy(self, wish: Wish) -> tuple[int, ...]:
         tokens = wish.sequence.token_ids
-        found = self._indices[wish.sequence.request_id].find(tokens)
-        assert found is not None, f"{wish.sequence.request_id}: there was a match just now"
-        drafts = tokens[found[0] : found[0] + wish.num_tokens]
-        period = len(tokens) - found[0]
+        place, _ = self._found[wish.sequence.request_id]
+        drafts = tokens[place : place + wish.num_tokens]
+        period = len(tokens) - place
         while len(drafts) < wish.num_tokens:
             drafts.append(drafts[len(drafts) - period])
         return tuple(drafts)
 
 
-def _key(tokens: "array[int]") -> int:
-    """Of an n-gram; two that differ have the same one hardly ever, and then it is seen."""
-    key = 0
-    for token in tokens:
-        key = (key * _FACTOR + token + 1) & _MODULUS
-    return key
-
-
-def _keys(tokens: np.ndarray, size: int) -> np.ndarray:
-    """(N - size + 1,) uint64 of all n-grams of (N,) tokens."""
-    num_keys = len(tokens) - size + 1
-    keys = np.zeros(num_keys, np.uint64)
-    for offset in range(size):
-        keys = keys * np.uint64(_FACTOR) + tokens[offset : offset + num_keys] + np.uint64(1)
-    return keys
-
-
-def _match_length(tokens: "array[int]", place: int, end: int, length: int) -> int:
-    """Of how many tokens before both places are the same, as far as that matters."""
-    longest = min(_LONGEST_MATCH, place)
-    while length < longest and tokens[place - length - 1] == tokens[end - length - 1]:
-        length += 1
-    return length
+def _last(tokens: "array[int]", end: int, num_tokens: int) -> bytes:
+    """Of the tokens before a place the last ones, so many or all."""
+    return tokens[max(0, end - num_tokens) : end].tobytes()

@@ -16,7 +16,7 @@ from deployments.engine.model.load import LoadedModel
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import MAX_VERIFIED_TOKENS, Scheduler
 from deployments.engine.scheduling.sequence import Sequence
-from deployments.engine.speculation.acceptance import Acceptance
+from deployments.engine.speculation.acceptance import Acceptance, Guess, Tried
 from deployments.engine.speculation.base import Drafter, Prospect, Wish
 from deployments.engine.speculation.curve import StepCurve
 from deployments.engine.speculation.draft_model import DraftModel
@@ -64,6 +64,13 @@ class Speculator:
         """Whether a step with these is to be concluded before the next one is chosen, so that this may guess."""
         return self.is_on and self._patience.waits_for(items)
 
+    def hurries(self, items: list[ScheduledSequence]) -> bool:
+        """Whether a step of these is to be launched before anything is told of the one before, which was waited for.
+
+        Not if there are prompts in it: those take the host long to launch.
+        """
+        return self.is_on and all(item.is_decode for item in items)
+
     def propose(self, scheduler: Scheduler, guides: Guides) -> None:
         """Guess for the sequences that the next step continues, where that is expected to pay.
 
@@ -99,12 +106,16 @@ class Speculator:
             self._drafter.learn(collected, states)
         if not self._kinds:
             return
-        for run, draws in collected:
-            if run.drafts:
-                request_id, num_right = run.sequence.request_id, len(draws) - 1
-                self._stats.drafted_tokens.observe(len(run.drafts))
-                self._stats.accepted_tokens.observe(num_right)
-                self._acceptance.add(request_id, self._kinds[request_id], num_right, len(run.drafts))
+        tried = [
+            Tried(run.sequence.request_id, self._kinds[run.sequence.request_id], len(draws) - 1, len(run.drafts))
+            for run, draws in collected
+            if run.drafts
+        ]
+        for one in tried:
+            self._stats.drafted_tokens.observe(one.num_drafts)
+            self._stats.accepted_tokens.observe(one.num_right)
+        if tried:
+            self._acceptance.add(tried)
         self._kinds.clear()
 
     def note_step(self, items: list[ScheduledSequence], seconds: float) -> None:
@@ -145,13 +156,15 @@ class Speculator:
             return [prospect.num_tokens for prospect in prospects]
         if not self._curve.is_known(num_sequences):
             return [0] * len(wishes)  # until steps without drafts say what one takes
-        guesses = [
-            self._acceptance.rates(wish.sequence.request_id, prospect.kind, prospect.num_tokens)
-            for wish, prospect in zip(wishes, prospects, strict=True)
-        ]
+        rates = self._acceptance.rates(
+            [
+                Guess(wish.sequence.request_id, prospect.kind, prospect.num_tokens)
+                for wish, prospect in zip(wishes, prospects, strict=True)
+            ]
+        )
         plain_s, drafted_s = self._curve.seconds(num_sequences), self._curve.drafted_seconds
         return choose_lengths(
-            guesses, num_sequences, plain_s, drafted_s, drafter.seconds, max_step_s=self._config.max_step_s
+            rates, num_sequences, plain_s, drafted_s, drafter.seconds, max_step_s=self._config.max_step_s
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from deployments.engine.speculation.acceptance import Acceptance
+from deployments.engine.speculation.acceptance import Acceptance, Guess, Tried
 from deployments.engine.speculation.curve import StepCurve
 from deployments.engine.speculation.lengths import choose_lengths
 
@@ -68,7 +68,10 @@ class Played:
         told, taken_s = 0, 0.0
         while told < num_tokens * self.batch:
             lengths = self.choose()
-            right = [self.try_drafts(row, length) for row, length in enumerate(lengths)]
+            right = [self.try_drafts(length) for length in lengths]
+            if any(lengths):
+                tried = zip(range(self.batch), right, lengths, strict=True)
+                self.acceptance.add([Tried(str(row), 0, num, length) for row, num, length in tried if length])
             told += self.batch + sum(right)
             taken_s += self.step(sum(lengths))
         return told / taken_s / self.batch
@@ -76,15 +79,13 @@ class Played:
     def choose(self) -> list[int]:
         if not self.curve.is_known(self.batch):
             return [0] * self.batch
-        rates = [self.acceptance.rates(str(row), 0, MAX_DRAFTS) for row in range(self.batch)]
+        rates = self.acceptance.rates([Guess(str(row), 0, MAX_DRAFTS) for row in range(self.batch)])
         return choose_lengths(rates, self.batch, self.curve.seconds(self.batch), self.curve.drafted_seconds)
 
-    def try_drafts(self, row: int, length: int) -> int:
+    def try_drafts(self, length: int) -> int:
         right = 0
         while right < length and self.rng.random() < self.drafts.at(right):
             right += 1
-        if length:
-            self.acceptance.add(str(row), 0, right, length)
         return right
 
     def step(self, num_drafts: int) -> float:

@@ -4,14 +4,27 @@ import itertools
 from collections.abc import Callable
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 from hypothesis import given
 
-from deployments.engine.speculation.acceptance import Acceptance
+from deployments.engine.speculation.acceptance import Acceptance, Guess, Tried
 from deployments.engine.speculation.curve import StepCurve
 from deployments.engine.speculation.lengths import choose_lengths
 
 Seconds = Callable[[int], float]
+
+
+def padded(guesses: list[list[float]]) -> np.ndarray:
+    """A row of each, with 0 where there is no draft."""
+    rates = np.zeros((len(guesses), max(map(len, guesses), default=0)))
+    for row, guess in zip(rates, guesses, strict=True):
+        row[: len(guess)] = guess
+    return rates
+
+
+def drafted_s(curve: StepCurve, num_tokens: int) -> float:
+    return float(curve.drafted_seconds(np.array([num_tokens]))[0])
 
 
 def memory_bound(num_tokens: int) -> float:
@@ -30,7 +43,8 @@ def choose(
     draft_s: Seconds = lambda num_sequences: 0.0,
     max_step_s: float | None = None,
 ) -> list[int]:
-    return choose_lengths(guesses, num_sequences, seconds(num_sequences), seconds, draft_s, max_step_s)
+    plain_s, drafted_s = seconds(num_sequences), np.vectorize(seconds, otypes=[float])
+    return choose_lengths(padded(guesses), num_sequences, plain_s, drafted_s, draft_s, max_step_s)
 
 
 def test_where_tokens_cost_nothing_more_all_likely_drafts_are_tried() -> None:
@@ -93,15 +107,15 @@ def test_drafts_are_as_likely_right_as_those_of_their_kind_were_and_their_sequen
     acceptance = Acceptance(2)
 
     def rate(request_id: str, kind: int) -> float:
-        return acceptance.rates(request_id, kind, 1)[0]
+        return float(acceptance.rates([Guess(request_id, kind, 1)])[0, 0])
 
     assert rate("r", 0) == rate("r", 1) == 0.5
     for _ in range(100):
-        acceptance.add("other", 1, num_right=4, num_drafts=4)
-        acceptance.add("liar", 1, num_right=0, num_drafts=4)
+        acceptance.add([Tried("other", 1, num_right=4, num_drafts=4)])
+        acceptance.add([Tried("liar", 1, num_right=0, num_drafts=4)])
     assert rate("r", 0) == 0.5
     assert rate("r", 1) == pytest.approx(0.5, abs=0.1), "at the first place every second one was wrong"
-    assert acceptance.rates("r", 1, 4)[3] > 0.9, "and none behind a right one"
+    assert acceptance.rates([Guess("r", 1, 4)])[0, 3] > 0.9, "and none behind a right one"
     assert rate("liar", 1) < 0.2 < 0.9 < rate("other", 1)
     acceptance.drop("liar")
     assert rate("liar", 1) == rate("r", 1)
@@ -110,24 +124,24 @@ def test_drafts_are_as_likely_right_as_those_of_their_kind_were_and_their_sequen
 def test_guesses_that_get_worse_from_place_to_place_are_known_to() -> None:
     acceptance = Acceptance(1)
     for number in range(300):
-        acceptance.add("r", 0, num_right=3 if number % 10 else 0, num_drafts=6)
-    rates = acceptance.rates("r", 0, 8)
+        acceptance.add([Tried("r", 0, num_right=3 if number % 10 else 0, num_drafts=6)])
+    (rates,) = acceptance.rates([Guess("r", 0, 8)])
     assert rates[0] == pytest.approx(0.9, abs=0.1) and rates[1] > 0.9 and rates[2] > 0.9 and rates[3] < 0.1
     assert rates[6] == rates[7], "of places that were never tried nothing else is known"
 
 
 def test_what_a_step_takes_is_learned_and_sizes_that_were_not_run_are_taken_to_be_cheap() -> None:
     curve = StepCurve()
-    assert curve.drafted_seconds(4) == 0 and not curve.is_known(4)
+    assert drafted_s(curve, 4) == 0 and not curve.is_known(4)
     for _ in range(20):
         curve.add(1, 0.010)
         curve.add(8, 0.020, has_drafts=True)
-    assert curve.seconds(1) == pytest.approx(0.010) and curve.drafted_seconds(8) == pytest.approx(0.020)
-    assert curve.drafted_seconds(4) == pytest.approx(0.010), "no less than a smaller step, and perhaps no more"
-    assert curve.drafted_seconds(500) == pytest.approx(0.020)
+    assert curve.seconds(1) == pytest.approx(0.010) and drafted_s(curve, 8) == pytest.approx(0.020)
+    assert drafted_s(curve, 4) == pytest.approx(0.010), "no less than a smaller step, and perhaps no more"
+    assert drafted_s(curve, 500) == pytest.approx(0.020)
     for _ in range(3):
         curve.add(4, 0.015, has_drafts=True)
-    assert curve.drafted_seconds(4) == pytest.approx(0.015)
+    assert drafted_s(curve, 4) == pytest.approx(0.015)
     curve.add(1, 10.0)
     assert curve.seconds(1) < 0.013, "one step that was held up says little"
 
@@ -138,9 +152,9 @@ def test_a_first_step_that_waits_for_something_condemns_neither_its_size_nor_tho
         curve.add(1, 0.010)
     for seconds in (0.5, 0.4):
         curve.add(4, seconds, has_drafts=True)
-        assert curve.drafted_seconds(4) == curve.drafted_seconds(8) == pytest.approx(0.010)
+        assert drafted_s(curve, 4) == drafted_s(curve, 8) == pytest.approx(0.010)
     curve.add(4, 0.012, has_drafts=True)
-    assert curve.drafted_seconds(4) == curve.drafted_seconds(8) == pytest.approx(0.012)
+    assert drafted_s(curve, 4) == drafted_s(curve, 8) == pytest.approx(0.012)
 
 
 def test_steps_that_are_padded_to_one_size_are_one_and_those_without_drafts_are_not() -> None:
@@ -148,7 +162,7 @@ def test_steps_that_are_padded_to_one_size_are_one_and_those_without_drafts_are_
     for _ in range(3):
         curve.add(33, 0.010)
         curve.add(40, 0.014, has_drafts=True)
-    assert curve.drafted_seconds(35) == curve.drafted_seconds(64) == pytest.approx(0.014)
+    assert drafted_s(curve, 35) == drafted_s(curve, 64) == pytest.approx(0.014)
     assert curve.seconds(33) == pytest.approx(0.010)
 
 
@@ -160,11 +174,11 @@ def test_what_was_not_seen_for_long_is_forgotten_and_found_out_again() -> None:
     assert curve.is_known(8)
     for _ in range(5000):
         curve.add(1, 0.010)
-    assert not curve.is_known(8) and curve.drafted_seconds(8) == pytest.approx(0.010)
+    assert not curve.is_known(8) and drafted_s(curve, 8) == pytest.approx(0.010)
 
 
 def test_no_more_drafts_are_chosen_than_a_step_holds() -> None:
     curve = StepCurve(max_tokens=12)
     curve.add(8, 0.010)
-    lengths = choose_lengths([[0.9] * 6, [0.8] * 6], 8, curve.seconds(8), curve.drafted_seconds)
+    lengths = choose_lengths(padded([[0.9] * 6, [0.8] * 6]), 8, curve.seconds(8), curve.drafted_seconds)
     assert sum(lengths) == 4 and lengths[0] > lengths[1] > 0, "the likeliest of them"

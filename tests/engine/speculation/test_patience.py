@@ -9,7 +9,7 @@ from deployments.engine.engine import Engine
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.engine.speculation.patience import Patience
-from deployments.messages import GenerateRequest, SamplingParams
+from deployments.messages import EngineEvent, GenerateRequest, SamplingParams, TokenOutput
 from tests.engine.drafters import lies, mixture, truth, with_drafter
 from tests.engine.driving import Transcript, build_engine, generate, greedy, run
 from tests.engine.families import load, random_prompt
@@ -76,6 +76,29 @@ def test_right_guesses_save_steps() -> None:
 
 def greedy_requests() -> list[GenerateRequest]:
     return [greedy(f"g{number}", prompt, NUM_TOKENS) for number, prompt in enumerate(PROMPTS)]
+
+
+def outputs(events: list[EngineEvent]) -> list[str]:
+    return [event.request_id for event in events if isinstance(event, TokenOutput)]
+
+
+def test_what_a_step_drew_is_told_behind_the_launch_of_the_next_one_unless_that_has_prompts() -> None:
+    """The device waits for the one, and the other takes the host long."""
+    engine = build(lambda sequence: (0,) * NUM_TOKENS, truth)
+    engine.add(greedy("r", PROMPTS[1], NUM_TOKENS))
+    run_until_drafted(engine)
+    assert engine.begin_step() == []
+    assert outputs(engine.finish_step()) == ["r"]
+    engine.add(greedy("s", PROMPTS[2], 4))
+    assert outputs(engine.begin_step()) == ["r"]
+    assert engine.finish_step() == []
+
+
+def run_until_drafted(engine: Engine) -> None:
+    """Until a step with drafts is in flight."""
+    while not engine.stats().drafted_tokens.total:
+        engine.step()
+    assert is_in_flight(engine)
 
 
 def test_where_nothing_is_guessed_steps_overlap_as_without_drafts() -> None:
