@@ -77,6 +77,14 @@ def head_runner_of(engine: Engine) -> Any:
     return drafter_of(engine)._runner
 
 
+def guessing_graph(engine: Engine, num_seqs: int) -> Any:
+    """Of a head on a GPU: the graph that guesses one more token of so many sequences."""
+    from deployments.engine.execution.graphs import padded_batch
+
+    runner = head_runner_of(engine)
+    return runner._guessing[padded_batch(num_seqs, runner._max_seqs)][0]
+
+
 def replace_head_runner(engine: Engine, runner: "HeadRunner") -> None:
     """Have the head that guesses for it run by something else."""
     drafter_of(engine)._runner = runner

@@ -47,7 +47,8 @@ class ModelRunner:
     def launch(self, scheduled: list[ScheduledSequence], watch: LayerWatch | None = None) -> LaunchedStep:
         step = self._preparation.prepare(scheduled)
         arrays, logit_rows, drawn = step.arrays, step.logit_rows, self._drawn
-        with nullcontext(()) if self._head is None else looking_at(self._looked_at) as seen:
+        seen: list[Tensor] = []
+        with nullcontext(seen) if self._head is None else looking_at(self._looked_at) as seen:
             logits = self._model(
                 input_ids=self._token_ids(step).unsqueeze(0),
                 position_ids=upload(arrays.positions, self._device).unsqueeze(0),

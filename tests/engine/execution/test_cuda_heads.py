@@ -22,10 +22,10 @@ from deployments.engine.execution.rehearsal import rehearse, rehearse_head
 from deployments.engine.model.load import LoadedModel
 from deployments.messages import GenerateRequest, SamplingParams
 from tests.engine.drafters import lies, mixture, truth
-from tests.engine.driving import Transcript, generate, hand_over_all, run
+from tests.engine.driving import Transcript, build_engine, generate, hand_over_all, run
 from tests.engine.families import CPU, random_prompt
 from tests.engine.grammars import END, load_with_tokenizer, regex
-from tests.engine.guessing_heads import Helped, alone, build_engine, guessing, helped, plain, requests, with_head
+from tests.engine.guessing_heads import Helped, alone, guessing, helped, plain, requests, with_head
 from tests.engine.insides import (
     head_runner_of,
     replace_head_runner,
@@ -157,6 +157,6 @@ def test_an_engine_without_a_head_is_handed_no_states() -> None:
         launched.append(launch(*args))
         return launched[-1]
 
-    runner.launch = keep  # type: ignore[method-assign]
+    runner.launch = keep  # type: ignore[assignment,method-assign]
     assert generate(engine, requests()[3:4]) == plain()[3:4]
     assert launched and all(step.states is None for step in launched)
