@@ -1,11 +1,14 @@
-"""What verifying drafts costs on a GPU, and what it brings with drafts that are right as often as is said.
+"""What verifying drafts costs on a GPU, what a head costs, and what drafts bring that are right as often as is said.
 
-Run: `make bench-speculation` on a machine with a GPU. Prints two tables and, as its last line, one JSON object with the
+Run: `make bench-speculation` on a machine with a GPU. Prints its tables and, as its last line, one JSON object with the
 raw numbers. The model has the shape of Llama-3.1-8B and random weights, but for its embeddings, which have it count:
 the token behind n is n + 1, by far. So what a drafter has to guess is known, and no rounding changes it.
 
 Costs: steps of so many sequences, each with its newest token and drafts behind it up to 2, 4 or 8 tokens in all,
 launched one behind the other, against steps without drafts.
+
+Head: of an EAGLE-3 head of the public shape with random weights (`gpu_heads.py`) its own steps, and what a step takes
+more that hands out states for it; then the whole engine loop with this head, which is never right, against none.
 
 Speed-up: tokens per second of the whole engine loop, with as many drafts as the engine finds worth it, against the same
 engine without. Each draft is right with the same chance, independently. The bound is what the best fixed number of
@@ -30,11 +33,13 @@ from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_
 from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Role, Sequence
+from deployments.engine.speculation.base import Drafter
 from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
 from tests.bench.bench_gpu import fill_random
+from tests.bench.gpu_heads import HeadCosts, head_costs, with_random_head
 from tests.bench.gpu_shapes import SHAPES, Shape
 from tests.engine.drafters import Knowing, truth
-from tests.engine.insides import runner_of, speculate_by
+from tests.engine.insides import drafter_of, runner_of, speculate_by
 
 MAX_TOKENS = 8  # of a sequence in a step
 CONTEXT = 300
@@ -56,16 +61,20 @@ def load_counting(shape: Shape) -> LoadedModel:
     return optimize_layers(prepare_model(model, "random", torch.device("cuda")))
 
 
-def build(shape: Shape, max_num_seqs: int) -> Engine:
+LOOKUP = SpeculationConfig(method="ngram", max_drafts=MAX_TOKENS - 1)
+HEAD = SpeculationConfig(method="eagle3", model="random", max_drafts=MAX_TOKENS - 1)
+
+
+def build(loaded: LoadedModel, max_num_seqs: int, speculation: SpeculationConfig) -> Engine:
     settings = EngineConfig(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=8192,
         max_model_len=4096,
-        kv_cache_bytes=24 << 30,
+        kv_cache_bytes=20 << 30,
         hands_over=False,
-        speculation=SpeculationConfig(method="ngram", max_drafts=MAX_TOKENS - 1),
+        speculation=speculation,
     )
-    return Engine(load_counting(shape), settings)
+    return Engine(loaded, settings)
 
 
 def launch_s(engine: Engine, num_seqs: int, tokens_each: int) -> float:
@@ -112,7 +121,12 @@ class Answers:
 
 @dataclass
 class Run:
-    """Tokens per second of one batch with one kind of drafts, each time it was measured, and what came of these."""
+    """Tokens per second of one batch with one kind of drafts, each time it was measured, and what came of these.
+
+    Attributes:
+        batch: sequences.
+        chance: that a draft is right; None: nobody makes any that are.
+    """
 
     batch: int
     chance: float | None
@@ -131,18 +145,19 @@ class Loop:
 
     def __init__(self, engine: Engine, vocab_size: int) -> None:
         self._engine, self._vocab_size = engine, vocab_size
+        self._own: Drafter = drafter_of(engine)
         self._rng = np.random.default_rng(0)
         self._count = 0
 
-    def measure(self, run: Run) -> None:
-        """Once more.
+    def measure(self, run: Run, *, by_own: bool = False) -> None:
+        """Once more, with drafts that are right so often, without any, or with those of the engine's own drafter.
 
         Raises:
             RuntimeError: a token is not the one that the model must say.
         """
         engine, answers = self._engine, Answers(self._vocab_size, run.chance or 0.0)
-        config = SpeculationConfig(method="ngram", max_drafts=MAX_TOKENS - 1)
-        speculate_by(engine, None if run.chance is None else Knowing(answers.of, truth), config)
+        drafter = self._own if by_own else None if run.chance is None else Knowing(answers.of, truth)
+        speculate_by(engine, drafter, LOOKUP)
         before, requests = engine.stats(), [self._add() for _ in range(run.batch)]
         told: dict[str, list[int]] = {request.request_id: [] for request in requests}
         self._step_until(told, WARM_UP_TOKENS)
@@ -222,21 +237,63 @@ def measure_speedups(
     return runs
 
 
+def measure_head(
+    engine: Engine, loaded: LoadedModel, costs: dict[int, dict[int, float]], repeats: int
+) -> tuple[dict[int, HeadCosts], list[Run]]:
+    """What a head costs for each number of sequences: its steps, and the whole loop with guesses that are never right.
+
+    Args:
+        engine: without a head.
+        loaded: its model.
+        costs: of steps without a head.
+        repeats: of the loop.
+    """
+    beside = build(with_random_head(loaded), engine.limits.max_num_seqs, HEAD)
+    loop, found, runs = Loop(beside, loaded.vocab_size), {}, []
+    print("| sequences | states of a step, ms | their KV | first guess | one more | on the GPU | of a plain step |")
+    print("|---|---|---|---|---|---|---|")
+    for batch, own in costs.items():
+        states_s = statistics.median(launch_s(beside, batch, 1) - launch_s(engine, batch, 1) for _ in range(3))
+        cost = found[batch] = head_costs(beside, batch, MAX_TOKENS - 1, CONTEXT, states_s)
+        milliseconds = " | ".join(f"{seconds * 1e3:.3f}" for seconds in asdict(cost).values())
+        print(f"| {batch} | {milliseconds} | {cost.more_s / own[1]:.1%} |", flush=True)
+    print("| sequences | tokens/s without | with a head that is never right | ratio | tried |\n|---|---|---|---|---|")
+    for batch in costs:
+        plain, guessed = Run(batch, None), Run(batch, None)
+        for _ in range(repeats):
+            loop.measure(plain)
+            loop.measure(guessed, by_own=True)
+        tried = guessed.drafted / guessed.runs_with_drafts if guessed.runs_with_drafts else 0.0
+        ratio = guessed.rate / plain.rate
+        print(f"| {batch} | {plain.rate:.0f} | {guessed.rate:.0f} | {ratio:.3f} | {tried:.1f} |", flush=True)
+        runs += [plain, guessed]
+    return found, runs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-8b")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--chances", type=float, nargs="*", default=[0.6, 0.7, 0.8])
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--parts", nargs="+", choices=("head", "speedups"), default=["head", "speedups"])
     args = parser.parse_args()
     shape = SHAPES[args.shape]
     begun_s = time.perf_counter()
-    engine = build(shape, max(args.batches))
+    loaded = load_counting(shape)
+    engine = build(loaded, max(args.batches), LOOKUP)
     print(f"{torch.cuda.get_device_name()}, {args.shape}: ready in {time.perf_counter() - begun_s:.1f} s")
     costs = measure_costs(engine, args.batches)
-    runs = measure_speedups(engine, shape.config().vocab_size, costs, args.chances, args.repeats)
     report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "shape": args.shape}
-    print(json.dumps(report | {"command": sys.argv, "costs_s": costs, "runs": [asdict(run) for run in runs]}))
+    report |= {"command": sys.argv, "costs_s": costs}
+    if "head" in args.parts:
+        head, runs = measure_head(engine, loaded, costs, args.repeats)
+        own = {batch: asdict(cost) for batch, cost in head.items()}
+        report |= {"head": own, "runs_with_head": [asdict(run) for run in runs]}
+    if "speedups" in args.parts:
+        runs = measure_speedups(engine, loaded.vocab_size, costs, args.chances, args.repeats)
+        report |= {"runs": [asdict(run) for run in runs]}
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def head_of(model: PreTrainedModel) -> Eagle3Head:
     return head
 
 
-class _Dense:
+class Dense:
     """Attention of one sequence that has no tokens before."""
 
     rows = None
@@ -108,7 +108,7 @@ def guesses(head: Eagle3Head, tokens: list[int], count: int, first: int = 0) -> 
     states = head.fuse(torch.cat([hidden[layer][0] for layer in head.layers], dim=1))[first:]
     told = list(tokens[first + 1 :])
     for _ in range(count):
-        out = head(states, torch.tensor(told), torch.arange(len(told)), _Dense())
+        out = head(states, torch.tensor(told), torch.arange(len(told)), Dense())
         told.append(int(head.logits(out[-1:]).argmax()))
         states = torch.cat((states, out[-1:]))
     return tuple(told[len(told) - count :])

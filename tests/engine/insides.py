@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from deployments.engine.batch.arrays import StepArrays
     from deployments.engine.execution.base import PreparedStep
     from deployments.engine.execution.graphs import PromptGraph
+    from deployments.engine.execution.heads import HeadRunner
     from deployments.engine.kv.layers import LayerWatch
 
 CompileGrammar: TypeAlias = Callable[[Grammar, list[int]], Any]
@@ -69,6 +70,24 @@ def compile_grammars_by(engine: Engine, compile_grammar: Callable[[CompileGramma
 def replace_runner(engine: Engine, runner: Runner) -> None:
     """Have its steps run by something else."""
     engine._runner = runner
+
+
+def head_runner_of(engine: Engine) -> Any:
+    """What runs the head that guesses for it."""
+    return drafter_of(engine)._runner
+
+
+def guessing_graph(engine: Engine, num_seqs: int) -> Any:
+    """Of a head on a GPU: the graph that guesses one more token of so many sequences."""
+    from deployments.engine.execution.graphs import padded_batch
+
+    runner = head_runner_of(engine)
+    return runner._guessing[padded_batch(num_seqs, runner._max_seqs)][0]
+
+
+def replace_head_runner(engine: Engine, runner: "HeadRunner") -> None:
+    """Have the head that guesses for it run by something else."""
+    drafter_of(engine)._runner = runner
 
 
 def guard_steps(engine: Engine, may_step: Callable[[Engine], bool]) -> None:

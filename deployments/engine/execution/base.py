@@ -90,8 +90,8 @@ class LaunchedStep:
             device.
         done: when it has ended; None where `launch` returns no earlier.
         scores: of what it draws and of prompts; None: nobody asked.
-        states: (T, S) what those layers were given that a head guesses by, behind each other, of each token in the
-            batch's order; None: none does.
+        states: (T, hidden_size) what a head that guesses has fused of the states of each token, in the batch's order;
+            None: there is none.
     """
 
     items: list[ScheduledSequence]

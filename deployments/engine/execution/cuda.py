@@ -36,6 +36,7 @@ from deployments.engine.execution.graphs import (
     record,
 )
 from deployments.engine.execution.groups import PendingPrompts, groups
+from deployments.engine.execution.looking import Sight
 from deployments.engine.execution.parts import (
     MAX_CHUNK,
     chunk_values,
@@ -93,6 +94,9 @@ class CudaRunner:
         self._prompt_graphs: dict[int, PromptGraph] = {}
         self._chunk_graphs: dict[int, PromptGraph] = {}
         self._verification = Verification(cache, limits, self._draw, self._device) if limits.max_drafts else None
+        self._lengths = prompt_lengths(min(limits.max_num_batched_tokens, limits.max_model_len))
+        most = max(limits.max_num_batched_tokens, self._lengths[-1])
+        self._sight = None if loaded.head is None else Sight(loaded.model, loaded.head, most)
         self._capture()
         compile_draws(loaded.vocab_size, loaded.model.dtype, loaded.device)
 
@@ -103,11 +107,12 @@ class CudaRunner:
         arrays, sampling = step.arrays, step.sampling
         # Before the step: a graph puts its own draws where those of the step before are.
         adjusting = None if step.adjusting is None else step.adjusting.on(self._device, self._drawn)
-        is_drawn = True
+        is_drawn, states = True, None if self._sight is None else self._sight.begin(arrays.num_tokens)
         if arrays.num_singles == arrays.num_runs <= self._max_graph_batch:
             logits = self._replay_singles(arrays).logits
         elif self._verification is not None and (size := self._verification.find(arrays)) is not None:
             logits = self._verification.replay(arrays, size, self._turn)
+            self._take_states(arrays.num_tokens)
         elif (graphs := self._recorded_parts(step)) is not None:
             is_drawn, logits = False, self._replay_parts(step, graphs, watch)
         else:
@@ -124,7 +129,7 @@ class CudaRunner:
         scores = None if step.scoring is None else step.scoring.score(logits, self._drawn[:num_draws])
         done = torch.cuda.Event()
         done.record()
-        return LaunchedStep(step.items, result, done, scores)
+        return LaunchedStep(step.items, result, done, scores, states)
 
     def _replay_singles(self, arrays: StepArrays) -> SinglesGraph:
         graph = self._graphs[padded_batch(arrays.num_singles, self._max_graph_batch)]
@@ -134,7 +139,13 @@ class CudaRunner:
         fill_singles(columns, tables, arrays, graph.batch_size)
         upload.to(self._singles_inputs, num_columns + graph.batch_size * self._max_blocks)
         graph.graph.replay()
+        self._take_states(arrays.num_singles)
         return graph
+
+    def _take_states(self, num_tokens: int) -> None:
+        """Those that a head guesses by, of the tokens that were computed last; the next replay writes over them."""
+        if self._sight is not None:
+            self._sight.take(num_tokens)
 
     def _recorded_parts(self, step: PreparedStep) -> list[PromptGraph] | None:
         """The graphs that a step's prompts and chunks take; None: it is launched as a whole."""
@@ -174,6 +185,7 @@ class CudaRunner:
         for graph, span, draws, item in zip(graphs, spans, drawing[first:].tolist(), step.items[first:], strict=True):
             graph.inputs.copy_(span.on(inputs))
             graph.graph.replay()
+            self._take_states(item.num_tokens)
             if watch is not None and graph.marks is not None:
                 graph.marks.tell(watch, item.sequence.request_id)
             if draws:
@@ -202,7 +214,9 @@ class CudaRunner:
             last.on(inputs).long(),
             watch,
         )
-        return self._forward(ids, positions.on(inputs), step)
+        logits = self._forward(ids, positions.on(inputs), step)
+        self._take_states(arrays.num_tokens)
+        return logits
 
     def _write_tables(self, writer: Writer, arrays: StepArrays, first: int, end: int) -> Span:
         """The blocks of some runs, as wide as the longest of them needs."""
@@ -243,20 +257,23 @@ class CudaRunner:
         keep: Tensor | int = 0
         if step.rows is not None and not self._drops_rows:
             keep, step.rows = step.rows, None
-        logits: Tensor = self._model(
-            input_ids=ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            use_cache=False,
-            logits_to_keep=keep,
-            paged_step=step,
-        ).logits[0]
-        return logits
+
+        def compute() -> Tensor:
+            logits: Tensor = self._model(
+                input_ids=ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=keep,
+                paged_step=step,
+            ).logits[0]
+            return logits
+
+        return compute() if self._sight is None else self._sight.look(compute)
 
     def _capture(self) -> None:
         """Record a graph for each size, the largest first, so that the others find its memory."""
         started = time.monotonic()
-        longest = min(self._limits.max_num_batched_tokens, self._limits.max_model_len)
-        lengths = prompt_lengths(longest)[::-1]
+        lengths = self._lengths[::-1]
         chunks = [length for length in lengths if length <= MAX_CHUNK]
         parts: list[Callable[[MemoryPool | None], MemoryPool]] = [
             *(partial(self._capture_prompt, length) for length in lengths),

@@ -1,6 +1,7 @@
 """CUDA graphs: which sizes are recorded, what belongs to one, and how it is recorded. Knows no model."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ MAX_GRAPH_BATCH = 512
 PROMPT_LENGTHS = (16, 32, 64, 128, 192, 256, 384, 512, 640, 768, *range(1024, 2049, 128))
 
 MemoryPool = tuple[int, int]
+Result = TypeVar("Result")
 
 
 def ladder(max_batch: int) -> list[int]:
@@ -93,7 +95,7 @@ class PromptGraph:
         self.holds: object = None
 
 
-def record(graph: torch.cuda.CUDAGraph, run: Callable[[], Tensor], pool: MemoryPool | None) -> Tensor:
+def record(graph: torch.cuda.CUDAGraph, run: Callable[[], Result], pool: MemoryPool | None) -> Result:
     """Run once, then once more into a graph; gives back its output."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

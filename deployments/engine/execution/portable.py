@@ -34,6 +34,7 @@ class ModelRunner:
     def __init__(self, loaded: LoadedModel, cache: KVCache) -> None:
         self._model = loaded.model
         self._device = loaded.device
+        self._head = loaded.head
         self._looked_at = [] if loaded.head is None else decoder_layers(loaded.model, loaded.head.layers)
         self.cache = cache
         self._preparation = Preparation(cache.block_size)
@@ -46,7 +47,8 @@ class ModelRunner:
     def launch(self, scheduled: list[ScheduledSequence], watch: LayerWatch | None = None) -> LaunchedStep:
         step = self._preparation.prepare(scheduled)
         arrays, logit_rows, drawn = step.arrays, step.logit_rows, self._drawn
-        with looking_at(self._looked_at) if self._looked_at else nullcontext(()) as states:
+        seen: list[Tensor] = []
+        with nullcontext(seen) if self._head is None else looking_at(self._looked_at) as seen:
             logits = self._model(
                 input_ids=self._token_ids(step).unsqueeze(0),
                 position_ids=upload(arrays.positions, self._device).unsqueeze(0),
@@ -62,7 +64,8 @@ class ModelRunner:
         self._drawn = torch.empty(0, dtype=torch.int64) if step.sampling is None else sample(to_draw, step.sampling)
         scores = None if step.scoring is None else step.scoring.score(logits, self._drawn)
         done = torch.cuda.current_stream().record_event() if self._device.type == "cuda" else None
-        return LaunchedStep(step.items, self._drawn, done, scores, torch.cat(states, dim=1) if states else None)
+        states = None if self._head is None else self._head.fuse(seen[0])
+        return LaunchedStep(step.items, self._drawn, done, scores, states)
 
     def _token_ids(self, step: PreparedStep) -> Tensor:
         """With what the step before drew, without waiting for it."""

@@ -9,13 +9,18 @@ import time
 from array import array
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from deployments.engine.config import EngineLimits
 from deployments.engine.execution.base import Runner
+from deployments.engine.execution.heads import HeadRunner, KnownTokens, NewestTokens, build_head_runner
 from deployments.engine.execution.portable import build_runner
 from deployments.engine.kv.cache import KVCache
+from deployments.engine.model.eagle3 import Eagle3Head
 from deployments.engine.model.load import LoadedModel
+from deployments.engine.sampling.guessing import GuessDraws
+from deployments.engine.sampling.sampler import SamplingPreparation
 from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import MAX_SCORED_TOKENS, MAX_VERIFIED_TOKENS
@@ -66,6 +71,23 @@ def build_rehearsed(loaded: LoadedModel, limits: EngineLimits) -> Runner:
     return runner
 
 
+def build_rehearsed_head(loaded: LoadedModel, limits: EngineLimits) -> HeadRunner:
+    """The same of a model's head.
+
+    Raises:
+        ValueError: its KV or its steps do not fit.
+    """
+    assert loaded.head is not None
+    try:
+        runner = build_head_runner(loaded, limits)
+        if loaded.device.type == "cuda":
+            rehearse_head(runner, loaded.head, limits)
+    except torch.OutOfMemoryError as error:
+        what = "a head with its steps, beside the model and a KV pool"
+        raise ValueError(_too_large(what, loaded, limits, error)) from None
+    return runner
+
+
 def _too_large(what: str, loaded: LoadedModel, limits: EngineLimits, error: torch.OutOfMemoryError) -> str:
     pool = limits.num_blocks * loaded.kv_shape.bytes_per_block(limits.block_size) / 2**30
     return (
@@ -84,10 +106,11 @@ def free_beside_largest_steps(loaded: LoadedModel, limits: EngineLimits) -> int:
     runners = [build_rehearsed(loaded, limits)]
     if loaded.drafter is not None:
         runners.append(build_rehearsed(loaded.drafter, drafter_limits(limits, loaded.drafter)))
+    head = build_rehearsed_head(loaded, limits) if loaded.head is not None and limits.max_drafts else None
     torch.cuda.synchronize(loaded.device)
     # What steps took stays with torch's allocator: what is free now is what nobody ever took.
     free, _ = torch.cuda.mem_get_info(loaded.device)
-    del runners
+    del runners, head
     _give_back()
     return int(free)
 
@@ -142,6 +165,29 @@ def rehearse(runner: Runner, limits: EngineLimits) -> None:
             for number, count in enumerate(drafts)
         ]
         runner.launch(items).collect()
+
+
+def rehearse_head(runner: HeadRunner, head: Eagle3Head, limits: EngineLimits) -> None:
+    """Have a head compute the KV of as many tokens as a step may have, and guess for as many sequences.
+
+    Args:
+        runner: of the head.
+        head: it.
+        limits: of the engine.
+
+    Raises:
+        torch.OutOfMemoryError: that does not fit.
+    """
+    num_tokens, num_seqs = limits.max_num_batched_tokens, limits.max_num_seqs
+    weight, nothing = head.norm.weight, np.zeros(num_tokens, np.int64)
+    # Of the last step, of the one that has just ended, and of the one in flight.
+    states = [weight.new_zeros(num_tokens, head.hidden_size) for _ in range(3)]
+    runner.learn(states[0], KnownTokens(nothing, nothing, nothing, nothing))
+    longest, num_blocks = limits.max_model_len, -(-limits.max_model_len // limits.block_size)
+    zeros, ones = nothing[:num_seqs], np.ones(num_seqs, np.int64)
+    tables = np.zeros((num_seqs, num_blocks), np.int64)
+    draws = GuessDraws(SamplingPreparation(), [_SAMPLING] * num_seqs, zeros + longest, [None] * num_seqs)
+    runner.guess(states[0], NewestTokens(zeros, zeros, zeros + longest - 1, tables, ones), draws)
 
 
 def worst_steps(limits: EngineLimits) -> list[list[tuple[int, int]]]:

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from deployments.engine.config import EngineConfig
@@ -53,6 +54,16 @@ def replace_layers(
         fuse_layers(model, CPU_KERNELS)
         # Last, since it takes whole decoder layers apart, and tries what it makes of them.
         fuse_decoder_layers(model, kv_shape, inputs_wanted)
+
+
+def replace_head_layers(head: nn.Module, config: EngineConfig) -> None:
+    """The same for a head that guesses for a model on a GPU; it rotates nothing by functions of transformers' names."""
+    from deployments.engine.layers import cuda, skinny  # Triton is there only where a GPU is
+
+    merge_linears(head)
+    convert_linears(head, config)
+    fuse_layers(head, cuda.KERNELS_WITHOUT_ROTARY)
+    skinny.fuse_gates(head)
 
 
 def _fuse_on_cuda(model: PreTrainedModel, attention_rotates: bool, keeps_mxfp4: bool) -> None:

@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from deployments.engine.attention.base import AttentionStep, LayerAttention
-from deployments.engine.kernels.arguments import Scores
+from deployments.engine.kernels.arguments import Rotation, Scores
 from deployments.engine.kv.cache import KVShape
 from deployments.kv_groups import KVGroup
 
@@ -67,15 +67,22 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(2 * size, num_kv_heads * head_dim, bias=has_bias)
         self.o_proj = nn.Linear(num_heads * head_dim, size, bias=has_bias)
         self._head_dim = head_dim
+        self.leaves_rotary = False
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], step: AttentionStep) -> Tensor:
-        """(T, hidden_size) of (T, 2 * hidden_size)."""
+    def ask(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> LayerAttention:
+        """What it asks of attention, of (T, 2 * hidden_size)."""
         queries, keys, values = (
             projection(x).view(len(x), -1, self._head_dim).transpose(0, 1)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        scores = Scores(self._head_dim**-0.5)
+        if self.leaves_rotary:
+            return LayerAttention(0, queries, keys, values, scores, Rotation(*rotary, self._head_dim))
         rotated = apply_rotary_pos_emb(queries.unsqueeze(0), keys.unsqueeze(0), *rotary)
-        asked = LayerAttention(0, rotated[0][0], rotated[1][0], values, Scores(self._head_dim**-0.5), None)
+        return LayerAttention(0, rotated[0][0], rotated[1][0], values, scores, None)
+
+    def forward(self, asked: LayerAttention, step: AttentionStep) -> Tensor:
+        """(T, hidden_size)."""
         attended: Tensor = self.o_proj(step.attend(asked).flatten(1))
         return attended
 
@@ -90,9 +97,12 @@ class _Layer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(size, eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, states: Tensor, embedded: Tensor, rotary: tuple[Tensor, Tensor], step: AttentionStep) -> Tensor:
+    def ask(self, states: Tensor, embedded: Tensor, rotary: tuple[Tensor, Tensor]) -> LayerAttention:
         both = torch.cat((self.input_layernorm(embedded), self.hidden_norm(states)), dim=-1)
-        states = states + self.self_attn(both, rotary, step)
+        return self.self_attn.ask(both, rotary)
+
+    def forward(self, states: Tensor, asked: LayerAttention, step: AttentionStep) -> Tensor:
+        states = states + self.self_attn(asked, step)
         out: Tensor = states + self.mlp(self.post_attention_layernorm(states))
         return out
 
@@ -120,6 +130,7 @@ class Eagle3Head(nn.Module):
         self._group = KVGroup((0,), *_kv_heads(config))
         self._config = config
         self.rotary: LlamaRotaryEmbedding | None = None
+        self._table: tuple[Tensor, Tensor] | None = None
 
     def complete(self, embedding: nn.Module, target_ids: Tensor | None) -> None:
         """Give it what its checkpoint leaves to the model, where it does, and what depends on the device.
@@ -135,6 +146,26 @@ class Eagle3Head(nn.Module):
         self.target_ids = ids.to(weight.device)
         self.eval().requires_grad_(False)
 
+    def leave_rotary(self) -> None:
+        """From now on attention rotates queries and keys; it is one of a GPU's kernels."""
+        self.midlayer.self_attn.leaves_rotary = True
+
+    @property
+    def leaves_rotary(self) -> bool:
+        return self.midlayer.self_attn.leaves_rotary
+
+    def tabulate(self, max_tokens: int) -> None:
+        """Look rotary embeddings up from now on, of so many positions, in place of computing them in each step."""
+        assert self.rotary is not None, "it is not complete"
+        weight, width = self.norm.weight, _kv_heads(self._config)[1]
+        tables = self.rotary(weight, torch.arange(max_tokens, device=weight.device).unsqueeze(0))
+        cos, sin = (table[0, :, : width // 2 if self.leaves_rotary else width].contiguous() for table in tables)
+        self._table = cos, sin
+
+    @property
+    def hidden_size(self) -> int:
+        return self._config.hidden_size
+
     @property
     def kv_shape(self) -> KVShape:
         return KVShape((self._group,), self.fc.weight.dtype)
@@ -143,6 +174,11 @@ class Eagle3Head(nn.Module):
         """(T, hidden_size) of what its layers of the model were given, (T, 3 * state_size)."""
         fused: Tensor = self.fc(states)
         return fused
+
+    def ask(self, states: Tensor, token_ids: Tensor, positions: Tensor) -> LayerAttention:
+        """What its layer asks of attention: all that the KV of tokens takes. Arguments as of `forward`."""
+        assert self.embed_tokens is not None, "it is not complete"
+        return self.midlayer.ask(states, self.embed_tokens(token_ids), self._rotary_of(states, positions))
 
     def forward(self, states: Tensor, token_ids: Tensor, positions: Tensor, step: AttentionStep) -> Tensor:
         """Go on by one layer.
@@ -156,14 +192,29 @@ class Eagle3Head(nn.Module):
         Returns:
             (T, hidden_size) what stands in for the states of the latter.
         """
-        assert self.embed_tokens is not None and self.rotary is not None, "it is not complete"
-        rotary = self.rotary(states, positions.unsqueeze(0))
-        out: Tensor = self.midlayer(states, self.embed_tokens(token_ids), rotary, step)
+        out: Tensor = self.midlayer(states, self.ask(states, token_ids, positions), step)
         return out
 
-    def logits(self, states: Tensor) -> Tensor:
-        """(S, vocab_size) of the tokens behind those whose states `forward` gave; minus infinity of unknown ones."""
+    def known_logits(self, states: Tensor) -> Tensor:
+        """(S, draft_vocab_size) of the tokens that it knows, behind those whose states `forward` gave."""
         known: Tensor = self.lm_head(self.norm(states))
+        return known
+
+    def spread(self, known: Tensor) -> Tensor:
+        """(S, vocab_size) of `known_logits`; minus infinity of unknown tokens."""
         if known.shape[1] == self.vocab_size:
             return known[:, self.target_ids.argsort()]
         return known.new_full((len(known), self.vocab_size), -torch.inf).index_copy_(1, self.target_ids, known)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(S, vocab_size) of the tokens behind those whose states `forward` gave; minus infinity of unknown ones."""
+        return self.spread(self.known_logits(states))
+
+    def _rotary_of(self, states: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, T, head_dim) each; half as many columns where attention rotates."""
+        if self._table is not None:
+            cos, sin = (table.index_select(0, positions).unsqueeze(0) for table in self._table)
+            return cos, sin
+        assert self.rotary is not None, "it is not complete"
+        computed: tuple[Tensor, Tensor] = self.rotary(states, positions.unsqueeze(0))
+        return computed

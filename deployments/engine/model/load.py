@@ -15,7 +15,7 @@ from deployments.engine.attention.base import IMPLEMENTATION, register
 from deployments.engine.config import EngineConfig
 from deployments.engine.kv.cache import KVShape
 from deployments.engine.layers.fp8 import quantize_weights
-from deployments.engine.layers.replace import replace_layers
+from deployments.engine.layers.replace import replace_head_layers, replace_layers
 from deployments.engine.model.checkpoint import naming, read_checkpoint
 from deployments.engine.model.config import check_config
 from deployments.engine.model.eagle3 import Eagle3Head
@@ -27,7 +27,6 @@ from deployments.engine.model.rope import separate_lengths, waits_for_device
 from deployments.engine.model.same_vocabulary import check_same_vocabulary
 from deployments.engine.model.weights import load_weights
 from deployments.engine.scheduling.positions import FIXED, PositionRule
-from deployments.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +107,6 @@ def _load(config: EngineConfig, name: str, head: str | None = None) -> LoadedMod
 
 
 def _with_head(loaded: LoadedModel, name: str) -> LoadedModel:
-    if loaded.device.type != "cpu":
-        raise UnsupportedModelError(
-            f"EAGLE-3 head {name!r}: a GPU's steps are CUDA graphs, which hand out no hidden states; it is for CPUs"
-        )
     return replace(loaded, head=load_eagle3(resolve_model(name), loaded.model, loaded.model.config))
 
 
@@ -130,7 +125,16 @@ def optimize_layers(loaded: LoadedModel, config: EngineConfig | None = None) -> 
     replace_layers(
         loaded.model, config or EngineConfig(), loaded.kv_shape, attention_rotates=is_known, inputs_wanted=wanted
     )
+    if is_known and loaded.head is not None and _are_kernels_for(loaded.head.kv_shape):
+        replace_head_layers(loaded.head, config or EngineConfig())
+        loaded.head.leave_rotary()
     return replace(loaded, has_cuda_layers=is_known)
+
+
+def _are_kernels_for(kv_shape: KVShape) -> bool:
+    from deployments.engine.attention.cuda import unknown_to_cuda  # Triton is there only where a GPU is
+
+    return unknown_to_cuda(kv_shape) is None
 
 
 def _is_known_to_cuda(model: PreTrainedModel, kv_shape: KVShape) -> bool:

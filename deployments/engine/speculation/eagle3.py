@@ -1,44 +1,36 @@
 """Guesses by an EAGLE-3 head of the model itself. Called by the speculator, in the engine's thread.
 
 The head goes by what the model's layers made of each token, which steps hand out (`LaunchedStep.states`). A position's
-KV is of these states and of the token behind it, so it can be computed once that one is known. States are brought
-together at once, and kept until the head's next step: before guesses, or when many of them wait, as of a prompt.
+KV is of these states and of the token behind it, so it is computed once that one is known: of all tokens of a step when
+it has ended. Guesses go on from the newest token, whose states are kept until the next step has ended.
 
 Its KV lies in blocks of the same numbers as the model's, a pool beside the pool, as that of a smaller model does
 (`draft_model.py`): where a sequence loses its blocks, rolls back or ends, nothing is to be done. Of tokens that this
 engine did not compute, behind a hand-off or a prefix of others, there are no states. The head sees nothing of them: its
-view of a sequence begins with the first block whose KV it has, and it guesses from the first step in it on. Handing its
-KV over would take a head, and its steps, in prefill engines as well. What it does not see costs guesses, and no answer.
+view of a sequence begins with the first token whose states came, and lies in blocks as if that were the first one of
+its block. Handing its KV over would take a head, and its steps, in prefill engines as well. What it does not see costs
+guesses, and no answer.
 """
 
 import time
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from deployments.engine.attention.paged import compile_kernels, has_kernels
-from deployments.engine.attention.sdpa import SdpaStep
-from deployments.engine.batch.arrays import StepArrays
-from deployments.engine.config import EngineLimits
-from deployments.engine.kv.cache import KVCache
+from deployments.engine.execution.heads import HeadRunner, KnownTokens, NewestTokens
 from deployments.engine.kv.slots import slots
-from deployments.engine.model.eagle3 import Eagle3Head
-from deployments.engine.sampling.masking import Masking
-from deployments.engine.sampling.sampler import SamplingPreparation, sample
+from deployments.engine.sampling.guessing import GuessDraws
+from deployments.engine.sampling.sampler import SamplingPreparation
 from deployments.engine.scheduling.ids import token_array
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Sequence, Status
 from deployments.engine.speculation.base import Prospect, Wish
 from deployments.engine.speculation.curve import StepCurve
-from deployments.engine.upload import upload
 from deployments.messages import Draws, SamplingParams
-
-# States of one sequence that wait for guesses; with more, the head computes the KV of all but the newest at once.
-_MOST_WAITING = 64
 
 
 @dataclass(slots=True)
@@ -47,106 +39,93 @@ class _Progress:
 
     Attributes:
         num_preemptions: of the sequence; with another number its blocks are others.
-        first_block: of the sequence where the head's view begins.
-        num_seen: leading tokens of which states came last; of others before them perhaps none did.
-        num_computed: leading tokens whose KV is there, as far as they are in view.
+        begin: tokens in front of the head's view.
+        num_seen: leading tokens of which states came, but for those in front.
         num_held: leading blocks that are known to hold KV that others may use.
-        states: (N, hidden_size) of the tokens behind the computed ones.
-        tokens: the ones behind these.
+        step: that the newest states came of.
+        place: of these among that step's.
+        token_id: behind the newest of these tokens.
+        sampling: how guesses are drawn.
     """
 
     num_preemptions: int
-    first_block: int
+    begin: int
     num_seen: int
-    num_computed: int
     num_held: int
-    states: Tensor
-    tokens: "array[int]" = field(default_factory=token_array)
+    sampling: SamplingParams
+    step: int = 0
+    place: int = 0
+    token_id: int = 0
 
-    def add(self, states: Tensor, tokens: "array[int]") -> None:
-        """Of the next tokens; those in front of the view count for nothing."""
-        ahead = max(0, min(self.num_computed - self.num_seen, len(tokens)))
-        self.num_seen += len(tokens)
-        self.states = torch.cat((self.states, states[ahead:]))
-        self.tokens += tokens[ahead:]
+    @property
+    def num_in_view(self) -> int:
+        return self.num_seen - self.begin
 
 
-@dataclass(slots=True)
-class _Row:
-    """What one step of the head computes of one sequence.
+class _Seen(NamedTuple):
+    """Tokens of one sequence whose states came.
 
     Attributes:
-        wish: whose; of no tokens where only KV is wanted.
-        progress: of its sequence.
-        start: tokens in view before.
-        states: (N, hidden_size).
-        tokens: the ones behind these.
-        guessed: what was guessed in the steps before.
+        place: of the first one in the step.
+        start: tokens of the view before them.
+        token_ids: those behind each.
+        blocks: that their KV goes into.
     """
 
-    wish: Wish
-    progress: _Progress
+    place: int
     start: int
-    states: Tensor
-    tokens: "array[int]"
-    guessed: "array[int]" = field(default_factory=token_array)
+    token_ids: "array[int]"
+    blocks: "array[int]"
 
 
 class Eagle3Drafter:
     """See the module; a `Drafter`.
 
     Args:
-        head: of the model.
-        limits: of the engine.
-        device: of both.
+        runner: of the head.
     """
 
     num_kinds = 1
 
-    def __init__(self, head: Eagle3Head, limits: EngineLimits, device: torch.device) -> None:
-        self._head = head
-        self._cache = KVCache(head.kv_shape, limits.num_blocks, limits.block_size, device)
-        if has_kernels(self._cache):
-            compile_kernels(self._cache)
+    def __init__(self, runner: HeadRunner) -> None:
+        self._runner = runner
+        self._block_size = runner.cache.block_size
         self._sampling = SamplingPreparation()
         self._curve = StepCurve()
+        self._num_steps = 0
+        self._states: Tensor | None = None  # of the last step
         self._progress: dict[str, _Progress] = {}
         self._held: dict[int, bytes] = {}  # of which tokens a block holds KV
 
-    @torch.inference_mode()
     def learn(self, collected: list[tuple[ScheduledSequence, Draws]], states: Tensor | None) -> None:
         assert states is not None, "the runner hands out no states"
-        fused, row, waiting = self._head.fuse(states), 0, []
+        self._num_steps += 1
+        self._states, place, seen = states, 0, []
         for run, draws in collected:
-            sequence, num_kept = run.sequence, run.num_tokens - run.num_draws + len(draws)
-            kept, row = fused[row : row + num_kept], row + run.num_tokens
-            if sequence.status is not Status.RUNNING:
-                continue  # it is over, or has lost its blocks
-            tokens = sequence.token_ids[run.start + 1 : run.start + num_kept + 1]
-            tokens.extend(draw.token_id for draw in draws)
-            progress = self._progress_with(sequence, run.start, kept[:0])
-            progress.add(kept, tokens)
-            if len(progress.tokens) > _MOST_WAITING:
-                waiting.append(self._row(Wish(sequence, 0), progress, len(progress.tokens) - 1))
-        if waiting:
-            self._compute(waiting)
+            if run.sequence.status is Status.RUNNING:  # it is not over, and has not lost its blocks
+                seen.append(self._see(run, draws, place))
+            place += run.num_tokens
+        if seen:
+            self._runner.learn(states, _known(seen, self._block_size))
 
     def look(self, wish: Wish) -> Prospect | None:
         sequence = wish.sequence
         progress = self._progress.get(sequence.request_id)
-        if progress is None or progress.num_preemptions != sequence.num_preemptions or not progress.tokens:
+        if progress is None or progress.num_preemptions != sequence.num_preemptions:
             return None
-        return Prospect(wish.num_tokens) if progress.num_seen == sequence.num_tokens - 1 else None
+        is_newest = progress.step == self._num_steps and progress.num_seen == sequence.num_tokens - 1
+        return Prospect(wish.num_tokens) if is_newest else None
 
-    @torch.inference_mode()
     def draft(self, wishes: list[Wish]) -> list[tuple[int, ...]]:
-        rows = [self._row(wish, progress := self._of(wish), len(progress.tokens)) for wish in wishes]
-        going = rows
-        while going:
-            begun_s, num_tokens = time.monotonic(), sum(len(row.tokens) for row in going)
-            going = self._guess(going)
-            self._curve.add(num_tokens, time.monotonic() - begun_s)
-        return [tuple(row.guessed) for row in rows]
+        assert self._states is not None, "no step has ended"
+        begun_s, order = time.monotonic(), sorted(range(len(wishes)), key=lambda number: -wishes[number].num_tokens)
+        asked = [wishes[number] for number in order]
+        guessed = self._runner.guess(self._states, self._newest(asked), self._draws(asked))
+        self._curve.add(len(wishes), (time.monotonic() - begun_s) / asked[0].num_tokens)
+        drafts: list[tuple[int, ...]] = [()] * len(wishes)
+        for number, wish, tokens in zip(order, asked, guessed, strict=False):
+            drafts[number] = _up_to_end(tokens, wish.sequence)
+        return drafts
 
     def seconds(self, num_sequences: int) -> float:
         return self._curve.seconds(num_sequences)
@@ -157,18 +136,29 @@ class Eagle3Drafter:
     def _of(self, wish: Wish) -> _Progress:
         return self._progress[wish.sequence.request_id]
 
-    def _progress_with(self, sequence: Sequence, start: int, nothing: Tensor) -> _Progress:
+    def _see(self, run: ScheduledSequence, draws: Draws, place: int) -> _Seen:
+        """Take note of the tokens of a run that count: what its draws, which have not joined the sequence, confirm."""
+        sequence, num_kept = run.sequence, run.num_tokens - run.num_draws + len(draws)
+        tokens = sequence.token_ids[run.start + 1 : run.start + num_kept + 1]
+        tokens.extend(draw.token_id for draw in draws)
+        progress = self._progress_with(sequence, run.start)
+        start = progress.num_in_view
+        progress.num_seen += num_kept
+        progress.step, progress.place, progress.token_id = self._num_steps, place + num_kept - 1, tokens[-1]
+        blocks = self._written(sequence, progress, start, progress.num_in_view)
+        self._hold(sequence, progress)
+        return _Seen(place, start, tokens, blocks)
+
+    def _progress_with(self, sequence: Sequence, start: int) -> _Progress:
         """How far it has come with a sequence of which tokens from here on were computed."""
         progress = self._progress.get(sequence.request_id)
         if progress is None or (progress.num_preemptions, progress.num_seen) != (sequence.num_preemptions, start):
-            num_held = first = start // self._cache.block_size
-            if start % self._cache.block_size:
-                num_held = first = first + 1
-            else:
-                while first and self._holds(sequence, first - 1):
-                    first -= 1
-            num_computed = max(start, first * self._cache.block_size)
-            progress = _Progress(sequence.num_preemptions, first, start, num_computed, num_held, nothing)
+            begin, num_held = start, start // self._block_size
+            if not start % self._block_size:
+                while begin and self._holds(sequence, begin // self._block_size - 1):
+                    begin -= self._block_size
+            sampling = replace(sequence.request.sampling, num_logprobs=None, adjustments=None)
+            progress = _Progress(sequence.num_preemptions, begin, start, num_held, sampling)
             self._progress[sequence.request_id] = progress
         return progress
 
@@ -177,105 +167,78 @@ class Eagle3Drafter:
         hashes = sequence.block_hashes[index : index + 1]
         return bool(hashes) and self._held.get(sequence.block_table[index]) == hashes[0]
 
-    def _row(self, wish: Wish, progress: _Progress, count: int) -> _Row:
-        """The next tokens of those that wait; they count as computed from now on."""
-        start = progress.num_computed - progress.first_block * self._cache.block_size
-        row = _Row(wish, progress, start, progress.states[:count], progress.tokens[:count])
-        progress.states, progress.tokens = progress.states[count:], progress.tokens[count:]
-        self._note(wish, progress, count)
-        return row
-
-    def _note(self, wish: Wish, progress: _Progress, count: int) -> None:
-        """So many more tokens are computed, and guesses behind them; which blocks hold the KV of what."""
-        block_size, sequence = self._cache.block_size, wish.sequence
-        end = progress.num_computed + count + max(0, wish.num_tokens - 1)
-        for index in range(progress.num_computed // block_size, -(-end // block_size)):
-            self._held.pop(sequence.block_table[index], None)
-        progress.num_computed += count
-        num_held = min(progress.num_computed // block_size, len(sequence.block_hashes))
+    def _hold(self, sequence: Sequence, progress: _Progress) -> None:
+        """Take note of blocks full of KV; of a view that begins within one they hold that of other tokens."""
+        if progress.begin % self._block_size:
+            return
+        num_held = min(progress.num_seen // self._block_size, len(sequence.block_hashes))
         for index in range(progress.num_held, num_held):
             self._held[sequence.block_table[index]] = sequence.block_hashes[index]
         progress.num_held = max(progress.num_held, num_held)
 
-    def _compute(self, rows: list[_Row]) -> Tensor:
-        """One step of the head: (T, hidden_size), row by row as they come, single tokens first."""
-        rows.sort(key=lambda row: len(row.tokens) > 1)
-        arrays = _arrays(rows, self._cache.block_size)
-        device = self._cache.blocks.device
-        ids, positions = upload(arrays.token_ids, device), upload(arrays.positions, device)
-        states = torch.cat([row.states for row in rows])
-        out: Tensor = self._head(states, ids, positions, SdpaStep(self._cache, arrays))
-        return out
+    def _written(self, sequence: Sequence, progress: _Progress, start: int, end: int) -> "array[int]":
+        """The blocks that KV of these tokens of the view goes into; they hold nothing else any more."""
+        first = progress.begin // self._block_size
+        blocks = sequence.block_table[first + start // self._block_size : first - (-end // self._block_size)]
+        for block in blocks:
+            self._held.pop(block, None)
+        return blocks
 
-    def _guess(self, rows: list[_Row]) -> list[_Row]:
-        """Guess one more token of each; those of which more are wanted."""
-        rows = rows[:]
-        out = self._compute(rows)
-        ends = np.cumsum([len(row.tokens) for row in rows])
-        last = out[upload(ends - 1, out.device)]
-        places = np.array([row.wish.sequence.num_tokens + len(row.guessed) for row in rows])
-        batch = self._sampling.prepare([_as_guessed(row) for row in rows], places)
-        logits = self._head.logits(last)
-        if (masking := _masking(rows)) is not None:
-            logits = masking.apply(logits)
-        for row, state, token in zip(rows, last.split(1), sample(logits, batch).tolist(), strict=True):
-            row.start += len(row.tokens)
-            row.states, row.tokens = state, token_array((token,))
-            row.guessed.append(token)
-        return [row for row in rows if _wants_more(row)]
+    def _newest(self, asked: list[Wish]) -> NewestTokens:
+        """What guesses go on from; they write over nothing but what stands behind the newest tokens."""
+        tables = []
+        for sequence, length in asked:
+            progress = self._progress[sequence.request_id]
+            end = progress.num_in_view + length - 1
+            self._written(sequence, progress, progress.num_in_view, end)
+            first = progress.begin // self._block_size
+            tables.append(sequence.block_table[first : first - (-end // self._block_size)])
+        found = [self._of(wish) for wish in asked]
+        return NewestTokens(
+            _column(progress.place for progress in found),
+            _column(progress.token_id for progress in found),
+            _column(progress.num_in_view - 1 for progress in found),
+            _padded(tables),
+            _column(wish.num_tokens for wish in asked),
+        )
+
+    def _draws(self, asked: list[Wish]) -> GuessDraws:
+        """As the answers are drawn, from the head's logits as they are."""
+        sampling = [self._of(wish).sampling for wish in asked]
+        places = _column(wish.sequence.num_tokens for wish in asked)
+        return GuessDraws(self._sampling, sampling, places, [wish.sequence.mask for wish in asked])
 
 
-def _as_guessed(row: _Row) -> SamplingParams:
-    """As the answer is drawn, so that chance makes the same choice; logits are taken as the head gives them."""
-    return replace(row.wish.sequence.request.sampling, num_logprobs=None, adjustments=None)
-
-
-def _wants_more(row: _Row) -> bool:
+def _up_to_end(tokens: list[int], sequence: Sequence) -> tuple[int, ...]:
     """Nothing is behind a token that ends the answer."""
-    stops = row.wish.sequence.request.sampling.stop_token_ids
-    return len(row.guessed) < row.wish.num_tokens and row.guessed[-1] not in stops
+    stops = sequence.request.sampling.stop_token_ids
+    end = next((number for number, token in enumerate(tokens, 1) if token in stops), len(tokens))
+    return tuple(tokens[:end])
 
 
-def _masking(rows: list[_Row]) -> Masking | None:
-    """What grammars allow for first guesses; of later ones it is asked when they are tried."""
-    found = [
-        (number, row.wish.sequence.mask)
-        for number, row in enumerate(rows)
-        if not row.guessed and row.wish.sequence.mask is not None
-    ]
-    if not found:
-        return None
-    draws, masks = zip(*found, strict=True)
-    return Masking(np.array(draws), np.frombuffer(b"".join(masks), np.uint8).reshape(len(masks), -1))
-
-
-def _arrays(rows: list[_Row], block_size: int) -> StepArrays:
-    """One step of the head, whose sequences begin where its view does; all last tokens count as drawing."""
-    starts, counts = _column(row.start for row in rows), _column(len(row.tokens) for row in rows)
-    tables = _tables(rows, -(-(starts + counts) // block_size))
-    ends, owners = np.cumsum(counts), np.repeat(np.arange(len(rows)), counts)
-    positions = np.arange(len(owners)) + (starts - ends + counts)[owners]
-    return StepArrays(
-        token_ids=np.concatenate([np.frombuffer(row.tokens, np.uint32) for row in rows]).astype(np.int64),
-        sources=np.full((counts == 1).sum(), -1),
-        positions=positions,
-        slots=slots(tables, owners, positions, block_size),
-        starts=starts,
-        counts=counts,
-        tables=tables,
-        num_singles=int((counts == 1).sum()),
-        draw_rows=ends - 1,
-        draw_positions=positions[ends - 1] + 1,
+def _known(seen: list[_Seen], block_size: int) -> KnownTokens:
+    """The tokens of all sequences behind each other."""
+    counts, starts = _column(len(part.token_ids) for part in seen), _column(part.start for part in seen)
+    owners = np.repeat(np.arange(len(seen)), counts)
+    inside = np.arange(len(owners)) - (np.cumsum(counts) - counts)[owners]
+    token_ids = token_array()
+    for part in seen:
+        token_ids += part.token_ids
+    in_blocks = (starts % block_size)[owners] + inside
+    return KnownTokens(
+        _column(part.place for part in seen)[owners] + inside,
+        np.frombuffer(token_ids, np.uint32).astype(np.int64),
+        starts[owners] + inside,
+        slots(_padded([part.blocks for part in seen]), owners, in_blocks, block_size),
     )
 
 
-def _tables(rows: list[_Row], num_blocks: np.ndarray) -> np.ndarray:
-    """(R, B), of each row so many blocks of its view."""
-    tables = np.zeros((len(rows), int(num_blocks.max())), np.int64)
-    for table, row, count in zip(tables, rows, num_blocks.tolist(), strict=True):
-        first = row.progress.first_block
-        table[:count] = row.wish.sequence.block_table[first : first + count]
-    return tables
+def _padded(tables: list["array[int]"]) -> np.ndarray:
+    """(R, B) int64, with zeros behind those that are shorter."""
+    padded = np.zeros((len(tables), max(map(len, tables))), np.int64)
+    for row, table in zip(padded, tables, strict=True):
+        row[: len(table)] = table
+    return padded
 
 
 def _column(values: Iterable[int]) -> np.ndarray:

@@ -10,7 +10,7 @@ from itertools import takewhile
 from torch import Tensor
 
 from deployments.engine.config import EngineLimits, SpeculationConfig
-from deployments.engine.execution.rehearsal import build_rehearsed, drafter_limits
+from deployments.engine.execution.rehearsal import build_rehearsed, build_rehearsed_head, drafter_limits
 from deployments.engine.grammar.guides import Guides
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.scheduling.run import ScheduledSequence
@@ -202,7 +202,7 @@ def _build_drafter(config: SpeculationConfig, loaded: LoadedModel, limits: Engin
     if config.method == "ngram":
         return LookupDrafter()
     if loaded.head is not None:
-        return Eagle3Drafter(loaded.head, limits, loaded.device)
+        return Eagle3Drafter(build_rehearsed_head(loaded, limits))
     if loaded.drafter is None:
         raise ValueError(f"speculation.model is {config.model!r}, and no such model was loaded beside {loaded.path!r}")
     own = drafter_limits(limits, loaded.drafter)

@@ -7,137 +7,26 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from tests.engine.interpreted import DEVICE  # before what needs Triton
+from tests.engine.faked_gpu import fake_gpu  # before what needs Triton
 
-from deployments.engine.execution import cuda as runners  # isort: skip
-from deployments.engine.execution import verification  # isort: skip
+from deployments.engine.batch.arrays import StepArrays  # isort: skip
+from deployments.engine.engine import Engine
 from deployments.engine.execution.costs import StepCosts
-from deployments.engine.kernels.arguments import Scores
-from deployments.engine.kv.cache import KVCache
-from deployments.engine.kv.layers import LayerWatch
+from deployments.engine.execution.cuda import CudaRunner
+from deployments.engine.execution.graphs import PromptGraph
 from deployments.messages import GenerateRequest, SamplingParams
 from tests.engine.drafters import lies, mixture, truth, with_drafter
 from tests.engine.driving import Transcript, build_engine, greedy, run
 from tests.engine.families import load, random_prompt, reference
 from tests.engine.insides import forget_verification, replace_runner, runner_of, tell_of_replays, tell_of_verifications
-from tests.gpu.expected import expected_attention
-
-if DEVICE.type == "cuda":
-    pytest.skip("there is a GPU: tests/gpu has the runner itself", allow_module_level=True)
-
-from deployments.engine.attention.base import LayerAttention
-from deployments.engine.attention.cuda import Prompts
-from deployments.engine.batch.arrays import StepArrays
-from deployments.engine.engine import Engine
-from deployments.engine.execution.graphs import PromptGraph
-from deployments.engine.kernels.cuda_verification import Runs
 
 NUM_TOKENS = 6
 
 
-class PlainStep:
-    """As `CudaStep`; reads what a graph would read, when it would: lengths, tables and starts are tensors."""
-
-    def __init__(
-        self,
-        cache: KVCache,
-        slots: Tensor,
-        single_tables: Tensor,
-        single_lens: Tensor,
-        prompts: tuple[Prompts, ...] = (),
-        rows: Tensor | None = None,
-        watch: LayerWatch | None = None,
-    ) -> None:
-        self._cache, self._slots, self.rows, self._watch = cache, slots, rows, watch
-        self._decodes = list(zip(single_lens.tolist(), single_tables, strict=True))
-        self._prompts = prompts
-
-    def attend(self, asked: LayerAttention) -> Tensor:
-        layer, queries, keys, values, scores, _ = asked
-        queries, keys, values = (part.transpose(0, 1) for part in (queries, keys, values))
-        written = self._slots >= 0
-        self._cache.write(layer, self._slots[written].long(), keys[written], values[written])
-        if self._watch is not None and layer + 1 in self._watch.ends:
-            self._watch.reach(layer + 1)
-        out = torch.zeros_like(queries)
-        for row, (length, table) in enumerate(self._decodes):
-            if length:
-                out[row] = self._attend_paged(layer, queries[row : row + 1], length, table, scores)[0]
-        for prompts in self._prompts:
-            for number in range(len(prompts.starts) - 1):
-                first, end = (prompts.starts[number : number + 2] + prompts.start).tolist()
-                span = slice(first, end)
-                if prompts.tables is None:
-                    out[span] = expected_attention(queries[span], keys[span], values[span], scores)
-                elif end > first:
-                    assert prompts.lens is not None
-                    length, table = int(prompts.lens[number]), prompts.tables[number]
-                    out[span] = self._attend_paged(layer, queries[span], length, table, scores)
-        return out
-
-    def _attend_paged(self, layer: int, queries: Tensor, length: int, table: Tensor, scores: Scores) -> Tensor:
-        blocks = table[: -(-length // self._cache.block_size)]
-        keys, values = (part.flatten(0, 1)[:length] for part in self._cache.gather(layer, blocks))
-        return expected_attention(queries, keys, values, scores)
-
-
-class PlainVerificationStep:
-    """As `VerificationStep`, likewise."""
-
-    rows = None
-
-    def __init__(self, cache: KVCache, slots: Tensor, tables: Tensor, runs: Runs) -> None:
-        prompts = Prompts(0, len(slots), runs.max_queries, 0, runs.starts, (), lens=runs.lens, tables=tables)
-        self._step = PlainStep(cache, slots, tables[:0], runs.lens[:0], (prompts,))
-
-    def attend(self, asked: LayerAttention) -> Tensor:
-        return self._step.attend(asked)
-
-
-class FakeGraph:
-    """Runs again what was recorded, into the same output."""
-
-    def __init__(self) -> None:
-        self._run: Callable[[], Tensor] | None = None
-        self._out = torch.empty(0)
-
-    def record(self, run: Callable[[], Tensor]) -> Tensor:
-        self._run, self._out = run, run()
-        return self._out
-
-    @torch.inference_mode()
-    def replay(self) -> None:
-        assert self._run is not None
-        self._out.copy_(self._run())
-
-    def pool(self) -> tuple[int, int]:
-        return 0, 0
-
-
-class FakeEvent:
-    def record(self) -> None:
-        """Nothing is under way."""
-
-    synchronize = record
-
-
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    allocate = torch.empty
-
-    def empty(*size: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
-        return allocate(*size, **kwargs)
-
-    monkeypatch.setattr(torch, "empty", empty)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(runners, "CudaStep", PlainStep)
-    monkeypatch.setattr(verification, "VerificationStep", PlainVerificationStep)
-    for module in (runners, verification):
-        monkeypatch.setattr(module, "record", lambda graph, run, pool: graph.record(run))
+    fake_gpu(monkeypatch)
 
 
 @pytest.fixture
@@ -155,7 +44,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int]]]:
 def build(family: str, **overrides: object) -> Engine:
     settings: dict[str, Any] = {"max_num_batched_tokens": 64, "max_model_len": 128, "max_num_seqs": 4} | overrides
     engine = build_engine(load(family), is_pipelined=True, **settings)
-    replace_runner(engine, runners.CudaRunner(load(family), runner_of(engine).cache, engine.limits))
+    replace_runner(engine, CudaRunner(load(family), runner_of(engine).cache, engine.limits))
     return engine
 
 

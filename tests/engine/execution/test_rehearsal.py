@@ -9,14 +9,25 @@ from hypothesis import strategies as st
 
 from deployments.engine.config import EngineConfig, EngineLimits
 from deployments.engine.execution import rehearsal, sizing
+from deployments.engine.execution.heads import KnownTokens, NewestTokens, PortableHead
 from deployments.engine.execution.portable import build_runner
-from deployments.engine.execution.rehearsal import build_rehearsed, drafter_limits, most_drafts, rehearse, worst_steps
+from deployments.engine.execution.rehearsal import (
+    build_rehearsed,
+    build_rehearsed_head,
+    drafter_limits,
+    most_drafts,
+    rehearse,
+    rehearse_head,
+    worst_steps,
+)
 from deployments.engine.execution.sizing import choose_limits
 from deployments.engine.kv.cache import KVCache
+from deployments.engine.sampling.guessing import GuessDraws
 from deployments.engine.scheduling.scheduler import MAX_VERIFIED_TOKENS
 from deployments.errors import InvalidRequestError
 from tests.engine.driving import build_engine, generate, greedy
 from tests.engine.families import CPU, load, random_prompt, reference
+from tests.engine.guessing_heads import with_head
 from tests.engine.insides import runner_of
 
 LIMITS = EngineLimits(
@@ -119,3 +130,46 @@ def test_steps_that_do_not_fit_are_refused_with_the_numbers(monkeypatch: pytest.
     message = r"steps beside the model and a KV pool of 2 blocks .* max_num_seqs \(5\).* Tried to allocate 9.00 GiB\.$"
     with pytest.raises(ValueError, match=message):
         build_rehearsed(replace(load("llama"), device=torch.device("cuda")), LIMITS)
+
+
+def test_a_head_that_does_not_fit_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB. If reserved but")
+
+    monkeypatch.setattr(rehearsal, "build_head_runner", out_of_memory)
+    message = r"a head with its steps, beside the model and a KV pool of 2 blocks .* Tried to allocate 9.00 GiB\.$"
+    with pytest.raises(ValueError, match=message):
+        build_rehearsed_head(replace(with_head(), device=torch.device("cuda")), LIMITS)
+
+
+@pytest.mark.parametrize("max_drafts", [0, 3])
+def test_what_a_head_takes_is_not_left_to_the_pool(max_drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it where nothing is guessed."""
+    limits, built = replace(LIMITS, max_drafts=max_drafts), []
+    monkeypatch.setattr(rehearsal, "build_rehearsed", lambda loaded, limits: built.append("model"))
+    monkeypatch.setattr(rehearsal, "build_rehearsed_head", lambda loaded, limits: built.append("head"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: built.append("all of them"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 31))
+    assert rehearsal.free_beside_largest_steps(with_head(), limits) == 1 << 30
+    assert built == (["model", "head", "all of them"] if max_drafts else ["model", "all of them"])
+
+
+def test_a_head_is_tried_with_as_many_tokens_and_sequences_as_there_may_be() -> None:
+    limits = replace(LIMITS, max_drafts=3)
+    head = with_head().head
+    assert head is not None
+    runner = PortableHead(head, limits, CPU)
+    seen: list[object] = []
+    learn, guess = runner.learn, runner.guess
+
+    def note_learned(states: torch.Tensor, known: KnownTokens) -> None:
+        seen.append(len(known.places))
+        learn(states, known)
+
+    def note_guessed(states: torch.Tensor, newest: NewestTokens, draws: GuessDraws) -> list[list[int]]:
+        seen.append((len(newest.lengths), int(newest.positions.max())))
+        return guess(states, newest, draws)
+
+    runner.learn, runner.guess = note_learned, note_guessed  # type: ignore[method-assign]
+    rehearse_head(runner, head, limits)
+    assert seen == [40, (5, 99)]

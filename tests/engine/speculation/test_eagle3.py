@@ -1,124 +1,39 @@
 """A head of the model guesses: as it would with all of a sequence before it, and no answer changes."""
 
-import copy
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import torch
 
 from deployments.engine.config import EngineConfig
-from deployments.engine.engine import Engine
 from deployments.engine.execution.sizing import choose_limits
-from deployments.engine.model import load as load_module
 from deployments.engine.model.check import check_eagle3_pair
-from deployments.engine.model.eagle3_files import load_eagle3
-from deployments.engine.model.load import LoadedModel, load_model, optimize_layers, prepare_model
-from deployments.engine.scheduling.sequence import Sequence
-from deployments.engine.speculation.base import Wish
+from deployments.engine.model.load import LoadedModel, load_model
 from deployments.errors import UnsupportedModelError
-from deployments.messages import Adjustments, GenerateRequest, SamplingParams
+from deployments.messages import GenerateRequest, SamplingParams
 from tests.engine import eagle3_heads
 from tests.engine.drafters import lies, mixture, truth
 from tests.engine.driving import BLOCK_SIZE, Transcript, build_engine, generate, greedy, hand_over_all, run
 from tests.engine.eagle3_heads import guesses, target, weights
-from tests.engine.families import CPU, load, random_prompt
+from tests.engine.families import load, random_prompt
 from tests.engine.grammars import END, load_with_tokenizer, regex
+from tests.engine.guessing_heads import (
+    NUM_TOKENS,
+    SETTINGS,
+    Helped,
+    alone,
+    guessing,
+    helped,
+    plain,
+    requests,
+    with_head,
+)
 from tests.engine.insides import drafter_of, preempt, sequence_of
 
-NUM_TOKENS = 24
-SAMPLINGS = [
-    SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0),
-    SamplingParams(max_tokens=NUM_TOKENS, temperature=0.8, top_p=0.9, seed=3, num_logprobs=1),
-    SamplingParams(
-        max_tokens=NUM_TOKENS, temperature=1.0, seed=4, adjustments=Adjustments(((5, 2.0),), 1.2, 0.5, 0.5, 4)
-    ),
-]
-SETTINGS = {"method": "eagle3", "model": "beside", "is_adaptive": False, "max_drafts": 4}
-
 each = pytest.mark.parametrize("when", [truth, lies, mixture])
-
-
-@cache
-def with_head(*, optimized: bool = False) -> LoadedModel:
-    model = copy.deepcopy(target())
-    with TemporaryDirectory() as folder:
-        head = load_eagle3(eagle3_heads.save(Path(folder), weights()), model, model.config)
-    loaded = replace(prepare_model(model, "", CPU), head=head)
-    return optimize_layers(loaded) if optimized else loaded
-
-
-def alone() -> LoadedModel:
-    return replace(with_head(), head=None)
-
-
-def guessing(loaded: LoadedModel | None = None, **overrides: Any) -> Engine:
-    return build_engine(loaded or with_head(), speculation=SETTINGS, **overrides)
-
-
-def requests() -> list[GenerateRequest]:
-    prompts = [random_prompt(13, seed=1), random_prompt(90, seed=2), (3, 4, 5, 6) * 6]
-    return [
-        GenerateRequest(f"r{number}", prompt, sampling)
-        for number, (prompt, sampling) in enumerate(itertools.product(prompts, SAMPLINGS))
-    ]
-
-
-@cache
-def plain() -> list[tuple[int, ...]]:
-    return generate(build_engine(alone()), requests())
-
-
-class Helped:
-    """Takes note of what a head guesses, and has the engine try what the answer is in its place, or a lie.
-
-    Args:
-        engine: whose head it is.
-        answers: by request.
-        lies: whether to try something else in this place of an answer.
-    """
-
-    def __init__(self, engine: Engine, answers: dict[str, tuple[int, ...]], lies: Callable[[int], bool]) -> None:
-        drafter = drafter_of(engine)
-        self.guessed: list[tuple[str, int, list[int], tuple[int, ...]]] = []
-        self._answers, self._lies, self._draft = answers, lies, drafter.draft
-        self._view = lambda wish: drafter._of(wish).first_block * BLOCK_SIZE
-        drafter.draft = self.draft
-
-    def draft(self, wishes: list[Wish]) -> list[tuple[int, ...]]:
-        drafts = self._draft(wishes)
-        for wish, tokens in zip(wishes, drafts, strict=True):
-            name, known = wish.sequence.request_id, wish.sequence.token_ids.tolist()
-            self.guessed.append((name, self._view(wish), known, tokens))
-        return [self._help(wish.sequence, len(tokens)) for wish, tokens in zip(wishes, drafts, strict=True)]
-
-    def _help(self, sequence: Sequence, count: int) -> tuple[int, ...]:
-        first = sequence.num_tokens - len(sequence.request.prompt_token_ids)
-        rest = self._answers[sequence.request_id][first : first + count]
-        return tuple(token ^ self._lies(first + place) for place, token in enumerate(rest))
-
-    def check(self, first: int = 0) -> None:
-        """Greedy sequences were guessed as by a head that has had all states from this token on."""
-        head = with_head().head
-        assert head is not None
-        found = [entry for entry in self.guessed if entry[0] in GREEDY]
-        assert len(found) > 4
-        for name, begin, known, tokens in found:
-            assert begin == first, f"{name} is seen from {begin} on"
-            assert tokens == guesses(head, known, len(tokens), first), f"{name} at {len(known)}"
-
-
-GREEDY = {"r0", "r3", "r6"}
-
-
-def helped(engine: Engine, lies: Callable[[int], bool], asked: list[GenerateRequest] | None = None) -> Helped:
-    names = [request.request_id for request in requests()]
-    return Helped(engine, dict(zip(names, plain(), strict=True)), lies)
 
 
 @each
@@ -159,18 +74,19 @@ def test_a_sequence_that_moved_to_other_blocks_is_seen_from_its_first_token_agai
     helper.check()
 
 
-def test_behind_a_hand_off_it_guesses_from_the_next_block_on_by_what_it_sees_itself() -> None:
+def test_behind_a_hand_off_it_guesses_at_once_by_what_it_sees_itself() -> None:
     decode = guessing(enable_prefix_caching=False)
     helper = helped(decode, mixture)
     assert hand_over_all(build_engine(alone()), decode, requests()) == plain()
-    for name, num_prompt_tokens in (("r0", 13), ("r3", 90), ("r6", 24)):
+    for name, first in (("r0", 13), ("r3", 90), ("r6", 24)):
         own = [entry for entry in helper.guessed if entry[0] == name]
-        first = -(-num_prompt_tokens // BLOCK_SIZE) * BLOCK_SIZE
         head = with_head().head
         assert head is not None and own
         for _, begin, known, tokens in own:
             assert begin == first and tokens == guesses(head, known, len(tokens), first)
-        assert min(len(known) for _, _, known, _ in own) <= first + 6, "it begins as soon as it can"
+    helper.guessed.clear()
+    assert hand_over_all(build_engine(alone()), decode, requests()[3:4]) == plain()[3:4]
+    assert len(helper.guessed[0][2]) == 90 + 2, "behind its first step"
 
 
 def test_what_is_resumed_is_computed_and_so_seen_whole() -> None:
@@ -222,15 +138,20 @@ def test_aborted_sequences_are_forgotten() -> None:
     assert not drafter_of(engine)._progress and engine.num_free_blocks == engine.limits.num_blocks
 
 
-def test_states_do_not_pile_up_where_nothing_is_guessed() -> None:
-    engine = build_engine(with_head(), speculation=SETTINGS | {"is_adaptive": True, "max_step_s": 1e-9})
-    transcript = Transcript()
-    engine.add(greedy("r0", random_prompt(200, seed=1), 150))
-    while engine.has_work:
-        transcript.note(engine.step())
-        for progress in drafter_of(engine)._progress.values():
-            assert len(progress.tokens) == len(progress.states) <= 65
-    assert len(transcript.tokens["r0"]) == 150 and engine.stats().drafted_tokens.total == 0
+def test_blocks_of_a_view_that_begins_within_one_are_no_prefix_for_others() -> None:
+    """Another sequence with the same prompt sees what this engine computes for itself."""
+    decode, prompt = guessing(), random_prompt(3 * BLOCK_SIZE + 3, seed=9)
+    helper = Helped(decode, {}, truth)
+    helper._help = lambda sequence, count: (1,) * count  # type: ignore[method-assign]
+    (first,) = hand_over_all(build_engine(alone()), decode, [greedy("r0", prompt, NUM_TOKENS)])
+    helper.check(first=len(prompt))
+    helper.guessed.clear()
+    # All that is cached is in front of its view, but for the newest of these tokens.
+    again = prompt + first[: 2 * BLOCK_SIZE - 3]
+    assert generate(decode, [greedy("r3", again, NUM_TOKENS)])[0][:4] == first[2 * BLOCK_SIZE - 3 :][:4]
+    cached = decode.stats().prefix_hit_tokens
+    assert cached == 4 * BLOCK_SIZE
+    helper.check(first=cached)
 
 
 def test_a_pipelined_engine_guesses_the_same() -> None:
@@ -344,10 +265,3 @@ def test_a_head_of_another_form_is_refused_in_one_line(
     if "names tokens" not in message:  # that takes the numbers
         with pytest.raises(UnsupportedModelError, match=message):
             check_eagle3_pair(model_path, path)
-
-
-def test_on_a_gpu_a_head_is_refused(tmp_path: Path, model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    as_on_a_gpu = lambda *args: replace(prepare_model(*args), device=torch.device("cuda"))  # noqa: E731
-    monkeypatch.setattr(load_module, "prepare_model", as_on_a_gpu)
-    with pytest.raises(UnsupportedModelError, match="CUDA graphs, which hand out no hidden states"):
-        load_pair(model_path, eagle3_heads.save(tmp_path, weights()))

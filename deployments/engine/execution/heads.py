@@ -1,0 +1,159 @@
+"""Runs a head that guesses for a model: the KV of tokens that are known, and guesses behind the newest of them.
+
+A head has one layer, so KV takes what this asks of attention, and nothing behind it: that is computed of every token.
+All the rest is computed of the newest token of a sequence alone, when somebody wants guesses. Knows no sequence; called
+by the drafter, which says what is where. `cuda_heads.py` does the same on a GPU, by graphs.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deployments.engine.attention.paged import compile_kernels, has_kernels
+from deployments.engine.attention.sdpa import SdpaStep
+from deployments.engine.batch.arrays import StepArrays
+from deployments.engine.config import EngineLimits
+from deployments.engine.kv.cache import KVCache
+from deployments.engine.kv.slots import slots
+from deployments.engine.model.eagle3 import Eagle3Head
+from deployments.engine.model.load import LoadedModel
+from deployments.engine.sampling.guessing import GuessDraws
+from deployments.engine.upload import upload
+
+
+class KnownTokens(NamedTuple):
+    """N tokens behind which the next one is known, all int64.
+
+    Attributes:
+        places: (N,) of their states among those of the step that computed them.
+        token_ids: (N,) the tokens behind them.
+        positions: (N,) among those that the head sees of their sequence.
+        slots: (N,) where their KV goes.
+    """
+
+    places: np.ndarray
+    token_ids: np.ndarray
+    positions: np.ndarray
+    slots: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class NewestTokens:
+    """The newest such tokens of S sequences, those first behind which the most is to be guessed; all int64.
+
+    Attributes:
+        places: (S,) of their states among those of the last step.
+        token_ids: (S,) the tokens behind them.
+        positions: (S,) as of `KnownTokens`.
+        tables: (S, B) block ids of what the head sees of each, and of what it will guess.
+        lengths: (S,) guesses that are wanted, descending to one at least.
+    """
+
+    places: np.ndarray
+    token_ids: np.ndarray
+    positions: np.ndarray
+    tables: np.ndarray
+    lengths: np.ndarray
+
+    def first(self, count: int) -> "NewestTokens":
+        """Of those sequences alone that come first."""
+        return replace(self, **{name: getattr(self, name)[:count] for name in self.__slots__})
+
+    def step(self, place: int, block_size: int) -> StepArrays:
+        """What the guesses of one place are made by: a step of single tokens, whose ids are not told."""
+        count = int((self.lengths > place).sum())
+        positions, tables, rows = self.positions[:count] + place, self.tables[:count], np.arange(count)
+        return StepArrays(
+            token_ids=np.zeros(count, np.int64),
+            sources=np.full(count, -1),
+            positions=positions,
+            slots=slots(tables, rows, positions, block_size),
+            starts=positions,
+            counts=np.ones(count, np.int64),
+            tables=tables,
+            num_singles=count,
+            draw_rows=rows,
+            draw_positions=positions + 1,
+        )
+
+    def lists(self, places: list[list[int]]) -> list[list[int]]:
+        """Guesses of each sequence, from those of each place."""
+        return [[guesses[row] for guesses in places[:length]] for row, length in enumerate(self.lengths.tolist())]
+
+
+class HeadRunner(Protocol):
+    """Runs a head.
+
+    Attributes:
+        cache: of its KV, in blocks of the model's numbers.
+    """
+
+    cache: KVCache
+
+    def learn(self, states: Tensor, known: KnownTokens) -> None:
+        """Compute the KV of tokens.
+
+        Args:
+            states: (T, hidden_size), see `LaunchedStep`.
+            known: at least one.
+        """
+        ...
+
+    def guess(self, states: Tensor, newest: NewestTokens, draws: GuessDraws) -> list[list[int]]:
+        """Guess behind the newest tokens; KV of those before them is there.
+
+        Args:
+            states: of the last step.
+            newest: at least one.
+            draws: for the same sequences.
+
+        Returns:
+            Of each sequence as many as are wanted; perhaps of the first ones alone.
+        """
+        ...
+
+
+class PortableHead:
+    """Runs a head on any device; see `HeadRunner`."""
+
+    def __init__(self, head: Eagle3Head, limits: EngineLimits, device: torch.device) -> None:
+        self._head, self._device = head, device
+        self.cache = KVCache(head.kv_shape, limits.num_blocks, limits.block_size, device)
+        if has_kernels(self.cache):
+            compile_kernels(self.cache)
+
+    @torch.inference_mode()
+    def learn(self, states: Tensor, known: KnownTokens) -> None:
+        places, token_ids, positions, slot_mapping = self._upload(known)
+        asked = self._head.ask(states[places], token_ids, positions)
+        self.cache.write(0, slot_mapping, asked.keys.transpose(0, 1), asked.values.transpose(0, 1))
+
+    @torch.inference_mode()
+    def guess(self, states: Tensor, newest: NewestTokens, draws: GuessDraws) -> list[list[int]]:
+        places, token_ids = self._upload((newest.places, newest.token_ids))
+        states, guessed = states[places], []
+        for place in range(int(newest.lengths[0])):
+            arrays = newest.step(place, self.cache.block_size)
+            states, token_ids = states[: arrays.num_tokens], token_ids[: arrays.num_tokens]
+            (positions,) = self._upload((arrays.positions,))
+            states = self._head(states, token_ids, positions, SdpaStep(self.cache, arrays))
+            token_ids = draws.draw(place, self._head.logits(states))
+            guessed.append(token_ids)
+        return newest.lists([tokens.tolist() for tokens in guessed])
+
+    def _upload(self, values: Iterable[np.ndarray]) -> list[Tensor]:
+        return [upload(array, self._device) for array in values]
+
+
+def build_head_runner(loaded: LoadedModel, limits: EngineLimits) -> HeadRunner:
+    """The fastest one there is for a model's head where it is."""
+    assert loaded.head is not None
+    if not loaded.head.leaves_rotary:
+        return PortableHead(loaded.head, limits, loaded.device)
+    from deployments.engine.execution.cuda_heads import CudaHead  # Triton is there only where a GPU is
+
+    return CudaHead(loaded.head, limits, loaded.device)
