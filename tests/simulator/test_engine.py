@@ -18,8 +18,10 @@ CURVES = Curves(step_s=0.1, token_s=1e-3, sequence_s=0.0, context_s=0.0, max_num
 class Bench:
     """One engine, and when what ended there."""
 
-    def __init__(self, curves: Curves = CURVES, beside: "Bench | None" = None, machine: Machine | None = None) -> None:
-        self.env = simpy.Environment() if beside is None else beside.env
+    def __init__(
+        self, curves: Curves = CURVES, env: simpy.Environment | None = None, machine: Machine | None = None
+    ) -> None:
+        self.env = env or simpy.Environment()
         self.gaps = Gaps()
         self.engine = ModelledEngine(self.env, curves, 0.18, self.gaps, machine)
         self.ended: dict[str, float] = {}
@@ -119,7 +121,7 @@ def gaps_of(bench: Bench, num_gaps: int) -> list[float]:
 def test_engines_that_share_cores_take_longer_while_both_compute():
     machine = Machine(2.0)
     bench = Bench(machine=machine)
-    other = Bench(beside=bench, machine=machine)
+    other = Bench(env=bench.env, machine=machine)
     bench.at(0.0, "answer", output=11)
     other.at(0.25, "prompt", prompt=45)  # 0.145 s alone
     bench.env.run()
@@ -135,7 +137,7 @@ def test_engines_that_share_cores_take_longer_while_both_compute():
 def test_a_step_with_prompts_takes_longer_while_another_engine_computes():
     machine = Machine(1.5)
     bench = Bench(machine=machine)
-    other = Bench(beside=bench, machine=machine)
+    other = Bench(env=bench.env, machine=machine)
     bench.at(0.0, "prompt", prompt=100)  # 0.2 s alone
     other.at(0.1, "short", output=3)  # two steps of 0.1 s alone, 0.15 s beside the prompt
     bench.env.run()
@@ -146,7 +148,7 @@ def test_a_step_with_prompts_takes_longer_while_another_engine_computes():
 def test_what_a_slower_engine_makes_late_is_counted_for_the_first_gap_as_well():
     machine = Machine(2.0)
     bench = Bench(machine=machine)
-    other = Bench(beside=bench, machine=machine)
+    other = Bench(env=bench.env, machine=machine)
     answer = Request(0.0, 0, 2)
     bench.engine.answer(Answer(answer, lambda: None, lambda drawn: None, -0.06))
     other.at(0.05, "prompt", prompt=100)
@@ -159,7 +161,7 @@ def test_what_a_slower_engine_makes_late_is_counted_for_the_first_gap_as_well():
 def test_an_engine_that_fails_slows_nobody():
     machine = Machine(3.0)
     bench = Bench(machine=machine)
-    other = Bench(beside=bench, machine=machine)
+    other = Bench(env=bench.env, machine=machine)
     bench.at(0.0, "answer", output=11)
     other.engine.answer(Answer(Request(0.0, 0, 500), lambda: None, lambda drawn: None, 0.0))
     bench.env.run(until=0.45)

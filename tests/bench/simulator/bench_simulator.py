@@ -8,13 +8,16 @@ table and, as its last line, one JSON object; ends with 1 if p50 or p99 of TTFT 
 The load comes in rounds. One in which others used the machine, a request failed or the load came late does not count,
 and the next one takes its place; if there are too few that count, the bench ends with 2, without a verdict.
 
-Two engines, the ingress, Ray and the client share the cores of this machine; the simulator knows nothing of that, but
-for what steps cost while all of them run.
+Two engines share the cores of this machine, so each is slower while the other computes. By how much is told first, by
+one answer beside many prompts; what steps take of one alone is then such that they take in the mean what was measured
+(`alone.py`). That the ingress, Ray and the client share the cores as well the simulator does not know, but for what
+steps cost while all of them run.
 """
 
 import argparse
 import json
 import math
+import random
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,10 +33,12 @@ from deployments.simulator.service import Service, Setup
 from load_tests.environment import describe
 from load_tests.samples import write_runs
 from load_tests.scenario import Scenario, load_scenario
-from tests.bench.player import run
+from load_tests.schedule import Planned
+from tests.bench.player import play, run
 from tests.bench.service import serving
+from tests.bench.simulator.alone import Means, alone
 from tests.bench.simulator.rounds import Round, Rounds, Use, UseWatch
-from tests.bench.simulator.teacher import Teacher, watching
+from tests.bench.simulator.teacher import Snapshot, Teacher, learn_slowdown, watching
 
 SCENARIO = Path(__file__).parent / "small.yaml"
 FOLDER = RunFolder(Path(".run/simulator"))
@@ -49,6 +54,8 @@ DEPLOYMENTS = {
 }
 WARMUP_S = 20.0
 APART_S = 600.0
+# An answer beside prompts is awaited for so long.
+BESIDE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +110,13 @@ def learn(rounds: Sequence[Round], name: str) -> Setup:
     return Setup(PoolSetup(decode, most=1), pool, TTFT_S, ITL_S, MIN_REMOTE_TOKENS, call_s=call_s)
 
 
-def simulate(rounds: Sequence[Round], setup: Setup) -> Figures:
+def learn_apart(rounds: Sequence[Round], setup: Setup, slowdown: float) -> Setup:
+    """With engines that slow each other, as `alone.py` has them."""
+    wanted = Teacher([one.watch for one in rounds]).means
+    return alone(setup, slowdown, wanted, lambda found: simulate(rounds, found)[1])
+
+
+def simulate(rounds: Sequence[Round], setup: Setup) -> tuple[Figures, Means]:
     """Play arrivals that were measured: those of the next round long after the last answer of the one before."""
     requests, begun_s = list[Request](), 0.0
     for one in rounds:
@@ -113,7 +126,11 @@ def simulate(rounds: Sequence[Round], setup: Setup) -> Figures:
     service = Service(setup, Fixed())
     service.play(requests)
     ttft_s = [request.ttft_s if request.ttft_s is not None else math.nan for request in requests]
-    return Figures(*_percentiles(ttft_s), *service.gaps.quantiles((0.5, 0.99)))
+    figures = Figures(*_percentiles(ttft_s), *service.gaps.quantiles((0.5, 0.99)))
+    engines = {
+        (name, one.name): one.engine.stats for name, pool in service.pools.items() for one in pool.replicas.values()
+    }
+    return figures, Teacher([[Snapshot(), Snapshot(engines)]]).means
 
 
 def measured(rounds: Sequence[Round]) -> Figures:
@@ -128,8 +145,8 @@ def _percentiles(values: Sequence[float]) -> tuple[float, float]:
     return float(p50), float(p99)
 
 
-def measure(name: str, scenario: Scenario, port: int, load: float, rounds: Rounds, arguments: Sequence[str]) -> None:
-    """Bring a deployment up, and play rounds."""
+def measure(name: str, scenario: Scenario, port: int, load: float, rounds: Rounds, arguments: Sequence[str]) -> float:
+    """Bring a deployment up, and play rounds; returns by how much its engines slow each other."""
     short = scenario.model_copy(update={"duration_s": WARMUP_S})
 
     def one(number: int) -> Round:
@@ -140,14 +157,39 @@ def measure(name: str, scenario: Scenario, port: int, load: float, rounds: Round
 
     with serving(FOLDER, port, [*DEPLOYMENTS[name], *arguments]):
         run(short, port, MODEL, name, -1, load)  # what is slow once
+        slowdown = 1.0 if name == "colocated" else measure_slowdown(port)
         rounds.play(one, lambda words: print(f"{name}, {words}", flush=True))
+    return slowdown
 
 
-def compare(name: str, rounds: Rounds) -> Comparison:
+def measure_slowdown(port: int) -> float:
+    """By one answer beside many prompts."""
+    with watching(port) as watch:
+        samples = play(answer_beside_prompts(), port, MODEL, BESIDE_S, BESIDE_S)
+    if failed := [sample.error for sample in samples if sample.error is not None]:
+        raise RuntimeError(f"{len(failed)} requests failed beside each other: {failed[0]}")
+    return learn_slowdown([watch])
+
+
+def answer_beside_prompts() -> list[Planned]:
+    """One answer that takes half a minute or so, and prompts for some seconds, twice."""
+    draw = random.Random(1)
+
+    def planned(session: str, at_s: float, prompt_tokens: int, output_tokens: int) -> Planned:
+        prompt = tuple(draw.randrange(1000, 40_000) for _ in range(prompt_tokens))
+        return Planned("beside", session, 0, at_s, 0.0, prompt, output_tokens)
+
+    prompts = [planned(f"{at_s:g} {i}", at_s, 160, 1) for at_s in (4.0, 12.0) for i in range(12)]
+    return [planned("answer", 0.0, 32, 700), *prompts]
+
+
+def compare(name: str, rounds: Rounds, slowdown: float) -> Comparison:
     """Learn, and play the same to the simulator: from the rounds that count, and from all if none does."""
     played = rounds.clean or rounds.spoilt
     setup = learn(played, name)
-    ours, theirs = simulate(played, setup), measured(played)
+    if setup.prefill is not None:
+        setup = learn_apart(played, setup, slowdown)
+    ours, theirs = simulate(played, setup)[0], measured(played)
     errors = {key: value / asdict(theirs)[key] - 1.0 for key, value in asdict(ours).items()}
     num_requests, spoilt = sum(len(one.run.samples) for one in played), ["; ".join(o.problems) for o in rounds.spoilt]
     uses, together = [one.use for one in played], share_together(played, setup.decode.curves.step_s)
@@ -165,6 +207,7 @@ def print_rows(name: str, one: Comparison) -> None:
     print(f"\n{name}: {one.num_requests} requests in {len(one.uses)} rounds; {'; '.join(one.problems) or 'valid'}")
     for who, figures in (("service", one.service), ("simulator", one.simulator)):
         print(f"{who:12}" + "".join(f"{key} {value * 1e3:8.1f} ms  " for key, value in asdict(figures).items()))
+    print(f"a step takes {one.setup['shared_slowdown']:.2f} times as long while the other engine computes")
     print(f"{one.together:.1%} of the service's gaps are shorter than half a step: tokens that came together")
     print(f"{'off by':12}" + "".join(f"{key} {error:+8.1%}     " for key, error in one.errors.items()), flush=True)
 
@@ -186,10 +229,10 @@ def main() -> int:
     compared = {}
     for name in options.deployments:
         rounds = Rounds(options.rounds, options.most_rounds)
-        measure(name, scenario, options.port, options.load, rounds, options.arguments)
+        slowdown = measure(name, scenario, options.port, options.load, rounds, options.arguments)
         if options.samples:
             _save(options.samples, name, rounds)
-        compared[name] = compare(name, rounds)
+        compared[name] = compare(name, rounds, slowdown)
         print_rows(name, compared[name])
     worst = max(abs(error) for one in compared.values() for error in one.errors.values())
     is_valid = not any(one.problems for one in compared.values())

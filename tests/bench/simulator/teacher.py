@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from statistics import median
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -19,6 +20,7 @@ from deployments.load.decode_steps import decode_steps_between
 from deployments.load.step_cost import StepCost
 from deployments.planner.gap_learner import GapLearner
 from deployments.simulator.curves import Curves
+from tests.bench.simulator.alone import Means
 
 _PERIOD_S = 1.0
 # All that is measured is to count alike.
@@ -41,6 +43,8 @@ _COUNTERS = {
 }
 _SECONDS = ("prefill_s", "prefill_gap_s")
 _BLOCK_SIZE = 16  # of engines on a CPU
+# Share of a second for which prefill computed, that tells of decode alone, and of decode beside it.
+_IDLE, _BUSY = 0.05, 0.9
 
 
 @dataclass(slots=True)
@@ -162,6 +166,11 @@ class Teacher:
         """
         return max(0.0, self.handoff.mean_s - self._mean_wait_s("decode"))
 
+    @property
+    def means(self) -> Means:
+        """Of steps, those with prompts with all that is in them."""
+        return Means(self._sum(_gaps).mean_s, self._sum(_prompts).mean_s)
+
     def _mean_wait_s(self, pool: str) -> float:
         """Until the end of the step that runs, for what comes at any time to an engine of a pool."""
         passed_s = sum(watch[-1].at_s - watch[0].at_s for watch in self._watches)
@@ -220,6 +229,52 @@ class Teacher:
                 for key, stats in now.engines.items():
                     if key[0] == pool and key in before.engines:
                         yield before.engines[key], stats
+
+
+def learn_slowdown(watches: Sequence[Watch]) -> float:
+    """Times that a decode step takes as long while the prefill engine computes; by seconds in which it always did.
+
+    Args:
+        watches: of one answer that is drawn all the time, now and then beside many prompts.
+
+    Raises:
+        ValueError: there were no such seconds, or none in which prefill did nothing.
+    """
+    alone_s, beside_s = list[float](), list[float]()
+    for watch in watches:
+        for before, now in pairwise(watch):
+            share = _prefill_s(now) - _prefill_s(before)
+            share /= max(now.at_s - before.at_s, 1e-9)
+            found = alone_s if share < _IDLE else beside_s if share > _BUSY else None
+            if found is not None:
+                found += _decode_step_s(before, now)
+    if not alone_s or not beside_s:
+        raise ValueError(
+            f"{len(alone_s)} seconds tell of decode alone and {len(beside_s)} of both: one of each is needed"
+        )
+    return max(1.0, median(beside_s) / median(alone_s))
+
+
+def _prefill_s(snapshot: Snapshot) -> float:
+    return _prompts(snapshot).seconds
+
+
+def _decode_step_s(before: Snapshot, now: Snapshot) -> list[float]:
+    pairs = [
+        (now.engines[key], before.engines[key]) for key in now.engines.keys() & before.engines if key[0] == "decode"
+    ]
+    found = (decode_steps_between(*pair) for pair in pairs)
+    return [steps.seconds / steps.steps for steps in found if steps is not None]
+
+
+def _gaps(snapshot: Snapshot) -> Totals:
+    gaps = [engine.itl_s for (pool, _), engine in snapshot.engines.items() if pool == "decode"]
+    return Totals(sum(sum(one.counts) for one in gaps), sum(one.total for one in gaps))
+
+
+def _prompts(snapshot: Snapshot) -> Totals:
+    engines = [engine for (pool, _), engine in snapshot.engines.items() if pool == "prefill"]
+    return Totals(sum(engine.prompt_tokens for engine in engines), sum(engine.prefill_s for engine in engines))
 
 
 def _seated(engine: EngineStats) -> int:
