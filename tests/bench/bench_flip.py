@@ -39,7 +39,7 @@ from load_tests.environment import describe
 from tests.bench.chaos.cluster import join
 from tests.bench.progress import note
 from tests.bench.service import serving
-from tests.bench.two_gpus.model import config_of, write_model
+from tests.bench.two_gpus.model import config_of, gpu_names, write_model
 
 FOLDER = RunFolder(Path(".run/flip"))
 MODEL = "smollm2-135m-instruct"
@@ -379,7 +379,7 @@ def main() -> int:
         results[name] = seconds | asdict(replace(tally, expected={})) | {"load_average": psutil.getloadavg()[0]}
         num_wrong = tally.num_other_alone + (0 if "decode.num_gpus" in of_model else tally.num_other)
         is_good = is_good and not tally.lost and not num_wrong and (tally.num_alone > 0 or name != "told")
-    print(json.dumps({"about": describe(settings=_POOLS | of_model), **results}))
+    print(json.dumps({"about": describe(settings=_POOLS | of_model, gpus=gpu_names()), **results}))
     return 0 if is_good else 1
 
 

@@ -13,8 +13,7 @@ from deployments.simulator.pools import PoolSetup, PoolState
 from deployments.simulator.requests import Request
 from deployments.simulator.scaling import Fixed
 from deployments.simulator.service import Service, Setup
-from tests.bench.simulator.alone import Means, alone
-from tests.bench.simulator.bench_simulator import answer_beside_prompts
+from tests.bench.simulator.alone import Means, alone, answer_beside_prompts
 from tests.bench.simulator.teacher import Snapshot, Teacher, learn_slowdown
 
 TRUE = Curves(step_s=0.02, token_s=0.003, sequence_s=0.002, context_s=0.0, handoff_s=0.02, max_num_batched_tokens=128)

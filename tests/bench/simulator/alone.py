@@ -1,9 +1,11 @@
 """What steps take of engines that are alone, where they were measured beside each other."""
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from deployments.simulator.service import Setup
+from load_tests.schedule import Planned
 
 # Of the factors that are looked for: they change by less than a hundredth after four.
 _NUM_ROUNDS = 8
@@ -44,3 +46,15 @@ def alone(setup: Setup, slowdown: float, wanted: Means, play: Callable[[Setup], 
             prefill=replace(setup.prefill, curves=prefill.slower(prefill_times)),
         )
     return found
+
+
+def answer_beside_prompts() -> list[Planned]:
+    """One answer that takes half a minute or so, and prompts for some seconds, twice."""
+    draw = random.Random(1)
+
+    def planned(session: str, at_s: float, prompt_tokens: int, output_tokens: int) -> Planned:
+        prompt = tuple(draw.randrange(1000, 40_000) for _ in range(prompt_tokens))
+        return Planned("beside", session, 0, at_s, 0.0, prompt, output_tokens)
+
+    prompts = [planned(f"{at_s:g} {i}", at_s, 160, 1) for at_s in (4.0, 12.0) for i in range(12)]
+    return [planned("answer", 0.0, 32, 700), *prompts]

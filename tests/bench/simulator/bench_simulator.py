@@ -12,12 +12,14 @@ Two engines share the cores of this machine, so each is slower while the other c
 one answer beside many prompts; what steps take of one alone is then such that they take in the mean what was measured
 (`alone.py`). That the ingress, Ray and the client share the cores as well the simulator does not know, but for what
 steps cost while all of them run.
+
+`--shape llama-8b` compares both on GPUs, one for each engine: a model of that shape with random weights, `gpus.yaml`.
+With four, `--deployments "2 + 2" --load 2` has two engines in each pool.
 """
 
 import argparse
 import json
 import math
-import random
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 
-from app.local_process import RunFolder
 from deployments.simulator.pools import PoolSetup
 from deployments.simulator.requests import Request
 from deployments.simulator.scaling import Fixed
@@ -33,25 +34,14 @@ from deployments.simulator.service import Service, Setup
 from load_tests.environment import describe
 from load_tests.samples import write_runs
 from load_tests.scenario import Scenario, load_scenario
-from load_tests.schedule import Planned
 from tests.bench.player import play, run
 from tests.bench.service import serving
-from tests.bench.simulator.alone import Means, alone
+from tests.bench.simulator.alone import Means, alone, answer_beside_prompts
+from tests.bench.simulator.ground import DEPLOYMENTS, FOLDER, ITL_S, MIN_REMOTE_TOKENS, TTFT_S, Ground, ground_of
 from tests.bench.simulator.rounds import Round, Rounds, Use, UseWatch
 from tests.bench.simulator.teacher import Snapshot, Teacher, learn_slowdown, watching
 
-SCENARIO = Path(__file__).parent / "small.yaml"
-FOLDER = RunFolder(Path(".run/simulator"))
-MODEL = "smollm2-135m-instruct"
 MAX_ERROR = 0.2
-MAX_NUM_BATCHED_TOKENS = 128
-# Nobody is refused, and every prompt takes the way that the deployment is about.
-TTFT_S, ITL_S, MIN_REMOTE_TOKENS = 60.0, 1.0, 16
-COMMON = [f"engine.max_num_batched_tokens={MAX_NUM_BATCHED_TOKENS}", f"ingress.max_ttft_s={TTFT_S}"]
-DEPLOYMENTS = {
-    "colocated": [*COMMON, "mode=colocated", "decode.min_replicas=1", "decode.max_replicas=1"],
-    "1 + 1": [*COMMON, f"min_remote_prefill_tokens={MIN_REMOTE_TOKENS}", "parity_check=false"],
-}
 WARMUP_S = 20.0
 APART_S = 600.0
 # An answer beside prompts is awaited for so long.
@@ -96,18 +86,20 @@ class Comparison:
     problems: list[str]
 
 
-def learn(rounds: Sequence[Round], name: str) -> Setup:
+def learn(rounds: Sequence[Round], name: str, max_num_batched_tokens: int) -> Setup:
     """What a load has taught of the service."""
     teacher, prefill = Teacher([one.watch for one in rounds]), None
-    if name != "colocated":
-        prefill = teacher.curves("prefill", MAX_NUM_BATCHED_TOKENS)
-    decode = teacher.curves("decode", MAX_NUM_BATCHED_TOKENS, 0.0 if prefill is None else prefill.token_s)
+    num_prefill, num_decode = DEPLOYMENTS[name]
+    if num_prefill:
+        prefill = teacher.curves("prefill", max_num_batched_tokens)
+    decode = teacher.curves("decode", max_num_batched_tokens, 0.0 if prefill is None else prefill.token_s)
     ttft_s = [sample.ttft_s for one in rounds for sample in one.run.samples if sample.ttft_s is not None]
     at_engine = teacher.ttft("decode" if prefill is None else "prefill")
     call_s = max(0.0, float(np.mean(ttft_s)) - at_engine.mean_s)
 
-    pool = None if prefill is None else PoolSetup(prefill, most=1)
-    return Setup(PoolSetup(decode, most=1), pool, TTFT_S, ITL_S, MIN_REMOTE_TOKENS, call_s=call_s)
+    pool = None if prefill is None else PoolSetup(prefill, most=num_prefill, initial=num_prefill)
+    own = PoolSetup(decode, most=num_decode, initial=num_decode)
+    return Setup(own, pool, TTFT_S, ITL_S, MIN_REMOTE_TOKENS, call_s=call_s)
 
 
 def learn_apart(rounds: Sequence[Round], setup: Setup, slowdown: float) -> Setup:
@@ -145,49 +137,40 @@ def _percentiles(values: Sequence[float]) -> tuple[float, float]:
     return float(p50), float(p99)
 
 
-def measure(name: str, scenario: Scenario, port: int, load: float, rounds: Rounds, arguments: Sequence[str]) -> float:
+def measure(
+    name: str, ground: Ground, scenario: Scenario, port: int, load: float, rounds: Rounds, arguments: Sequence[str]
+) -> float:
     """Bring a deployment up, and play rounds; returns by how much its engines slow each other."""
     short = scenario.model_copy(update={"duration_s": WARMUP_S})
 
     def one(number: int) -> Round:
         use = UseWatch(FOLDER)
-        with watching(port) as watch, use.watching():
-            found = run(scenario, port, MODEL, name, number, load)
+        with watching(port, ground.block_size) as watch, use.watching():
+            found = run(scenario, port, ground.model, name, number, load)
         return Round(found, use.use, watch)
 
-    with serving(FOLDER, port, [*DEPLOYMENTS[name], *arguments]):
-        run(short, port, MODEL, name, -1, load)  # what is slow once
-        slowdown = 1.0 if name == "colocated" else measure_slowdown(port)
+    with serving(FOLDER, port, [*ground.arguments_of(name), *arguments]):
+        run(short, port, ground.model, name, -1, load)  # what is slow once
+        are_together = ground.has_shared_cores and name != "colocated"
+        slowdown = measure_slowdown(port, ground) if are_together else 1.0
         rounds.play(one, lambda words: print(f"{name}, {words}", flush=True))
     return slowdown
 
 
-def measure_slowdown(port: int) -> float:
+def measure_slowdown(port: int, ground: Ground) -> float:
     """By one answer beside many prompts."""
-    with watching(port) as watch:
-        samples = play(answer_beside_prompts(), port, MODEL, BESIDE_S, BESIDE_S)
+    with watching(port, ground.block_size) as watch:
+        samples = play(answer_beside_prompts(), port, ground.model, BESIDE_S, BESIDE_S)
     if failed := [sample.error for sample in samples if sample.error is not None]:
         raise RuntimeError(f"{len(failed)} requests failed beside each other: {failed[0]}")
     return learn_slowdown([watch])
 
 
-def answer_beside_prompts() -> list[Planned]:
-    """One answer that takes half a minute or so, and prompts for some seconds, twice."""
-    draw = random.Random(1)
-
-    def planned(session: str, at_s: float, prompt_tokens: int, output_tokens: int) -> Planned:
-        prompt = tuple(draw.randrange(1000, 40_000) for _ in range(prompt_tokens))
-        return Planned("beside", session, 0, at_s, 0.0, prompt, output_tokens)
-
-    prompts = [planned(f"{at_s:g} {i}", at_s, 160, 1) for at_s in (4.0, 12.0) for i in range(12)]
-    return [planned("answer", 0.0, 32, 700), *prompts]
-
-
-def compare(name: str, rounds: Rounds, slowdown: float) -> Comparison:
+def compare(name: str, ground: Ground, rounds: Rounds, slowdown: float) -> Comparison:
     """Learn, and play the same to the simulator: from the rounds that count, and from all if none does."""
     played = rounds.clean or rounds.spoilt
-    setup = learn(played, name)
-    if setup.prefill is not None:
+    setup = learn(played, name, ground.max_num_batched_tokens)
+    if slowdown > 1.0:
         setup = learn_apart(played, setup, slowdown)
     ours, theirs = simulate(played, setup)[0], measured(played)
     errors = {key: value / asdict(theirs)[key] - 1.0 for key, value in asdict(ours).items()}
@@ -221,23 +204,31 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="that are to count")
     parser.add_argument("--most-rounds", type=int, default=5, help="that are played until so many do")
     parser.add_argument("--samples", type=Path, help="folder to write: every request and gap, as clients saw them")
-    parser.add_argument("--deployments", nargs="*", choices=list(DEPLOYMENTS), default=list(DEPLOYMENTS))
+    parser.add_argument("--deployments", nargs="*", choices=list(DEPLOYMENTS), help="on a CPU colocated and 1 + 1")
+    parser.add_argument("--shape", help="of a model with random weights, as llama-8b; each engine has a GPU")
     parser.add_argument("arguments", nargs="*", metavar="key=value", help="more arguments of the application")
     options = parser.parse_args()
     changes = {} if options.duration is None else {"duration_s": options.duration}
-    scenario = load_scenario(str(SCENARIO), changes)
+    ground = ground_of(options.shape)
+    scenario = load_scenario(str(ground.scenario), changes)
     compared = {}
-    for name in options.deployments:
+    for name in options.deployments or ground.deployments:
         rounds = Rounds(options.rounds, options.most_rounds)
-        slowdown = measure(name, scenario, options.port, options.load, rounds, options.arguments)
+        slowdown = measure(name, ground, scenario, options.port, options.load, rounds, options.arguments)
         if options.samples:
             _save(options.samples, name, rounds)
-        compared[name] = compare(name, rounds, slowdown)
+        compared[name] = compare(name, ground, rounds, slowdown)
         print_rows(name, compared[name])
     worst = max(abs(error) for one in compared.values() for error in one.errors.values())
     is_valid = not any(one.problems for one in compared.values())
     passed = None if not is_valid else worst <= MAX_ERROR
-    report = {"bench": "simulator", "bound": MAX_ERROR, "worst": worst, "passed": passed, "about": describe()}
+    report = {
+        "bench": "simulator",
+        "bound": MAX_ERROR,
+        "worst": worst,
+        "passed": passed,
+        "about": describe(gpus=ground.gpus),
+    }
     print(json.dumps(report | {"deployments": {name: asdict(one) for name, one in compared.items()}}, default=str))
     if passed is None:
         return 2

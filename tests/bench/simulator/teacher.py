@@ -42,7 +42,6 @@ _COUNTERS = {
     "finished": "finished_sequences",
 }
 _SECONDS = ("prefill_s", "prefill_gap_s")
-_BLOCK_SIZE = 16  # of engines on a CPU
 # Share of a second for which prefill computed, that tells of decode alone, and of decode beside it.
 _IDLE, _BUSY = 0.05, 0.9
 
@@ -79,14 +78,14 @@ class Snapshot:
     at_s: float = 0.0
 
 
-def read_metrics(port: int) -> Snapshot:
+def read_metrics(port: int, block_size: int) -> Snapshot:
     """Ask the service on this machine."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
-        return replace(parse_metrics(response.read().decode()), at_s=time.monotonic())
+        return replace(parse_metrics(response.read().decode(), block_size), at_s=time.monotonic())
 
 
-def parse_metrics(text: str) -> Snapshot:
-    """Read Prometheus' text."""
+def parse_metrics(text: str, block_size: int) -> Snapshot:
+    """Read Prometheus' text, which does not say how many tokens a KV block has."""
     values: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -95,7 +94,7 @@ def parse_metrics(text: str) -> Snapshot:
                 values[key][sample.name.removeprefix("kvrelay_")] = sample.value
     snapshot = Snapshot()
     for key, own in values.items():
-        snapshot.engines[key] = _engine(own)
+        snapshot.engines[key] = _engine(own, block_size)
         ttft = snapshot.ttft.setdefault(key[0], Totals())
         for totals, name in ((ttft, "engine_ttft_seconds"), (snapshot.handoff, "handoff_seconds")):
             totals.count += own[f"{name}_count"]
@@ -103,8 +102,8 @@ def parse_metrics(text: str) -> Snapshot:
     return snapshot
 
 
-def _engine(own: dict[str, float]) -> EngineStats:
-    stats = EngineStats(block_size=_BLOCK_SIZE)
+def _engine(own: dict[str, float], block_size: int) -> EngineStats:
+    stats = EngineStats(block_size=block_size)
     for attribute, name in (_GAUGES | _SIZES).items():
         setattr(stats, attribute, int(own[name]))
     for attribute, name in _COUNTERS.items():
@@ -120,13 +119,13 @@ Watch = Sequence[Snapshot]
 
 
 @contextmanager
-def watching(port: int) -> Iterator[list[Snapshot]]:
+def watching(port: int, block_size: int) -> Iterator[list[Snapshot]]:
     """Take a snapshot of the service on a port now, one every second, and one at the end."""
-    over, snapshots = threading.Event(), [read_metrics(port)]
+    over, snapshots = threading.Event(), [read_metrics(port, block_size)]
 
     def watch() -> None:
         while not over.wait(_PERIOD_S):
-            snapshots.append(read_metrics(port))
+            snapshots.append(read_metrics(port, block_size))
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -135,7 +134,7 @@ def watching(port: int) -> Iterator[list[Snapshot]]:
     finally:
         over.set()
         thread.join()
-        snapshots.append(read_metrics(port))
+        snapshots.append(read_metrics(port, block_size))
 
 
 class Teacher:
