@@ -7,7 +7,6 @@ What comes while a step runs is part of the next one, and prompts go in the orde
 import heapq
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import count
 
 import simpy
@@ -16,61 +15,12 @@ from deployments.engine.stats import EngineStats
 from deployments.simulator.cache import ModelledCache
 from deployments.simulator.curves import Curves
 from deployments.simulator.gaps import Gaps
+from deployments.simulator.machine import Machine
 from deployments.simulator.requests import BLOCK_SIZE, Request
+from deployments.simulator.sequences import Answer, Prompt, precedence_of
+from deployments.simulator.steps import SAME_STEP, Steps
 
 _order = count()
-# Of a step: what is left of it then is rounding.
-_SAME_STEP = 1e-6
-
-
-@dataclass(eq=False, slots=True)
-class Prompt:
-    """A prompt that is computed here.
-
-    Attributes:
-        request: whose.
-        left: tokens to compute; counted once its turn comes, when the cache is looked into.
-        done: told when it is computed.
-        since_s: when it came to this engine.
-        number: in the order in which they came.
-        num_overtaken: tokens of later prompts that went before it.
-    """
-
-    request: Request
-    done: Callable[[], None]
-    since_s: float
-    number: int
-    left: int = -1
-    num_overtaken: int = 0
-
-    @property
-    def precedence(self) -> tuple[bool, int, int]:
-        """Fewest tokens first, but none may be overtaken by more than it has; see `engine/scheduling/scheduler.py`."""
-        whole = self.request.prompt_tokens
-        if self.num_overtaken >= whole:
-            return False, self.number, 0
-        return True, whole if self.left < 0 else self.left, self.number
-
-
-@dataclass(eq=False, slots=True)
-class Answer:
-    """An answer that is drawn here, from its second token.
-
-    Attributes:
-        request: whose.
-        done: told when its last token is drawn.
-        sent_back: told that it gave way to others, and how many tokens of it were drawn.
-        since_s: when its last token came, before it draws here.
-        since_step: it draws from then on.
-        over: late gaps of this engine until then.
-    """
-
-    request: Request
-    done: Callable[[], None]
-    sent_back: Callable[[int], None]
-    since_s: float
-    since_step: float = 0.0
-    over: float = 0.0
 
 
 class ModelledEngine:
@@ -84,17 +34,25 @@ class ModelledEngine:
         curves: what steps take.
         gap_bound_s: gaps between tokens are counted that are longer.
         gaps: takes all gaps between tokens.
+        machine: whose cores it shares; None: it has its own.
         max_steps: that are one event; 1: each step by itself, the slow way that tests compare with.
     """
 
     def __init__(
-        self, env: simpy.Environment, curves: Curves, gap_bound_s: float, gaps: Gaps, max_steps: float = math.inf
+        self,
+        env: simpy.Environment,
+        curves: Curves,
+        gap_bound_s: float,
+        gaps: Gaps,
+        machine: Machine | None = None,
+        max_steps: float = math.inf,
     ) -> None:
         self._env = env
         self.curves = curves
         self._gap_bound_s = gap_bound_s
         self._max_steps = max_steps
         self._gaps = gaps
+        self._machine = machine
         num_blocks = curves.num_kv_tokens // BLOCK_SIZE
         self.cache = ModelledCache(num_blocks)
         self.stats = EngineStats(
@@ -108,9 +66,10 @@ class ModelledEngine:
         self._prompts: list[Prompt] = []
         self._answers: list[tuple[float, int, Answer]] = []  # by the step that is their last
         self._joining: list[Answer] = []
+        self._joined: list[tuple[Answer, float]] = []  # with the first step that runs; how long after their last token
         self._in_step: list[tuple[Prompt, int]] = []
-        # The steps that run began then and as that one of all steps; the first takes so long, each further one more.
-        self._run_at_s, self._run_steps, self._step_s, self._growth_s = env.now, 0.0, 0.0, 0.0
+        self._run = Steps(env.now)
+        self._end_s = env.now  # of the steps that run, or ran
         self._steps = self._over = self._context = self._drawn = 0.0
         self._counted_steps = 0
         self._at_s = env.now
@@ -140,7 +99,7 @@ class ModelledEngine:
     def report(self) -> EngineStats:
         """Its numbers now, in the middle of steps as well."""
         if not self._in_step:
-            self._pass_steps()
+            self._pass_steps(self._env.now)
         self.stats.num_drawn_tokens = int(self._drawn) + len(self._answers)
         return self.stats.copy()
 
@@ -157,9 +116,11 @@ class ModelledEngine:
     def fail(self) -> dict[int, int]:
         """It is gone; tells how many tokens were drawn of each request, by the request's `id`."""
         if not self._in_step:
-            self._pass_steps()
+            self._pass_steps(self._env.now)
         self._turn += 1
         self._is_last_step = True  # it never ends
+        self._end_s = self._env.now
+        self._share(False)
         return {id(answer.request): self._num_drawn(answer) for *_, answer in self._answers}
 
     def _wake(self) -> None:
@@ -170,11 +131,29 @@ class ModelledEngine:
             self._at_s = self._env.now
             self._begin()
             return
-        self._pass_steps()
+        self._pass_steps(self._env.now)
         self._is_last_step = True
         self._turn += 1
-        end_s = self._run_at_s + self._lasting(math.ceil(self._steps - _SAME_STEP) - self._run_steps)
+        run = self._run
+        end_s = run.at_s + run.lasting(math.ceil(self._steps - SAME_STEP) - run.before)
         self._after(max(0.0, end_s - self._env.now), self._end_steps)
+
+    def change_pace(self, times: float) -> None:
+        """The step that runs ends so much later, and those behind it begin anew."""
+        now_s = self._env.now
+        if self._end_s <= now_s:
+            return
+        run = self._run.stretched(now_s, times)
+        if not self._in_step:
+            self._pass_steps(run.at_s)
+        if run.before > self._run.before:
+            self._joined = []
+        self._note_first_gaps(self._run.first_s, -1)
+        self._note_first_gaps(run.first_s, 1)
+        self._run = run
+        self._turn += 1
+        left_s = max(0.0, run.at_s + run.first_s - now_s)
+        self._after(left_s, self._end_prompt_step if self._in_step else self._end_steps)
 
     def _begin(self) -> None:
         """Run the next steps: one with prompts, or as many as are alike."""
@@ -186,19 +165,29 @@ class ModelledEngine:
         room = self._preempt()
         self._turn += 1
         batch, curves = len(self._answers), self.curves
-        self._step_s = curves.step_s + curves.sequence_s * batch + curves.context_s * self._context
+        step_s = curves.step_s + curves.sequence_s * batch + curves.context_s * self._context
         if self._prompts:
             self._in_step = list(self._fill(max(1, curves.max_num_batched_tokens - batch)))
-            self._step_s += curves.token_s * sum(tokens for _, tokens in self._in_step)
-        self._run_at_s, self._run_steps = self._env.now, self._steps
-        self._growth_s = 0.0 if self._in_step else curves.context_s * batch
-        for one in joining:
-            self._note_first_gap(one)
+            step_s += curves.token_s * sum(tokens for _, tokens in self._in_step)
+        slower = self._share(bool(self._in_step or self._answers))
+        growth_s = 0.0 if self._in_step else slower * curves.context_s * batch
+        self._run = run = Steps(self._env.now, self._steps, slower * step_s, growth_s)
+        self._joined = [(one, run.at_s - one.since_s) for one in joining]
+        self._note_first_gaps(run.first_s, 1)
         if self._in_step:
-            self._after(self._step_s, self._end_prompt_step)
+            self._after(run.first_s, self._end_prompt_step)
         elif self._answers:
             steps = max(0.0, min(self._answers[0][0] - self._steps, max(1.0, room // batch), self._max_steps))
-            self._after(self._lasting(steps), self._end_steps)
+            self._after(run.lasting(steps), self._end_steps)
+
+    def _share(self, is_running: bool) -> float:
+        """It computes, or not; how many times as long as alone it takes for that."""
+        if self._machine is None:
+            return 1.0
+        if is_running:
+            return self._machine.begins(self)
+        self._machine.ends(self)
+        return 1.0
 
     def _preempt(self) -> float:
         """Have the newest answers give way until a step has room in the KV pool; tokens of room that are left then."""
@@ -217,7 +206,7 @@ class ModelledEngine:
 
     def _num_drawn(self, answer: Answer) -> int:
         """Of an answer, the token that its prompt gave among them."""
-        return 1 + int(self._steps - answer.since_step + _SAME_STEP)
+        return 1 + int(self._steps - answer.since_step + SAME_STEP)
 
     def _forget(self, answer: Answer, num_drawn: int) -> None:
         request = answer.request
@@ -225,18 +214,21 @@ class ModelledEngine:
         self._context = max(0.0, self._context - request.prompt_tokens - num_drawn + 1)
         self._drawn = max(0.0, self._drawn - num_drawn + 1)
 
-    def _note_first_gap(self, one: Answer) -> None:
-        """The first gap of an answer is longer than the step by what its hand-off took, and by the step before."""
-        lag_s = self._env.now - one.since_s
-        if lag_s > 0:
-            self._gaps.add(self._step_s, -1.0)
-            self._gaps.add(self._step_s + lag_s, 1.0)
-            if self._step_s <= self._gap_bound_s < self._step_s + lag_s:
-                one.request.gaps_over += 1
+    def _note_first_gaps(self, step_s: float, times: int) -> None:
+        """The first gap of an answer is longer than the step by what its hand-off took, and by the step before.
+
+        With -1 times, what was noted is taken back.
+        """
+        for one, lag_s in self._joined:
+            if lag_s > 0:
+                self._gaps.add(step_s, -times)
+                self._gaps.add(step_s + lag_s, times)
+                if step_s <= self._gap_bound_s < step_s + lag_s:
+                    one.request.gaps_over += times
 
     def _fill(self, room: int) -> Iterator[tuple[Prompt, int]]:
         prompts = self._prompts
-        for prompt in sorted(prompts, key=_precedence_of) if len(prompts) > 1 else prompts:
+        for prompt in sorted(prompts, key=precedence_of) if len(prompts) > 1 else prompts:
             if prompt.left < 0:
                 self._look_up(prompt)
             tokens = min(room, prompt.left)
@@ -257,7 +249,7 @@ class ModelledEngine:
                 other.num_overtaken += prompt.left
 
     def _after(self, delay_s: float, then: Callable[[], None]) -> None:
-        turn = self._turn
+        turn, self._end_s = self._turn, self._env.now + delay_s
 
         def run(_: simpy.Event) -> None:
             if turn == self._turn:
@@ -266,11 +258,12 @@ class ModelledEngine:
         self._env.timeout(delay_s).callbacks.append(run)
 
     def _end_prompt_step(self) -> None:
-        self._note_steps(1.0, self._step_s)
+        step_s = self._run.first_s
+        self._note_steps(1.0, step_s)
         self._at_s = self._env.now
         stats = self.stats
         stats.prefill_steps += 1
-        stats.prefill_s += self._step_s
+        stats.prefill_s += step_s
         for prompt, tokens in self._in_step:  # it has not ended for those who are told that a prompt is computed
             stats.prompt_tokens += tokens
             prompt.left -= tokens
@@ -284,33 +277,21 @@ class ModelledEngine:
         self._begin()
 
     def _end_steps(self) -> None:
-        self._pass_steps()
+        self._pass_steps(self._env.now)
         self._steps = float(round(self._steps))  # a step has ended, whatever rounding says
         self._is_last_step = True  # it has not ended for those who are told that an answer has
         self._let_go()
         self._is_last_step = False
         self._begin()
 
-    def _lasting(self, steps: float) -> float:
-        """Seconds of the first so many steps, a whole number, of those that run."""
-        return steps * (self._step_s + 0.5 * self._growth_s * (steps - 1.0))
-
-    def _passed(self, seconds: float) -> float:
-        """How many of the steps that run have passed after so long; the other way round."""
-        if not self._growth_s:
-            return seconds / self._step_s
-        half_s = self._step_s - 0.5 * self._growth_s
-        whole = math.floor(2.0 * seconds / (half_s + math.sqrt(half_s * half_s + 2.0 * self._growth_s * seconds)))
-        return whole + (seconds - self._lasting(whole)) / (self._step_s + self._growth_s * whole)
-
-    def _pass_steps(self) -> None:
-        """Count the steps that have run since anything began or ended."""
-        now_s = self._env.now
-        if self._answers and self._step_s > 0:
-            steps = self._run_steps + self._passed(now_s - self._run_at_s) - self._steps
-            if steps > 0:
-                self._note_steps(steps, (now_s - self._at_s) / steps)
-        self._at_s = now_s
+    def _pass_steps(self, until_s: float) -> None:
+        """Count the steps that have run since anything began or ended, until a time."""
+        run = self._run
+        if self._answers and run.first_s > 0:
+            steps = run.before + run.passed(until_s - run.at_s) - self._steps
+            if steps > 0:  # of one that was stretched as much may be counted already
+                self._note_steps(steps, (until_s - self._at_s) / steps)
+                self._at_s = until_s
 
     def _note_steps(self, steps: float, length_s: float) -> None:
         """So many have run, each so long."""
@@ -344,7 +325,3 @@ class ModelledEngine:
             answer.done()
         if not self._answers:
             self._context = self._drawn = 0.0
-
-
-def _precedence_of(prompt: Prompt) -> tuple[bool, int, int]:
-    return prompt.precedence

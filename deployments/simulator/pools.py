@@ -15,6 +15,7 @@ from deployments.routing.pools import RoutedRequest
 from deployments.simulator.curves import Curves
 from deployments.simulator.engine import ModelledEngine
 from deployments.simulator.gaps import Gaps
+from deployments.simulator.machine import Machine
 from deployments.simulator.requests import Request
 
 
@@ -146,6 +147,7 @@ class Pool:
         gaps: takes all gaps between tokens.
         draw: when replicas fail.
         failed: told of a replica that has failed, once another one is on its way.
+        machine: whose cores its engines share; None: each has its own.
 
     Attributes:
         gpu_s: of replicas that have left.
@@ -162,6 +164,7 @@ class Pool:
         gaps: Gaps,
         draw: random.Random,
         failed: Callable[[Replica], None],
+        machine: Machine | None,
     ) -> None:
         self.name = name
         self.setup = setup
@@ -175,6 +178,7 @@ class Pool:
         self._gaps = gaps
         self._draw = draw
         self._failed = failed
+        self._machine = machine
         self._names = count()
 
     @property
@@ -199,7 +203,7 @@ class Pool:
 
     def _start(self, start_s: float) -> None:
         env = self._env
-        engine = ModelledEngine(env, self.setup.curves, self._gap_bound_s, self._gaps)
+        engine = ModelledEngine(env, self.setup.curves, self._gap_bound_s, self._gaps, self._machine)
         replica = Replica(f"{self.name}{next(self._names)}", engine, env.now)
         self.replicas[replica.name] = replica
 

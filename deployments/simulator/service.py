@@ -22,6 +22,7 @@ from deployments.routing.crossover import Crossover, Goals
 from deployments.routing.hashes import PromptHashes
 from deployments.routing.pools import PoolRouters, RoutedRequest
 from deployments.routing.settings import RoutingSettings
+from deployments.simulator.machine import Machine
 from deployments.simulator.pools import Call, PoolSetup, PoolState
 from deployments.simulator.requests import BLOCK_SIZE, Request
 from deployments.simulator.way import Way
@@ -42,6 +43,8 @@ class Setup:
         itl_s: bound of the gaps between tokens.
         min_remote_tokens: prompts with fewer uncached tokens are computed by decode; None: by what was measured.
         call_s: that a request takes beside the engines, until its first token is with the client.
+        shared_slowdown: times that a step takes as long while another engine computes on the cores that all share; 1:
+            each engine has its own.
         tier_tokens: that the shared tier holds; 0: there is none.
         hold: who may wait for a decode replica, where there may be none.
         by_prefix: replicas are chosen by the project's routers; else as Ray Serve does.
@@ -54,6 +57,7 @@ class Setup:
     itl_s: float
     min_remote_tokens: int | None = None
     call_s: float = 0.0
+    shared_slowdown: float = 1.0
     tier_tokens: int = 0
     hold: HoldBounds = _HOLD
     by_prefix: bool = True
@@ -103,6 +107,7 @@ class Service:
             setup.tier_tokens // BLOCK_SIZE,
             random.Random(setup.seed),
             self._end,
+            Machine(setup.shared_slowdown) if setup.shared_slowdown > 1.0 else None,
         )
         self.gaps = self._way.gaps
         self.pools = {DECODE: self._way.decode}

@@ -10,10 +10,11 @@ import simpy
 
 from deployments.load.reading import PREFILL
 from deployments.simulator.cache import ModelledCache
-from deployments.simulator.engine import Answer
 from deployments.simulator.gaps import Gaps
+from deployments.simulator.machine import Machine
 from deployments.simulator.pools import Call, Pool, PoolSetup, Replica
 from deployments.simulator.requests import BLOCK_SIZE
+from deployments.simulator.sequences import Answer
 
 # Share of a KV pool that a new sequence must leave free, as `engine/scheduling/scheduler.py` has it.
 _WATERMARK = 0.01
@@ -33,6 +34,7 @@ class Way:
         tier_blocks: of the shared tier; 0: there is none.
         draw: chooses replicas, and when they fail.
         ended: told of each request that has ended.
+        machine: whose cores all engines share; None: each has its own.
 
     Attributes:
         gaps: between tokens, of all requests.
@@ -49,6 +51,7 @@ class Way:
         tier_blocks: int,
         draw: random.Random,
         ended: Callable[[Call], None],
+        machine: Machine | None = None,
     ) -> None:
         self._env = env
         self._draw = draw
@@ -59,7 +62,7 @@ class Way:
         self.num_unplaced = 0
 
         def pool(name: str, setup: PoolSetup) -> Pool:
-            return Pool(name, setup, env, itl_s, self.gaps, draw, self._take_back)
+            return Pool(name, setup, env, itl_s, self.gaps, draw, self._take_back, machine)
 
         self.decode = pool("decode", decode)
         self.prefill = None if prefill is None else pool(PREFILL, prefill)

@@ -6,9 +6,11 @@ import pytest
 import simpy
 
 from deployments.simulator.curves import Curves
-from deployments.simulator.engine import Answer, ModelledEngine
+from deployments.simulator.engine import ModelledEngine
 from deployments.simulator.gaps import Gaps
+from deployments.simulator.machine import Machine
 from deployments.simulator.requests import BLOCK_SIZE, Request
+from deployments.simulator.sequences import Answer
 
 CURVES = Curves(step_s=0.1, token_s=1e-3, sequence_s=0.0, context_s=0.0, max_num_batched_tokens=100)
 
@@ -16,10 +18,12 @@ CURVES = Curves(step_s=0.1, token_s=1e-3, sequence_s=0.0, context_s=0.0, max_num
 class Bench:
     """One engine, and when what ended there."""
 
-    def __init__(self, curves: Curves = CURVES) -> None:
-        self.env = simpy.Environment()
+    def __init__(
+        self, curves: Curves = CURVES, env: simpy.Environment | None = None, machine: Machine | None = None
+    ) -> None:
+        self.env = env or simpy.Environment()
         self.gaps = Gaps()
-        self.engine = ModelledEngine(self.env, curves, 1.0, self.gaps)
+        self.engine = ModelledEngine(self.env, curves, 0.18, self.gaps, machine)
         self.ended: dict[str, float] = {}
         self.sent_back: dict[str, int] = {}
 
@@ -106,3 +110,62 @@ def test_gaps_are_told_to_a_hundredth():
     gaps.add(0.5, 20)
     gaps.add(0.5, -5)
     assert list(gaps.quantiles((0.5, 0.98, 0.99))) == pytest.approx([0.01, 0.01, 0.5], rel=0.01)
+
+
+def gaps_of(bench: Bench, num_gaps: int) -> list[float]:
+    """From the shortest on."""
+    shares = tuple((i + 0.5) / num_gaps for i in range(num_gaps))
+    return [round(gap, 2) for gap in bench.gaps.quantiles(shares)]
+
+
+def test_engines_that_share_cores_take_longer_while_both_compute():
+    machine = Machine(2.0)
+    bench = Bench(machine=machine)
+    other = Bench(env=bench.env, machine=machine)
+    bench.at(0.0, "answer", output=11)
+    other.at(0.25, "prompt", prompt=45)  # 0.145 s alone
+    bench.env.run()
+    # The third step is half over when the other engine begins, and the fourth takes twice as long.
+    assert other.ended["prompt"] == pytest.approx(0.25 + 2 * 0.145)
+    # A hundredth is left of it then.
+    assert bench.ended["answer"] == pytest.approx(0.35 + 0.2 - 0.005 + 6 * 0.1)
+    assert gaps_of(bench, 10) == pytest.approx([0.1] * 8 + [0.15, 0.195], rel=0.03)
+    assert bench.engine.stats.itl_s.total == pytest.approx(8 * 0.1 + 0.15 + 0.195)
+    assert other.engine.stats.prefill_s == pytest.approx(0.29)
+
+
+def test_a_step_with_prompts_takes_longer_while_another_engine_computes():
+    machine = Machine(1.5)
+    bench = Bench(machine=machine)
+    other = Bench(env=bench.env, machine=machine)
+    bench.at(0.0, "prompt", prompt=100)  # 0.2 s alone
+    other.at(0.1, "short", output=3)  # two steps of 0.1 s alone, 0.15 s beside the prompt
+    bench.env.run()
+    assert bench.ended["prompt"] == pytest.approx(0.1 + 1.5 * 0.1)
+    assert other.ended["short"] == pytest.approx(0.1 + 0.15 + 0.1)
+
+
+def test_what_a_slower_engine_makes_late_is_counted_for_the_first_gap_as_well():
+    machine = Machine(2.0)
+    bench = Bench(machine=machine)
+    other = Bench(env=bench.env, machine=machine)
+    answer = Request(0.0, 0, 2)
+    bench.engine.answer(Answer(answer, lambda: None, lambda drawn: None, -0.06))
+    other.at(0.05, "prompt", prompt=100)
+    bench.env.run()
+    # 0.1 s and what its hand-off took would be in time, the step that is stretched is not.
+    assert gaps_of(bench, 1) == pytest.approx([0.15 + 0.06], rel=0.05)
+    assert answer.gaps_over == 1
+
+
+def test_an_engine_that_fails_slows_nobody():
+    machine = Machine(3.0)
+    bench = Bench(machine=machine)
+    other = Bench(env=bench.env, machine=machine)
+    bench.at(0.0, "answer", output=11)
+    other.engine.answer(Answer(Request(0.0, 0, 500), lambda: None, lambda drawn: None, 0.0))
+    bench.env.run(until=0.45)
+    other.engine.fail()
+    bench.env.run()
+    # One step of 0.3 s, the half of another one, and what is left at the pace of one alone.
+    assert bench.ended["answer"] == pytest.approx(0.45 + 0.05 + 8 * 0.1)

@@ -29,33 +29,39 @@ def trace() -> list[Request]:
     return found
 
 
-def play(curves: Curves, is_colocated: bool, is_planned: bool) -> tuple[Service, list[Request]]:
+def play(curves: Curves, is_colocated: bool, is_planned: bool, slowdown: float = 1.0) -> tuple[Service, list[Request]]:
     pool = PoolSetup(curves, start_s=5.0, most=6)
     decode = replace(pool, initial=2 if is_planned else 4)
-    setup = Setup(decode, None if is_colocated else pool, ttft_s=2.0, itl_s=0.1)
+    setup = Setup(decode, None if is_colocated else pool, ttft_s=2.0, itl_s=0.1, shared_slowdown=slowdown)
     service, requests = Service(setup, Planned(SETTINGS, is_colocated) if is_planned else Fixed()), trace()
     service.play(requests)
     return service, requests
 
 
 def both_ways(
-    curves: Curves, is_colocated: bool, is_planned: bool, monkeypatch: pytest.MonkeyPatch
+    curves: Curves, is_colocated: bool, is_planned: bool, monkeypatch: pytest.MonkeyPatch, slowdown: float = 1.0
 ) -> tuple[tuple[Service, list[Request]], tuple[Service, list[Request]]]:
     """With steps that pass at once, and with an event for each."""
-    fast = play(curves, is_colocated, is_planned)
+    fast = play(curves, is_colocated, is_planned, slowdown)
     monkeypatch.setattr(pools, "ModelledEngine", partial(ModelledEngine, max_steps=1.0))
-    return fast, play(curves, is_colocated, is_planned)
+    return fast, play(curves, is_colocated, is_planned, slowdown)
 
 
 @pytest.mark.parametrize(
-    "curves",
-    [SLOW, replace(SLOW, num_kv_tokens=12_000), replace(SLOW, context_s=5 * SLOW.context_s)],
-    ids=["as measured", "a pool too small", "KV that costs much"],
+    ("curves", "slowdown"),
+    [
+        (SLOW, 1.0),
+        (replace(SLOW, num_kv_tokens=12_000), 1.0),
+        (replace(SLOW, context_s=5 * SLOW.context_s), 1.0),
+        (SLOW, 1.2),
+        (replace(SLOW, context_s=5 * SLOW.context_s), 1.2),
+    ],
+    ids=["as measured", "a pool too small", "KV that costs much", "shared cores", "both"],
 )
 def test_requests_take_as_long_as_where_each_step_is_an_event_of_its_own(
-    curves: Curves, monkeypatch: pytest.MonkeyPatch
+    curves: Curves, slowdown: float, monkeypatch: pytest.MonkeyPatch
 ):
-    (fast, at_once), (slow, one_by_one) = both_ways(curves, True, False, monkeypatch)
+    (fast, at_once), (slow, one_by_one) = both_ways(curves, True, False, monkeypatch, slowdown)
     for ours, theirs in zip(at_once, one_by_one, strict=True):
         assert ours.is_refused == theirs.is_refused
         assert (ours.ttft_s, ours.end_s) == pytest.approx((theirs.ttft_s, theirs.end_s), abs=1e-9)

@@ -16,12 +16,13 @@ from deployments.planner.settings import PlannerSettings
 from deployments.simulator.__main__ import main
 from deployments.simulator.advise import Kind, cheapest, fewest
 from deployments.simulator.curves import LLAMA_8B_H100, Curves
-from deployments.simulator.engine import Answer, ModelledEngine
+from deployments.simulator.engine import ModelledEngine
 from deployments.simulator.gaps import Gaps
 from deployments.simulator.pools import PoolSetup, PoolState
 from deployments.simulator.requests import Request, load_trace
 from deployments.simulator.result import is_good, play
 from deployments.simulator.scaling import Fixed, Planned, ServeDefault
+from deployments.simulator.sequences import Answer
 from deployments.simulator.service import Service, Setup
 from tests.bench.planner.traces import CHAT, LONG, WRITING, Lengths, draw
 

@@ -57,7 +57,7 @@ class Engine:
 
 def snapshot(**engines: Engine) -> Snapshot:
     pools = {pool: [ReplicaStats(one.name, one.stats.copy(), one.handoff.copy())] for pool, one in engines.items()}
-    return parse_metrics(render(pools, IngressReading([])).decode())
+    return parse_metrics(render(pools, IngressReading([])).decode(), block_size=16)
 
 
 @pytest.mark.parametrize("are_apart", [False, True])

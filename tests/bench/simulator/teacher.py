@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from statistics import median
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -19,6 +20,7 @@ from deployments.load.decode_steps import decode_steps_between
 from deployments.load.step_cost import StepCost
 from deployments.planner.gap_learner import GapLearner
 from deployments.simulator.curves import Curves
+from tests.bench.simulator.alone import Means
 
 _PERIOD_S = 1.0
 # All that is measured is to count alike.
@@ -40,7 +42,8 @@ _COUNTERS = {
     "finished": "finished_sequences",
 }
 _SECONDS = ("prefill_s", "prefill_gap_s")
-_BLOCK_SIZE = 16  # of engines on a CPU
+# Share of a second for which prefill computed, that tells of decode alone, and of decode beside it.
+_IDLE, _BUSY = 0.05, 0.9
 
 
 @dataclass(slots=True)
@@ -75,14 +78,14 @@ class Snapshot:
     at_s: float = 0.0
 
 
-def read_metrics(port: int) -> Snapshot:
+def read_metrics(port: int, block_size: int) -> Snapshot:
     """Ask the service on this machine."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
-        return replace(parse_metrics(response.read().decode()), at_s=time.monotonic())
+        return replace(parse_metrics(response.read().decode(), block_size), at_s=time.monotonic())
 
 
-def parse_metrics(text: str) -> Snapshot:
-    """Read Prometheus' text."""
+def parse_metrics(text: str, block_size: int) -> Snapshot:
+    """Read Prometheus' text, which does not say how many tokens a KV block has."""
     values: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -91,7 +94,7 @@ def parse_metrics(text: str) -> Snapshot:
                 values[key][sample.name.removeprefix("kvrelay_")] = sample.value
     snapshot = Snapshot()
     for key, own in values.items():
-        snapshot.engines[key] = _engine(own)
+        snapshot.engines[key] = _engine(own, block_size)
         ttft = snapshot.ttft.setdefault(key[0], Totals())
         for totals, name in ((ttft, "engine_ttft_seconds"), (snapshot.handoff, "handoff_seconds")):
             totals.count += own[f"{name}_count"]
@@ -99,8 +102,8 @@ def parse_metrics(text: str) -> Snapshot:
     return snapshot
 
 
-def _engine(own: dict[str, float]) -> EngineStats:
-    stats = EngineStats(block_size=_BLOCK_SIZE)
+def _engine(own: dict[str, float], block_size: int) -> EngineStats:
+    stats = EngineStats(block_size=block_size)
     for attribute, name in (_GAUGES | _SIZES).items():
         setattr(stats, attribute, int(own[name]))
     for attribute, name in _COUNTERS.items():
@@ -116,13 +119,13 @@ Watch = Sequence[Snapshot]
 
 
 @contextmanager
-def watching(port: int) -> Iterator[list[Snapshot]]:
+def watching(port: int, block_size: int) -> Iterator[list[Snapshot]]:
     """Take a snapshot of the service on a port now, one every second, and one at the end."""
-    over, snapshots = threading.Event(), [read_metrics(port)]
+    over, snapshots = threading.Event(), [read_metrics(port, block_size)]
 
     def watch() -> None:
         while not over.wait(_PERIOD_S):
-            snapshots.append(read_metrics(port))
+            snapshots.append(read_metrics(port, block_size))
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -131,7 +134,7 @@ def watching(port: int) -> Iterator[list[Snapshot]]:
     finally:
         over.set()
         thread.join()
-        snapshots.append(read_metrics(port))
+        snapshots.append(read_metrics(port, block_size))
 
 
 class Teacher:
@@ -161,6 +164,11 @@ class Teacher:
         the simulator makes by itself, so it is taken off: in the mean, half of a step while the engine is busy.
         """
         return max(0.0, self.handoff.mean_s - self._mean_wait_s("decode"))
+
+    @property
+    def means(self) -> Means:
+        """Of steps, those with prompts with all that is in them."""
+        return Means(self._sum(_gaps).mean_s, self._sum(_prompts).mean_s)
 
     def _mean_wait_s(self, pool: str) -> float:
         """Until the end of the step that runs, for what comes at any time to an engine of a pool."""
@@ -220,6 +228,52 @@ class Teacher:
                 for key, stats in now.engines.items():
                     if key[0] == pool and key in before.engines:
                         yield before.engines[key], stats
+
+
+def learn_slowdown(watches: Sequence[Watch]) -> float:
+    """Times that a decode step takes as long while the prefill engine computes; by seconds in which it always did.
+
+    Args:
+        watches: of one answer that is drawn all the time, now and then beside many prompts.
+
+    Raises:
+        ValueError: there were no such seconds, or none in which prefill did nothing.
+    """
+    alone_s, beside_s = list[float](), list[float]()
+    for watch in watches:
+        for before, now in pairwise(watch):
+            share = _prefill_s(now) - _prefill_s(before)
+            share /= max(now.at_s - before.at_s, 1e-9)
+            found = alone_s if share < _IDLE else beside_s if share > _BUSY else None
+            if found is not None:
+                found += _decode_step_s(before, now)
+    if not alone_s or not beside_s:
+        raise ValueError(
+            f"{len(alone_s)} seconds tell of decode alone and {len(beside_s)} of both: one of each is needed"
+        )
+    return max(1.0, median(beside_s) / median(alone_s))
+
+
+def _prefill_s(snapshot: Snapshot) -> float:
+    return _prompts(snapshot).seconds
+
+
+def _decode_step_s(before: Snapshot, now: Snapshot) -> list[float]:
+    pairs = [
+        (now.engines[key], before.engines[key]) for key in now.engines.keys() & before.engines if key[0] == "decode"
+    ]
+    found = (decode_steps_between(*pair) for pair in pairs)
+    return [steps.seconds / steps.steps for steps in found if steps is not None]
+
+
+def _gaps(snapshot: Snapshot) -> Totals:
+    gaps = [engine.itl_s for (pool, _), engine in snapshot.engines.items() if pool == "decode"]
+    return Totals(sum(sum(one.counts) for one in gaps), sum(one.total for one in gaps))
+
+
+def _prompts(snapshot: Snapshot) -> Totals:
+    engines = [engine for (pool, _), engine in snapshot.engines.items() if pool == "prefill"]
+    return Totals(sum(engine.prompt_tokens for engine in engines), sum(engine.prefill_s for engine in engines))
 
 
 def _seated(engine: EngineStats) -> int:

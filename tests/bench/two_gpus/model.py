@@ -38,6 +38,11 @@ def write_model(folder: Path, shape: str) -> None:
     model.save_pretrained(folder, max_shard_size="4GB")
 
 
+def gpu_names() -> list[str]:
+    """Of this machine, for reports."""
+    return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+
+
 def _write_tokenizer(folder: Path, vocab_size: int) -> None:
     tokenizer = Tokenizer(WordLevel({f"t{i}": i for i in range(vocab_size)}, unk_token="t0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
