@@ -14,7 +14,7 @@ from deployments.engine.attention import sdpa
 from deployments.engine.attention.sdpa import SdpaStep
 from deployments.engine.config import SpeculationConfig
 from deployments.engine.engine import Engine
-from deployments.engine.execution.base import Runner
+from deployments.engine.execution.base import LaunchedStep, Runner
 from deployments.engine.grammar.guides import Guides
 from deployments.engine.kv.cache import KVShape
 from deployments.engine.layers import cpu
@@ -69,6 +69,14 @@ def compile_grammars_by(engine: Engine, compile_grammar: Callable[[CompileGramma
 def replace_runner(engine: Engine, runner: Runner) -> None:
     """Have its steps run by something else."""
     engine._runner = runner
+
+
+def wrap_conclusions(
+    engine: Engine,
+    conclude: "Callable[[Callable[[LaunchedStep], list[EngineEvent]], LaunchedStep], list[EngineEvent]]",
+) -> None:
+    """Have steps concluded by something else, which is given what does it."""
+    engine._conclude = partial(conclude, engine._conclude)  # type: ignore[method-assign]
 
 
 def guard_steps(engine: Engine, may_step: Callable[[Engine], bool]) -> None:
