@@ -4,6 +4,7 @@ Fits what a front may ask (`EngineHandle`) into Ray: each kind of question in a 
 transfer never delays an abort, and chunks by direct transport.
 """
 
+import gc
 import queue
 from collections.abc import Iterator
 from dataclasses import replace
@@ -53,6 +54,10 @@ class EngineActor:
         if tier is not None and tier.is_on and built.layout is not None and config.enable_prefix_caching:
             keys = TierKeys(built.layout, tier.object_bytes)
             self._host.use_tier(RayStore(tier), keys, tier.copy_share_on(built.device_type))
+        # What is loaded by now stays. To look through it for garbage takes 0.24 s (495,000 objects, one core of a Xeon,
+        # 2026-11-30), in which no step is launched and no token told.
+        gc.collect()
+        gc.freeze()
 
     def build_host(self, built: BuiltEngine) -> "EngineHost":
         """What does the work; a benchmark has one that looks closer."""

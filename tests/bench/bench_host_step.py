@@ -5,6 +5,9 @@ out every step as all runners do, draws the same token for everybody and launche
 scheduling, runs, the step's arrays, sampling parameters, and at the end counting, publishing, outputs and statistics.
 Not in it are the copy into pinned memory, the launch itself, the loop's commands and the tokens' way out.
 
+Some batches take in a chunk of KV before each step, which is put into blocks that nobody reads yet, or the last chunk
+of a hand-off, with which its sequence joins the batch; what that takes counts for the step. KV is that of a tiny model.
+
 Times are of the thread's CPU clock, so that others on the machine disturb them little; the least and the median of all
 steps are printed, and as the last line one JSON object.
 """
@@ -17,7 +20,10 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 
@@ -27,7 +33,7 @@ from deployments.engine.execution.base import LaunchedStep, Preparation
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.kv.layers import LayerWatch
 from deployments.engine.scheduling.run import ScheduledSequence
-from deployments.messages import GenerateRequest, SamplingParams
+from deployments.messages import ChunkReady, DrawnToken, GenerateRequest, SamplingParams
 from tests.bench.bench_engine import commit, cpu_model
 from tests.engine.families import load
 from tests.engine.insides import replace_runner, runner_of
@@ -60,6 +66,7 @@ class Scenario:
         block_size: tokens per block.
         is_prefill: each step is the whole prompts of all, else one token of each.
         num_drafts: tokens that are guessed of each sequence, by lookup; all are right.
+        arrives: before each step: a chunk of two blocks, or a whole prompt; empty: nothing.
     """
 
     name: str
@@ -68,11 +75,14 @@ class Scenario:
     block_size: int = 256
     is_prefill: bool = False
     num_drafts: int = 0
+    arrives: Literal["", "chunk", "prompt"] = ""
 
 
 SCENARIOS = (
     Scenario("1 decode", 1),
     Scenario("32 decodes", 32),
+    Scenario("32 decodes, a chunk arrives", 32, arrives="chunk"),
+    Scenario("32 decodes, a prompt arrives", 32, arrives="prompt"),
     Scenario("256 decodes", 256),
     Scenario("256 decodes, sampled", 256, temperature=0.7),
     Scenario("256 decodes, blocks of 16", 256, block_size=16),
@@ -87,9 +97,9 @@ def build_engine(scenario: Scenario) -> Engine:
     drafts = scenario.num_drafts
     config = EngineConfig(
         block_size=scenario.block_size,
-        num_blocks=MAX_NUM_SEQS * MAX_MODEL_LEN // scenario.block_size,
+        num_blocks=(MAX_NUM_SEQS + 2) * MAX_MODEL_LEN // scenario.block_size,
         speculation=SpeculationConfig(method="ngram", max_drafts=drafts) if drafts else SpeculationConfig(),
-        max_num_seqs=MAX_NUM_SEQS,
+        max_num_seqs=MAX_NUM_SEQS + 2,
         max_num_batched_tokens=BUDGET,
         max_model_len=MAX_MODEL_LEN,
     )
@@ -114,10 +124,41 @@ def end(engine: Engine, names: list[str]) -> None:
         engine.step()
 
 
-def timed_step(engine: Engine) -> float:
+def timed_step(engine: Engine, arrive: Callable[[], object] = lambda: None) -> float:
     begun_s = time.thread_time()
+    arrive()
     engine.step()
     return time.thread_time() - begun_s
+
+
+class Arrivals:
+    """Prompts whose KV comes from elsewhere: their blocks are set aside, and one is answered with two tokens."""
+
+    def __init__(self, engine: Engine, what: Literal["", "chunk", "prompt"], rng: random.Random) -> None:
+        self._engine, self._what, self._rng = engine, what, rng
+        self._num_blocks = -(-NUM_PROMPT_TOKENS // engine.limits.block_size)
+        self._tensor = torch.zeros(runner_of(engine).cache.chunk_shape(self._num_blocks))
+        self._number = 0
+        if what == "chunk":
+            self._await("incoming")
+
+    def next(self) -> Callable[[], object]:
+        """What takes in what arrives next."""
+        if not self._what:
+            return lambda: None
+        if self._what == "chunk":  # again and again the same one, which is no error
+            chunk = ChunkReady("incoming", 0, 0, self._num_blocks - 1)
+            return partial(self._engine.import_chunk, chunk, self._tensor[:, :, :-1].contiguous())
+        self._number += 1
+        self._await(name := f"incoming-{self._number}")
+        chunk = ChunkReady(name, 0, 0, self._num_blocks, is_last=True, first_token=DrawnToken(1))
+        return partial(self._engine.import_chunk, chunk, self._tensor)
+
+    def _await(self, name: str) -> None:
+        prompt = tuple(self._rng.randrange(100) for _ in range(NUM_PROMPT_TOKENS))
+        self._engine.add(GenerateRequest(name, prompt, SamplingParams(2, 0.0)), remote_threshold=0)
+        while self._engine.stats().num_waiting:
+            self._engine.step()
 
 
 def measure(scenario: Scenario, num_steps: int) -> list[float]:
@@ -135,14 +176,17 @@ def measure(scenario: Scenario, num_steps: int) -> list[float]:
         engine.step()
     for _ in range(WARM_UP_STEPS):
         engine.step()
-    seconds = [timed_step(engine) for _ in range(num_steps)]
-    end(engine, names)
+    arrivals = Arrivals(engine, scenario.arrives, rng)
+    seconds = [timed_step(engine, arrivals.next()) for _ in range(num_steps)]
+    end(engine, [*names, "incoming"])
     return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=200, help="of each batch, at most 250")
+    parser.add_argument(
+        "--steps", type=int, default=200, help="of each batch, at most 250, or 100 where prompts arrive"
+    )
     parser.add_argument("--only", default="", help="run the scenarios whose name contains this")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -9,11 +9,11 @@ from app.local_process import RunFolder
 
 
 @contextmanager
-def serving(folder: RunFolder, port: int, arguments: list[str]) -> Iterator[None]:
+def serving(folder: RunFolder, port: int, arguments: list[str], app: str = "app:graph") -> Iterator[None]:
     """Bring the service up, and down again whatever happens, also where `kill` or `timeout` ends the benchmark."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        up(folder, "app:graph", port, None, 600, arguments)
+        up(folder, app, port, None, 600, arguments)
         try:
             yield
         finally:

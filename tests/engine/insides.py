@@ -14,7 +14,7 @@ from deployments.engine.attention import sdpa
 from deployments.engine.attention.sdpa import SdpaStep
 from deployments.engine.config import SpeculationConfig
 from deployments.engine.engine import Engine
-from deployments.engine.execution.base import Runner
+from deployments.engine.execution.base import LaunchedStep, Runner
 from deployments.engine.grammar.guides import Guides
 from deployments.engine.kv.cache import KVShape
 from deployments.engine.layers import cpu
@@ -88,6 +88,14 @@ def guessing_graph(engine: Engine, num_seqs: int) -> Any:
 def replace_head_runner(engine: Engine, runner: "HeadRunner") -> None:
     """Have the head that guesses for it run by something else."""
     drafter_of(engine)._runner = runner
+
+
+def wrap_conclusions(
+    engine: Engine,
+    conclude: "Callable[[Callable[[LaunchedStep], list[EngineEvent]], LaunchedStep], list[EngineEvent]]",
+) -> None:
+    """Have steps concluded by something else, which is given what does it."""
+    engine._conclude = partial(conclude, engine._conclude)  # type: ignore[method-assign]
 
 
 def guard_steps(engine: Engine, may_step: Callable[[Engine], bool]) -> None:

@@ -1,5 +1,6 @@
 """Engine actors around a small model with random weights, on a GPU where there is one, that say what tests must see."""
 
+import gc
 import os
 from functools import cache
 from typing import TYPE_CHECKING
@@ -84,3 +85,9 @@ class WatchedEngine(EngineActor):
     @ray.method(concurrency_group="ctl")
     def pid(self) -> int:
         return os.getpid()
+
+    @ray.method(concurrency_group="ctl")
+    def num_searched_objects(self) -> int:
+        """That are looked through for garbage; others were there before the first request."""
+        gc.collect()
+        return len(gc.get_objects())

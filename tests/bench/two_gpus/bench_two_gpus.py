@@ -4,12 +4,14 @@ Run: `make bench-two-gpus`. Writes a model of the shape of Llama-3.1-8B with ran
 up on it as `make serve` does, with two engines that have a GPU each: as one prefill and one decode engine, or as two
 colocated ones at several token budgets. Each turn generates the same greedy tokens, then serves `mixed.yaml` beside
 this file; the last one of the disaggregated side kills engines. Prints a table and, as its last line, one JSON object.
-`--shape tiny` tries all of it on two CPU cores.
+`--shape tiny` tries all of it on two CPU cores. `--timeline` has the engines record their steps (`timeline.py`) and
+prints what gaps between tokens are made of.
 """
 
 import argparse
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -34,6 +36,10 @@ from tests.bench.interference.pinned import engines
 from tests.bench.player import play, run
 from tests.bench.service import serving
 from tests.bench.two_gpus.model import config_of, write_model
+from tests.bench.two_gpus.recorded import APP as RECORDED
+from tests.bench.two_gpus.recorded import FOLDER as TIMELINES
+from tests.bench.two_gpus.timeline import FLUSH_S, SENT, STEPS
+from tests.bench.two_gpus.timeline_table import table_of
 from tests.engine_pair import random_prompt
 
 HERE = Path(__file__).parent
@@ -111,9 +117,22 @@ def _cpu_s(pid: int) -> float:
 
 
 @contextmanager
-def serving_turn(turn: Turn, folder: Path, common: list[str], steps: int) -> Iterator[Service]:
-    with serving(FOLDER, PORT, [f"model={folder}", *common, *turn.arguments(steps)]):
+def serving_turn(turn: Turn, folder: Path, common: list[str], steps: int, app: str = "app:graph") -> Iterator[Service]:
+    if app == RECORDED:
+        shutil.rmtree(TIMELINES, ignore_errors=True)
+    with serving(FOLDER, PORT, [f"model={folder}", *common, *turn.arguments(steps)], app):
         yield Service(folder.name)
+
+
+def keep_timelines(turn: Turn, results: Path) -> None:
+    """Copy what the engines have recorded to the results, and print what gaps are made of."""
+    time.sleep(2 * FLUSH_S)
+    for path in sorted(TIMELINES.iterdir()):
+        kept = results / f"{turn.name.replace(', ', '-')}-{path.name}"
+        shutil.copy(path, kept)
+        path.unlink()
+        if kept.suffix == SENT:  # the steps are there already
+            print("\n".join(table_of(kept.with_suffix(STEPS))), flush=True)
 
 
 def probe(service: Service, vocab_size: int) -> list[list[int]]:
@@ -249,6 +268,7 @@ def main() -> int:
     parser.add_argument("--round", type=int, default=0)
     parser.add_argument("--model", type=Path, help="folder of the model; default: .run/two-gpus/SHAPE")
     parser.add_argument("--kill", action="store_true", help="kill engines at the end of the first turn")
+    parser.add_argument("--timeline", action="store_true", help="record every step; files go to the results")
     parser.add_argument("--results", type=Path, default=FOLDER.path, help="for samples.json")
     options = parser.parse_args()
     scenario = load_scenario(options.scenario)
@@ -267,7 +287,8 @@ def main() -> int:
         turn = Turn(name.strip())
         begun = time.monotonic()
         arguments = [one for one in common if turn.is_split or not one.startswith("prefill.")]
-        with serving_turn(turn, folder.resolve(), arguments, options.steps) as service:
+        app = RECORDED if options.timeline else "app:graph"
+        with serving_turn(turn, folder.resolve(), arguments, options.steps, app) as service:
             result["started_s"][turn.name] = time.monotonic() - begun
             tokens[turn.name] = probe(service, vocab_size)
             idle[turn.name] = measure_idle(scenario, service)
@@ -284,6 +305,8 @@ def main() -> int:
             runs.append(run(scenario, PORT, service.model, turn.name, options.round))
             slo = choose_slo(scenario.slo, list(idle.values()))
             print_row(runs[-1], slo)
+            if options.timeline:
+                keep_timelines(turn, options.results)
             write_runs(options.results / "samples.json", runs, {"idle": {k: asdict(v) for k, v in idle.items()}})
             if turn.is_split:
                 result["handoff"][turn.name] = handoff_figures()

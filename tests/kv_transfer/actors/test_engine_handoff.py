@@ -173,6 +173,12 @@ def test_tokens_are_those_of_one_engine(engines, share_kv):
     assert sent.num_sent - before[0].num_sent == num_sent
 
 
+def test_what_an_engine_has_loaded_is_not_looked_through_for_garbage_while_it_serves(engines):
+    """That takes longer than fifty steps of a GPU."""
+    for engine in engines.pair(True):
+        assert ray.get(engine.actor.num_searched_objects.remote()) < 100_000
+
+
 @pytest.mark.parametrize("killed", ["source", "target"])
 def test_a_death_amid_transfers_leaves_the_other_serving(engines, share_kv, killed):
     source, target = engines.pair(share_kv)
