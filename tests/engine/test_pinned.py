@@ -21,9 +21,12 @@ class Driver:
             raise PinError("invalid argument")
         self.pinned[address] = num_bytes
 
+    def unregister(self, address: int) -> None:
+        del self.pinned[address]
+
 
 def memory(driver: Driver) -> PinnedMemory:
-    return PinnedMemory(driver.register, driver.pinned.pop)
+    return PinnedMemory(driver.register, driver.unregister)
 
 
 @given(

@@ -34,6 +34,9 @@ class Driver:
         assert address not in self.pinned
         self.pinned[address] = num_bytes
 
+    def unregister(self, address: int) -> None:
+        del self.pinned[address]
+
 
 class Mapped:
     """A store whose objects lie in this memory."""
@@ -65,7 +68,7 @@ def mapped_file() -> Iterator[tuple[mmap.mmap, Mapped, int]]:
 def pinner(driver: Driver, store: Any, idle: Event | None = None) -> Pinner:
     if idle is None:
         (idle := Event()).set()
-    return Pinner(PinnedMemory(driver.register, driver.pinned.pop), cast(TierStore, store), idle)
+    return Pinner(PinnedMemory(driver.register, driver.unregister), cast(TierStore, store), idle)
 
 
 def test_what_is_written_to_is_pinned_and_nothing_else() -> None:

@@ -76,7 +76,8 @@ class _Shares:
             weight: ... as firmly as if so many drafts had said so.
         """
         right, tried = self.counts[:, rows]
-        return (right + weight * expected) / (tried + weight)
+        rates: np.ndarray = (right + weight * expected) / (tried + weight)
+        return rates
 
     def add(self, rows: np.ndarray, right: np.ndarray, tried: np.ndarray) -> None:
         """Count.

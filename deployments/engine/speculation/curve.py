@@ -81,7 +81,7 @@ class StepCurve:
     def _drafted(self, num_tokens: np.ndarray) -> np.ndarray:
         """(N,) of classes of steps with drafts."""
         shifts = np.maximum(0, np.frexp(num_tokens)[1] - 4)
-        sizes = num_tokens >> shifts << shifts
+        sizes: np.ndarray = num_tokens >> shifts << shifts
         places = np.searchsorted(self._drafted_sizes, num_tokens)
         is_padded = places < len(self._drafted_sizes)
         sizes[is_padded] = self._drafted_sizes[places[is_padded]]
