@@ -21,7 +21,8 @@ if not torch.cuda.is_available():
 from deployments.engine.config import EngineConfig  # noqa: E402
 from deployments.engine.engine import Engine  # noqa: E402
 from deployments.engine.execution.cuda_heads import CudaHead  # noqa: E402
-from deployments.engine.execution.heads import KnownTokens, NewestTokens, PortableHead  # noqa: E402
+from deployments.engine.execution.heads import KnownTokens, NewestTokens  # noqa: E402
+from deployments.engine.execution.portable_heads import PortableHead  # noqa: E402
 from deployments.engine.model.eagle3 import Eagle3Form, Eagle3Head  # noqa: E402
 from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model  # noqa: E402
 from deployments.engine.sampling.guessing import GuessDraws  # noqa: E402

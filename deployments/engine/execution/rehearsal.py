@@ -14,8 +14,9 @@ import torch
 
 from deployments.engine.config import EngineLimits
 from deployments.engine.execution.base import Runner
-from deployments.engine.execution.heads import HeadRunner, KnownTokens, NewestTokens, build_head_runner
+from deployments.engine.execution.heads import HeadRunner, KnownTokens, NewestTokens
 from deployments.engine.execution.portable import build_runner
+from deployments.engine.execution.portable_heads import build_head_runner
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.model.eagle3 import Eagle3Head
 from deployments.engine.model.load import LoadedModel

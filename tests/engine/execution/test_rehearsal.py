@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from deployments.engine.config import EngineConfig, EngineLimits
 from deployments.engine.execution import rehearsal, sizing
-from deployments.engine.execution.heads import KnownTokens, NewestTokens, PortableHead
+from deployments.engine.execution.heads import KnownTokens, NewestTokens
 from deployments.engine.execution.portable import build_runner
+from deployments.engine.execution.portable_heads import PortableHead
 from deployments.engine.execution.rehearsal import (
     build_rehearsed,
     build_rehearsed_head,
