@@ -2,12 +2,16 @@
 
 import asyncio
 import json
+import os
 import re
+import signal
+import threading
 import time
 from bisect import bisect_left
 from collections.abc import Iterable
 
 import httpx
+import psutil
 import pytest
 import ray
 from prometheus_client import Metric
@@ -19,7 +23,8 @@ from deployments.telemetry.ingress_stats import IngressStats
 from tests.docs.metric_tables import Described, described_metrics
 from tests.docs.pages import ROOT
 from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL_NAME, Service
-from tests.waiting import wait_until
+from tests.e2e.processes import engine_of, title_of
+from tests.waiting import stop_process, wait_until
 
 BOARD = ROOT / "app" / "grafana" / "kvrelay.json"
 # Of names, and the unit that must be said of them.
@@ -146,20 +151,33 @@ def test_the_histogram_of_first_tokens_agrees_with_a_client_within_a_bucket(
         counts = [now - before for now, before in zip(upto, [0, *upto], strict=False)]
         return [index for index, count in enumerate(counts) for _ in range(count)]
 
-    def measure(num_tokens: int, start: int) -> float:
-        body = {"model": MODEL_NAME, "prompt": list(range(start, start + num_tokens)), "max_tokens": 3, "stream": True}
+    # That which computes prompts. To stop it costs nothing; prompts that take it as long are a minute of a core.
+    name = f"ServeReplica:{service.mode}:{service.pools[0]}"
+    (front,) = [process for process in psutil.Process().children(recursive=True) if name in title_of(process)]
+    engine = engine_of(front)
+
+    def measure(wait_s: float, start: int) -> float:
+        """The time to the first token of a prompt whose engine is stopped for so long once it is asked."""
+        body = {"model": MODEL_NAME, "prompt": list(range(start, start + 70)), "max_tokens": 3, "stream": True}
         body |= {"ignore_eos": True, "return_token_ids": True}  # each token is an event, whatever its text
+        stop_process(engine.pid)
         begun_s = time.perf_counter()
-        with client.stream("POST", f"{service.url}/v1/completions", json=body) as stream:
-            lines = stream.iter_lines()
-            next(line for line in lines if line.startswith("data: "))
-            seconds = time.perf_counter() - begun_s
-            assert "data: [DONE]" in lines
+        going_on = threading.Timer(wait_s, os.kill, (engine.pid, signal.SIGCONT))
+        going_on.start()
+        try:
+            with client.stream("POST", f"{service.url}/v1/completions", json=body) as stream:
+                lines = stream.iter_lines()
+                next(line for line in lines if line.startswith("data: "))
+                seconds = time.perf_counter() - begun_s
+                assert "data: [DONE]" in lines
+        finally:
+            going_on.join()
+        assert seconds > wait_s, "its engine was stopped"
         return seconds
 
     before = buckets()
     # So long that the milliseconds in which a busy machine does other things are few beside them.
-    seen = sorted(measure(length, 8000 + 1500 * n) for n, length in enumerate((200, 400, 700, 1000, 1500) * 2))
+    seen = sorted(measure(wait_s, 8000 + 100 * n) for n, wait_s in enumerate((0.2, 0.4, 0.7, 1.0, 1.5) * 2))
     after = buckets()
     for index in before:
         after.remove(index)
