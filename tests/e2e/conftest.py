@@ -62,9 +62,10 @@ CHATS = (
 )
 
 
-# Modules that are not in the order of their names. The first ones have a Ray of their own, beside which that of the
-# others shall not idle; the last one leaves one replica of each pool.
-FIRST, LAST = ("test_make_serve", "test_serve_run"), ("test_live_page", "test_routing", "test_drain")
+# Modules, and tests, that are not in the order of their names. The first modules have a Ray of their own, beside which
+# that of the others shall not idle; the last one leaves one replica of each pool. Others fill what a sleeper waits.
+FIRST = ("test_make_serve", "test_serve_run", "test_a_service_that_nobody_calls_sleeps_and_says_what_it_serves")
+LAST = ("test_live_page", "test_routing", "test_drain", "test_a_service_that_was_woken_sleeps_again")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -78,8 +79,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _place(item: pytest.Item) -> int:
-    name = item.path.stem
-    return 0 if name in FIRST else 2 + LAST.index(name) if name in LAST else 1
+    names = item.path.stem, item.name
+    last = [place for place, name in enumerate(LAST) if name in names]
+    return 0 if set(names) & set(FIRST) else 2 + last[0] if last else 1
 
 
 @dataclass(frozen=True)

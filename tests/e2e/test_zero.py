@@ -1,4 +1,8 @@
-"""A service of which both pools have no replica: it is woken by requests, which it holds, and sleeps again."""
+"""A service of which both pools have no replica: it is woken by requests, which it holds, and sleeps again.
+
+It takes its time before it may be woken and before it sleeps again. Tests of other services take place meanwhile, since
+`conftest.py` has the tests of this module apart.
+"""
 
 import asyncio
 import json
@@ -24,8 +28,9 @@ TIMEOUT_S = 300.0
 PROMPTS = [random_prompt(length, seed=length) for length in (5, 40, 150)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def sleeper(services: dict[str, Service], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    small = {"min_replicas": 0, "num_cpus": 0.1}  # of those that services of all tests have left
     args = AppConfig.model_validate(
         {
             "model": save_small_model(tmp_path_factory.mktemp(NAME) / "model"),
@@ -33,8 +38,8 @@ def sleeper(services: dict[str, Service], tmp_path_factory: pytest.TempPathFacto
             "parity_check": False,
             "engine": ENGINE_PATIENCE | {"num_blocks": 200, "block_size": 16},
             "ingress": {"max_ttft_s": 600, "max_start_s": TIMEOUT_S},
-            "prefill": {"min_replicas": 0},
-            "decode": {"min_replicas": 0, "graceful_shutdown_timeout_s": 1.0},
+            "prefill": small,
+            "decode": small | {"graceful_shutdown_timeout_s": 1.0},
             "planner": {"enabled": True, "hold_s": HOLD_S, "start_s": 0.1},
         }
     )
@@ -90,18 +95,35 @@ async def wake(service: Service) -> list[tuple[int, ...]]:
         return await asyncio.gather(*calls)
 
 
-def test_requests_wake_a_service_without_replicas_get_their_tokens_and_it_sleeps_again(sleeper: Service) -> None:
+@pytest.fixture(scope="package")
+def slept_s(sleeper: Service) -> float:
+    """When it was seen to be asleep for the first time."""
     wait_until_asleep(sleeper)
-    slept_s = time.monotonic()
-    assert read(sleeper, "health") == {"status": "ok"}
-    assert [model["id"] for model in read(sleeper, "v1/models")["data"]] == [MODEL_NAME]
-    assert sleeper.metric("kvrelay_requests_held") == 0
+    return time.monotonic()
+
+
+@pytest.fixture(scope="package")
+def answers(sleeper: Service, slept_s: float) -> list[tuple[int, ...]]:
+    """Of those who have woken it."""
     # Else what comes counts as a sign that it slept too soon, and it stays awake for longer.
     wait_until(lambda: time.monotonic() - slept_s > 2 * HOLD_S)
     assert not states(sleeper, "Decode"), "to be asked for health and numbers does not wake it"
-    answers = asyncio.run(wake(sleeper))
+    return asyncio.run(wake(sleeper))
+
+
+def test_a_service_that_nobody_calls_sleeps_and_says_what_it_serves(sleeper: Service, slept_s: float) -> None:
+    assert read(sleeper, "health") == {"status": "ok"}
+    assert [model["id"] for model in read(sleeper, "v1/models")["data"]] == [MODEL_NAME]
+    assert sleeper.metric("kvrelay_requests_held") == 0
+
+
+def test_requests_wake_it_and_get_their_tokens(sleeper: Service, answers: list[tuple[int, ...]]) -> None:
     assert answers == [reference("llama", prompt, NUM_TOKENS) for prompt in PROMPTS]
     (decode,) = sleeper.stats("Decode")
     assert decode.engine.finished == 3, "no engine has heard of the one that left"
     assert read(sleeper, "live")["health"] == {"status": "ok", "reason": ""}
+
+
+def test_a_service_that_was_woken_sleeps_again(sleeper: Service, answers: list[tuple[int, ...]]) -> None:
+    assert answers
     wait_until_asleep(sleeper)
