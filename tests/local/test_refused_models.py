@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 from app.local_process import RunFolder
 from tests.engine import eagle3_heads
 from tests.engine.families import small_model
-from tests.local.commands import ROOT, run
+from tests.local.commands import ROOT, call
 
 REASON = "model '/some/folder': the checkpoint lacks lm_head.weight"
 # In the place of a server: an engine has refused the model, and Serve goes on trying.
@@ -46,7 +46,7 @@ def test_weights_of_another_shape_are_refused_before_ray_starts(tmp_path: Path, 
     (model / "tokenizer.json").write_text("{}")
     held = load_file(weights)
     save_file(held | {"model.norm.weight": held["model.norm.weight"][:60]}, weights, metadata={"format": "pt"})
-    failed = run(folder, "up", "--port", str(port), f"model={model}")
+    failed = call(folder, "up", "--port", str(port), f"model={model}")
     reason = "model.norm.weight ([60] in model.safetensors, config.json wants [64])"
     assert failed.returncode == 1
     assert failed.stderr.startswith(f"model {str(model)!r}: ") and failed.stderr.endswith(f"{reason}\n")
@@ -61,7 +61,7 @@ def test_a_head_that_does_not_fit_is_refused_before_ray_starts(tmp_path: Path, f
     (model / "tokenizer.json").write_text("{}")
     head = eagle3_heads.save(tmp_path / "head", eagle3_heads.weights(), draft_vocab_size=90)
     guessing = "decode.engine.speculation.method=eagle3", f"decode.engine.speculation.model={head}"
-    failed = run(folder, "up", "--port", str(port), f"model={model}", *guessing)
+    failed = call(folder, "up", "--port", str(port), f"model={model}", *guessing)
     assert failed.returncode == 1
     assert failed.stderr == f"EAGLE-3 head {head!r}: lm_head.weight is [96, 64], must be [90, 64]\n"
     assert "checking the model" in failed.stdout and "Ray" not in failed.stdout + folder.log.read_text()
