@@ -27,6 +27,7 @@ from app.ports import free_ports
 from tests.docs.pages import ROOT, commands
 from tests.e2e.conftest import ANSWER_TIMEOUT_S, ENGINE_PATIENCE, MODEL_NAME, Service
 from tests.e2e.greedy import Reference, complete
+from tests.e2e.processes import engine_of, title_of
 from tests.local.commands import is_alive
 from tests.waiting import wait_until
 
@@ -95,11 +96,7 @@ def bearing(key: str) -> dict[str, str]:
 
 
 def processes(server: Server, name: str) -> list[psutil.Process]:
-    found = []
-    for process in server.processes():
-        with suppress(psutil.NoSuchProcess):  # ended since
-            found += [process] if re.search(name, " ".join(process.cmdline()[:1])) else []
-    return found
+    return [process for process in server.processes() if re.search(name, title_of(process))]
 
 
 def metrics_of(client: httpx.Client, local: Service) -> str:
@@ -425,14 +422,9 @@ def test_no_log_holds_a_key(server: Server) -> None:
 
 
 def front_and_engine(server: Server, pool: str) -> tuple[psutil.Process, psutil.Process]:
-    """The one replica of a pool, and its engine: the front keeps a descriptor of that process."""
+    """The one replica of a pool, and its engine."""
     (front,) = processes(server, pool)
-    pids = set()
-    for path in Path(f"/proc/{front.pid}/fdinfo").iterdir():
-        with suppress(FileNotFoundError):  # closed since
-            pids |= {int(pid) for pid in re.findall(r"^Pid:\s+(\d+)$", path.read_text(), re.MULTILINE)}
-    (engine,) = [process for process in processes(server, "EngineActor") if process.pid in pids]
-    return front, engine
+    return front, engine_of(front)
 
 
 def cpu_s(process: psutil.Process) -> float:

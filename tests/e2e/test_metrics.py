@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 
 import httpx
+import psutil
 import pytest
 import ray
 from prometheus_client import Metric
@@ -22,6 +23,7 @@ from deployments.telemetry.ingress_stats import IngressStats
 from tests.docs.metric_tables import Described, described_metrics
 from tests.docs.pages import ROOT
 from tests.e2e.conftest import ANSWER_TIMEOUT_S, MODEL_NAME, Service
+from tests.e2e.processes import engine_of, title_of
 from tests.waiting import stop_process, wait_until
 
 BOARD = ROOT / "app" / "grafana" / "kvrelay.json"
@@ -150,7 +152,9 @@ def test_the_histogram_of_first_tokens_agrees_with_a_client_within_a_bucket(
         return [index for index, count in enumerate(counts) for _ in range(count)]
 
     # That which computes prompts. To stop it costs nothing; prompts that take it as long are a minute of a core.
-    (engine,) = service.pool(service.pools[0]).broadcast("engine_info").results(timeout_s=ANSWER_TIMEOUT_S)
+    name = f"ServeReplica:{service.mode}:{service.pools[0]}"
+    (front,) = [process for process in psutil.Process().children(recursive=True) if name in title_of(process)]
+    engine = engine_of(front)
 
     def measure(wait_s: float, start: int) -> float:
         """The time to the first token of a prompt whose engine is stopped for so long once it is asked."""
