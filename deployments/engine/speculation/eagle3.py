@@ -25,7 +25,7 @@ from deployments.engine.execution.heads import HeadRunner, KnownTokens, NewestTo
 from deployments.engine.kv.slots import slots
 from deployments.engine.sampling.guessing import GuessDraws
 from deployments.engine.sampling.sampler import SamplingPreparation
-from deployments.engine.scheduling.ids import token_array
+from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Sequence, Status
 from deployments.engine.speculation.base import Prospect, Wish
@@ -235,9 +235,11 @@ def _known(seen: list[_Seen], block_size: int) -> KnownTokens:
 
 def _padded(tables: list["array[int]"]) -> np.ndarray:
     """(R, B) int64, with zeros behind those that are shorter."""
-    padded = np.zeros((len(tables), max(map(len, tables))), np.int64)
-    for row, table in zip(padded, tables, strict=True):
-        row[: len(table)] = table
+    sizes, flat = _column(map(len, tables)), block_array()
+    for table in tables:
+        flat += table
+    padded = np.zeros((len(tables), int(sizes.max())), np.int64)
+    padded[np.arange(padded.shape[1]) < sizes[:, None]] = np.frombuffer(flat, np.int32)
     return padded
 
 
