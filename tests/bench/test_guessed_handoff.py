@@ -1,18 +1,29 @@
 """`bench-gpu-handoff --speculation`: its prompts have something to find, and its figures are those of its samples."""
 
 from array import array
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 
+from deployments.engine.config import EngineConfig, SpeculationConfig
+from deployments.engine.engine import Engine
 from deployments.engine.speculation.lookup import Index
+from deployments.engine.stats import EngineStats
+from deployments.kv_transfer.base import TransferStats
+from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
+from tests.bench import guessed_handoff
 from tests.bench.bench_gpu_handoff import read_arguments
-from tests.bench.counting import EDIT_EVERY, TEXT_TOKENS, edited_prompt
+from tests.bench.counting import EDIT_EVERY, TEXT_TOKENS, edited_prompt, load_counting
 from tests.bench.guessed_handoff import ANSWER_TOKENS, Row, change_of, line_of, verdict_of
 from tests.bench.timed_engines import config_of, moved_s
-from tests.engine_pair import Arrivals
+from tests.bench.two_gpus.model import config_of as config_of_shape
+from tests.engine_pair import Arrivals, HandOver
 
 VOCAB_SIZE = 50_000
+# Whatever it is expected to bring: a small model's steps take about as long with drafts as without.
+NGRAM = SpeculationConfig(method="ngram", is_adaptive=False)
 
 
 def rows() -> tuple[Row, Row]:
@@ -116,3 +127,90 @@ def test_a_prefill_engine_alone_keeps_what_it_has_computed() -> None:
     source, target = config_of(0, True, 8192, 1), config_of(1, True, 8192, 1, "ngram")
     assert (source.enable_prefix_caching, target.enable_prefix_caching) == (True, False)
     assert (source.speculation.method, target.speculation.method) == ("off", "ngram")
+
+
+def counted(prompt: tuple[int, ...], num_tokens: int) -> list[int]:
+    """What a model that counts says behind it."""
+    return list(range(prompt[-1] + 1, prompt[-1] + 1 + num_tokens))
+
+
+class FakeActor:
+    """Answers what a comparison asks of an actor: each answer has tried 40 more drafts, of which 30 were right."""
+
+    def __init__(self) -> None:
+        self.found = EngineStats()
+        self.stats, self.transfer_stats = Asked(self._stats), Asked(TransferStats)
+
+    def answered(self) -> None:
+        self.found.drafted_tokens.observe(40)
+        self.found.accepted_tokens.observe(30)
+
+    def _stats(self) -> EngineStats:
+        return replace(
+            self.found,
+            drafted_tokens=self.found.drafted_tokens.copy(),
+            accepted_tokens=self.found.accepted_tokens.copy(),
+        )
+
+
+class Asked:
+    """A method of an actor, whose result is there at once."""
+
+    def __init__(self, method: Callable[[], Any]) -> None:
+        self.remote = method
+
+
+class FakeEngine:
+    """Notes what it is given to do, and counts."""
+
+    def __init__(self, method: str, told: list[tuple[str, str, int]]) -> None:
+        self.method, self.told, self.actor = method, told, FakeActor()
+
+    def answer(self, prompt: tuple[int, ...], name: str, max_tokens: int) -> Arrivals:
+        self.told.append((self.method, "own", max_tokens))
+        self.actor.answered()
+        return Arrivals(
+            list(range(prompt[-1] + 1, prompt[-1] + 1 + max_tokens)), [0.004 * i for i in range(max_tokens)]
+        )
+
+    def hand_over(self, prompt: tuple[int, ...], max_tokens: int) -> HandOver:
+        self.told.append((self.method, "handed", max_tokens))
+        if max_tokens > 2:
+            self.actor.answered()
+        return HandOver(counted(prompt, max_tokens), 64, 0.01, 0.002, 0.02, 0.0041)
+
+
+def test_the_engines_take_turns_and_every_answer_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hand_over(
+        source: object, target: FakeEngine, prompt: tuple[int, ...], name: str, max_tokens: int = 2
+    ) -> HandOver:
+        return target.hand_over(prompt, max_tokens)
+
+    told: list[tuple[str, str, int]] = []
+    monkeypatch.setattr(guessed_handoff, "hand_over", hand_over)
+    monkeypatch.setattr(guessed_handoff, "REST_S", 0.0)
+    monkeypatch.setattr(guessed_handoff.ray, "get", lambda found: found)
+    engines: Any = {method: FakeEngine(method, told) for method in ("off", "ngram")}
+    found = guessed_handoff.Comparison(engines["off"], engines, VOCAB_SIZE, on_gpu=False).measure(512, 2, 2)
+    long, short = ANSWER_TOKENS, 2
+    warm = [(method, kind, long) for method in ("off", "ngram") for kind in ("handed", "own")]
+    rounds = [(method, "handed", short) for method in ("off", "off", "ngram", "ngram", "ngram", "ngram", "off", "off")]
+    answers = [*warm, *[(method, kind, long) for method in ("ngram", "off") for kind in ("own", "handed")]]
+    assert told == [*warm, *rounds, *answers]
+    for row in found:
+        assert (len(row.ttft_s), len(row.alone_s), len(row.handed_token_s), len(row.own_token_s)) == (4, 2, 2, 2)
+        assert (row.drafted, row.accepted, row.are_equal) == (160.0, 120.0, [True] * 4)
+    assert "handed over own +2.5%" in verdict_of(change_of(*found))
+
+
+def test_a_small_model_on_a_cpu_counts_behind_such_a_prompt() -> None:
+    loaded = load_counting(config_of_shape("tiny"), "cpu")
+    config = EngineConfig(max_num_seqs=2, max_model_len=1024, kv_cache_bytes=16 << 20, speculation=NGRAM)
+    engine = Engine(loaded, config)
+    prompt = edited_prompt(512, 1, loaded.vocab_size)
+    engine.add(GenerateRequest("r", prompt, SamplingParams(max_tokens=40, temperature=0.0)))
+    told: list[int] = []
+    while engine.has_work:
+        told += [token for event in engine.step() if isinstance(event, TokenOutput) for token in event.token_ids]
+    assert told == counted(prompt, 40)
+    assert engine.stats().accepted_tokens.total > 10
