@@ -167,7 +167,7 @@ def services(collector: Collector) -> Iterator[dict[str, Service]]:
         serve.run_many(targets)  # side by side: much of a start is waiting
         yield {mode: Service(mode, f"http://127.0.0.1:{port}/{mode}") for mode in MODES}
     finally:
-        serve.shutdown()
+        serve.shutdown()  # of all other applications, too
         ray.shutdown()
 
 
@@ -218,7 +218,7 @@ def save_small_model(folder: Path) -> str:
 
 
 @pytest.fixture(scope="package")
-def scaled(services: dict[str, Service], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scaled]:
+def scaled(services: dict[str, Service], tmp_path_factory: pytest.TempPathFactory) -> Scaled:
     """Two replicas of each pool, with a small random model."""
     name, folder = "scaled", tmp_path_factory.mktemp("scaled")
     url = services["colocated"].url.removesuffix("colocated") + name
@@ -243,8 +243,7 @@ def scaled(services: dict[str, Service], tmp_path_factory: pytest.TempPathFactor
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(scaling.VARIABLE, str(scaled.path))
         serve.run(scaling.graph(args), name=name, route_prefix=f"/{name}")
-    yield scaled
-    serve.delete(name)
+    return scaled
 
 
 @pytest.fixture(params=MODES)

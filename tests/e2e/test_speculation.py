@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from tests.engine.families import CPU, random_prompt
 NUM_TOKENS = 40
 # Long enough that it is under way when its engine is killed.
 NUM_STREAMED = 400
+WAYS = (("colocated", "draft_model"), ("disaggregated", "draft_model"), ("disaggregated", "eagle3"))
 PROMPTS = {f"p{length}": random_prompt(length, seed=length) for length in (5, 40, 150)}
-# A replica is replaced, on a machine that others keep busy.
-TIMEOUT_S = 300.0
+# Three replicas are replaced at once, on a machine that others keep busy.
+TIMEOUT_S = 600.0
 
 
 def like(model: PreTrainedModel) -> PreTrainedModel:
@@ -59,24 +61,15 @@ def answers(num_tokens: int, temperature: float) -> dict[str, tuple[int, ...]]:
     return dict(zip(PROMPTS, generate(build_engine(loaded, num_blocks=500), asked), strict=True))
 
 
-@pytest.fixture(
-    scope="module",
-    params=[("colocated", "draft_model"), ("disaggregated", "draft_model"), ("disaggregated", "eagle3")],
-    ids=lambda param: "-".join(param),
-)
-def guessing(
-    request: pytest.FixtureRequest, services: dict[str, Service], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Service]:
-    mode, method = request.param
-    name, folder = f"{mode}_{method}", tmp_path_factory.mktemp("guessing")
+def configure(mode: str, method: str, folder: Path) -> AppConfig:
     if method == "eagle3":
         guesses = eagle3_heads.save(folder / "head", eagle3_heads.weights())
     else:
         guesses = save(folder / "small", like(eagle3_heads.target()))
     # All guesses are tried, so that some are right and some are wrong whatever the machine does meanwhile.
     speculation = {"method": method, "model": guesses, "is_adaptive": False, "max_drafts": 3}
-    small = {"num_cpus": 0.1}  # of those that services of all tests have left
-    args = AppConfig.model_validate(
+    small = {"num_cpus": 0.05}  # of those that services of all tests have left
+    return AppConfig.model_validate(
         {
             "mode": mode,
             "model": save(folder / "large", eagle3_heads.target()),
@@ -91,9 +84,25 @@ def guessing(
             else {}
         )
     )
-    serve.run(graph(args), name=name, route_prefix=f"/{name}")
-    yield Service(mode, services["colocated"].url.removesuffix("colocated") + name, name)
-    serve.delete(name)
+
+
+@pytest.fixture(scope="module")
+def all_guessing(
+    services: dict[str, Service], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Service]]:
+    """By their names; side by side, as much of a start is waiting."""
+    names = {f"{mode}_{method}": (mode, method) for mode, method in WAYS}
+    apps = {name: graph(configure(*way, tmp_path_factory.mktemp(name))) for name, way in names.items()}
+    serve.run_many([serve.RunTarget(app, name=name, route_prefix=f"/{name}") for name, app in apps.items()])
+    url = services["colocated"].url.removesuffix("colocated")
+    yield {name: Service(mode, url + name, name) for name, (mode, _) in names.items()}
+    for name in names:
+        serve.delete(name, _blocking=False)
+
+
+@pytest.fixture(params=WAYS, ids="-".join)
+def guessing(request: pytest.FixtureRequest, all_guessing: dict[str, Service]) -> Service:
+    return all_guessing["_".join(request.param)]
 
 
 def body(name: str, num_tokens: int, temperature: float) -> dict[str, Any]:
@@ -118,20 +127,33 @@ def test_tokens_are_those_of_an_engine_that_guesses_nothing(
         assert prefill.handoff.num_requests > 0 and prefill.engine.drafted_tokens.total == 0
 
 
-def test_a_stream_goes_on_token_for_token_when_its_decode_engine_is_killed(
-    guessing: Service, client: httpx.Client
-) -> None:
-    (expected,) = [tokens for name, tokens in answers(NUM_STREAMED, 0.8).items() if name == "p150"]
-    (victim,) = guessing.pool("Decode").broadcast("engine_info").results(timeout_s=TIMEOUT_S)
+def stream_amid_a_kill(service: Service, victim: int) -> tuple[int, ...]:
+    """The tokens of a stream that is under way when its engine is killed."""
     asked = body("p150", NUM_STREAMED, 0.8) | {"stream": True}
     told: list[int] = []
-    with client.stream("POST", f"{guessing.url}/v1/completions", json=asked) as stream:
+    with httpx.stream("POST", f"{service.url}/v1/completions", json=asked, timeout=TIMEOUT_S) as stream:
         for line in stream.iter_lines():
             if not line.startswith("data: ") or line == "data: [DONE]":
                 continue
             if not told:
-                os.kill(victim.pid, signal.SIGKILL)
+                os.kill(victim, signal.SIGKILL)
             told += json.loads(line.removeprefix("data: "))["choices"][0]["token_ids"]
-    assert tuple(told) == expected
+    return tuple(told)
+
+
+@pytest.fixture(scope="module")
+def resumed(all_guessing: dict[str, Service]) -> dict[str, tuple[int, ...]]:
+    """Tokens of a stream of each service, all of which lose their decode engine at once."""
+    asked = [service.pool("Decode").broadcast("engine_info") for service in all_guessing.values()]
+    victims = [info.pid for infos in asked for info in infos.results(timeout_s=TIMEOUT_S)]
+    with ThreadPoolExecutor(len(victims)) as threads:
+        return dict(zip(all_guessing, threads.map(stream_amid_a_kill, all_guessing.values(), victims), strict=True))
+
+
+def test_a_stream_goes_on_token_for_token_when_its_decode_engine_is_killed(
+    guessing: Service, resumed: dict[str, tuple[int, ...]]
+) -> None:
+    (expected,) = [tokens for name, tokens in answers(NUM_STREAMED, 0.8).items() if name == "p150"]
+    assert resumed[guessing.name or ""] == expected
     (successor,) = guessing.stats("Decode")
     assert successor.engine.drafted_tokens.total > 0, "the one that took its place has guessed as well"

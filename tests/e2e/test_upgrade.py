@@ -63,7 +63,7 @@ def service(services: dict[str, Service], models: list[str]) -> Iterator[Service
     """With the first model."""
     deploy(models[0], num_decode=1)
     yield Service("disaggregated", services["colocated"].url.removesuffix("colocated") + APP, APP)
-    serve.delete(APP)
+    serve.delete(APP, _blocking=False)
 
 
 async def learn(service: Service, probes: list[Probe]) -> dict[int, list[int]]:

@@ -7,7 +7,6 @@ It takes its time before it may be woken and before it sleeps again. Tests of ot
 import asyncio
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -29,7 +28,7 @@ PROMPTS = [random_prompt(length, seed=length) for length in (5, 40, 150)]
 
 
 @pytest.fixture(scope="package")
-def sleeper(services: dict[str, Service], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def sleeper(services: dict[str, Service], tmp_path_factory: pytest.TempPathFactory) -> Service:
     small = {"min_replicas": 0, "num_cpus": 0.1}  # of those that services of all tests have left
     args = AppConfig.model_validate(
         {
@@ -44,8 +43,7 @@ def sleeper(services: dict[str, Service], tmp_path_factory: pytest.TempPathFacto
         }
     )
     serve.run(graph(args), name=NAME, route_prefix=f"/{NAME}")
-    yield Service("disaggregated", services["colocated"].url.removesuffix("colocated") + NAME, NAME)
-    serve.delete(NAME)
+    return Service("disaggregated", services["colocated"].url.removesuffix("colocated") + NAME, NAME)
 
 
 def states(service: Service, pool: str) -> dict[str, int]:
