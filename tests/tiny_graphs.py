@@ -35,4 +35,4 @@ def healthy(args: AppConfig) -> serve.Application:
 
 
 def broken(args: AppConfig) -> serve.Application:
-    return _small(Broken).bind()
+    return _small(Broken).options(max_constructor_retry_count=1).bind()  # three times would fail alike, a minute later
