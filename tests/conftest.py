@@ -9,8 +9,11 @@ shared, so hypothesis sets tests no bound of time either.
 
 import os
 import shutil
+from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -85,6 +88,14 @@ def one_thread() -> None:
     # tests/engine took 190 s so, and 60 s with one thread (2 shared cores, 2026-11-28).
     start_threads()
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_list_of_authorities() -> Iterator[None]:
+    """All clients of httpx have one; each would read it anew, for 20 ms of a core, and nobody here speaks TLS."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("httpx._transports.default.create_ssl_context", cache(httpx.create_ssl_context))
+        yield
 
 
 @pytest.fixture(autouse=True)
