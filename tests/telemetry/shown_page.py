@@ -1,11 +1,11 @@
 """The live page in headless Chromium, of a service that is made up."""
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from playwright.async_api import Page, async_playwright, expect
+from playwright.async_api import Browser, Page, expect
 from starlette.applications import Starlette
 
 from deployments.api.http import build_app
@@ -14,12 +14,14 @@ from deployments.load.reading import DECODE, PREFILL
 from deployments.messages import FinishReason
 from deployments.telemetry.live import ServiceState, describe
 from tests.api.fakes import INFO, FakeBackend, build_codec, playing
-from tests.telemetry.browser import GRAVE, IS_TOO_WIDE, LOOKS, axe_core, options
+from tests.telemetry.browser import GRAVE, IS_TOO_WIDE, LOOKS, axe_core
 from tests.telemetry.minutes import Service
 from tests.waiting import PATIENCE_S
 
 PATIENCE_MS = PATIENCE_S * 1000
 KEY, BLIND_KEY = "sk-watcher-0123456789", "sk-caller-0123456789"
+HURRY = "const wait = setTimeout; window.setTimeout = (call, ms) => wait(call, ms / 10)"
+PageOf = Callable[..., AbstractAsyncContextManager[Page]]
 EVIL = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 
 
@@ -49,19 +51,21 @@ def backend(service: Service, state: ServiceState) -> FakeBackend:
 
 
 @asynccontextmanager
-async def page_of(url: str, complaints: list[str], **of_page: Any) -> AsyncIterator[Page]:
-    """A page, and what it complains of."""
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(**options())
-        page = await browser.new_page(**of_page)
-        page.set_default_timeout(PATIENCE_MS)
-        expect.set_options(timeout=PATIENCE_MS)
-        page.on("console", lambda said: complaints.append(said.text) if said.type != "log" else None)
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: complaints.append(dialog.message))
-        await page.goto(url)
-        yield page
-        await browser.close()
+async def open_page(
+    browser: Browser, url: str, complaints: list[str], *, is_hurried: bool = False, **of_page: Any
+) -> AsyncIterator[Page]:
+    """A page that knows nothing of others, and what it complains of; in a hurry it asks every 200 ms, not every 2 s."""
+    page = await browser.new_page(**of_page)
+    if is_hurried:
+        await page.add_init_script(HURRY)
+    page.set_default_timeout(PATIENCE_MS)
+    expect.set_options(timeout=PATIENCE_MS)
+    page.on("console", lambda said: complaints.append(said.text) if said.type != "log" else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: complaints.append(dialog.message))
+    await page.goto(url)
+    yield page
+    await page.close()
 
 
 async def check_for_everybody(page: Page) -> None:

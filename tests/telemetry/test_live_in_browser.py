@@ -13,12 +13,15 @@ from deployments.telemetry.live import ServiceState
 from tests.api.fakes import INFO, build_codec, serving
 from tests.telemetry.browser import IS_TOO_WIDE, LOOKS
 from tests.telemetry.minutes import Service
-from tests.telemetry.shown_page import backend, check_for_everybody, key_ring, page_of, service
+from tests.telemetry.shown_page import PageOf, backend, check_for_everybody, key_ring, service
+
+# All in the event loop that the browser has.
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 TOP = "element => element.getBoundingClientRect().top"
 
 
-async def test_a_service_that_has_too_much_to_do_is_not_said_to_be_gone() -> None:
+async def test_a_service_that_has_too_much_to_do_is_not_said_to_be_gone(page_of: PageOf) -> None:
     app = build_app(backend(service(), ServiceState("m", "disaggregated", "1")), build_codec(), INFO)
     async with serving(app) as url, page_of("about:blank", []) as page:
         await page.route("**/live", lambda route: route.fulfill(status=429, headers={"retry-after": "7"}))
@@ -27,7 +30,7 @@ async def test_a_service_that_has_too_much_to_do_is_not_said_to_be_gone() -> Non
         await expect(page.locator("#banner")).to_have_text(words)
 
 
-async def test_a_long_reason_is_told_in_short_and_whole_where_one_points() -> None:
+async def test_a_long_reason_is_told_in_short_and_whole_where_one_points(page_of: PageOf) -> None:
     reason = "no prefill replica answers (ActorDiedError: The actor died unexpectedly before finishing this task. " * 4
     state = ServiceState("m", "disaggregated", "1", (False, reason))
     async with serving(build_app(backend(service(), state), build_codec(), INFO)) as url, page_of(url, []) as page:
@@ -37,7 +40,7 @@ async def test_a_long_reason_is_told_in_short_and_whole_where_one_points() -> No
         await expect(status).to_have_attribute("title", f"Cannot serve: {reason}")
 
 
-async def test_a_service_that_sleeps_serves_and_says_so_though_its_last_replica_is_gone() -> None:
+async def test_a_service_that_sleeps_serves_and_says_so_though_its_last_replica_is_gone(page_of: PageOf) -> None:
     complaints: list[str] = []
     sleeper = service()
     sleeper.engines = {PREFILL: {}, DECODE: {}}
@@ -63,9 +66,9 @@ def ill_service() -> tuple[Service, ServiceState]:
     return ill, ServiceState("m", "disaggregated", "1", is_planned=True, decisions=[decision])
 
 
-async def test_silence_refusals_and_decisions_are_told_and_a_service_that_is_gone() -> None:
+async def test_silence_refusals_and_decisions_are_told_and_a_service_that_is_gone(page_of: PageOf) -> None:
     ill, state = ill_service()
-    async with page_of("about:blank", []) as page:
+    async with page_of("about:blank", [], is_hurried=True) as page:
         async with serving(build_app(backend(ill, state), build_codec(), INFO)) as url:
             await page.goto(url)
             await expect(page.locator(".pool.decode .state.silent")).to_have_text("silent for 12 s")
@@ -78,9 +81,9 @@ async def test_silence_refusals_and_decisions_are_told_and_a_service_that_is_gon
         await expect(page.locator("#live")).to_have_class("stale")
 
 
-async def test_everybody_can_use_it_whatever_ails_the_service(tmp_path: Path) -> None:
+async def test_everybody_can_use_it_whatever_ails_the_service(tmp_path: Path, page_of: PageOf) -> None:
     ill, state = ill_service()
-    async with page_of("about:blank", [], bypass_csp=True) as page:
+    async with page_of("about:blank", [], bypass_csp=True, is_hurried=True) as page:
         async with serving(build_app(backend(ill, state), build_codec(), INFO)) as url:
             await page.goto(url)
             await page.get_by_label("Prompt", exact=True).fill("hi " * 40)
@@ -102,14 +105,17 @@ async def two_polls(page: Page) -> None:
             pass
 
 
-async def test_a_list_that_somebody_reads_stays_where_it_is_whatever_comes_to_it() -> None:
+async def test_a_list_that_somebody_reads_stays_where_it_is_whatever_comes_to_it(page_of: PageOf) -> None:
     busy = service()
     for number in range(20):
         busy.start(DECODE, f"d{number}")
         busy.run(1)
     decisions = [Decision(float(n), {"decode": 1}, {"decode": 2}, f"reason {n}", False) for n in range(20)]
     state = ServiceState("m", "disaggregated", "1", is_planned=True, decisions=decisions)
-    async with serving(build_app(backend(busy, state), build_codec(), INFO)) as url, page_of(url, []) as page:
+    async with (
+        serving(build_app(backend(busy, state), build_codec(), INFO)) as url,
+        page_of(url, [], is_hurried=True) as page,
+    ):
         for name in ("planner", "events"):
             entries = page.locator(f"#{name} ol")
             await entries.evaluate("list => { list.focus(); list.scrollTop = 120; }")
@@ -130,7 +136,7 @@ async def test_a_list_that_somebody_reads_stays_where_it_is_whatever_comes_to_it
             assert selected.split() == words.split()
 
 
-async def test_long_words_are_broken_wherever_they_stand() -> None:
+async def test_long_words_are_broken_wherever_they_stand(page_of: PageOf) -> None:
     long = "abcdefghij" * 10
     state = ServiceState(
         long,
@@ -149,7 +155,7 @@ async def test_long_words_are_broken_wherever_they_stand() -> None:
     wordy.run(5)
     spills = """() => [...document.querySelectorAll(".top, .tile, .card, .chart, #banner")]
       .filter(({ scrollWidth, clientWidth }) => scrollWidth > clientWidth).map(({ outerHTML }) => outerHTML)"""
-    async with page_of("about:blank", []) as page:
+    async with page_of("about:blank", [], is_hurried=True) as page:
         async with serving(build_app(backend(wordy, state), build_codec(), INFO)) as url:
             await page.goto(url)
             await expect(page.locator("#events")).to_contain_text(long)
@@ -165,7 +171,7 @@ async def check_words(page: Page, spills: str) -> None:
         assert await page.evaluate(spills) == [], width
 
 
-async def test_a_prompt_that_cannot_be_served_is_told_why() -> None:
+async def test_a_prompt_that_cannot_be_served_is_told_why(page_of: PageOf) -> None:
     app = build_app(backend(service(), ServiceState("m", "disaggregated", "1")), build_codec(), INFO)
     async with serving(app) as url, page_of(url, []) as page:
         await page.get_by_label("Prompt", exact=True).fill("hi " * 40)
@@ -174,7 +180,7 @@ async def test_a_prompt_that_cannot_be_served_is_told_why() -> None:
         await expect(page.get_by_role("button", name="Send")).to_be_enabled()
 
 
-async def test_the_waterfall_puts_prefill_before_the_first_token_and_shows_the_gap() -> None:
+async def test_the_waterfall_puts_prefill_before_the_first_token_and_shows_the_gap(page_of: PageOf) -> None:
     times = {"queued_s": 0.1, "computing_s": 0.3}
     attempt = {
         "decode": {"replica": "d", "queued_s": 0.0, "next_token_s": 0.05},
@@ -195,7 +201,7 @@ async def test_the_waterfall_puts_prefill_before_the_first_token_and_shows_the_g
     assert [kind for _, _, kind, _ in rows["Hand-off"]] == ["prefill", "warn"], "as in the panel of hand-offs"
 
 
-async def test_computing_a_prompt_has_one_colour_for_each_pool_and_being_found_has_others() -> None:
+async def test_computing_a_prompt_has_one_colour_for_each_pool_and_being_found_has_others(page_of: PageOf) -> None:
     worked = service()
     prefill, decode = worked.engines[PREFILL]["p"], worked.engines[DECODE]["d"]
 

@@ -3,14 +3,18 @@
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import pytest
 from playwright.async_api import expect
 
 from deployments.api.keys import KeyRing
 from tests.api.fakes import serving
-from tests.telemetry.shown_page import BLIND_KEY, KEY, key_ring, keyed_app, page_of
+from tests.telemetry.shown_page import BLIND_KEY, KEY, PageOf, key_ring, keyed_app
+
+# All in the event loop that the browser has.
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-async def test_with_keys_it_asks_for_one_before_it_asks_for_numbers(tmp_path: Path) -> None:
+async def test_with_keys_it_asks_for_one_before_it_asks_for_numbers(tmp_path: Path, page_of: PageOf) -> None:
     complaints: list[str] = []
     async with serving(keyed_app(key_ring(tmp_path))) as url, page_of("about:blank", complaints) as page:
         asked: list[str] = []
@@ -28,7 +32,7 @@ async def test_with_keys_it_asks_for_one_before_it_asks_for_numbers(tmp_path: Pa
     assert complaints == []
 
 
-async def test_a_key_that_may_not_read_numbers_is_told_why_and_forgotten(tmp_path: Path) -> None:
+async def test_a_key_that_may_not_read_numbers_is_told_why_and_forgotten(tmp_path: Path, page_of: PageOf) -> None:
     complaints: list[str] = []
     async with serving(keyed_app(key_ring(tmp_path))) as url, page_of(url, complaints) as page:
         for key, said in (("sk-nobody-0123456789", "is not valid"), (BLIND_KEY, "may not read the metrics")):
@@ -42,7 +46,9 @@ async def test_a_key_that_may_not_read_numbers_is_told_why_and_forgotten(tmp_pat
     assert complaints == [f"{refused} 401 (Unauthorized)", f"{refused} 403 (Forbidden)"], "what the browser itself says"
 
 
-async def test_a_key_that_no_header_can_carry_is_refused_and_does_not_lock_the_page(tmp_path: Path) -> None:
+async def test_a_key_that_no_header_can_carry_is_refused_and_does_not_lock_the_page(
+    tmp_path: Path, page_of: PageOf
+) -> None:
     complaints: list[str] = []
     async with serving(keyed_app(key_ring(tmp_path))) as url, page_of(url, complaints) as page:
         form = page.locator("#key-form")
@@ -63,7 +69,7 @@ async def test_a_key_that_no_header_can_carry_is_refused_and_does_not_lock_the_p
 
 
 async def test_a_key_whose_limit_is_used_up_is_told_so_and_left_alone_as_long_as_the_service_says(
-    tmp_path: Path,
+    tmp_path: Path, page_of: PageOf
 ) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(f'[watcher]\nkey = "{KEY}"\nmetrics = true\nrequests_per_minute = 1\n')

@@ -3,15 +3,19 @@
 import json
 import re
 
+import pytest
 from playwright.async_api import expect
 
 from deployments.api.http import build_app
 from deployments.telemetry.live import ServiceState
 from tests.api.fakes import INFO, build_codec, serving
-from tests.telemetry.shown_page import EVIL, backend, page_of, service
+from tests.telemetry.shown_page import EVIL, PageOf, backend, service
+
+# All in the event loop that the browser has.
+pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 
-async def test_what_a_model_says_is_text_and_nothing_else() -> None:
+async def test_what_a_model_says_is_text_and_nothing_else(page_of: PageOf) -> None:
     complaints: list[str] = []
     app = build_app(backend(service(), ServiceState(EVIL, "disaggregated", "1")), build_codec(), INFO)
     async with serving(app) as url, page_of(url, complaints) as page:
@@ -24,7 +28,7 @@ async def test_what_a_model_says_is_text_and_nothing_else() -> None:
     assert complaints == []
 
 
-async def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one() -> None:
+async def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one(page_of: PageOf) -> None:
     app = build_app(backend(service(), ServiceState("m", "colocated", "1")), build_codec(), INFO)
     said = {"choices": [{"index": 0, "text": "half of"}]}
     async with serving(app) as url, page_of(url, []) as page:
@@ -37,7 +41,7 @@ async def test_an_answer_that_breaks_off_is_not_taken_for_a_whole_one() -> None:
         await expect(page.get_by_role("button", name="Send")).to_be_focused()
 
 
-async def test_the_focus_goes_to_the_button_that_works() -> None:
+async def test_the_focus_goes_to_the_button_that_works(page_of: PageOf) -> None:
     app = build_app(backend(service(), ServiceState("m", "disaggregated", "1")), build_codec(), INFO)
     async with serving(app) as url, page_of(url, []) as page:
         await expect(page.locator("#legend")).to_be_visible()
