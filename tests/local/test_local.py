@@ -13,7 +13,7 @@ from ray.serve._private import constants
 from app.local import serve_environment, up
 from app.local_checks import LocalError
 from app.local_process import Server
-from tests.local.commands import ROOT, is_alive, run
+from tests.local.commands import ROOT, call, is_alive
 from tests.waiting import wait_until
 
 
@@ -45,7 +45,7 @@ def test_a_port_that_there_is_none_of_is_refused_with_the_bounds(folder, port):
 
 @pytest.mark.parametrize("option", ["--num-cpus=0", "--num-cpus=-3", "--timeout=nan", "--timeout=0"])
 def test_an_option_out_of_bounds_is_refused_by_name(folder, port, option):
-    refused = run(folder, "up", "--port", str(port), "--app", "tests.tiny_graphs:healthy", option)
+    refused = call(folder, "up", "--port", str(port), "--app", "tests.tiny_graphs:healthy", option)
     name, _, value = option.partition("=")
     assert refused.returncode == 2
     assert f"argument {name}: {value} must be more than 0" in refused.stderr
@@ -56,7 +56,7 @@ def test_an_option_out_of_bounds_is_refused_by_name(folder, port, option):
     ("pair", "message"), [("mode=fast", "'disaggregated' or 'colocated'"), ("mode", "'mode' is not of the form")]
 )
 def test_a_wrong_argument_is_refused_before_anything_starts(folder, port, pair, message):
-    refused = run(folder, "up", "--port", str(port), pair)
+    refused = call(folder, "up", "--port", str(port), pair)
     assert refused.returncode == 1
     assert message in refused.stderr
     assert "Traceback" not in refused.stderr
@@ -68,7 +68,7 @@ def test_a_wrong_argument_is_refused_before_anything_starts(folder, port, pair, 
     [("/no/such/folder", "model '/no/such/folder': no such folder"), ("a b/c d", "nor a hub id (OWNER/NAME)")],
 )
 def test_a_model_that_is_not_there_is_refused_in_one_line_before_anything_starts(folder, port, model, message):
-    refused = run(folder, "up", "--port", str(port), f"model={model}")
+    refused = call(folder, "up", "--port", str(port), f"model={model}")
     assert refused.returncode == 1
     assert message in refused.stderr
     assert refused.stderr.count("\n") == 1
@@ -78,7 +78,7 @@ def test_a_model_that_is_not_there_is_refused_in_one_line_before_anything_starts
 def test_api_keys_that_cannot_be_read_are_refused_before_anything_starts(folder, port, tmp_path):
     keys = tmp_path / "keys.toml"
     keys.write_text("[alice]\nkey = 'too short'\n")
-    refused = run(folder, "up", "--port", str(port), f"ingress.api_keys={keys}")
+    refused = call(folder, "up", "--port", str(port), f"ingress.api_keys={keys}")
     assert refused.returncode == 1
     assert f"API keys in {keys}: [alice] key: a key is 16 to" in refused.stderr
     assert "too short" not in refused.stderr

@@ -10,7 +10,7 @@ import pytest
 from app import local_checks
 from app.local_checks import MIN_TEMP_BYTES, LocalError, check_temp_folder, tell_of_memory
 from app.local_process import RunFolder
-from tests.local.commands import run
+from tests.local.commands import call
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -51,7 +51,9 @@ def test_little_shared_memory_is_told_and_is_no_error(
 
 def test_a_run_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path: Path, port: int) -> None:
     (tmp_path / "file").touch()
-    refused = run(RunFolder(tmp_path / "file" / "run"), "up", "--port", str(port), "--app", "tests.tiny_graphs:healthy")
+    refused = call(
+        RunFolder(tmp_path / "file" / "run"), "up", "--port", str(port), "--app", "tests.tiny_graphs:healthy"
+    )
     assert refused.returncode == 1
     assert refused.stderr.count("\n") == 1
     assert str(tmp_path / "file") in refused.stderr

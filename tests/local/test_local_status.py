@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from deployments.api import sse
 from deployments.load.reading import DECODE, PREFILL
 from deployments.planner.shared import Decision
 from deployments.telemetry.live import ServiceState, describe
-from tests.local.commands import ROOT
+from tests.local.commands import ROOT, call
 from tests.telemetry.minutes import Service
 
 KEY = "sk-watcher-0123456789"
@@ -61,7 +61,7 @@ def answering(body: bytes, status: int = 200) -> Iterator[str]:
         def log_message(self, format: str, *args: object) -> None: ...
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # by itself it ends in 0.5 s
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
 
@@ -69,9 +69,8 @@ def answering(body: bytes, status: int = 200) -> Iterator[str]:
 def status(
     *arguments: str, key: str = "", folder: Path = ROOT / "nowhere", columns: int = 120
 ) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "app.local", "--run-dir", str(folder), "status", *arguments]
-    environment = os.environ | {"COLUMNS": str(columns)} | ({KEY_VARIABLE: key} if key else {})
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    environment = {"COLUMNS": str(columns)} | ({KEY_VARIABLE: key} if key else {})
+    return call(RunFolder(folder), "status", *arguments, **environment)
 
 
 def test_what_a_service_does_is_told_in_words_and_numbers() -> None:
@@ -184,5 +183,8 @@ def test_a_terminal_with_fewer_lines_than_there_are_replicas_shows_what_the_plan
             while "r0" not in told:
                 told += os.read(screen, 65536).decode()
             process.terminate()
+            with suppress(OSError):  # of a terminal that nobody has any more; who writes there waits for a reader
+                while os.read(screen, 65536):
+                    pass
     os.close(screen)
     assert "decode 2. tokens come too late" in told and "r39" not in told

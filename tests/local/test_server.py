@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from app.local_process import RunFolder, Server
-from tests.local.commands import ROOT, command, is_alive, run
+from tests.local.commands import ROOT, call, command, is_alive, run
 from tests.waiting import wait_until
 
 # A start of Ray's on a machine that others keep busy, and once more where it does not come up.
@@ -49,7 +49,7 @@ def test_a_server_comes_up_answers_and_goes_away_whole_and_alone(folder, port, b
     assert [process for process in members if "ray::IDLE" in title_of(process)] == []
     # It waits five seconds for the answer, which on a busy machine may be too few.
     wait_until(lambda: f"at {server.url} answers" in run(folder, "status").stdout, 120)
-    again = run(folder, "up", "--app", "tests.tiny_graphs:healthy", "--port", str(port))
+    again = call(folder, "up", "--app", "tests.tiny_graphs:healthy", "--port", str(port))
     assert again.returncode == 1
     assert f"already runs at {server.url}" in again.stderr
 
@@ -61,8 +61,8 @@ def test_a_server_comes_up_answers_and_goes_away_whole_and_alone(folder, port, b
     assert server.processes() == []
     assert not Path(server.temp_dir).exists()
     assert bystander.is_running()
-    assert run(folder, "down").stderr.strip() == "no server runs"
-    assert run(folder, "status").returncode == 1
+    assert call(folder, "down").stderr.strip() == "no server runs"
+    assert call(folder, "status").returncode == 1
 
 
 @pytest.mark.e2e
