@@ -65,7 +65,7 @@ def test_its_kv_and_its_guesses_are_those_of_its_modules(converted: Eagle3Head) 
     token_ids = np.arange(len(owners)) * 5 % 64
     known = KnownTokens(np.arange(len(owners)), token_ids, positions, BLOCKS[owners] * 64 + positions)
     last = np.cumsum(COUNTS) - 1
-    newest = NewestTokens(last, token_ids[last], COUNTS - 1, BLOCKS[:, None], np.array([3, 2]))
+    newest = NewestTokens(last, token_ids[last], COUNTS - 1, 0 * COUNTS, BLOCKS[:, None], np.array([3, 2]))
     told = []
     for runner in runners:
         runner.cache.blocks[:] = 0  # of the recordings
