@@ -23,7 +23,8 @@ def graph(args: AppConfig) -> Application:
     build = module._engine
 
     def engine(args: AppConfig, pool: Pool) -> SpawnedEngine:
-        return replace(build(args, pool), build=partial(build_recorded, FOLDER, pool))
+        spawned: SpawnedEngine = build(args, pool)
+        return replace(spawned, build=partial(build_recorded, FOLDER, pool))
 
     with patch.object(module, "_engine", engine):
         application: Application = module.graph(args)
