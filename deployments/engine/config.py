@@ -115,7 +115,7 @@ class EngineLimits:
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: token budget of one step.
         max_drafts: tokens of one sequence that a step tries at most.
-        kv_window: tokens of a sequence, the newest, whose KV is kept; None: all.
+        kv_windows: of each group of layers, tokens of a sequence, the newest, whose KV is kept; None: all.
         handoff_layer_parts: see `EngineConfig`.
     """
 
@@ -125,5 +125,5 @@ class EngineLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_drafts: int = 0
-    kv_window: int | None = None
+    kv_windows: tuple[int | None, ...] = (None,)
     handoff_layer_parts: int = 1

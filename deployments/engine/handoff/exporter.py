@@ -91,7 +91,7 @@ class Exporter:
 
     def add(self, sequence: Sequence, first_block: int) -> None:
         """Hand a sequence over from this block on, but for blocks that nobody reads behind its prompt."""
-        self._outbox.open(sequence.request_id, max(first_block, self._retention.num_passed(sequence.num_tokens)))
+        self._outbox.open(sequence.request_id, max(first_block, self._retention.num_unread(sequence.num_tokens)))
         self._outgoing[sequence.request_id] = _Outgoing(sequence)
 
     def discard(self, request_id: str) -> None:
@@ -152,7 +152,8 @@ class Exporter:
     def _copy_out(self, sequence: Sequence, each: _Announced, num_parts: int, after: torch.cuda.Event | None) -> None:
         """Copy what is missing of the first parts of a chunk."""
         chunk, first = each.chunk, each.ends[each.num_copied - 1] if each.num_copied else 0
-        block_ids = sequence.block_table[chunk.start_block : chunk.start_block + chunk.num_blocks].tolist()
+        spans = self._spans(sequence, chunk.start_block, chunk.num_blocks)
+        block_ids = [table[i] for table, span in zip(sequence.tables.each, spans, strict=True) for i in span]
         part = each.tensor[first : each.ends[num_parts - 1]]
         self._last_copied = copied = self._copies.export(block_ids, part, after, first)
         for _ in range(num_parts - each.num_copied):
@@ -175,7 +176,7 @@ class Exporter:
         ends = self.ends if is_scheduled and end >= sequence.num_tokens else self.ends[-1:]
         start = self._outbox.next_block(sequence.request_id)
         is_last = end >= sequence.num_tokens and start + size == self._num_blocks(sequence)
-        tensor = self._copies.allocate(size)
+        tensor = self._copies.allocate(sum(map(len, self._spans(sequence, start, size))))
         chunk = self._outbox.put(sequence.request_id, size, tensor, is_last=is_last, cuts=ends[:-1])
         outgoing.announced.append(_Announced(chunk, tensor, ends))
         outgoing.is_all_announced = is_last
@@ -190,6 +191,11 @@ class Exporter:
         if end < sequence.num_tokens:
             num_blocks = min(end // self._block_size, num_blocks - 1)
         return min(num_blocks - self._outbox.next_block(sequence.request_id), self._max_chunk_blocks)
+
+    def _spans(self, sequence: Sequence, start: int, size: int) -> list[range]:
+        """What a chunk has of so many blocks, by the group: within windows nothing that nobody reads."""
+        num_passed = self._retention.num_passed(sequence.num_tokens)
+        return sequence.tables.spans(range(start, start + size), num_passed)
 
     def _num_blocks(self, sequence: Sequence) -> int:
         """Of all its tokens, which it may not all have yet."""

@@ -66,11 +66,11 @@ class LoadedModel:
     drafter: "LoadedModel | None" = None
     head: Eagle3Head | None = None
 
-    def bytes_per_block(self, block_size: int) -> int:
-        """KV of a block, with that of the model or head that guesses."""
-        guessing = 0 if self.drafter is None else self.drafter.bytes_per_block(block_size)
-        guessing += 0 if self.head is None else self.head.kv_shape.bytes_per_block(block_size)
-        return self.kv_shape.bytes_per_block(block_size) + guessing
+    def bytes_of_pool_block(self, block_size: int) -> int:
+        """KV of a block of the pool, with that of the model or head that guesses."""
+        guessing = 0 if self.drafter is None else self.drafter.bytes_of_pool_block(block_size)
+        guessing += 0 if self.head is None else self.head.kv_shape.bytes_of_pool_block(block_size)
+        return self.kv_shape.bytes_of_pool_block(block_size) + guessing
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
@@ -88,7 +88,8 @@ def load_model(config: EngineConfig) -> LoadedModel:
     changes = {"quantization": None} if config.quantization == "mxfp4" else {}
     drafter = _load(config.model_copy(update=changes), config.speculation.model)
     check_same_vocabulary(loaded.path, loaded.vocab_size, drafter.path, drafter.vocab_size)
-    return replace(loaded, drafter=drafter)
+    # It has as many blocks as the pool, and sequences as many of them as of one group.
+    return replace(loaded, drafter=replace(drafter, kv_shape=drafter.kv_shape.keeping_all))
 
 
 def _load(config: EngineConfig, name: str, head: str | None = None) -> LoadedModel:

@@ -270,9 +270,9 @@ def _arrays(rows: list[_Row], block_size: int) -> StepArrays:
 
 
 def _tables(rows: list[_Row], num_blocks: np.ndarray) -> np.ndarray:
-    """(R, B), of each row so many blocks of its view."""
-    tables = np.zeros((len(rows), int(num_blocks.max())), np.int64)
-    for table, row, count in zip(tables, rows, num_blocks.tolist(), strict=True):
+    """(1, R, B), of each row so many blocks of its view."""
+    tables = np.zeros((1, len(rows), int(num_blocks.max())), np.int64)
+    for table, row, count in zip(tables[0], rows, num_blocks.tolist(), strict=True):
         first = row.progress.first_block
         table[:count] = row.wish.sequence.block_table[first : first + count]
     return tables
