@@ -160,17 +160,13 @@ class Lending:
 
     def copy_out(self, loan: Loan, out: np.ndarray) -> float:
         """See `HostCopies.copy_out`, with a row for each hash. From any thread."""
-        return self._host_copies.copy_out(loan.blocks, loan.ready, self._rows(out))
+        return self._host_copies.copy_out(loan.blocks, loan.ready, out)
 
     def copy_in(self, loan: Loan, first: int, data: np.ndarray) -> None:
         """Write blocks of a loan, from this one on, as many as there are rows. From any thread."""
         assert first >= loan.num_cached, "these are cached, and others may read them"
         blocks = loan.blocks[first * self._num_groups : (first + len(data)) * self._num_groups]
-        self._host_copies.copy_in(blocks, loan.ready, self._rows(data))
-
-    def _rows(self, data: np.ndarray) -> np.ndarray:
-        """Of single blocks."""
-        return data.reshape(-1, self._host_copies.bytes_per_block)
+        self._host_copies.copy_in(blocks, loan.ready, data)
 
     def _loan(self, hashes: Sequence[bytes], cached: list[int], blank: list[int]) -> Loan:
         return Loan(tuple(hashes), (*cached, *blank), len(cached) // self._num_groups, self._copies.fence())
