@@ -305,6 +305,7 @@ class ChunkReady:
         first_token: the first generated token, as it was drawn; comes with the KV of the last chunk.
         num_cached_tokens: leading tokens of the prompt that the prefill engine did not compute for this request.
         layers: the first one whose KV this is, and the one behind the last; None: it is that of all.
+        num_bytes: of the chunk, whole: what groups of layers with a window keep of it is less.
     """
 
     request_id: str
@@ -315,6 +316,7 @@ class ChunkReady:
     first_token: DrawnToken | None = None
     num_cached_tokens: int = 0
     layers: tuple[int, int] | None = None
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,6 +134,11 @@ class EngineStats:
             max_num_batched_tokens=limits.max_num_batched_tokens,
         )
 
+    @property
+    def num_used_tokens(self) -> float:
+        """Whose KV sequences hold: of each group of layers, on the average."""
+        return self.num_used_blocks * self.block_size / self.kv_groups
+
     def copy(self) -> "EngineStats":
         """An independent snapshot."""
         return replace(

@@ -180,7 +180,7 @@ class Exporter:
         chunk = self._outbox.put(sequence.request_id, size, tensor, is_last=is_last, cuts=ends[:-1])
         outgoing.announced.append(_Announced(chunk, tensor, ends))
         outgoing.is_all_announced = is_last
-        return replace(chunk, num_cached_tokens=sequence.num_cached_tokens)
+        return replace(chunk, num_cached_tokens=sequence.num_cached_tokens, num_bytes=tensor.nbytes)
 
     def _next_size(self, outgoing: _Outgoing, end: int) -> int:
         """Blocks of the next chunk, if so many tokens are computed or about to be; the last ones go together."""
