@@ -212,8 +212,10 @@ def test_what_the_last_step_of_a_prompt_computes_goes_in_parts_of_layers(
         transcript.note(prefill.finish_step())
         prefill.check_integrity()
     cuts = [found.cuts for _, found in taken.values()]
-    assert cuts == [()] * (len(cuts) - 1) + [cuts[-1]] and len(cuts[-1]) == 1, "only the last step's"
-    assert notes.index("part") < len(notes) - 1 - notes[::-1].index("launched"), "while the step is computed"
+    num_parts = min(2, prefill.kv_shape.group.num_layers)  # where groups of layers share blocks, these may have one
+    assert cuts == [()] * (len(cuts) - 1) + [cuts[-1]] and len(cuts[-1]) == num_parts - 1, "only the last step's"
+    last_launch = len(notes) - 1 - notes[::-1].index("launched")
+    assert num_parts == 1 or notes.index("part") < last_launch, "while the step is computed"
     told = Transcript()
     for chunk, found in taken.values():
         told.note(import_parts(decode, chunk, found))

@@ -7,6 +7,7 @@ import pytest
 
 from deployments.engine.engine import Engine
 from deployments.engine.model.load import prepare_model
+from deployments.engine.scheduling.block_hash import hash_chain, root_of
 from deployments.engine.scheduling.retention import Retention
 from deployments.errors import RequestTooLargeError
 from deployments.kv_groups import BLOCK_AXIS
@@ -118,6 +119,8 @@ def test_a_prefix_is_found_where_the_beginning_of_its_windows_is_gone(kept: Kept
     num_blocks = kept.least(WHOLE + 8) + kept.num_windowed * 2  # what came first of the prompt is given up
     engine = kept.build(is_pipelined=is_pipelined, num_blocks=num_blocks)
     assert outputs(engine, [LONG]) == [kept.expected(LONG)]
+    chain = hash_chain(root_of(0), LONG + kept.expected(LONG)[:-1], BLOCK_SIZE)
+    assert engine.lending.num_cached(chain) < engine.lending.num_usable(chain) == len(chain)
     follow_up = LONG + kept.expected(LONG)[:-1] + random_prompt(9, seed=9)
     assert outputs(engine, [follow_up]) == [kept.expected(follow_up)]
     assert engine.stats().prefix_hit_tokens == (len(LONG) + NUM_TOKENS - 1) // BLOCK_SIZE * BLOCK_SIZE
@@ -204,9 +207,10 @@ def test_a_window_that_holds_whatever_the_model_takes_is_none() -> None:
     [
         ("fw", [(0,), (1,)]),
         ("wwwf", [(3,), (0,), (1,), (2,)]),
-        ("fwfwf", [(0, 2), (4,), (1, 3)]),
+        ("fwfwf", [(0, 4), (2,), (1, 3)]),
         ("wwfww", [(2,), (0,), (1,), (3,), (4,)]),
-        ("ffwwwww", [(0, 1), (2, 3), (4, 5), (6,)]),
+        ("ffwwwww", [(0, 1), (2, 5), (3, 6), (4,)]),
+        ("wwwwwfwwwwwfw", [(5, 11), (0, 7), (1, 8), (2, 9), (3, 10), (4, 12), (6,)]),
         ("ffffwww", [tuple(range(7))]),  # a fifth of four, and more, would be empty
         ("fwwwwwwww", [tuple(range(9))]),  # nine tables
     ],

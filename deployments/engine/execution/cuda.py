@@ -47,7 +47,7 @@ from deployments.engine.execution.parts import (
 )
 from deployments.engine.execution.verification import Verification
 from deployments.engine.kv.cache import KVCache
-from deployments.engine.kv.layers import LayerWatch, layer_ends
+from deployments.engine.kv.layers import LayerWatch
 from deployments.engine.layers.base import weight_bytes
 from deployments.engine.layers.cuda import can_drop_rows
 from deployments.engine.model.load import LoadedModel
@@ -317,7 +317,7 @@ class CudaRunner:
         return self._capture_prompts(recorded, prompt, pool)
 
     def _marks(self) -> GraphMarks | None:
-        ends = layer_ends(self.cache.group.num_layers, self._limits.handoff_layer_parts)
+        _, ends = self.cache.part_ends(self._limits.handoff_layer_parts)
         return GraphMarks(ends) if len(ends) > 1 else None
 
     def _inputs(self, count: int) -> Tensor:

@@ -98,9 +98,7 @@ def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
     if has_cuda_layers and block_size % _GPU_BLOCK_SIZE:
         raise ValueError(f"block_size is {block_size}, must be a multiple of {_GPU_BLOCK_SIZE} on a GPU")
     max_drafts = 0 if config.speculation.method == "off" else config.speculation.max_drafts
-    windows = loaded.kv_shape.windows
-    # A part of a block's layers is computed only as the last group is, if there are several.
-    parts = config.handoff_layer_parts if config.hands_over and len(windows) == 1 else 1
+    windows, parts = loaded.kv_shape.windows, config.handoff_layer_parts if config.hands_over else 1
     bounds = config.max_num_seqs, max_num_batched_tokens, max_drafts, windows, parts
     limits = EngineLimits(max_model_len, block_size, _TRIAL_BLOCKS, *bounds)
     return replace(limits, num_blocks=_count_blocks(loaded, config, limits))

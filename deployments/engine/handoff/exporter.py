@@ -17,7 +17,7 @@ from deployments.engine.config import EngineLimits
 from deployments.engine.handoff.completions import Completions
 from deployments.engine.handoff.outbox import Outbox
 from deployments.engine.kv.copies import KVCopies
-from deployments.engine.kv.layers import LayerWatch, layer_ends
+from deployments.engine.kv.layers import LayerWatch
 from deployments.engine.scheduling.retention import Retention
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Sequence, Status
@@ -31,7 +31,7 @@ class _Announced:
     Attributes:
         chunk: it.
         tensor: its memory.
-        ends: layers where its parts end.
+        ends: places in its blocks where its parts end.
         num_copied: of the parts.
     """
 
@@ -66,7 +66,8 @@ class Exporter:
         max_chunk_blocks: of one chunk.
 
     Attributes:
-        ends: layers where the parts of a chunk end that is not handed over whole; see `LayerWatch`.
+        ends: of the model's layers, behind which a part is written of a chunk that is not handed over whole; see
+            `LayerWatch`.
     """
 
     def __init__(self, outbox: Outbox, copies: KVCopies, limits: EngineLimits, max_chunk_blocks: int) -> None:
@@ -75,7 +76,7 @@ class Exporter:
         self._retention = Retention.of(limits)  # as those keep it for whom it computes
         self._block_size = limits.block_size
         self._max_chunk_blocks = max_chunk_blocks
-        self.ends = layer_ends(copies.num_layers, limits.handoff_layer_parts)
+        self._part_ends, self.ends = copies.part_ends(limits.handoff_layer_parts)
         self._last_copied: torch.cuda.Event | None = None
         self._outgoing: dict[str, _Outgoing] = {}
         self._completions = Completions()
@@ -127,7 +128,7 @@ class Exporter:
         after = self._copies.fence() if after is None else after
         for outgoing in self._outgoing.values() if request_id is None else [self._outgoing.get(request_id)]:
             for each in [] if outgoing is None else outgoing.announced:
-                num_parts = bisect_right(each.ends, num_layers)
+                num_parts = bisect_right(self.ends, num_layers)
                 if len(each.ends) > 1 and num_parts > each.num_copied:
                     assert outgoing is not None
                     self._copy_out(outgoing.sequence, each, num_parts, after)
@@ -173,7 +174,7 @@ class Exporter:
     def _announce(self, outgoing: _Outgoing, size: int, end: int, is_scheduled: bool) -> ChunkReady:
         sequence = outgoing.sequence
         # What the step that ends the prompt computes; earlier steps have later ones to hide behind.
-        ends = self.ends if is_scheduled and end >= sequence.num_tokens else self.ends[-1:]
+        ends = self._part_ends if is_scheduled and end >= sequence.num_tokens else self._part_ends[-1:]
         start = self._outbox.next_block(sequence.request_id)
         is_last = end >= sequence.num_tokens and start + size == self._num_blocks(sequence)
         tensor = self._copies.allocate(sum(map(len, self._spans(sequence, start, size))))

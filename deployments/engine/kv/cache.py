@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.kernels.arguments import PagedKV
+from deployments.engine.kv.layers import layer_ends
 from deployments.engine.kv.rounded import RoundedBlocks
 from deployments.engine.upload import upload
 from deployments.errors import UnsupportedModelError
@@ -114,6 +115,12 @@ class KVCache:
         self.blocks = torch.zeros(self.chunk_shape(num_blocks), dtype=element, device=device)
         self._slots = self.blocks.flatten(2, 3)
         self._rounded = RoundedBlocks(self.blocks, self.group.head_dim, self.dtype) if self.is_fp8 else None
+
+    def part_ends(self, num_parts: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Cut the places of a block into parts: where each ends, and behind how many leading layers it is written."""
+        ends = layer_ends(self.group.num_layers, num_parts)
+        layers = [1 + max(layer for layer, place in enumerate(self.place_of) if place < end) for end in ends]
+        return ends, tuple(layers)
 
     def paged(self, layer: int) -> PagedKV:
         """Keys and values of one layer, as kernels take them."""

@@ -145,7 +145,15 @@ def _grouped(alike: tuple[KVGroup, ...], windows: Mapping[int, int | None], devi
 
 
 def _cut(layers: list[int], size: int) -> list[tuple[int, ...]]:
-    return [tuple(layers[first : first + size]) for first in range(0, len(layers), size)]
+    """Put layers into as few groups of at most so many as can be.
+
+    Those at one place of all groups are as near each other as can be: a hand-off in parts of layers is cut by places.
+    """
+    num_groups = -(-len(layers) // size)
+    num_longer = len(layers) - (num_groups - 1) * size
+    longer, others = layers[: num_longer * num_groups], layers[num_longer * num_groups :]
+    groups = [[*longer[i::num_groups], *others[i :: num_groups - 1]] for i in range(num_groups - 1)]
+    return [tuple(group) for group in (*groups, longer[num_groups - 1 :: num_groups])]
 
 
 def _check_windows(model: PreTrainedModel, probe: _Probe) -> None:
