@@ -86,13 +86,12 @@ def load_model(config: EngineConfig) -> LoadedModel:
         return loaded
     # Nobody asks the smaller one for experts.
     changes = {"quantization": None} if config.quantization == "mxfp4" else {}
-    drafter = _load(config.model_copy(update=changes), config.speculation.model)
+    drafter = _load(config.model_copy(update=changes), config.speculation.model, is_drafter=True)
     check_same_vocabulary(loaded.path, loaded.vocab_size, drafter.path, drafter.vocab_size)
-    # It has as many blocks as the pool, and sequences as many of them as of one group.
-    return replace(loaded, drafter=replace(drafter, kv_shape=drafter.kv_shape.keeping_all))
+    return replace(loaded, drafter=drafter)
 
 
-def _load(config: EngineConfig, name: str, head: str | None = None) -> LoadedModel:
+def _load(config: EngineConfig, name: str, head: str | None = None, *, is_drafter: bool = False) -> LoadedModel:
     register()
     path = resolve_model(name)
     device = _choose_device(config.device)
@@ -105,6 +104,8 @@ def _load(config: EngineConfig, name: str, head: str | None = None) -> LoadedMod
         if config.quantization == "fp8":
             quantize_weights(model)
         loaded = replace(prepare_model(model, path, device), eos_token_ids=checkpoint.end_token_ids)
+        if is_drafter:  # its KV lies in blocks of the same numbers as one group's of the model that it guesses for
+            loaded = replace(loaded, kv_shape=loaded.kv_shape.keeping_all)
         return optimize_layers(loaded if head is None else _with_head(loaded, head), config)
 
 
