@@ -136,8 +136,7 @@ class GenerateRequest:
         cache_salt: KV is shared only among requests with the same one.
         gathers: it goes where others of its salt go, if nothing that is cached and no wait speaks against it.
         route: where it is to go.
-        num_prompt_logprobs: as `SamplingParams.num_logprobs`, of the prompt's tokens; they come with the first output.
-            Such a prompt is computed from its first token, by the engine that decodes it.
+        num_prompt_logprobs: as `SamplingParams.num_logprobs`, of the prompt, which the decode engine computes whole then.
         wants_receipt: whoever serves it says how long things took.
     """
 
@@ -252,8 +251,7 @@ class Ended:
 
     Attributes:
         request_id: the request.
-        loss: None: its last token is out; else why the engine gave the request up. `InvalidRequestError`: no other
-            engine could go on with it either.
+        loss: why the engine gave it up; with `InvalidRequestError` no other could go on. None: its last token is out.
     """
 
     request_id: str
