@@ -136,7 +136,7 @@ class GenerateRequest:
         cache_salt: KV is shared only among requests with the same one.
         gathers: it goes where others of its salt go, if nothing that is cached and no wait speaks against it.
         route: where it is to go.
-        num_prompt_logprobs: as `SamplingParams.num_logprobs`, of the prompt, which the decode engine computes whole then.
+        num_prompt_logprobs: as `SamplingParams.num_logprobs`, of the prompt, which its decode engine computes whole.
         wants_receipt: whoever serves it says how long things took.
     """
 
