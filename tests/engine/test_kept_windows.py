@@ -217,7 +217,7 @@ def test_a_window_that_holds_whatever_the_model_takes_is_none() -> None:
 )
 def test_layers_are_put_into_groups_of_as_many_each(kinds: str, groups: list[tuple[int, ...]]) -> None:
     layer_types = [{"f": "full_attention", "w": "sliding_attention"}[kind] for kind in kinds]
-    changes = {"layer_types": layer_types, "num_hidden_layers": len(kinds), "sliding_window": WINDOW}
+    changes: dict[str, Any] = {"layer_types": layer_types, "num_hidden_layers": len(kinds), "sliding_window": WINDOW}
     shape = prepare_model(small_model("Gemma3TextConfig", **changes), "", CPU).kv_shape
     assert [group.layers for group in shape.groups] == groups
     num_full = sum(not set(group) & {i for i, kind in enumerate(kinds) if kind == "w"} for group in groups)

@@ -237,7 +237,7 @@ def test_the_model_is_loaded_beside_the_other_one(tmp_path: Path) -> None:
 
 
 def test_a_small_model_of_which_some_layers_have_a_window_keeps_all_in_one_group(tmp_path: Path) -> None:
-    changes = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    changes: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     path = str(save(tmp_path / "both", kind="Qwen2Config", **changes))
     settings = {"model": path, "device": "cpu", "speculation": SETTINGS | {"model": path}}
     loaded = load_model(EngineConfig.model_validate(settings))
