@@ -109,8 +109,9 @@ def _tables(items: list[ScheduledSequence], num_blocks: np.ndarray, num_groups: 
     for group in range(1, num_groups):
         for item, size in zip(items, sizes, strict=True):
             flat += item.sequence.tables.each[group][:size]
-    padded = np.zeros((num_groups, len(items), width), np.int64)
-    padded[:, np.arange(width) < num_blocks[:, None]] = np.frombuffer(flat, np.int32).reshape(num_groups, -1)
+    padded, is_held = np.zeros((num_groups, len(items), width), np.int64), np.arange(width) < num_blocks[:, None]
+    for table, held in zip(padded, np.frombuffer(flat, np.int32).reshape(num_groups, -1), strict=True):
+        table[is_held] = held
     return padded
 
 
