@@ -1,11 +1,9 @@
 """Drafts are verified on a GPU by graphs, and change no token but where two are tied."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
@@ -64,7 +62,7 @@ def test_no_step_with_drafts_is_launched_as_a_whole(verified: Verified, monkeypa
     verified.clear()
     launch = runner_of(engine)._run_eagerly
 
-    def fail_on_drafts(arrays: StepArrays, *others: Any) -> Tensor:
+    def fail_on_drafts(arrays: StepArrays, *others: object) -> object:
         assert len(arrays.draw_rows) <= arrays.num_runs, "drafts"
         return launch(arrays, *others)
 
