@@ -80,7 +80,7 @@ def assemble_engine(loaded: "LoadedModel", config: EngineConfig) -> BuiltEngine:
         positions=loaded.positions,
         kv=layout.name,
         model=config.model,
-        kv_window=limits.kv_window,
+        kv_windows=limits.kv_windows,
     )
     logger.info("engine ready: %s, %s, pid %d", loaded.path, limits, os.getpid())
     arena = None

@@ -16,7 +16,7 @@ class EngineInfo:
         vocab_size: ids are below this.
         eos_token_ids: ids that end a text, as far as the model's configuration says.
         block_size: tokens per KV block.
-        bytes_per_block: KV of one block, all layers.
+        bytes_per_block: KV of so many tokens, all layers.
         lease_s: see `EngineConfig`.
         pid: of the engine's process, on its own node.
         num_blocks: KV blocks in the pool.
@@ -24,7 +24,7 @@ class EngineInfo:
         kv: names model and kind of its KV; engines with different names cannot hand over. Empty: not known.
         has_tier: whether it takes KV from the shared tier, too.
         model: as it was set. Empty: not known.
-        kv_window: tokens of a sequence, the newest, whose KV is kept; None: all.
+        kv_windows: see `EngineLimits`.
     """
 
     path: str
@@ -40,12 +40,12 @@ class EngineInfo:
     kv: str = ""
     has_tier: bool = False
     model: str = ""
-    kv_window: int | None = None
+    kv_windows: tuple[int | None, ...] = (None,)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest request that model and pool take."""
-        return Retention(self.block_size, self.kv_window).longest(self.num_blocks, self.max_model_len)
+        return Retention(self.block_size, self.kv_windows).longest(self.num_blocks, self.max_model_len)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """What KV is made of, described once: for the engine that keeps it and for those that carry it. Knows no tensors.
 
-Layers whose KV is alike form a group. A model of one kind of layer has one; a model that mixes kinds (fewer heads in
-some layers) has several, each with pool and blocks of its own. Engines keep one group today: `only_group` refuses the
-rest, and nothing else has to.
+Layers that keep as much of a sequence's KV form a group. A model of one kind of layer has one; a model that mixes
+layers with a window and others has several, of as many layers each, that share one pool: a block of it holds some
+tokens in the layers of one group. Their KV must be alike: `first_group` refuses the rest, and nothing else has to.
 """
 
 from collections.abc import Iterator, Sequence
@@ -53,14 +53,13 @@ KV_FORMS = {
 
 @dataclass(frozen=True, slots=True)
 class KVGroup:
-    """Layers whose KV is alike.
+    """Layers whose KV is alike, and kept for as long.
 
     Attributes:
-        layers: their indices in the model, in the order in which pools and chunks hold them.
+        layers: their indices in the model, in the order in which blocks of the pool and of chunks hold them.
         num_kv_heads: KV heads of a layer.
         head_dim: elements of a head.
-        window: tokens of a sequence whose KV is kept, the newest; None: all. Where only some layers have a window, all
-            keep all.
+        window: tokens of a sequence whose KV is kept, the newest; None: all.
     """
 
     layers: tuple[int, ...]
@@ -77,7 +76,7 @@ class KVGroup:
         return self.num_layers * _PARTS * self.num_kv_heads * form.width(self.head_dim) * form.element_bytes
 
     def chunk_shape(self, num_blocks: int, block_size: int, form: KVForm) -> tuple[int, int, int, int, int, int]:
-        """Shape of so many blocks: (layers, key or value, blocks, tokens of a block, KV heads, width of a head).
+        """Shape of so many of its blocks: (layers, key or value, blocks, tokens of a block, KV heads, width of a head).
 
         With scales the last three axes tell a block's size alone: codes come first, (tokens, KV heads, head_dim), then
         the scales, (KV heads, tokens) float32.
@@ -85,6 +84,7 @@ class KVGroup:
         return (self.num_layers, _PARTS, num_blocks, block_size, self.num_kv_heads, form.width(self.head_dim))
 
 
+# Those that keep all come first, and the first one has the most layers.
 KVGroups: TypeAlias = tuple[KVGroup, ...]
 
 
@@ -104,17 +104,27 @@ def bytes_per_token(groups: KVGroups, form: KVForm) -> int:
 
 
 def bytes_per_block(groups: KVGroups, block_size: int, form: KVForm) -> int:
-    """One block of each group."""
-    return bytes_per_token(groups, form) * block_size
+    """Some tokens in all layers: one block of each group."""
+    return len(groups) * bytes_of_pool_block(groups, block_size, form)
 
 
-def only_group(groups: KVGroups) -> KVGroup:
-    """The group of a model that has one.
+def bytes_of_pool_block(groups: KVGroups, block_size: int, form: KVForm) -> int:
+    """One block of a pool that these groups share."""
+    return first_group(groups).bytes_per_token(form) * block_size
+
+
+def windows_of(groups: KVGroups) -> tuple[int | None, ...]:
+    """Of each group, tokens of a sequence whose KV is kept; None: all."""
+    return tuple(group.window for group in groups)
+
+
+def first_group(groups: KVGroups) -> KVGroup:
+    """The one that all share blocks with: those of a pool have its shape.
 
     Raises:
-        UnsupportedModelError: engines cannot keep this KV yet.
+        UnsupportedModelError: no pool keeps such KV.
     """
-    if len(groups) == 1:
+    if len({(group.num_kv_heads, group.head_dim) for group in groups}) == 1:
         return groups[0]
     kinds = "; ".join(
         f"layers {list(group.layers)}: {group.num_kv_heads} heads of {group.head_dim}" for group in groups

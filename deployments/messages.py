@@ -136,8 +136,7 @@ class GenerateRequest:
         cache_salt: KV is shared only among requests with the same one.
         gathers: it goes where others of its salt go, if nothing that is cached and no wait speaks against it.
         route: where it is to go.
-        num_prompt_logprobs: as `SamplingParams.num_logprobs`, of the prompt's tokens; they come with the first output.
-            Such a prompt is computed from its first token, by the engine that decodes it.
+        num_prompt_logprobs: as `SamplingParams.num_logprobs`, of the prompt, which its decode engine computes whole.
         wants_receipt: whoever serves it says how long things took.
     """
 
@@ -252,8 +251,7 @@ class Ended:
 
     Attributes:
         request_id: the request.
-        loss: None: its last token is out; else why the engine gave the request up. `InvalidRequestError`: no other
-            engine could go on with it either.
+        loss: why the engine gave it up; with `InvalidRequestError` no other could go on. None: its last token is out.
     """
 
     request_id: str
@@ -305,6 +303,7 @@ class ChunkReady:
         first_token: the first generated token, as it was drawn; comes with the KV of the last chunk.
         num_cached_tokens: leading tokens of the prompt that the prefill engine did not compute for this request.
         layers: the first one whose KV this is, and the one behind the last; None: it is that of all.
+        num_bytes: of the chunk, whole: what groups of layers with a window keep of it is less.
     """
 
     request_id: str
@@ -315,6 +314,7 @@ class ChunkReady:
     first_token: DrawnToken | None = None
     num_cached_tokens: int = 0
     layers: tuple[int, int] | None = None
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

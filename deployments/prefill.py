@@ -201,9 +201,8 @@ class PromptComputer:
             await self._note_failure(chunk.request_id, error, events)
             return
         del taken
-        num_bytes = chunk.num_blocks * source.info.bytes_per_block
-        self._front.handoff.observe(chunk.num_blocks, num_bytes, seconds)
-        sent.arrived(num_bytes, seconds)
+        self._front.handoff.observe(chunk.num_blocks, chunk.num_bytes, seconds)
+        sent.arrived(chunk.num_bytes, seconds)
         source.handle.release_chunk(chunk.request_id, chunk.index)
         events.put(ChunkArrived(chunk.request_id))
 

@@ -59,7 +59,8 @@ class EngineConfig(BaseModel):
             that hand KV over must agree.
         device: `auto` takes the GPU where there is one.
         max_model_len: longest prompt plus output in tokens; at most what the model was trained for.
-        block_size: tokens per KV block; 16 on a CPU, 256 on a GPU.
+        block_size: tokens per KV block; 16 on a CPU, 256 on a GPU. Where layers with a window and others have blocks of
+            their own, a sequence takes one of each group of them for so many tokens.
         num_blocks: size of the KV pool in blocks; else `kv_cache_bytes` decides.
         kv_cache_bytes: size of the KV pool; on a CPU at most 1 GiB or a quarter of the memory that is available.
         max_num_seqs: sequences that run at once.
@@ -115,7 +116,7 @@ class EngineLimits:
         max_num_seqs: sequences that run at once.
         max_num_batched_tokens: token budget of one step.
         max_drafts: tokens of one sequence that a step tries at most.
-        kv_window: tokens of a sequence, the newest, whose KV is kept; None: all.
+        kv_windows: of each group of layers, tokens of a sequence, the newest, whose KV is kept; None: all.
         handoff_layer_parts: see `EngineConfig`.
     """
 
@@ -125,5 +126,5 @@ class EngineLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_drafts: int = 0
-    kv_window: int | None = None
+    kv_windows: tuple[int | None, ...] = (None,)
     handoff_layer_parts: int = 1

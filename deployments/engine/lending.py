@@ -32,8 +32,8 @@ class Loan:
 
     Attributes:
         hashes: of a sequence's blocks, in its order.
-        blocks: one for each.
-        num_cached: leading ones that are cached, to be read; the others are to be written to.
+        blocks: one of each group of layers for the first of these, then for the next, and so on.
+        num_cached: leading hashes whose blocks are cached, to be read; the others are to be written to.
         ready: when the device has done what it was asked for before the loan; None: it has.
     """
 
@@ -70,6 +70,7 @@ class Lending:
         self._blocks = blocks
         self._copies = copies
         self._host_copies = HostCopies(cache)
+        self._num_groups = blocks.num_groups
         self._stats = stats
         self._num_spare = int(blocks.num_blocks * _SPARE) + 1
         self._size = 0
@@ -78,7 +79,8 @@ class Lending:
 
     @property
     def bytes_per_block(self) -> int:
-        return self._host_copies.bytes_per_block
+        """Of one in each group."""
+        return self._num_groups * self._host_copies.bytes_per_block
 
     @property
     def num_lanes(self) -> int:
@@ -142,7 +144,7 @@ class Lending:
         The cached ones are held so that room is not made by giving them up.
         """
         cached = self._blocks.lend(hashes)
-        blank = self._blocks.lend_blank(len(hashes) - len(cached), self._num_spare)
+        blank = self._blocks.lend_blank(len(hashes) * self._num_groups - len(cached), self._num_spare)
         if blank is None:
             self._blocks.take_back(cached)
             return None
@@ -150,29 +152,30 @@ class Lending:
 
     def origins(self, loan: Loan) -> tuple[str | None, ...]:
         """For which requests the blocks of a loan were computed, all of them cached."""
-        return self._blocks.origins(loan.blocks)
+        return self._blocks.origins(loan.blocks[:: self._num_groups])
 
     def bring(self, loan: Loan, origins: Iterable[str | None]) -> None:
         """The next blocks of a loan behind the cached ones are written, as many as there are origins."""
-        start = loan.num_cached
-        for block, block_hash, origin in zip(loan.blocks[start:], loan.hashes[start:], origins, strict=False):
-            self._blocks.bring(block, block_hash, origin)
+        size = self._num_groups
+        for number, origin in enumerate(origins, loan.num_cached):
+            self._blocks.bring(loan.blocks[number * size : (number + 1) * size], loan.hashes[number], origin)
 
     def give_back(self, loan: Loan) -> None:
         """The copy is done, or given up; what was brought stays findable. Once for each loan."""
         self._blocks.take_back(loan.blocks)
 
     def copy_out(self, loan: Loan, out: np.ndarray) -> float:
-        """See `HostCopies.copy_out`. From any thread."""
+        """See `HostCopies.copy_out`, with a row for each hash. From any thread."""
         return self._host_copies.copy_out(loan.blocks, loan.ready, out)
 
     def copy_in(self, loan: Loan, first: int, data: np.ndarray) -> None:
         """Write blocks of a loan, from this one on, as many as there are rows. From any thread."""
         assert first >= loan.num_cached, "these are cached, and others may read them"
-        self._host_copies.copy_in(loan.blocks[first : first + len(data)], loan.ready, data)
+        blocks = loan.blocks[first * self._num_groups : (first + len(data)) * self._num_groups]
+        self._host_copies.copy_in(blocks, loan.ready, data)
 
     def _loan(self, hashes: Sequence[bytes], cached: list[int], blank: list[int]) -> Loan:
-        return Loan(tuple(hashes), (*cached, *blank), len(cached), self._copies.fence())
+        return Loan(tuple(hashes), (*cached, *blank), len(cached) // self._num_groups, self._copies.fence())
 
     def _note(self, hashes: Sequence[bytes], num_before: int, num_now: int) -> None:
         for end in range((num_before // self._size + 1) * self._size, num_now + 1, self._size):

@@ -51,7 +51,9 @@ class EngineStats:
         max_num_batched_tokens: tokens of a full step.
         num_blocks: size of the KV pool.
         block_size: tokens per KV block.
-        kv_window: tokens of a sequence, the newest, whose KV is kept; 0: all.
+        kv_window: tokens of a sequence, the newest, whose KV is kept in groups of layers with a window; 0: none has.
+        kv_groups: groups of layers; each takes blocks of its own for a sequence.
+        full_kv_groups: of these, the ones that keep all KV.
         num_used_blocks: blocks held by sequences; cached free blocks do not count.
         num_exported_blocks: blocks copied out for a hand-off and not yet released.
         prompt_tokens: prompt tokens computed here, in batches that have ended.
@@ -91,6 +93,8 @@ class EngineStats:
     num_blocks: int = 0
     block_size: int = 0
     kv_window: int = 0
+    kv_groups: int = 1
+    full_kv_groups: int = 1
     num_used_blocks: int = 0
     num_exported_blocks: int = 0
     prompt_tokens: int = 0
@@ -123,10 +127,17 @@ class EngineStats:
         return cls(
             num_blocks=limits.num_blocks,
             block_size=limits.block_size,
-            kv_window=limits.kv_window or 0,
+            kv_window=limits.kv_windows[-1] or 0,
+            kv_groups=len(limits.kv_windows),
+            full_kv_groups=limits.kv_windows.count(None),
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
         )
+
+    @property
+    def num_used_tokens(self) -> float:
+        """Whose KV sequences hold: of each group of layers, on the average."""
+        return self.num_used_blocks * self.block_size / self.kv_groups
 
     def copy(self) -> "EngineStats":
         """An independent snapshot."""

@@ -151,7 +151,7 @@ class Fetcher:
 
     def _copy_in(self, loan: Loan, offset: int, found: Sequence[Found[Any]], until_s: float) -> list[str | None]:
         """Write objects into a loan's blocks from there on; the origins of what was not cached, up to the first gap."""
-        starts = range(offset, len(loan.blocks), self._keys.num_blocks)
+        starts = range(offset, len(loan.hashes), self._keys.num_blocks)
         copies = [
             self._copiers.submit(self._copy, loan, start, one, until_s)
             for start, one in zip(starts, found, strict=True)
@@ -176,7 +176,7 @@ class Fetcher:
 
     def _note(self, waited_s: float, seconds: float, num_blocks: int, loan: Loan) -> None:
         block_bytes = self._lending.bytes_per_block
-        num_late = len(loan.blocks) - loan.num_cached - num_blocks
+        num_late = len(loan.hashes) - loan.num_cached - num_blocks
         with self._lock:
             self._policy.note_wait(waited_s)
             self._policy.note_fetch(seconds, num_blocks * block_bytes, num_late * block_bytes)

@@ -11,7 +11,7 @@ from deployments.kv_groups import (
     bytes_per_block,
     bytes_per_token,
     differences,
-    only_group,
+    first_group,
 )
 
 
@@ -52,11 +52,12 @@ class KVLayout:
 
     @property
     def bytes_per_block(self) -> int:
+        """The same of a block of each group."""
         return bytes_per_block(self.groups, self.block_size, self.form)
 
     def chunk_shape(self, num_blocks: int) -> tuple[int, ...]:
         """Shape of a chunk's tensor, see `KVGroup`."""
-        return only_group(self.groups).chunk_shape(num_blocks, self.block_size, self.form)
+        return first_group(self.groups).chunk_shape(num_blocks, self.block_size, self.form)
 
     def check_compatible(self, theirs: "KVLayout") -> None:
         """Raise `LayoutMismatchError` that names all in which the other engine's KV differs, the first one first."""

@@ -288,7 +288,7 @@ class Observer:
         pool, engines = self._decode, list(self._decode.replicas.stats.values())
         num_running = sum(engine.num_running for engine in engines)
         num_reserved = sum(engine.num_reserved for engine in engines)
-        kv_tokens = sum(engine.num_used_blocks * engine.block_size for engine in engines)
+        kv_tokens = sum(engine.num_used_tokens for engine in engines)
         token_s = pool.prompts.token_s or (self._prefill.prompts.token_s if self._prefill is not None else 0.0)
         self._max_seqs = max((engine.max_num_seqs for engine in engines), default=self._max_seqs)
         gaps = self._gaps.curve(token_s, kv_tokens / max(1, num_running + num_reserved))
@@ -317,7 +317,7 @@ def _used_share(engines: Sequence[EngineStats]) -> float:
 def _kv_read(engine: EngineStats) -> float:
     """Tokens of KV that a step reads: not that of sequences which wait for theirs."""
     seated = engine.num_running + engine.num_reserved
-    return engine.num_used_blocks * engine.block_size * engine.num_running / max(1, seated)
+    return engine.num_used_tokens * engine.num_running / max(1, seated)
 
 
 def _num_for_prefill(engine: EngineStats) -> int:

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from deployments.engine.stats import EngineStats
 from deployments.load.outlook import MAX_AGE_S
 from deployments.load.own_share import Entry, OwnShare
-from deployments.routing.scoring import blocks_held
+from deployments.routing.scoring import HeldKV
 
 # Of what a replica was given lately: after so long it counts half.
 RECENT_HALF_LIFE_S = 60.0
 # Prompt tokens after which an observation of how many of them are cached counts half.
 _MISS_HALF_LIFE_TOKENS = 65_536.0
+_HOLDS_ALL = HeldKV()
 
 
 @dataclass(slots=True)
@@ -123,14 +124,17 @@ class ReplicaLoad:
         return whole if whole > total else float(total)
 
     @property
-    def max_held_tokens(self) -> int | None:
-        """Of a sequence that are held there at once: a window and a step; None: all."""
-        window = self.stats.kv_window
-        return window + self.stats.max_num_batched_tokens if window else None
+    def held(self) -> HeldKV:
+        """Of a sequence's KV there at once: within windows a window and a step."""
+        stats = self.stats
+        if not stats.kv_window:
+            return _HOLDS_ALL
+        num_windowed = stats.kv_groups - stats.full_kv_groups
+        return HeldKV(stats.full_kv_groups, num_windowed, stats.kv_window + stats.max_num_batched_tokens)
 
     def blocks_held(self, num_tokens: int, block_size: int) -> int:
         """Blocks that so many tokens of a sequence take there at once."""
-        return blocks_held(num_tokens, self.max_held_tokens, block_size)
+        return self.held.blocks(num_tokens, block_size)
 
     def num_free_blocks(self, now_s: float, num_routers: int) -> float:
         """Without those that sequences on their way will take."""

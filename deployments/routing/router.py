@@ -124,7 +124,7 @@ class DecodeRule:
             num_blocks=max(1, load.stats.num_blocks),
             block_size=at.block_sizes.get(name, 1),
             step_tokens=max(1, load.stats.max_num_batched_tokens),
-            max_held_tokens=load.max_held_tokens,
+            held=load.held,
         )
 
     @property

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from hashlib import blake2b
+from typing import NamedTuple
 
 import msgspec
 
@@ -97,6 +98,25 @@ class Reason(StrEnum):
     KEY = "key"  # several cost nearly as much, and the request's `prompt_cache_key` has chosen
 
 
+class HeldKV(NamedTuple):
+    """How much of a sequence's KV an engine holds at once, in groups of layers with blocks of their own.
+
+    Attributes:
+        num_full: groups that hold all.
+        num_windowed: groups that hold a part.
+        max_tokens: of the sequence, in such a part.
+    """
+
+    num_full: int = 1
+    num_windowed: int = 0
+    max_tokens: int = 0
+
+    def blocks(self, num_tokens: int, block_size: int) -> int:
+        """That so many tokens take at once."""
+        part = num_tokens if num_tokens < self.max_tokens else self.max_tokens
+        return self.num_full * -(-num_tokens // block_size) + self.num_windowed * -(-part // block_size)
+
+
 class Candidate(msgspec.Struct, frozen=True, gc=False):
     """A replica as a router sees it.
 
@@ -112,7 +132,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
         num_blocks: of its pool.
         block_size: tokens per block.
         step_tokens: of a full step.
-        max_held_tokens: of a sequence whose KV it holds at once; None: all.
+        held: what it holds of a sequence's KV at once.
     """
 
     replica: str
@@ -126,7 +146,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     num_blocks: int = 1
     block_size: int = 1
     step_tokens: int = 1
-    max_held_tokens: int | None = None
+    held: HeldKV = HeldKV()
 
 
 class Score(msgspec.Struct, frozen=True, gc=False):
@@ -246,7 +266,7 @@ def score_decode(
     else:
         own_s += (candidate.queued_tokens + num_left) * costs.token_s
     num_uncached = num_tokens + num_new_tokens - cached_tokens
-    num_needed = blocks_held(num_uncached, candidate.max_held_tokens, candidate.block_size)
+    num_needed = candidate.held.blocks(num_uncached, candidate.block_size)
     wait_s = 0.0
     if num_sequences + 1 > max_sequences or num_needed > num_free:
         num_beyond = max(0.0, num_sequences + 1 - max_sequences)
@@ -258,13 +278,6 @@ def score_decode(
         other_s += weights.full * ((used - weights.full_from) / (1.0 - weights.full_from))
     cost = weights.fill * own_s + weights.seat * wait_s + other_s
     return Score(candidate.replica, cost, cached_tokens, own_s, wait_s, other_s, here)
-
-
-def blocks_held(num_tokens: int, max_held_tokens: int | None, block_size: int) -> int:
-    """Blocks that so many tokens of a sequence take at once."""
-    if max_held_tokens is not None and max_held_tokens < num_tokens:
-        num_tokens = max_held_tokens
-    return -(-num_tokens // block_size)
 
 
 def _bring(candidate: Candidate, shared_tokens: int, costs: Costs) -> tuple[int, float]:

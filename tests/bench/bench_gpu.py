@@ -26,6 +26,7 @@ from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
 from deployments.engine.layers.fp8 import quantize_weights
 from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
+from deployments.engine.scheduling.retention import Retention
 from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
 from tests.bench.gpu_floors import copy_bandwidth, decode_bytes, floor, lengths, products_alone, throughput_bound
 from tests.bench.gpu_profile import gpu_seconds
@@ -121,7 +122,7 @@ def times_with_context(driver: Driver, batch_size: int, prompt_tokens: int, repe
     """
     output_tokens = repeats * MEASURED_STEPS + 40
     limits = driver.engine.limits
-    needed = batch_size * -(-(prompt_tokens + output_tokens) // limits.block_size)
+    needed = batch_size * Retention.of(limits).least_blocks(prompt_tokens + output_tokens)
     if needed > limits.num_blocks:
         raise RuntimeError(f"needs {needed} blocks of KV, the pool has {limits.num_blocks}")
     for _ in range(batch_size):

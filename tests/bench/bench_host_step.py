@@ -48,7 +48,7 @@ class LayoutRunner:
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
-        self._preparation = Preparation(cache.block_size)
+        self._preparation = Preparation(cache)
 
     def launch(self, scheduled: list[ScheduledSequence], watch: LayerWatch | None = None) -> LaunchedStep:
         step = self._preparation.prepare(scheduled)

@@ -31,6 +31,7 @@ import torch
 from deployments.engine.config import EngineConfig, SpeculationConfig
 from deployments.engine.engine import Engine
 from deployments.engine.model.load import LoadedModel
+from deployments.engine.scheduling.block_tables import BlockTables
 from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Role, Sequence
@@ -73,7 +74,9 @@ def launch_s(engine: Engine, num_seqs: int, tokens_each: int) -> float:
         tokens = token_array(np.random.default_rng(number).integers(0, 1000, CONTEXT + 1).tolist())
         request = GenerateRequest(f"c{number}", tuple(tokens[:1]), SamplingParams(max_tokens=100, temperature=0.0))
         table = block_array(block % engine.limits.num_blocks for block in range(number * blocks, (number + 1) * blocks))
-        sequence = Sequence(request, Role.LOCAL, 0.0, token_ids=tokens, block_table=table, num_computed_tokens=CONTEXT)
+        sequence = Sequence(
+            request, Role.LOCAL, 0.0, token_ids=tokens, tables=BlockTables(table), num_computed_tokens=CONTEXT
+        )
         items.append(ScheduledSequence.decode(sequence, (7,) * (tokens_each - 1)))
     for _ in range(WARM_UP_LAUNCHES):
         runner.launch(items)

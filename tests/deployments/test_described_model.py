@@ -43,8 +43,19 @@ def test_a_text_ends_where_the_engines_or_the_tokenizer_say(
 
 
 @pytest.mark.parametrize(
-    ("kv_window", "num_blocks", "longest"), [(None, 100, 1600), (None, 300, 4096), (200, 14, 4096), (200, 13, 208)]
+    ("kv_windows", "num_blocks", "longest"),
+    [
+        ((None,), 100, 1600),
+        ((None,), 300, 4096),
+        ((200,), 14, 4096),
+        ((200,), 13, 208),
+        ((None, 200), 270, 4096),
+        ((None, 200), 100, 1376),
+        ((None, 200), 20, 160),
+    ],
 )
-def test_the_context_is_no_longer_than_the_pool_holds(kv_window: int | None, num_blocks: int, longest: int) -> None:
-    engine = replace(ENGINE, kv_window=kv_window, num_blocks=num_blocks)
+def test_the_context_is_no_longer_than_the_pool_holds(
+    kv_windows: tuple[int | None, ...], num_blocks: int, longest: int
+) -> None:
+    engine = replace(ENGINE, kv_windows=kv_windows, num_blocks=num_blocks)
     assert describe_served(engine, TextCodec(build_tokenizer()), "m").max_model_len == longest

@@ -29,25 +29,27 @@ class PlainStep:
         self,
         cache: KVCache,
         slots: Tensor,
-        single_tables: Tensor,
+        single_tables: tuple[Tensor, ...],
         single_lens: Tensor,
         prompts: tuple[Prompts, ...] = (),
         rows: Tensor | None = None,
         watch: LayerWatch | None = None,
     ) -> None:
         self._cache, self._slots, self.rows, self._watch = cache, slots, rows, watch
-        self._decodes = list(zip(single_lens.tolist(), single_tables, strict=True))
+        self._lens, self._tables = single_lens.tolist(), single_tables
         self._prompts = prompts
 
     def attend(self, asked: LayerAttention) -> Tensor:
         layer, queries, keys, values, scores, _ = asked
         queries, keys, values = (part.transpose(0, 1) for part in (queries, keys, values))
-        written = self._slots >= 0
-        self._cache.write(layer, self._slots[written].long(), keys[written], values[written])
+        group = self._cache.group_of[layer]
+        slots = self._slots[group]
+        written = slots >= 0
+        self._cache.write(layer, slots[written].long(), keys[written], values[written])
         if self._watch is not None and layer + 1 in self._watch.ends:
             self._watch.reach(layer + 1)
         out = torch.zeros_like(queries)
-        for row, (length, table) in enumerate(self._decodes):
+        for row, (length, table) in enumerate(zip(self._lens, self._tables[group], strict=True)):
             if length:
                 out[row] = self._attend_paged(layer, queries[row : row + 1], length, table, scores)[0]
         for prompts in self._prompts:
@@ -58,7 +60,7 @@ class PlainStep:
                     out[span] = expected_attention(queries[span], keys[span], values[span], scores)
                 elif end > first:
                     assert prompts.lens is not None
-                    length, table = int(prompts.lens[number]), prompts.tables[number]
+                    length, table = int(prompts.lens[number]), prompts.tables[group][number]
                     out[span] = self._attend_paged(layer, queries[span], length, table, scores)
         return out
 
@@ -73,9 +75,10 @@ class PlainVerificationStep:
 
     rows = None
 
-    def __init__(self, cache: KVCache, slots: Tensor, tables: Tensor, runs: Runs) -> None:
-        prompts = Prompts(0, len(slots), runs.max_queries, 0, runs.starts, (), lens=runs.lens, tables=tables)
-        self._step = PlainStep(cache, slots, tables[:0], runs.lens[:0], (prompts,))
+    def __init__(self, cache: KVCache, slots: Tensor, tables: tuple[Tensor, ...], runs: Runs) -> None:
+        prompts = Prompts(0, slots.shape[1], runs.max_queries, 0, runs.starts, (), lens=runs.lens, tables=tables)
+        nothing = tuple(table[:0] for table in tables)
+        self._step = PlainStep(cache, slots, nothing, runs.lens[:0], (prompts,))
 
     def attend(self, asked: LayerAttention) -> Tensor:
         return self._step.attend(asked)

@@ -54,6 +54,11 @@ _CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
         {"num_hidden_layers": 3, "sliding_window": WINDOW, "query_pre_attn_scalar": 16}
         | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     ),
+    "gemma3_loose": (
+        "Gemma3TextConfig",  # two layers without a window, and three with one: a place of four is empty
+        {"num_hidden_layers": 5, "sliding_window": WINDOW, "query_pre_attn_scalar": 16}
+        | {"layer_types": [f"{kind}_attention" for kind in ("full", "sliding", "full", "sliding", "sliding")]},
+    ),
     "gpt_oss": ("GptOssConfig", _EXPERTS | {"num_local_experts": 4, "sliding_window": WINDOW}),
     "glm4": ("Glm4Config", {}),
     "hunyuan": ("HunYuanDenseV1Config", {}),  # normalises queries and keys that are rotated

@@ -72,10 +72,17 @@ def windowed() -> LoadedModel:
 
 
 @cache
+def mixed() -> LoadedModel:
+    """A token sees five in two of three layers, and all in the other."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    changes = {"sliding_window": 5, "num_hidden_layers": 3, "layer_types": kinds}
+    return prepare_model(small_model("Gemma3TextConfig", **(ONE_LAYER | changes)), "", CPU)
+
+
+@cache
 def keeping(model: Model) -> LoadedModel:
     """It, with all of its KV kept."""
-    shape = model().kv_shape
-    return replace(model(), kv_shape=replace(shape, groups=(replace(shape.group, window=None),)))
+    return replace(model(), kv_shape=model().kv_shape.keeping_all)
 
 
 @cache
@@ -366,6 +373,19 @@ class PipelinedWindowedRelay(WindowedRelay):
     is_pipelined = True
 
 
+class MixedRelay(Relay):
+    """The same with a window in some layers, whose groups share a pool."""
+
+    model = staticmethod(mixed)
+    num_blocks = 18
+
+
+class PipelinedMixedRelay(MixedRelay):
+    """That with engines that start a step before they conclude the one before."""
+
+    is_pipelined = True
+
+
 class RelayByLayers(Relay):
     """What the last step of a prompt computes goes in parts."""
 
@@ -449,12 +469,14 @@ class PipelinedDraftModelRelay(DraftModelRelay):
 
 TestRelay, TestPipelinedRelay, TestSpeculatingRelay = Relay.TestCase, PipelinedRelay.TestCase, SpeculatingRelay.TestCase
 TestWindowedRelay, TestPipelinedWindowedRelay = WindowedRelay.TestCase, PipelinedWindowedRelay.TestCase
+TestMixedRelay, TestPipelinedMixedRelay = MixedRelay.TestCase, PipelinedMixedRelay.TestCase
 TestRelayByLayers = RelayByLayers.TestCase
 TestRelayByLayers.settings = settings(max_examples=40, stateful_step_count=50)
 TestLyingRelay, TestKnowingRelay = LyingRelay.TestCase, KnowingRelay.TestCase
 TestDraftModelRelay = DraftModelRelay.TestCase
 TestRelay.settings = TestPipelinedRelay.settings = settings(max_examples=80, stateful_step_count=50)
 TestWindowedRelay.settings = TestPipelinedWindowedRelay.settings = TestRelay.settings
+TestMixedRelay.settings = TestPipelinedMixedRelay.settings = settings(max_examples=40, stateful_step_count=50)
 TestPipelinedSpeculatingRelay = PipelinedSpeculatingRelay.TestCase
 TestPipelinedDraftModelRelay = PipelinedDraftModelRelay.TestCase
 TestSpeculatingRelay.settings = TestDraftModelRelay.settings = settings(max_examples=40, stateful_step_count=50)

@@ -67,7 +67,8 @@ def test_prompts_computed_in_chunks_give_the_same_tokens(family: str, budget: in
 
 @every_family
 def test_preempted_sequences_give_the_same_tokens(family: str) -> None:
-    num_blocks = 9 if load(family).kv_shape.group.window else 19  # what is behind windows makes room
+    windows = load(family).kv_shape.windows
+    num_blocks = sum(9 if window else 19 for window in windows)  # what is behind windows makes room
     engine = build_engine(load(family), num_blocks=num_blocks, enable_prefix_caching=False)
     assert outputs(engine) == expected(family)
     assert engine.stats().preemptions > 0
@@ -211,8 +212,10 @@ def test_what_the_last_step_of_a_prompt_computes_goes_in_parts_of_layers(
         transcript.note(prefill.finish_step())
         prefill.check_integrity()
     cuts = [found.cuts for _, found in taken.values()]
-    assert cuts == [()] * (len(cuts) - 1) + [cuts[-1]] and len(cuts[-1]) == 1, "only the last step's"
-    assert notes.index("part") < len(notes) - 1 - notes[::-1].index("launched"), "while the step is computed"
+    num_parts = min(2, prefill.kv_shape.group.num_layers)  # where groups of layers share blocks, these may have one
+    assert cuts == [()] * (len(cuts) - 1) + [cuts[-1]] and len(cuts[-1]) == num_parts - 1, "only the last step's"
+    last_launch = len(notes) - 1 - notes[::-1].index("launched")
+    assert num_parts == 1 or notes.index("part") < last_launch, "while the step is computed"
     told = Transcript()
     for chunk, found in taken.values():
         told.note(import_parts(decode, chunk, found))

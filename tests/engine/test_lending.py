@@ -47,26 +47,28 @@ def continued(engine: Engine, max_tokens: int = 12) -> Transcript:
 
 @pytest.mark.parametrize("is_pipelined", [False, True])
 @pytest.mark.parametrize("overrides", [{}, {"kv_dtype": "fp8"}], ids=["as computed", "fp8"])
-def test_an_engine_goes_on_with_what_another_has_computed(is_pipelined: bool, overrides: Any) -> None:
-    source, target = (build_engine(load("llama"), is_pipelined=is_pipelined, **overrides) for _ in range(2))
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_an_engine_goes_on_with_what_another_has_computed(is_pipelined: bool, overrides: Any, family: str) -> None:
+    source, target = (build_engine(load(family), is_pipelined=is_pipelined, **overrides) for _ in range(2))
     expected = continued(source)
     bring(target, copied_out(source))
     found = continued(target)
     assert found.tokens == expected.tokens
     if not overrides:
-        assert tuple(found.tokens["r"]) == reference("llama", PROMPT, 12)
+        assert tuple(found.tokens["r"]) == reference(family, PROMPT, 12)
     assert found.cached["r"] == len(HASHES) * BLOCK_SIZE
     assert target.lending.num_hit_tokens == len(HASHES) * BLOCK_SIZE
 
 
-def test_only_what_is_missing_is_written_and_what_came_counts() -> None:
-    source, target = build_engine(load("llama")), build_engine(load("llama"))
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_only_what_is_missing_is_written_and_what_came_counts(family: str) -> None:
+    source, target = build_engine(load(family)), build_engine(load(family))
     continued(source)
     generate(target, [greedy("earlier", PROMPT[:20], 1)])
     bring(target, copied_out(source), num_blocks=3)
     assert target.lending.num_cached(HASHES) == 2 + 3
     found = continued(target)
-    assert tuple(found.tokens["r"]) == reference("llama", PROMPT, 12)
+    assert tuple(found.tokens["r"]) == reference(family, PROMPT, 12)
     assert found.cached["r"] == 5 * BLOCK_SIZE
     assert target.lending.num_hit_tokens == 3 * BLOCK_SIZE
 

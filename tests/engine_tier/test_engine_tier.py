@@ -172,6 +172,19 @@ def test_what_is_behind_the_own_part_of_a_window_is_fetched(tier: LocalTier) -> 
         member.stop()
 
 
+def test_blocks_of_all_groups_of_layers_are_fetched(tier: LocalTier) -> None:
+    members = [Member(tier, family="gemma2") for _ in range(2)]
+    expected = reference("gemma2", PROMPT, 8)
+    assert members[0].tokens(greedy("cold", PROMPT, 8)) == (expected, 0)
+    tier.wait_for(NUM_OBJECTS)
+    assert members[1].tokens(greedy("warm", PROMPT, 8)) == (expected, ALL)
+    stats = members[1].stats()
+    assert (stats.tier_hit_tokens, stats.prompt_tokens) == (ALL, len(PROMPT) - ALL)
+    assert stats.tier_fetched_bytes == members[0].stats().tier_given_bytes > 0
+    for member in members:
+        member.stop()
+
+
 def test_it_outlives_the_engine_that_computed_it(tier: LocalTier, members: list[Member]) -> None:
     members[0].stop()
     assert warm(members[1]) == ALL

@@ -75,7 +75,7 @@ class Step:
             prompts.append(self.group(start, group))
             start += sum(new for _, new in group)
         lens = as_int32([computed + new for computed, new in decodes])
-        on_gpu = as_int32(self.slots), pad(tables) if tables else as_int32([]).view(0, 0), lens
+        on_gpu = as_int32(self.slots)[None], (pad(tables) if tables else as_int32([]).view(0, 0),), lens
         self.step = CudaStep(self.cache, *on_gpu, tuple(prompts))
 
     def add(self, computed: int, new: int) -> list[int]:
@@ -103,7 +103,7 @@ class Step:
             return Prompts(*shape, starts, tuple(sequences))
         table = pad(tables)
         capacities = as_int32([i * table.shape[1] * BLOCK_SIZE for i in range(len(tables) + 1)])
-        return Prompts(*shape, starts, tuple(sequences), as_int32(totals), capacities, table)
+        return Prompts(*shape, starts, tuple(sequences), as_int32(totals), capacities, (table,))
 
     def attend(self) -> Tensor:
         queries, keys, values = (torch.cat(parts).transpose(0, 1) for parts in zip(*self.new, strict=True))

@@ -12,7 +12,7 @@ from deployments.engine.model.load import optimize_layers, prepare_model
 from deployments.messages import SamplingParams
 from tests.engine.driving import Transcript, greedy, prefill_all, run
 from tests.engine.insides import runner_of
-from tests.gpu.driving import NUM_TOKENS, TIE, build, check_greedy, generate, generate_preempted, prompt
+from tests.gpu.driving import NUM_TOKENS, TIE, build, check_greedy, few_blocks, generate, generate_preempted, prompt
 from tests.gpu.models import CONFIGS, loaded, plain
 
 pytestmark = pytest.mark.gpu
@@ -72,7 +72,7 @@ def test_prompts_of_all_lengths_together(family: str, budget: int) -> None:
 
 @every_family
 def test_preemption_and_a_warm_cache(family: str) -> None:
-    for found in generate_preempted(build(family, num_blocks=9)):
+    for found in generate_preempted(build(family, num_blocks=few_blocks(family))):
         for name, tokens in found.items():
             check_greedy(family, prompt(int(name[1:])), tokens)
 

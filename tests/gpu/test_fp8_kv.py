@@ -14,7 +14,7 @@ from deployments.messages import ChunkReady
 from tests.engine.drafters import mixture, with_drafter
 from tests.engine.driving import Transcript, greedy, prefill_all, run
 from tests.engine.rounded import rounded_logits
-from tests.gpu.driving import NUM_TOKENS, TIE, generate, generate_preempted, prompt
+from tests.gpu.driving import NUM_TOKENS, TIE, few_blocks, generate, generate_preempted, prompt
 from tests.gpu.driving import build as build_engine
 from tests.gpu.models import EXPERTS, exact, plain
 
@@ -81,7 +81,7 @@ def test_prompts_of_all_lengths_together(family: str, budget: int) -> None:
 
 @every_family
 def test_preemption_and_a_warm_cache(family: str) -> None:
-    for tokens in generate_preempted(build(family, num_blocks=9)):
+    for tokens in generate_preempted(build(family, num_blocks=few_blocks(family))):
         check(family, tokens)
 
 

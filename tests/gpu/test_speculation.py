@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
+from deployments.engine.batch.arrays import StepArrays  # noqa: E402
 from deployments.engine.config import EngineConfig  # noqa: E402
 from deployments.engine.engine import Engine  # noqa: E402
 from deployments.messages import GenerateRequest, SamplingParams  # noqa: E402
@@ -61,9 +62,9 @@ def test_no_step_with_drafts_is_launched_as_a_whole(verified: Verified, monkeypa
     verified.clear()
     launch = runner_of(engine)._run_eagerly
 
-    def fail_on_drafts(arrays: object, rows: object) -> object:
-        assert len(arrays.draw_rows) <= arrays.num_runs, "drafts"  # type: ignore[attr-defined]
-        return launch(arrays, rows)
+    def fail_on_drafts(arrays: StepArrays, *others: object) -> object:
+        assert len(arrays.draw_rows) <= arrays.num_runs, "drafts"
+        return launch(arrays, *others)
 
     monkeypatch.setattr(runner_of(engine), "_run_eagerly", fail_on_drafts)
     generate(engine)

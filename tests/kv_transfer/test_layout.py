@@ -10,8 +10,8 @@ from deployments.kv_transfer.base import TransferConfig
 from deployments.kv_transfer.layout import KVLayout
 
 LAYOUT = KVLayout("smollm2", "bfloat16", block_size=16, groups=(KVGroup(tuple(range(30)), 3, 64),))
-# Of a model whose layers take turns: every other one sees a window alone, and has fewer and larger heads.
-TWO_GROUPS = replace(LAYOUT, groups=(KVGroup((0, 2, 4), 2, 128, window=512), KVGroup((1, 3), 4, 64)))
+# Of a model whose layers take turns: every other one sees a window alone.
+TWO_GROUPS = replace(LAYOUT, groups=(KVGroup((0, 2, 4), 4, 64), KVGroup((1, 3), 4, 64, window=512)))
 
 
 def test_equal_layouts_are_compatible():
@@ -32,7 +32,7 @@ def test_a_mismatch_names_each_differing_field_with_both_values():
     [
         ("layers", (1, 5), r"layers of group 1: ours \(1, 3\), theirs \(1, 5\)"),
         ("num_kv_heads", 8, "num_kv_heads of group 1: ours 4, theirs 8"),
-        ("window", 512, "window of group 1: ours None, theirs 512"),
+        ("window", 256, "window of group 1: ours 512, theirs 256"),
     ],
 )
 def test_a_mismatch_names_the_group_and_the_value(field, value, message):
@@ -52,9 +52,10 @@ def test_sizes_follow_from_the_shape():
     assert LAYOUT.chunk_shape(5) == (30, 2, 5, 16, 3, 64)
 
 
-def test_sizes_of_several_groups_add_up():
-    of_a_token = 3 * 2 * 2 * 128 + 2 * 2 * 4 * 64
-    assert (TWO_GROUPS.bytes_per_token, TWO_GROUPS.bytes_per_block) == (2 * of_a_token, 16 * 2 * of_a_token)
+def test_a_chunk_of_several_groups_has_blocks_of_the_first_ones_shape():
+    of_a_layer = 2 * 4 * 64 * 2
+    assert (TWO_GROUPS.bytes_per_token, TWO_GROUPS.bytes_per_block) == (5 * of_a_layer, 16 * 6 * of_a_layer)
+    assert TWO_GROUPS.chunk_shape(7) == (3, 2, 7, 16, 4, 64)
 
 
 def test_kv_in_fp8_is_not_handed_to_an_engine_that_keeps_it_otherwise():

@@ -10,6 +10,7 @@ from deployments.routing.scoring import (
     Choice,
     Costs,
     Elsewhere,
+    HeldKV,
     Reason,
     Score,
     choose,
@@ -122,13 +123,13 @@ def test_a_session_stays_with_its_kv_until_that_decode_replica_is_full() -> None
 
 
 def test_a_sequence_needs_no_more_blocks_than_its_window_and_a_step() -> None:
-    def cost(num_free_blocks: int, max_held_tokens: int | None) -> float:
+    def wait_s(num_free_blocks: int, *held: int) -> float:
         values = {"num_free_blocks": num_free_blocks, "num_blocks": 1000, "block_size": 16}
-        held = changed(Candidate("a", max_held_tokens=max_held_tokens), **values)
-        return score_decode(4000, 96, held, COSTS, DecodeWeights()).wait_s
+        candidate = changed(Candidate("a", held=HeldKV(*held)), **values)
+        return score_decode(4000, 96, candidate, COSTS, DecodeWeights()).wait_s
 
-    assert cost(256, None) == cost(63, 1000) == cost(256, 5000) == 0
-    assert cost(255, None) > 0 and cost(62, 1000) > 0
+    assert wait_s(256) == wait_s(63, 0, 1, 1000) == wait_s(256, 0, 1, 5000) == wait_s(256 + 2 * 63, 1, 2, 1000) == 0
+    assert wait_s(255) > 0 and wait_s(62, 0, 1, 1000) > 0 and wait_s(255 + 2 * 63, 1, 2, 1000) > 0
 
 
 def test_of_equals_all_routers_choose_the_same_and_prompts_are_spread() -> None:

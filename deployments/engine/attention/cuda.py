@@ -64,7 +64,7 @@ class Prompts:
         sequences: (computed before, new) tokens of each.
         lens: (P,) int32 tokens of each sequence, context and chunk; None: whole prompts, without context.
         capacities: (P + 1,) int32 where each sequence's blocks would begin if they lay behind each other; None as well.
-        tables: (P, max_blocks) int32 block ids; None as well.
+        tables: (P, max_blocks) int32 block ids, by the group of layers; None as well.
         is_recorded: into a CUDA graph, a whole prompt alone, or a chunk alone that may have fewer tokens than the batch
             and any context: so `starts`, `lens` and `tables` are filled anew for each replay, and no capacities needed.
     """
@@ -77,7 +77,7 @@ class Prompts:
     sequences: tuple[tuple[int, int], ...]
     lens: Tensor | None = None
     capacities: Tensor | None = None
-    tables: Tensor | None = None
+    tables: tuple[Tensor, ...] | None = None
     is_recorded: bool = False
     _plans: dict[int, WindowPlan] = field(default_factory=dict)
 
@@ -94,8 +94,8 @@ class CudaStep:
 
     Args:
         cache: the pool.
-        slots: (T,) where each token's KV goes; negative: nowhere.
-        single_tables: (D, max_blocks) int32 block ids; the D single tokens come first in the flat batch.
+        slots: (G, T) where each token's KV goes, by the group of layers; negative: nowhere.
+        single_tables: (D, max_blocks) int32 block ids, by the group; the D single tokens come first in the flat batch.
         single_lens: (D,) int32 tokens of each one's sequence, itself included.
         prompts: the chunks behind the single tokens.
         rows: see `AttentionStep`.
@@ -106,7 +106,7 @@ class CudaStep:
         self,
         cache: KVCache,
         slots: Tensor,
-        single_tables: Tensor,
+        single_tables: tuple[Tensor, ...],
         single_lens: Tensor,
         prompts: tuple[Prompts, ...] = (),
         rows: Tensor | None = None,
@@ -120,15 +120,16 @@ class CudaStep:
 
     def attend(self, asked: LayerAttention) -> Tensor:
         layer, scores, kv = asked.layer, asked.scores, self._cache.paged(asked.layer)
+        group = self._cache.group_of[layer]
         keeps = any(prompts.tables is None for prompts in self._prompts)
-        rotated, new_keys, new_values = write(asked, kv, self._slots, keeps=keeps)
+        rotated, new_keys, new_values = write(asked, kv, self._slots[group], keeps=keeps)
         if self._watch is not None and layer + 1 in self._watch.ends:
             self._watch.reach(layer + 1)
         if not self._prompts:
-            return self._attend_singles(rotated, kv, scores)
+            return self._attend_singles(group, rotated, kv, scores)
         parts = []
         if num_singles := len(self._lens):
-            parts.append(self._attend_singles(rotated[:num_singles], kv, scores))
+            parts.append(self._attend_singles(group, rotated[:num_singles], kv, scores))
         for prompts in self._prompts:
             span = slice(prompts.start, prompts.start + prompts.num_tokens)
             seen = without_idle_window(scores, prompts.max_keys)
@@ -139,8 +140,8 @@ class CudaStep:
                 parts.append(_attend_context(prompts, rotated[span], self._cache, layer, seen))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _attend_singles(self, queries: Tensor, kv: PagedKV, scores: Scores) -> Tensor:
-        max_tokens = self._tables.shape[1] * self._cache.block_size
+    def _attend_singles(self, group: int, queries: Tensor, kv: PagedKV, scores: Scores) -> Tensor:
+        max_tokens = self._tables[group].shape[1] * self._cache.block_size
         scores = without_idle_window(scores, max_tokens)
         splits = self._splits.get(scores.window)
         if splits is None:
@@ -148,7 +149,7 @@ class CudaStep:
             tile = decode_tile(queries.shape[-1], len(self._lens) * num_kv_heads, is_fp8=self._cache.is_fp8)
             splits = plan_splits(self._lens, num_kv_heads, tile, max_tokens, scores.window)
             self._splits[scores.window] = splits
-        return decode_attention(queries, kv, self._tables, splits, scores)
+        return decode_attention(queries, kv, self._tables[group], splits, scores)
 
 
 def write(asked: LayerAttention, kv: PagedKV, slots: Tensor, *, keeps: bool) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -207,14 +208,16 @@ def _attend_whole(prompts: Prompts, queries: Tensor, keys: Tensor, values: Tenso
 
 def _attend_context(prompts: Prompts, queries: Tensor, cache: KVCache, layer: int, scores: Scores) -> Tensor:
     kv, asked = cache.paged(layer), (prompts.starts, prompts.max_queries, scores)
+    assert prompts.tables is not None
+    tables = prompts.tables[cache.group_of[layer]]
     if prompts.is_recorded:
-        return prefill_attention(queries, kv, *asked, lens=prompts.lens, tables=prompts.tables, is_padded=True)
-    assert prompts.tables is not None and prompts.capacities is not None
-    is_alone = len(prompts.tables) == 1
+        return prefill_attention(queries, kv, *asked, lens=prompts.lens, tables=tables, is_padded=True)
+    assert prompts.capacities is not None
+    is_alone = len(tables) == 1
     if is_alone and prompts.num_tokens >= LONG_CHUNK and _fits_flash3(queries, scores):
         return _attend_copied_context(prompts, queries, cache, layer, scores)
     if cache.is_fp8 or not _is_plain(scores):
-        return prefill_attention(queries, kv, *asked, lens=prompts.lens, tables=prompts.tables)
+        return prefill_attention(queries, kv, *asked, lens=prompts.lens, tables=tables)
     return varlen_attn(  # type: ignore[return-value]
         queries,
         kv.keys,
@@ -227,7 +230,7 @@ def _attend_context(prompts: Prompts, queries: Tensor, cache: KVCache, layer: in
         window_size=_CAUSAL,
         enable_gqa=True,
         seqused_k=prompts.lens,
-        block_table=prompts.tables,
+        block_table=tables,
         # Splits of the keys are put together in the wrong places if there are several sequences (torch 2.13; mended in
         # https://github.com/Dao-AILab/flash-attention/pull/2550).
         num_splits=None if is_alone else 1,
@@ -237,7 +240,8 @@ def _attend_context(prompts: Prompts, queries: Tensor, cache: KVCache, layer: in
 def _attend_copied_context(prompts: Prompts, queries: Tensor, cache: KVCache, layer: int, scores: Scores) -> Tensor:
     """A chunk alone; only the blocks that it sees are copied."""
     assert prompts.tables is not None and prompts.capacities is not None
-    table, where = prompts.tables[0], (prompts.starts, prompts.capacities, prompts.max_queries, prompts.max_keys)
+    table = prompts.tables[cache.group_of[layer]][0]
+    where = (prompts.starts, prompts.capacities, prompts.max_queries, prompts.max_keys)
     if scores.window is None:
         keys, values = (part.flatten(0, 1) for part in cache.gather(layer, table))
         return flash3.attend(queries, keys, values, Pieces(*where), scores, prompts.lens)

@@ -31,21 +31,23 @@ def can_attend(cache: KVCache, scores: Scores) -> bool:
 def compile_kernels(cache: KVCache) -> None:
     """Compile the kernels for this pool, or fetch them from numba's cache, before the first request needs them."""
     none = np.zeros(0, np.int64)
-    nothing = StepArrays(none, none, none, none, none, none, np.zeros((0, 1), np.int64), 0, none, none)
+    no_slots, no_tables = np.zeros((cache.num_groups, 0), np.int64), np.zeros((cache.num_groups, 0, 1), np.int64)
+    nothing = StepArrays(none, none, none, no_slots, none, none, no_tables, 0, none, none)
     queries = torch.empty(0, cache.group.num_kv_heads, cache.group.head_dim)
     PagedStep(nothing, cache, None).attend(0, queries, 1.0, queries)
 
 
 class PagedStep:
-    """The attention of one step; shared by all layers with the same window.
+    """The attention of one step; shared by all layers of a group with the same window.
 
     Attributes:
         runs: of the step.
-        pool: the blocks of all layers.
+        slots: (T,) int64 where the tokens' KV goes.
+        pool: the blocks.
         window: as kernels take it.
     """
 
-    def __init__(self, arrays: StepArrays, cache: KVCache, window: int | None) -> None:
+    def __init__(self, arrays: StepArrays, cache: KVCache, window: int | None, group: int = 0) -> None:
         lens = arrays.single_lens
         start = np.zeros_like(lens) if window is None else np.maximum(lens - window, 0)
         num_splits = -(-(lens - start) // _SPLIT_TOKENS)
@@ -55,9 +57,11 @@ class PagedStep:
         first = start[owner] + rank * _SPLIT_TOKENS
         splits = np.stack((owner, first, np.minimum(first + _SPLIT_TOKENS, lens[owner])), axis=1)
         # Compiled code is compiled once more for arrays that lie in memory otherwise.
-        runs = (arrays.starts, arrays.counts, arrays.tables, splits, first_split)
+        runs = (arrays.starts, arrays.counts, arrays.tables[group], splits, first_split)
         self.runs = Runs(*map(np.ascontiguousarray, runs))
+        self.slots = np.ascontiguousarray(arrays.slots[group])
         self.pool: np.ndarray = cache.blocks.numpy()
+        self._place_of = cache.place_of
         self.window = _UNBOUNDED if window is None else window
 
     def attend(self, layer: int, queries: Tensor, scaling: float, out: Tensor) -> None:
@@ -69,5 +73,5 @@ class PagedStep:
             scaling: of the scores.
             out: as queries, filled.
         """
-        keys, values = self.pool[layer]
+        keys, values = self.pool[self._place_of[layer]]
         attend_runs(queries.numpy(), keys, values, self.runs, self.window, _FLOAT(scaling), out.numpy())

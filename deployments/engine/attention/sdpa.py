@@ -40,7 +40,7 @@ class PromptChunk:
         query_start: where the chunk begins in the flat batch.
         num_queries: its tokens.
         context_len: tokens of the sequence that were computed before it.
-        block_ids: (ceil((context_len + num_queries) / block_size),) int64 physical blocks.
+        block_ids: (G, ceil((context_len + num_queries) / block_size)) int64 physical blocks, by the group of layers.
     """
 
     query_start: int
@@ -54,7 +54,7 @@ class _SplitPlan:
     """How the contexts of the single tokens of a step are cut.
 
     Attributes:
-        block_ids: (N * blocks_per_split,) int64 blocks to gather.
+        block_ids: (G, N * blocks_per_split) int64 blocks to gather, by the group of layers.
         mask: (N, 1, 1, split_len) 0 where a token may be seen, else -inf; None if all may.
         owner: (N,) int64 single token that each split belongs to; None if each has one split.
     """
@@ -83,7 +83,7 @@ class SdpaStep:
     ) -> None:
         use_torch_threads()
         self.cache, self.watch = cache, watch
-        self.slots = upload(arrays.slots, cache.blocks.device)
+        self._slots = upload(arrays.slots, cache.blocks.device)
         # On a CPU alone: layers there leave the other rows in place, those of a GPU drop them.
         rows = arrays.draw_rows if logit_rows is None else logit_rows
         is_dropping = cache.blocks.device.type == "cpu" and len(rows) < arrays.num_tokens
@@ -91,13 +91,14 @@ class SdpaStep:
         self._arrays = arrays
         self._chunks = _cut_chunks(arrays, cache.block_size, cache.blocks.device)
         self._split_plans: dict[int | None, _SplitPlan] = {}
-        self._paged: dict[int | None, PagedStep] = {}
+        self._paged: dict[tuple[int, int | None], PagedStep] = {}
 
     def attend(self, asked: LayerAttention) -> Tensor:
         layer, queries, keys, values, scores, rotation = asked
         assert rotation is None, "this attention takes queries and keys that are rotated"
         num_singles = self._arrays.num_singles
-        stored = self.cache.write(layer, self.slots, keys.transpose(0, 1), values.transpose(0, 1))
+        slots = self._slots[self.cache.group_of[layer]]
+        stored = self.cache.write(layer, slots, keys.transpose(0, 1), values.transpose(0, 1))
         self.tell(layer + 1)
         if can_attend(self.cache, scores):
             return self.attend_stored(layer, queries.transpose(0, 1), scores)
@@ -128,14 +129,14 @@ class SdpaStep:
         """
         queries = queries.contiguous()
         out = torch.empty_like(queries)
-        self.paged(scores.window).attend(layer, queries, scores.scaling, out)
+        self.paged(scores.window, self.cache.group_of[layer]).attend(layer, queries, scores.scaling, out)
         return out
 
-    def paged(self, window: int | None) -> PagedStep:
-        """For kernels that attend straight from the pool, in layers with this window."""
-        paged = self._paged.get(window)
+    def paged(self, window: int | None, group: int = 0) -> PagedStep:
+        """For kernels that attend straight from the pool, in layers of a group with this window."""
+        paged = self._paged.get((group, window))
         if paged is None:
-            paged = self._paged[window] = PagedStep(self._arrays, self.cache, window)
+            paged = self._paged[group, window] = PagedStep(self._arrays, self.cache, window, group)
         return paged
 
     def _attend_singles(self, layer: int, queries: Tensor, scores: Scores) -> Tensor:
@@ -157,7 +158,8 @@ class SdpaStep:
     def _attend_splits(self, layer: int, plan: _SplitPlan, grouped: Tensor, scores: Scores) -> tuple[Tensor, Tensor]:
         """All splits: (N, num_kv_heads, group, head_dim) and their log-sum-exp; no more at once than is bounded."""
         num_splits, num_kv_heads, group, head_dim = grouped.shape
-        width = len(plan.block_ids) // num_splits
+        block_ids = plan.block_ids[self.cache.group_of[layer]]
+        width = len(block_ids) // num_splits
         num_tokens = width * self.cache.block_size
         # Keys and values, and both once more in float32, and the scores.
         bytes_per_split = 4 * num_tokens * num_kv_heads * (4 * head_dim + 2 * group)
@@ -167,7 +169,7 @@ class SdpaStep:
             part = slice(first, first + at_once)
             keys, values = (
                 gathered.view(-1, num_tokens, num_kv_heads, head_dim).transpose(1, 2)
-                for gathered in self.cache.gather(layer, plan.block_ids[first * width : part.stop * width])
+                for gathered in self.cache.gather(layer, block_ids[first * width : part.stop * width])
             )
             mask = None if plan.mask is None else plan.mask[part]
             parts.append(_attend(grouped[part], keys, values, scores, mask=mask))
@@ -223,7 +225,8 @@ class SdpaStep:
     def _context(self, layer: int, chunk: PromptChunk, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Tokens [start, end) from the pool, start on a block's border: keys and values as `_spread` gives them."""
         size = self.cache.block_size
-        gathered = self.cache.gather(layer, chunk.block_ids[start // size : -(-end // size)])
+        block_ids = chunk.block_ids[self.cache.group_of[layer], start // size : -(-end // size)]
+        gathered = self.cache.gather(layer, block_ids)
         keys, values = (part.flatten(0, 1)[: end - start].transpose(0, 1) for part in gathered)
         return _spread(keys), _spread(values)
 
@@ -309,7 +312,7 @@ def _cut_chunks(arrays: StepArrays, block_size: int, device: torch.device) -> li
     for run in range(arrays.num_singles, arrays.num_runs):
         context_len, num_queries = int(arrays.starts[run]), int(arrays.counts[run])
         num_blocks = -(-(context_len + num_queries) // block_size)
-        block_ids = upload(arrays.tables[run, :num_blocks], device)
+        block_ids = upload(arrays.tables[:, run, :num_blocks], device)
         chunks.append(PromptChunk(query_start, num_queries, context_len, block_ids))
         query_start += num_queries
     return chunks
@@ -326,7 +329,7 @@ def plan_splits(arrays: StepArrays, block_size: int, window: int | None, queries
     rank = np.arange(len(owner)) - np.repeat(np.cumsum(num_splits) - num_splits, num_splits)
     logical = (first[owner] + rank * width)[:, None] + np.arange(width)
     tables = arrays.single_tables
-    physical = tables[owner[:, None], np.minimum(logical, tables.shape[1] - 1)]
+    physical = tables[:, owner[:, None], np.minimum(logical, tables.shape[2] - 1)]
     positions = (logical[:, :, None] * block_size + np.arange(block_size)).reshape(len(owner), -1)
     visible = positions < lens[owner, None]
     if window is not None:
@@ -336,7 +339,7 @@ def plan_splits(arrays: StepArrays, block_size: int, window: int | None, queries
         mask = torch.from_numpy(np.where(visible, np.float32(0), np.float32("-inf")))[:, None, None, :]
         mask = mask.to(device=queries.device, dtype=queries.dtype)
     return _SplitPlan(
-        block_ids=torch.from_numpy(physical.reshape(-1)).to(queries.device),
+        block_ids=torch.from_numpy(physical.reshape(len(tables), -1)).to(queries.device),
         mask=mask,
         owner=torch.from_numpy(owner).to(queries.device) if len(owner) > len(lens) else None,
     )

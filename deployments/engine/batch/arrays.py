@@ -1,6 +1,7 @@
 """One step as plain numbers, from which every runner and every attention is fed. Knows no sequence and no tensor.
 
-Shape suffixes: T tokens of the step, R runs, D single tokens among them, B blocks of the longest run, S draws.
+Shape suffixes: T tokens of the step, R runs, D single tokens among them, B blocks of the longest run, S draws, G groups
+of layers, each of which has blocks of its own.
 """
 
 from dataclasses import dataclass
@@ -16,10 +17,10 @@ class StepArrays:
         token_ids: (T,) tokens; 0 where a step in flight draws them.
         sources: (D,) row among the draws of the step before, where it draws the single token; -1 where it is known.
         positions: (T,) within each sequence, plus the sequence's `position_offset`.
-        slots: (T,) where each token's KV goes in the flattened pool.
+        slots: (G, T) where each token's KV goes in the flattened pool.
         starts: (R,) tokens of each run's sequence before the run.
         counts: (R,) tokens of each run.
-        tables: (R, B) block ids that cover each run and everything before it, padded with zeros.
+        tables: (G, R, B) block ids that cover each run and everything before it, padded with zeros.
         num_singles: D, runs of one token that draws: a shape, see `order_for_batch`. Not all need be decodes.
         draw_rows: (S,) places in the batch of the tokens that draw.
         draw_positions: (S,) where the drawn tokens will stand in their sequences.
@@ -51,5 +52,5 @@ class StepArrays:
 
     @property
     def single_tables(self) -> np.ndarray:
-        """(D, B) their blocks."""
-        return self.tables[: self.num_singles]
+        """(G, D, B) their blocks."""
+        return self.tables[:, : self.num_singles]

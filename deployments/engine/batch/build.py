@@ -35,13 +35,16 @@ def _rank(item: ScheduledSequence) -> tuple[bool, int]:
     return not item.is_decode, -item.start if item.is_decode else 0
 
 
-def build_arrays(items: list[ScheduledSequence], block_size: int, row_of: Mapping[str, int]) -> StepArrays:
+def build_arrays(
+    items: list[ScheduledSequence], block_size: int, row_of: Mapping[str, int], num_groups: int = 1
+) -> StepArrays:
     """Lay out one step.
 
     Args:
         items: as `order_for_batch` leaves them.
         block_size: tokens per block.
         row_of: where the step before draws for a request, among its draws.
+        num_groups: of layers, the first of those for which sequences have tables.
     """
     num_runs = len(items)
     starts = _column([item.start for item in items])
@@ -50,7 +53,7 @@ def build_arrays(items: list[ScheduledSequence], block_size: int, row_of: Mappin
     offsets = _column([item.sequence.position_offset for item in items])
     num_singles = int(((counts == 1) & (draws == 1)).sum())
     token_ids, sources = _tokens(items, num_singles, row_of)
-    tables = _tables(items, -(-(starts + counts) // block_size))
+    tables = _tables(items, -(-(starts + counts) // block_size), num_groups)
     ends = np.cumsum(counts)
     rows = np.repeat(np.arange(num_runs), counts)
     positions = np.arange(len(rows)) + (starts - ends + counts)[rows]
@@ -98,13 +101,17 @@ def _tokens(
     return np.concatenate((newest, np.frombuffer(others, np.uint32))), sources
 
 
-def _tables(items: list[ScheduledSequence], num_blocks: np.ndarray) -> np.ndarray:
-    """(R, B), of each run so many blocks."""
-    width, flat = int(num_blocks.max()), block_array()
-    for item, size in zip(items, num_blocks.tolist(), strict=True):
+def _tables(items: list[ScheduledSequence], num_blocks: np.ndarray, num_groups: int) -> np.ndarray:
+    """(G, R, B), of each run so many blocks."""
+    width, flat, sizes = int(num_blocks.max()), block_array(), num_blocks.tolist()
+    for item, size in zip(items, sizes, strict=True):
         flat += item.sequence.block_table[:size]
-    padded = np.zeros((len(items), width), np.int64)
-    padded[np.arange(width) < num_blocks[:, None]] = np.frombuffer(flat, np.int32)
+    for group in range(1, num_groups):
+        for item, size in zip(items, sizes, strict=True):
+            flat += item.sequence.tables.each[group][:size]
+    padded, is_held = np.zeros((num_groups, len(items), width), np.int64), np.arange(width) < num_blocks[:, None]
+    for table, held in zip(padded, np.frombuffer(flat, np.int32).reshape(num_groups, -1), strict=True):
+        table[is_held] = held
     return padded
 
 

@@ -52,18 +52,18 @@ class Preparation:
     """Prepares steps one after the other, each of which may compute what the one before draws.
 
     Args:
-        block_size: tokens per block.
+        cache: the pool.
     """
 
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
+    def __init__(self, cache: KVCache) -> None:
+        self._block_size, self._num_groups = cache.block_size, cache.num_groups
         self._row_of: dict[str, int] = {}
         self._sampling = SamplingPreparation()
 
     def prepare(self, scheduled: list[ScheduledSequence]) -> PreparedStep:
         """Lay out a step; tokens that are not known yet are those that the step prepared before draws."""
         items = order_for_batch(scheduled)
-        arrays = build_arrays(items, self.block_size, self._row_of)
+        arrays = build_arrays(items, self._block_size, self._row_of, self._num_groups)
         self._row_of = rows_of(items)
         sampling = adjusting = masking = scoring = None
         if len(arrays.draw_rows):

@@ -43,11 +43,12 @@ from deployments.engine.execution.parts import (
     fill_chunk,
     fill_prompt,
     fill_singles,
+    prompt_values,
     recorded_prompts,
 )
 from deployments.engine.execution.verification import Verification
 from deployments.engine.kv.cache import KVCache
-from deployments.engine.kv.layers import LayerWatch, layer_ends
+from deployments.engine.kv.layers import LayerWatch
 from deployments.engine.layers.base import weight_bytes
 from deployments.engine.layers.cuda import can_drop_rows
 from deployments.engine.model.load import LoadedModel
@@ -77,16 +78,18 @@ class CudaRunner:
         self.cache = cache
         self._limits = limits
         self._max_blocks = -(-limits.max_model_len // cache.block_size)
-        self._preparation = Preparation(cache.block_size)
+        self._preparation = Preparation(cache)
+        self._num_groups = num_groups = cache.num_groups
         num_seqs, max_draws = limits.max_num_seqs, limits.max_num_batched_tokens
         self._max_graph_batch = min(num_seqs, MAX_GRAPH_BATCH)
         # Two of each: one step is prepared while the copy of the one before may still be read.
-        flat = 5 * num_seqs + num_seqs * self._max_blocks
+        flat = num_seqs * (4 + num_groups + num_groups * self._max_blocks)
         self._singles_uploads = [Upload(flat) for _ in range(2)]
         self._singles_inputs = torch.zeros(flat, dtype=torch.int32, device=self._device)
-        self._singles_inputs[3 * num_seqs : 4 * num_seqs] = -1
-        prompt_values = 6 * limits.max_num_batched_tokens + num_seqs * (2 * self._max_blocks + 64) + 64
-        self._prompt_uploads = [Upload(prompt_values) for _ in range(2)]
+        self._singles_inputs[3 * num_seqs : (3 + num_groups) * num_seqs] = -1
+        flat = 3 * (1 + num_groups) * limits.max_num_batched_tokens
+        flat += num_seqs * num_groups * (2 * self._max_blocks + 64) + 64
+        self._prompt_uploads = [Upload(flat) for _ in range(2)]
         self._results = [torch.empty(max_draws, dtype=torch.int64, pin_memory=True) for _ in range(2)]
         self._drawn = torch.zeros(max_draws, dtype=torch.int64, device=self._device)
         self._turn = 0
@@ -133,11 +136,12 @@ class CudaRunner:
 
     def _replay_singles(self, arrays: StepArrays) -> SinglesGraph:
         graph = self._graphs[padded_batch(arrays.num_singles, self._max_graph_batch)]
-        upload, num_columns = self._singles_uploads[self._turn], 5 * self._limits.max_num_seqs
-        columns = upload.values[:num_columns].reshape(5, -1)
-        tables = upload.values[num_columns:].reshape(-1, self._max_blocks)
+        upload, num_groups = self._singles_uploads[self._turn], self._num_groups
+        of_columns = (4 + num_groups) * self._limits.max_num_seqs
+        columns = upload.values[:of_columns].reshape(4 + num_groups, -1)
+        tables = upload.values[of_columns:].reshape(-1, num_groups, self._max_blocks)
         fill_singles(columns, tables, arrays, graph.batch_size)
-        upload.to(self._singles_inputs, num_columns + graph.batch_size * self._max_blocks)
+        upload.to(self._singles_inputs, of_columns + graph.batch_size * num_groups * self._max_blocks)
         graph.graph.replay()
         self._take_states(arrays.num_singles)
         return graph
@@ -197,7 +201,14 @@ class CudaRunner:
     def _run_eagerly(self, arrays: StepArrays, logit_rows: np.ndarray, watch: LayerWatch | None) -> Tensor:
         upload, num_singles = self._prompt_uploads[self._turn], arrays.num_singles
         writer = Writer(upload.values)
-        flat = (arrays.token_ids, arrays.positions, arrays.slots, arrays.sources, arrays.single_lens, logit_rows)
+        flat = (
+            arrays.token_ids,
+            arrays.positions,
+            arrays.slots.ravel(),
+            arrays.sources,
+            arrays.single_lens,
+            logit_rows,
+        )
         token_ids, positions, slots, sources, lens, last = (writer.write(values) for values in flat)
         tables = self._write_tables(writer, arrays, 0, num_singles)
         prompts = self._write_prompts(writer, arrays)
@@ -207,8 +218,8 @@ class CudaRunner:
             ids[:num_singles] = self._resolve(ids[:num_singles], sources.on(inputs))
         step = CudaStep(
             self.cache,
-            slots.on(inputs),
-            tables.on(inputs).view(num_singles, -1) if num_singles else tables.on(inputs).view(0, 0),
+            slots.on(inputs).view(self._num_groups, -1),
+            tuple(table.on(inputs).view(num_singles, -1 if num_singles else 0) for table in tables),
             lens.on(inputs),
             tuple(prompt.on(inputs) for prompt in prompts),
             last.on(inputs).long(),
@@ -218,11 +229,11 @@ class CudaRunner:
         self._take_states(arrays.num_tokens)
         return logits
 
-    def _write_tables(self, writer: Writer, arrays: StepArrays, first: int, end: int) -> Span:
-        """The blocks of some runs, as wide as the longest of them needs."""
+    def _write_tables(self, writer: Writer, arrays: StepArrays, first: int, end: int) -> tuple[Span, ...]:
+        """The blocks of some runs, by the group of layers; as wide as the longest of them needs."""
         lens = (arrays.starts + arrays.counts)[first:end]
         width = -(-int(lens.max(initial=0)) // self.cache.block_size)
-        return writer.write(arrays.tables[first:end, :width].reshape(-1))
+        return tuple(writer.write(table[first:end, :width].reshape(-1)) for table in arrays.tables)
 
     def _write_prompts(self, writer: Writer, arrays: StepArrays) -> list[PendingPrompts]:
         """Bring neighbours in the batch that attend together into groups."""
@@ -234,7 +245,7 @@ class CudaRunner:
             context = None
             if starts[0]:
                 tables = self._write_tables(writer, arrays, first, end)
-                width = len(tables.array) // len(counts) * self.cache.block_size
+                width = len(tables[0].array) // len(counts) * self.cache.block_size
                 context = writer.write(lens), writer.write(np.arange(len(counts) + 1) * width), tables
             sequences = tuple(zip(starts.tolist(), counts.tolist(), strict=True))
             shape = row, int(counts.sum()), int(counts.max()), int(lens.max())
@@ -290,12 +301,13 @@ class CudaRunner:
 
     @torch.inference_mode()
     def _capture_singles(self, size: int, pool: MemoryPool | None) -> MemoryPool:
-        num_seqs = self._limits.max_num_seqs
-        ids, sources, positions, slots, lens = self._singles_inputs[: 5 * num_seqs].view(5, num_seqs)[:, :size]
-        tables = self._singles_inputs[5 * num_seqs :].view(num_seqs, self._max_blocks)[:size]
+        num_seqs, num_columns = self._limits.max_num_seqs, 4 + self._num_groups
+        columns = self._singles_inputs[: num_columns * num_seqs].view(num_columns, num_seqs)[:, :size]
+        (ids, sources, positions), slots, lens = columns[:3], columns[3:-1], columns[-1]
+        tables = self._singles_inputs[num_columns * num_seqs :].view(num_seqs, self._num_groups, self._max_blocks)
 
         def run() -> Tensor:
-            return self._draw(ids, sources, positions, CudaStep(self.cache, slots, tables, lens))
+            return self._draw(ids, sources, positions, CudaStep(self.cache, slots, tables[:size].unbind(1), lens))
 
         graph = torch.cuda.CUDAGraph()
         self._graphs[size] = SinglesGraph(size, graph, record(graph, run, pool))
@@ -303,37 +315,40 @@ class CudaRunner:
 
     @torch.inference_mode()
     def _capture_prompt(self, length: int, pool: MemoryPool | None) -> MemoryPool:
-        recorded = self._prompt_graphs[length] = PromptGraph(length, self._inputs(3 * length + 1), self._marks())
+        inputs = self._inputs(prompt_values(length, self._num_groups))
+        recorded = self._prompt_graphs[length] = PromptGraph(length, inputs, self._num_groups, self._marks())
         starts = torch.tensor([0, length], dtype=torch.int32, device=self._device)
         prompt = Prompts(0, length, length, length, starts, ((0, length),), is_recorded=True)
         return self._capture_prompts(recorded, prompt, pool)
 
     @torch.inference_mode()
     def _capture_chunk(self, length: int, pool: MemoryPool | None) -> MemoryPool:
-        inputs = self._inputs(chunk_values(length, self._max_blocks))
-        recorded = self._chunk_graphs[length] = PromptGraph(length, inputs, self._marks())
-        starts, lens, table = inputs[3 * length + 1 :].split((2, 1, self._max_blocks))
+        of_prompt, num_groups = prompt_values(length, self._num_groups), self._num_groups
+        inputs = self._inputs(chunk_values(length, self._max_blocks, num_groups))
+        recorded = self._chunk_graphs[length] = PromptGraph(length, inputs, num_groups, self._marks())
+        starts, lens, tables = inputs[of_prompt:].split((2, 1, num_groups * self._max_blocks))
         longest = self._max_blocks * self.cache.block_size
-        context = {"lens": lens, "tables": table.unsqueeze(0)}
-        prompt = Prompts(0, length, length, longest, starts, ((longest - length, length),), is_recorded=True, **context)
+        by_group, sequences = tables.view(num_groups, 1, -1).unbind(), ((longest - length, length),)
+        shape = 0, length, length, longest
+        prompt = Prompts(*shape, starts, sequences, lens=lens, tables=by_group, is_recorded=True)
         return self._capture_prompts(recorded, prompt, pool)
 
     def _marks(self) -> GraphMarks | None:
-        ends = layer_ends(self.cache.group.num_layers, self._limits.handoff_layer_parts)
+        _, ends = self.cache.part_ends(self._limits.handoff_layer_parts)
         return GraphMarks(ends) if len(ends) > 1 else None
 
     def _inputs(self, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32, device=self._device)
 
     def _capture_prompts(self, recorded: PromptGraph, prompts: Prompts, pool: MemoryPool | None) -> MemoryPool:
-        length = recorded.length
-        ids, positions, slots = recorded.inputs[: 3 * length].view(3, length)
-        nothing, last = recorded.inputs[:0], recorded.inputs[3 * length : 3 * length + 1]
+        of_prompt, num_groups = prompt_values(recorded.length, self._num_groups), self._num_groups
+        columns, nothing = recorded.inputs[: of_prompt - 1].view(2 + num_groups, -1), recorded.inputs[:0]
+        ids, positions, slots, last = columns[0], columns[1], columns[2:], recorded.inputs[of_prompt - 1 : of_prompt]
         # One for the run that warms up and for the recording: replays read what it holds.
         recorded.holds = prompts
 
         def run() -> Tensor:
-            single = nothing.view(0, 0), nothing
+            single = (nothing.view(0, 0),) * num_groups, nothing
             step = CudaStep(self.cache, slots, *single, (prompts,), last.long(), recorded.marks)
             return self._forward(ids, positions, step)
 

@@ -108,7 +108,7 @@ class CudaHead:
         """What a graph reads of the guesses of one place: positions, slots and lengths."""
         count, size = arrays.num_tokens, padded_batch(arrays.num_tokens, self._max_seqs)
         span = writer.take(3 * size)
-        given = arrays.positions, arrays.slots, arrays.single_lens
+        given = arrays.positions, arrays.slots[0], arrays.single_lens
         for column, values, nothing in zip(span.array.reshape(3, size), given, (0, -1, 0), strict=True):
             column[:count], column[count:] = values, nothing
         return span
@@ -120,7 +120,7 @@ class CudaHead:
     def _guess(self, size: int) -> Tensor:
         """One more token of each sequence: logits of those that the head knows."""
         positions, slot_mapping, lens = self._columns[: 3 * size].view(3, size)
-        step = CudaStep(self.cache, slot_mapping, self._tables[:size], lens)
+        step = CudaStep(self.cache, slot_mapping.unsqueeze(0), (self._tables[:size],), lens)
         states = self._head(self._latest[:size], self._drawn[:size], positions, step)
         self._latest[:size] = states
         known = self._head.known_logits(states)

@@ -79,6 +79,7 @@ class PromptGraph:
     Args:
         length: of the prompt or chunk.
         inputs: what it reads, int32; see `fill_prompt` and `fill_chunk`. Slots are negative: it writes nowhere yet.
+        num_groups: of layers.
         marks: that it sets; None: none.
 
     Attributes:
@@ -87,9 +88,9 @@ class PromptGraph:
         holds: what else the graph reads.
     """
 
-    def __init__(self, length: int, inputs: Tensor, marks: GraphMarks | None = None) -> None:
+    def __init__(self, length: int, inputs: Tensor, num_groups: int, marks: GraphMarks | None = None) -> None:
         self.length, self.inputs, self.marks = length, inputs, marks
-        self.inputs[2 * length : 3 * length] = -1
+        self.inputs[2 * length : (2 + num_groups) * length] = -1
         self.graph = torch.cuda.CUDAGraph()
         self.logits: Tensor | None = None
         self.holds: object = None

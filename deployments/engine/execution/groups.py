@@ -37,12 +37,13 @@ class PendingPrompts:
     max_keys: int
     sequences: tuple[tuple[int, int], ...]
     starts: Span
-    context: tuple[Span, Span, Span] | None
+    context: tuple[Span, Span, tuple[Span, ...]] | None
 
     def on(self, inputs: Tensor) -> Prompts:
         shape = self.start, self.num_tokens, self.max_queries, self.max_keys
         if self.context is None:
             return Prompts(*shape, self.starts.on(inputs), self.sequences)
-        lens, capacities, tables = (span.on(inputs) for span in self.context)
-        on_gpu = lens, capacities, tables.view(len(self.sequences), -1)
+        lens, capacities, tables = self.context
+        by_group = tuple(table.on(inputs).view(len(self.sequences), -1) for table in tables)
+        on_gpu = lens.on(inputs), capacities.on(inputs), by_group
         return Prompts(*shape, self.starts.on(inputs), self.sequences, *on_gpu)

@@ -60,7 +60,7 @@ class NewestTokens:
     def step(self, place: int, block_size: int) -> StepArrays:
         """What the guesses of one place are made by: a step of single tokens, whose ids are not told."""
         count = int((self.lengths > place).sum())
-        positions, tables, rows = self.positions[:count] + place, self.tables[:count], np.arange(count)
+        positions, tables, rows = self.positions[:count] + place, self.tables[None, :count], np.arange(count)
         starts = positions - self.unseen[:count]
         return StepArrays(
             token_ids=np.zeros(count, np.int64),

@@ -37,7 +37,7 @@ class ModelRunner:
         self._head = loaded.head
         self._looked_at = [] if loaded.head is None else decoder_layers(loaded.model, loaded.head.layers)
         self.cache = cache
-        self._preparation = Preparation(cache.block_size)
+        self._preparation = Preparation(cache)
         self._drawn = torch.empty(0, dtype=torch.int64)
         if has_kernels(cache):
             compile_kernels(cache)

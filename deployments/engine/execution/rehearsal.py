@@ -22,6 +22,7 @@ from deployments.engine.model.eagle3 import Eagle3Head
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.sampling.guessing import GuessDraws
 from deployments.engine.sampling.sampler import SamplingPreparation
+from deployments.engine.scheduling.block_tables import BlockTables
 from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import MAX_SCORED_TOKENS, MAX_VERIFIED_TOKENS
@@ -90,7 +91,7 @@ def build_rehearsed_head(loaded: LoadedModel, limits: EngineLimits) -> HeadRunne
 
 
 def _too_large(what: str, loaded: LoadedModel, limits: EngineLimits, error: torch.OutOfMemoryError) -> str:
-    pool = limits.num_blocks * loaded.kv_shape.bytes_per_block(limits.block_size) / 2**30
+    pool = limits.num_blocks * loaded.kv_shape.bytes_of_pool_block(limits.block_size) / 2**30
     return (
         f"{what} of {limits.num_blocks} blocks ({pool:.2f} GiB) does not fit into the GPU's memory: lower"
         f" {name_limits(limits)} or the pool's size. {str(error).split(' If reserved')[0]}"
@@ -140,28 +141,29 @@ def rehearse(runner: Runner, limits: EngineLimits) -> None:
     """
     num_blocks = runner.cache.num_blocks
     table = block_array(block % num_blocks for block in range(-(-limits.max_model_len // limits.block_size)))
+    tables = BlockTables(*[table] * runner.cache.num_groups)
     token_ids = token_array([0] * limits.max_model_len)
     for step in worst_steps(limits):
         items = [
-            ScheduledSequence.of(_sequence(number, start, start + count, token_ids, table), count)
+            ScheduledSequence.of(_sequence(number, start, start + count, token_ids, tables), count)
             for number, (start, count) in enumerate(step)
         ]
         runner.launch(items).collect()
     # The first chunk of a prompt draws nothing.
-    prompt = _sequence(0, 0, limits.max_model_len, token_ids, table)
+    prompt = _sequence(0, 0, limits.max_model_len, token_ids, tables)
     chunk = min(limits.max_num_batched_tokens, limits.max_model_len - 1)
     runner.launch([ScheduledSequence.of(prompt, chunk)]).collect()
     # As many logits as one step may want.
     longest = limits.max_model_len
-    decodes = [_sequence(number, longest - 1, longest, token_ids, table) for number in range(1, limits.max_num_seqs)]
+    decodes = [_sequence(number, longest - 1, longest, token_ids, tables) for number in range(1, limits.max_num_seqs)]
     room = min(MAX_SCORED_TOKENS, limits.max_num_batched_tokens - len(decodes), longest - 1)
     items = [ScheduledSequence.of(sequence, 1) for sequence in decodes]
-    scored = _sequence(0, 0, room + 1, token_ids, table, num_prompt_logprobs=MAX_LOGPROBS)
+    scored = _sequence(0, 0, room + 1, token_ids, tables, num_prompt_logprobs=MAX_LOGPROBS)
     runner.launch([*items, ScheduledSequence.of(scored, room)]).collect()
     if drafts := most_drafts(limits):
         items = [
             ScheduledSequence.decode(
-                _sequence(number, longest - count - 1, longest - count, token_ids, table), (0,) * count
+                _sequence(number, longest - count - 1, longest - count, token_ids, tables), (0,) * count
             )
             for number, count in enumerate(drafts)
         ]
@@ -231,7 +233,7 @@ def _sequence(
     start: int,
     end: int,
     token_ids: "array[int]",
-    table: "array[int]",
+    tables: BlockTables,
     num_prompt_logprobs: int | None = None,
 ) -> Sequence:
     """One that has `start` of `end` tokens behind it; arrays are shared, since nothing is added to them."""
@@ -240,6 +242,6 @@ def _sequence(
         Role.LOCAL,
         time.monotonic(),
         token_ids=token_ids if end == len(token_ids) else token_ids[:end],
-        block_table=table,
+        tables=tables,
         num_computed_tokens=start,
     )

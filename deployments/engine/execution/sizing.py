@@ -98,8 +98,8 @@ def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
     if has_cuda_layers and block_size % _GPU_BLOCK_SIZE:
         raise ValueError(f"block_size is {block_size}, must be a multiple of {_GPU_BLOCK_SIZE} on a GPU")
     max_drafts = 0 if config.speculation.method == "off" else config.speculation.max_drafts
-    window, parts = loaded.kv_shape.group.window, config.handoff_layer_parts if config.hands_over else 1
-    bounds = config.max_num_seqs, max_num_batched_tokens, max_drafts, window, parts
+    windows, parts = loaded.kv_shape.windows, config.handoff_layer_parts if config.hands_over else 1
+    bounds = config.max_num_seqs, max_num_batched_tokens, max_drafts, windows, parts
     limits = EngineLimits(max_model_len, block_size, _TRIAL_BLOCKS, *bounds)
     return replace(limits, num_blocks=_count_blocks(loaded, config, limits))
 
@@ -107,7 +107,7 @@ def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
 def _count_blocks(loaded: LoadedModel, config: EngineConfig, limits: EngineLimits) -> int:
     if config.num_blocks:
         return config.num_blocks
-    bytes_per_block = loaded.bytes_per_block(limits.block_size)
+    bytes_per_block = loaded.bytes_of_pool_block(limits.block_size)
     if config.kv_cache_bytes:
         if config.kv_cache_bytes < bytes_per_block:
             raise ValueError(f"kv_cache_bytes is {config.kv_cache_bytes}, one block alone takes {bytes_per_block}")
@@ -120,11 +120,12 @@ def _count_blocks(loaded: LoadedModel, config: EngineConfig, limits: EngineLimit
 def _count_cpu_blocks(limits: EngineLimits, bytes_per_block: int) -> int:
     available = available_memory()
     num_blocks = max(1, min(_CPU_POOL_BYTES, int(available * _CPU_MEMORY_SHARE)) // bytes_per_block)
-    if num_blocks < Retention.of(limits).least_blocks(limits.max_model_len):
+    longest = Retention.of(limits).longest(num_blocks, limits.max_model_len)
+    if longest < limits.max_model_len:
         logger.warning(
             "the KV pool holds %d tokens, fewer than max_model_len (%d): it takes a quarter of the %.2f GiB of memory"
             " that are available, %.2f GiB at most; free memory or set kv_cache_bytes",
-            num_blocks * limits.block_size,
+            longest,
             limits.max_model_len,
             available / _GIB,
             _CPU_POOL_BYTES / _GIB,

@@ -59,6 +59,7 @@ class Verification:
 
     def __init__(self, cache: KVCache, limits: EngineLimits, run: RunTokens, device: torch.device) -> None:
         self._cache, self._run = cache, run
+        self._num_groups, self._num_columns = cache.num_groups, 4 + cache.num_groups
         self.sizes = verification_sizes(limits)
         self._max_queries = 1 + limits.max_drafts
         self._max_blocks = -(-limits.max_model_len // cache.block_size)
@@ -67,7 +68,8 @@ class Verification:
         # Two: one step is prepared while the copy of the one before may still be read.
         self._uploads = [Upload(self._num_values(self._max_seqs)) for _ in range(2)]
         self._inputs = torch.zeros(self._num_values(self._max_seqs), dtype=torch.int32, device=device)
-        self._inputs[3 * self._max_tokens : 4 * self._max_tokens] = -1  # slots: nothing is written yet
+        first_slot, num_slots = 3 * self._max_tokens, cache.num_groups * self._max_tokens
+        self._inputs[first_slot : first_slot + num_slots] = -1  # nothing is written yet
         self._graphs: dict[tuple[int, int], SinglesGraph] = {}
 
     def find(self, arrays: StepArrays) -> tuple[int, int] | None:
@@ -93,11 +95,12 @@ class Verification:
         """Record the graph of a size."""
         num_seqs, num_tokens = size
         columns, lens, starts, tables = self._parts(self._inputs)
-        ids, sources, positions, slots, owners = columns[:, :num_tokens]
+        columns = columns[:, :num_tokens]
+        (ids, sources, positions), slots, owners = columns[:3], columns[3:-1], columns[-1]
         runs = Runs(lens[:num_seqs], starts[: num_seqs + 1], owners, self._max_queries)
 
         def run() -> Tensor:
-            step = VerificationStep(self._cache, slots, tables[:num_seqs], runs)
+            step = VerificationStep(self._cache, slots, tables[:num_seqs].unbind(1), runs)
             return self._run(ids, sources, positions, step)
 
         graph = torch.cuda.CUDAGraph()
@@ -106,11 +109,12 @@ class Verification:
 
     def _num_values(self, num_seqs: int) -> int:
         """That are read for so many sequences; those of tables come last."""
-        return 5 * self._max_tokens + 2 * self._max_seqs + 1 + num_seqs * self._max_blocks
+        of_tokens, of_tables = self._num_columns * self._max_tokens, num_seqs * self._num_groups * self._max_blocks
+        return of_tokens + 2 * self._max_seqs + 1 + of_tables
 
     def _parts(self, values: Array) -> tuple[Array, Array, Array, Array]:
         """Columns of the tokens, lengths, starts, and tables."""
-        first, num_seqs = 5 * self._max_tokens, self._max_seqs
+        first, num_seqs = self._num_columns * self._max_tokens, self._max_seqs
         lens, starts = values[first : first + num_seqs], values[first + num_seqs : first + 2 * num_seqs + 1]
-        tables = values[first + 2 * num_seqs + 1 :].reshape(num_seqs, self._max_blocks)
-        return values[:first].reshape(5, self._max_tokens), lens, starts, tables
+        tables = values[first + 2 * num_seqs + 1 :].reshape(num_seqs, self._num_groups, self._max_blocks)
+        return values[:first].reshape(self._num_columns, self._max_tokens), lens, starts, tables

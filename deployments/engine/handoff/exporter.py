@@ -17,7 +17,7 @@ from deployments.engine.config import EngineLimits
 from deployments.engine.handoff.completions import Completions
 from deployments.engine.handoff.outbox import Outbox
 from deployments.engine.kv.copies import KVCopies
-from deployments.engine.kv.layers import LayerWatch, layer_ends
+from deployments.engine.kv.layers import LayerWatch
 from deployments.engine.scheduling.retention import Retention
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Sequence, Status
@@ -31,7 +31,7 @@ class _Announced:
     Attributes:
         chunk: it.
         tensor: its memory.
-        ends: layers where its parts end.
+        ends: places in its blocks where its parts end.
         num_copied: of the parts.
     """
 
@@ -66,7 +66,8 @@ class Exporter:
         max_chunk_blocks: of one chunk.
 
     Attributes:
-        ends: layers where the parts of a chunk end that is not handed over whole; see `LayerWatch`.
+        ends: of the model's layers, behind which a part is written of a chunk that is not handed over whole; see
+            `LayerWatch`.
     """
 
     def __init__(self, outbox: Outbox, copies: KVCopies, limits: EngineLimits, max_chunk_blocks: int) -> None:
@@ -75,7 +76,7 @@ class Exporter:
         self._retention = Retention.of(limits)  # as those keep it for whom it computes
         self._block_size = limits.block_size
         self._max_chunk_blocks = max_chunk_blocks
-        self.ends = layer_ends(copies.num_layers, limits.handoff_layer_parts)
+        self._part_ends, self.ends = copies.part_ends(limits.handoff_layer_parts)
         self._last_copied: torch.cuda.Event | None = None
         self._outgoing: dict[str, _Outgoing] = {}
         self._completions = Completions()
@@ -91,7 +92,7 @@ class Exporter:
 
     def add(self, sequence: Sequence, first_block: int) -> None:
         """Hand a sequence over from this block on, but for blocks that nobody reads behind its prompt."""
-        self._outbox.open(sequence.request_id, max(first_block, self._retention.num_passed(sequence.num_tokens)))
+        self._outbox.open(sequence.request_id, max(first_block, self._retention.num_unread(sequence.num_tokens)))
         self._outgoing[sequence.request_id] = _Outgoing(sequence)
 
     def discard(self, request_id: str) -> None:
@@ -127,7 +128,7 @@ class Exporter:
         after = self._copies.fence() if after is None else after
         for outgoing in self._outgoing.values() if request_id is None else [self._outgoing.get(request_id)]:
             for each in [] if outgoing is None else outgoing.announced:
-                num_parts = bisect_right(each.ends, num_layers)
+                num_parts = bisect_right(self.ends, num_layers)
                 if len(each.ends) > 1 and num_parts > each.num_copied:
                     assert outgoing is not None
                     self._copy_out(outgoing.sequence, each, num_parts, after)
@@ -152,7 +153,8 @@ class Exporter:
     def _copy_out(self, sequence: Sequence, each: _Announced, num_parts: int, after: torch.cuda.Event | None) -> None:
         """Copy what is missing of the first parts of a chunk."""
         chunk, first = each.chunk, each.ends[each.num_copied - 1] if each.num_copied else 0
-        block_ids = sequence.block_table[chunk.start_block : chunk.start_block + chunk.num_blocks].tolist()
+        spans = self._spans(sequence, chunk.start_block, chunk.num_blocks)
+        block_ids = [table[i] for table, span in zip(sequence.tables.each, spans, strict=True) for i in span]
         part = each.tensor[first : each.ends[num_parts - 1]]
         self._last_copied = copied = self._copies.export(block_ids, part, after, first)
         for _ in range(num_parts - each.num_copied):
@@ -172,14 +174,14 @@ class Exporter:
     def _announce(self, outgoing: _Outgoing, size: int, end: int, is_scheduled: bool) -> ChunkReady:
         sequence = outgoing.sequence
         # What the step that ends the prompt computes; earlier steps have later ones to hide behind.
-        ends = self.ends if is_scheduled and end >= sequence.num_tokens else self.ends[-1:]
+        ends = self._part_ends if is_scheduled and end >= sequence.num_tokens else self._part_ends[-1:]
         start = self._outbox.next_block(sequence.request_id)
         is_last = end >= sequence.num_tokens and start + size == self._num_blocks(sequence)
-        tensor = self._copies.allocate(size)
+        tensor = self._copies.allocate(sum(map(len, self._spans(sequence, start, size))))
         chunk = self._outbox.put(sequence.request_id, size, tensor, is_last=is_last, cuts=ends[:-1])
         outgoing.announced.append(_Announced(chunk, tensor, ends))
         outgoing.is_all_announced = is_last
-        return replace(chunk, num_cached_tokens=sequence.num_cached_tokens)
+        return replace(chunk, num_cached_tokens=sequence.num_cached_tokens, num_bytes=tensor.nbytes)
 
     def _next_size(self, outgoing: _Outgoing, end: int) -> int:
         """Blocks of the next chunk, if so many tokens are computed or about to be; the last ones go together."""
@@ -190,6 +192,11 @@ class Exporter:
         if end < sequence.num_tokens:
             num_blocks = min(end // self._block_size, num_blocks - 1)
         return min(num_blocks - self._outbox.next_block(sequence.request_id), self._max_chunk_blocks)
+
+    def _spans(self, sequence: Sequence, start: int, size: int) -> list[range]:
+        """What a chunk has of so many blocks, by the group: within windows nothing that nobody reads."""
+        num_passed = self._retention.num_passed(sequence.num_tokens)
+        return sequence.tables.spans(range(start, start + size), num_passed)
 
     def _num_blocks(self, sequence: Sequence) -> int:
         """Of all its tokens, which it may not all have yet."""

@@ -1,10 +1,14 @@
 """Brings prompts that prefill engines compute into the pool, chunk by chunk, until the first token is here as well."""
 
+from itertools import accumulate
+
+import torch
 from torch import Tensor
 
 from deployments.engine.handoff.inbox import Inbox
 from deployments.engine.handoff.states import State
 from deployments.engine.kv.copies import KVCopies
+from deployments.engine.scheduling.block_tables import BlockTables
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.engine.stats import EngineStats
 from deployments.kv_groups import BLOCK_AXIS
@@ -31,7 +35,7 @@ class Importer:
     def add(self, sequence: Sequence) -> None:
         """Await the blocks of a reserved sequence behind those that were found here."""
         first_block = sequence.num_computed_tokens // self._block_size
-        self._inbox.reserve(sequence.request_id, range(first_block, len(sequence.block_table)))
+        self._inbox.reserve(sequence.request_id, range(first_block, sequence.tables.num_blocks))
         self._sequences[sequence.request_id] = sequence
 
     def fill(self, chunk: ChunkReady, tensor: Tensor) -> tuple[Sequence, DrawnToken] | None:
@@ -48,10 +52,8 @@ class Importer:
         if blocks is None:
             return None
         sequence = self._sequences[chunk.request_id]
-        if len(blocks) < chunk.num_blocks:
-            tensor = tensor.narrow(BLOCK_AXIS, chunk.num_blocks - len(blocks), len(blocks)).contiguous()
         if blocks:
-            self._copies.import_([sequence.block_table[i] for i in blocks], tensor, chunk.layers)
+            self._copies.import_(*_wanted(sequence.tables, chunk, blocks, tensor), chunk.layers)
         sequence.limit_cached(chunk.num_cached_tokens)
         if self._inbox.fill(chunk) is not State.READY:
             return None
@@ -73,3 +75,15 @@ class Importer:
         """The request is over. Unknown ones are no error."""
         self._inbox.drop(request_id)
         self._sequences.pop(request_id, None)
+
+
+def _wanted(tables: BlockTables, chunk: ChunkReady, blocks: range, tensor: Tensor) -> tuple[list[int], Tensor]:
+    """Where what a chunk has of its last blocks goes, and that; it has what groups hold of it behind each other."""
+    sent = tables.spans(range(chunk.start_block, blocks.stop), tables.num_passed)
+    wanted = [range(max(span.start, blocks.start), span.stop) for span in sent]
+    block_ids = [table[i] for table, span in zip(tables.each, wanted, strict=True) for i in span]
+    if len(blocks) == chunk.num_blocks:
+        return block_ids, tensor
+    ends = accumulate(map(len, sent))
+    parts = [tensor.narrow(BLOCK_AXIS, end - len(span), len(span)) for end, span in zip(ends, wanted, strict=True)]
+    return block_ids, torch.cat(parts, BLOCK_AXIS) if len(parts) > 1 else parts[0].contiguous()

@@ -25,7 +25,7 @@ PRODUCT = np.dtype([("panels", np.int64), ("panel_bytes", np.int64), ("bias", np
 # are none.
 LAYER = np.dtype(
     [
-        ("index", np.int64),
+        ("place", np.int64),  # in blocks of the pool
         ("num_heads", np.int64),
         ("width", np.int64),  # of the MLP, between its projections
         ("before_attention", np.int64),
@@ -76,7 +76,7 @@ def run_layers(layers, hidden, cos, sin, slots, pool, runs, window, scaling, row
         cos: (T, head_dim).
         sin: as cos.
         slots: (T,) int64 places in the pool.
-        pool: (all layers, 2, num_blocks, block_size, H_kv, head_dim) keys and values; written to.
+        pool: (layers of a block, 2, num_blocks, block_size, H_kv, head_dim) keys and values; written to.
         runs: of the step, a `Runs`.
         window: see `attend_runs`.
         scaling: of the scores.
@@ -86,7 +86,7 @@ def run_layers(layers, hidden, cos, sin, slots, pool, runs, window, scaling, row
     num_kv_heads, head_dim = pool.shape[4], pool.shape[5]
     for i in range(layers.shape[0]):
         layer = layers[i]
-        keys, values = pool[layer.index, 0], pool[layer.index, 1]
+        keys, values = pool[layer.place, 0], pool[layer.place, 1]
         queries = np.empty((num_tokens, layer.num_heads, head_dim), _FLOAT)
         panels, bias = _product(layer.qkv, (layer.num_heads + 2 * num_kv_heads) * head_dim)
         norm = _floats(layer.before_attention, size)

@@ -32,7 +32,12 @@ class KVCopies:
 
     @property
     def num_layers(self) -> int:
+        """Of a block."""
         return self._cache.group.num_layers
+
+    def part_ends(self, num_parts: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """See `KVCache.part_ends`."""
+        return self._cache.part_ends(num_parts)
 
     def allocate_from(self, allocate: Allocate) -> None:
         """Copy chunks out to memory from there; where it has no room, as before to torch's."""

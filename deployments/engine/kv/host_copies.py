@@ -2,7 +2,7 @@
 
 The blocks must be held for whoever copies, so that no step touches them meanwhile. On a GPU each copy has a stream of
 its own and passes through pinned memory, unless what it comes from is pinned; steps never wait for one. In the host's
-memory a block is one run of bytes: all layers, keys and values, one behind the other.
+memory a block is one run of bytes: all its layers, keys and values, one behind the other.
 """
 
 import ctypes
@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,7 @@ class HostCopies:
         Args:
             block_ids: N of them.
             computed: when they are; None: they are.
-            out: (N, bytes_per_block) uint8.
+            out: (N, bytes_per_block) uint8, contiguous; or some blocks behind each other in each row.
 
         Returns:
             Seconds that this took others: on a GPU all of them, on a CPU those of a core. A copy that waits for a core,
@@ -80,7 +81,7 @@ class HostCopies:
         Args:
             block_ids: N of them.
             computed: when no step that was launched before uses the blocks any more; None: none does.
-            data: (N, bytes_per_block) uint8; it is not written to.
+            data: as `out`; it is not written to.
         """
         rows = self._rows(data, block_ids)
         if self.pinned is not None:
@@ -94,7 +95,7 @@ class HostCopies:
 
     def _rows(self, data: np.ndarray, block_ids: Sequence[int]) -> np.ndarray:
         expected = (len(block_ids), self.bytes_per_block)
-        if data.shape != expected or data.dtype != np.uint8:
+        if data.size != prod(expected) or data.dtype != np.uint8:
             raise ValueError(f"KV is {data.shape} {data.dtype}, these blocks take {expected} uint8")
         return data.reshape(-1, *self._plane_shape)
 

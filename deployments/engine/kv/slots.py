@@ -17,19 +17,19 @@ def slots(tables: np.ndarray, rows: np.ndarray | int, positions: np.ndarray, blo
     """Map token positions to slots of the pool, its blocks behind each other.
 
     Args:
-        tables: (S, B) integer block ids of S sequences, each in its order; what a row holds behind its blocks is not
-            read.
+        tables: (..., S, B) integer block ids of S sequences, each in its order; what a row holds behind its blocks is
+            not read.
         rows: (T,) integer, whose token each one is; a number: all are of that sequence.
         positions: (T,) integer, within the sequence, covered by its table.
         block_size: tokens per block.
 
     Returns:
-        (T,) slots, of the wider type of tables and positions; the table [7, 2] with blocks of 16 maps [15, 16] to
+        (..., T) slots, of the wider type of tables and positions; the table [7, 2] with blocks of 16 maps [15, 16] to
         [127, 32].
 
     Source: PagedAttention (Kwon et al., SOSP 2023), section 4.
     """
-    found: np.ndarray = tables[rows, positions // block_size] * block_size + positions % block_size
+    found: np.ndarray = tables[..., rows, positions // block_size] * block_size + positions % block_size
     return found
 
 

@@ -70,6 +70,8 @@ class _Layer:
         original: the layer's own forward, for rotary embeddings of a part of a head, and for KV that is rounded.
         parts: of the layer.
         index: of the layer.
+        place: of its KV in its group's blocks.
+        group: of layers that it is of.
         num_heads: of its queries.
         scores: as its attention asks for them.
         is_last: it is the model's last one.
@@ -79,13 +81,16 @@ class _Layer:
     original: Callable[..., Tensor]
     parts: _Parts
     index: int
+    place: int
+    group: int
     num_heads: int
     scores: Scores
     is_last: bool
     is_looked_at: bool
 
     def is_followed_by(self, other: "_Layer") -> bool:
-        return other.index == self.index + 1 and other.scores == self.scores and not other.is_looked_at
+        is_next = other.index == self.index + 1 and not other.is_looked_at
+        return is_next and (other.scores, other.group) == (self.scores, self.group)
 
     def addresses(self) -> tuple[object, ...]:
         """A `LAYER`."""
@@ -93,7 +98,7 @@ class _Layer:
         norms = (parts.before_attention, parts.before_mlp, parts.query_heads, parts.key_heads)
         products = (parts.qkv, parts.attended, parts.gate_up, parts.down)
         return (
-            self.index,
+            self.place,
             self.num_heads,
             parts.down.depth,
             *(norm.weight.ctypes.data if norm.weight.size else 0 for norm in norms),
@@ -131,11 +136,11 @@ class _Run:
         hidden = hidden_states[0]
         last = self._layers[-1]
         rows = paged_step.rows if last.is_last else None
-        paged = paged_step.paged(last.scores.window)
+        paged = paged_step.paged(last.scores.window, last.group)
         arguments = (
             hidden.numpy(),
             *(table[0].contiguous().numpy() for table in position_embeddings),
-            paged_step.slots.numpy(),
+            paged.slots,
             paged.pool,
             paged.runs,
             paged.window,
@@ -269,18 +274,20 @@ def _known(layer: Any, parts: _Parts, shape: KVShape, *marks: bool) -> _Layer | 
         return None
     for scale in (0.01, 1.0, 100.0):
         theirs, ours = _probe_step(shape), _probe_step(shape)
+        place = ours.cache.place_of[index]
         try:
             expected = layer(scale * rows, **needs, paged_step=theirs)
             if theirs.scores is None or not can_attend(ours.cache, theirs.scores):
                 return None
-            known = _Layer(layer.forward, parts, index, parts.attended.depth // head_dim, theirs.scores, *marks)
+            where = index, place, ours.cache.group_of[index], parts.attended.depth // head_dim
+            known = _Layer(layer.forward, parts, *where, theirs.scores, *marks)
             out = _Run([known])(scale * rows, **needs, paged_step=ours)
         except (RuntimeError, TypeError, ValueError, AttributeError) as error:
             logger.info("%s runs as modules: %s", type(layer).__name__, error)
             return None
         if not isinstance(expected, Tensor) or not _is_near(out, expected):
             return None
-        if not _is_near(ours.cache.blocks[index], theirs.cache.blocks[index]):
+        if not _is_near(ours.cache.blocks[place], theirs.cache.blocks[place]):
             return None
     return known
 
@@ -288,10 +295,10 @@ def _known(layer: Any, parts: _Parts, shape: KVShape, *marks: bool) -> _Layer | 
 def _probe_step(shape: KVShape) -> _Recorder:
     """One step of a sequence, in blocks that do not follow each other."""
     cache = KVCache(shape, 4, _PROBE_BLOCK_SIZE, torch.device("cpu"))
-    table, at, none = np.array([[3, 1]]), np.arange(_PROBE_ROWS), np.zeros(0, np.int64)
-    places = slots(table, 0, at, _PROBE_BLOCK_SIZE)
+    tables, at, none = np.array([[[3, 1]]] * cache.num_groups), np.arange(_PROBE_ROWS), np.zeros(0, np.int64)
+    places = slots(tables, 0, at, _PROBE_BLOCK_SIZE)
     one_run = np.zeros(1, np.int64), np.array([_PROBE_ROWS])
-    return _Recorder(cache, StepArrays(at, none, at, places, *one_run, table, 0, at, at + 1))
+    return _Recorder(cache, StepArrays(at, none, at, places, *one_run, tables, 0, at, at + 1))
 
 
 def _is_near(out: Tensor, expected: Tensor) -> bool:

@@ -65,11 +65,11 @@ class LoadedModel:
     drafter: "LoadedModel | None" = None
     head: Eagle3Head | None = None
 
-    def bytes_per_block(self, block_size: int) -> int:
-        """KV of a block, with that of the model or head that guesses."""
-        guessing = 0 if self.drafter is None else self.drafter.bytes_per_block(block_size)
-        guessing += 0 if self.head is None else self.head.kv_shape.bytes_per_block(block_size)
-        return self.kv_shape.bytes_per_block(block_size) + guessing
+    def bytes_of_pool_block(self, block_size: int) -> int:
+        """KV of a block of the pool, with that of the model or head that guesses."""
+        guessing = 0 if self.drafter is None else self.drafter.bytes_of_pool_block(block_size)
+        guessing += 0 if self.head is None else self.head.kv_shape.bytes_of_pool_block(block_size)
+        return self.kv_shape.bytes_of_pool_block(block_size) + guessing
 
 
 def load_model(config: EngineConfig) -> LoadedModel:
@@ -85,12 +85,12 @@ def load_model(config: EngineConfig) -> LoadedModel:
         return loaded
     # Nobody asks the smaller one for experts.
     changes = {"quantization": None} if config.quantization == "mxfp4" else {}
-    drafter = _load(config.model_copy(update=changes), config.speculation.model)
+    drafter = _load(config.model_copy(update=changes), config.speculation.model, is_drafter=True)
     check_same_vocabulary(loaded.path, loaded.vocab_size, drafter.path, drafter.vocab_size)
     return replace(loaded, drafter=drafter)
 
 
-def _load(config: EngineConfig, name: str, head: str | None = None) -> LoadedModel:
+def _load(config: EngineConfig, name: str, head: str | None = None, *, is_drafter: bool = False) -> LoadedModel:
     register()
     path = resolve_model(name)
     device = _choose_device(config.device)
@@ -103,6 +103,8 @@ def _load(config: EngineConfig, name: str, head: str | None = None) -> LoadedMod
         if config.quantization == "fp8":
             quantize_weights(model)
         loaded = replace(prepare_model(model, path, device), eos_token_ids=checkpoint.end_token_ids)
+        if is_drafter:  # its KV lies in blocks of the same numbers as one group's of the model that it guesses for
+            loaded = replace(loaded, kv_shape=loaded.kv_shape.keeping_all)
         return optimize_layers(loaded if head is None else _with_head(loaded, head), config)
 
 

@@ -6,6 +6,7 @@ what we say they are. Both are tried out here, once per start, for the price of 
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,10 @@ from deployments.engine.kv.cache import KVShape
 from deployments.engine.layers.trial import is_near
 from deployments.engine.model.rope import max_model_len
 from deployments.errors import UnsupportedModelError, brief
-from deployments.kv_groups import KVGroup
+from deployments.kv_groups import KVGroup, KVGroups
 
+# Of groups of layers: the share of their blocks that may be empty, and how many there may be.
+_MAX_UNUSED, _MAX_GROUPS = 0.2, 8
 # What transformers' code raises where a configuration makes no sense.
 _FAULTS_OF_MODELS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError)
 
@@ -98,22 +101,19 @@ def _kv_shape(model: PreTrainedModel, probe: _Probe) -> KVShape:
     if sorted(probe.calls) != list(range(num_layers)):
         raise UnsupportedModelError(f"{name} has {num_layers} layers, but attention ran in layers {probe.calls}")
     try:
-        return KVShape(_group(probe.layers, _kept(model, probe)), probe.dtype)
+        return KVShape(_grouped(_alike(probe.layers), _windows(model, probe), model.device), probe.dtype)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{name}: {error}") from None
 
 
-def _kept(model: PreTrainedModel, probe: _Probe) -> int | None:
-    """How many of the newest tokens any layer sees; None: all, or as many as the model takes."""
-    windows = [window for window in probe.windows.values() if window is not None]
-    if len(windows) < len(probe.windows):
-        return None
-    widest = max(windows)
-    return widest if 0 < widest < max_model_len(model.config) else None
+def _windows(model: PreTrainedModel, probe: _Probe) -> dict[int, int | None]:
+    """Of each layer, how many of the newest tokens it sees; None: all, or as many as the model takes."""
+    longest = max_model_len(model.config)
+    return {layer: window if window and 0 < window < longest else None for layer, window in probe.windows.items()}
 
 
-def _group(layers: Mapping[int, tuple[int, int, int]], window: int | None) -> tuple[KVGroup, ...]:
-    """Put layers whose KV has one shape together; all keep as many tokens."""
+def _alike(layers: Mapping[int, tuple[int, int, int]]) -> tuple[KVGroup, ...]:
+    """Put layers whose KV has one shape together."""
     layers_of: dict[tuple[int, int], list[int]] = {}
     for i, (num_kv_heads, key_dim, value_dim) in sorted(layers.items()):
         if key_dim != value_dim:
@@ -121,7 +121,39 @@ def _group(layers: Mapping[int, tuple[int, int, int]], window: int | None) -> tu
                 f"heads of keys and values must have one size, those of layer {i} have {key_dim} and {value_dim}"
             )
         layers_of.setdefault((num_kv_heads, key_dim), []).append(i)
-    return tuple(KVGroup(tuple(layers), *heads, window) for heads, layers in layers_of.items())
+    return tuple(KVGroup(tuple(layers), *heads) for heads, layers in layers_of.items())
+
+
+def _grouped(alike: tuple[KVGroup, ...], windows: Mapping[int, int | None], device: torch.device) -> KVGroups:
+    """Put layers with a window and others into groups of their own, of as many layers each.
+
+    They stay together where that would leave much of the pool unused, or take many tables; and on a GPU, whose graphs
+    and kernels have not run with several groups yet.
+    """
+    (group, *others), widest = alike, max((window or 0 for window in windows.values()), default=0)
+    full, windowed = ([i for i in group.layers if (windows[i] is None) is is_full] for is_full in (True, False))
+    if others or not widest:
+        return alike
+    if not full:
+        return (replace(group, window=widest),)
+    size = min(len(full), len(windowed))
+    groups = [replace(group, layers=layers) for layers in _cut(full, size)]
+    groups += [replace(group, layers=layers, window=widest) for layers in _cut(windowed, size)]
+    num_places = size * len(groups)
+    is_tight = num_places - len(group.layers) <= _MAX_UNUSED * num_places and len(groups) <= _MAX_GROUPS
+    return tuple(groups) if is_tight and device.type == "cpu" else alike
+
+
+def _cut(layers: list[int], size: int) -> list[tuple[int, ...]]:
+    """Put layers into as few groups of at most so many as can be.
+
+    Those at one place of all groups are as near each other as can be: a hand-off in parts of layers is cut by places.
+    """
+    num_groups = -(-len(layers) // size)
+    num_longer = len(layers) - (num_groups - 1) * size
+    longer, others = layers[: num_longer * num_groups], layers[num_longer * num_groups :]
+    groups = [[*longer[i::num_groups], *others[i :: num_groups - 1]] for i in range(num_groups - 1)]
+    return [tuple(group) for group in (*groups, longer[num_groups - 1 :: num_groups])]
 
 
 def _check_windows(model: PreTrainedModel, probe: _Probe) -> None:

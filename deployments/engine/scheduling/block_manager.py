@@ -1,8 +1,11 @@
 """Who owns which KV block. Reference counts, the prefix cache, and the order in which cached blocks are given up.
 
 Knows block ids and token ids, nothing of tensors. Only full blocks are shared, and a sequence always computes at least
-its last token into a block of its own, so that no block ever has to be copied. Where every layer has a window, a
-sequence gives blocks back as it passes them, and is given blocks for a part of its tokens at a time.
+its last token into a block of its own, so that no block ever has to be copied.
+
+A block holds some tokens in one group of layers, so a sequence has a table for each group; all groups take blocks from
+the same ones. In groups with a window it gives blocks back as it passes them, and is given blocks for a part of its
+tokens at a time.
 
 Source: PagedAttention (Kwon et al., SOSP 2023); automatic prefix caching as in vLLM's design documents.
 """
@@ -11,12 +14,14 @@ from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Chain
+from itertools import chain
 
 from deployments.engine.config import EngineLimits
 from deployments.engine.scheduling.block_hash import hash_block, root_of
 from deployments.engine.scheduling.cache_log import CacheLog
 from deployments.engine.scheduling.ids import block_array
 from deployments.engine.scheduling.place import Place
+from deployments.engine.scheduling.prefix_cache import PrefixCache
 from deployments.engine.scheduling.retention import Retention
 from deployments.engine.scheduling.sequence import Sequence
 
@@ -30,7 +35,7 @@ class BlockManager:
     A block is blank (free, no content), cached (free, content still valid) or held (by sequences, or by who copies it).
 
     Attributes:
-        num_brought_hits: blocks that came from outside and were found by a sequence, each once.
+        num_groups: of layers.
         on_published: told of each sequence's full blocks, as they become findable; None: nobody is.
     """
 
@@ -45,18 +50,25 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._retention = retention or Retention(block_size)
+        self.num_groups = len(self._retention.windows)
+        self._has_windows = self._retention.window is not None
         self._prefix_caching = enable_prefix_caching
         self._blank = deque(range(num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
         self._ref_counts = [0] * num_blocks
-        self._hash_of: dict[int, bytes] = {}
-        self._block_of: dict[bytes, int] = {}
-        self._origin_of: dict[int, str | None] = {}  # for which request it was computed; None: long before
+        self._prefixes = PrefixCache(self._retention)
+        self._named = self._prefixes.named
         self._lent: Counter[int] = Counter()
-        self._brought: set[int] = set()  # from outside, and found by nobody yet
-        self.num_brought_hits = 0
         self.on_published: OnPublished | None = None
-        self.cache_log = CacheLog()
+
+    @property
+    def cache_log(self) -> CacheLog:
+        return self._prefixes.log
+
+    @property
+    def num_brought_hits(self) -> int:
+        """Blocks of the first group that came from outside and were found by a sequence, each once."""
+        return self._prefixes.num_brought_hits
 
     @property
     def num_free_blocks(self) -> int:
@@ -72,8 +84,7 @@ class BlockManager:
 
     def num_cached_prefix_blocks(self, sequence: Sequence) -> int:
         """Leading blocks of a sequence that need not be computed, by what the cache holds; never all of its tokens."""
-        num_passed, shared = self._match(sequence)
-        return num_passed + len(shared)
+        return len(self._match(sequence)[1])
 
     def can_admit(self, sequence: Sequence, num_spare_blocks: int = 0, remote_threshold: int | None = None) -> bool:
         """Whether `admit` would succeed now."""
@@ -94,17 +105,13 @@ class BlockManager:
             None, and nothing changed, if there are too few free blocks.
         """
         assert not sequence.block_table, f"{sequence.request_id} already holds blocks"
-        place = self._place(sequence, remote_threshold)
-        if not self._fits(place, num_spare_blocks):
+        if not self._fits(place := self._place(sequence, remote_threshold), num_spare_blocks):
             return None
-        for block in place.shared:
+        for block in chain.from_iterable(place.shared):
             self._hold(block)
-        if self._brought:
-            self.num_brought_hits += len(self._brought.intersection(place.shared))
-            self._brought.difference_update(place.shared)
-        blank = [self._take() for _ in range(place.num_new)]
-        num_found = place.num_passed + len(place.shared)
-        sequence.take_blocks(place.shared, blank, num_found * self.block_size, place.num_passed)
+        self._prefixes.note_found(place.shared[0])
+        blocks = [shared + self._take_some(count) for shared, count in zip(place.shared, place.num_new, strict=True)]
+        sequence.take_blocks(blocks, self._retention.num_full, place, self.block_size)
         return place
 
     def num_found_tokens(self, sequence: Sequence) -> int:
@@ -112,35 +119,39 @@ class BlockManager:
 
         They were if it is resumed, or if an earlier attempt to hand it over has failed.
         """
-        origin, num_passed = sequence.request.origin, sequence.num_passed_blocks
-        found = sequence.block_table[num_passed : sequence.num_published_blocks]
-        own = (number for number, block in enumerate(found) if self._origin_of[block] == origin)
+        origin, num_unread = sequence.request.origin, sequence.tables.num_unread
+        found = sequence.block_table[num_unread : sequence.num_published_blocks]
+        own = (number for number, block in enumerate(found) if self._prefixes.origin_of(block) == origin)
         num_blocks = next(own, len(found))
         # Of those that were passed nobody knows: as the first one that is held.
-        return (num_passed + num_blocks) * self.block_size if num_blocks else 0
+        return (num_unread + num_blocks) * self.block_size if num_blocks else 0
 
     def append(self, sequence: Sequence, num_drafts: int = 0) -> bool:
         """Make room for the newest token and for drafts behind it; False, and nothing changed, if there is none."""
         num_tokens = sequence.num_tokens + num_drafts
-        if num_tokens <= len(sequence.block_table) * self.block_size:
+        if num_tokens <= len(sequence.tables.each[-1]) * self.block_size:
             return True
-        num_new = self._num_missing(sequence, num_tokens)
-        if num_new > self.num_free_blocks:
+        missing = self._missing(sequence, self.blocks_for(num_tokens))
+        if sum(missing) > self.num_free_blocks:
             return False
-        sequence.add_blocks([self._take() for _ in range(num_new)])
+        sequence.tables.add(map(self._take_some, missing))
         return True
 
     def extend(self, sequence: Sequence, num_tokens: int) -> int:
         """Make room for the next tokens of a prompt: for so many of these as there is room for now."""
-        end = sequence.num_launched_tokens + num_tokens
-        if end > len(sequence.block_table) * self.block_size:
-            num_new = min(self._num_missing(sequence, end), self.num_free_blocks)
-            sequence.add_blocks([self._take() for _ in range(num_new)])
-        return min(end, len(sequence.block_table) * self.block_size) - sequence.num_launched_tokens
+        tables, end = sequence.tables, sequence.num_launched_tokens + num_tokens
+        if end > tables.num_blocks * self.block_size:
+            num_blocks = self.blocks_for(end)
+            missing = self._missing(sequence, num_blocks)
+            while sum(missing) > self.num_free_blocks:
+                num_blocks -= 1
+                missing = tables.missing(num_blocks)
+            tables.add(map(self._take_some, missing))
+        return min(end, tables.num_blocks * self.block_size) - sequence.num_launched_tokens
 
     def trim(self, sequence: Sequence) -> None:
         """Take back the blocks that were for drafts alone."""
-        self._release(sequence.drop_surplus(self.blocks_for(sequence.num_tokens)))
+        self._release(sequence.tables.drop_surplus(self.blocks_for(sequence.num_tokens)))
 
     def publish(self, sequence: Sequence) -> None:
         """Offer full blocks to later sequences: computed, or they will be before a step that is started from now on.
@@ -150,32 +161,37 @@ class BlockManager:
         num_full = sequence.num_lasting_tokens // self.block_size
         if num_full > sequence.num_published_blocks and self._prefix_caching:
             self._offer(sequence, num_full)
-        if self._retention.window is not None:
-            self._release(sequence.pass_blocks(self._retention.num_passed(sequence.num_lasting_tokens)))
+        if self._has_windows:
+            self._release(sequence.tables.pass_blocks(self._retention.num_passed(sequence.num_lasting_tokens)))
 
     def lacks_passed(self, sequence: Sequence) -> bool:
         """Whether its next token sees blocks that were passed."""
-        return sequence.num_passed_blocks > self._retention.num_passed(sequence.num_launched_tokens)
+        return sequence.tables.num_passed > self._retention.num_passed(sequence.num_launched_tokens)
 
     def free(self, sequence: Sequence) -> None:
         """Take all blocks back; those that were published stay findable until they are needed."""
         self._release(sequence.drop_blocks())
 
     def num_cached(self, hashes: Chain[bytes]) -> int:
-        """Leading ones of these blocks that are cached now. Safe from any thread; it may be out of date at once."""
-        return next((i for i, block_hash in enumerate(hashes) if block_hash not in self._block_of), len(hashes))
+        """Leading ones of these that are cached now in all groups. Safe from any thread; it may be out of date."""
+        return self._prefixes.num_cached(hashes)
 
     def num_usable(self, hashes: Chain[bytes]) -> int:
         """Leading ones of these blocks that a sequence need not compute now; likewise from any thread."""
-        return self._usable(hashes)[1]
+        return self._prefixes.usable(hashes)[1]
 
     def num_unread(self, num_blocks: int) -> int:
-        """Leading ones of so many blocks that nobody reads who goes on behind them; likewise."""
-        return self._retention.num_passed(num_blocks * self.block_size)
+        """Leading ones of so many blocks that nobody reads in any group who goes on behind them; likewise."""
+        return self._retention.num_unread(num_blocks * self.block_size)
 
     def lend(self, hashes: Chain[bytes]) -> list[int]:
-        """Hold the leading ones of these blocks that are cached, until `take_back`; nobody may write to them."""
-        blocks = [self._block_of[block_hash] for block_hash in hashes[: self.num_cached(hashes)]]
+        """Hold the leading ones of these that are cached, until `take_back`; nobody may write to them.
+
+        Returns:
+            The blocks of all groups for the first of them, then those for the next, and so on.
+        """
+        by_group = self._prefixes.blocks_of(hashes[: self.num_cached(hashes)])
+        blocks = list(chain.from_iterable(zip(*by_group, strict=True)))
         for block in blocks:
             self._hold(block)
         self._lent.update(blocks)
@@ -185,26 +201,24 @@ class BlockManager:
         """Hold so many blocks to be written to, until `take_back`; None if too few are free beside the spare ones."""
         if num_blocks + num_spare_blocks > self.num_free_blocks:
             return None
-        blocks = [self._take() for _ in range(num_blocks)]
+        blocks = self._take_some(num_blocks)
         self._lent.update(blocks)
         return blocks
 
-    def bring(self, block: int, block_hash: bytes, origin: str | None) -> None:
-        """A lent block has KV from outside in it, and can be found from now on.
+    def bring(self, blocks: Chain[int], block_hash: bytes, origin: str | None) -> None:
+        """Lent blocks have KV from outside in them, and can be found from now on.
 
         Args:
-            block: from `lend_blank`.
-            block_hash: its name; if a twin was computed meanwhile, that one stays.
-            origin: for which request it was computed; None: long before.
+            blocks: from `lend_blank`, one of each group.
+            block_hash: their name; if a twin was computed meanwhile, that one stays.
+            origin: for which request they were computed; None: long before.
         """
-        assert self._lent[block] and block not in self._hash_of, f"block {block} is not there to be written to"
-        if block_hash not in self._block_of:
-            self._enter(block, block_hash, origin)
-            self._brought.add(block)
+        assert all(self._lent[b] and b not in self._named for b in blocks), f"{blocks} are not there to be written to"
+        self._prefixes.bring(blocks, block_hash, origin)
 
     def origins(self, blocks: Chain[int]) -> tuple[str | None, ...]:
         """For which requests these cached blocks were computed."""
-        return tuple(self._origin_of[block] for block in blocks)
+        return tuple(map(self._prefixes.origin_of, blocks))
 
     def take_back(self, blocks: Chain[int]) -> None:
         """Whoever copied them is done."""
@@ -221,7 +235,7 @@ class BlockManager:
         """
         expected = [self._lent[block] for block in range(self.num_blocks)]
         for sequence in sequences:
-            held = sequence.block_table[sequence.num_passed_blocks :]
+            held = list(chain.from_iterable(sequence.tables.held()))
             assert len(set(held)) == len(held), f"{sequence.request_id}: block twice"
             for block in held:
                 expected[block] += 1
@@ -231,77 +245,64 @@ class BlockManager:
         free = set(self._blank) | set(self._cached)
         assert len(free) == self.num_free_blocks, "a block is free twice"
         assert free == {b for b, count in enumerate(expected) if count == 0}, "free blocks are not the unheld ones"
-        self._check_hashes()
-
-    def _check_hashes(self) -> None:
-        assert not any(b in self._hash_of for b in self._blank), "a blank block has a hash"
-        assert all(b in self._hash_of for b in self._cached), "a cached block has no hash"
-        assert {b: h for h, b in self._block_of.items()} == self._hash_of, "hash tables disagree"
-        assert self._origin_of.keys() == self._hash_of.keys(), "a block is of no request, or of one without a hash"
-        assert self._brought <= self._hash_of.keys(), "a block from outside cannot be found"
-        assert set(self.cache_log.held) == self._block_of.keys(), "the log tells of other blocks than there are"
-
-    def _enter(self, block: int, block_hash: bytes, origin: str | None) -> None:
-        self._block_of[block_hash] = block
-        self._hash_of[block] = block_hash
-        self._origin_of[block] = origin
-        self.cache_log.published(block_hash)
+        self._prefixes.check_integrity(self._blank, self._cached)
 
     def _offer(self, sequence: Sequence, num_full: int) -> None:
-        hashes = self._hashes(sequence, num_full)
-        for i in range(sequence.num_published_blocks, num_full):
-            block = sequence.block_table[i]
-            # A twin computed at the same time was first: keep that one, ours stays private.
-            if hashes[i] not in self._block_of and block not in self._hash_of:
+        hashes, tables = self._hashes(sequence, num_full), sequence.tables
+        spans = tables.spans(range(sequence.num_published_blocks, num_full), tables.num_passed)
+        for group, (table, span) in enumerate(zip(tables.each, spans, strict=True)):
+            for i in span:
                 is_new = (i + 1) * self.block_size > sequence.num_cached_tokens
-                self._enter(block, hashes[i], sequence.request.origin if is_new else None)
+                # A twin computed at the same time was first: keep that one, ours stays private.
+                self._prefixes.enter(group, table[i], hashes[i], sequence.request.origin if is_new else None)
         if (told := self.on_published) is not None:  # another thread may say that nobody is told any more
             told(hashes, sequence.num_published_blocks, num_full)
         sequence.note_published(num_full)
 
-    def _num_missing(self, sequence: Sequence, num_tokens: int) -> int:
-        """Blocks without which so many tokens have no room; if they are not there, passed ones are given back before.
+    def _missing(self, sequence: Sequence, num_blocks: int) -> list[int]:
+        """Blocks that each group lacks of so many; if they are not there, passed ones are given back before.
 
         A step may be in flight behind which a sequence passes some, and that was not concluded.
         """
-        num_missing = self.blocks_for(num_tokens) - len(sequence.block_table)
-        if num_missing > self.num_free_blocks:
+        missing = sequence.tables.missing(num_blocks)
+        if sum(missing) > self.num_free_blocks:
             self.publish(sequence)
-        return num_missing
+        return missing
 
     def _place(self, sequence: Sequence, remote_threshold: int | None) -> Place:
         """What `admit` would give a sequence."""
         num_tokens, size = sequence.num_tokens, self.block_size
-        first, shared = self._match(sequence)
-        num_found = first + len(shared)
+        num_passed, names = self._match(sequence)
+        num_found = num_ready = len(names)
         is_awaited = remote_threshold is not None and num_tokens - num_found * size >= remote_threshold
+        reach = self._retention.reach(num_tokens, num_found * size)
         if is_awaited:
-            num_passed, num_held = self._retention.num_passed(num_tokens), num_tokens
-            shared, first = shared[max(0, num_passed - first) :], max(first, num_passed)
-        else:
-            num_held = self._retention.reach(num_tokens, num_found * size)
-        num_new = self.blocks_for(num_held) - first - len(shared)
-        if self._retention.window is not None:  # in a small pool it is computed in shorter steps
-            num_new = min(num_new, self.num_blocks - len(shared))
-        return Place(first, shared, num_new, num_found, is_awaited)
+            num_passed, reach = max(num_passed, self._retention.num_passed(num_tokens)), num_tokens
+            num_ready = max(num_found, self._retention.num_unread(num_tokens))
+        shared = self._prefixes.blocks_of(names, num_passed)
+        num_new = self._num_new(shared, self.blocks_for(num_tokens), self.blocks_for(reach) - num_passed)
+        return Place(num_passed, shared, num_new, num_found, num_ready, is_awaited)
+
+    def _num_new(self, shared: list[list[int]], num_full: int, num_windowed: int) -> list[int]:
+        """Blank blocks beside shared ones, for so many in each group that keeps all, and in each with a window."""
+        full = [num_full - len(blocks) for blocks in shared[: self._retention.num_full]]
+        windowed = [num_windowed - len(blocks) for blocks in shared[len(full) :]]
+        if windowed:  # in a small pool it is computed in shorter steps
+            room = self.num_blocks - sum(map(len, shared)) - sum(full)
+            windowed = [min(count, room // len(windowed)) for count in windowed]
+        return full + windowed
 
     def _fits(self, place: Place, num_spare_blocks: int) -> bool:
-        num_shared_free = sum(1 for block in place.shared if self._ref_counts[block] == 0)
-        return place.num_new + num_shared_free + num_spare_blocks <= self.num_free_blocks
+        num_shared_free = sum(self._ref_counts[block] == 0 for block in chain.from_iterable(place.shared))
+        return sum(place.num_new) + num_shared_free + num_spare_blocks <= self.num_free_blocks
 
-    def _match(self, sequence: Sequence) -> tuple[int, list[int]]:
-        """Of the longest prefix behind which a sequence can go on: blocks that it passes, and those that it shares."""
+    def _match(self, sequence: Sequence) -> tuple[int, list[bytes]]:
+        """The longest prefix behind which a sequence can go on: blocks of it that it passes within windows, and all."""
         if not self._prefix_caching or sequence.wants_scores:
             return 0, []
         max_blocks = (sequence.num_tokens - 1) // self.block_size  # the last token is always computed
-        hashes = self._hashes(sequence, max_blocks)[:max_blocks]
-        first, end = self._usable(hashes)
-        return first, [self._block_of[block_hash] for block_hash in hashes[first:end]]
-
-    def _usable(self, hashes: Chain[bytes]) -> tuple[int, int]:
-        """Of a sequence with these blocks the first one that is read behind the longest usable prefix; and its end."""
-        end = self._retention.longest_prefix(block_hash in self._block_of for block_hash in hashes)
-        return self._retention.num_passed(end * self.block_size), end
+        first, end = self._prefixes.usable(hashes := self._hashes(sequence, max_blocks)[:max_blocks])
+        return first, hashes[:end]
 
     def _hashes(self, sequence: Sequence, num_blocks: int) -> list[bytes]:
         hashes, size = sequence.block_hashes, self.block_size
@@ -316,7 +317,7 @@ class BlockManager:
             self._ref_counts[block] -= 1
             assert self._ref_counts[block] >= 0, f"block {block} freed twice"
             if self._ref_counts[block] == 0:
-                if block in self._hash_of:
+                if block in self._named:
                     self._cached[block] = None
                 else:
                     self._blank.append(block)
@@ -331,12 +332,12 @@ class BlockManager:
             block = self._blank.popleft()
         else:
             block, _ = self._cached.popitem(last=False)
-            block_hash = self._hash_of.pop(block)
-            del self._block_of[block_hash], self._origin_of[block]
-            self._brought.discard(block)
-            self.cache_log.evicted(block_hash)
+            self._prefixes.forget(block)
         self._ref_counts[block] = 1
         return block
+
+    def _take_some(self, count: int) -> list[int]:
+        return [self._take() for _ in range(count)]
 
 
 def build_blocks(limits: EngineLimits, *, enable_prefix_caching: bool) -> BlockManager:

@@ -10,7 +10,9 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from deployments.engine.scheduling.ids import block_array, token_array
+from deployments.engine.scheduling.block_tables import BlockTables
+from deployments.engine.scheduling.ids import token_array
+from deployments.engine.scheduling.place import Place
 from deployments.engine.scheduling.span import Span
 from deployments.messages import DrawnToken, Draws, FinishReason, GenerateRequest
 
@@ -51,8 +53,7 @@ class Sequence:
         num_computed_tokens: leading tokens whose KV is in the blocks.
         num_cached_tokens: leading tokens of the prompt that no engine has computed for this request, as far as is known
             here; while a prefill engine has it all of them, until its first chunk says where it began.
-        block_table: physical block of each logical block; as `block_array` makes it.
-        num_passed_blocks: leading ones that are held no longer, since nobody reads them; the table names another there.
+        tables: the blocks that it holds, by the group of layers.
         position_offset: what is added to its positions for the rotary embedding; KV of another one is of no use to it.
         block_hashes: chained hash of each full block of `token_ids`, filled on demand.
         num_published_blocks: leading blocks that were offered to the prefix cache.
@@ -64,6 +65,7 @@ class Sequence:
         mask: which tokens may be drawn next, one bit each, the lowest first; None: all.
         last_token_s: monotonic time when its newest token was told; None: none was.
         finish_reason: why its last token was the last one; None: more may come.
+        block_table: the first of its tables.
         request_id: of the request.
         num_prompt_tokens: what was there before the first token was drawn here.
         max_num_tokens: with so many it is over.
@@ -76,8 +78,7 @@ class Sequence:
     arrival_s: float
     remote_threshold: int | None = None
     token_ids: "array[int]" = field(default_factory=token_array)
-    block_table: "array[int]" = field(default_factory=block_array)
-    num_passed_blocks: int = 0
+    tables: BlockTables = field(default_factory=BlockTables)
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
@@ -96,6 +97,7 @@ class Sequence:
     last_token_s: float | None = None
     finish_reason: FinishReason | None = None
     # What is asked of each sequence in every step stands in fields, not in properties.
+    block_table: "array[int]" = field(init=False)
     request_id: str = field(init=False)
     num_prompt_tokens: int = field(init=False)
     max_num_tokens: int = field(init=False)
@@ -104,6 +106,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = self.token_ids or token_array(self.request.given_token_ids)
+        self.block_table = self.tables.each[0]
         self.request_id = self.request.request_id
         self.num_prompt_tokens = self.request.num_given_tokens
         self.max_num_tokens = self.num_prompt_tokens + self.request.max_new_tokens
@@ -115,6 +118,11 @@ class Sequence:
     @property
     def priority(self) -> int:
         return self.request.priority
+
+    @property
+    def num_passed_blocks(self) -> int:
+        """See `BlockTables.num_passed`."""
+        return self.tables.num_passed
 
     @property
     def num_pending_tokens(self) -> int:
@@ -224,35 +232,15 @@ class Sequence:
         """No more than so many leading tokens were found, the others were computed for this request."""
         self.num_cached_tokens = min(self.num_cached_tokens, num_tokens)
 
-    def take_blocks(self, found: list[int], blank: list[int], num_found_tokens: int, num_passed: int = 0) -> None:
-        """Hold blocks behind so many passed ones: first those that hold KV of it already, up to so many tokens."""
-        assert not self.block_table, f"{self.request_id} already holds blocks"
-        held = found + blank
-        self.block_table = block_array(held[:1]) * num_passed + block_array(held)
-        self.num_passed_blocks, self.num_published_blocks = num_passed, num_passed + len(found)
-        self.num_computed_tokens = self.num_launched_tokens = num_found_tokens
-
-    def pass_blocks(self, num_blocks: int) -> "array[int]":
-        """Nobody reads so many leading blocks any more: gives those back that were held. The last one stays."""
-        num_blocks = min(num_blocks, len(self.block_table) - 1)
-        passed = self.block_table[self.num_passed_blocks : num_blocks]
-        if passed:  # what stands there is read and not seen, so it is KV of this sequence
-            self.block_table[:num_blocks] = self.block_table[num_blocks : num_blocks + 1] * num_blocks
-            self.num_passed_blocks = num_blocks
-        return passed
+    def take_blocks(self, blocks: list[list[int]], num_full_groups: int, place: Place, block_size: int) -> None:
+        """Hold these blocks, by the group: see `BlockTables.take`."""
+        self.tables.take(blocks, num_full_groups, place.num_passed)
+        self.num_published_blocks = place.num_ready
+        self.num_computed_tokens = self.num_launched_tokens = place.num_ready * block_size
 
     def find_cached(self, num_tokens: int) -> None:
         """So many leading tokens were found, and not computed for this very request before."""
         self.num_cached_tokens = num_tokens
-
-    def add_blocks(self, blocks: list[int]) -> None:
-        self.block_table.extend(blocks)
-
-    def drop_surplus(self, num_blocks: int) -> "array[int]":
-        """Keep so many blocks; gives the others back, in which nothing counts."""
-        surplus = self.block_table[num_blocks:]
-        del self.block_table[num_blocks:]
-        return surplus
 
     def add_hash(self, block_hash: bytes) -> None:
         """Of the next full block of its tokens."""
@@ -264,9 +252,8 @@ class Sequence:
 
     def drop_blocks(self) -> "array[int]":
         """Hold no blocks any more; gives them back."""
-        blocks, self.block_table = self.block_table[self.num_passed_blocks :], block_array()
-        self.num_computed_tokens = self.num_launched_tokens = self.num_published_blocks = self.num_passed_blocks = 0
-        return blocks
+        self.num_computed_tokens = self.num_launched_tokens = self.num_published_blocks = 0
+        return self.tables.drop()
 
     def begin(self, run: Span) -> None:
         """A step that computes this run was started: its next tokens are those behind it."""
@@ -316,9 +303,9 @@ class Sequence:
         assert holds or not self.block_table, f"{name} is {self.status} and holds blocks"
         assert holds or not self.num_launched_tokens, f"{name} is {self.status} and has KV"
         assert self.num_computed_tokens >= 0 and self.num_in_flight_tokens >= 0, f"{name} computed less than nothing"
-        capacity = len(self.block_table) * block_size
+        capacity = self.tables.num_blocks * block_size
         assert capacity >= self.num_launched_tokens, f"{name}: more computed than its blocks hold"
-        assert self.num_passed_blocks < max(1, len(self.block_table)), f"{name} holds none of its blocks"
+        assert self.num_passed_blocks < max(1, self.tables.num_blocks), f"{name} holds none of its blocks"
         assert self.num_computed_tokens <= len(self.token_ids), f"{name}: tokens that nobody knows are computed"
         assert self.num_pending_tokens in (0, 1), f"{name}: {self.num_pending_tokens} tokens are pending"
         assert self.num_published_blocks * block_size <= self.num_lasting_tokens, f"{name}: published what may not last"

@@ -64,7 +64,7 @@ class TimedSequence(Sequence):
     def _note_placed(self) -> None:
         if self.placed_s is None:
             self.placed_s = time.monotonic()
-            is_found = self.num_published_blocks > self.num_passed_blocks  # and not just passed
+            is_found = self.num_published_blocks > self.tables.num_unread  # and not just passed
             self.num_found_tokens = self.num_computed_tokens if is_found else 0
 
 

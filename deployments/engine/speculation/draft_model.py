@@ -174,7 +174,7 @@ class DraftModel:
             Role.LOCAL,
             sequence.arrival_s,
             token_ids=sequence.token_ids[:],
-            block_table=sequence.block_table,
+            tables=sequence.tables,
             num_computed_tokens=progress.num_computed,
             position_offset=progress.position_offset,
             mask=sequence.mask,

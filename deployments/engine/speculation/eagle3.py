@@ -152,7 +152,7 @@ class Eagle3Drafter:
 
     def _unseen(self, sequence: Sequence, progress: _Progress) -> int:
         """Leading tokens of the view whose blocks were given back: where all layers of the model have a window."""
-        return max(0, sequence.num_passed_blocks - progress.begin // self._block_size) * self._block_size
+        return max(0, sequence.tables.num_unread - progress.begin // self._block_size) * self._block_size
 
     def _progress_with(self, sequence: Sequence, start: int) -> _Progress:
         """How far it has come with a sequence of which tokens from here on were computed."""
@@ -177,7 +177,7 @@ class Eagle3Drafter:
         if progress.begin % self._block_size:
             return
         num_held = min(progress.num_seen // self._block_size, len(sequence.block_hashes))
-        for index in range(max(progress.num_held, sequence.num_passed_blocks), num_held):
+        for index in range(max(progress.num_held, sequence.tables.num_unread), num_held):
             self._held[sequence.block_table[index]] = sequence.block_hashes[index]
         progress.num_held = max(progress.num_held, num_held)
 

@@ -36,7 +36,7 @@ class ModelledRunner:
     def __init__(self, cache: KVCache, curves: Curves) -> None:
         self.cache = cache
         self._curves = curves
-        self._preparation = Preparation(cache.block_size)
+        self._preparation = Preparation(cache)
 
     def launch(self, scheduled: list[ScheduledSequence], watch: LayerWatch | None = None) -> LaunchedStep:
         step = self._preparation.prepare(scheduled)

@@ -7,12 +7,14 @@ from hypothesis import given
 
 from deployments.engine.batch.build import build_arrays, order_for_batch, rows_of
 from deployments.engine.execution.base import LaunchedStep
+from deployments.engine.scheduling.block_tables import BlockTables
 from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.messages import GenerateRequest, SamplingParams
 
 BLOCK_SIZE = 4
+GROUPS = (0, 10_000)  # of layers: the first block of each
 
 # Prompt and generated tokens, computed ones, tokens of the run, drafts; each cut to what is there.
 runs = st.tuples(st.integers(1, 20), st.integers(0, 5), st.integers(0, 24), st.integers(1, 24), st.integers(0, 3))
@@ -21,6 +23,7 @@ runs = st.tuples(st.integers(1, 20), st.integers(0, 5), st.integers(0, 24), st.i
 def build(number: int, shape: tuple[int, int, int, int, int], is_pending: bool) -> ScheduledSequence:
     num_prompt, num_generated, num_computed, num_tokens, num_drafts = shape
     total = num_prompt + num_generated
+    num_blocks = -(-(total + num_drafts) // BLOCK_SIZE)
     tokens = [1000 * number + i for i in range(total)]
     request = GenerateRequest(f"r{number}", tuple(tokens[:num_prompt]), SamplingParams(max_tokens=100))
     is_pending = is_pending and total > 1
@@ -30,7 +33,7 @@ def build(number: int, shape: tuple[int, int, int, int, int], is_pending: bool) 
         0.0,
         token_ids=token_array(tokens[: total - is_pending]),
         num_computed_tokens=total - 2 if is_pending else min(num_computed, total - 1),
-        block_table=block_array(100 * number + i for i in range(-(-(total + num_drafts) // BLOCK_SIZE))),
+        tables=BlockTables(*(block_array(first + 100 * number + i for i in range(num_blocks)) for first in GROUPS)),
         position_offset=500 * (number % 2),
     )
     if is_pending:
@@ -44,7 +47,7 @@ def build(number: int, shape: tuple[int, int, int, int, int], is_pending: bool) 
 def test_every_token_has_its_place(shapes: list[tuple[tuple[int, int, int, int, int], bool]]) -> None:
     items = order_for_batch([build(number, *shape) for number, shape in enumerate(shapes)])
     row_of = {item.sequence.request_id: 7 + row for row, item in enumerate(items)}
-    arrays = build_arrays(items, BLOCK_SIZE, row_of)
+    arrays = build_arrays(items, BLOCK_SIZE, row_of, len(GROUPS))
     at = 0
     draw_rows, draw_positions = [], []
     for run, item in enumerate(items):
@@ -59,9 +62,10 @@ def test_every_token_has_its_place(shapes: list[tuple[tuple[int, int, int, int, 
         for position in range(item.start, item.start + item.num_tokens):
             assert arrays.token_ids[at] == tokens[position]
             assert arrays.positions[at] == position + sequence.position_offset
-            block = sequence.block_table[position // BLOCK_SIZE]
-            assert arrays.slots[at] == block * BLOCK_SIZE + position % BLOCK_SIZE
-            assert arrays.tables[run, position // BLOCK_SIZE] == block
+            for group, table in enumerate(sequence.tables.each):
+                block = table[position // BLOCK_SIZE]
+                assert arrays.slots[group, at] == block * BLOCK_SIZE + position % BLOCK_SIZE
+                assert arrays.tables[group, run, position // BLOCK_SIZE] == block
             if position >= item.start + item.num_tokens - item.num_draws:
                 draw_rows.append(at)
                 draw_positions.append(position + 1)

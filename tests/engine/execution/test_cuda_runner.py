@@ -75,11 +75,12 @@ def test_chunks_behind_computed_tokens_are_replayed_beside_decodes(
     assert (1, [16]) in replayed and (2, [16]) in replayed, replayed
 
 
+@pytest.mark.parametrize(("family", "num_blocks"), [("mistral_windowed", 8), ("gemma2", 36), ("gpt_oss", 28)])
 @pytest.mark.parametrize("budget", [16, 64])
-def test_blocks_that_a_sequence_has_passed_are_named_by_no_graph(budget: int) -> None:
-    engine = build("mistral_windowed", max_num_batched_tokens=budget, num_blocks=8)
+def test_blocks_that_a_sequence_has_passed_are_named_by_no_graph(family: str, num_blocks: int, budget: int) -> None:
+    engine = build(family, max_num_batched_tokens=budget, num_blocks=num_blocks)
     prompts = {f"r{length}": random_prompt(length, seed=length) for length in (100, 40, 21)}
-    check("mistral_windowed", prompts, generate(engine, prompts, apart=1))
+    check(family, prompts, generate(engine, prompts, apart=1))
 
 
 def test_a_prompt_in_several_chunks_takes_graphs_for_all_of_them(replayed: list[tuple[int, list[int]]]) -> None:

@@ -17,12 +17,14 @@ from deployments.engine.execution.parts import (
     fill_tokens,
     recorded_prompts,
 )
+from deployments.engine.scheduling.block_tables import BlockTables
 from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.messages import GenerateRequest, SamplingParams
 
 BLOCK_SIZE = 4
+OTHER_GROUP = 100_000  # between blocks of one group of layers and those of the other
 # Llama-3.1-8B in bfloat16, and Qwen3-0.6B.
 LARGE, SMALL = StepCosts(32, 15 << 30, 131_072), StepCosts(28, 1 << 30, 114_688)
 
@@ -30,20 +32,20 @@ LARGE, SMALL = StepCosts(32, 15 << 30, 131_072), StepCosts(28, 1 << 30, 114_688)
 def run(num_computed: int, num_tokens: int, num_given: int, *, drafts: int = 0) -> ScheduledSequence:
     """The next tokens of a sequence of so many, whose tokens and blocks are numbered from 100 times their number on."""
     first = 100 * num_given
-    tokens = range(first, first + num_given)
+    tokens, num_blocks = range(first, first + num_given), (num_given + drafts) // BLOCK_SIZE + 1
     sequence = Sequence(
         GenerateRequest(f"r{num_computed}-{num_given}", tuple(tokens), SamplingParams(max_tokens=100)),
         Role.LOCAL,
         0.0,
         token_ids=token_array(tokens),
         num_computed_tokens=num_computed,
-        block_table=block_array(range(first, first + (num_given + drafts) // BLOCK_SIZE + 1)),
+        tables=BlockTables(*(block_array(range(n, n + num_blocks)) for n in (first, first + OTHER_GROUP))),
     )
     return ScheduledSequence.of(sequence, num_tokens, (0,) * drafts)
 
 
-def arrays_of(*items: ScheduledSequence) -> StepArrays:
-    return build_arrays(order_for_batch(list(items)), BLOCK_SIZE, {})
+def arrays_of(*items: ScheduledSequence, num_groups: int = 1) -> StepArrays:
+    return build_arrays(order_for_batch(list(items)), BLOCK_SIZE, {}, num_groups)
 
 
 DECODE, PROMPT, CHUNK = run(5, 1, 6), run(0, 9, 9), run(8, 4, 12)
@@ -108,7 +110,7 @@ def test_long_chunks_and_long_contexts_have_kernels_of_their_own() -> None:
 
 def test_the_graph_of_decodes_reads_those_of_a_mixed_step_alone() -> None:
     arrays = arrays_of(PROMPT, DECODE, run(9, 1, 10))
-    columns, tables = np.full((5, 6), 77), np.full((6, 5), 77)
+    columns, tables = np.full((5, 6), 77), np.full((6, 1, 5), 77)
     fill_singles(columns, tables, arrays, 4)
     token_ids, sources, positions, slots, lens = columns.tolist()
     assert token_ids == [1009, 605, 0, 0, 77, 77], "the longest first"
@@ -116,8 +118,25 @@ def test_the_graph_of_decodes_reads_those_of_a_mixed_step_alone() -> None:
     assert positions == [9, 5, 0, 0, 77, 77]
     assert slots == [1002 * BLOCK_SIZE + 1, 601 * BLOCK_SIZE + 1, -1, -1, 77, 77]
     assert lens == [10, 6, 0, 0, 77, 77]
-    assert tables[:2, :3].tolist() == [[1000, 1001, 1002], [600, 601, 0]]
+    assert tables[:2, 0, :3].tolist() == [[1000, 1001, 1002], [600, 601, 0]]
     assert (tables[2:] == 77).all()
+
+
+def test_each_group_of_layers_has_slots_and_tables_of_its_own() -> None:
+    arrays = arrays_of(DECODE, CHUNK, num_groups=2)
+    columns, tables = np.full((6, 2), 77), np.full((3, 2, 4), 77)
+    fill_singles(columns, tables, arrays, 2)
+    slots = np.array([601 * BLOCK_SIZE + 1, -1])
+    assert columns[3:].tolist() == [slots.tolist(), [(OTHER_GROUP + 601) * BLOCK_SIZE + 1, -1], [6, 0]]
+    assert tables[0, :, :2].tolist() == [[600, 601], [OTHER_GROUP + 600, OTHER_GROUP + 601]]
+    values = np.full(chunk_values(4, 5, 2), 77)
+    fill_chunk(values, arrays, 1, 4)
+    first, other = values[8:16].reshape(2, 4).tolist()
+    assert first == [1202 * BLOCK_SIZE + i for i in range(4)]
+    assert other == [OTHER_GROUP * BLOCK_SIZE + slot for slot in first]
+    assert values[16:20].tolist() == [3, 0, 4, 12]
+    blocks = [1200, 1201, 1202]
+    assert values[20:].tolist() == [*blocks, 0, 0, *(OTHER_GROUP + block for block in blocks), 0, 0]
 
 
 def test_the_graph_of_a_prompt_reads_its_tokens_padded() -> None:
@@ -133,7 +152,7 @@ def test_the_graph_of_a_prompt_reads_its_tokens_padded() -> None:
 
 def test_the_graph_of_a_chunk_reads_where_its_context_is() -> None:
     arrays = arrays_of(DECODE, CHUNK)
-    values = np.full(chunk_values(5, 6), 77)
+    values = np.full(chunk_values(5, 6, 1), 77)
     fill_chunk(values, arrays, 1, 5)
     token_ids, positions, slots = values[:15].reshape(3, 5).tolist()
     assert token_ids == [1208, 1209, 1210, 1211, 0]
@@ -146,7 +165,7 @@ def test_the_graph_of_a_chunk_reads_where_its_context_is() -> None:
 
 def test_the_graph_of_decodes_with_drafts_reads_whose_each_token_is() -> None:
     arrays = arrays_of(run(6, 1, 7, drafts=2), DECODE)
-    columns, lens, starts, tables = np.full((5, 8), 77), np.full(4, 77), np.full(5, 77), np.full((4, 6), 77)
+    columns, lens, starts, tables = np.full((5, 8), 77), np.full(4, 77), np.full(5, 77), np.full((4, 1, 6), 77)
     fill_tokens(columns, arrays, 6)
     fill_runs(lens, starts, tables, arrays, 3)
     token_ids, sources, positions, slots, owners = columns[:, :6].tolist()
@@ -158,4 +177,4 @@ def test_the_graph_of_decodes_with_drafts_reads_whose_each_token_is() -> None:
     assert (columns[:, 6:] == 77).all(), "what is behind its room is not read"
     assert lens.tolist() == [6, 9, 0, 77]
     assert starts.tolist() == [0, 1, 4, 4, 77]
-    assert tables[:2, :3].tolist() == [[600, 601, 0], [700, 701, 702]]
+    assert tables[:2, 0, :3].tolist() == [[600, 601, 0], [700, 701, 702]]

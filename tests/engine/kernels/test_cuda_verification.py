@@ -109,3 +109,27 @@ def test_one_query_each_sees_what_it_sees_without_drafts() -> None:
     splits, out = plan_verification(runs, 8, PagedKV(keys, values), 6 * BLOCK_SIZE, None), torch.zeros_like(queries)
     verification_attention(queries, PagedKV(keys, values), tables, runs, splits, scores, out)
     torch.testing.assert_close(out, expected, rtol=0.0, atol=0.0)
+
+
+def test_tables_may_be_those_of_one_group_of_layers_among_others() -> None:
+    from deployments.engine.kernels.cuda_attention import decode_attention, decode_tile
+    from deployments.engine.kernels.cuda_splits import plan_splits
+
+    keys, values = randn(2, NUM_BLOCKS, BLOCK_SIZE, 2, 16)
+    tables, scores = tables_for(LENS), Scores(0.25)
+    _, among = torch.stack((tables_for(LENS), tables), dim=1).unbind(1)
+    assert not among.is_contiguous()
+    queries = randn(NUM_TOKENS, 4, 16)
+    check(
+        attend(queries, PagedKV(keys, values), among, scores, is_cut=True),
+        queries,
+        keys.flatten(0, 1),
+        values.flatten(0, 1),
+        tables,
+        scores,
+    )
+    plan = plan_splits(as_int32(LENS), 2, decode_tile(16, len(LENS) * 2), 6 * BLOCK_SIZE, None)
+    out, expected = (
+        decode_attention(queries[: len(LENS)], PagedKV(keys, values), given, plan, scores) for given in (among, tables)
+    )
+    torch.testing.assert_close(out, expected, rtol=0.0, atol=0.0)

@@ -195,7 +195,7 @@ def test_what_was_brought_is_found_and_counts_once_as_such(manager: BlockManager
     assert blocks is not None
     assert manager.num_cached(hashes) == 0, "nobody has written to them yet"
     for block, block_hash in zip(blocks, hashes, strict=True):
-        manager.bring(block, block_hash, "elsewhere")
+        manager.bring([block], block_hash, "elsewhere")
     manager.take_back(blocks)
     for num_hits in (2, 2):
         found = sequence(range(9))
@@ -209,7 +209,7 @@ def test_what_was_brought_for_a_request_that_had_computed_it_is_not_cached_for_i
     blocks = manager.lend_blank(2)
     assert blocks is not None
     for block, block_hash, origin in zip(blocks, chain(range(8)), (None, "r"), strict=True):
-        manager.bring(block, block_hash, origin)
+        manager.bring([block], block_hash, origin)
     assert manager.origins(blocks) == (None, "r")
     manager.take_back(blocks)
     found = sequence(range(9))
@@ -230,7 +230,7 @@ def test_a_twin_that_was_computed_meanwhile_stays(manager: BlockManager) -> None
     blocks = manager.lend_blank(1)
     assert blocks is not None
     twin = computed(manager, range(5))
-    manager.bring(blocks[0], chain(range(4))[0], None)
+    manager.bring([blocks[0]], chain(range(4))[0], None)
     manager.take_back(blocks)
     assert manager.lend(chain(range(4))) == [twin.block_table[0]]
     manager.take_back(twin.block_table[:1])
@@ -241,14 +241,16 @@ class Blocks(RuleBasedStateMachine):
     """Any order of admissions, computations, growth and ends; beside it, what each block really holds."""
 
     retention = Retention(BLOCK_SIZE)
+    num_blocks = 10
 
     def __init__(self) -> None:
         super().__init__()
-        self.manager = BlockManager(10, BLOCK_SIZE, retention=self.retention)
+        self.manager = BlockManager(self.num_blocks, BLOCK_SIZE, retention=self.retention)
+        self.num_groups = len(self.retention.windows)
         self.live: list[Sequence] = []
-        self.content: dict[int, tuple[int, ...]] = {}
+        self.content: dict[int, tuple[int, tuple[int, ...]]] = {}  # of which group, and the tokens up to its end
         self.loans: list[list[int]] = []
-        self.unwritten: list[tuple[int, tuple[int, ...]]] = []  # a lent block, and the tokens that are to come
+        self.unwritten: list[tuple[list[int], tuple[int, ...]]] = []  # lent blocks, and the tokens that are to come
 
     # Two tokens only, so that prefixes meet often.
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=20), spare=st.integers(0, 2))
@@ -262,9 +264,9 @@ class Blocks(RuleBasedStateMachine):
         assert self.manager.num_free_blocks >= spare
         assert new.num_remaining_tokens >= 1
         new.start()
-        for i in range(new.num_passed_blocks, new.num_computed_tokens // BLOCK_SIZE):
-            found = self.content[new.block_table[i]]
-            assert found == tuple(tokens[: (i + 1) * BLOCK_SIZE]), "the cache gave a block with other tokens"
+        for group, i, block in held_of(new, new.num_computed_tokens // BLOCK_SIZE):
+            found = group, tuple(tokens[: (i + 1) * BLOCK_SIZE])
+            assert self.content[block] == found, "the cache gave a block with other tokens, or of another group"
         self.live.append(new)
 
     @rule(data=st.data(), count=st.integers(1, 9), token=st.integers(0, 1))
@@ -284,9 +286,9 @@ class Blocks(RuleBasedStateMachine):
         if not decoding:
             return
         chosen = data.draw(st.sampled_from(decoding))
-        num_blocks = len(chosen.block_table)
+        num_blocks = [len(table) for table in chosen.tables.each]
         if not self.manager.append(chosen, len(drafts)):
-            assert len(chosen.block_table) == num_blocks
+            assert [len(table) for table in chosen.tables.each] == num_blocks
             return
         run = ScheduledSequence.of(chosen, 1, tuple(drafts))
         right = [draft if i != wrong else 1 - draft for i, draft in enumerate(drafts)]
@@ -297,15 +299,17 @@ class Blocks(RuleBasedStateMachine):
             assert len(chosen.conclude(run, drawn)) == min(wrong, len(drafts)) + 1
             self.manager.publish(chosen)
             self.manager.trim(chosen)
-        assert len(chosen.block_table) <= max(num_blocks, self.manager.blocks_for(chosen.num_tokens))
+        most = max(*num_blocks, self.manager.blocks_for(chosen.num_tokens))
+        assert max(len(table) for table in chosen.tables.each) <= most
 
     @contextmanager
     def noting(self, chosen: Sequence) -> Iterator[None]:
         """What is computed meanwhile, in the blocks that were there before: one that is passed by then is cached."""
-        first, blocks = chosen.num_passed_blocks, chosen.block_table[:]
+        held = held_of(chosen, chosen.tables.num_blocks)
         yield
-        for i in range(first, chosen.num_computed_tokens // BLOCK_SIZE):
-            self.content[blocks[i]] = tuple(chosen.token_ids[: (i + 1) * BLOCK_SIZE])
+        for group, i, block in held:
+            if i < chosen.num_computed_tokens // BLOCK_SIZE:
+                self.content[block] = group, tuple(chosen.token_ids[: (i + 1) * BLOCK_SIZE])
 
     @rule(data=st.data())
     def free(self, data: st.DataObject) -> None:
@@ -318,36 +322,41 @@ class Blocks(RuleBasedStateMachine):
     def lend(self, tokens: list[int]) -> None:
         """Somebody copies what is cached of a prompt."""
         blocks = self.manager.lend(chain(tokens))
-        for i, block in enumerate(blocks):
-            assert self.content[block] == tuple(tokens[: (i + 1) * BLOCK_SIZE]), "a block with other tokens was lent"
+        for place, block in enumerate(blocks):
+            i, group = divmod(place, self.num_groups)
+            lent = group, tuple(tokens[: (i + 1) * BLOCK_SIZE])
+            assert self.content[block] == lent, "a block with other tokens was lent, or of another group"
         self.loans.append(blocks)
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=BLOCK_SIZE, max_size=20), spare=st.integers(0, 2))
     def reserve(self, tokens: list[int], spare: int) -> None:
         """Somebody will bring what is not cached of a prompt."""
         cached = self.manager.lend(chain(tokens))
-        free, num_blank = self.manager.num_free_blocks, len(tokens) // BLOCK_SIZE - len(cached)
+        free, size = self.manager.num_free_blocks, self.num_groups
+        num_blank = len(tokens) // BLOCK_SIZE * size - len(cached)
         blank = self.manager.lend_blank(num_blank, spare)
         assert (blank is None) == (num_blank + spare > free)
         self.loans.append(cached + (blank or []))
-        for i, block in enumerate(blank or []):
-            self.content.pop(block, None)
-            self.unwritten.append((block, tuple(tokens[: (len(cached) + i + 1) * BLOCK_SIZE])))
+        for first in range(0, len(blank or []), size):
+            blocks = (blank or [])[first : first + size]
+            for block in blocks:
+                self.content.pop(block, None)
+            self.unwritten.append((blocks, tuple(tokens[: ((len(cached) + first) // size + 1) * BLOCK_SIZE])))
 
     @rule(data=st.data())
     def bring(self, data: st.DataObject) -> None:
         if self.unwritten:
-            block, tokens = data.draw(st.sampled_from(self.unwritten))
-            self.unwritten.remove((block, tokens))
-            self.content[block] = tokens
-            self.manager.bring(block, chain(list(tokens))[-1], None)
+            blocks, tokens = data.draw(st.sampled_from(self.unwritten))
+            self.unwritten.remove((blocks, tokens))
+            self.content |= {block: (group, tokens) for group, block in enumerate(blocks)}
+            self.manager.bring(blocks, chain(list(tokens))[-1], None)
 
     @rule(data=st.data())
     def take_back(self, data: st.DataObject) -> None:
         if self.loans:
             loan = data.draw(st.sampled_from(self.loans))
             self.loans.remove(loan)
-            self.unwritten = [(block, tokens) for block, tokens in self.unwritten if block not in loan]
+            self.unwritten = [(blocks, tokens) for blocks, tokens in self.unwritten if blocks[0] not in loan]
             self.manager.take_back(loan)
 
     @invariant()
@@ -362,13 +371,13 @@ class Blocks(RuleBasedStateMachine):
         for loan in self.loans:
             self.manager.take_back(loan)
         self.manager.check_integrity([])
-        assert self.manager.num_free_blocks == 10
+        assert self.manager.num_free_blocks == self.num_blocks
 
 
 class WindowedBlocks(Blocks):
     """The same where a token sees six: blocks behind are given back, and need not be there for a prefix to be found."""
 
-    retention = Retention(BLOCK_SIZE, 6, 9)
+    retention = Retention(BLOCK_SIZE, (6,), 9)
 
     @invariant()
     def nothing_is_held_behind_the_window_of_the_next_token(self) -> None:
@@ -377,5 +386,19 @@ class WindowedBlocks(Blocks):
             assert live.num_passed_blocks == max(0, behind)
 
 
-TestBlocks, TestWindowedBlocks = Blocks.TestCase, WindowedBlocks.TestCase
-TestBlocks.settings = TestWindowedBlocks.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+class MixedBlocks(WindowedBlocks):
+    """The same of three groups of layers that share one pool, of which one keeps all."""
+
+    retention = Retention(BLOCK_SIZE, (None, 6, 6), 9)
+    num_blocks = 26
+
+
+def held_of(chosen: Sequence, num_blocks: int) -> list[tuple[int, int, int]]:
+    """Group, place in the sequence, and block, of all that it holds of so many leading blocks."""
+    spans = chosen.tables.spans(range(num_blocks), chosen.num_passed_blocks)
+    return [(group, i, chosen.tables.each[group][i]) for group, span in enumerate(spans) for i in span]
+
+
+TestBlocks, TestWindowedBlocks, TestMixedBlocks = Blocks.TestCase, WindowedBlocks.TestCase, MixedBlocks.TestCase
+for case in (TestBlocks, TestWindowedBlocks, TestMixedBlocks):
+    case.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

@@ -203,16 +203,24 @@ def test_a_small_model_whose_positions_depend_on_the_length_is_followed(model: s
     assert share_right(engine) > 0.8
 
 
+def test_a_model_whose_layers_have_blocks_of_their_own_is_guessed_for_by_those_of_the_first_group() -> None:
+    model = load("gemma2")
+    engine = guessing(replace(model, kv_shape=model.kv_shape.keeping_all), model="gemma2", num_blocks=60)
+    asked = [greedy(f"r{length}", random_prompt(length, seed=length), 40) for length in (10, 30, 60)]
+    assert generate(engine, asked) == generate(build_engine(model), asked)
+    assert share_right(engine) > 0.8
+
+
 def test_the_small_models_kv_counts_in_the_size_of_the_pool() -> None:
     config = EngineConfig(kv_cache_bytes=1 << 20, block_size=BLOCK_SIZE)
     alone = choose_limits(load("llama"), config).num_blocks
     assert choose_limits(replace(load("llama"), drafter=load("llama")), config).num_blocks == alone // 2
 
 
-def save(folder: Path, vocab_size: int = 512, token: str = "a") -> Path:
+def save(folder: Path, vocab_size: int = 512, token: str = "a", kind: str = "LlamaConfig", **changes: object) -> Path:
     """A model with a tokenizer that knows this token in place of `a`."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(small_config("LlamaConfig", vocab_size=vocab_size))
+    model = AutoModelForCausalLM.from_config(small_config(kind, vocab_size=vocab_size, **changes))
     model.save_pretrained(folder)
     build_tokenizer().backend_tokenizer.save(str(folder / "tokenizer.json"))
     text = (folder / "tokenizer.json").read_text()
@@ -226,6 +234,19 @@ def test_the_model_is_loaded_beside_the_other_one(tmp_path: Path) -> None:
     loaded = load_model(config.model_copy(update={"device": "cpu"}))
     assert loaded.drafter is not None and loaded.drafter.path == str(tmp_path / "small")
     check_pair(str(tmp_path / "large"), str(tmp_path / "small"))
+
+
+def test_a_small_model_of_which_some_layers_have_a_window_keeps_all_in_one_group(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    path = str(save(tmp_path / "both", kind="Qwen2Config", **changes))
+    settings = {"model": path, "device": "cpu", "speculation": SETTINGS | {"model": path}}
+    loaded = load_model(EngineConfig.model_validate(settings))
+    assert loaded.kv_shape.windows == (None, 8)
+    assert loaded.drafter is not None and loaded.drafter.kv_shape.windows == (None,)
+    engine = build_engine(loaded, speculation=SETTINGS)
+    asked = [greedy(f"r{length}", random_prompt(length, seed=length), 40) for length in (10, 30)]
+    assert generate(engine, asked) == generate(build_engine(replace(loaded, drafter=None)), asked)
+    assert share_right(engine) > 0.8
 
 
 @pytest.mark.parametrize(
