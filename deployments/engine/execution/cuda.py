@@ -201,14 +201,8 @@ class CudaRunner:
     def _run_eagerly(self, arrays: StepArrays, logit_rows: np.ndarray, watch: LayerWatch | None) -> Tensor:
         upload, num_singles = self._prompt_uploads[self._turn], arrays.num_singles
         writer = Writer(upload.values)
-        flat = (
-            arrays.token_ids,
-            arrays.positions,
-            arrays.slots.ravel(),
-            arrays.sources,
-            arrays.single_lens,
-            logit_rows,
-        )
+        tokens, others = (arrays.token_ids, arrays.positions), (arrays.sources, arrays.single_lens, logit_rows)
+        flat = *tokens, arrays.slots.ravel(), *others
         token_ids, positions, slots, sources, lens, last = (writer.write(values) for values in flat)
         tables = self._write_tables(writer, arrays, 0, num_singles)
         prompts = self._write_prompts(writer, arrays)
