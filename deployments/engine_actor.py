@@ -53,6 +53,7 @@ class EngineActor:
         self._host = self.build_host(built)
         if tier is not None and tier.is_on and built.layout is not None and config.enable_prefix_caching:
             keys = TierKeys(built.layout, tier.object_bytes)
+            tier.check_object(keys.num_bytes)
             self._host.use_tier(RayStore(tier), keys, tier.copy_share_on(built.device_type))
         # What is loaded by now stays. To look through it for garbage takes 0.24 s (495,000 objects, one core of a Xeon,
         # 2026-11-30), in which no step is launched and no token told.

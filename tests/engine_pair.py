@@ -41,6 +41,11 @@ class Arrivals:
     token_ids: list[int] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
 
+    @property
+    def token_s(self) -> float:
+        """Of a token behind the first one, on average; there are two at least."""
+        return (self.times_s[-1] - self.times_s[0]) / (len(self.times_s) - 1)
+
 
 class Inbox:
     """Plays the ingress for one engine: takes its tokens, in a thread of its own."""
@@ -100,6 +105,7 @@ class HandOver:
         chunks_s: from the first chunk announced to the last block in the other engine's pool.
         behind_s: from the first token, when the last chunk was computed, to the last block in the other engine's pool.
         ttft_s: from the request to the first token, which the prefill engine sends.
+        token_s: of a token behind the first one, as the decode engine told them, on average.
     """
 
     token_ids: list[int]
@@ -107,6 +113,7 @@ class HandOver:
     chunks_s: float
     behind_s: float
     ttft_s: float
+    token_s: float
 
 
 class DrivenEngine:
@@ -124,9 +131,13 @@ class DrivenEngine:
 
     def generate(self, prompt: tuple[int, ...], name: str, max_tokens: int) -> list[int]:
         """What it makes of a prompt by itself, greedily."""
+        return self.answer(prompt, name, max_tokens).token_ids
+
+    def answer(self, prompt: tuple[int, ...], name: str, max_tokens: int) -> Arrivals:
+        """Likewise, and when."""
         with self.inbox.listening(name) as stream:
             ray.get(self.actor.add.remote(_greedy(prompt, name, max_tokens), None, self.inbox.address))
-            return self.inbox.take(stream, max_tokens).result(_TIMEOUT_S).token_ids
+            return self.inbox.take(stream, max_tokens).result(_TIMEOUT_S)
 
     def await_events(self, kind: type[Event], name: str) -> list[Event]:
         """The next ones of a kind, of one request; others are dropped."""
@@ -183,14 +194,15 @@ def hand_over(
                 num_blocks += chunk.num_blocks
                 is_last = is_last or chunk.is_last
         ray.get(acks)
-        computed_s, (in_place_s, *_) = first.result(_TIMEOUT_S).times_s[0], arrived.result(_TIMEOUT_S).times_s
-        token_ids = arrived.result().token_ids
+        computed_s, told_here = first.result(_TIMEOUT_S).times_s[0], arrived.result(_TIMEOUT_S)
+        in_place_s = told_here.times_s[0]
     return HandOver(
-        token_ids,
+        told_here.token_ids,
         num_blocks * source.info.bytes_per_block,
         in_place_s - announced,
         in_place_s - computed_s,
         computed_s - begun,
+        told_here.token_s,
     )
 
 

@@ -85,11 +85,18 @@ def test_nested_and_dotted_arguments_merge_and_the_callers_mapping_stays_as_it_w
 
 def test_there_is_no_tier_without_room_for_it_and_none_without_prefix_caches():
     assert not read().tier.is_on
-    tier = read("tier.max_bytes=1000", "tier.copy_share=0.1").tier
+    tier = read("tier.max_bytes=1000", "tier.object_bytes=1000", "tier.copy_share=0.1").tier
     assert tier.is_on and tier.copy_share_on("cuda") == 0.1
     assert (read().tier.copy_share_on("cpu"), read().tier.copy_share_on("cuda")) == (0.02, 0.5)
-    assert "tier.max_bytes" in refusal("tier.max_bytes=1000", "engine.enable_prefix_caching=false")
+    assert "tier.max_bytes" in refusal("tier.max_bytes=1000000000", "engine.enable_prefix_caching=false")
     assert "tier.num_shards" in refusal("tier.num_shards=0")
+    assert "max_bytes is 1000, less than one object of 600 bytes" in refusal(
+        "tier.max_bytes=1000", "tier.object_bytes=600", "tier.num_shards=2"
+    )
+    assert str(1 << 30) in refusal("tier.object_bytes=10000000000000")
+    assert str(1 << 50) in refusal("tier.max_bytes=999999999999999999999999999999")
+    with pytest.raises(ValueError, match="none of them keeps an object of 1001 bytes"):
+        tier.check_object(1001)
 
 
 def test_origins_are_separated_by_commas_or_a_list():

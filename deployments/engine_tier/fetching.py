@@ -15,7 +15,7 @@ from typing import Any
 from deployments.engine.engine import Engine
 from deployments.engine.lending import Lending, Loan
 from deployments.engine_tier.loop import Loop
-from deployments.errors import brief
+from deployments.errors import TierError, brief
 from deployments.kv_tier.index import Found, Origins
 from deployments.kv_tier.keys import TierKeys
 from deployments.kv_tier.policy import FetchPolicy
@@ -63,7 +63,7 @@ class Fetcher:
         """Whether to ask the tier for so many tokens; see `FetchPolicy.asks`."""
         with self._lock:
             self._policy.note_computed(*self._lending.prompt_costs)
-            return self._policy.asks(num_tokens)
+            return not self._policy.rests(time.monotonic()) and self._policy.asks(num_tokens)
 
     def fetch(self, chain: list[bytes], done: Callable[[], None]) -> None:
         """Bring what is not cached of the leading blocks of a prompt; returns when it can be found, or is given up.
@@ -119,7 +119,15 @@ class Fetcher:
         if not keys:
             return []
         begun_s = time.monotonic()
-        found = self._store.find(keys, _LOOKUP_TIMEOUT_S)
+        with self._lock:
+            if self._policy.rests(begun_s):
+                return []  # since this request was held back others have asked in vain
+        try:
+            found = self._store.find(keys, _LOOKUP_TIMEOUT_S)
+        except TierError:
+            with self._lock:
+                self._policy.note_silence(time.monotonic())
+            raise
         lookup_s = time.monotonic() - begun_s
         with self._lock:
             self._policy.note_lookup(lookup_s, self._num_tokens(keys), self._num_tokens(found))

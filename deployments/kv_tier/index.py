@@ -1,7 +1,8 @@
 """What is in the tier, or in one shard of it: which objects, whose bytes they are, when they were last used.
 
-Owns the byte budget: what is there and what is on its way never exceed it together. References are opaque: it knows no
-Ray, and copies nothing. No clock, not thread-safe: lives with whoever holds the references.
+Owns the byte budget: what is there never exceeds it. What is on its way is bounded to a share of it, and makes room
+only when it has come: an engine that offers much and gives nothing takes nothing from others. References are opaque:
+it knows no Ray, and copies nothing. No clock, not thread-safe: lives with whoever holds the references.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,8 @@ from typing import Generic, TypeVar
 from deployments.kv_tier.policy import Kept, choose_victims, room_to_make
 
 Ref = TypeVar("Ref")
+# Of the budget, for what is on its way; one object may be larger.
+_PENDING_SHARE = 0.25
 # For which requests the blocks of an object were computed, one for each block; None: long before.
 Origins = tuple[str | None, ...]
 
@@ -93,7 +96,7 @@ class TierIndex(Generic[Ref]):
         return replace(self._counts)
 
     def accept(self, offers: Iterable[Offer], now_s: float) -> list[Offer]:
-        """Which of these to fetch from the engine; each must be stored or given up afterwards. Makes room for them.
+        """Which of these to fetch from the engine; each must be stored or given up afterwards.
 
         What is known counts as used: somebody has just had it.
         """
@@ -101,7 +104,7 @@ class TierIndex(Generic[Ref]):
         for offer in offers:
             if offer.key in self._kept:
                 self._touch(offer.key, now_s)
-            elif offer.key not in self._pending and self._make_room(offer.num_bytes, now_s):
+            elif offer.key not in self._pending and self._may_come(offer.num_bytes):
                 self._pending[offer.key] = offer
                 self._count_pending(offer, 1)
                 accepted.append(offer)
@@ -111,8 +114,13 @@ class TierIndex(Generic[Ref]):
         return accepted
 
     def store(self, offer: Offer, origins: Origins, ref: Ref, now_s: float) -> None:
-        """An accepted object is there."""
+        """An accepted object is there; others make room for it."""
         self._count_pending(self._pending.pop(offer.key), -1)
+        for key in choose_victims(
+            self._kept, room_to_make(self._counts.num_bytes, offer.num_bytes, self._max_bytes), now_s
+        ):
+            self._drop(key)
+            self._counts.num_evicted += 1
         self._objects[offer.key] = Found(offer.key, offer.num_bytes, origins, ref)
         self._kept[offer.key] = Kept(offer.num_bytes, now_s, offer.depth)
         self._counts.num_objects += 1
@@ -151,18 +159,17 @@ class TierIndex(Generic[Ref]):
         assert counts.num_bytes == sum(one.num_bytes for one in self._objects.values())
         assert counts.num_pending == len(self._pending)
         assert counts.num_pending_bytes == sum(offer.num_bytes for offer in self._pending.values())
-        assert counts.num_bytes + counts.num_pending_bytes <= self._max_bytes, "more than the budget"
+        assert counts.num_bytes <= self._max_bytes, "more than the budget"
+        largest = max([offer.num_bytes for offer in self._pending.values()], default=0)
+        bound = max(largest, _PENDING_SHARE * self._max_bytes)
+        assert counts.num_pending_bytes <= bound, "too much is on its way"
         gone = counts.num_given_up + counts.num_pending + counts.num_objects + counts.num_evicted + counts.num_lost
         assert gone <= counts.num_accepted, "more objects than were accepted"
 
-    def _make_room(self, num_bytes: int, now_s: float) -> bool:
-        if self._counts.num_pending_bytes + num_bytes > self._max_bytes:
-            return False
-        in_use = self._counts.num_bytes + self._counts.num_pending_bytes
-        for key in choose_victims(self._kept, room_to_make(in_use, num_bytes, self._max_bytes), now_s):
-            self._drop(key)
-            self._counts.num_evicted += 1
-        return True
+    def _may_come(self, num_bytes: int) -> bool:
+        if not self._pending:
+            return num_bytes <= self._max_bytes
+        return self._counts.num_pending_bytes + num_bytes <= _PENDING_SHARE * self._max_bytes
 
     def _touch(self, key: bytes, now_s: float) -> None:
         self._kept[key] = replace(self._kept[key], last_use_s=now_s)

@@ -29,6 +29,8 @@ _WAITS = 2.0
 # Bounds of the wait for a fetch: to know more than a few objects takes so long, and no prompt shall wait for longer.
 _MIN_PATIENCE_S, _MAX_PATIENCE_S = 0.1, 10.0
 _UNMEASURED_PATIENCE_S = 2.0
+# An index that did not answer is asked again after so long, and each time in vain after twice as long.
+_FIRST_REST_S, _LONGEST_REST_S = 1.0, 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,8 @@ class FetchPolicy:
         self._wait_s = Mean(_LOOKUPS)
         self._found = Mean(_LOOKED_FOR_TOKENS)
         self._num_computed, self._computing_s = 0, 0.0
+        self._rest_s = 0.0  # 0: the index answers
+        self._rests_until_s = 0.0
 
     def note_computed(self, num_tokens: int, seconds: float) -> None:
         """Prompt tokens that the engine has computed since its start, in so many seconds."""
@@ -124,6 +128,17 @@ class FetchPolicy:
         """The index was asked for so many tokens, and knew of some."""
         self._lookup_s.add(seconds, 1)
         self._found.add(num_found_tokens, num_tokens)
+        self._rest_s = 0.0
+
+    def note_silence(self, now_s: float) -> None:
+        """The index has not answered, or is gone; of several that asked at once the first one counts."""
+        if now_s >= self._rests_until_s:
+            self._rest_s = min(max(_FIRST_REST_S, 2 * self._rest_s), _LONGEST_REST_S)
+            self._rests_until_s = now_s + self._rest_s
+
+    def rests(self, now_s: float) -> bool:
+        """Whether to leave an index alone that has not answered."""
+        return self._rest_s > 0 and now_s < self._rests_until_s
 
     def note_wait(self, seconds: float) -> None:
         """A fetch has waited so long for the end of a step."""

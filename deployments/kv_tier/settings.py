@@ -1,6 +1,8 @@
 """What a user can set about the shared tier. `app/config.py` has it as `tier.*`."""
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 _COPY_SHARES = {"cpu": 0.02, "cuda": 0.5}
 
@@ -19,15 +21,36 @@ class TierSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    max_bytes: int = Field(default=0, ge=0)
-    object_bytes: int = Field(default=4 << 20, ge=1)
+    max_bytes: int = Field(default=0, ge=0, le=1 << 50)
+    object_bytes: int = Field(default=4 << 20, ge=1, le=1 << 30)
     num_shards: int = Field(default=1, ge=1, le=64)
     copy_share: float | None = Field(default=None, gt=0, le=1)
     name: str = Field(default="kvrelay", min_length=1)
 
+    @model_validator(mode="after")
+    def _check_room(self) -> Self:
+        if 0 < self.max_bytes < self.num_shards * self.object_bytes:
+            raise ValueError(
+                f"max_bytes is {self.max_bytes}, less than one object of {self.object_bytes} bytes (object_bytes) for"
+                f" each of {self.num_shards} shards (num_shards): nothing would be kept"
+            )
+        return self
+
     @property
     def is_on(self) -> bool:
         return self.max_bytes > 0
+
+    def check_object(self, num_bytes: int) -> None:
+        """Refuse a budget that keeps nothing of a model whose objects have so many bytes.
+
+        Raises:
+            ValueError: says so.
+        """
+        if num_bytes > self.max_bytes // self.num_shards:
+            raise ValueError(
+                f"tier.max_bytes is {self.max_bytes}, for {self.num_shards} shards (tier.num_shards): none of them"
+                f" keeps an object of {num_bytes} bytes, the least that this model's KV takes"
+            )
 
     def copy_share_on(self, device_type: str) -> float:
         """See `copy_share`."""

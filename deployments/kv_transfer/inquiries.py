@@ -144,6 +144,8 @@ class Inquiries:
                 received = link.submit(inquiry.receive)
             except TransferError as error:
                 arrival.set_exception(type(error)(str(error)))
+                # It was sent all the same, and the next receive would be given it.
+                link.close(f"what was sent cannot be received: {error}", LinkLostError)
             else:
                 received.add_done_callback(lambda done: _pass_on(done, note, complete_s, arrival))
 

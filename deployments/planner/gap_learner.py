@@ -24,8 +24,6 @@ _NOISE, _DOUBT, _KV_DOUBT = 0.05, 1.0, 3.0
 # A token's KV that is read, to a prompt token that is computed, before it is known: bytes by bandwidth to operations by
 # speed, 52 ns to 24 us (Llama-3.1-8B, one H100).
 _KV_TO_PROMPT = 1 / 460
-# Of the shortest gap, that is the step's own at least.
-_LEAST_OWN = 0.1
 # No batch is planned for that is so many times as large as the largest that was seen, but for small ones.
 _BEYOND, _SMALL = 2.0, 8.0
 
@@ -96,20 +94,12 @@ class GapLearner:
         ]
         if not rows:
             return None
+        least_s = min(gap for *_, gap in rows)
         most_kv = max(kv for _, _, kv, _ in rows)
-        believed = _believed(rows, token_s)
+        believed = least_s, token_s or 0.01 * least_s, token_s * _KV_TO_PROMPT
         # Where no prompt was measured: all of a gap may be for KV.
         kv_doubt_s = _KV_DOUBT * believed[2] or max(gap for *_, gap in rows) / max(1.0, most_kv)
         return _fit(rows, believed, (_DOUBT * believed[0], _DOUBT * believed[1], kv_doubt_s))
-
-
-def _believed(rows: list[tuple[float, float, float, float]], token_s: float) -> tuple[float, float, float]:
-    """The three costs, before they are told from what was seen: what the shortest gap leaves is the step's own."""
-    _, batch, kv_tokens, least_s = min(rows, key=lambda row: row[-1])
-    if not token_s:
-        return least_s, 0.01 * least_s, 0.0
-    kv_s = token_s * _KV_TO_PROMPT
-    return max(_LEAST_OWN * least_s, least_s - token_s * batch - kv_s * kv_tokens), token_s, kv_s
 
 
 def _fit(

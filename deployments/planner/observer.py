@@ -3,7 +3,7 @@
 Owns what is learned from them: how much comes and how unevenly, what prompts and steps cost, how long a replica takes
 to start. Costs it learns as admission does (`load/outlook.py`, `load/step_cost.py`), from steps that run anyway.
 Replicas that have just started teach no costs and no tails: their first steps load, compile, and wait for first
-contacts. Nor is it a surprise that gaps are late where more run at once than the bound allows. Pure: no clock.
+contacts. Pure: no clock.
 """
 
 import math
@@ -180,8 +180,6 @@ class Observer:
         self._decode_share = Share(_MISS_HALF_LIFE)  # of prompt tokens, with enough prefill replicas
         self._handed_on = HandedOn(_HANDED_ON_S)
         self._held, self._num_new = Held(), 0
-        self._itl_s = settings.itl_s
-        self._largest = math.inf  # batch that keeps the bound of gaps, as far as is known
         self._max_seqs = 1  # seats of an engine; as was seen last, for it is asked for while there is none
         self._at_s = -math.inf
 
@@ -250,8 +248,7 @@ class Observer:
         for p in progress:
             self._output.add(p.now.generated_tokens - p.before.generated_tokens, p.now.finished - p.before.finished)
             if p.is_warm:
-                if p.now.num_running <= self._largest:  # why others are late is known: see `need.py`
-                    self._decode.tail.add(p.now.itl_s, p.before.itl_s)
+                self._decode.tail.add(p.now.itl_s, p.before.itl_s)
                 if (steps := decode_steps_between(p.now, p.before)) is not None:
                     each = steps.seconds / steps.steps
                     self._gaps.add(steps.sequences / steps.steps, _kv_read(p.now), each, steps.seconds)
@@ -295,7 +292,6 @@ class Observer:
         token_s = pool.prompts.token_s or (self._prefill.prompts.token_s if self._prefill is not None else 0.0)
         self._max_seqs = max((engine.max_num_seqs for engine in engines), default=self._max_seqs)
         gaps = self._gaps.curve(token_s, kv_tokens / max(1, num_running + num_reserved))
-        self._largest = math.inf if gaps is None else gaps.batch_within(self._itl_s)
         answers = Answers(
             self._requests.rate,
             self._output.value,

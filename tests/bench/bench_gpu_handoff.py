@@ -11,6 +11,8 @@ the other engine's pool; "behind" is what is left of it when the first token is 
 meanwhile; the rest was hidden. "GiB/s" is that of the bytes' own way into the pool: copies on the GPU's clock; over
 NCCL the receiving, from the source's word that a chunk is complete to its last byte, and the copy of the last chunk.
 
+`--speculation ngram` compares two decode engines instead, one that guesses and one that does not: `guessed_handoff`.
+
 `--parts 1,4` does all of it twice, with other engines: what the last step of a prompt computes goes whole, and in four
 parts of some layers each, see `EngineConfig.handoff_layer_parts`.
 """
@@ -27,100 +29,26 @@ import ray
 import torch
 
 from deployments.engine.config import EngineConfig
-from deployments.engine.engine import Engine
-from deployments.engine_actor import EngineActor
 from deployments.engine_builder import BuiltEngine, assemble_engine
-from deployments.engine_host import EngineHost
 from deployments.kv_groups import KV_FORMS, KVGroup, bytes_per_block
-from deployments.kv_transfer import direct
 from deployments.kv_transfer.base import TransferStats
-from deployments.messages import ChunkReady
 from tests.bench.bare_copies import memcpy_peer_s, nccl_send_s
 from tests.bench.bench_gpu import load_random
 from tests.bench.gpu_shapes import SHAPES
+from tests.bench.guessed_handoff import bench_guesses
+from tests.bench.timed_engines import config_of, moved_s, start
 from tests.engine_pair import DrivenEngine, hand_over, random_prompt
 
 LENGTHS = (512, 2048, 8000, 32000)
 NUM_TOKENS = 16
 MODEL = "llama-8b"
 VOCAB_SIZE = SHAPES[MODEL].config().vocab_size
-
-
-# About 2 ms; launching a copy takes one at most.
-QUEUEING_CYCLES = 4_000_000
 REST_S = 0.3
-
-
-class TimedHost(EngineHost):
-    """Notes the time of its copies into the pool, while `looks` is set."""
-
-    looks = False
-
-    def import_chunk(self, chunk: ChunkReady, tensor: torch.Tensor, engine: Engine) -> torch.cuda.Event | None:
-        if not self.looks:
-            return super().import_chunk(chunk, tensor, engine)
-        # The GPU is kept busy until the copy is queued; else its clock would count the time that launching takes.
-        torch.cuda._sleep(QUEUEING_CYCLES)
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        imported = super().import_chunk(chunk, tensor, engine)
-        end.record()
-        self.copies.append((tensor.nbytes, begin, end))
-        return imported
-
-    def look(self) -> None:
-        self.copies: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
-        self.looks = True
-
-
-class TimedEngine(EngineActor):
-    """Also says how long its copies into the pool take on the GPU's clock, while it is asked to look."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config, build)
-
-    def build_host(self, built: BuiltEngine) -> TimedHost:
-        self._timed = TimedHost(built, self._events.put)
-        return self._timed
-
-    @ray.method(concurrency_group="ctl")
-    def look(self) -> None:
-        """From now on time the copies; hand-offs take longer for it."""
-        self._timed.look()
-
-    @ray.method(concurrency_group="ctl")
-    def copies(self) -> list[tuple[int, float]]:
-        """Bytes and seconds of each copy since `look`, which this ends."""
-        self._timed.looks = False
-        return [(nbytes, begin.elapsed_time(end) / 1e3) for nbytes, begin, end in self._timed.copies]
-
-    @ray.method(concurrency_group="ctl")
-    def transfer_stats(self) -> TransferStats:
-        return direct.stats()
 
 
 def build(config: EngineConfig) -> BuiltEngine:
     """An engine with random weights, the same in every process."""
     return assemble_engine(load_random(SHAPES[MODEL]), config)
-
-
-def start(rank: int, share_kv: bool, max_num_batched_tokens: int, num_gpus: float, num_parts: int) -> Any:
-    """An engine in a process of its own, with room for the KV of two of the longest prompts."""
-    config = EngineConfig(
-        max_num_seqs=8,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_model_len=32768,
-        kv_cache_bytes=9 << 30,
-        enable_prefix_caching=rank == 0,  # so that the prefill engine can hand over what it has computed before
-        share_kv=share_kv,
-        handoff_layer_parts=num_parts,
-    )
-    env = {"NCCL_NVLS_ENABLE": "0"}  # multicast needs rights that lent machines do not give
-    if num_gpus < 1:
-        env |= {"NCCL_HOSTID": f"host-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
-    actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(TimedEngine)
-    options = {"num_cpus": 1, "num_gpus": num_gpus, "runtime_env": {"env_vars": env}}
-    return actor_class.options(**options).remote(config)
 
 
 def time_alone(source: DrivenEngine, prompt: tuple[int, ...], name: str) -> float:
@@ -174,16 +102,14 @@ def measure(
             "copies": copies,
         }
         rows.append(row | {"received_s": received_s})
-        # A chunk that is received is copied while the next one is: only the copy of the last one is behind that.
-        counted = copies[len(copies) // rounds - 1 :: len(copies) // rounds] if received_s else copies
-        moved_s = sum(seconds for _, seconds in counted) / rounds + received_s / (2 * rounds)
+        seconds = moved_s(copies, rounds, received_s, 2 * rounds)
         median = {name: statistics.median(r[name] for r in found) for name in found[0]}
         print(
             f"{way:>9} {num_parts:>6} {length:>7} {handed.num_bytes / 2**20:>8.0f} {median['prefill_s'] * 1e3:>11.1f}"
             f" {median['ttft_s'] * 1e3:>9.1f} {median['ttft_s'] / median['prefill_s'] - 1:>+6.1%}"
             f" {median['alone_s'] * 1e3:>9.1f} {median['behind_s'] * 1e3:>10.1f}"
             f" {1 - median['behind_s'] / median['alone_s']:>7.0%}"
-            f" {handed.num_bytes / moved_s / 2**30:>7.1f}"
+            f" {handed.num_bytes / seconds / 2**30:>7.1f}"
             f"  {'equal' if all(r['equal'] for r in found) else 'DIFFERENT'}",
             flush=True,
         )
@@ -204,34 +130,69 @@ def measure_bare(lengths: list[int]) -> dict[str, dict[int, float]]:
     return found
 
 
-def main() -> int:
+def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """What is to be measured; None: as the command line says."""
     parser = argparse.ArgumentParser(prog="make bench-gpu-handoff ARGS=...")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
-    parser.add_argument("--ways", default="cuda_ipc,nccl")
-    parser.add_argument("--parts", default="1", help="of layers; several, one after the other (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, help="of each length (default: 5; with --speculation 6)")
     parser.add_argument(
-        "--steps", type=int, default=8192, help="token budget of both engines, so that they compute alike"
+        "--lengths", type=_numbers, help=f"of prompts (default: {LENGTHS}, with --speculation up to 8000)"
     )
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
+    parser.add_argument("--ways", type=_words, help="default: cuda_ipc,nccl; with --speculation one, cuda_ipc")
+    parser.add_argument(
+        "--parts", type=_numbers, default=(1,), help="of layers; several, one after the other (default: 1)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=8192, help="token budget of all engines, so that they compute alike"
+    )
+    parser.add_argument(
+        "--speculation", choices=("ngram",), help="compare decode engines with and without such guesses"
+    )
+    parser.add_argument(
+        "--answers", type=int, default=3, help="with --speculation: long answers to prompts of each length"
+    )
+    parser.add_argument("--shape", choices=(MODEL, "tiny"), default=MODEL, help="with --speculation: tiny runs on CPUs")
+    options = parser.parse_args(arguments)
+    if options.speculation and (len(options.ways or "1") > 1 or len(options.parts) > 1):
+        parser.error("--speculation takes one of --ways and of --parts")
+    if options.shape == "tiny" and not options.speculation:
+        parser.error("--shape tiny takes effect with --speculation alone")
+    return options
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(",")))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def main() -> int:
+    options = read_arguments()
+    if options.shape != "tiny" and not torch.cuda.is_available():
         print("bench-gpu-handoff needs a GPU", file=sys.stderr)
         return 1
+    return bench_guesses(options) if options.speculation else bench_ways(options)
+
+
+def bench_ways(options: argparse.Namespace) -> int:
+    """Each way the KV may go, and each number of parts."""
     num_gpus = min(2, torch.cuda.device_count())
     ray.init(num_cpus=8, num_gpus=num_gpus, include_dashboard=False, log_to_driver=False)
+    lengths, rounds = options.lengths or LENGTHS, options.rounds or 5
     rows = []
     print(f"{num_gpus} x {torch.cuda.get_device_name()}, torch {torch.__version__}, ray {ray.__version__}")
-    bare = measure_bare(list(map(int, options.lengths.split(",")))) if num_gpus > 1 else {}
+    bare = measure_bare(list(lengths)) if num_gpus > 1 else {}
     print(
         f"{'':>9} {'parts':>6} {'tokens':>7} {'MiB':>8} {'prefill ms':>11} {'TTFT ms':>9} {'':>6} {'alone ms':>9}"
         f" {'behind ms':>10} {'hidden':>7} {'GiB/s':>7}"
     )
-    for way, num_parts in product(options.ways.split(","), map(int, options.parts.split(","))):
+    for way, num_parts in product(options.ways or ("cuda_ipc", "nccl"), options.parts):
         share = 0.4 if num_gpus == 1 else 1
-        actors = [start(rank, way == "cuda_ipc", options.steps, share, num_parts) for rank in (0, 1)]
+        configs = (config_of(rank, way == "cuda_ipc", options.steps, num_parts) for rank in (0, 1))
+        actors = [start(rank, config, build, share, is_alone=num_gpus > 1) for rank, config in enumerate(configs)]
         source, target = map(DrivenEngine, actors)
-        lengths = [int(length) for length in options.lengths.split(",")]
-        rows += measure(way, num_parts, source, target, lengths, options.rounds)
+        rows += measure(way, num_parts, source, target, list(lengths), rounds)
         stats = ray.get(target.actor.stats.remote())
         assert stats.num_used_blocks == 0, stats
         for engine in (source, target):

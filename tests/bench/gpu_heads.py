@@ -90,7 +90,7 @@ def head_costs(engine: Engine, num_seqs: int, most: int, context: int, states_s:
     draws = GuessDraws(SamplingPreparation(), greedy, positions, [None] * num_seqs)
 
     def guess(count: int) -> None:
-        runner.guess(states, NewestTokens(ids, ids, positions, tables, np.full(num_seqs, count)), draws)
+        runner.guess(states, NewestTokens(ids, ids, positions, 0 * ids, tables, np.full(num_seqs, count)), draws)
 
     first_s, all_s = seconds(lambda: guess(1)), seconds(lambda: guess(most))
     kv_s, gpu_s = seconds(lambda: runner.learn(states, known)), seconds(guessing_graph(engine, num_seqs).replay)

@@ -31,7 +31,7 @@ NUM_TOKENS = 40
 NUM_STREAMED = 400
 WAYS = (("colocated", "draft_model"), ("disaggregated", "draft_model"), ("disaggregated", "eagle3"))
 PROMPTS = {f"p{length}": random_prompt(length, seed=length) for length in (5, 40, 150)}
-# A replica is replaced, on a machine that others keep busy.
+# Three replicas are replaced at once, on a machine that others keep busy.
 TIMEOUT_S = 300.0
 
 

@@ -102,9 +102,11 @@ class Dense:
 
 
 @torch.inference_mode()
-def guesses(head: Eagle3Head, tokens: list[int], count: int, first: int = 0) -> tuple[int, ...]:
+def guesses(
+    head: Eagle3Head, tokens: list[int], count: int, first: int = 0, model: PreTrainedModel | None = None
+) -> tuple[int, ...]:
     """What a head guesses behind a sequence, greedily, if it has the states of its tokens from the first one on."""
-    hidden = target()(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
+    hidden = (model or target())(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states
     states = head.fuse(torch.cat([hidden[layer][0] for layer in head.layers], dim=1))[first:]
     told = list(tokens[first + 1 :])
     for _ in range(count):

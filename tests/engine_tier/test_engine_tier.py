@@ -1,6 +1,7 @@
 """Engines and a tier in one process: tokens are those of one engine, whatever the tier does; nothing stays held."""
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -15,6 +16,8 @@ from deployments.engine.scheduling.positions import FIXED
 from deployments.engine.stats import EngineStats
 from deployments.engine_tier import giving
 from deployments.engine_tier.tier import EngineTier
+from deployments.errors import TierError
+from deployments.kv_tier import policy
 from deployments.kv_tier.keys import TierKeys
 from deployments.kv_tier.policy import FetchPolicy
 from deployments.kv_transfer.layout import KVLayout
@@ -149,6 +152,13 @@ def test_behind_a_window_nothing_is_fetched(tier: LocalTier) -> None:
         member.stop()
 
 
+@pytest.fixture
+def asked_again_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An index that has not answered is not left alone."""
+    monkeypatch.setattr(policy, "_FIRST_REST_S", 0.0)
+
+
+@pytest.mark.usefixtures("asked_again_at_once")
 def test_what_is_behind_the_own_part_of_a_window_is_fetched(tier: LocalTier) -> None:
     members = [Member(tier, family="mistral_windowed") for _ in range(2)]
     members[0].tokens(greedy("cold", PROMPT, 8))
@@ -180,12 +190,38 @@ def test_it_outlives_the_engine_that_computed_it(tier: LocalTier, members: list[
     assert warm(members[1]) == ALL
 
 
+@pytest.mark.usefixtures("asked_again_at_once")
 def test_what_the_engine_has_itself_is_not_fetched_again(tier: LocalTier, members: list[Member]) -> None:
     tier.is_away = True
     members[1].tokens(greedy("shorter", PROMPT[:30], 1))
     tier.is_away = False
     assert warm(members[1]) == ALL
     assert members[1].stats().tier_hit_tokens == ALL - 3 * BLOCK_SIZE
+
+
+def test_requests_that_wait_for_an_index_that_hangs_wait_for_it_once(
+    tier: LocalTier, members: list[Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = threading.Semaphore(0)
+
+    def hang(*_: object) -> None:
+        asked.release()
+        time.sleep(0.2)
+        raise TierError("the index has not answered within 0.2 s")
+
+    monkeypatch.setattr(policy, "_FIRST_REST_S", 60.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalStore, "find", hang)
+        prompts = [random_prompt(100, seed) for seed in range(600, 624)]
+        ends = [members[1].ask(greedy(f"r{number}", prompt, 1)) for number, prompt in enumerate(prompts)]
+        for end in ends:
+            assert end.result(60)[1] == 0
+        assert members[1].tokens(greedy("later", random_prompt(100, 700), 1))[1] == 0
+    assert 1 <= members[1].stats().tier_failures <= 4, "of the four that ask at once"
+    num_asked = 0
+    while asked.acquire(blocking=False):
+        num_asked += 1
+    assert num_asked == members[1].stats().tier_failures
 
 
 def test_only_whole_objects_count_and_the_last_token_is_computed(members: list[Member]) -> None:
@@ -228,6 +264,7 @@ def test_what_is_lost_while_it_is_read_is_computed_and_offered_anew(
     tier.wait_for(NUM_OBJECTS)
 
 
+@pytest.mark.usefixtures("asked_again_at_once")
 def test_what_leaves_the_cache_while_the_tier_is_asked_leaves_no_gap(tier: LocalTier) -> None:
     members = [Member(tier), Member(tier)]
     members[0].tokens(greedy("cold", PROMPT, 8))

@@ -38,7 +38,6 @@ from tests.gpu.models import CONFIGS, SHAPE, VOCAB_SIZE, exact, plain  # noqa: E
 
 SPECULATION = {"method": "eagle3", "model": "beside", "is_adaptive": False, "max_drafts": 4}
 DRAFT_VOCAB_SIZE = 1000
-every_family = pytest.mark.parametrize("family", sorted(CONFIGS))
 
 
 def random_head(model: PreTrainedModel, head_dim: int = 64) -> Eagle3Head:
@@ -83,10 +82,12 @@ def watch(engine: Engine, answers: dict[str, list[int]], when: Callable[[int], b
         told = []
         for wish, guessed in zip(wishes, draft(wishes), strict=True):
             sequence = wish.sequence
-            seen.append((tuple(sequence.token_ids), drafter._of(wish).begin, guessed))
-            first = sequence.num_tokens - len(sequence.request.prompt_token_ids)
-            rest = answers.get(sequence.request_id, [])[first : first + len(guessed)]
-            told.append(tuple(token ^ when(first + place) for place, token in enumerate(rest)))
+            progress = drafter._of(wish)
+            first = progress.begin + drafter._unseen(sequence, progress)
+            seen.append((tuple(sequence.token_ids), first, guessed))
+            place = sequence.num_tokens - len(sequence.request.prompt_token_ids)
+            rest = answers.get(sequence.request_id, [])[place : place + len(guessed)]
+            told.append(tuple(token ^ when(number) for number, token in enumerate(rest, place)))
         return told
 
     drafter.draft = note
@@ -94,12 +95,28 @@ def watch(engine: Engine, answers: dict[str, list[int]], when: Callable[[int], b
 
 
 @torch.inference_mode()
-def behind_the_likeliest(model: PreTrainedModel, known: tuple[int, ...], guessed: tuple[int, ...]) -> Tensor:
-    """How far each guess is behind the likeliest one of a head that sees all of a sequence and the guesses before."""
-    head = random_head(model)
+def behind_the_likeliest(family: str, known: tuple[int, ...], first: int, guessed: tuple[int, ...]) -> Tensor:
+    """How far each guess is behind the likeliest one of a head that sees a sequence from its first tokens in view on.
+
+    In bfloat16 or in float32, where it is nearer.
+    """
+    parts = [_behind(model(family), alone(model, family), known, first, guessed) for model in (plain, exact)]
+    return torch.stack(parts).amin(0)
+
+
+@cache
+def alone(model: Callable[[str], PreTrainedModel], family: str) -> Eagle3Head:
+    return random_head(model(family))
+
+
+@torch.inference_mode()
+def _behind(
+    model: PreTrainedModel, head: Eagle3Head, known: tuple[int, ...], first: int, guessed: tuple[int, ...]
+) -> Tensor:
     ids = torch.tensor([known[:-1]], device="cuda")
     hidden = model(ids, output_hidden_states=True, use_cache=False).hidden_states
-    states, told, found = head.fuse(torch.cat([hidden[layer][0] for layer in head.layers], dim=1)), [*known[1:]], []
+    states = head.fuse(torch.cat([hidden[layer][0, first:] for layer in head.layers], dim=1))
+    told, found = [*known[first + 1 :]], []
     for token in guessed:
         places = torch.arange(len(told), device="cuda")
         out = head(states, torch.tensor(told, device="cuda"), places, Dense())
@@ -110,18 +127,17 @@ def behind_the_likeliest(model: PreTrainedModel, known: tuple[int, ...], guessed
     return torch.stack(found)
 
 
-def check_guesses(family: str, seen: Guesses, num_checked: int = 40) -> None:
-    """Guesses are the likeliest of the head by itself, or tied with it: in bfloat16, or in float32, where it errs."""
-    step = max(1, len(seen) // num_checked)
-    for known, begin, guessed in seen[::step]:
-        assert begin == 0 and 1 <= len(guessed) <= 4
-        behind = [behind_the_likeliest(model(family), known, guessed) for model in (plain, exact)]
-        least = torch.stack(behind).amin(0)
-        assert least.max() < 2 * TIE, f"behind {len(known)} tokens: {[part.tolist() for part in behind]}"
+def check_guesses(family: str, seen: Guesses, num_checked: int = 12, tie: float = 2 * TIE) -> None:
+    """Guesses are the likeliest of the head by itself, or tied with it."""
+    for known, first, guessed in seen[:: max(1, len(seen) // num_checked)]:
+        assert 1 <= len(guessed) <= 4 and (first == 0 or family == "mistral"), "all is in view, but behind windows"
+        behind = behind_the_likeliest(family, known, first, guessed)
+        assert behind.max() < tie, f"behind {len(known)} tokens, seen from {first} on: {behind.tolist()}"
 
 
-@every_family
-@pytest.mark.parametrize("when", [truth, lies, mixture])
+@pytest.mark.parametrize(
+    ("family", "when"), [*((family, mixture) for family in sorted(CONFIGS)), ("llama", truth), ("llama", lies)]
+)
 def test_guesses_are_those_of_the_head_and_answers_the_likeliest(family: str, when: Callable[[int], bool]) -> None:
     answers = generate(build(replace(with_head(family), head=None), speculation={"method": "off"}))
     engine = build(with_head(family))
@@ -165,9 +181,7 @@ def test_a_model_in_float32_has_a_head_that_guesses_as_well() -> None:
     seen = watch(engine, {}, truth)
     generate(engine, LENGTHS[:5])
     assert seen
-    for known, begin, guessed in seen[:: max(1, len(seen) // 20)]:
-        behind = behind_the_likeliest(exact("llama"), known, guessed)
-        assert begin == 0 and behind.max() < 1e-3, f"behind {len(known)} tokens: {behind.tolist()}"
+    check_guesses("llama", seen, tie=1e-3)
 
 
 def test_drawn_answers_come_to_their_end_and_are_mostly_those_without_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +202,7 @@ def test_drawn_answers_come_to_their_end_and_are_mostly_those_without_a_head(mon
 
 def newest(num_seqs: int, length: int) -> NewestTokens:
     ids = np.arange(num_seqs)
-    return NewestTokens(ids, ids, ids + 7, np.ones((num_seqs, 2), np.int64), np.full(num_seqs, length))
+    return NewestTokens(ids, ids, ids + 7, 0 * ids, np.ones((num_seqs, 2), np.int64), np.full(num_seqs, length))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -50,8 +50,22 @@ def test_what_was_used_least_lately_makes_room() -> None:
     names(index, 0)  # found, and so used
     index.accept([offer(1)], 60.0)  # somebody else has it as well: used, too
     assert index.accept([offer(9)], 70.0) == [offer(9)]
+    assert index.counts().num_objects == 5, "it has not come yet"
+    index.store(offer(9), (None,), "ref", 71.0)
     index.check_integrity()
-    assert names(index, 0, 1, 2, 3, 4) == [0, 1, 4]
+    assert names(index, 0, 1, 2, 3, 4, 9) == [0, 1, 4, 9]
+
+
+def test_offers_of_which_nothing_comes_take_nothing_from_others() -> None:
+    index = filled(*map(offer, range(5)))
+    offers = [offer(name, 5) for name in range(10, 40)]
+    accepted = index.accept(offers, 6.0)
+    assert accepted == offers[:5], "a quarter of the budget"
+    assert index.accept([offer(2)], 7.0) == [] and names(index, *range(5)) == [*range(5)]
+    for one in accepted:
+        index.give_up(one)
+    index.check_integrity()
+    assert (index.counts().num_objects, index.counts().num_evicted) == (5, 0)
 
 
 def test_what_is_larger_than_the_budget_or_what_is_on_its_way_leaves_is_refused() -> None:

@@ -123,3 +123,22 @@ def test_patience_has_bounds(seconds: float, num_tokens: int) -> None:
 def test_one_waits_no_longer_than_it_takes_to_compute() -> None:
     assert measured().patience_s(2000) == pytest.approx(2.0)
     assert FetchPolicy().patience_s(2000) == 2.0
+
+
+def test_an_index_that_does_not_answer_is_asked_less_and_less_until_it_does() -> None:
+    policy = FetchPolicy()
+    assert not policy.rests(0.0)
+    now_s, rests = 100.0, []
+    for _ in range(9):
+        policy.note_silence(now_s)
+        policy.note_silence(now_s + 0.01)  # another request that had asked at the same time
+        begun_s = now_s
+        while policy.rests(now_s):
+            now_s += 0.5
+        rests.append(now_s - begun_s)
+    assert rests == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    policy.note_silence(now_s)
+    policy.note_lookup(0.001, 100, 0)
+    assert not policy.rests(now_s), "it has answered one that asked before"
+    policy.note_silence(now_s + 100)
+    assert policy.rests(now_s + 100.9) and not policy.rests(now_s + 101)

@@ -30,8 +30,11 @@ class FakeLink:
         self.name = "test"
         self.submitted: list[tuple[Any, Future[Tensor | None]]] = []
         self.closed: list[str] = []
+        self.is_in_doubt = False
 
     def submit(self, job: Job) -> "Future[Tensor | None]":
+        if self.is_in_doubt:
+            raise TransferError("the other engine has not answered")
         self.submitted.append((job, Future()))
         return self.submitted[-1][1]
 
@@ -165,6 +168,18 @@ def test_an_answer_to_a_question_that_was_given_up_ends_the_link(ends):
     note.set_result("")
     wait_until(lambda: bool(ends.link.closed), PATIENCE_S)
     assert ends.link.submitted == [], "its bytes are not taken for those of another chunk"
+
+
+def test_what_is_sent_while_the_source_is_in_doubt_ends_the_link(ends):
+    """It answers again, and has sent it: the next receive would be given this message."""
+    ends.open()
+    ends.held.add("a")
+    ends.link.is_in_doubt = True
+    arrival = ends.ask("a", is_sent=True)
+    ends.held.notes["a"].set_result("")
+    with pytest.raises(TransferError, match="has not answered"):
+        arrival.result(PATIENCE_S)
+    wait_until(lambda: bool(ends.link.closed), PATIENCE_S)
 
 
 def test_questions_end_with_the_link_also_those_to_come(ends):

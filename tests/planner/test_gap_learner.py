@@ -33,15 +33,6 @@ def test_batches_that_were_all_alike_are_not_taken_to_cost_all_by_sequence():
     assert curve.batch_within(1.0) == pytest.approx(20)  # beyond which nothing is said
 
 
-def test_where_large_batches_alone_were_seen_not_all_of_their_gap_is_taken_for_the_step():
-    curve = learn([18] * 5, kv_per_sequence=16_000.0).curve(
-        TOKEN_S, 16_000.0
-    )  # all of an engine that has too much to do
-    assert curve is not None
-    assert curve.step_s == pytest.approx(STEP_S, rel=0.3)
-    assert curve.batch_within(0.108) == pytest.approx((0.108 - STEP_S) / (SEQUENCE_S + KV_S * 16_000), rel=0.3)
-
-
 def test_large_batches_are_still_known_after_an_hour_of_small_ones():
     learner = learn([150] * 10)
     for _ in range(1800):

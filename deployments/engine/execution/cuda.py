@@ -35,7 +35,7 @@ from deployments.engine.execution.graphs import (
     prompt_lengths,
     record,
 )
-from deployments.engine.execution.groups import PendingPrompts, groups
+from deployments.engine.execution.groups import write_prompts, write_tables
 from deployments.engine.execution.looking import Sight
 from deployments.engine.execution.parts import (
     MAX_CHUNK,
@@ -54,7 +54,7 @@ from deployments.engine.layers.cuda import can_drop_rows
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.sampling.sampler import compile_draws, sample
 from deployments.engine.scheduling.run import ScheduledSequence
-from deployments.engine.upload import Span, Upload, Writer
+from deployments.engine.upload import Upload, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -204,8 +204,8 @@ class CudaRunner:
         tokens, others = (arrays.token_ids, arrays.positions), (arrays.sources, arrays.single_lens, logit_rows)
         flat = *tokens, arrays.slots.ravel(), *others
         token_ids, positions, slots, sources, lens, last = (writer.write(values) for values in flat)
-        tables = self._write_tables(writer, arrays, 0, num_singles)
-        prompts = self._write_prompts(writer, arrays)
+        tables = write_tables(writer, arrays, range(num_singles), self.cache.block_size)
+        prompts = write_prompts(writer, arrays, self.cache.block_size)
         inputs = upload.to(torch.empty(writer.num_values, dtype=torch.int32, device=self._device), writer.num_values)
         ids = token_ids.on(inputs)
         if num_singles:
@@ -222,30 +222,6 @@ class CudaRunner:
         logits = self._forward(ids, positions.on(inputs), step)
         self._take_states(arrays.num_tokens)
         return logits
-
-    def _write_tables(self, writer: Writer, arrays: StepArrays, first: int, end: int) -> tuple[Span, ...]:
-        """The blocks of some runs, by the group of layers; as wide as the longest of them needs."""
-        lens = (arrays.starts + arrays.counts)[first:end]
-        width = -(-int(lens.max(initial=0)) // self.cache.block_size)
-        return tuple(writer.write(table[first:end, :width].reshape(-1)) for table in arrays.tables)
-
-    def _write_prompts(self, writer: Writer, arrays: StepArrays) -> list[PendingPrompts]:
-        """Bring neighbours in the batch that attend together into groups."""
-        written, row = [], arrays.num_singles
-        for first, end in groups(arrays):
-            starts, counts = arrays.starts[first:end], arrays.counts[first:end]
-            lens = starts + counts
-            edges = writer.write(np.concatenate(([0], np.cumsum(counts))))
-            context = None
-            if starts[0]:
-                tables = self._write_tables(writer, arrays, first, end)
-                width = len(tables[0].array) // len(counts) * self.cache.block_size
-                context = writer.write(lens), writer.write(np.arange(len(counts) + 1) * width), tables
-            sequences = tuple(zip(starts.tolist(), counts.tolist(), strict=True))
-            shape = row, int(counts.sum()), int(counts.max()), int(lens.max())
-            written.append(PendingPrompts(*shape, sequences, edges, context))
-            row += int(counts.sum())
-        return written
 
     def _resolve(self, ids: Tensor, sources: Tensor) -> Tensor:
         """Put in the tokens that the step before drew."""

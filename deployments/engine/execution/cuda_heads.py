@@ -38,7 +38,7 @@ class CudaHead:
     def __init__(self, head: Eagle3Head, limits: EngineLimits, device: torch.device) -> None:
         self._head, self._device = head, device
         self.cache = KVCache(head.kv_shape, limits.num_blocks, limits.block_size, device)
-        head.tabulate(limits.max_model_len)
+        self._holds = head.tabulate(limits.max_model_len)  # graphs read it, whatever becomes of the head's own
         self._max_seqs = min(limits.max_num_seqs, MAX_GRAPH_BATCH)
         self._sizes = _KNOWN[: bisect_left(_KNOWN, limits.max_num_batched_tokens) + 1]
         self._given = self._states(self._sizes[-1])

@@ -41,13 +41,15 @@ class NewestTokens:
         places: (S,) of their states among those of the last step.
         token_ids: (S,) the tokens behind them.
         positions: (S,) as of `KnownTokens`.
-        tables: (S, B) block ids of what the head sees of each, and of what it will guess.
+        unseen: (S,) so many of the tokens before are seen no longer, of whole blocks.
+        tables: (S, B) block ids of the others, and of what will be guessed.
         lengths: (S,) guesses that are wanted, descending to one at least.
     """
 
     places: np.ndarray
     token_ids: np.ndarray
     positions: np.ndarray
+    unseen: np.ndarray
     tables: np.ndarray
     lengths: np.ndarray
 
@@ -59,12 +61,13 @@ class NewestTokens:
         """What the guesses of one place are made by: a step of single tokens, whose ids are not told."""
         count = int((self.lengths > place).sum())
         positions, tables, rows = self.positions[:count] + place, self.tables[None, :count], np.arange(count)
+        starts = positions - self.unseen[:count]
         return StepArrays(
             token_ids=np.zeros(count, np.int64),
             sources=np.full(count, -1),
             positions=positions,
-            slots=slots(tables, rows, positions, block_size),
-            starts=positions,
+            slots=slots(tables, rows, starts, block_size),
+            starts=starts,
             counts=np.ones(count, np.int64),
             tables=tables,
             num_singles=count,

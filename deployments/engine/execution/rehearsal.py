@@ -190,7 +190,7 @@ def rehearse_head(runner: HeadRunner, head: Eagle3Head, limits: EngineLimits) ->
     zeros, ones = nothing[:num_seqs], np.ones(num_seqs, np.int64)
     tables = np.zeros((num_seqs, num_blocks), np.int64)
     draws = GuessDraws(SamplingPreparation(), [_SAMPLING] * num_seqs, zeros + longest, [None] * num_seqs)
-    runner.guess(states[0], NewestTokens(zeros, zeros, zeros + longest - 1, tables, ones), draws)
+    runner.guess(states[0], NewestTokens(zeros, zeros, zeros + longest - 1, zeros, tables, ones), draws)
 
 
 def worst_steps(limits: EngineLimits) -> list[list[tuple[int, int]]]:

@@ -154,13 +154,18 @@ class Eagle3Head(nn.Module):
     def leaves_rotary(self) -> bool:
         return self.midlayer.self_attn.leaves_rotary
 
-    def tabulate(self, max_tokens: int) -> None:
-        """Look rotary embeddings up from now on, of so many positions, in place of computing them in each step."""
+    def tabulate(self, max_tokens: int) -> tuple[Tensor, Tensor]:
+        """Look rotary embeddings up from now on, of so many positions, in place of computing them in each step.
+
+        Returns:
+            What is looked up, which graphs that are recorded from now on read.
+        """
         assert self.rotary is not None, "it is not complete"
         weight, width = self.norm.weight, _kv_heads(self._config)[1]
         tables = self.rotary(weight, torch.arange(max_tokens, device=weight.device).unsqueeze(0))
         cos, sin = (table[0, :, : width // 2 if self.leaves_rotary else width].contiguous() for table in tables)
         self._table = cos, sin
+        return cos, sin
 
     @property
     def hidden_size(self) -> int:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
 _HASH_BYTES = 16
+# Sets roots apart from blocks: without it a caller's salt that reads like the tokens of a first block would name it.
+_OF_ROOTS = b"root"
 
 
 def hash_block(parent: bytes, token_ids: Iterable[int]) -> bytes:
@@ -26,7 +28,9 @@ def root_of(position_offset: int, cache_salt: str = "") -> bytes:
     KV of other positions has another one, and so has KV that is not to be shared with requests of another salt.
     """
     root = position_offset.to_bytes(8, "big") if position_offset else b""
-    return blake2b(cache_salt.encode(), key=root, digest_size=_HASH_BYTES).digest() if cache_salt else root
+    if not cache_salt:
+        return root
+    return blake2b(cache_salt.encode(), key=root, digest_size=_HASH_BYTES, person=_OF_ROOTS).digest()
 
 
 def hash_chain(root: bytes, token_ids: Sequence[int], block_size: int) -> list[bytes]:

@@ -25,7 +25,7 @@ from deployments.engine.execution.heads import HeadRunner, KnownTokens, NewestTo
 from deployments.engine.kv.slots import slots
 from deployments.engine.sampling.guessing import GuessDraws
 from deployments.engine.sampling.sampler import SamplingPreparation
-from deployments.engine.scheduling.ids import token_array
+from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Sequence, Status
 from deployments.engine.speculation.base import Prospect, Wish
@@ -142,12 +142,17 @@ class Eagle3Drafter:
         tokens = sequence.token_ids[run.start + 1 : run.start + num_kept + 1]
         tokens.extend(draw.token_id for draw in draws)
         progress = self._progress_with(sequence, run.start)
-        start = progress.num_in_view
+        start = max(progress.num_in_view, min(self._unseen(sequence, progress), progress.num_in_view + num_kept - 1))
+        lost = start - progress.num_in_view
         progress.num_seen += num_kept
         progress.step, progress.place, progress.token_id = self._num_steps, place + num_kept - 1, tokens[-1]
         blocks = self._written(sequence, progress, start, progress.num_in_view)
         self._hold(sequence, progress)
-        return _Seen(place, start, tokens, blocks)
+        return _Seen(place + lost, start, tokens[lost:], blocks)
+
+    def _unseen(self, sequence: Sequence, progress: _Progress) -> int:
+        """Leading tokens of the view whose blocks were given back: where all layers of the model have a window."""
+        return max(0, sequence.tables.num_unread - progress.begin // self._block_size) * self._block_size
 
     def _progress_with(self, sequence: Sequence, start: int) -> _Progress:
         """How far it has come with a sequence of which tokens from here on were computed."""
@@ -172,7 +177,7 @@ class Eagle3Drafter:
         if progress.begin % self._block_size:
             return
         num_held = min(progress.num_seen // self._block_size, len(sequence.block_hashes))
-        for index in range(progress.num_held, num_held):
+        for index in range(max(progress.num_held, sequence.tables.num_unread), num_held):
             self._held[sequence.block_table[index]] = sequence.block_hashes[index]
         progress.num_held = max(progress.num_held, num_held)
 
@@ -186,18 +191,21 @@ class Eagle3Drafter:
 
     def _newest(self, asked: list[Wish]) -> NewestTokens:
         """What guesses go on from; they write over nothing but what stands behind the newest tokens."""
-        tables = []
+        tables, unseen = [], []
         for sequence, length in asked:
             progress = self._progress[sequence.request_id]
             end = progress.num_in_view + length - 1
             self._written(sequence, progress, progress.num_in_view, end)
-            first = progress.begin // self._block_size
-            tables.append(sequence.block_table[first : first - (-end // self._block_size)])
+            begin = progress.begin // self._block_size
+            passed = min(self._unseen(sequence, progress), progress.num_in_view - 1) // self._block_size
+            unseen.append(passed * self._block_size)
+            tables.append(sequence.block_table[begin + passed : begin - (-end // self._block_size)])
         found = [self._of(wish) for wish in asked]
         return NewestTokens(
             _column(progress.place for progress in found),
             _column(progress.token_id for progress in found),
             _column(progress.num_in_view - 1 for progress in found),
+            _column(unseen),
             _padded(tables),
             _column(wish.num_tokens for wish in asked),
         )
@@ -235,9 +243,11 @@ def _known(seen: list[_Seen], block_size: int) -> KnownTokens:
 
 def _padded(tables: list["array[int]"]) -> np.ndarray:
     """(R, B) int64, with zeros behind those that are shorter."""
-    padded = np.zeros((len(tables), max(map(len, tables))), np.int64)
-    for row, table in zip(padded, tables, strict=True):
-        row[: len(table)] = table
+    sizes, flat = _column(map(len, tables)), block_array()
+    for table in tables:
+        flat += table
+    padded = np.zeros((len(tables), int(sizes.max())), np.int64)
+    padded[np.arange(padded.shape[1]) < sizes[:, None]] = np.frombuffer(flat, np.int32)
     return padded
 
 

@@ -13,6 +13,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,12 @@ STEPS, SENT = ".steps", ".sent"
 FLUSH_S = 1.0
 
 
+_has_device = cache(torch.cuda.is_available)
+
+
 def _timed_event() -> "torch.cuda.Event | None":
     """What the device does next, on its clock; None: there is no device."""
-    if not torch.cuda.is_available():
+    if not _has_device():
         return None
     event = torch.cuda.Event(enable_timing=True)
     event.record()
@@ -148,7 +152,7 @@ class Recorder:
     """
 
     def __init__(self, engine: Engine, path: Path) -> None:
-        self._max_batch = min(engine.limits.max_num_seqs, 512) if torch.cuda.is_available() else 0
+        self._max_batch = min(engine.limits.max_num_seqs, 512) if _has_device() else 0
         self._begun_s = self._gc_begun_s = 0.0
         self._before = _Before()
         # Concluded; the device may be a moment behind the event that says so.

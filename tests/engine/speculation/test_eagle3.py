@@ -1,5 +1,6 @@
 """A head of the model guesses: as it would with all of a sequence before it, and no answer changes."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,15 @@ import torch
 from deployments.engine.config import EngineConfig
 from deployments.engine.execution.sizing import choose_limits
 from deployments.engine.model.check import check_eagle3_pair
-from deployments.engine.model.load import LoadedModel, load_model
+from deployments.engine.model.eagle3_files import load_eagle3
+from deployments.engine.model.load import LoadedModel, load_model, prepare_model
 from deployments.errors import UnsupportedModelError
 from deployments.messages import GenerateRequest, SamplingParams
 from tests.engine import eagle3_heads
 from tests.engine.drafters import lies, mixture, truth
 from tests.engine.driving import BLOCK_SIZE, Transcript, build_engine, generate, greedy, hand_over_all, run
 from tests.engine.eagle3_heads import guesses, target, weights
-from tests.engine.families import load, random_prompt
+from tests.engine.families import CPU, load, random_prompt, small_model
 from tests.engine.grammars import END, load_with_tokenizer, regex
 from tests.engine.guessing_heads import (
     NUM_TOKENS,
@@ -123,6 +125,26 @@ def test_what_was_computed_for_a_prefix_is_seen_again_with_its_blocks() -> None:
     helper.guessed.clear()
     assert generate(engine, [greedy("r6", prompt, NUM_TOKENS)]) == first
     helper.check(first=6 * BLOCK_SIZE)
+
+
+def test_behind_windows_it_sees_what_is_kept(tmp_path: Path) -> None:
+    model = small_model("MistralConfig", num_hidden_layers=8, sliding_window=24)
+    head = load_eagle3(eagle3_heads.save(tmp_path, weights()), model, model.config)
+    loaded = prepare_model(copy.deepcopy(model), "", CPU)
+    asked = [greedy(f"r{length}", random_prompt(length, seed=length), NUM_TOKENS) for length in (70, 5, 33)]
+    expected = generate(build_engine(loaded), asked)
+    engine = guessing(replace(loaded, head=head), max_num_batched_tokens=40)
+    helper = Helped(
+        engine, {request.request_id: tokens for request, tokens in zip(asked, expected, strict=True)}, mixture
+    )
+    drafter = drafter_of(engine)
+    helper._view = lambda wish: drafter._of(wish).begin + drafter._unseen(wish.sequence, drafter._of(wish))
+    assert generate(engine, asked) == expected
+    assert max(first for _, first, _, _ in helper.guessed) >= 48, "blocks were given back"
+    for name, first, known, tokens in helper.guessed:
+        assert tokens == guesses(head, known, len(tokens), first, model), (
+            f"{name} at {len(known)}, seen from {first} on"
+        )
 
 
 def test_answers_with_grammars_are_the_same_and_first_guesses_go_by_them() -> None:
