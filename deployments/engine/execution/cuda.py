@@ -201,8 +201,14 @@ class CudaRunner:
     def _run_eagerly(self, arrays: StepArrays, logit_rows: np.ndarray, watch: LayerWatch | None) -> Tensor:
         upload, num_singles = self._prompt_uploads[self._turn], arrays.num_singles
         writer = Writer(upload.values)
-        tokens, others = (arrays.token_ids, arrays.positions), (arrays.sources, arrays.single_lens, logit_rows)
-        flat = *tokens, arrays.slots.ravel(), *others
+        flat = (
+            arrays.token_ids,
+            arrays.positions,
+            arrays.slots.ravel(),
+            arrays.sources,
+            arrays.single_lens,
+            logit_rows,
+        )
         token_ids, positions, slots, sources, lens, last = (writer.write(values) for values in flat)
         tables = write_tables(writer, arrays, range(num_singles), self.cache.block_size)
         prompts = write_prompts(writer, arrays, self.cache.block_size)
