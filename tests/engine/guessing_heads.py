@@ -17,7 +17,7 @@ from deployments.engine.speculation.base import Wish
 from deployments.messages import Adjustments, GenerateRequest, SamplingParams
 from tests.engine import eagle3_heads
 from tests.engine.driving import build_engine, generate
-from tests.engine.eagle3_heads import guesses, target, weights
+from tests.engine.eagle3_heads import NUM_LAYERS, guesses, target, weights
 from tests.engine.families import CPU, random_prompt
 from tests.engine.insides import drafter_of
 
@@ -43,6 +43,14 @@ def with_head(*, optimized: bool = False) -> LoadedModel:
 
 def alone() -> LoadedModel:
     return replace(with_head(), head=None)
+
+
+def in_groups() -> LoadedModel:
+    """As if the second half of the layers had a window, which no request is as long as."""
+    loaded = with_head()
+    group, size = loaded.kv_shape.group, NUM_LAYERS // 2
+    groups = replace(group, layers=group.layers[:size]), replace(group, layers=group.layers[size:], window=1000)
+    return replace(loaded, kv_shape=replace(loaded.kv_shape, groups=groups))
 
 
 def guessing(loaded: LoadedModel | None = None, **overrides: Any) -> Engine:

@@ -25,7 +25,7 @@ from tests.engine.drafters import lies, mixture, truth
 from tests.engine.driving import Transcript, build_engine, generate, hand_over_all, run
 from tests.engine.families import CPU, random_prompt
 from tests.engine.grammars import END, load_with_tokenizer, regex
-from tests.engine.guessing_heads import Helped, alone, guessing, helped, plain, requests, with_head
+from tests.engine.guessing_heads import Helped, alone, guessing, helped, in_groups, plain, requests, with_head
 from tests.engine.insides import (
     head_runner_of,
     replace_head_runner,
@@ -124,6 +124,14 @@ def test_behind_a_hand_off_and_for_lost_blocks_guesses_are_as_good() -> None:
     for name, first in (("r0", 13), ("r3", 90), ("r6", 24)):
         assert {begin for other, begin, _, _ in helper.guessed if other == name} == {first}
     engine = build(num_blocks=25, max_num_seqs=3, max_num_batched_tokens=24, enable_prefix_caching=False)
+    helper = helped(engine, mixture)
+    assert generate(engine, requests()) == plain()
+    assert engine.stats().preemptions > 0
+    helper.check()
+
+
+def test_guesses_are_as_good_where_groups_of_layers_have_blocks_of_their_own() -> None:
+    engine = build(in_groups(), num_blocks=40, max_num_seqs=3, max_num_batched_tokens=24)
     helper = helped(engine, mixture)
     assert generate(engine, requests()) == plain()
     assert engine.stats().preemptions > 0

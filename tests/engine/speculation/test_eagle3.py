@@ -29,6 +29,7 @@ from tests.engine.guessing_heads import (
     alone,
     guessing,
     helped,
+    in_groups,
     plain,
     requests,
     with_head,
@@ -58,6 +59,14 @@ def test_a_head_alone_changes_no_answer() -> None:
 
 def test_guesses_are_as_good_for_sequences_that_lost_their_blocks_and_for_long_prompts() -> None:
     engine = guessing(num_blocks=25, max_num_seqs=3, max_num_batched_tokens=24, enable_prefix_caching=False)
+    helper = helped(engine, mixture)
+    assert generate(engine, requests()) == plain()
+    assert engine.stats().preemptions > 0
+    helper.check()
+
+
+def test_guesses_are_as_good_where_groups_of_layers_have_blocks_of_their_own() -> None:
+    engine = guessing(in_groups(), num_blocks=40, max_num_seqs=3, max_num_batched_tokens=24)
     helper = helped(engine, mixture)
     assert generate(engine, requests()) == plain()
     assert engine.stats().preemptions > 0
