@@ -26,7 +26,7 @@ _TAKEN_AT_ONCE = 8192
 class Index:
     """Where the n-grams of one sequence were followed by a token, the last time.
 
-    Asked for each sequence between two steps of a GPU that waits; so bytes are counted here, which are hashed, no tokens.
+    Asked for each sequence between two steps of a GPU that waits: so places are counted in bytes, which are hashed.
     """
 
     def __init__(self) -> None:
