@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+import ray
 
 from deployments.engine.config import EngineConfig, SpeculationConfig
 from deployments.engine.engine import Engine
@@ -189,7 +190,7 @@ def test_the_engines_take_turns_and_every_answer_is_counted(monkeypatch: pytest.
     told: list[tuple[str, str, int]] = []
     monkeypatch.setattr(guessed_handoff, "hand_over", hand_over)
     monkeypatch.setattr(guessed_handoff, "REST_S", 0.0)
-    monkeypatch.setattr(guessed_handoff.ray, "get", lambda found: found)
+    monkeypatch.setattr(ray, "get", lambda found: found)
     engines: Any = {method: FakeEngine(method, told) for method in ("off", "ngram")}
     found = guessed_handoff.Comparison(engines["off"], engines, VOCAB_SIZE, on_gpu=False).measure(512, 2, 2)
     long, short = ANSWER_TOKENS, 2

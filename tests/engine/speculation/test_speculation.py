@@ -81,7 +81,8 @@ def test_a_pipelined_engine_learns_from_a_step_when_the_next_one_is_launched_and
         def launch(self, items: list[ScheduledSequence], watch: LayerWatch | None = None) -> LaunchedStep:
             counts.append((engine.stats().drafted_tokens.total, sum(launched)))
             launched.append(sum(len(item.drafts) for item in items))
-            return runner.launch(items, watch)
+            step: LaunchedStep = runner.launch(items, watch)
+            return step
 
     replace_runner(engine, Spy())
     assert generate(engine, requests()) == plain()
