@@ -183,7 +183,10 @@ def measure(scenario: Scenario, num_steps: int) -> list[tuple[float, float]]:
     for _ in range(WARM_UP_STEPS):
         engine.step()
     arrivals = Arrivals(engine, scenario.arrives, rng)
-    seconds = [timed_step(engine, arrivals.next()) for _ in range(num_steps)]
+    while len(seconds) < num_steps and engine.has_work:  # with drafts answers end earlier
+        seconds.append(timed_step(engine, arrivals.next()))
+    if not engine.has_work:
+        seconds.pop()  # which launched nothing
     end(engine, [*names, "incoming"])
     return seconds
 
