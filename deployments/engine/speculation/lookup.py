@@ -10,33 +10,44 @@ from array import array
 
 from torch import Tensor
 
+from deployments.engine.scheduling.ids import token_array
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.speculation.base import Prospect, Wish
 from deployments.messages import Draws
 
 # Lengths of n-grams, the longest first: the longer the match, the more often what follows is the same.
 SIZES = (8, 4, 2)
+_LONGEST = SIZES[0]
+_WIDTH = token_array().itemsize
 # Tokens of one sequence that are taken at once: a prompt of 100,000 would hold up everybody's step for 60 ms.
 _TAKEN_AT_ONCE = 8192
 
 
 class Index:
-    """Where the n-grams of one sequence were followed by a token, the last time."""
+    """Where the n-grams of one sequence were followed by a token, the last time.
+
+    Asked for each sequence between two steps of a GPU that waits: so places are counted in bytes, which are hashed.
+    """
 
     def __init__(self) -> None:
         self.num_taken = 0
-        self._places: dict[int, dict[int, int]] = {size: {} for size in SIZES}
+        # By hash, of each size.
+        self._places: tuple[tuple[int, int, dict[int, int]], ...] = tuple((size, size * _WIDTH, {}) for size in SIZES)
 
     def take(self, tokens: "array[int]") -> bool:
         """Take in tokens that are new; false: more of them are left for the next time."""
-        first, last = self.num_taken, min(len(tokens), self.num_taken + _TAKEN_AT_ONCE)
-        begin, width = max(first - SIZES[0], 0), tokens.itemsize
+        first, last = self.num_taken, len(tokens)
+        if last - first > _TAKEN_AT_ONCE:
+            last = first + _TAKEN_AT_ONCE
+        begin = first - _LONGEST if first > _LONGEST else 0
         data = tokens[begin:last].tobytes()
-        for size, places in self._places.items():
-            num_bytes = size * width
-            for place in range(max(first, size), last):
-                end = (place - begin) * width
+        behind = (first - begin) * _WIDTH
+        for size, num_bytes, places in self._places:
+            place, end = (first, behind) if first > size else (size, num_bytes)
+            while place < last:
                 places[hash(data[end - num_bytes : end])] = place
+                place += 1
+                end += _WIDTH
         self.num_taken = last
         return last == len(tokens)
 
@@ -45,12 +56,15 @@ class Index:
 
         Those are one of `SIZES`, or twice the longest.
         """
-        newest = _last(tokens, len(tokens), 2 * SIZES[0])
-        for size, places in self._places.items():
-            match = newest[-size * tokens.itemsize :]
-            place = places.get(hash(match)) if len(tokens) >= size else None
-            if place is not None and _last(tokens, place, size) == match:  # two may have the same hash
-                is_longer = size == SIZES[0] and place >= 2 * size and _last(tokens, place, 2 * size) == newest
+        newest = tokens[-2 * _LONGEST :].tobytes()
+        for size, num_bytes, places in self._places:
+            match = newest[-num_bytes:]
+            place = places.get(hash(match))
+            if place is None:
+                continue
+            before = tokens[place - 2 * _LONGEST if place > 2 * _LONGEST else 0 : place].tobytes()
+            if before[-num_bytes:] == match:  # two may have the same hash
+                is_longer = size == _LONGEST and before == newest
                 return place, 2 * size if is_longer else size
         return None
 
@@ -96,8 +110,3 @@ class LookupDrafter:
         while len(drafts) < wish.num_tokens:
             drafts.append(drafts[len(drafts) - period])
         return tuple(drafts)
-
-
-def _last(tokens: "array[int]", end: int, num_tokens: int) -> bytes:
-    """Of the tokens before a place the last ones, so many or all."""
-    return tokens[max(0, end - num_tokens) : end].tobytes()
