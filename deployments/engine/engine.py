@@ -241,9 +241,10 @@ class Engine:
         return self._outputs.hold(events) if is_late else events
 
     def finish_step(self) -> list[EngineEvent]:
-        """Run the batch that was chosen; what happened, in order, one `TokenOutput` per sequence that drew a token.
+        """Run the batch that was chosen. A pipelined engine starts it, and concludes the one before meanwhile.
 
-        A pipelined engine starts it, and concludes the one before meanwhile.
+        Returns:
+            What happened, in order; one `TokenOutput` per sequence that drew a token.
         """
         ending = self._launch(self._scheduled, self._begun_s) if self._scheduled else None
         if self._is_pipelined:
@@ -252,7 +253,6 @@ class Engine:
         self._handoffs.exporter.export(None if newest is None else newest.done)
         events = [] if ending is None else self._conclude(ending)
         self._end_exports()
-        self._speculator.learn()
         return self._outputs.with_times(events)
 
     def stats(self) -> EngineStats:

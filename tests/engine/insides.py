@@ -164,11 +164,6 @@ def drafter_of(engine: Engine) -> Any:
 _TRY_ALL = SpeculationConfig(method="ngram", is_adaptive=False)
 
 
-def num_judged_sequences(engine: Engine) -> int:
-    """Of which it is known how often their own drafts were right."""
-    return len(engine._speculator._acceptance._rows)
-
-
 def speculate_by(engine: Engine, drafter: Drafter | None, config: SpeculationConfig = _TRY_ALL) -> None:
     """Have an engine whose settings let it guess try what this one guesses, all of it unless the settings differ."""
     assert engine.limits.max_drafts

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from math import inf
-from typing import NamedTuple
 
 import numpy as np
 
@@ -15,23 +14,6 @@ _FEW_STEPS = 3
 _LEAST_WEIGHT = 0.1
 # One step that was held up says little: it counts as at most so many times what was expected.
 _MAX_SURPRISE = 1.5
-_MORE = np.iinfo(np.int64).max  # tokens than any step has
-
-
-class _Table(NamedTuple):
-    """Of K classes of steps that were run, in order, and one more that stands for all larger ones.
-
-    Attributes:
-        known: (K + 1,) their tokens.
-        seconds: (K + 1,) of each.
-        is_judged: (K + 1,) whether enough of them were run.
-        between: (K + 1,) what a step of more tokens than the class before takes, if its own is not judged.
-    """
-
-    known: np.ndarray
-    seconds: np.ndarray
-    is_judged: np.ndarray
-    between: np.ndarray
 
 
 class StepCurve:
@@ -50,7 +32,6 @@ class StepCurve:
         self._seconds: dict[int, float] = {}
         self._counts: dict[int, int] = {}
         self._last: dict[int, int] = {}
-        self._table = _table_of({}, {})
 
     def add(self, num_tokens: int, seconds: float, *, has_drafts: bool = False) -> None:
         """A step has ended."""
@@ -61,7 +42,6 @@ class StepCurve:
         self._last[size] = self._num_steps
         if self._num_steps % _MEMORY_STEPS == 0:
             self._forget()
-        self._table = _table_of(self._seconds, self._counts)
 
     def is_known(self, num_tokens: int) -> bool:
         """Whether enough of such steps without drafts were run lately to compare others with them."""
@@ -70,15 +50,16 @@ class StepCurve:
     def seconds(self, num_tokens: int) -> float:
         """Of a step without drafts, at least. 0: nothing is known."""
         size = _size(num_tokens)
-        return self._seconds[size] if size in self._seconds else float(self._estimates(np.array([size]))[0])
+        return self._seconds[size] if size in self._seconds else self._estimate(size)
 
     def drafted_seconds(self, num_tokens: np.ndarray) -> np.ndarray:
         """(N,) of steps of so many tokens, (N,), with drafts; at least.
 
         No less than of a smaller one, nor more than of a larger one. 0: nothing is known.
         """
-        seconds = self._estimates(self._drafted(num_tokens))
-        return np.where(num_tokens <= self._max_tokens, seconds, inf)
+        sizes, which = np.unique(self._drafted(num_tokens), return_inverse=True)
+        seconds = np.array([self._estimate(int(size)) for size in sizes])
+        return np.where(num_tokens <= self._max_tokens, seconds[which], inf)
 
     def _joined(self, known: float, seconds: float, count: int) -> float:
         """With one more measurement: of the first ones the least, then a mean that follows them."""
@@ -87,12 +68,15 @@ class StepCurve:
         weight = max(_LEAST_WEIGHT, 1.0 / (count - _FEW_STEPS + 1))
         return known + weight * (min(seconds, known * _MAX_SURPRISE) - known)
 
-    def _estimates(self, sizes: np.ndarray) -> np.ndarray:
-        """(N,) of classes of steps; those that few were run of lie between smaller and larger ones."""
-        known, seconds, is_judged, between = self._table
-        places = np.searchsorted(known, sizes)
-        is_known = is_judged[places] & (known[places] == sizes)
-        return np.where(is_known, seconds[places], between[places])
+    def _estimate(self, size: int) -> float:
+        if self._counts.get(size, 0) >= _FEW_STEPS:
+            return self._seconds[size]
+        smaller = [self._seconds[n] for n, count in self._counts.items() if n < size and count >= _FEW_STEPS]
+        others = [seconds for other, seconds in self._seconds.items() if other >= size]
+        if not smaller:
+            smaller = [seconds for other, seconds in self._seconds.items() if other < size]
+            smaller = [min(smaller)] if smaller else []
+        return min([max(smaller, default=0.0), *others])
 
     def _drafted(self, num_tokens: np.ndarray) -> np.ndarray:
         """(N,) of classes of steps with drafts."""
@@ -106,19 +90,6 @@ class StepCurve:
     def _forget(self) -> None:
         for size in [size for size, last in self._last.items() if self._num_steps - last >= _MEMORY_STEPS]:
             del self._seconds[size], self._counts[size], self._last[size]
-
-
-def _table_of(seconds_of: dict[int, float], counts: dict[int, int]) -> _Table:
-    """What the estimates are read from, made when a step has ended: they are asked for while a GPU waits."""
-    sizes = sorted(seconds_of)
-    seconds = np.array([seconds_of[size] for size in sizes], dtype=np.float64)
-    is_judged = np.array([counts[size] >= _FEW_STEPS for size in sizes], dtype=bool)
-    # Where no smaller class is judged the least of those that were run says something.
-    smaller = np.maximum.accumulate(np.where(is_judged, seconds, 0.0))
-    smaller = np.where(smaller > 0, smaller, np.minimum.accumulate(seconds))
-    larger = np.minimum.accumulate(seconds[::-1])[::-1]
-    between = np.minimum(np.append(0.0, smaller), np.append(larger, inf))
-    return _Table(np.array([*sizes, _MORE]), np.append(seconds, 0.0), np.append(is_judged, False), between)
 
 
 def _size(num_tokens: int) -> int:

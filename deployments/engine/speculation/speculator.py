@@ -54,10 +54,6 @@ class Speculator:
         self._patience = Patience()
         self._kinds: dict[str, int] = {}  # of the drafts that were proposed last
         self._drafting_s = 0.0  # that guessing took before the step that has not ended
-        # Of steps that have ended, to be learned from; and who was dropped meanwhile.
-        self._draws: list[tuple[list[tuple[ScheduledSequence, Draws]], dict[str, int]]] = []
-        self._steps: list[tuple[list[ScheduledSequence], float]] = []
-        self._dropped: list[str] = []
 
     @property
     def is_on(self) -> bool:
@@ -108,32 +104,10 @@ class Speculator:
         """
         if self._drafter is not None:
             self._drafter.learn(collected, states)
-        if self._kinds:
-            self._draws.append((collected, self._kinds))
-            self._kinds = {}
-
-    def note_step(self, items: list[ScheduledSequence], seconds: float) -> None:
-        """A step with these has ended; with the guesses before it, it took so long."""
-        if self.is_on:
-            self._steps.append((items, seconds - self._drafting_s))
-        self._drafting_s = 0.0
-
-    def learn(self) -> None:
-        """Learn from what was noted: called when the next step is under way, since a GPU waits until then."""
-        for collected, kinds in self._draws:
-            self._learn_draws(collected, kinds)
-        for items, seconds in self._steps:
-            if all(item.is_decode for item in items):
-                num_tokens = sum(item.num_tokens for item in items)
-                self._curve.add(num_tokens, seconds, has_drafts=num_tokens > len(items))
-        for request_id in self._dropped:
-            self._acceptance.drop(request_id)
-        self._draws, self._steps, self._dropped = [], [], []
-
-    def _learn_draws(self, collected: list[tuple[ScheduledSequence, Draws]], kinds: dict[str, int]) -> None:
-        """See `note_draws`."""
+        if not self._kinds:
+            return
         tried = [
-            Tried(run.sequence.request_id, kinds[run.sequence.request_id], len(draws) - 1, len(run.drafts))
+            Tried(run.sequence.request_id, self._kinds[run.sequence.request_id], len(draws) - 1, len(run.drafts))
             for run, draws in collected
             if run.drafts
         ]
@@ -142,13 +116,21 @@ class Speculator:
             self._stats.accepted_tokens.observe(one.num_right)
         if tried:
             self._acceptance.add(tried)
+        self._kinds.clear()
+
+    def note_step(self, items: list[ScheduledSequence], seconds: float) -> None:
+        """A step with these has ended; with the guesses before it, it took so long."""
+        if self.is_on and all(item.is_decode for item in items):
+            num_tokens = sum(item.num_tokens for item in items)
+            self._curve.add(num_tokens, seconds - self._drafting_s, has_drafts=num_tokens > len(items))
+        self._drafting_s = 0.0
 
     def drop(self, request_id: str) -> None:
         """The sequence is over; unknown ids are no error."""
         if self._drafter is None:
             return
         self._drafter.drop(request_id)
-        self._dropped.append(request_id)
+        self._acceptance.drop(request_id)
 
     def _choose(self, drafter: Drafter, going: list[Sequence]) -> tuple[list[Wish], dict[str, int]]:
         """How many tokens to guess of which sequences, and of which kind each one's are."""

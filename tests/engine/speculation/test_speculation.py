@@ -8,14 +8,11 @@ from typing import Any
 import pytest
 
 from deployments.engine.engine import Engine
-from deployments.engine.execution.base import LaunchedStep
-from deployments.engine.kv.layers import LayerWatch
-from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.messages import Adjustments, GenerateRequest, SamplingParams, TokenOutput
 from tests.engine.drafters import Knowing, lies, mixture, truth, with_drafter
 from tests.engine.driving import Transcript, build_engine, generate, greedy, hand_over_all, run
 from tests.engine.families import load, random_prompt
-from tests.engine.insides import num_judged_sequences, replace_runner, runner_of, speculate_by
+from tests.engine.insides import speculate_by
 
 NUM_TOKENS = 24
 LOOPING = (3, 4, 5, 6) * 6  # what a lookup finds something in
@@ -65,30 +62,6 @@ def test_right_guesses_save_steps() -> None:
     engine = knowing(guessing(max_num_seqs=16), truth)
     generate(engine, requests())
     assert engine.stats().steps <= 3 + NUM_TOKENS / 9 + 1, "eight drafts and the token behind them each"
-
-
-def test_a_pipelined_engine_learns_from_a_step_when_the_next_one_is_launched_and_keeps_nothing_of_the_finished() -> (
-    None
-):
-    engine = knowing(guessing(is_pipelined=True), mixture)
-    runner = runner_of(engine)
-    counts: list[tuple[float, int]] = []
-    launched: list[int] = []
-
-    class Spy:
-        cache = runner.cache
-
-        def launch(self, items: list[ScheduledSequence], watch: LayerWatch | None = None) -> LaunchedStep:
-            counts.append((engine.stats().drafted_tokens.total, sum(launched)))
-            launched.append(sum(len(item.drafts) for item in items))
-            step: LaunchedStep = runner.launch(items, watch)
-            return step
-
-    replace_runner(engine, Spy())
-    assert generate(engine, requests()) == plain()
-    assert any(counted < tried for counted, tried in counts), "the host's time before a launch is a GPU's"
-    assert engine.stats().drafted_tokens.total == sum(launched) > 0, "the last drafts are counted too"
-    assert num_judged_sequences(engine) == 0
 
 
 def test_answers_are_the_same_by_lookup_alone_and_beside_others() -> None:
