@@ -49,7 +49,7 @@ class LayoutRunner:
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
-        self._preparation = Preparation(cache.block_size)
+        self._preparation = Preparation(cache)
         self.launched_s = 0.0
 
     def launch(self, scheduled: list[ScheduledSequence], watch: LayerWatch | None = None) -> LaunchedStep:
