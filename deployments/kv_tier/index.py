@@ -1,8 +1,8 @@
 """What is in the tier, or in one shard of it: which objects, whose bytes they are, when they were last used.
 
-Owns the byte budget: what is there never exceeds it. What is on its way is bounded to a share of it, and makes room
-only when it has come: an engine that offers much and gives nothing takes nothing from others. References are opaque:
-it knows no Ray, and copies nothing. No clock, not thread-safe: lives with whoever holds the references.
+Owns the byte budget: what is there never exceeds it, nor does what is on its way, which makes room only when it has
+come: an engine that offers much and gives nothing takes nothing from others. References are opaque: it knows no Ray,
+and copies nothing. No clock, not thread-safe: lives with whoever holds the references.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,8 +12,6 @@ from typing import Generic, TypeVar
 from deployments.kv_tier.policy import Kept, choose_victims, room_to_make
 
 Ref = TypeVar("Ref")
-# Of the budget, for what is on its way; one object may be larger.
-_PENDING_SHARE = 0.25
 # For which requests the blocks of an object were computed, one for each block; None: long before.
 Origins = tuple[str | None, ...]
 
@@ -104,7 +102,7 @@ class TierIndex(Generic[Ref]):
         for offer in offers:
             if offer.key in self._kept:
                 self._touch(offer.key, now_s)
-            elif offer.key not in self._pending and self._may_come(offer.num_bytes):
+            elif offer.key not in self._pending and self._counts.num_pending_bytes + offer.num_bytes <= self._max_bytes:
                 self._pending[offer.key] = offer
                 self._count_pending(offer, 1)
                 accepted.append(offer)
@@ -160,16 +158,9 @@ class TierIndex(Generic[Ref]):
         assert counts.num_pending == len(self._pending)
         assert counts.num_pending_bytes == sum(offer.num_bytes for offer in self._pending.values())
         assert counts.num_bytes <= self._max_bytes, "more than the budget"
-        largest = max([offer.num_bytes for offer in self._pending.values()], default=0)
-        bound = max(largest, _PENDING_SHARE * self._max_bytes)
-        assert counts.num_pending_bytes <= bound, "too much is on its way"
+        assert counts.num_pending_bytes <= self._max_bytes, "more than the budget is on its way"
         gone = counts.num_given_up + counts.num_pending + counts.num_objects + counts.num_evicted + counts.num_lost
         assert gone <= counts.num_accepted, "more objects than were accepted"
-
-    def _may_come(self, num_bytes: int) -> bool:
-        if not self._pending:
-            return num_bytes <= self._max_bytes
-        return self._counts.num_pending_bytes + num_bytes <= _PENDING_SHARE * self._max_bytes
 
     def _touch(self, key: bytes, now_s: float) -> None:
         self._kept[key] = replace(self._kept[key], last_use_s=now_s)
