@@ -2,19 +2,22 @@
 
 import ctypes
 import mmap
+from pathlib import Path
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def mappings(prefix: str) -> list[range]:
     """Addresses at which this process has mapped files whose path begins so, for reading and writing."""
-    found = []
-    with open("/proc/self/maps") as lines:
-        for line in lines:
-            addresses, access, _, _, _, *path = line.split(maxsplit=5)
-            if access.startswith("rw") and path and path[0].startswith(prefix):
-                first, last = (int(part, 16) for part in addresses.split("-"))
-                found.append(range(first, last))
+    # Not line by line: a process with CUDA has thousands, and other threads would wait for the interpreter.
+    lines, path, found = Path("/proc/self/maps").read_bytes(), b" " + prefix.encode(), []
+    at = lines.find(path)
+    while at >= 0:
+        addresses, access, *_ = lines[lines.rfind(b"\n", 0, at) + 1 : at].split()
+        if access.startswith(b"rw"):
+            first, last = (int(part, 16) for part in addresses.split(b"-"))
+            found.append(range(first, last))
+        at = lines.find(path, at + 1)
     return found
 
 
