@@ -38,7 +38,7 @@ from tests.bench.service import serving
 from tests.bench.two_gpus.model import config_of, write_model
 from tests.bench.two_gpus.recorded import APP as RECORDED
 from tests.bench.two_gpus.recorded import FOLDER as TIMELINES
-from tests.bench.two_gpus.timeline import FLUSH_S, SENT, STEPS
+from tests.bench.two_gpus.timeline import FLUSH_S, STEPS
 from tests.bench.two_gpus.timeline_table import table_of
 from tests.engine_pair import random_prompt
 
@@ -127,12 +127,14 @@ def serving_turn(turn: Turn, folder: Path, common: list[str], steps: int, app: s
 def keep_timelines(turn: Turn, results: Path) -> None:
     """Copy what the engines have recorded to the results, and print what gaps are made of."""
     time.sleep(2 * FLUSH_S)
+    kept = []
     for path in sorted(TIMELINES.iterdir()):
-        kept = results / f"{turn.name.replace(', ', '-')}-{path.name}"
-        shutil.copy(path, kept)
+        kept.append(results / f"{turn.name.replace(', ', '-')}-{path.name}")
+        shutil.copy(path, kept[-1])
         path.unlink()
-        if kept.suffix == SENT:  # the steps are there already
-            print("\n".join(table_of(kept.with_suffix(STEPS))), flush=True)
+    for path in kept:
+        if path.suffix == STEPS:
+            print("\n".join(table_of(path)), flush=True)
 
 
 def probe(service: Service, vocab_size: int) -> list[list[int]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.bench.two_gpus import bench_two_gpus
 from tests.bench.two_gpus.timeline import COLUMNS, SENT, SENT_COLUMNS, STEPS, Recorder
 from tests.bench.two_gpus.timeline_table import gaps_of, kinds_of, percentiles, read_rows, table_of
 from tests.engine.driving import build_engine, hand_over
@@ -102,3 +103,20 @@ def test_the_table_is_printed_with_and_without_a_device(tmp_path: Path, has_devi
     assert "nothing arrived, 32 rows" in text
     assert ("noticed behind the device" in text) is has_device
     assert "from the loop to the socket          1.00" in text
+
+
+def test_what_was_recorded_is_kept_with_the_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recorded_at, results = tmp_path / "recorded", tmp_path / "results"
+    recorded_at.mkdir()
+    results.mkdir()
+    monkeypatch.setattr(bench_two_gpus, "TIMELINES", recorded_at)
+    monkeypatch.setattr(bench_two_gpus, "FLUSH_S", 0.0)
+    steps = in_order(recorded(), np.zeros(400))
+    np.stack([steps[name] for name in COLUMNS], axis=1).tofile(recorded_at / f"decode-1{STEPS}")
+    np.tile([1.0, 1.001], (10, 1)).tofile(recorded_at / f"decode-1{SENT}")
+    bench_two_gpus.keep_timelines(bench_two_gpus.Turn("disaggregated, NCCL"), results)
+    names = {f"disaggregated-NCCL-decode-1{ending}" for ending in (STEPS, SENT)}
+    assert {path.name for path in results.iterdir()} == names and not [*recorded_at.iterdir()]
+    assert "nothing arrived, 32 rows" in capsys.readouterr().out
