@@ -128,10 +128,10 @@ class BlockManager:
 
     def append(self, sequence: Sequence, num_drafts: int = 0) -> bool:
         """Make room for the newest token and for drafts behind it; False, and nothing changed, if there is none."""
-        num_tokens = sequence.num_tokens + num_drafts
-        if num_tokens <= len(sequence.tables.each[-1]) * self.block_size:
+        table = sequence.block_table if self.num_groups == 1 else sequence.tables.each[-1]
+        if sequence.num_tokens + num_drafts <= len(table) * self.block_size:
             return True
-        missing = self._missing(sequence, self.blocks_for(num_tokens))
+        missing = self._missing(sequence, self.blocks_for(sequence.num_tokens + num_drafts))
         if sum(missing) > self.num_free_blocks:
             return False
         sequence.tables.add(map(self._take_some, missing))
