@@ -139,6 +139,7 @@ def _launch_once(folder: RunFolder, launch: Launch) -> Server:
         _wait_until_healthy(folder, server, process, launch)
     except BaseException:  # KeyboardInterrupt too: what was started is stopped
         server.stop()
+        process.poll()  # it has ended, and somebody has waited for it
         folder.forget()
         raise
     return server

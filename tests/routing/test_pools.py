@@ -195,7 +195,7 @@ def test_requests_of_one_key_meet_before_anything_of_them_is_cached_and_those_of
         return {(route.decode, route.prefill)}
 
     beginnings = iter(range(0, 90_000, 7))
-    homes = [set().union(*(places(f"key {key}", gathers=True) for _ in range(8))) for key in range(16)]
+    homes = [set().union(*(places(f"key {key}", gathers=True) for _ in range(8))) for key in range(32)]
     assert all(len(home) == 1 for home in homes)
     assert len(set().union(*homes)) == 4, "two decode replicas, two prefill replicas"
     assert len(set().union(*(places("salt", gathers=False) for _ in range(16)))) == 4, "of a salt they need not"
