@@ -7,6 +7,7 @@ Where there is no GPU Triton's kernels run in its interpreter; it must know befo
 shared, so hypothesis sets tests no bound of time either.
 """
 
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -104,3 +105,15 @@ def same_numbers(one_thread: None) -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+def _is_not_asyncio(record: logging.LogRecord) -> bool:
+    return record.name != "asyncio"
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """Without what asyncio says: that may be of a task which a test before this one has left."""
+    caplog.handler.addFilter(_is_not_asyncio)
+    yield caplog
+    caplog.handler.removeFilter(_is_not_asyncio)
