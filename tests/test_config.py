@@ -142,6 +142,7 @@ def test_any_values_of_known_arguments_are_accepted_or_refused_in_words(values):
         ("decode.resources.slot=-1", ["decode.resources.slot=-1: input should be greater than or equal to 0"]),
         ("decode.resources.slot=nan", ["decode.resources.slot=nan: input should be a finite number"]),
         ("decode.resources.GPU=1", ["decode: resources.GPU=1: set `num_gpus` instead"]),
+        ("routing.prefill.compute=1e308", ["compute=1e308: input should be less than or equal to 1000000"]),
         ("planner.itl_s=inf", ["planner.itl_s=inf: input should be a finite number"]),
         ("engine.lease_s=inf", ["engine.lease_s=inf: input should be a finite number"]),
         ("ingress.max_queued_requests=2147483648", ["=2147483648: input should be less than or equal to 2147483647"]),

@@ -1,10 +1,14 @@
 """What a user can set about routing. `app/config.py` has it as `routing.*`."""
 
+from typing import Annotated
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.routing.index import EXPECTED_FOR_S, MAX_BLOCKS_PER_REPLICA
 
 _FROZEN = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+# Times a cost in seconds it stays a number that can be compared.
+Weight = Annotated[float, Field(ge=0, le=1e6)]
 
 
 class PrefillWeights(BaseModel):
@@ -27,11 +31,11 @@ class PrefillWeights(BaseModel):
 
     model_config = _FROZEN
 
-    compute: float = Field(default=8.0, ge=0)
-    queue: float = Field(default=1.0, ge=0)
-    crowding: float = Field(default=0.3, ge=0)
+    compute: Weight = 8.0
+    queue: Weight = 1.0
+    crowding: Weight = 0.3
     hot_asks: float = Field(default=2.0, gt=0)
-    tie: float = Field(default=0.02, ge=0)
+    tie: Weight = 0.02
 
 
 class DecodeWeights(BaseModel):
@@ -48,12 +52,12 @@ class DecodeWeights(BaseModel):
 
     model_config = _FROZEN
 
-    fill: float = Field(default=1.0, ge=0)
-    seat: float = Field(default=1.0, ge=0)
-    batch: float = Field(default=1.0, ge=0)
-    full: float = Field(default=1.0, ge=0)
+    fill: Weight = 1.0
+    seat: Weight = 1.0
+    batch: Weight = 1.0
+    full: Weight = 1.0
     full_from: float = Field(default=0.8, ge=0, lt=1)
-    tie: float = Field(default=0.02, ge=0)
+    tie: Weight = 0.02
 
 
 class RoutingSettings(BaseModel):
@@ -76,6 +80,6 @@ class RoutingSettings(BaseModel):
     by_prefix: bool = True
     prefill: PrefillWeights = Field(default_factory=PrefillWeights)
     decode: DecodeWeights = Field(default_factory=DecodeWeights)
-    key_tie: float = Field(default=1.0, ge=0)
+    key_tie: Weight = 1.0
     max_blocks_per_replica: int = Field(default=MAX_BLOCKS_PER_REPLICA, ge=1)
     expected_for_s: float = Field(default=EXPECTED_FOR_S, gt=0)

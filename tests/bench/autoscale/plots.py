@@ -28,6 +28,6 @@ def save_plot(moments: Sequence[Moment], phases: Sequence[Phase], path: Path) ->
             row.axvspan(begins_s, begins_s + phase.seconds, color="gray", alpha=0.15 * (number % 2), linewidth=0)
             row.text(begins_s, row.get_ylim()[1], f" {phase.name}", va="top", fontsize="small")
             begins_s += phase.seconds
-    rows[0].legend(loc="lower right", fontsize="small")
+    figure.legend(*rows[0].get_legend_handles_labels(), loc="outside upper right", ncols=3, fontsize="small")
     rows[-1].set_xlabel("seconds")
     figure.savefig(path)
