@@ -1,6 +1,7 @@
 """As many drafts are tried as bring the most tokens per second, and none where they bring less than none would."""
 
 import itertools
+import math
 from collections.abc import Callable
 
 import hypothesis.strategies as st
@@ -13,6 +14,7 @@ from deployments.engine.speculation.curve import StepCurve
 from deployments.engine.speculation.lengths import choose_lengths
 
 Seconds = Callable[[int], float]
+PADDED = (2, 4, 8, 16, 32, 64)
 
 
 def padded(guesses: list[list[float]]) -> np.ndarray:
@@ -130,8 +132,8 @@ def test_guesses_that_get_worse_from_place_to_place_are_known_to() -> None:
     assert rates[6] == rates[7], "of places that were never tried nothing else is known"
 
 
-def test_what_a_step_takes_is_learned_and_sizes_that_were_not_run_are_taken_to_be_cheap() -> None:
-    curve = StepCurve()
+def test_what_a_step_takes_is_learned_and_padded_sizes_that_were_not_run_are_taken_to_be_cheap() -> None:
+    curve = StepCurve(512, PADDED)
     assert drafted_s(curve, 4) == 0 and not curve.is_known(4)
     for _ in range(20):
         curve.add(1, 0.010)
@@ -153,12 +155,36 @@ def test_a_first_step_that_waits_for_something_condemns_neither_its_size_nor_tho
     for seconds in (0.5, 0.4):
         curve.add(4, seconds, has_drafts=True)
         assert drafted_s(curve, 4) == drafted_s(curve, 8) == pytest.approx(0.010)
-    curve.add(4, 0.012, has_drafts=True)
-    assert drafted_s(curve, 4) == drafted_s(curve, 8) == pytest.approx(0.012)
+    curve.add(4, 0.013, has_drafts=True)
+    assert drafted_s(curve, 4) == pytest.approx(0.013) and drafted_s(curve, 8) == pytest.approx(0.017)
+
+
+def test_without_padding_sizes_lie_on_the_lines_through_those_that_were_run() -> None:
+    curve = StepCurve(100)
+    for size, seconds in ((8, 0.040), (24, 0.120), (48, 0.200)):
+        for _ in range(3):
+            curve.add(size, seconds, has_drafts=size > 8)
+    assert [drafted_s(curve, size) for size in (8, 16, 36, 64)] == pytest.approx([0.04, 0.08, 0.16, 0.264])
+    assert drafted_s(curve, 101) == math.inf
+
+
+def test_by_how_much_steps_with_drafts_took_longer_than_expected_is_added_to_the_next_and_forgotten() -> None:
+    curve = StepCurve(512, PADDED)
+    for _ in range(3):
+        curve.add(8, 0.010)
+        curve.add(16, 0.020, has_drafts=True)
+    before_s = drafted_s(curve, 32)
+    for seconds in (0.023, 0.023, 0.0231):
+        curve.add(16, seconds, has_drafts=True)
+    assert drafted_s(curve, 32) > 1.1 * before_s and curve.seconds(8) == pytest.approx(0.010)
+    for _ in range(1000):
+        curve.add(8, 0.010)
+    learned_s = drafted_s(curve, 16)
+    assert 0.0200 < learned_s <= 0.0231 and drafted_s(curve, 32) == pytest.approx(learned_s, rel=0.01)
 
 
 def test_steps_that_are_padded_to_one_size_are_one_and_those_without_drafts_are_not() -> None:
-    curve = StepCurve(512, (2, 4, 8, 16, 32, 64))
+    curve = StepCurve(512, PADDED)
     for _ in range(3):
         curve.add(33, 0.010)
         curve.add(40, 0.014, has_drafts=True)
