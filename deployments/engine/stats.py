@@ -64,6 +64,9 @@ class EngineStats:
         tier_fetch_s: seconds that this took.
         tier_given_bytes: KV that was given to the tier.
         tier_failures: times that the tier did not give what it has, or not in time.
+        tier_bytes: KV in the whole tier, as this engine was last told.
+        tier_objects: that it consists of.
+        tier_evictions: of objects that made room for others.
         generated_tokens: tokens drawn here.
         preemptions: sequences that lost their blocks and were computed again.
         steps: batches run.
@@ -105,6 +108,9 @@ class EngineStats:
     tier_fetch_s: float = 0.0
     tier_given_bytes: int = 0
     tier_failures: int = 0
+    tier_bytes: int = 0
+    tier_objects: int = 0
+    tier_evictions: int = 0
     generated_tokens: int = 0
     preemptions: int = 0
     steps: int = 0

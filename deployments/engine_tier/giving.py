@@ -18,7 +18,7 @@ from deployments.engine.engine import Engine
 from deployments.engine.lending import Loan, Stretch
 from deployments.engine_tier.loop import Loop
 from deployments.errors import TierError, brief
-from deployments.kv_tier.index import Offer, Origins
+from deployments.kv_tier.index import Offer, Origins, TierCounts
 from deployments.kv_tier.keys import TierKeys
 from deployments.kv_tier.policy import pause_after
 from deployments.kv_tier.store import TierStore
@@ -71,6 +71,7 @@ class Giver:
         self._again: list[Stretch] = []
         self._rest_until_s = 0.0
         self.num_bytes = 0
+        self.tier = TierCounts()  # what it had when this engine last offered something, or said that it lives
         self._buffer = np.empty((keys.num_blocks, self._lending.bytes_per_block), np.uint8)
         self._stopped = Event()
         self._lending.watch(keys.num_blocks)
@@ -125,7 +126,7 @@ class Giver:
                 return
             offers = self._next_offers()
             try:
-                self._store.offer(offers)
+                self.tier = self._store.offer(offers)
             except TierError as error:
                 logger.warning("nothing is offered to the tier: %s", brief(error))
                 self._keep_for_later(offers)

@@ -101,6 +101,8 @@ class EngineTier:
         stats.tier_hit_tokens = self._lending.num_hit_tokens
         stats.tier_fetched_bytes, stats.tier_fetch_s = self._fetcher.num_bytes, self._fetcher.seconds
         stats.tier_failures, stats.tier_given_bytes = self._fetcher.num_failures, self._giver.num_bytes
+        tier = self._giver.tier
+        stats.tier_bytes, stats.tier_objects, stats.tier_evictions = tier.num_bytes, tier.num_objects, tier.num_evicted
 
     def stop(self) -> None:
         """Give and fetch nothing more. The loop still runs, or has ended."""

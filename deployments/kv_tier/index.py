@@ -6,7 +6,7 @@ and copies nothing. No clock, not thread-safe: lives with whoever holds the refe
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Generic, TypeVar
 
 from deployments.kv_tier.policy import Kept, choose_victims, room_to_make
@@ -73,6 +73,10 @@ class TierCounts:
     num_given_up: int = 0
     num_evicted: int = 0
     num_lost: int = 0
+
+    def __add__(self, other: "TierCounts") -> "TierCounts":
+        """Of two parts together."""
+        return TierCounts(*map(sum, zip(astuple(self), astuple(other), strict=True)))
 
 
 class TierIndex(Generic[Ref]):

@@ -65,7 +65,7 @@ class IndexShard(Protocol):
     """An `IndexActor`, as those see it that ask it."""
 
     @property
-    def offer(self) -> RemoteMethod[[GivingEngine, Sequence[Offer]], None]: ...
+    def offer(self) -> RemoteMethod[[GivingEngine, Sequence[Offer]], TierCounts]: ...
 
     @property
     def find(self) -> RemoteMethod[[Sequence[bytes]], list[Found[Any]]]: ...
@@ -95,11 +95,12 @@ class IndexActor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._start(self._end_alone())
 
-    async def offer(self, engine: GivingEngine, offers: Sequence[Offer]) -> None:
-        """An engine could give these; what is wanted is asked for, and comes later."""
+    async def offer(self, engine: GivingEngine, offers: Sequence[Offer]) -> TierCounts:
+        """An engine could give these; what is wanted is asked for, and comes later. Tells what is there now."""
         self._heard_s = time.monotonic()
         for offer in self._index.accept(offers, self._heard_s):
             self._start(self._collect(engine, offer))
+        return self._index.counts()
 
     async def find(self, keys: Sequence[bytes]) -> list[Found[Any]]:
         """Those of these objects that are there."""
@@ -188,9 +189,10 @@ class RayStore:
         self._shards = shards(settings)
         self._engine = ray.get_runtime_context().current_actor
 
-    def offer(self, offers: Sequence[Offer]) -> None:
+    def offer(self, offers: Sequence[Offer]) -> TierCounts:
         parts = self._split(offers, lambda offer: offer.key)
-        _get([shard.offer.remote(self._engine, part) for shard, part in parts], _OFFER_TIMEOUT_S)
+        counts = _get([shard.offer.remote(self._engine, part) for shard, part in parts], _OFFER_TIMEOUT_S)
+        return sum(counts, TierCounts())
 
     def find(self, keys: Sequence[bytes], timeout_s: float) -> list[Found[Any]]:
         parts = [(shard, part) for shard, part in self._split(keys, bytes) if part]

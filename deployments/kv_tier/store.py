@@ -5,14 +5,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from deployments.kv_tier.index import Found, Offer
+from deployments.kv_tier.index import Found, Offer, TierCounts
 
 
 class TierStore(Protocol):
     """The tier, as one engine sees it."""
 
-    def offer(self, offers: Sequence[Offer]) -> None:
+    def offer(self, offers: Sequence[Offer]) -> TierCounts:
         """Say what this engine could give; the tier asks for what it wants. Also with none: the engine lives.
+
+        Returns:
+            What the whole tier has.
 
         Raises:
             TierError: nobody heard.

@@ -22,6 +22,8 @@ _GAUGES = {
     "kv_blocks": ("num_blocks", "KV blocks in the pool."),
     "kv_blocks_used": ("num_used_blocks", "KV blocks held by sequences."),
     "flipped": ("is_flipped", "1: a replica of the decode deployment that computes prompts for others now."),
+    "tier_bytes": ("tier_bytes", "KV bytes in the whole shared tier, as this replica was last told."),
+    "tier_objects": ("tier_objects", "Objects in the whole shared tier, as this replica was last told."),
     "exported_blocks": ("num_exported_blocks", "KV blocks copied out for a hand-off and not yet released."),
 }
 _COUNTERS = {
@@ -31,6 +33,7 @@ _COUNTERS = {
     "tier_fetch_seconds": ("tier_fetch_s", "Seconds that this took."),
     "tier_given_bytes": ("tier_given_bytes", "KV bytes given to the shared tier."),
     "tier_failures": ("tier_failures", "Times that the shared tier did not give what it has, or not in time."),
+    "tier_evictions": ("tier_evictions", "Objects of the whole shared tier that made room, as it was last told."),
     "generated_tokens": ("generated_tokens", "Tokens generated."),
     "preemptions": ("preemptions", "Sequences that lost their blocks and were computed again."),
     "engine_steps": ("steps", "Batches run."),

@@ -25,6 +25,7 @@ from deployments.messages import EngineEvent, GenerateRequest, TokenOutput, resu
 from tests.engine.driving import BLOCK_SIZE, build_engine, greedy
 from tests.engine.families import load, random_prompt, reference
 from tests.kv_tier.local_tier import LocalStore, LocalTier
+from tests.waiting import wait_until
 
 PROMPT = random_prompt(100, seed=57)
 OBJECT_BLOCKS = 3
@@ -136,6 +137,13 @@ def test_an_engine_finds_what_another_has_computed(members: list[Member]) -> Non
     assert stats.tier_fetched_bytes == members[0].stats().tier_given_bytes > 0
     assert warm(members[1], "again") == ALL, "it is in its own cache now"
     assert members[1].stats().tier_hit_tokens == ALL
+
+
+def test_an_engine_tells_what_the_whole_tier_has(tier: LocalTier, members: list[Member]) -> None:
+    assert warm(members[1]) == ALL  # and it offers what it has found
+    wait_until(lambda: members[1].stats().tier_objects == NUM_OBJECTS)
+    assert members[1].stats().tier_bytes == members[0].stats().tier_given_bytes == tier.index.counts().num_bytes
+    assert members[1].stats().tier_evictions == 0
 
 
 def test_behind_a_window_nothing_is_fetched(tier: LocalTier) -> None:

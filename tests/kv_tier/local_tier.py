@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from deployments.errors import TierError
-from deployments.kv_tier.index import Found, Offer, Origins, TierIndex
+from deployments.kv_tier.index import Found, Offer, Origins, TierCounts, TierIndex
 from deployments.kv_tier.store import leading
 
 Give = Callable[[bytes], tuple[Origins, np.ndarray] | None]
@@ -128,8 +128,9 @@ class LocalStore:
         self.tier = tier
         self.give = give
 
-    def offer(self, offers: Sequence[Offer]) -> None:
+    def offer(self, offers: Sequence[Offer]) -> TierCounts:
         self.tier.offer(offers, self.give)
+        return self.tier.index.counts()
 
     def find(self, keys: Sequence[bytes], timeout_s: float) -> list[Found[Any]]:
         return self.tier.find(keys)
