@@ -93,6 +93,9 @@ class AppConfig(BaseModel):
             self._check_woken("decode")
         if self.tier.is_on and not self.engine_config("decode").enable_prefix_caching:
             raise ConfigError("tier.max_bytes: with engine.enable_prefix_caching=false nothing fetches from the tier")
+        if not self.routing.by_prefix and (unread := self.routing.model_fields_set - {"by_prefix"}):
+            names = " and ".join(f"routing.{name}" for name in sorted(unread))
+            raise ConfigError(f"routing.by_prefix=false leaves the choice to Ray Serve; leave out {names}")
         if self.mode == "colocated":
             idle = {"prefill", "min_remote_prefill_tokens", "parity_check"} & self.model_fields_set
             idle |= {"routing.prefill"} if "prefill" in self.routing.model_fields_set else set()

@@ -142,6 +142,7 @@ def test_any_values_of_known_arguments_are_accepted_or_refused_in_words(values):
         ("decode.resources.slot=-1", ["decode.resources.slot=-1: input should be greater than or equal to 0"]),
         ("decode.resources.slot=nan", ["decode.resources.slot=nan: input should be a finite number"]),
         ("decode.resources.GPU=1", ["decode: resources.GPU=1: set `num_gpus` instead"]),
+        ("routing.decode.tie=9", ["routing.decode.tie=9: input should be less than or equal to 1"]),
         ("routing.prefill.compute=1e308", ["compute=1e308: input should be less than or equal to 1000000"]),
         ("planner.itl_s=inf", ["planner.itl_s=inf: input should be a finite number"]),
         ("engine.lease_s=inf", ["engine.lease_s=inf: input should be a finite number"]),
@@ -173,6 +174,12 @@ def test_all_wrong_arguments_are_named_at_once():
 @pytest.mark.parametrize("pair", ["prefill.max_replicas=2", "min_remote_prefill_tokens=1"])
 def test_colocated_refuses_arguments_that_could_have_no_effect(pair):
     assert f"leave out {pair.split('.')[0].split('=')[0]}" in refusal("mode=colocated", pair)
+
+
+def test_weights_of_a_choice_that_is_left_to_serve_are_refused():
+    assert "leave out routing.key_tie and routing.prefill" in refusal(
+        "routing.by_prefix=false", "routing.prefill.queue=3", "routing.key_tie=1"
+    )
 
 
 def test_pools_that_could_not_hand_over_kv_are_refused():

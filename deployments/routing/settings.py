@@ -35,7 +35,7 @@ class PrefillWeights(BaseModel):
     queue: Weight = 1.0
     crowding: Weight = 0.3
     hot_asks: float = Field(default=2.0, gt=0)
-    tie: Weight = 0.02
+    tie: float = Field(default=0.02, ge=0, le=1)
 
 
 class DecodeWeights(BaseModel):
@@ -57,7 +57,7 @@ class DecodeWeights(BaseModel):
     batch: Weight = 1.0
     full: Weight = 1.0
     full_from: float = Field(default=0.8, ge=0, lt=1)
-    tie: Weight = 0.02
+    tie: float = Field(default=0.02, ge=0, le=1)
 
 
 class RoutingSettings(BaseModel):
