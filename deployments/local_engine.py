@@ -7,7 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.outbox import End, Part, TakenHandoff, Word
+from deployments.engine.handoff.outbox import TakenHandoff
+from deployments.engine.handoff.outgoing import End, Part, Word
 from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats
 from deployments.engine_builder import BuiltEngine

@@ -116,6 +116,7 @@ PLACES = (
 LIGHT_ENGINE = [
     "deployments.engine.config",
     "deployments.engine.handoff.outbox",
+    "deployments.engine.handoff.outgoing",
     "deployments.engine.handoff.states",
     "deployments.engine.stats",
     "deployments.engine.model.files",

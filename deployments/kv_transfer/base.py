@@ -9,7 +9,7 @@ from deployments.messages import ChunkReady
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deployments.engine.handoff.outbox import Told
+    from deployments.engine.handoff.outgoing import Told
 
 
 class Handoff(Protocol):

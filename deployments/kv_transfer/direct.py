@@ -51,8 +51,8 @@ RECEIVE_GROUP = "kv"
 TIER_GROUP = "tier"
 
 
-# For `ray.remote`. The numbers are threads by kind of call: "kv" bounds the hand-offs that an engine awaits at once, each
-# of which has a thread from its acceptance to its end. What is given to the tier shares one buffer.
+# For `ray.remote`. The numbers are threads by kind of call: "kv" bounds the hand-offs that an engine awaits at once;
+# each has a thread from its acceptance to its end. What is given to the tier shares one buffer.
 ENGINE_ACTOR_OPTIONS: dict[str, Any] = {
     "enable_tensor_transport": True,
     "concurrency_groups": {RECEIVE_GROUP: 32, CONTROL_GROUP: 1, EXPORT_GROUP: 4, TIER_GROUP: 1, "ctl": 8, "stream": 2},

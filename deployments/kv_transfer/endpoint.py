@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from deployments.engine.handoff.outbox import Part
+from deployments.engine.handoff.outgoing import Part
 from deployments.kv_groups import num_blocks_of
 from deployments.kv_transfer.base import Handoff, TransferConfig, TransferStats
 from deployments.kv_transfer.layout import KVLayout

@@ -27,7 +27,7 @@ from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
-from deployments.engine.handoff.outbox import End, Part, Told, Word
+from deployments.engine.handoff.outgoing import End, Part, Told, Word
 from deployments.errors import TransferError
 from deployments.kv_transfer.line import Line
 from deployments.kv_transfer.link import Job, Link, LinkLostError

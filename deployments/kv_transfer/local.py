@@ -1,7 +1,7 @@
 """Chunks that an engine reads in another one's memory, when both are on one machine: no copy, no link, no wait.
 
-An engine copies what it exports into its `Arena`. A reference to a hand-off carries the `Place` of that; `Neighbours` of
-the receiving process views chunks there. Knows nothing of Ray.
+An engine copies what it exports into its `Arena`. A reference to a hand-off carries its `Place`; `Neighbours` of the
+receiving process views chunks there. Knows nothing of Ray.
 """
 
 import logging

@@ -12,7 +12,7 @@ from threading import Lock, Thread
 
 from torch import Tensor
 
-from deployments.engine.handoff.outbox import Part, Told
+from deployments.engine.handoff.outgoing import Part, Told
 from deployments.kv_transfer.base import Handoff, TransferConfig
 from deployments.kv_transfer.channel import Channel
 from deployments.kv_transfer.group import Group, build_group, join_store

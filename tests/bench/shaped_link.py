@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deployments.engine.handoff.outbox import Outbox, Part
+from deployments.engine.handoff.outbox import Outbox
+from deployments.engine.handoff.outgoing import Part
 from deployments.kv_groups import KVGroup, num_blocks_of
 from deployments.kv_transfer.base import TransferConfig
 from deployments.kv_transfer.channel import Channel

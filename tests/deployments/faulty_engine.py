@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.outbox import End, Part, TakenHandoff, Told, Word
+from deployments.engine.handoff.outbox import TakenHandoff
+from deployments.engine.handoff.outgoing import End, Part, Told, Word
 from deployments.engine_builder import BuiltEngine
 from deployments.engine_info import EngineInfo
 from deployments.kv_tier.keys import TierKeys

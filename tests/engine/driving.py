@@ -9,7 +9,7 @@ from torch import Tensor
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.outbox import End, Part, Word
+from deployments.engine.handoff.outgoing import End, Part, Word
 from deployments.engine.handoff.states import Clock
 from deployments.engine.model.load import LoadedModel
 from deployments.messages import ChunkReady, EngineEvent, GenerateRequest, SamplingParams, TokenOutput

@@ -3,7 +3,7 @@
 import pytest
 
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.outbox import End
+from deployments.engine.handoff.outgoing import End
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.messages import TokenOutput
 from tests.engine.driving import Taken, Transcript, generate, greedy, prefill_all, run

@@ -13,7 +13,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.outbox import Part, TakenHandoff, Word
+from deployments.engine.handoff.outbox import TakenHandoff
+from deployments.engine.handoff.outgoing import Part, Word
 from deployments.engine.model.eagle3 import Eagle3Head
 from deployments.engine.model.load import LoadedModel, prepare_model
 from deployments.engine.speculation.base import Wish

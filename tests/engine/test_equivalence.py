@@ -10,7 +10,7 @@ from torch import Tensor
 
 from deployments.engine.engine import Engine
 from deployments.engine.execution.base import LaunchedStep
-from deployments.engine.handoff.outbox import End, Part
+from deployments.engine.handoff.outgoing import End, Part
 from deployments.messages import EngineEvent, Placed
 from tests.engine.driving import (
     BLOCK_SIZE,

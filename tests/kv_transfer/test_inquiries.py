@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deployments.engine.handoff.outbox import End, Part, Told, Word
+from deployments.engine.handoff.outgoing import End, Part, Told, Word
 from deployments.errors import TransferError
 from deployments.kv_transfer.base import TransferConfig
 from deployments.kv_transfer.group import Group

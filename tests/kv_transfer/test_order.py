@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deployments.engine.handoff.outbox import Outbox, Part, TakenHandoff, Told
+from deployments.engine.handoff.outbox import Outbox, TakenHandoff
+from deployments.engine.handoff.outgoing import Part, Told
 from deployments.errors import TransferError
 from deployments.kv_transfer.base import TransferConfig
 from deployments.kv_transfer.channel import Channel

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deployments.engine.handoff.outbox import Outbox, Part, Told
+from deployments.engine.handoff.outbox import Outbox
+from deployments.engine.handoff.outgoing import Part, Told
 from deployments.errors import TransferError
 from deployments.kv_groups import KVGroup
 from deployments.kv_transfer.base import Arrival, TransferConfig

@@ -6,135 +6,17 @@ part of one, as soon as it is complete, and gives chunks back one by one.
 
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from enum import StrEnum
 from threading import Lock
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from deployments.engine.handoff import states
-from deployments.engine.handoff.states import Clock, Side, State
-from deployments.kv_groups import layers_of_parts
+from deployments.engine.handoff.outgoing import Chunk, Outgoing, Told, Watcher, tell_all
+from deployments.engine.handoff.states import Clock, State
 from deployments.messages import ChunkReady, DrawnToken
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Part:
-    """A chunk that is complete, or some layers of one.
-
-    Attributes:
-        chunk: which blocks and layers; the first token comes with the last part of the last chunk.
-        tensor: the memory of the whole chunk.
-        num_parts: that the chunk has.
-    """
-
-    chunk: ChunkReady
-    tensor: "Tensor"
-    num_parts: int = 1
-
-    @property
-    def kv(self) -> "Tensor":
-        """What of the memory it is."""
-        return self.tensor if self.chunk.layers is None else self.tensor[slice(*self.chunk.layers)]
-
-
-class End(StrEnum):
-    """Nothing more is told of a hand-off."""
-
-    WHOLE = "whole"  # for all was told
-    GONE = "gone"  # it is over before
-
-
-Word: TypeAlias = Part | End
-# Called from any thread, by one at a time; must neither block nor raise.
-Told: TypeAlias = Callable[[Word], object]
-
-
-class _Watcher:
-    """Is told of one hand-off, in order, by whichever thread is there first; the others do not wait for it."""
-
-    def __init__(self, told: Told) -> None:
-        self._told = told
-        self._words: deque[Word] = deque()
-        self._telling = Lock()
-
-    def add(self, words: list[Word]) -> None:
-        self._words.extend(words)
-
-    def tell(self) -> None:
-        while self._words and self._telling.acquire(blocking=False):
-            try:
-                while self._words:
-                    self._told(self._words.popleft())
-            finally:
-                self._telling.release()
-            # What was added since: whoever did so may have left it to this thread.
-
-
-@dataclass(slots=True)
-class _Chunk:
-    ready: ChunkReady
-    tensor: "Tensor"
-    cuts: tuple[int, ...]
-    # Of its parts.
-    num_copied: int = 0
-    num_complete: int = 0
-
-    @property
-    def num_parts(self) -> int:
-        return len(self.cuts) + 1
-
-    @property
-    def is_complete(self) -> bool:
-        return self.num_complete == self.num_parts
-
-    def complete(self, first_token: DrawnToken | None) -> list[Word]:
-        """What has become complete: all that is copied, but the last part of the last chunk waits for the token."""
-        waits = self.ready.is_last and first_token is None
-        before, self.num_complete = self.num_complete, min(self.num_copied, self.num_parts - waits)
-        return [self._part(number, first_token) for number in range(before, self.num_complete)]
-
-    def parts(self, first_token: DrawnToken | None) -> list[Word]:
-        """All that is complete."""
-        return [self._part(number, first_token) for number in range(self.num_complete)]
-
-    def _part(self, number: int, first_token: DrawnToken | None) -> Part:
-        layers = layers_of_parts(self.cuts, len(self.tensor))[number] if self.cuts else None
-        token = first_token if self.ready.is_last and number == len(self.cuts) else None
-        return Part(replace(self.ready, layers=layers, first_token=token), self.tensor, self.num_parts)
-
-
-class _Outgoing(Side):
-    def __init__(self, request_id: str, expires_s: float, first_block: int) -> None:
-        super().__init__(expires_s)
-        self.request_id = request_id
-        self.next_block = first_block
-        self.first_token: DrawnToken | None = None
-        self.chunks: dict[int, _Chunk] = {}
-        self.is_taken = False
-        self.is_dropped = False
-        self.watchers: list[_Watcher] = []
-
-    @property
-    def end(self) -> End | None:
-        """What whoever is told of it is told last; None: more may come."""
-        if self.is_dropped:
-            return End.GONE
-        is_announced = self.state not in (State.RESERVED, State.FILLING)
-        return End.WHOLE if is_announced and all(chunk.is_complete for chunk in self.chunks.values()) else None
-
-    def note(self, words: list[Word]) -> list[_Watcher]:
-        """Who is to be told of this now; under the lock, and told without it."""
-        watchers = self.watchers
-        if (end := self.end) is not None:
-            words, self.watchers = [*words, end], []
-        for watcher in watchers if words else ():
-            watcher.add(words)
-        return list(watchers)
 
 
 class TakenHandoff:
@@ -143,7 +25,7 @@ class TakenHandoff:
     What it has told of stays in memory until it is released, or this is let go; the hand-off may be over before.
     """
 
-    def __init__(self, outbox: "Outbox", handoff: _Outgoing) -> None:
+    def __init__(self, outbox: "Outbox", handoff: Outgoing) -> None:
         self._outbox = outbox
         self._handoff = handoff
 
@@ -178,7 +60,7 @@ class Outbox:
         self._lease_s = lease_s
         self._clock = clock
         self._lock = Lock()
-        self._handoffs: dict[str, _Outgoing] = {}
+        self._handoffs: dict[str, Outgoing] = {}
         self._num_blocks = 0
         self._on_release: Callable[[], object] = _nothing
         # Of all hand-offs, so that what is still said of a broken one names no chunk of the one that follows it.
@@ -206,7 +88,7 @@ class Outbox:
         """Begin a hand-off whose chunks start at this block."""
         with self._lock:
             assert request_id not in self._handoffs, f"{request_id} is handed over already"
-            self._handoffs[request_id] = _Outgoing(request_id, self._clock() + self._lease_s, first_block)
+            self._handoffs[request_id] = Outgoing(request_id, self._clock() + self._lease_s, first_block)
 
     def next_block(self, request_id: str) -> int:
         """The first block that is not announced, or was not wanted."""
@@ -226,7 +108,7 @@ class Outbox:
             handoff.first_token = token
             words = [word for chunk in handoff.chunks.values() for word in chunk.complete(token)]
             watchers = handoff.note(words)
-        _tell(watchers)
+        tell_all(watchers)
         return True
 
     def put(
@@ -245,7 +127,7 @@ class Outbox:
             assert handoff.state in (State.RESERVED, State.FILLING), f"{request_id} is {handoff.state}"
             start, index = handoff.next_block, next(self._chunk_numbers)
             ready = ChunkReady(request_id, index, start, num_blocks, is_last, num_cached_tokens=num_cached_tokens)
-            handoff.chunks[index] = _Chunk(ready, tensor, cuts)
+            handoff.chunks[index] = Chunk(ready, tensor, cuts)
             handoff.next_block += num_blocks
             self._num_blocks += num_blocks
             handoff.move(State.READY if is_last else State.FILLING)
@@ -262,7 +144,7 @@ class Outbox:
             chunk.num_copied = min(chunk.num_copied + 1, chunk.num_parts)
             words = chunk.complete(handoff.first_token)
             watchers = handoff.note(words) if words else []
-        _tell(watchers)
+        tell_all(watchers)
 
     def when_released(self, call: Callable[[], object]) -> None:
         """Have this called, from any thread, when there is room again."""
@@ -279,9 +161,9 @@ class Outbox:
             self._advance(handoff)
             return TakenHandoff(self, handoff)
 
-    def watch(self, handoff: _Outgoing, told: Told) -> None:
+    def watch(self, handoff: Outgoing, told: Told) -> None:
         """See `TakenHandoff.watch`."""
-        watcher = _Watcher(told)
+        watcher = Watcher(told)
         with self._lock:
             chunks = [] if handoff.is_dropped else list(handoff.chunks.values())
             words = [word for chunk in chunks for word in chunk.parts(handoff.first_token)]
@@ -292,7 +174,7 @@ class Outbox:
             watcher.add(words)
         watcher.tell()
 
-    def release(self, handoff: _Outgoing, indices: list[int] | None) -> None:
+    def release(self, handoff: Outgoing, indices: list[int] | None) -> None:
         """See `TakenHandoff.release` and `let_go`; None: all that are complete."""
         with self._lock:
             chunks = handoff.chunks
@@ -323,7 +205,7 @@ class Outbox:
                 i: chunk for i, chunk in handoff.chunks.items() if handoff.is_taken and chunk.num_complete
             }
             watchers = handoff.note([])
-        _tell(watchers)
+        tell_all(watchers)
 
     def renew(self, request_id: str) -> bool:
         """The other engine lives; False: there is no such hand-off any more."""
@@ -350,7 +232,7 @@ class Outbox:
                 is_whole = handoff.state in (State.READY, State.CLAIMED)
                 assert handoff.chunks or not is_whole, f"{request_id} is {handoff.state} and holds nothing"
 
-    def _advance(self, handoff: _Outgoing) -> None:
+    def _advance(self, handoff: Outgoing) -> None:
         """Once all is out: taken means claimed, and the last release is the end. Under the lock."""
         if handoff.state is State.READY and handoff.is_taken:
             handoff.move(State.CLAIMED)
@@ -361,8 +243,3 @@ class Outbox:
 
 def _nothing() -> None:
     """Nobody waits for room."""
-
-
-def _tell(watchers: list[_Watcher]) -> None:
-    for watcher in watchers:
-        watcher.tell()

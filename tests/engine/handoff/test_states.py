@@ -12,7 +12,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from deployments.engine.handoff.inbox import Inbox
-from deployments.engine.handoff.outbox import End, Outbox, Part, TakenHandoff, Word
+from deployments.engine.handoff.outbox import Outbox, TakenHandoff
+from deployments.engine.handoff.outgoing import End, Part, Word
 from deployments.engine.handoff.states import State
 from deployments.messages import ChunkReady, DrawnToken
 from tests.engine.driving import FakeClock

@@ -136,7 +136,7 @@ def test_chunks_of_one_hand_off_come_under_one_reference_as_they_are_complete(en
     chunks = [(blocks, float(i)) for i, blocks in enumerate((1, 7, 3, 16, 2))]
     expected = [(value, value + 0.5, blocks) for blocks, value in chunks]
     for source in (engines[0], sharing):
-        acks = [engines[1].receive_kv.remote("request", source.take_chunks.remote(chunks)) for _ in range(10)]
+        acks = [engines[3].receive_kv.remote("request", source.take_chunks.remote(chunks)) for _ in range(10)]
         received = [
             sorted(found) for found in ray.get(acks, timeout=PATIENCE_S)
         ]  # those without room come when they do
