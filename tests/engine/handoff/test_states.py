@@ -324,6 +324,19 @@ def test_a_chunk_that_is_not_complete_is_not_released() -> None:
     assert source.outbox.num_blocks == 0 and source.outbox.state("r") is State.RELEASED
 
 
+def test_whoever_waits_for_room_is_told_when_there_is_some() -> None:
+    source = Source().bring_to(State.CLAIMED)
+    told: list[int] = []
+    source.outbox.when_released(lambda: told.append(source.outbox.num_free_blocks))
+    assert source.handoff is not None
+    for index in (0, 0, 9):
+        source.handoff.release(index)
+    assert told == [6]
+    source.handoff.let_go()
+    source.handoff.let_go()
+    assert told == [6, 8]
+
+
 def in_parts(source: Source) -> tuple[ChunkReady, list[Word]]:
     """The last chunk, of three layers, and what is told of it."""
     words = source.watch()
