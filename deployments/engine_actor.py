@@ -1,7 +1,7 @@
 """The process an engine lives in: a Ray actor around `EngineHost`, one per prefill or decode replica.
 
 Fits what a front may ask (`EngineHandle`) into Ray: each kind of question in a concurrency group of its own, so that a
-transfer never delays an abort, and chunks by direct transport.
+transfer never delays an abort, and KV by direct transport.
 """
 
 import gc
@@ -23,15 +23,20 @@ from deployments.kv_tier.keys import TierKeys
 from deployments.kv_tier.ray_store import RayStore
 from deployments.kv_tier.settings import TierSettings
 from deployments.kv_transfer import direct
-from deployments.kv_transfer.base import Arrival, Export
-from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyAddress
+from deployments.kv_transfer.base import Arrivals
+from deployments.messages import FrontEvent, GenerateRequest, ReplyAddress
+from deployments.receipts import ChunkArrived
 from deployments.roles import NAMESPACE
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from deployments.engine.handoff.outbox import TakenHandoff
     from deployments.engine_host import EngineHost
     from deployments.kv_tier.index import Origins
+
+# Of requests that are over here while their prefill engine has not said so yet.
+_MAX_STALE_HANDOFFS = 32
 
 
 class EngineActor:
@@ -104,26 +109,26 @@ class EngineActor:
         self._host.abort(request_id)
 
     @ray.method(concurrency_group="ctl")
-    def release_chunk(self, request_id: str, index: int) -> None:
-        self._host.release_chunk(request_id, index)
-
-    @ray.method(concurrency_group="ctl")
     def take_role(self, is_flipped: bool) -> None:
         """See `EngineHost.take_role`; called by its name, from Serve's controller (`roles.py`)."""
         self._host.take_role(is_flipped)
 
     @direct.exports_kv
-    def take_chunk(self, request_id: str, index: int) -> "Export":
+    def take_handoff(self, request_id: str) -> "TakenHandoff":
         """It leaves this process by direct transfer only."""
-        taken = self._host.take_chunk(request_id, index)
-        return Export(taken.tensor, taken.completion, taken.cuts, taken.earlier)
+        return self._host.take_handoff(request_id)
 
     @direct.receives_kv
-    def receive_kv(self, chunk: ChunkReady, arrivals: Iterator[Arrival]) -> float:
-        with self._host.filling() as filling:
+    def receive_kv(self, request_id: str, arrivals: Arrivals) -> list[ChunkArrived]:
+        with self._host.filling(arrivals.release) as filling:
             for arrival in arrivals:
-                part = replace(chunk, first_token=arrival.first_token, layers=arrival.layers)
-                filling.add(part, arrival.tensor, arrival.complete_s, keeps=arrival.is_lent or arrival.layers is None)
+                filling.add(
+                    replace(arrival.chunk, request_id=request_id),
+                    arrival.tensor,
+                    arrival.complete_s,
+                    num_parts=arrival.num_parts,
+                    keeps=arrival.is_lent or arrival.chunk.layers is None,
+                )
                 # Else this name would keep the part until the next one comes.
                 del arrival
             return filling.finish()
@@ -161,7 +166,7 @@ def spawn_engine(
     """
     group = ray.util.get_current_placement_group()
     assert group is not None, "a front runs in a placement group of two bundles: itself and its engine"
-    actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(EngineActor)
+    actor_class: Any = ray.remote(**direct.engine_actor_options(config.max_num_seqs + _MAX_STALE_HANDOFFS))(EngineActor)
     actor = actor_class.options(
         name=name,
         namespace=NAMESPACE,

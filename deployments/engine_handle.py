@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats
 from deployments.engine_info import EngineInfo
-from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyAddress
+from deployments.messages import FrontEvent, GenerateRequest, ReplyAddress
+from deployments.receipts import ChunkArrived
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-    from deployments.engine.handoff.outbox import TakenChunk
+    from deployments.engine.handoff.outbox import TakenHandoff
 
 
 class EngineHandle(Protocol):
@@ -60,20 +61,19 @@ class EngineHandle(Protocol):
         """End a request; `admission` is what its `add` or `prefill` returned, so that it cannot come later."""
         ...
 
-    def take_chunk(self, request_id: str, index: int) -> "Awaitable[TakenChunk]":
-        """A chunk, complete or not, to be passed on to `receive_kv` of another engine; it stays for as long as this."""
-        ...
+    def take_handoff(self, request_id: str) -> "Awaitable[TakenHandoff]":
+        """All of a prompt that is computed there, complete or not, to be passed on to `receive_kv` of another engine.
 
-    def receive_kv(self, chunk: ChunkReady, taken: "Awaitable[TakenChunk]") -> Awaitable[float]:
-        """Take a chunk into the pool once it is complete; it is there, and is read no more, once the answer comes.
-
-        Returns:
-            Seconds that it took since the chunk was complete.
+        It is given away once, from `HandoffOpened` on. Its chunks stay for as long as this, or until they are released.
         """
         ...
 
-    def release_chunk(self, request_id: str, index: int) -> Awaitable[None]:
-        """The receiver has the chunk: its memory may be used for others."""
+    def receive_kv(self, request_id: str, handoff: "Awaitable[TakenHandoff]") -> Awaitable[list[ChunkArrived]]:
+        """Take a prompt into the pool, chunk by chunk as they are complete, and release each chunk at its source.
+
+        Returns:
+            All chunks, once they are in the pool and their memory at the source is read no more.
+        """
         ...
 
     def events(self) -> AsyncIterator[list[FrontEvent]]:
@@ -119,14 +119,11 @@ class RayEngine:
     def abort(self, request_id: str, admission: Awaitable[None]) -> Awaitable[None]:
         return _ask(self._actor.abort.remote, request_id, admission)
 
-    def take_chunk(self, request_id: str, index: int) -> "Awaitable[TakenChunk]":
-        return _ask(self._actor.take_chunk.remote, request_id, index)
+    def take_handoff(self, request_id: str) -> "Awaitable[TakenHandoff]":
+        return _ask(self._actor.take_handoff.remote, request_id)
 
-    def receive_kv(self, chunk: ChunkReady, taken: "Awaitable[TakenChunk]") -> Awaitable[float]:
-        return _ask(self._actor.receive_kv.remote, chunk, taken)
-
-    def release_chunk(self, request_id: str, index: int) -> Awaitable[None]:
-        return _ask(self._actor.release_chunk.remote, request_id, index)
+    def receive_kv(self, request_id: str, handoff: "Awaitable[TakenHandoff]") -> Awaitable[list[ChunkArrived]]:
+        return _ask(self._actor.receive_kv.remote, request_id, handoff)
 
     async def events(self) -> AsyncIterator[list[FrontEvent]]:
         async for answer in self._actor.events.options(num_returns="streaming").remote():

@@ -5,26 +5,25 @@ methods may be called from any thread; some wait for the loop.
 """
 
 import logging
-import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.outbox import TakenChunk
+from deployments.engine.handoff.completions import Completions
+from deployments.engine.handoff.outbox import TakenHandoff
 from deployments.engine.loop import EngineLoop
 from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats
 from deployments.engine_builder import BuiltEngine
 from deployments.engine_tier.tier import EngineTier
 from deployments.errors import KvRelayError, TransferError
+from deployments.filling import Filling
 from deployments.kv_tier.index import Origins
 from deployments.kv_tier.keys import TierKeys
 from deployments.kv_tier.store import TierStore
@@ -36,6 +35,7 @@ from deployments.messages import (
     GenerateRequest,
     GivenUp,
     HandoffExpired,
+    HandoffOpened,
     Placed,
     ReplyAddress,
     TokenOutput,
@@ -50,106 +50,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# A chunk that is imported waits for the step in progress; a step longer than this means that the engine hangs.
-_IMPORT_TIMEOUT_S = 60.0
 _EXPIRED = "the decode engine was not heard of within the lease"
-
-
-class _Part(NamedTuple):
-    chunk: ChunkReady
-    tensor: Tensor
-    complete_s: float
-
-
-class Filling:
-    """One chunk's way into the pool: each part between two steps, with all that are there by then.
-
-    Left by an exception, it takes nothing more: the parts may lie in memory that the source gives to others then.
-
-    Args:
-        loop: of the engine.
-        import_chunk: called in the loop's thread, see `EngineHost.import_chunk`.
-    """
-
-    def __init__(
-        self, loop: EngineLoop, import_chunk: "Callable[[ChunkReady, Tensor, Engine], torch.cuda.Event | None]"
-    ) -> None:
-        self._loop = loop
-        self._import_chunk = import_chunk
-        self._parts: deque[_Part] = deque()
-        self._commands: list[Future[torch.cuda.Event | None]] = []
-        self._kept: list[Tensor] = []
-        self._seconds = self._until_s = 0.0
-
-    def add(self, chunk: ChunkReady, tensor: Tensor, complete_s: float, keeps: bool = True) -> None:
-        """Take a part.
-
-        Args:
-            chunk: what it is.
-            tensor: its KV.
-            complete_s: when it was, monotonic.
-            keeps: it is kept until the device has read all of the chunk. A part that was sent is not: the memory is
-                owed to parts of other chunks, without which this chunk's next part may not come (`KVCopies.import_`).
-        """
-        if keeps:
-            self._kept.append(tensor)
-        self._parts.append(_Part(chunk, tensor, complete_s))
-        self._commands.append(self._loop.submit(self._take_in))
-
-    def finish(self) -> float:
-        """Wait until the device has read all; seconds in which some part was there and not yet in the pool.
-
-        Raises:
-            ValueError: see `Engine.import_chunk`.
-        """
-        for command in self._commands:
-            if (imported := command.result(_IMPORT_TIMEOUT_S)) is not None:
-                imported.synchronize()
-        return self._seconds + time.monotonic() - self._until_s
-
-    def __enter__(self) -> "Filling":
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            return
-        for command in [command for command in self._commands if not command.cancel()]:
-            with suppress(Exception):
-                if (imported := command.result(_IMPORT_TIMEOUT_S)) is not None:
-                    imported.synchronize()
-
-    def _take_in(self, engine: Engine) -> "torch.cuda.Event | None":
-        imported = None
-        for part in _joined(self._parts):
-            imported = self._import_chunk(part.chunk, part.tensor, engine)
-            now_s = time.monotonic()
-            self._seconds += now_s - max(part.complete_s, self._until_s)
-            self._until_s = now_s
-        return imported
-
-
-def _joined(parts: deque[_Part]) -> Iterator[_Part]:
-    """Take all that are there, those as one that lie behind each other in memory: each import costs a launch."""
-    while parts:
-        part = parts.popleft()
-        while parts and part.chunk.layers and _follows(parts[0].tensor, part.tensor):
-            first, after = part, parts.popleft()
-            assert first.chunk.layers is not None and after.chunk.layers is not None
-            layers = first.chunk.layers[0], after.chunk.layers[1]
-            shape = (layers[1] - layers[0], *first.tensor.shape[1:])
-            part = _Part(
-                replace(after.chunk, layers=layers),
-                first.tensor.as_strided(shape, first.tensor.stride()),
-                first.complete_s,
-            )
-        yield part
-
-
-def _follows(tensor: Tensor, before: Tensor) -> bool:
-    return (
-        tensor.data_ptr() == before.data_ptr() + before.nbytes
-        and tensor.untyped_storage().data_ptr() == before.untyped_storage().data_ptr()
-    )
 
 
 class EngineHost:
@@ -167,6 +68,8 @@ class EngineHost:
         self._tell = tell
         self._tokens = TokenSender(self._give_up)
         self._loop = EngineLoop(self._engine, self._emit)
+        self._imports = Completions()
+        self._engine.when_released(partial(self._loop.submit, _look))
         self._tier: EngineTier | None = None
         self._is_flipped = False
 
@@ -193,7 +96,7 @@ class EngineHost:
     def prefill(self, request: GenerateRequest, first_block: int, reply_to: ReplyAddress) -> None:
         self._engine.check(request)
         self._tokens.register(request.request_id, reply_to)
-        self._enter(request, lambda engine: engine.prefill(request, first_block))
+        self._enter(request, partial(self._open_handoff, request, first_block))
 
     def prefill_locally(self, request_id: str) -> None:
         self._post(lambda engine: engine.prefill_locally(request_id))
@@ -209,23 +112,20 @@ class EngineHost:
             self._tier.forget(request_id)
         self._post(lambda engine: engine.abort(request_id))
 
-    def take_chunk(self, request_id: str, index: int) -> TakenChunk:
-        """A chunk, complete or not.
+    def take_handoff(self, request_id: str) -> TakenHandoff:
+        """What is computed for another engine, complete or not.
 
         Raises:
-            TransferError: the chunk is gone, since the request was aborted.
+            TransferError: it is gone, since the request was aborted.
         """
-        chunk = self._engine.take_chunk(request_id, index)
-        if chunk is None:
-            raise TransferError(f"{request_id}: chunk {index} is gone")
-        return chunk
+        handoff = self._engine.take_handoff(request_id)
+        if handoff is None:
+            raise TransferError(f"{request_id}: the hand-off is gone")
+        return handoff
 
-    def filling(self) -> "Filling":
-        """Take a chunk into the pool, whole or part by part."""
-        return Filling(self._loop, self.import_chunk)
-
-    def release_chunk(self, request_id: str, index: int) -> None:
-        self._post(lambda engine: engine.release_chunk(request_id, index))
+    def filling(self, release: Callable[[int], None]) -> Filling:
+        """Take a hand-off into the pool, part by part; `release` is told of each chunk that is in it."""
+        return Filling(self._loop, self.import_chunk, self._imports, release)
 
     def give(self, key: bytes) -> "tuple[Origins, np.ndarray] | None":
         """See `EngineTier.give`."""
@@ -261,6 +161,11 @@ class EngineHost:
             self._tier.add_to(stats)
         return stats
 
+    def _open_handoff(self, request: GenerateRequest, first_block: int, engine: Engine) -> None:
+        """The front can take it, and pass it on, before the prompt is computed."""
+        engine.prefill(request, first_block)
+        self._tell([HandoffOpened(request.request_id)])
+
     def _enter(self, request: GenerateRequest, command: Callable[[Engine], object]) -> None:
         """Have the loop take a request, once the tier has brought what it has of the prompt."""
         if self._tier is None:
@@ -276,14 +181,14 @@ class EngineHost:
         losses: dict[str, KvRelayError | None] = {o.request_id: None for o in outputs if o.finish_reason is not None}
         losses |= {e.request_id: _lost(e.request_id, _EXPIRED) for e in events if isinstance(e, HandoffExpired)}
         losses |= {event.request_id: event.error for event in events if isinstance(event, GivenUp)}
-        self._tell_front([event for event in events if isinstance(event, Placed | ChunkReady | Timed)], losses)
+        self._tell_front([event for event in events if isinstance(event, Placed | Timed)], losses)
 
     def _give_up(self, request_id: str, reason: str) -> None:
         """End a request whose tokens nobody takes; called in the sender's thread."""
         self._post(lambda engine: engine.abort(request_id))
         self._tell_front([], {request_id: _lost(request_id, reason)})
 
-    def _tell_front(self, events: list[Placed | ChunkReady | Timed], losses: Mapping[str, KvRelayError | None]) -> None:
+    def _tell_front(self, events: list[Placed | Timed], losses: Mapping[str, KvRelayError | None]) -> None:
         """What happened, and which requests have ended: with all of their tokens sent, or why not."""
         told: list[FrontEvent] = [*events, *(Ended(request_id, loss) for request_id, loss in losses.items())]
         if told:
@@ -292,6 +197,10 @@ class EngineHost:
     def _post(self, command: Callable[[Engine], object]) -> None:
         """Have the loop carry out a command whose result nobody waits for; a failure is at least logged."""
         self._loop.submit(command).add_done_callback(_log_failure)
+
+
+def _look(engine: Engine) -> None:
+    """Nothing: behind a command the loop looks whether there is work."""
 
 
 def _lost(request_id: str, reason: str) -> TransferError:

@@ -4,18 +4,19 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.outbox import Completion, TakenChunk
+from deployments.engine.handoff.outbox import TakenHandoff
+from deployments.engine.handoff.outgoing import End, Part, Word
 from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.stats import EngineStats
 from deployments.engine_builder import BuiltEngine
 from deployments.engine_host import EngineHost
 from deployments.engine_info import EngineInfo
-from deployments.errors import TransferError, was_cancelled
-from deployments.messages import ChunkReady, DrawnToken, FrontEvent, GenerateRequest, ReplyAddress
+from deployments.errors import TransferError
+from deployments.messages import FrontEvent, GenerateRequest, ReplyAddress
+from deployments.receipts import ChunkArrived
 
 T = TypeVar("T")
 
@@ -34,21 +35,6 @@ class Answer(Generic[T]):
         # Whoever was cancelled looks at no failure that comes later.
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())
         return asyncio.shield(answer).__await__()
-
-
-async def first_token_of(chunk: ChunkReady, completion: Completion) -> DrawnToken | None:
-    """What comes with a chunk, or with a part of it, once that is complete.
-
-    Raises:
-        TransferError: the hand-off is over.
-    """
-    try:
-        # Shielded: else whoever is cancelled here would cancel it for all.
-        return await asyncio.shield(asyncio.wrap_future(completion))
-    except asyncio.CancelledError:
-        if completion.cancelled() and not was_cancelled():
-            raise TransferError(f"{chunk.request_id}: chunk {chunk.index} is gone") from None
-        raise
 
 
 class LocalEngine:
@@ -91,21 +77,30 @@ class LocalEngine:
     def abort(self, request_id: str, admission: Awaitable[None]) -> Awaitable[None]:
         return self._ask(lambda admitted: self._host.abort(request_id), admission)
 
-    def take_chunk(self, request_id: str, index: int) -> Awaitable[TakenChunk]:
-        return self._ask(self._host.take_chunk, request_id, index)
+    def take_handoff(self, request_id: str) -> Awaitable[TakenHandoff]:
+        return self._ask(self._host.take_handoff, request_id)
 
-    def receive_kv(self, chunk: ChunkReady, taken: Awaitable[TakenChunk]) -> Awaitable[float]:
-        return self._answer_by(self._receive, (chunk, taken))
+    def receive_kv(self, request_id: str, handoff: Awaitable[TakenHandoff]) -> Awaitable[list[ChunkArrived]]:
+        return self._answer_by(self._receive, (request_id, handoff))
 
-    async def _receive(self, chunk: ChunkReady, taken: TakenChunk) -> float:
-        with self._host.filling() as filling:
-            for layers, tensor, completion in taken.parts():
-                first_token = await first_token_of(chunk, completion)
-                filling.add(replace(chunk, first_token=first_token, layers=layers), tensor, time.monotonic())
+    async def _receive(self, request_id: str, handoff: TakenHandoff) -> list[ChunkArrived]:
+        with self._host.filling(handoff.release) as filling:
+            async for part in self._parts(request_id, handoff):
+                filling.add(part.chunk, part.kv, time.monotonic(), num_parts=part.num_parts)
             return await self._event_loop.run_in_executor(self._threads, filling.finish)
 
-    def release_chunk(self, request_id: str, index: int) -> Awaitable[None]:
-        return self._ask(self._host.release_chunk, request_id, index)
+    async def _parts(self, request_id: str, handoff: TakenHandoff) -> AsyncIterator[Part]:
+        """All of a hand-off, as it is complete.
+
+        Raises:
+            TransferError: it is over before.
+        """
+        words = asyncio.Queue[Word]()
+        handoff.watch(lambda word: self._event_loop.call_soon_threadsafe(words.put_nowait, word))
+        while isinstance(word := await words.get(), Part):
+            yield word
+        if word is End.GONE:
+            raise TransferError(f"{request_id}: the hand-off is gone")
 
     async def events(self) -> AsyncIterator[list[FrontEvent]]:
         while True:

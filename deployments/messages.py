@@ -9,7 +9,7 @@ from enum import IntEnum, StrEnum
 import msgspec
 
 from deployments.errors import KvRelayError
-from deployments.receipts import Timed
+from deployments.receipts import HandoffArrived, Timed
 
 # Bounds of adjustments: OpenAI's, and for the repetition penalty what keeps every logit a number.
 MAX_PENALTY = 2.0
@@ -292,7 +292,7 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class ChunkReady:
-    """The KV of some blocks of a prompt may be asked for; it is on its way, computed already or not.
+    """The KV of some blocks of a prompt, or of some of their layers, as a prefill engine hands it over.
 
     Attributes:
         request_id: the request.
@@ -300,10 +300,9 @@ class ChunkReady:
         start_block: first block, counted from the start of the sequence.
         num_blocks: consecutive blocks in the chunk.
         is_last: no chunk of the request comes behind it.
-        first_token: the first generated token, as it was drawn; comes with the KV of the last chunk.
+        first_token: the first generated token, as it was drawn; comes with the last of the KV.
         num_cached_tokens: leading tokens of the prompt that the prefill engine did not compute for this request.
         layers: the first one whose KV this is, and the one behind the last; None: it is that of all.
-        num_bytes: of the chunk, whole: what groups of layers with a window keep of it is less.
     """
 
     request_id: str
@@ -314,19 +313,18 @@ class ChunkReady:
     first_token: DrawnToken | None = None
     num_cached_tokens: int = 0
     layers: tuple[int, int] | None = None
-    num_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkArrived:
-    """A chunk is in the decode engine's pool; said by the task that brought it there."""
+class HandoffOpened:
+    """A prefill engine has accepted a prompt: its hand-off may be taken, and passed on."""
 
     request_id: str
 
 
-EngineEvent = TokenOutput | Placed | ChunkReady | HandoffExpired | GivenUp | Timed
+EngineEvent = TokenOutput | Placed | HandoffExpired | GivenUp | Timed
 # What a front hears of its engine: how requests ended, too. Tokens are not among it: they go to the ingress directly.
-FrontEvent = Placed | ChunkReady | ChunkArrived | Ended | Timed
+FrontEvent = Placed | HandoffOpened | HandoffArrived | Ended | Timed
 
 
 @dataclass(frozen=True, slots=True)

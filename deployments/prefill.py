@@ -1,12 +1,13 @@
 """The prefill pool: computes prompts and hands their KV to a decode engine, chunk by chunk, while it computes on.
 
-Called by decode fronts, which do the same for others where they are told to (`Decode.prefill`). Owns every reference to
-a chunk: when this front or its engine goes, the chunks go.
+Called by decode fronts, which do the same for others where they are told to (`Decode.prefill`). Owns the reference to
+each hand-off, which it passes on as soon as its engine has accepted the prompt: when this front or its engine goes, the
+chunks go.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -15,11 +16,11 @@ from deployments.engine_client import EventQueue
 from deployments.engine_handle import EngineHandle
 from deployments.errors import LayoutMismatchError, TransferError
 from deployments.front import EngineFront, EngineReplica, FrontSource
-from deployments.messages import ChunkArrived, ChunkReady, GenerateRequest, ReplyAddress
-from deployments.receipts import EngineTimes, HandoffReceipt, PrefillReceipt, Timed
+from deployments.messages import GenerateRequest, HandoffOpened, ReplyAddress
+from deployments.receipts import ChunkArrived, EngineTimes, HandoffArrived, HandoffReceipt, PrefillReceipt, Timed
 
 if TYPE_CHECKING:
-    from deployments.engine.handoff.outbox import TakenChunk
+    from deployments.engine.handoff.outbox import TakenHandoff
 
 # An answer may be late, behind a long step.
 _RENEWALS_PER_LEASE = 3
@@ -43,7 +44,7 @@ class Prefilled:
 
 
 class HandoffTimer:
-    """Times the chunks of one hand-off, of every one: what is hidden of it ends when the engine has told its times."""
+    """Times the chunks of one hand-off: what is hidden of it ends when the engine has told its times."""
 
     def __init__(self) -> None:
         self._all_ready_s = 0.0
@@ -54,11 +55,13 @@ class HandoffTimer:
         """The whole prompt is computed."""
         self._all_ready_s = time.monotonic()
 
-    def arrived(self, num_bytes: int, seconds: float) -> None:
-        """A chunk has arrived, so many seconds after it was complete."""
-        arrived_s = time.monotonic()
-        self._num_bytes += num_bytes
-        self._sends.append((arrived_s - seconds, arrived_s))
+    def arrived(self, chunks: Iterable[ChunkArrived]) -> None:
+        """All chunks are there; the answer that says so has just come."""
+        now_s = time.monotonic()
+        for chunk in chunks:
+            arrived_s = now_s - chunk.ago_s
+            self._num_bytes += chunk.num_bytes
+            self._sends.append((arrived_s - chunk.seconds, arrived_s))
 
     def receipt(self) -> HandoffReceipt:
         """Once all have arrived."""
@@ -97,11 +100,11 @@ class PromptComputer:
             first_block: leading blocks that the target already holds.
             target: the decode engine, which reserves blocks for the request.
             reply_to: where the first token goes, as soon as it is drawn.
-            kv: of the target, see `EngineInfo`; empty: it is found out when a chunk arrives.
+            kv: of the target, see `EngineInfo`; empty: it is found out when the KV arrives.
             is_placed: whether the target has reserved the blocks already; else nothing is passed on before it has.
 
         Raises:
-            TransferError or a Ray error: some chunk did not arrive, or the target waits no longer. A target that waits
+            TransferError or a Ray error: something did not arrive, or the target waits no longer. A target that waits
                 keeps its reservation: the prompt may be computed again, here or elsewhere.
             LayoutMismatchError: the engines do not agree on what a block is.
         """
@@ -110,23 +113,20 @@ class PromptComputer:
         events = engine.open(request_id)
         keeper = asyncio.create_task(self._keep_leases(request_id, target, events))
         place = asyncio.create_task(_await_place(request_id, target, is_placed))
-        place.add_done_callback(lambda done: done.cancelled() or done.exception())  # chunks say so, if there are any
-        sends: list[asyncio.Task[None]] = []
-        times, sent = None, HandoffTimer()
-        num_arrived, num_chunks = 0, None
+        place.add_done_callback(lambda done: done.cancelled() or done.exception())  # its hand-off says so
+        tasks, times, sent, has_arrived = [keeper, place], None, HandoffTimer(), False
         try:
             await engine.prefill(replace(request, wants_receipt=True), first_block, reply_to)
             async for event in events:
                 if isinstance(event, Timed):
                     times = event.times
                     sent.all_ready()
-                elif isinstance(event, ChunkReady):
-                    sends.append(asyncio.create_task(self._send(event, target, events, sent, place)))
-                    if event.is_last:
-                        num_chunks = len(sends)
-                elif isinstance(event, ChunkArrived):
-                    num_arrived += 1
-                if num_arrived == num_chunks and times is not None:
+                elif isinstance(event, HandoffOpened):
+                    tasks.append(asyncio.create_task(self._send(request_id, target, events, place)))
+                elif isinstance(event, HandoffArrived):
+                    has_arrived = True
+                    sent.arrived(event.chunks)
+                if has_arrived and times is not None:
                     break
             else:
                 return Prefilled(True, self._receipt(request, times))
@@ -136,7 +136,7 @@ class PromptComputer:
             await self._abort(request_id)
             raise
         finally:
-            for task in (keeper, place, *sends):
+            for task in tasks:
                 task.cancel()
             engine.close(request_id)
         return Prefilled(False, self._receipt(request, times, handed_over))
@@ -183,31 +183,24 @@ class PromptComputer:
                 return
 
     async def _send(
-        self,
-        chunk: ChunkReady,
-        target: EngineHandle,
-        events: EventQueue,
-        sent: HandoffTimer,
-        place: "asyncio.Task[None]",
+        self, request_id: str, target: EngineHandle, events: EventQueue, place: "asyncio.Task[None]"
     ) -> None:
-        source = self._front.engine
         try:
-            await asyncio.shield(place)  # several chunks wait for it
+            await asyncio.shield(place)
             # In a thread: the first contact of two engines can hold up the call.
-            # `taken` keeps the chunk until it has arrived.
-            taken, received = await asyncio.to_thread(_submit, chunk, source.handle, target)
-            seconds = await received
+            # `taken` keeps the chunks until they have arrived.
+            taken, received = await asyncio.to_thread(_submit, request_id, self._front.engine.handle, target)
+            chunks = await received
         except Exception as error:
-            await self._note_failure(chunk.request_id, error, events)
+            await self._note_failure(request_id, error, events)
             return
         del taken
-        self._front.handoff.observe(chunk.num_blocks, chunk.num_bytes, seconds)
-        sent.arrived(chunk.num_bytes, seconds)
-        source.handle.release_chunk(chunk.request_id, chunk.index)
-        events.put(ChunkArrived(chunk.request_id))
+        for chunk in chunks:
+            self._front.handoff.observe(chunk.num_blocks, chunk.num_bytes, chunk.seconds)
+        events.put(HandoffArrived(request_id, tuple(chunks)))
 
     async def _note_failure(self, request_id: str, error: Exception, events: EventQueue) -> None:
-        """A chunk did not arrive. If our engine has dropped the hand-off, it says itself why: with its end, say."""
+        """Something did not arrive. If our engine has dropped the hand-off, it says itself why: with its end, say."""
         try:
             is_held = await self._front.engine.handle.renew(request_id)
         except Exception as death:
@@ -242,7 +235,7 @@ class Prefill(EngineReplica):
 
 
 async def _await_place(request_id: str, target: EngineHandle, is_placed: bool) -> None:
-    """Return once the target has reserved blocks; a chunk that came before would be ignored.
+    """Return once the target has reserved blocks; KV that came before would be ignored.
 
     It is asked again and again: the prompt is computed meanwhile, and a target without room is given up by the leases.
     """
@@ -253,8 +246,8 @@ async def _await_place(request_id: str, target: EngineHandle, is_placed: bool) -
 
 
 def _submit(
-    chunk: ChunkReady, source: EngineHandle, target: EngineHandle
-) -> "tuple[Awaitable[TakenChunk], Awaitable[float]]":
-    """What becomes the chunk at its source, and of its arrival at the target."""
-    taken = source.take_chunk(chunk.request_id, chunk.index)
-    return taken, target.receive_kv(chunk, taken)
+    request_id: str, source: EngineHandle, target: EngineHandle
+) -> "tuple[Awaitable[TakenHandoff], Awaitable[list[ChunkArrived]]]":
+    """What becomes the hand-off at its source, and of its arrival at the target."""
+    taken = source.take_handoff(request_id)
+    return taken, target.receive_kv(request_id, taken)

@@ -40,6 +40,31 @@ class Timed:
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkArrived:
+    """A chunk of KV is in the decode engine's pool.
+
+    Attributes:
+        num_blocks: of the chunk.
+        num_bytes: what groups of layers with a window keep of them is less.
+        seconds: in which some of it was complete and not yet in the pool.
+        ago_s: since it is there.
+    """
+
+    num_blocks: int
+    num_bytes: int
+    seconds: float
+    ago_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffArrived:
+    """All chunks of a prompt are in the decode engine's pool; told by the task that had them brought there."""
+
+    request_id: str
+    chunks: tuple[ChunkArrived, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class HandoffReceipt:
     """How a prompt's KV went to the decode engine.
 

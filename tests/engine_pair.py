@@ -8,17 +8,17 @@ from collections.abc import Callable, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeVar
 
 import ray
 
 from deployments.engine_info import EngineInfo
-from deployments.messages import ChunkReady, GenerateRequest, Placed, SamplingParams, TokenOutput
+from deployments.messages import GenerateRequest, HandoffOpened, Placed, SamplingParams, TokenOutput
+from deployments.receipts import ChunkArrived
 from deployments.tokens.receiver import TokenReceiver, TokenStream
 
 T = TypeVar("T")
-Event = TypeVar("Event", Placed, ChunkReady)
+Event = TypeVar("Event", Placed, HandoffOpened)
 
 _TIMEOUT_S = 300
 
@@ -102,7 +102,7 @@ class HandOver:
     Attributes:
         token_ids: as the decode engine told them, the first one from the prefill engine included.
         num_bytes: of KV.
-        chunks_s: from the first chunk announced to the last block in the other engine's pool.
+        chunks_s: from the acceptance of the prompt to the last block in the other engine's pool.
         behind_s: from the first token, when the last chunk was computed, to the last block in the other engine's pool.
         ttft_s: from the request to the first token, which the prefill engine sends.
         token_s: of a token behind the first one, as the decode engine told them, on average.
@@ -146,10 +146,6 @@ class DrivenEngine:
             if found := [event for event in events if event.request_id == name]:
                 return found
 
-    def release(self, name: str, index: int, _: object) -> None:
-        """Free a chunk; called when its transfer has ended, one way or the other."""
-        self.actor.release_chunk.remote(name, index)
-
 
 def hand_over(
     source: DrivenEngine,
@@ -157,7 +153,7 @@ def hand_over(
     prompt: tuple[int, ...],
     name: str,
     max_tokens: int = 2,
-    on_chunk: Callable[[int], None] = lambda index: None,
+    on_opened: Callable[[], None] = lambda: None,
 ) -> HandOver:
     """Have one engine prefill a prompt and the other one decode.
 
@@ -167,39 +163,31 @@ def hand_over(
         prompt: token ids.
         name: of the request, unique.
         max_tokens: at least 2: a request must outlive its first token to be handed over.
-        on_chunk: called when the transfer of each chunk has been asked for, with its index.
+        on_opened: called when the hand-off is on its way, computed already or not.
 
     Raises:
-        RayError, TransferError: an engine died, or a chunk did not arrive.
+        RayError, TransferError: an engine died, or something did not arrive.
     """
     request = _greedy(prompt, name, max_tokens)
     with source.inbox.listening(name) as sent, target.inbox.listening(name) as told:
         # The target tells the first token too, when the last block is in its pool.
         first, arrived = source.inbox.take(sent, 1), target.inbox.take(told, max_tokens)
         begun = time.perf_counter()
-        # At once, as the fronts do with a prompt of which the target has nothing; chunks go on only to reserved blocks.
+        # At once, as the fronts do with a prompt of which the target has nothing; KV goes on only to reserved blocks.
         added = target.actor.add.remote(request, 1, target.inbox.address)
         ray.get([added, source.actor.prefill.remote(request, 0, source.inbox.address)])
         assert target.await_events(Placed, name)[0].remote
-        announced, num_blocks, acks, is_last = 0.0, 0, [], False
-        while not is_last:
-            for chunk in source.await_events(ChunkReady, name):
-                announced = announced or time.perf_counter()
-                ref = source.actor.take_chunk.remote(name, chunk.index)
-                ack = target.actor.receive_kv.remote(chunk, ref)
-                # Only then: the exports of an engine have bounded room, and later chunks wait for it.
-                ack.future().add_done_callback(partial(source.release, name, chunk.index))
-                on_chunk(chunk.index)
-                acks.append(ack)
-                num_blocks += chunk.num_blocks
-                is_last = is_last or chunk.is_last
-        ray.get(acks)
+        source.await_events(HandoffOpened, name)
+        opened = time.perf_counter()
+        ack = target.actor.receive_kv.remote(name, source.actor.take_handoff.remote(name))
+        on_opened()
+        chunks: list[ChunkArrived] = ray.get(ack)
         computed_s, told_here = first.result(_TIMEOUT_S).times_s[0], arrived.result(_TIMEOUT_S)
         in_place_s = told_here.times_s[0]
     return HandOver(
         told_here.token_ids,
-        num_blocks * source.info.bytes_per_block,
-        in_place_s - announced,
+        sum(chunk.num_bytes for chunk in chunks),
+        in_place_s - opened,
         in_place_s - computed_s,
         computed_s - begun,
         told_here.token_s,

@@ -37,6 +37,7 @@ FORBIDDEN = {
     # That it loads no torch is held where it runs: tests/deployments/test_light_ingress.py.
     "deployments.ingress": ["deployments.engine_host", "deployments.engine.engine", "deployments.kv_transfer.direct"],
     "deployments.engine_tier": ["ray", "starlette", "deployments.api"],
+    "deployments.filling": ["ray", "starlette", "deployments.api"],
     "deployments.engine_host": ["ray", "starlette", "deployments.api"],
     "deployments.local_engine": ["ray", "starlette", "deployments.api"],
     **{f"deployments.api.{room}": ["starlette", "deployments.api.http"] for room in ("reasoning", "tools")},
@@ -96,6 +97,7 @@ PLACES = (
     "engine_handle",
     "engine_builder",
     "engine_tier",
+    "filling",
     "engine_host",
     "engine_actor",
     "local_engine",
@@ -114,6 +116,7 @@ PLACES = (
 LIGHT_ENGINE = [
     "deployments.engine.config",
     "deployments.engine.handoff.outbox",
+    "deployments.engine.handoff.outgoing",
     "deployments.engine.handoff.states",
     "deployments.engine.stats",
     "deployments.engine.model.files",
@@ -124,7 +127,7 @@ LIGHT_ENGINE = [
     "deployments.engine.scheduling.positions",
     "deployments.engine.scheduling.retention",
 ]
-ENGINE_HOSTS = ("engine", "engine_builder", "engine_tier", "engine_host", "local_engine")
+ENGINE_HOSTS = ("engine", "engine_builder", "engine_tier", "filling", "engine_host", "local_engine")
 # Of the project's own modules, these alone may be imported from under each prefix.
 OWN_ALLOWED = {
     "deployments.engine": [

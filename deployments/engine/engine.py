@@ -3,17 +3,17 @@
 A request's life here:
 1. `add` (compute and decode, or reserve for a remote prefill) or `prefill` (compute for another engine) queues it.
 2. The scheduler gives it blocks; what the prefix cache holds is not computed again. A decode engine says `Placed`.
-3. Its prompt runs in chunks. A prefill engine says `ChunkReady` of each and copies its KV out.
+3. Its prompt runs in chunks. A prefill engine copies the KV of each out, and tells whoever has taken the hand-off.
 4. A decode engine takes chunks with `import_chunk`; the last one brings the first token and starts the decoding.
 5. Each further step yields one `TokenOutput` per sequence, until a stop token, the length, or `abort`.
 6. Whatever ended it, its blocks are free; those of a shared prefix stay findable.
 
 A hand-off has a lease on either side (`handoff/`). When it runs out a decode engine computes the rest of the prompt
-itself, and a prefill engine drops the request and says `HandoffExpired`. Not thread-safe, but for `check`, `take_chunk`
-and `release_chunk`; `EngineLoop` runs it.
+itself, and a prefill engine drops the request. `check` and `take_handoff` are thread-safe; `EngineLoop` calls the rest.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -26,7 +26,7 @@ from deployments.engine.execution.rehearsal import build_rehearsed
 from deployments.engine.execution.sizing import choose_limits, export_room
 from deployments.engine.grammar.guides import Guides
 from deployments.engine.handoff.handoffs import Handoffs
-from deployments.engine.handoff.outbox import TakenChunk
+from deployments.engine.handoff.outbox import TakenHandoff
 from deployments.engine.handoff.states import Clock
 from deployments.engine.kv.copies import Allocate, KVCopies
 from deployments.engine.lending import Lending
@@ -208,13 +208,13 @@ class Engine:
         """Run one token through the model, if nothing else does; see `Canary`."""
         return self._canary.run(self._stats.steps, is_busy=self._in_flight is not None)
 
-    def take_chunk(self, request_id: str, index: int) -> TakenChunk | None:
-        """Hand out a chunk that was announced, complete or not; None if it is gone. Safe from any thread."""
-        return self._handoffs.outbox.take(request_id, index)
+    def take_handoff(self, request_id: str) -> TakenHandoff | None:
+        """Give away what is computed for another engine, once; None if it is gone. Safe from any thread."""
+        return self._handoffs.outbox.take(request_id)
 
-    def release_chunk(self, request_id: str, index: int) -> None:
-        """The receiver has the chunk: its memory may be used for others. Safe from any thread."""
-        self._handoffs.outbox.release(request_id, index)
+    def when_released(self, call: Callable[[], object]) -> None:
+        """Have this called, from any thread, when a chunk was released: there may be work again."""
+        self._handoffs.outbox.when_released(call)
 
     def step(self) -> list[EngineEvent]:
         """Run one batch, if there is one: `begin_step`, then `finish_step`; what happened, in order."""
@@ -236,7 +236,7 @@ class Engine:
             if placed.remote:
                 self._handoffs.importer.add(self._scheduler.reserved[placed.request_id])
         self._scheduled = schedule.scheduled
-        events += self._handoffs.exporter.announce(schedule.scheduled)
+        self._handoffs.exporter.announce(schedule.scheduled)
         is_late = self._is_pipelined and self._in_flight is None and self._speculator.hurries(self._scheduled)
         return self._outputs.hold(events) if is_late else events
 

@@ -1,51 +1,69 @@
 """What can be set on the hand-off of KV, what it counts, what it takes. Plain values; nothing of Ray."""
 
-from concurrent.futures import Future
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from deployments.messages import DrawnToken
+from deployments.messages import ChunkReady
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deployments.engine.handoff.outgoing import Told
 
-@dataclass(frozen=True, slots=True)
-class Export:
-    """What a method that exports KV returns.
 
-    Attributes:
-        tensor: the chunk, complete or not; from now on it is not written to but by whoever completes it.
-        completion: done when it is complete, on a GPU too; the result goes to the receiver with it. Cancelled if it
-            never will be.
-        cuts: layers at which it is cut into parts, each of which goes to the receiver as soon as it is complete; none:
-            it goes whole.
-        earlier: as `completion`, of the parts before the last, in order.
+class Handoff(Protocol):
+    """What a method that exports KV returns: chunks of the configured layout and device, to come or complete.
+
+    See `TakenHandoff`. A chunk is contiguous; what was told of is not written to until it is released.
     """
 
-    tensor: "Tensor"
-    completion: Future[DrawnToken | None]
-    cuts: tuple[int, ...] = ()
-    earlier: tuple[Future[DrawnToken | None], ...] = ()
+    def watch(self, told: "Told") -> None:
+        """Be told of all that is complete, and of what will be."""
+        ...
+
+    def release(self, index: int) -> None:
+        """The receiver has a chunk."""
+        ...
+
+    def let_go(self) -> None:
+        """Nobody receives it any more."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """What a method that receives KV gets: a chunk, or a part of one.
+    """A chunk that has arrived, or some layers of one.
 
     Attributes:
+        chunk: what it is, without the request.
         tensor: the KV, complete.
-        first_token: what the completion of the export has brought.
         complete_s: monotonic time when this process heard that it is complete.
-        layers: the first one whose KV it is, and the one behind the last; None: it is that of all.
-        is_lent: it is the source's own memory, or a part of it.
+        num_parts: that the chunk comes in.
+        is_lent: it is the memory of the source itself.
     """
 
+    chunk: ChunkReady
     tensor: "Tensor"
-    first_token: DrawnToken | None
     complete_s: float
-    layers: tuple[int, int] | None = None
+    num_parts: int = 1
     is_lent: bool = False
+
+
+class Arrivals(Protocol):
+    """What a method that receives KV gets: a hand-off, as it comes."""
+
+    def __iter__(self) -> Iterator[Arrival]:
+        """All of it, each part once, as soon as it is complete; for one thread, which waits here.
+
+        Raises:
+            TransferError: it cannot be brought.
+        """
+        ...
+
+    def release(self, index: int) -> None:
+        """A chunk is read no more: its source may use its memory for others. From any thread; never waits."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +107,7 @@ class TransferStats:
         num_failed: chunks whose transfer failed, on either end.
         num_links: pairs that are open now; a pair that sends in both directions counts twice.
         num_neighbours: engines of this machine whose memory is mapped here.
-        num_held: chunks that were produced here and are still referenced somewhere.
+        num_held: hand-offs that were given away here and are still referenced somewhere.
     """
 
     num_received: int = 0

@@ -1,22 +1,23 @@
-"""What one process has of the hand-off: the chunks it produced for others, and the way to those of others.
+"""What one process has of hand-offs: those that it gives away, and the way to those of others.
 
-Called by `direct`; knows no Ray object references to chunks.
+Called by `direct`; knows no Ray object references to them.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import Future
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from deployments.engine.handoff.outgoing import Part
 from deployments.kv_groups import num_blocks_of
-from deployments.kv_transfer.base import TransferConfig, TransferStats
+from deployments.kv_transfer.base import Handoff, TransferConfig, TransferStats
 from deployments.kv_transfer.layout import KVLayout
 from deployments.kv_transfer.link import Watchdog
 from deployments.kv_transfer.local import Arena, Place
+from deployments.kv_transfer.notes import Note
 from deployments.kv_transfer.process import Counters
-from deployments.kv_transfer.receiver import Pulled, Receiver, RemoteChunk
+from deployments.kv_transfer.pull import Pull
+from deployments.kv_transfer.receiver import Receiver, RemoteHandoff
 from deployments.kv_transfer.source import Invitation, Source
 
 
@@ -30,7 +31,7 @@ class Endpoint:
         self._arena: Arena | None = None
         self._counters = Counters()
         watchdog = Watchdog()
-        self._source = Source(watchdog, self._counters)
+        self._source = Source(watchdog, self._counters, self._describe)
         self._receiver = Receiver(watchdog, self._counters, _accept)
 
     @property
@@ -49,36 +50,48 @@ class Endpoint:
             num_held=self._source.num_held,
         )
 
-    def hold(self, object_id: str, tensor: Tensor, notes: "tuple[Future[str], ...]", cuts: tuple[int, ...]) -> None:
-        """Keep a chunk until `release`.
+    def ticket(self) -> Tensor:
+        """What stands for a hand-off: a chunk of no blocks."""
+        if self._arena is not None:
+            _ = self._arena.place  # taken now, for `hold` may not wait
+        dtype = getattr(torch, self.layout.form.element)
+        return torch.empty(self.layout.chunk_shape(0), dtype=dtype, device=self._device)
+
+    def hold(self, object_id: str, handoff: Handoff) -> Place | None:
+        """Keep a hand-off until `let_go`.
 
         Args:
             object_id: its name.
-            tensor: complete, on a GPU too, once the last note is done.
-            notes: what its receiver is told with its parts; done when these are complete.
-            cuts: layers at which it is cut into parts.
+            handoff: of chunks that are complete, on a GPU too, when it tells of them.
 
-        Raises:
-            ValueError: not a contiguous tensor of this engine's layout and device.
+        Returns:
+            Where engines of this machine find its chunks; None if all must be sent to them.
         """
-        _check_chunk(tensor, self.layout, self._device)
-        self._source.hold(object_id, tensor, notes, cuts)
+        self._source.hold(object_id, handoff)
+        return None if self._arena is None else self._arena.place
 
-    def place_of(self, tensor: Tensor) -> Place | None:
-        """Where engines of this machine find a chunk; None if it must be sent to them."""
-        return self._arena.place_of(tensor) if self._arena is not None else None
-
-    def release(self, object_id: str) -> None:
-        """Drop a chunk; one that is being sent lives until that ends."""
-        self._source.release(object_id)
+    def let_go(self, object_id: str) -> None:
+        """Drop a hand-off; what of it is being sent lives until that ends."""
+        self._source.let_go(object_id)
 
     def accept(self, invitation: Invitation) -> None:
         """A receiver has opened a link and waits for us."""
         self._source.accept(invitation, self._device, self._config)
 
-    def pull(self, chunk: RemoteChunk) -> Iterator[Pulled]:
-        """See `Receiver.pull`."""
-        return self._receiver.pull(chunk, self.layout, self._device, self._config)
+    def pull(self, handoff: RemoteHandoff) -> Pull:
+        """Ask for a hand-off.
+
+        Raises:
+            LayoutMismatchError: the source's KV is of another kind; nothing was asked.
+        """
+        is_read = self._receiver.reads(handoff, self.layout, self._device)
+        return Pull(self._receiver, handoff, is_read, self._config)
+
+    def _describe(self, part: Part) -> Note:
+        _check_chunk(part.tensor, self.layout, self._device)
+        place = None if self._arena is None else self._arena.place_of(part.tensor)
+        offset = None if place is None else place.offset
+        return Note.of(part.chunk, part.num_parts, num_blocks_of(part.tensor.shape), offset)
 
 
 def _accept(_engine: object, invitation: Invitation) -> None:

@@ -1,17 +1,21 @@
-"""What a receiver asks a source over a link's line: to say when a chunk is complete, and to send it then.
+"""What a receiver asks a source over a link's line: to tell it of a hand-off, part by part, and to send it.
 
-A question may be asked long before the chunk is computed, so answers come in any order. Whoever hears or says one never
-waits: answers are given by whoever completes a chunk, and what is sent is begun by the link.
+A hand-off is asked for once, long before it is computed. The source answers for each part as soon as that is complete,
+and says in the end that it was all, or that the rest is gone. Whoever hears or says an answer never waits: answers are
+given by whoever completes a part, and what is sent is begun by the link.
 
 The invariant of what is sent: **both ends begin the messages of a link in one order**, for a group pairs them by it.
 The source submits a message and says so under one lock, which gives it its place: 0, 1, 2 and so on. The receiver
 submits a receive for each answer, in the order in which it hears them, and none for anything else. An answer with
 another place than the next one ends the link, and so does a message that one end has failed or given up (`Link`).
 
-A question is `number what object`, an answer `number answer place note`; what is not sent has no place, `-`.
+A question is `number what object`, an answer `number answer place note`; what is not sent has no place, `-`. A chunk is
+given back with `- release object/chunk`, which nobody answers.
 """
 
+import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,35 +27,61 @@ from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
+from deployments.engine.handoff.outgoing import End, Part, Told, Word
 from deployments.errors import TransferError
 from deployments.kv_transfer.line import Line
 from deployments.kv_transfer.link import Job, Link, LinkLostError
 
+logger = logging.getLogger(__name__)
+
 
 class Want(StrEnum):
-    """What is asked of a chunk."""
+    """What is asked of a hand-off."""
 
-    LOOK = "look"  # say when it is complete: it is read where it is
-    SEND = "send"
+    LOOK = "look"  # say which parts are complete: they are read where they are, if that can be
+    SEND = "send"  # send all parts
+    REST = "rest"  # send those that cannot be read where they are
+    RELEASE = "release"  # nothing: a chunk is given back
 
 
 class Answer(StrEnum):
-    """What the source says."""
+    """What the source says; it is the last of a question if it says why nothing more comes."""
 
-    COMPLETE = "complete"  # and on its way, if it was to be sent
-    GONE = "gone"
+    HERE = "here"  # a part is complete, and lies where it can be read
+    SENT = "sent"  # a part is complete, and on its way
+    AWAY = "away"  # a part is complete, and lies where it cannot be read: the rest may be asked for
+    WHOLE = End.WHOLE.value
+    GONE = End.GONE.value
 
 
+_LAST = (Answer.WHOLE, Answer.GONE)
 _NOWHERE = "-"
-# The chunk, where it was sent, what came with it, and the monotonic time when it was said to be complete.
-Arrival: TypeAlias = "Future[tuple[Tensor | None, str, float]]"
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """A part is complete.
+
+    Attributes:
+        note: what the source says of it.
+        complete_s: monotonic time when it was said.
+        arriving: its KV, which is on its way; None: it is where the note says.
+    """
+
+    note: str
+    complete_s: float
+    arriving: "Future[Tensor | None] | None"
+
+
+# `Answer` without those that announce something; an error instead of the last one.
+Heard: TypeAlias = Announced | Answer | TransferError
 
 
 @dataclass(frozen=True, slots=True)
 class _Open:
     question: str
-    receive: Job | None
-    arrival: Arrival
+    hear: Callable[[Heard], None]
+    receive: Callable[[str], Job]
 
 
 class Inquiries:
@@ -60,7 +90,6 @@ class Inquiries:
     def __init__(self) -> None:
         self._lock = Lock()
         self._numbers = count()
-        # Whoever takes one out of it finishes its future.
         self._open: dict[int, _Open] = {}
         self._line: Line | None = None
         self._next_place = count()
@@ -70,27 +99,33 @@ class Inquiries:
     def are_open(self) -> bool:
         return bool(self._open)
 
-    def ask(self, object_id: str, receive: Job | None) -> Arrival:
-        """Ask for a chunk, now or as soon as the link stands.
+    def ask(self, want: Want, object_id: str, hear: Callable[[Heard], None], receive: Callable[[str], Job]) -> None:
+        """Ask for a hand-off, now or as soon as the link stands.
 
         Args:
+            want: what is to become of it.
             object_id: its name at the source.
-            receive: what is done when the source sends it; None: it need not be sent.
+            hear: told of each part, and of the end, in order and from any thread; must not block.
+            receive: what is done when the source sends a part of which it says this.
         """
-        arrival: Arrival = Future()
         with self._lock:
             number = next(self._numbers)
-            question = f"{number} {Want.LOOK if receive is None else Want.SEND} {object_id}"
+            inquiry = _Open(f"{number} {want} {object_id}", hear, receive)
             if self._ended is None:
-                self._open[number] = _Open(question, receive, arrival)
+                self._open[number] = inquiry
             ended, line = self._ended, self._line
         if ended is not None:
             kind, reason = ended
-            arrival.set_exception(kind(reason))
+            hear(kind(reason))
         elif line is not None:
             with suppress(OSError):  # whoever listens to it sees its end
-                line.say(question)
-        return arrival
+                line.say(inquiry.question)
+
+    def release(self, object_id: str, index: int) -> None:
+        """Give a chunk back; said in vain if the link is lost, or does not stand yet."""
+        if (line := self._line) is not None:
+            with suppress(OSError):
+                line.say(f"{_NOWHERE} {Want.RELEASE} {object_id}/{index}")
 
     def begin(self, link: Link, line: Line) -> None:
         """The link stands: say what was asked before, and listen."""
@@ -108,7 +143,7 @@ class Inquiries:
             self._open.clear()
         for inquiry in inquiries:
             # A new exception for each: one that was raised elsewhere has a traceback, and that pins tensors.
-            inquiry.arrival.set_exception(kind(reason))
+            inquiry.hear(kind(reason))
 
     def end(self, kind: type[TransferError], reason: str) -> None:
         """As `fail`, and for those to come."""
@@ -117,56 +152,62 @@ class Inquiries:
         self.fail(kind, reason)
 
     def _listen(self, link: Link, line: Line) -> None:
-        while (answer := line.hear()) is not None:
-            number, word, place, note = answer.split(" ", 3)
-            if place != _NOWHERE and int(place) != next(self._next_place):
-                link.close(f"the source has sent message {place} out of turn")
-                return
-            with self._lock:
-                inquiry = self._open.pop(int(number), None)
-            if inquiry is None:
-                # It was given up, and the source may send it all the same: what comes next would be taken for it.
-                link.close("the source answered too late")
-                return
-            self._settle(inquiry, word, note, link)
-            # Else this name would keep the chunk until the next answer comes.
-            del inquiry
+        with suppress(ValueError):  # it talks nonsense
+            while (answer := line.hear()) is not None:
+                number, word, place, note = answer.split(" ", 3)
+                if place != _NOWHERE and int(place) != next(self._next_place):
+                    link.close(f"the source has sent message {place} out of turn")
+                    return
+                with self._lock:
+                    inquiry = self._open.pop(int(number), None) if word in _LAST else self._open.get(int(number))
+                if inquiry is not None:
+                    self._pass_on(inquiry, Answer(word), note, link)
+                elif word not in _LAST:
+                    # It was given up, and the source may send it all the same: what comes next would be taken for it.
+                    link.close("the source answered too late", LinkLostError)
+                    return
+                # Else this name would keep the hand-off until the next answer comes.
+                del inquiry
         link.close("the source closed the link", LinkLostError)
 
-    def _settle(self, inquiry: _Open, word: str, note: str, link: Link) -> None:
-        arrival, complete_s = inquiry.arrival, time.monotonic()
-        if word == Answer.GONE:
-            arrival.set_exception(TransferError("the source no longer has it"))
-        elif inquiry.receive is None:
-            arrival.set_result((None, note, complete_s))
+    def _pass_on(self, inquiry: _Open, word: Answer, note: str, link: Link) -> None:
+        complete_s = time.monotonic()
+        if word is Answer.HERE:
+            inquiry.hear(Announced(note, complete_s, None))
+        elif word is not Answer.SENT:
+            inquiry.hear(word)
         else:
             try:
-                received = link.submit(inquiry.receive)
+                arriving = link.submit(inquiry.receive(note))
             except TransferError as error:
-                arrival.set_exception(type(error)(str(error)))
+                inquiry.hear(type(error)(str(error)))
                 # It was sent all the same, and the next receive would be given it.
                 link.close(f"what was sent cannot be received: {error}", LinkLostError)
             else:
-                received.add_done_callback(lambda done: _pass_on(done, note, complete_s, arrival))
+                inquiry.hear(Announced(note, complete_s, arriving))
 
 
-def _pass_on(received: "Future[Tensor | None]", note: str, complete_s: float, arrival: Arrival) -> None:
-    error = received.exception()
-    if error is None:
-        arrival.set_result((received.result(), note, complete_s))
-    else:
-        arrival.set_exception(error)
+class Handoffs(Protocol):
+    """What a source has given away, by name. Safe from any thread."""
 
-
-class Chunks(Protocol):
-    """What a source has, by name. Safe from any thread."""
-
-    def note_of(self, object_id: str) -> "Future[str] | None":
-        """What comes with a chunk once it is complete; None: it is gone."""
+    def watch(self, object_id: str, told: Told) -> bool:
+        """Be told of a hand-off; False: it is gone."""
         ...
 
-    def sending_of(self, object_id: str) -> Job | None:
-        """How a chunk is sent; None: it is gone."""
+    def release(self, object_id: str, index: int) -> None:
+        """A chunk is given back. Unknown ones are no error."""
+        ...
+
+    def describe(self, object_id: str, part: Part) -> tuple[str, bool] | None:
+        """What is said of a part, and whether others can read it where it is; None: it is gone.
+
+        Raises:
+            ValueError: it is no KV of this engine.
+        """
+        ...
+
+    def sending_of(self, part: Part) -> Job:
+        """How a part is sent."""
         ...
 
 
@@ -176,40 +217,55 @@ class Answers:
     Args:
         link: what is to be sent goes over it.
         line: of the link.
-        chunks: that may be asked for.
+        handoffs: that may be asked for.
     """
 
-    def __init__(self, link: Link, line: Line, chunks: Chunks) -> None:
+    def __init__(self, link: Link, line: Line, handoffs: Handoffs) -> None:
         self._link = link
         self._line = line
-        self._chunks = chunks
+        self._handoffs = handoffs
         self._order = Lock()
         self._next_place = count()
 
     def run(self) -> None:
         """Answer until the receiver closes the link."""
-        with suppress(OSError, TransferError, ValueError):  # the receiver is gone, or talks nonsense
+        with suppress(OSError, ValueError):  # the receiver is gone, or talks nonsense
             while (question := self._line.hear()) is not None:
-                number, want, object_id = question.split(" ", 2)
-                if (note := self._chunks.note_of(object_id)) is None:
-                    self._line.say(f"{number} {Answer.GONE} {_NOWHERE} ")
+                number, want, name = question.split(" ", 2)
+                if want == Want.RELEASE:
+                    object_id, _, index = name.rpartition("/")
+                    self._handoffs.release(object_id, int(index))
                 else:
-                    note.add_done_callback(partial(self._answer, number, want, object_id))
+                    tell = partial(self._tell, number, Want(want), name)
+                    if not self._handoffs.watch(name, tell):
+                        tell(End.GONE)
         self._link.close("the receiver closed the link")
 
-    def _answer(self, number: str, want: str, object_id: str, note: "Future[str]") -> None:
-        """A chunk is complete, or never will be. From any thread; must not raise."""
-        # Only now: a chunk is not kept for the sake of a question.
-        sending = None if note.cancelled() else self._chunks.sending_of(object_id)
+    def _tell(self, number: str, want: Want, object_id: str, word: Word) -> None:
+        """Say what has become of a hand-off. From any thread; must not raise."""
         try:
             with self._order:
-                if sending is None:
-                    self._line.say(f"{number} {Answer.GONE} {_NOWHERE} ")
-                    return
-                place = _NOWHERE
-                if want == Want.SEND:
-                    self._link.submit(sending)
-                    place = str(next(self._next_place))
-                self._line.say(f"{number} {Answer.COMPLETE} {place} {note.result()}")
+                if isinstance(word, Part):
+                    self._announce(number, want, object_id, word)
+                else:
+                    self._line.say(f"{number} {word} {_NOWHERE} ")
         except (OSError, TransferError):
             self._link.close("the receiver closed the link")
+
+    def _announce(self, number: str, want: Want, object_id: str, part: Part) -> None:
+        """Under the lock that gives what is sent its place."""
+        try:
+            # Only now: a chunk is not kept for the sake of a question.
+            described = self._handoffs.describe(object_id, part)
+        except ValueError:
+            logger.exception("%s is not handed over", part.chunk)
+            described = None
+        if described is None:
+            self._line.say(f"{number} {Answer.GONE} {_NOWHERE} ")
+            return
+        note, is_here = described
+        if want is Want.LOOK:
+            self._line.say(f"{number} {Answer.HERE if is_here else Answer.AWAY} {_NOWHERE} {note}")
+        elif want is Want.SEND or not is_here:
+            self._link.submit(self._handoffs.sending_of(part))
+            self._line.say(f"{number} {Answer.SENT} {next(self._next_place)} {note}")

@@ -225,8 +225,8 @@ class Link:
             self.close(f"no connection to the other engine after {config.connect_timeout_s} s")
         elif is_moving and state_s > config.transfer_timeout_s:
             self.close(f"transfer not done after {config.transfer_timeout_s} s")
-        elif not is_busy and state_s > config.idle_timeout_s:
-            # A job that comes at this moment is worth a new link.
+        elif self._inquiries is not None and not is_busy and state_s > config.idle_timeout_s:
+            # Who asks knows. What is asked at this moment is worth a new link.
             self.close("unused", LinkLostError)
         else:
             self._set_doubt(silent_s > config.doubt_after_s)

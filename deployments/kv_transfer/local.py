@@ -1,14 +1,14 @@
 """Chunks that an engine reads in another one's memory, when both are on one machine: no copy, no link, no wait.
 
-An engine copies what it exports into its `Arena`. A reference to such a chunk carries its `Place`, and `Neighbours` of
-the receiving process views it there. Knows nothing of Ray.
+An engine copies what it exports into its `Arena`. A reference to a hand-off carries its `Place`; `Neighbours` of the
+receiving process views chunks there. Knows nothing of Ray.
 """
 
 import logging
 import os
 import select
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from math import prod
@@ -37,6 +37,10 @@ class Place:
     machine: str
     address: Address
     offset: int
+
+    def at(self, offset: int) -> "Place":
+        """Of a tensor in the same memory."""
+        return replace(self, offset=offset)
 
 
 class Arena:
@@ -74,6 +78,13 @@ class Arena:
                 return None
             self._used[offset] = nbytes
         return memory.tensor(offset, nbytes, partial(self._freed.append, offset)).view(dtype).view(shape)
+
+    @property
+    def place(self) -> Place | None:
+        """Where it begins, taken now if it was not before; None: others find nothing here. Safe from any thread."""
+        with self._lock:
+            memory = self._open()
+        return None if memory is None else Place(self._machine, memory.address, 0)
 
     def place_of(self, tensor: Tensor) -> Place | None:
         """Where others find a tensor; None if it is not from here. Safe from any thread."""
@@ -115,6 +126,10 @@ class Neighbours:
 
     def __len__(self) -> int:
         return len(self._mapped)
+
+    def reaches(self, place: Place) -> bool:
+        """Whether what is there can be viewed here; it is mapped, if it can be."""
+        return place.machine == self._machine and self._reach(place.address) is not None
 
     def view(self, place: Place, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """View a tensor of another process; None if it cannot be reached: its process is gone, or another machine's.

@@ -1,28 +1,28 @@
-"""The chunks that this process produced for others, and its links to those that ask for them.
+"""The hand-offs that this process gives away, and its links to those that ask for them.
 
-A chunk may be asked for before it is complete. The receiver hears of it when it is; what is to be sent is sent then, by
-the link's thread. A sender thus only ever waits for a receiver that receives this very chunk next, so no cycle of waits
-can form, whoever hands what to whom.
+A hand-off may be asked for before anything of it is computed. The receiver hears of each part when that is complete;
+what is to be sent is sent then, by the link's thread. A sender thus only ever waits for a receiver that receives this
+very part next, so no cycle of waits can form, whoever hands what to whom.
 """
 
-from concurrent.futures import Future
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock, Thread
 
 from torch import Tensor
 
-from deployments.kv_groups import layers_of_parts
-from deployments.kv_transfer.base import TransferConfig
+from deployments.engine.handoff.outgoing import Part, Told
+from deployments.kv_transfer.base import Handoff, TransferConfig
 from deployments.kv_transfer.channel import Channel
 from deployments.kv_transfer.group import Group, build_group, join_store
 from deployments.kv_transfer.inquiries import Answers
 from deployments.kv_transfer.line import Line, call
 from deployments.kv_transfer.link import Job, Link, Peer, RemoteEngine, Steps, Watchdog, until_over
+from deployments.kv_transfer.notes import Note, encode
 from deployments.kv_transfer.process import Counters, node_ip
 
 Address = tuple[str, int]
-_PART = "/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,37 +44,21 @@ class Invitation:
     store: Address | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Held:
-    tensor: Tensor
-    notes: "tuple[Future[str], ...]"
-    cuts: tuple[int, ...]
-
-    def part(self, number: int | None) -> Tensor:
-        if number is None:
-            return self.tensor
-        first, end = layers_of_parts(self.cuts, len(self.tensor))[number]
-        return self.tensor[first:end]
-
-
-def name_of_part(object_id: str, number: int) -> str:
-    """What a part of a chunk is asked for by; the chunk's own name asks for it whole."""
-    return f"{object_id}{_PART}{number}"
-
-
 class Source:
     """See the module. Safe from any thread.
 
     Args:
         watchdog: of all links of the process.
         counters: of the process.
+        describe: what is said of a part; ValueError: it is no KV of this engine.
     """
 
-    def __init__(self, watchdog: Watchdog, counters: Counters) -> None:
+    def __init__(self, watchdog: Watchdog, counters: Counters, describe: Callable[[Part], Note]) -> None:
         self._watchdog = watchdog
         self._counters = counters
+        self._describe = describe
         self._lock = Lock()
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, Handoff] = {}
         self._links: dict[tuple[str, bool], Link] = {}
 
     @property
@@ -85,40 +69,42 @@ class Source:
     def num_links(self) -> int:
         return len(self._links)
 
-    def hold(self, object_id: str, tensor: Tensor, notes: "tuple[Future[str], ...]", cuts: tuple[int, ...]) -> None:
-        """Keep a chunk until `release`.
-
-        Args:
-            object_id: its name.
-            tensor: its memory.
-            notes: of its parts; each is done when that and those before are complete.
-            cuts: layers at which it is cut into parts.
-        """
+    def hold(self, object_id: str, handoff: Handoff) -> None:
+        """Keep a hand-off for those that ask for it by this name, until `let_go`."""
         with self._lock:
-            self._held[object_id] = _Held(tensor, notes, cuts)
+            self._held[object_id] = handoff
 
-    def release(self, object_id: str) -> None:
-        """Drop a chunk; one that is being sent lives until that ends."""
+    def let_go(self, object_id: str) -> None:
+        """Drop a hand-off; what of it is being sent lives until that ends."""
         with self._lock:
-            self._held.pop(object_id, None)
+            handoff = self._held.pop(object_id, None)
+        if handoff is not None:
+            handoff.let_go()
 
-    def note_of(self, object_id: str) -> "Future[str] | None":
-        """See `Chunks`."""
-        held, number = self._find(object_id)
-        return None if held is None else held.notes[-1 if number is None else number]
+    def watch(self, object_id: str, told: Told) -> bool:
+        """See `Handoffs`."""
+        handoff = self._held.get(object_id)
+        if handoff is not None:
+            handoff.watch(told)
+        return handoff is not None
 
-    def sending_of(self, object_id: str) -> Job | None:
-        """See `Chunks`."""
-        held, number = self._find(object_id)
-        if held is None:
+    def release(self, object_id: str, index: int) -> None:
+        """See `Handoffs`."""
+        handoff = self._held.get(object_id)
+        if handoff is not None:
+            handoff.release(index)
+
+    def describe(self, object_id: str, part: Part) -> tuple[str, bool] | None:
+        """See `Handoffs`."""
+        if object_id not in self._held:
             return None
-        return partial(self._send, held.part(number), number is None or number == len(held.cuts))
+        note = self._describe(part)
+        return encode(note), note.offset is not None
 
-    def _find(self, name: str) -> tuple[_Held | None, int | None]:
-        """A chunk, and which part of it is meant; None: the whole."""
-        object_id, _, number = name.partition(_PART)
-        with self._lock:
-            return self._held.get(object_id), int(number) if number else None
+    def sending_of(self, part: Part) -> Job:
+        """See `Handoffs`."""
+        layers = part.chunk.layers
+        return partial(self._send, part.kv, layers is None or layers[1] == len(part.tensor))
 
     def accept(self, invitation: Invitation, device: str, config: TransferConfig) -> None:
         """A receiver waits for us; a link of that kind that it had before is over."""

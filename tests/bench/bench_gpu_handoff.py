@@ -6,8 +6,8 @@ decode engine alone. On one GPU NCCL talks over loopback sockets, since it knows
 sockets. On two, `ncclSend` and `cudaMemcpyPeer` of as many bytes are measured as well. Prints tables and, as its last
 line, one JSON object with every raw number.
 
-"Alone" is a hand-off of KV that the prefill engine holds already, from the first chunk announced to the last block in
-the other engine's pool; "behind" is what is left of it when the first token is there, if the prompt is computed
+"Alone" is a hand-off of KV that the prefill engine holds already, from the acceptance of the prompt to the last block
+in the other engine's pool; "behind" is what is left of it when the first token is there, if the prompt is computed
 meanwhile; the rest was hidden. "GiB/s" is that of the bytes' own way into the pool: copies on the GPU's clock; over
 NCCL the receiving, from the source's word that a chunk is complete to its last byte, and the copy of the last chunk.
 

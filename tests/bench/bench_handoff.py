@@ -3,7 +3,7 @@
 Run: `make bench-handoff`. Prints a table and, as its last line, one JSON object with every raw number.
 
 Part 1 takes two engine actors and a prompt that the first one has cached, so that its KV is there at once: the
-hand-off is from the first chunk announced to the last block in the other engine's pool. The plain copy sends as many
+hand-off is from the acceptance of the prompt to the last block in the other engine's pool. The plain copy sends as many
 bytes in one piece through a TCP socket on loopback, into a buffer that is there already; the two take turns.
 
 Part 2 runs the application twice on one Ray, disaggregated and colocated, and asks both in turn, over HTTP, idle.

@@ -1,8 +1,8 @@
 """Hand-offs between two hosts over a link of a known rate: two network namespaces of this machine, and `tc` between.
 
 Run: `make bench-handoff ARGS="--shaped 1gbit"`, as root. The transfer's own code (lines, questions, links, gloo), in a
-process for each engine, without Ray and without a model. A receiver asks for all chunks of a prompt, as a decode engine
-does, and copies each into a pool. "Plain" sends as many bytes as one message of gloo's. The two take turns.
+process for each engine, without Ray and without a model. A receiver asks for a prompt, as a decode engine does, and
+copies each chunk into a pool. "Plain" sends as many bytes as one message of gloo's. The two take turns.
 
 "Whole" and "in parts" play a prompt that is computed at a given pace, the chunks of its last step whole or by layers;
 "behind" runs from the end of that step until all is in the pool.
@@ -15,26 +15,30 @@ import statistics
 import subprocess
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cache, partial
 from itertools import pairwise
+from queue import SimpleQueue
 from threading import Barrier, Thread
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deployments.kv_groups import KVGroup
+from deployments.engine.handoff.outbox import Outbox
+from deployments.engine.handoff.outgoing import Part
+from deployments.kv_groups import KVGroup, num_blocks_of
 from deployments.kv_transfer.base import TransferConfig
 from deployments.kv_transfer.channel import Channel
 from deployments.kv_transfer.group import Group, build_group, host_store, join_store
-from deployments.kv_transfer.inquiries import Answers, Inquiries
+from deployments.kv_transfer.inquiries import Announced, Answer, Answers, Heard, Inquiries, Want
 from deployments.kv_transfer.layout import KVLayout
 from deployments.kv_transfer.line import LineHost, call
 from deployments.kv_transfer.link import Link, Peer, Steps, Watchdog, until_over
+from deployments.kv_transfer.notes import Note, decode
 from deployments.kv_transfer.process import Counters
-from deployments.kv_transfer.source import Source, name_of_part
+from deployments.kv_transfer.source import Source
+from deployments.messages import DrawnToken
 
 # SmolLM2-135M, as the engines of `bench_handoff` have it: 45 KiB per token, steps of 128 tokens.
 LAYOUT = KVLayout("shaped", "float32", 16, (KVGroup(tuple(range(30)), 3, 64),))
@@ -119,7 +123,8 @@ def _cuts(num_parts: int) -> tuple[int, ...]:
 def be_source(namespace: str, receivers: list[Any], commands: Any, ended_s: Any) -> None:
     """One prefill engine: holds the chunks that it is told to, and completes them at the pace that it is told."""
     _enter(namespace)
-    source, links, groups, held = Source(Watchdog(), Counters()), [], [], list[str]()
+    source, outbox = Source(Watchdog(), Counters(), _describe), Outbox(10**9, lease_s=PATIENCE_S)
+    links, groups, held = [], [], list[str]()
     for addresses in receivers:
         line_at, store_at = addresses.get(timeout=PATIENCE_S)
         line = call(line_at, _SECRET, PATIENCE_S)
@@ -134,42 +139,52 @@ def be_source(namespace: str, receivers: list[Any], commands: Any, ended_s: Any)
             _move(groups[0].start_send(_bytes(arguments[0])))
         elif what == "drop":
             while held:
-                source.release(held.pop())
+                source.let_go(held[-1])
+                outbox.drop(held.pop())
         else:
             prompt, num_tokens, num_parts, is_paced = arguments
-            held += _hold(source, prompt, num_tokens, num_parts, is_paced, ended_s)
+            held.append(prompt)
+            parts = _hold(source, outbox, prompt, num_tokens, num_parts)
+            if is_paced:
+                Thread(target=_compute, args=(outbox, prompt, parts, ended_s), daemon=True).start()
+            else:
+                for index, _ in parts:
+                    outbox.note_copied(prompt, index)
         commands.task_done()
     for link in links:
         link.close("the end")
     os._exit(0)  # gloo's threads may still wait for the other end, which is ending too
 
 
-def _hold(source: Source, prompt: str, num_tokens: int, num_parts: int, is_paced: bool, ended_s: Any) -> list[str]:
-    """Hold a prompt's chunks; complete at once, or at the pace of an engine, which tells when its last step ends.
+def _describe(part: Part) -> Note:
+    return Note.of(part.chunk, part.num_parts, num_blocks_of(part.tensor.shape), None)
+
+
+def _hold(source: Source, outbox: Outbox, prompt: str, num_tokens: int, num_parts: int) -> list[tuple[int, float]]:
+    """Hold a prompt, of which nothing is complete.
 
     Returns:
-        Their names.
+        Of each part the number of its chunk, and how many steps have been taken when it is computed.
     """
-    sizes = _chunks(num_tokens)
-    notes = []
+    outbox.open(prompt, 0)
+    handoff = outbox.take(prompt)
+    assert handoff is not None
+    source.hold(prompt, handoff)
+    sizes, parts = _chunks(num_tokens), []
     for i, num_blocks in enumerate(sizes):
-        cuts = _cuts(num_parts) if i == len(sizes) - 1 else ()
-        notes.append(tuple(Future[str]() for _ in range(len(cuts) + 1)))
-        source.hold(f"{prompt}-{i}", torch.ones(LAYOUT.chunk_shape(num_blocks)), notes[-1], cuts)
-    if not is_paced:
-        for part in [part for parts in notes for part in parts]:
-            part.set_result("")
-    else:
-        Thread(target=_compute, args=(notes, ended_s), daemon=True).start()
-    return [f"{prompt}-{i}" for i in range(len(sizes))]
+        is_last = i == len(sizes) - 1
+        cuts, tensor = _cuts(num_parts) if is_last else (), torch.ones(LAYOUT.chunk_shape(num_blocks))
+        chunk = outbox.put(prompt, num_blocks, tensor, is_last=is_last, cuts=cuts)
+        parts += [(chunk.index, i + k / (len(cuts) + 1)) for k in range(1, len(cuts) + 2)]
+    outbox.set_first_token(prompt, DrawnToken(0))
+    return parts
 
 
-def _compute(notes: "list[tuple[Future[str], ...]]", ended_s: Any) -> None:
+def _compute(outbox: Outbox, prompt: str, parts: list[tuple[int, float]], ended_s: Any) -> None:
     begun_s = time.monotonic()
-    for i, parts in enumerate(notes):
-        for k, part in enumerate(parts, 1):
-            time.sleep(max(0.0, begun_s + (i + k / len(parts)) * STEP_S - time.monotonic()))
-            part.set_result("")
+    for index, num_steps in parts:
+        time.sleep(max(0.0, begun_s + num_steps * STEP_S - time.monotonic()))
+        outbox.note_copied(prompt, index)
     ended_s.value = time.monotonic()
 
 
@@ -200,26 +215,24 @@ class _Receiver:
             Link("receiver", _Alive(), partial(Channel, group, line), CONFIG, lambda _: None, inquiries)
             self.pairs.append((inquiries, group))
 
-    def pull(self, source: int, prompt: str, num_tokens: int, num_parts: int) -> float:
-        """Ask for all chunks of a prompt at once; when the last of them is in the pool."""
-        sizes, asked = _chunks(num_tokens), []
+    def pull(self, source: int, prompt: str) -> float:
+        """Ask for a prompt; when the last of it is in the pool."""
         inquiries, _ = self.pairs[source]
-        for i, num_blocks in enumerate(sizes):
-            shape, name = LAYOUT.chunk_shape(num_blocks), f"{prompt}-{i}"
-            if i < len(sizes) - 1 or num_parts == 1:
-                asked.append(inquiries.ask(name, partial(_receive, shape)))
-                continue
-            for k, (first, end) in enumerate(pairwise((0, *_cuts(num_parts), shape[0]))):
-                asked.append(inquiries.ask(name_of_part(name, k), partial(_receive, (end - first, *shape[1:]))))
-        while asked:
-            tensor = asked.pop(0).result(PATIENCE_S)[0]
+        heard: SimpleQueue[Heard] = SimpleQueue()
+        inquiries.ask(Want.SEND, prompt, heard.put, lambda text: partial(_receive, decode(text)))
+        while isinstance(announced := heard.get(timeout=PATIENCE_S), Announced):
+            assert announced.arriving is not None
+            tensor = announced.arriving.result(PATIENCE_S)
             assert tensor is not None
             self._pool[: len(tensor), :, : tensor.shape[2]].copy_(tensor)
+        assert announced is Answer.WHOLE, announced
         return time.monotonic()
 
 
-def _receive(shape: tuple[int, ...], group: Group, config: TransferConfig) -> Steps:
-    tensor: Tensor = group.allocate(shape, torch.float32)
+def _receive(note: Note, group: Group, config: TransferConfig) -> Steps:
+    shape = LAYOUT.chunk_shape(note.tensor_blocks)
+    first, end = note.layers or (0, shape[0])
+    tensor: Tensor = group.allocate((end - first, *shape[1:]), torch.float32)
     wait = group.start_recv(tensor)
     yield True
     yield from until_over(wait, PATIENCE_S)
@@ -298,14 +311,14 @@ class Mesh:
         """Seconds of one prompt from each source to each receiver, whose KV is there."""
         prompts = self._hold(num_tokens, 1, is_paced=False)
         for r, receiver in enumerate(self._receivers):
-            receiver.put(("pull", *((s, prompts[s][r], num_tokens, 1) for s in range(len(self._sources)))))
+            receiver.put(("pull", *((s, prompts[s][r]) for s in range(len(self._sources)))))
         times = [self._results.get(timeout=PATIENCE_S) for _ in self._receivers]
         return float(max(ended_s for _, ended_s in times) - min(begun_s for begun_s, _ in times))
 
     def behind_s(self, num_tokens: int, num_parts: int) -> float:
         """Seconds from the end of a prompt's last step until all of its KV is in the pool."""
         prompts = self._hold(num_tokens, num_parts, is_paced=True)
-        self._receivers[0].put(("pull", (0, prompts[0][0], num_tokens, num_parts)))
+        self._receivers[0].put(("pull", (0, prompts[0][0])))
         _, ended_s = self._results.get(timeout=PATIENCE_S)
         return float(ended_s - self._ended_s.value)
 

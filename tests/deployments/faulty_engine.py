@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.outbox import Completion, TakenChunk
+from deployments.engine.handoff.outbox import TakenHandoff
+from deployments.engine.handoff.outgoing import End, Part, Told, Word
 from deployments.engine_builder import BuiltEngine
 from deployments.engine_info import EngineInfo
-from deployments.errors import TransferError
 from deployments.kv_tier.keys import TierKeys
 from deployments.kv_transfer.layout import KVLayout
-from deployments.local_engine import Answer, LocalEngine, first_token_of
+from deployments.local_engine import LocalEngine
 from deployments.messages import ChunkReady, FrontEvent, GenerateRequest, ReplyAddress
 from tests.engine.driving import build_engine
 from tests.engine.grammars import load_with_tokenizer
@@ -51,15 +51,32 @@ class HeldClock:
         self._held_s = self()
 
 
+class GatedHandoff(TakenHandoff):
+    """One that its engine tells of as it can: not while it hangs or holds a part up, and never once it is dead."""
+
+    def __init__(self, engine: "FaultyEngine", handoff: TakenHandoff) -> None:
+        self._engine = engine
+        self._taken = handoff
+
+    def watch(self, told: Told) -> None:
+        self._engine.tell_of(self._taken, told)
+
+    def release(self, index: int) -> None:
+        self._taken.release(index)
+
+    def let_go(self) -> None:
+        self._taken.let_go()
+
+
 class FaultyEngine(LocalEngine):
     """See the module.
 
     Attributes:
         death: what whoever asks it is told; None: it lives.
         goes_on: cleared while it hangs.
-        holds: whether a chunk that comes, or that it is about to tell of, is held up, until `lets_go` is set.
+        holds: whether a part that comes, or that it is about to tell of, is held up, until `lets_go` is set.
         has_held: set once one was.
-        fail_receives: so many of the next chunks do not arrive.
+        fail_receives: so many of the next parts do not arrive, and those behind them neither.
         changes: what becomes of a chunk on its way.
         added: requests that it was asked to decode.
         renews: False: it says that it renews leases, and does not.
@@ -90,6 +107,8 @@ class FaultyEngine(LocalEngine):
         self.renews = True
         self.step_s = 0.0
         self._stops_at: Callable[[Engine], bool] | None = None
+        self._listeners: list[Told] = []
+        self._tellers: list[asyncio.Task[None]] = []
         guard_steps(self._engine, self._may_step)
 
     def _join(self, tier: LocalTier) -> None:
@@ -111,6 +130,8 @@ class FaultyEngine(LocalEngine):
         """As if the process had been killed: it draws no further token."""
         self.death = ConnectionError("the engine's process is gone")
         self._tell([])
+        for told in self._listeners:
+            told(End.GONE)
 
     def break_model(self, error: Exception) -> None:
         """From now on no step runs."""
@@ -141,51 +162,45 @@ class FaultyEngine(LocalEngine):
         self.added.append(request)
         return super().add(request, remote_threshold, reply_to)
 
-    def receive_kv(self, chunk: ChunkReady, taken: Awaitable[TakenChunk]) -> Awaitable[float]:
-        on_its_way = asyncio.run_coroutine_threadsafe(self._arrival(chunk, taken), self._event_loop)
-        return super().receive_kv(chunk, Answer(on_its_way))
+    def take_handoff(self, request_id: str) -> Awaitable[TakenHandoff]:
+        return self._ask(lambda: GatedHandoff(self, self._host.take_handoff(request_id)))
+
+    def tell_of(self, handoff: TakenHandoff, told: Told) -> None:
+        """See `GatedHandoff`; called in the event loop."""
+        words = asyncio.Queue[Word]()
+        self._listeners.append(told)
+
+        async def pass_on() -> None:
+            word: Word | None = None
+            while not isinstance(word, End):
+                word = await words.get()
+                if isinstance(word, Part):
+                    await self._hold(word.chunk)
+                await self.goes_on.wait()
+                if self.death is not None:
+                    return  # which has been told
+                told(word)
+
+        handoff.watch(lambda word: self._event_loop.call_soon_threadsafe(words.put_nowait, word))
+        self._tellers.append(self._event_loop.create_task(pass_on()))
 
     def renew(self, request_id: str) -> Awaitable[bool]:
         return super().renew(request_id) if self.renews else self._ask(lambda: True)
 
     async def events(self) -> AsyncIterator[list[FrontEvent]]:
         async for batch in super().events():
-            for event in batch:
-                if isinstance(event, ChunkReady):
-                    await self._hold(event)
             await self.goes_on.wait()
             if not batch:
                 assert self.death is not None
                 raise self.death
             yield batch
 
-    async def _arrival(self, chunk: ChunkReady, taken: Awaitable[TakenChunk]) -> TakenChunk:
-        arrived = await taken
-        if arrived.cuts:
-            return self._by_parts(chunk, arrived)
-        await first_token_of(chunk, arrived.completion)
-        await self._hold(chunk)
-        self._fail_if_told()
-        return replace(arrived, tensor=self.changes(arrived.tensor))
-
-    def _by_parts(self, chunk: ChunkReady, taken: TakenChunk) -> TakenChunk:
-        """The same chunk, whose parts arrive when they are let through."""
-        arrivals = [Completion() for _ in taken.parts()]
-
-        async def deliver() -> None:
-            for (layers, _, completion), arrival in zip(taken.parts(), arrivals, strict=True):
-                try:
-                    token = await first_token_of(chunk, completion)
-                    await self._hold(replace(chunk, layers=layers))
-                    self._fail_if_told()
-                except (TransferError, ConnectionError) as error:
-                    arrival.set_exception(error)
-                else:
-                    arrival.set_result(token)
-
-        self._event_loop.create_task(deliver())
-        *earlier, last = arrivals
-        return replace(taken, completion=last, earlier=tuple(earlier))
+    async def _parts(self, request_id: str, handoff: TakenHandoff) -> AsyncIterator[Part]:
+        async for part in super()._parts(request_id, handoff):
+            await self._hold(part.chunk)
+            self._fail_if_told()
+            await self._reach()
+            yield replace(part, tensor=self.changes(part.tensor))
 
     def _fail_if_told(self) -> None:
         if self.fail_receives:

@@ -1,4 +1,4 @@
-"""A chunk's way into the pool, with a loop that takes commands when the test says so."""
+"""A hand-off's way into the pool, with a loop that takes commands when the test says so."""
 
 import weakref
 from collections.abc import Callable
@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deployments.engine_host import Filling
+from deployments.engine.handoff.completions import Completions
+from deployments.filling import Filling
 from deployments.messages import ChunkReady
 
 LAYERS = [(0, 1), (1, 3), (3, 4)]
@@ -51,10 +52,15 @@ class Rig:
     def __init__(self) -> None:
         self.loop = HeldLoop()
         self.pool = Pool()
-        self.filling = Filling(cast(Any, self.loop), self.pool.import_chunk)
+        self.released: list[int] = []
+        loop = cast(Any, self.loop)
+        self.filling = Filling(loop, self.pool.import_chunk, Completions(), self.released.append)
 
-    def add(self, tensor: Tensor, layers: tuple[int, int] | None, num_blocks: int = 1) -> None:
-        self.filling.add(ChunkReady("r", 0, 0, num_blocks, layers=layers), tensor, complete_s=0.0)
+    def add(
+        self, tensor: Tensor, layers: tuple[int, int] | None, num_blocks: int = 1, index: int = 0, keeps: bool = True
+    ) -> None:
+        chunk, num_parts = ChunkReady("r", index, 0, num_blocks, layers=layers), 1 if layers is None else len(LAYERS)
+        self.filling.add(chunk, tensor, complete_s=0.0, num_parts=num_parts, keeps=keeps)
 
 
 @pytest.fixture
@@ -66,8 +72,30 @@ def test_a_whole_chunk_is_imported_between_two_steps(rig: Rig) -> None:
     rig.add(torch.arange(4.0), None)
     assert rig.pool.imported == []
     rig.loop.go_on()
-    assert rig.filling.finish() > 0.0
+    (arrived,) = rig.filling.finish()
+    assert arrived.seconds > 0.0 and arrived.ago_s >= 0.0
+    assert (arrived.num_blocks, arrived.num_bytes, rig.released) == (1, 16, [0])
     assert rig.pool.imported == [(None, [0.0, 1.0, 2.0, 3.0])]
+
+
+def test_each_chunk_is_given_back_as_soon_as_all_of_it_is_in_the_pool(rig: Rig) -> None:
+    for layers in LAYERS[:2]:
+        rig.add(torch.zeros(layers[1] - layers[0]), layers, index=5)
+    rig.add(torch.zeros(4), None, index=6)
+    rig.loop.go_on()
+    assert rig.released == [6]
+    rig.add(torch.zeros(1), LAYERS[2], index=5)
+    rig.loop.go_on()
+    assert rig.released == [6, 5]
+    assert [chunk.num_bytes for chunk in rig.filling.finish()] == [16, 16]
+
+
+def test_parts_of_two_chunks_are_not_imported_as_one_though_they_lie_behind_each_other(rig: Rig) -> None:
+    whole = torch.arange(8.0)
+    rig.add(whole[:1], LAYERS[0], index=0)
+    rig.add(whole[1:3], LAYERS[1], index=1)
+    rig.loop.go_on()
+    assert rig.pool.imported == [((0, 1), [0.0]), ((1, 3), [1.0, 2.0])]
 
 
 def test_parts_that_lie_behind_each_other_and_come_within_a_step_are_imported_as_one(rig: Rig) -> None:
@@ -91,12 +119,15 @@ def test_parts_with_memory_of_their_own_are_imported_one_by_one(rig: Rig) -> Non
 
 def test_memory_of_parts_that_were_sent_is_given_back_before_the_next_ones_come(rig: Rig) -> None:
     """What has the room waits for what needs it, else."""
-    tensors = [torch.zeros(1), torch.zeros(1)]
+    tensors = [torch.zeros(1), torch.zeros(2)]
     refs = [weakref.ref(tensor) for tensor in tensors]
-    for layers, keeps in zip(LAYERS[::2], (False, True), strict=True):
-        rig.filling.add(ChunkReady("r", 0, 0, 1, layers=layers), tensors.pop(0), complete_s=0.0, keeps=keeps)
+    for layers, keeps in zip(LAYERS[:2], (False, True), strict=True):
+        rig.add(tensors.pop(0), layers, keeps=keeps)
     rig.loop.go_on()
     assert [ref() is None for ref in refs] == [True, False]
+    rig.add(torch.zeros(1), LAYERS[2])
+    rig.loop.go_on()
+    assert refs[1]() is None, "all of the chunk is read"
     rig.filling.finish()
 
 
@@ -115,8 +146,15 @@ def test_when_a_transfer_fails_no_part_is_read_any_more(rig: Rig) -> None:
 
 
 def test_what_the_engine_refuses_is_told(rig: Rig) -> None:
-    rig.add(torch.zeros(1), LAYERS[0], num_blocks=0)
-    rig.add(torch.zeros(1), LAYERS[2])
+    rig.add(torch.zeros(1), None, num_blocks=0)
+    rig.loop.go_on()
+    with pytest.raises(ValueError, match="no blocks"):
+        rig.add(torch.zeros(1), None, index=1)
+
+
+def test_what_the_engine_refuses_last_is_told_in_the_end(rig: Rig) -> None:
+    rig.add(torch.zeros(1), None)
+    rig.add(torch.zeros(1), None, num_blocks=0, index=1)
     rig.loop.go_on()
     with pytest.raises(ValueError, match="no blocks"):
         rig.filling.finish()

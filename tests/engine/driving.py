@@ -3,14 +3,13 @@
 import time
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.outbox import TakenChunk
+from deployments.engine.handoff.outgoing import End, Part, Word
 from deployments.engine.handoff.states import Clock
 from deployments.engine.model.load import LoadedModel
 from deployments.messages import ChunkReady, EngineEvent, GenerateRequest, SamplingParams, TokenOutput
@@ -53,13 +52,10 @@ class Transcript:
         self.tokens: dict[str, list[int]] = defaultdict(list)
         self.cached: dict[str, int] = {}
         self.finished: set[str] = set()
-        self.chunks: list[ChunkReady] = []
 
     def note(self, events: Iterable[EngineEvent]) -> None:
         for event in events:
-            if isinstance(event, ChunkReady):
-                self.chunks.append(event)
-            elif isinstance(event, TokenOutput):
+            if isinstance(event, TokenOutput):
                 assert event.request_id not in self.finished, f"{event} after the end"
                 assert event.index == len(self.tokens[event.request_id]), f"{event} leaves a gap"
                 self.tokens[event.request_id] += event.token_ids
@@ -92,24 +88,51 @@ def generate(engine: Engine, requests: Iterable[GenerateRequest]) -> list[tuple[
     return [tuple(transcript.tokens[request.request_id]) for request in requests]
 
 
+class Taken:
+    """A hand-off that was given away, and what was told of it.
+
+    Args:
+        engine: that computes it.
+        request_id: of the prompt.
+        releases: whether each chunk is given back as soon as it is there.
+    """
+
+    def __init__(self, engine: Engine, request_id: str, *, releases: bool = False) -> None:
+        handoff = engine.take_handoff(request_id)
+        assert handoff is not None
+        self.handoff = handoff
+        self.words: list[Word] = []
+        self._releases = releases
+        handoff.watch(self._note)
+
+    def _note(self, word: Word) -> None:
+        self.words.append(word)
+        if self._releases and isinstance(word, Part):
+            self.handoff.release(word.chunk.index)
+
+    @property
+    def parts(self) -> list[Part]:
+        return [word for word in self.words if isinstance(word, Part)]
+
+    @property
+    def chunks(self) -> list[ChunkReady]:
+        return [part.chunk for part in self.parts]
+
+    @property
+    def end(self) -> End | None:
+        last = self.words[-1] if self.words else None
+        return last if isinstance(last, End) else None
+
+
 def prefill_all(engine: Engine, request: GenerateRequest, first_block: int = 0) -> list[tuple[ChunkReady, Tensor]]:
-    """Compute a prompt for another engine and take every chunk, in order, each as soon as it is there."""
+    """Compute a prompt for another engine; every chunk, or part of one, in order, given back as soon as it is there."""
     engine.prefill(request, first_block)
-    taken: list[tuple[ChunkReady, TakenChunk]] = []
+    taken = Taken(engine, request.request_id, releases=True)
     # On a GPU a chunk may be complete, and released, some time behind the step.
-    while engine.has_work or not all(chunk.completion.done() for _, chunk in taken):
-        for event in engine.step():
-            if isinstance(event, ChunkReady):
-                chunk = engine.take_chunk(event.request_id, event.index)
-                assert chunk is not None
-                chunk.completion.add_done_callback(partial(_release, engine, event))
-                taken.append((event, chunk))
+    while engine.has_work or taken.end is None:
+        engine.step()
         engine.check_integrity()
-    return [(replace(event, first_token=chunk.completion.result()), chunk.tensor) for event, chunk in taken]
-
-
-def _release(engine: Engine, chunk: ChunkReady, _: object) -> None:
-    engine.release_chunk(chunk.request_id, chunk.index)
+    return [(part.chunk, part.kv) for part in taken.parts]
 
 
 def hand_over(

@@ -3,9 +3,10 @@
 import pytest
 
 from deployments.engine.engine import Engine
+from deployments.engine.handoff.outgoing import End
 from deployments.engine.scheduling.sequence import Sequence
-from deployments.messages import ChunkReady, TokenOutput
-from tests.engine.driving import Transcript, generate, greedy, prefill_all, run
+from deployments.messages import TokenOutput
+from tests.engine.driving import Taken, Transcript, generate, greedy, prefill_all, run
 from tests.engine.insides import is_between_engines, scheduler_of
 from tests.engine.small import POOL_BLOCKS, build_small
 
@@ -32,41 +33,41 @@ def test_running_decodes_get_a_token_in_every_step_of_a_long_prompt() -> None:
 def test_an_export_waits_for_room_in_the_buffer_and_goes_on_when_chunks_are_released() -> None:
     engine = build_small(max_num_batched_tokens=4)  # chunks of 1 block, a buffer of 4
     engine.prefill(greedy("r", range(30), 2), 0)
-    waiting = run(engine).chunks
-    assert len(waiting) == 4 and not engine.has_work
+    taken = Taken(engine, "r")
+    run(engine)
+    waiting = taken.chunks
+    assert len(taken.words) == len(waiting) == 4
     assert engine.num_sequences == 1, "its blocks stay until they are copied out"
-    taken = engine.take_chunk("r", 0)
-    assert taken is not None and taken.completion.result() is None
+    assert [chunk.first_token for chunk in waiting] == [None] * 4
     assert not engine.has_work, "taken is not released: the receiver still reads it"
     for chunk in waiting:
-        engine.release_chunk("r", chunk.index)
+        taken.handoff.release(chunk.index)
     assert engine.has_work
-    rest = run(engine).chunks
+    run(engine)
+    rest = taken.chunks[4:]
     assert [c.is_last for c in rest] == [False, False, False, True]
     assert engine.num_sequences == 0 and engine.num_free_blocks == POOL_BLOCKS
 
 
-def test_chunks_are_announced_before_the_step_that_computes_them_and_complete_behind_it() -> None:
+def test_memory_for_chunks_is_set_aside_before_the_step_that_computes_them_and_they_are_told_of_behind_it() -> None:
     engine = build_small()
     engine.prefill(greedy("r", range(6), 2), 0)
-    (chunk,) = (event for event in engine.begin_step() if isinstance(event, ChunkReady))
-    assert chunk.is_last and chunk.first_token is None
-    taken = engine.take_chunk("r", chunk.index)
-    assert taken is not None and not taken.completion.done()
+    taken = Taken(engine, "r")
+    engine.begin_step()
+    assert engine.stats().num_exported_blocks == 2 and taken.words == []
     told = [event for event in engine.finish_step() if isinstance(event, TokenOutput)]
-    first_token = taken.completion.result(timeout=0)
-    assert first_token is not None and (first_token.token_id,) == told[0].token_ids
+    (chunk,) = taken.chunks
+    assert chunk.is_last and taken.end is End.WHOLE
+    assert chunk.first_token is not None and (chunk.first_token.token_id,) == told[0].token_ids
     assert engine.num_sequences == 0 and engine.num_free_blocks == POOL_BLOCKS
 
 
 def test_a_first_token_that_ends_the_request_leaves_no_chunk_behind() -> None:
     engine = build_small()
     engine.prefill(greedy("r", range(6), 1), 0)
-    (chunk,) = (event for event in engine.begin_step() if isinstance(event, ChunkReady))
-    taken = engine.take_chunk("r", chunk.index)
-    assert taken is not None
-    engine.finish_step()
-    assert taken.completion.done() and not is_between_engines(engine)
+    taken = Taken(engine, "r")
+    engine.step()
+    assert taken.end is not None and not is_between_engines(engine)
     assert engine.num_sequences == 0 and engine.num_free_blocks == POOL_BLOCKS
 
 
@@ -78,7 +79,7 @@ def test_aborting_a_chunked_prefill_returns_every_block_and_chunk() -> None:
     engine.abort("r")
     engine.check_integrity()
     assert engine.num_free_blocks == POOL_BLOCKS and engine.stats().num_exported_blocks == 0
-    assert engine.take_chunk("r", 0) is None
+    assert engine.take_handoff("r") is None
     assert not engine.has_work
 
 

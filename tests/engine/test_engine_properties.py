@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import TypeAlias
 
 import hypothesis.strategies as st
@@ -13,13 +13,13 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from deployments.engine.engine import Engine
-from deployments.engine.handoff.outbox import TakenChunk
+from deployments.engine.handoff.outbox import TakenHandoff
+from deployments.engine.handoff.outgoing import Part, Word
 from deployments.engine.model.eagle3 import Eagle3Head
 from deployments.engine.model.load import LoadedModel, prepare_model
 from deployments.engine.speculation.base import Wish
 from deployments.messages import (
     Adjustments,
-    ChunkReady,
     EngineEvent,
     GenerateRequest,
     HandoffExpired,
@@ -129,31 +129,15 @@ samplings = st.builds(
 )
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class InFlight:
-    """A chunk that was announced; `taken` once it was. Or a part of one: then this is its number."""
+    """A part that its source has told of, and that may come whenever it likes."""
 
-    chunk: ChunkReady
-    taken: TakenChunk | None = None
-    part: int = 0
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether it was taken and may be delivered."""
-        if self.taken is None:
-            return False
-        *_, completion = self.taken.parts()[self.part]
-        return completion.done() and not completion.cancelled()
-
-    def parts(self) -> "list[InFlight]":
-        """Of a chunk that was taken: each may come before or behind any other."""
-        assert self.taken is not None
-        return [replace(self, part=i) for i in range(len(self.taken.parts()))]
+    handoff: TakenHandoff
+    part: Part
 
     def deliver(self, engine: Engine) -> list[EngineEvent]:
-        assert self.taken is not None
-        layers, tensor, completion = self.taken.parts()[self.part]
-        return engine.import_chunk(replace(self.chunk, layers=layers, first_token=completion.result()), tensor)
+        return engine.import_chunk(self.part.chunk, self.part.kv)
 
 
 class Relay(RuleBasedStateMachine):
@@ -176,10 +160,9 @@ class Relay(RuleBasedStateMachine):
         self.tokens: dict[str, list[int]] = {}
         self.ended: set[str] = set()
         self.unsent: list[Placed] = []
+        self.untaken: list[str] = []
         self.in_flight: list[InFlight] = []
-        self.asked_for: list[InFlight] = []
         self.arrived: list[InFlight] = []
-        self.unreleased: list[ChunkReady] = []
 
     @rule(
         prompt=prompts,
@@ -213,10 +196,7 @@ class Relay(RuleBasedStateMachine):
     @rule()
     def step_prefill(self) -> None:
         for event in self.prefill.step():
-            if isinstance(event, ChunkReady):
-                self.in_flight.append(InFlight(event))
-                self.unreleased.append(event)
-            elif isinstance(event, TokenOutput):
+            if isinstance(event, TokenOutput):
                 self.note_first_token(event)
 
     @precondition(lambda self: self.unsent)
@@ -225,22 +205,27 @@ class Relay(RuleBasedStateMachine):
         placed = data.draw(st.sampled_from(self.unsent))
         self.unsent.remove(placed)
         self.prefill.prefill(self.requests[placed.request_id], placed.num_cached_tokens // BLOCK_SIZE)
+        self.untaken.append(placed.request_id)
+
+    @precondition(lambda self: self.untaken)
+    @rule(data=st.data())
+    def take(self, data: st.DataObject) -> None:
+        request_id = data.draw(st.sampled_from(self.untaken))
+        self.untaken.remove(request_id)
+        handoff = self.prefill.take_handoff(request_id)
+        assert self.prefill.take_handoff(request_id) is None, "given away twice"
+        if handoff is not None:
+            handoff.watch(partial(self.note_word, handoff))
+
+    def note_word(self, handoff: TakenHandoff, word: Word) -> None:
+        if isinstance(word, Part):
+            self.in_flight.append(InFlight(handoff, word))
 
     @precondition(lambda self: self.in_flight)
     @rule(data=st.data())
-    def take(self, data: st.DataObject) -> None:
+    def deliver(self, data: st.DataObject) -> None:
         item = data.draw(st.sampled_from(self.in_flight))
         self.in_flight.remove(item)
-        item.taken = self.prefill.take_chunk(item.chunk.request_id, item.chunk.index)
-        assert self.prefill.take_chunk(item.chunk.request_id, item.chunk.index) is None, "given away twice"
-        if item.taken is not None:
-            self.asked_for += item.parts()
-
-    @precondition(lambda self: any(item.is_complete for item in self.asked_for))
-    @rule(data=st.data())
-    def deliver(self, data: st.DataObject) -> None:
-        item = data.draw(st.sampled_from([item for item in self.asked_for if item.is_complete]))
-        self.asked_for.remove(item)
         self.note(item.deliver(self.decode))
         self.arrived.append(item)
 
@@ -248,17 +233,16 @@ class Relay(RuleBasedStateMachine):
     @rule(data=st.data())
     def deliver_again(self, data: st.DataObject) -> None:
         item = data.draw(st.sampled_from(self.arrived))
-        if item.chunk.request_id in scheduler_of(self.decode).reserved:
+        if item.part.chunk.request_id in scheduler_of(self.decode).reserved:
             self.note(item.deliver(self.decode))
         else:
             assert item.deliver(self.decode) == []
 
-    @precondition(lambda self: self.unreleased)
-    @rule(data=st.data())
-    def release(self, data: st.DataObject) -> None:
-        chunk = data.draw(st.sampled_from(self.unreleased))
-        self.unreleased.remove(chunk)
-        self.prefill.release_chunk(chunk.request_id, chunk.index)
+    @precondition(lambda self: self.arrived)
+    @rule(data=st.data(), lets_go=st.sampled_from([False, False, True]))
+    def release(self, data: st.DataObject, lets_go: bool) -> None:
+        item = data.draw(st.sampled_from(self.arrived))
+        item.handoff.let_go() if lets_go else item.handoff.release(item.part.chunk.index)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())

@@ -1,6 +1,6 @@
 """Every way through the engine gives the tokens that transformers' own `generate` gives, token for token."""
 
-from dataclasses import replace
+from itertools import groupby
 from math import prod
 from typing import Any
 
@@ -10,9 +10,19 @@ from torch import Tensor
 
 from deployments.engine.engine import Engine
 from deployments.engine.execution.base import LaunchedStep
-from deployments.engine.handoff.outbox import TakenChunk
-from deployments.messages import ChunkReady, EngineEvent, Placed
-from tests.engine.driving import BLOCK_SIZE, Transcript, build_engine, generate, greedy, hand_over, prefill_all, run
+from deployments.engine.handoff.outgoing import End, Part
+from deployments.messages import EngineEvent, Placed
+from tests.engine.driving import (
+    BLOCK_SIZE,
+    Taken,
+    Transcript,
+    build_engine,
+    generate,
+    greedy,
+    hand_over,
+    prefill_all,
+    run,
+)
 from tests.engine.families import FAMILIES, build_model, load, random_prompt, reference
 from tests.engine.insides import runner_of
 
@@ -169,11 +179,11 @@ def test_a_prefill_engine_that_holds_part_of_the_prefix_still_sends_all() -> Non
     assert tuple(run(decode, transcript).tokens["r"]) == reference("llama", LONG, NUM_TOKENS)
 
 
-def import_parts(decode: Engine, chunk: ChunkReady, taken: TakenChunk) -> list[EngineEvent]:
+def import_parts(decode: Engine, parts: list[Part]) -> list[EngineEvent]:
     """Each part of a chunk by itself, the last one first."""
     events: list[EngineEvent] = []
-    for layers, tensor, completion in reversed(taken.parts()):
-        events += decode.import_chunk(replace(chunk, layers=layers, first_token=completion.result()), tensor)
+    for part in reversed(parts):
+        events += decode.import_chunk(part.chunk, part.kv)
         decode.check_integrity()
     return events
 
@@ -188,38 +198,32 @@ def test_what_the_last_step_of_a_prompt_computes_goes_in_parts_of_layers(
     prefill = build_engine(loaded, is_pipelined=is_pipelined, max_num_batched_tokens=budget, handoff_layer_parts=2)
     decode = build_engine(loaded)
     reserve(decode)
-    transcript, taken = Transcript(), dict[int, tuple[ChunkReady, TakenChunk]]()
     notes: list[str] = []
     launch = runner_of(prefill).launch
 
     def launch_and_note(*arguments: Any) -> LaunchedStep:
-        """The front has passed the chunks on before the step is launched."""
-        for chunk in transcript.chunks[len(taken) :]:
-            found = prefill.take_chunk("r", chunk.index)
-            assert found is not None
-            taken[chunk.index] = chunk, found
-            for part in found.earlier:
-                part.add_done_callback(lambda _: notes.append("part"))
-            found.completion.add_done_callback(lambda _: notes.append("chunk"))
         launched: LaunchedStep = launch(*arguments)
         notes.append("launched")
         return launched
 
     runner_of(prefill).launch = launch_and_note
     prefill.prefill(greedy("r", LONG, NUM_TOKENS), 0)
+    taken = Taken(prefill, "r")
+    taken.handoff.watch(lambda word: notes.append("part" if isinstance(word, Part) and word.num_parts > 1 else "word"))
     while prefill.has_work:
-        transcript.note(prefill.begin_step())
-        transcript.note(prefill.finish_step())
+        prefill.step()
         prefill.check_integrity()
-    cuts = [found.cuts for _, found in taken.values()]
+    assert taken.end is End.WHOLE
+    chunks = [list(parts) for _, parts in groupby(taken.parts, lambda part: part.chunk.index)]
     num_parts = min(2, prefill.kv_shape.group.num_layers)  # where groups of layers share blocks, these may have one
-    assert cuts == [()] * (len(cuts) - 1) + [cuts[-1]] and len(cuts[-1]) == num_parts - 1, "only the last step's"
+    assert [len(parts) for parts in chunks] == [1] * (len(chunks) - 1) + [num_parts], "only the last step's"
+    assert all(part.num_parts == len(parts) for parts in chunks for part in parts)
     last_launch = len(notes) - 1 - notes[::-1].index("launched")
     assert num_parts == 1 or notes.index("part") < last_launch, "while the step is computed"
     told = Transcript()
-    for chunk, found in taken.values():
-        told.note(import_parts(decode, chunk, found))
-        prefill.release_chunk("r", chunk.index)
+    for parts in chunks:
+        told.note(import_parts(decode, parts))
+        taken.handoff.release(parts[0].chunk.index)
     assert tuple(run(decode, told).tokens["r"]) == reference(family, LONG, NUM_TOKENS)
     prefill.check_integrity()
     assert prefill.stats().num_used_blocks == 0
@@ -229,12 +233,10 @@ def test_a_prompt_of_which_some_layers_have_come_is_finished_locally() -> None:
     prefill, decode = build_engine(load("llama"), handoff_layer_parts=2), build_engine(load("llama"))
     reserve(decode)
     prefill.prefill(greedy("r", LONG, NUM_TOKENS), 0)
-    (chunk,) = [event for event in prefill.begin_step() if isinstance(event, ChunkReady)]
-    taken = prefill.take_chunk("r", chunk.index)
-    assert taken is not None
-    prefill.finish_step()
-    layers, tensor, _ = taken.parts()[0]
-    assert decode.import_chunk(replace(chunk, layers=layers), tensor) == []
+    taken = Taken(prefill, "r")
+    prefill.step()
+    part = taken.parts[0]
+    assert decode.import_chunk(part.chunk, part.kv) == []
     assert decode.prefill_locally("r")
     assert tuple(run(decode).tokens["r"]) == reference("llama", LONG, NUM_TOKENS)
     assert decode.stats().prompt_tokens == len(LONG), "what has come of its blocks is of no use"
@@ -289,17 +291,16 @@ def test_a_prefill_preempted_by_decodes_exports_each_block_once() -> None:
     mixed.add(greedy("local", local, NUM_TOKENS))
     transcript.note(mixed.step())
     mixed.prefill(greedy("r", LONG, NUM_TOKENS), 0)
+    taken = Taken(mixed, "r")
     run(mixed, transcript)
     assert mixed.stats().preemptions > 0
-    blocks = [i for c in transcript.chunks for i in range(c.start_block, c.start_block + c.num_blocks)]
+    blocks = [i for c in taken.chunks for i in range(c.start_block, c.start_block + c.num_blocks)]
     assert blocks == list(range(8))
     assert tuple(transcript.tokens["local"]) == reference("llama", local, NUM_TOKENS)
 
     decode = build_engine(load("llama"))
     reserve(decode)
     continued = Transcript()
-    for chunk in transcript.chunks:
-        taken = mixed.take_chunk("r", chunk.index)
-        assert taken is not None
-        continued.note(decode.import_chunk(replace(chunk, first_token=taken.completion.result()), taken.tensor))
+    for part in taken.parts:
+        continued.note(decode.import_chunk(part.chunk, part.kv))
     assert tuple(run(decode, continued).tokens["r"]) == reference("llama", LONG, NUM_TOKENS)

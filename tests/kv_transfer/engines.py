@@ -5,16 +5,16 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Iterator
-from concurrent.futures import Future
+from itertools import count
 from typing import Any
 
 import ray
 import torch
 from torch import Tensor
 
+from deployments.engine.handoff.outbox import Outbox, TakenHandoff
 from deployments.kv_groups import KVGroup
-from deployments.kv_transfer.base import Arrival, Export, TransferConfig, TransferStats
+from deployments.kv_transfer.base import Arrivals, TransferConfig, TransferStats
 from deployments.kv_transfer.direct import ENGINE_ACTOR_OPTIONS, configure, exports_kv, receives_kv, stats
 from deployments.kv_transfer.group import GlooGroup
 from deployments.kv_transfer.layout import KVLayout
@@ -22,7 +22,7 @@ from deployments.kv_transfer.local import Arena
 from deployments.messages import ChunkReady, DrawnToken
 from tests.kv_transfer.threads import kv_threads
 
-# The value of chunks that are given away before they are complete.
+# The value of chunks that are complete when a test says so.
 EARLY = -1.0
 # For what must happen, also on a busy machine.
 PATIENCE_S = 120.0
@@ -32,93 +32,139 @@ CUTS = (1, 3)
 LAYOUT = KVLayout("test-model", "float32", block_size=16, groups=(KVGroup((0, 1, 2, 3), 2, 64),))
 
 
-def done(token: DrawnToken | None) -> "Future[DrawnToken | None]":
-    """As of a chunk that is complete."""
-    completion: Future[DrawnToken | None] = Future()
-    completion.set_result(token)
-    return completion
-
-
 @ray.remote(num_cpus=0, **ENGINE_ACTOR_OPTIONS)
 class FakeEngine:
     def __init__(self, layout: KVLayout, config: TransferConfig, arena_bytes: int = 0) -> None:
         torch.set_num_threads(1)
-        self._arena = Arena(arena_bytes, "cpu")
+        self._arena = Arena(arena_bytes, "cpu") if arena_bytes else None
         configure(layout, config=config, arena=self._arena)
         # By its module, since Ray pickles this class with what it names.
         self._had_manager = ray._private.worker.global_worker._rdt_manager is not None
         self._layout = layout
+        self._outbox = Outbox(10**9, lease_s=1e9)
+        self._names = map(str, count())
         self._exported: list[weakref.ref[Tensor]] = []
-        self._early: list[Future[DrawnToken | None]] = []
+        self._early: list[tuple[str, ChunkReady]] = []
         self._first_token: DrawnToken | None = None
         self._may_go = threading.Event()
         self._is_about_to_move = threading.Event()
         self._is_moving = threading.Event()
 
     @exports_kv
-    def take_chunk(self, num_blocks: int, value: float) -> Export:
+    def take_handoff(self, num_blocks: int, value: float) -> TakenHandoff:
+        """Of one chunk."""
+        return self._take([(num_blocks, value)])
+
+    @exports_kv
+    def take_chunks(self, chunks: list[tuple[int, float]]) -> TakenHandoff:
+        """Of several, each complete a little later."""
+        return self._take(chunks, is_slow=True)
+
+    def _take(self, chunks: list[tuple[int, float]], is_slow: bool = False) -> TakenHandoff:
+        name = next(self._names)
+        self._outbox.open(name, 0)
+        handoff = self._outbox.take(name)
+        assert handoff is not None
+
+        def compute() -> None:
+            for i, (num_blocks, value) in enumerate(chunks):
+                if is_slow:
+                    time.sleep(random.uniform(0, 0.01))
+                chunk = self._allocate(num_blocks).fill_(value)
+                # The second half tells a chunk that came in part.
+                chunk.view(-1)[chunk.numel() // 2 :] += 0.5
+                ready = self._outbox.put(name, num_blocks, chunk, is_last=i == len(chunks) - 1)
+                if value == EARLY:
+                    self._early.append((name, ready))
+                else:
+                    self._complete(name, ready, DrawnToken(0))
+
+        if is_slow:
+            threading.Thread(target=compute, daemon=True).start()
+        else:
+            compute()
+        return handoff
+
+    def _allocate(self, num_blocks: int) -> Tensor:
         shape = self._layout.chunk_shape(num_blocks)
-        chunk = self._arena.allocate(shape, torch.float32)
-        chunk = (torch.empty(shape) if chunk is None else chunk).fill_(value)
-        # The second half tells a chunk that came in part.
-        chunk.view(-1)[chunk.numel() // 2 :] += 0.5
+        chunk = None if self._arena is None else self._arena.allocate(shape, torch.float32)
+        chunk = torch.empty(shape) if chunk is None else chunk
         self._exported.append(weakref.ref(chunk))
-        if value != EARLY:
-            return Export(chunk, done(None))
-        self._early.append(Future())
-        return Export(chunk, self._early[-1])
+        return chunk
+
+    def _complete(self, name: str, ready: ChunkReady, token: DrawnToken) -> None:
+        self._outbox.note_copied(name, ready.index)
+        if ready.is_last:
+            self._outbox.set_first_token(name, token)
 
     @ray.method(concurrency_group="ctl")
     def complete(self, token: DrawnToken | None) -> None:
         """Complete the chunks of the value EARLY; None: they never will be."""
         while self._early:
-            self._early.pop(0).set_result(token) if token is not None else self._early.pop(0).cancel()
+            name, ready = self._early.pop(0)
+            if token is None:
+                self._outbox.drop(name)
+            else:
+                self._complete(name, ready, token)
 
     @exports_kv
-    def take_parts(self, num_blocks: int, value: float, is_dropped: bool) -> Export:
+    def take_parts(self, num_blocks: int, value: float, is_dropped: bool) -> TakenHandoff:
         """A chunk in three parts, each complete a little later; or never, from the second on.
 
         Each layer's value is that of the chunk and its number in tenths.
         """
-        shape = self._layout.chunk_shape(num_blocks)
-        chunk = self._arena.allocate(shape, torch.float32)
-        chunk = torch.empty(shape) if chunk is None else chunk
-        chunk.copy_((value + torch.arange(shape[0]) / 10).view(-1, *[1] * (len(shape) - 1)).expand(shape))
-        self._exported.append(weakref.ref(chunk))
-        *earlier, last = completions = [Future[DrawnToken | None]() for _ in range(len(CUTS) + 1)]
+        name, chunk = next(self._names), self._allocate(num_blocks)
+        chunk.copy_((value + torch.arange(len(chunk)) / 10).view(-1, *[1] * (chunk.dim() - 1)).expand(chunk.shape))
+        self._outbox.open(name, 0)
+        handoff = self._outbox.take(name)
+        assert handoff is not None
+        ready = self._outbox.put(name, num_blocks, chunk, is_last=True, cuts=CUTS)
 
         def complete() -> None:
-            for i, completion in enumerate(completions):
+            for i in range(len(CUTS) + 1):
                 time.sleep(random.uniform(0, 0.01))
                 if is_dropped and i:
-                    completion.cancel()
+                    self._outbox.drop(name)
                 else:
-                    completion.set_result(DrawnToken(int(value)) if completion is last else None)
+                    self._outbox.note_copied(name, ready.index)
+            if not is_dropped:
+                self._outbox.set_first_token(name, DrawnToken(int(value)))
 
         threading.Thread(target=complete, daemon=True).start()
-        return Export(chunk, last, CUTS, tuple(earlier))
+        return handoff
 
     @exports_kv
-    def take_wrong_chunk(self) -> Export:
-        return Export(torch.zeros(3, 3), done(None))
+    def take_wrong_handoff(self) -> TakenHandoff:
+        name = next(self._names)
+        self._outbox.open(name, 0)
+        handoff = self._outbox.take(name)
+        assert handoff is not None
+        self._complete(name, self._outbox.put(name, 1, torch.zeros(3, 3), is_last=True), DrawnToken(0))
+        return handoff
 
     @receives_kv
-    def receive_kv(self, header: ChunkReady, arrivals: Iterator[Arrival]) -> tuple[float, float, int]:
-        arrival, *later = arrivals
-        assert later == [], "it comes whole"
-        chunk, self._first_token = arrival.tensor, arrival.first_token
-        halves = chunk.view(2, -1)
-        assert (halves[0] == halves[0, 0]).all() and (halves[1] == halves[1, 0]).all()
-        return float(halves[0, 0]), float(halves[1, 0]), chunk.shape[2]
+    def receive_kv(self, header: str, arrivals: Arrivals) -> list[tuple[float, float, int]]:
+        """Of each chunk, the values of its halves, and its blocks."""
+        found = []
+        for arrival in arrivals:
+            assert arrival.num_parts == 1, "it comes whole"
+            self._first_token, halves = arrival.chunk.first_token, arrival.tensor.view(2, -1)
+            assert (halves[0] == halves[0, 0]).all() and (halves[1] == halves[1, 0]).all()
+            found.append((float(halves[0, 0]), float(halves[1, 0]), arrival.tensor.shape[2]))
+            arrivals.release(arrival.chunk.index)
+            del arrival, halves
+        return found
 
     @receives_kv
-    def receive_parts(self, header: ChunkReady, arrivals: Iterator[Arrival]) -> list[Any]:
+    def receive_parts(self, header: str, arrivals: Arrivals) -> list[Any]:
         """Of each part, as it comes: its layers, the least and the greatest value of each, and the token with it."""
         found = []
         for arrival in arrivals:
             flat = arrival.tensor.flatten(1)
             values = flat.amin(1).tolist(), flat.amax(1).tolist()
-            found.append((arrival.layers, *values, arrival.first_token))
+            found.append((arrival.chunk.layers, *values, arrival.chunk.first_token))
+            if len(found) == arrival.num_parts:
+                arrivals.release(arrival.chunk.index)
             del arrival, flat
         return found
 

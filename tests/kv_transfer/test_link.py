@@ -1,6 +1,7 @@
 """One link with a peer and a group that the test controls."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -13,8 +14,9 @@ from deployments.errors import TransferError
 from deployments.kv_transfer.base import TransferConfig
 from deployments.kv_transfer.channel import Channel
 from deployments.kv_transfer.group import Group, Wait
+from deployments.kv_transfer.inquiries import Inquiries, Want
 from deployments.kv_transfer.line import Line
-from deployments.kv_transfer.link import Link, LinkLostError, Steps, Watchdog, until_over
+from deployments.kv_transfer.link import Job, Link, LinkLostError, Steps, Watchdog, until_over
 from tests.kv_transfer.peers import FakePeer
 from tests.kv_transfer.threads import kv_threads
 from tests.waiting import wait_until
@@ -59,23 +61,36 @@ class NoLine(Line):
 
     def __init__(self) -> None:
         self.is_closed = False
+        self.said: list[str] = []
+        self._ends = threading.Event()
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+    def hear(self, timeout_s: float | None = None) -> str | None:
+        self._ends.wait()
+        return None
 
     def close(self) -> None:
         self.is_closed = True
+        self._ends.set()
 
 
 class Rig:
     """A link, and what surrounds it."""
 
     def __init__(
-        self, config: TransferConfig = CONFIG, open_channel: Callable[[], Channel] | None = None, depth: int = 1
+        self,
+        config: TransferConfig = CONFIG,
+        open_channel: Callable[[], Channel] | None = None,
+        depth: int = 1,
+        inquiries: Inquiries | None = None,
     ) -> None:
         self.peer = FakePeer()
         self.group, self.line = FakeGroup(depth), NoLine()
         self.closed: list[Link] = []
-        self.link = Link(
-            "test", self.peer, open_channel or (lambda: Channel(self.group, self.line)), config, self.closed.append
-        )
+        connect = open_channel or (lambda: Channel(self.group, self.line))
+        self.link = Link("test", self.peer, connect, config, self.closed.append, inquiries)
 
     def receive(self) -> "Future[Tensor | None]":
         def job(group: Group, config: TransferConfig) -> Steps:
@@ -286,12 +301,32 @@ def test_a_job_after_the_end_is_told_to_take_a_new_link(rig):
         rig.receive()
 
 
-def test_an_unused_link_gives_its_group_back():
-    rig = Rig(replace(CONFIG, idle_timeout_s=0.1))
-    rig.group.may_finish.set()
-    rig.receive().result(timeout=PATIENCE_S)
-    rig.check_until_closed()
-    assert rig.group.is_aborted and rig.line.is_closed
+def test_an_unused_link_gives_its_group_back_when_the_end_that_asks_says_so():
+    config = replace(CONFIG, idle_timeout_s=0.1)
+    asking, asked = Rig(config, inquiries=Inquiries()), Rig(config)
+    for rig in (asking, asked):
+        rig.group.may_finish.set()
+        rig.receive().result(timeout=PATIENCE_S)
+    asking.check_until_closed()
+    assert asking.group.is_aborted and asking.line.is_closed
+    asked.link.check()
+    assert not asked.link.is_closed
+    asked.link.close("end of the test")
+
+
+def _not_sent(note: str) -> Job:
+    raise AssertionError("nothing is sent")
+
+
+def test_a_link_is_used_as_long_as_something_is_asked_for():
+    inquiries = Inquiries()
+    rig = Rig(replace(CONFIG, idle_timeout_s=0.01), inquiries=inquiries)
+    inquiries.ask(Want.LOOK, "a", lambda heard: None, _not_sent)
+    wait_until(lambda: rig.line.said != [], PATIENCE_S)
+    time.sleep(0.05)
+    rig.link.check()
+    assert not rig.link.is_closed
+    rig.link.close("end of the test")
 
 
 def test_threads_end_with_their_links():

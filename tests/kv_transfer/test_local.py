@@ -181,3 +181,12 @@ def test_without_the_kernel_s_help_kv_is_sent(neighbour, monkeypatch, caplog):
     monkeypatch.setattr(os, "pidfd_open", refuse)
     assert [neighbours.view(place, (1,), torch.float32) for _ in range(2)] == [None, None]
     assert len(caplog.messages) == 1
+
+
+def test_a_place_says_where_memory_begins_that_was_not_taken_before():
+    arena = Arena(2 * PAGE, "cpu")
+    place = arena.place
+    assert place is not None and Neighbours().reaches(place)
+    tensor = own(arena, 16)
+    assert place.at(place_of(arena, tensor).offset) == place_of(arena, tensor)
+    assert not Neighbours().reaches(replace(place, machine="another"))

@@ -9,22 +9,25 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from queue import SimpleQueue
 from time import sleep
 
 import pytest
 import torch
 from torch import Tensor
 
+from deployments.engine.handoff.outbox import Outbox, TakenHandoff
+from deployments.engine.handoff.outgoing import Part, Told
 from deployments.errors import TransferError
 from deployments.kv_transfer.base import TransferConfig
 from deployments.kv_transfer.channel import Channel
 from deployments.kv_transfer.group import Group, Wait
-from deployments.kv_transfer.inquiries import Answers, Arrival, Inquiries
+from deployments.kv_transfer.inquiries import Announced, Answer, Answers, Heard, Inquiries, Want
 from deployments.kv_transfer.line import Line
 from deployments.kv_transfer.link import Job, Link, Steps, until_over
+from deployments.messages import ChunkReady, DrawnToken
 from tests.kv_transfer.peers import FakePeer
 
 PATIENCE_S = 60.0
@@ -86,21 +89,40 @@ class WireGroup:
         return is_over.wait(1e-4)
 
 
-@dataclass
 class Held:
-    """The chunks of one source: their notes and values, by name."""
+    """The hand-offs of one source, of one chunk each, by name."""
 
-    notes: "dict[str, Future[str]]" = field(default_factory=dict)
-    values: dict[str, float] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self._outbox = Outbox(10**9, lease_s=1e9)
+        self._handoffs: dict[str, TakenHandoff] = {}
+        self._chunks: dict[str, ChunkReady] = {}
 
     def add(self, name: str, value: float) -> None:
-        self.notes[name], self.values[name] = Future(), value
+        self._outbox.open(name, 0)
+        handoff = self._outbox.take(name)
+        assert handoff is not None
+        self._handoffs[name] = handoff
+        self._chunks[name] = self._outbox.put(name, 1, torch.tensor([value]), is_last=True)
 
-    def note_of(self, object_id: str) -> "Future[str] | None":
-        return self.notes.get(object_id)
+    def finish(self, name: str) -> None:
+        self._outbox.note_copied(name, self._chunks[name].index)
+        self._outbox.set_first_token(name, DrawnToken(0))
 
-    def sending_of(self, object_id: str) -> Job | None:
-        return partial(_send, torch.tensor([self.values[object_id]]))
+    def drop(self, name: str) -> None:
+        self._outbox.drop(name)
+
+    def watch(self, object_id: str, told: Told) -> bool:
+        self._handoffs[object_id].watch(told)
+        return True
+
+    def release(self, object_id: str, index: int) -> None:
+        self._handoffs[object_id].release(index)
+
+    def describe(self, object_id: str, part: Part) -> tuple[str, bool] | None:
+        return f"note of {object_id}", False
+
+    def sending_of(self, part: Part) -> Job:
+        return partial(_send, part.kv)
 
 
 def _send(tensor: Tensor, group: Group, config: TransferConfig) -> Steps:
@@ -122,8 +144,10 @@ class Pair:
         threading.Thread(target=Answers(self.source, lines[1], held).run, daemon=True).start()
         self.receiver = Link("receiver", FakePeer(), ours, CONFIG, lambda _: None, self.inquiries)
 
-    def ask(self, name: str) -> Arrival:
-        return self.inquiries.ask(name, self._receive)
+    def ask(self, name: str) -> "SimpleQueue[Heard]":
+        heard: SimpleQueue[Heard] = SimpleQueue()
+        self.inquiries.ask(Want.SEND, name, heard.put, lambda note: self._receive)
+        return heard
 
     def _receive(self, group: Group, config: TransferConfig) -> Steps:
         while not self._room.acquire(timeout=0.001):
@@ -151,15 +175,18 @@ class Mesh:
 
     def pull(self, source: int, receiver: int, name: str) -> float:
         """What an engine does with a chunk: it waits for it, copies it, and gives its memory back."""
-        tensor, note, _ = self.pairs[source, receiver].ask(name).result(PATIENCE_S)
-        assert tensor is not None and note == f"note of {name}"
+        heard = self.pairs[source, receiver].ask(name)
+        announced = heard.get(timeout=PATIENCE_S)
+        if announced is Answer.GONE:
+            raise TransferError("the source no longer has it")
+        assert isinstance(announced, Announced) and announced.arriving is not None, announced
+        tensor = announced.arriving.result(PATIENCE_S)
+        assert tensor is not None and announced.note == f"note of {name}"
+        assert heard.get(timeout=PATIENCE_S) is Answer.WHOLE
         value = float(tensor)
         sleep(0.0005)
         self._rooms[receiver].release()
         return value
-
-    def finish(self, source: int, name: str) -> None:
-        self.sources[source].notes[name].set_result(f"note of {name}")
 
     def close(self) -> None:
         for pair in self.pairs.values():
@@ -190,9 +217,9 @@ def test_chunks_of_several_prompts_are_never_taken_for_each_other(mesh, seed):
         for i in order:
             source, _, name = chunks[i]
             if is_dropped[i]:
-                completing.submit(mesh.sources[source].notes[name].cancel)
+                completing.submit(mesh.sources[source].drop, name)
             else:
-                completing.submit(mesh.finish, source, name)
+                completing.submit(mesh.sources[source].finish, name)
         for i, pull in enumerate(pulls):
             if is_dropped[i]:
                 with pytest.raises(TransferError, match="no longer has it"):
@@ -206,11 +233,13 @@ def test_what_is_sent_out_of_turn_ends_the_link():
     ours, theirs = (Line(end) for end in socket.socketpair())
     inquiries = Inquiries()
     link = Link("receiver", FakePeer(), partial(Channel, WireGroup(Wire()), ours), CONFIG, lambda _: None, inquiries)
-    first, second = (inquiries.ask(name, partial(_send, torch.zeros(1))) for name in "ab")
+    heard: list[SimpleQueue[Heard]] = [SimpleQueue() for _ in "ab"]
+    for name, queue in zip("ab", heard, strict=True):
+        inquiries.ask(Want.SEND, name, queue.put, lambda note: partial(_send, torch.zeros(1)))
     assert [theirs.hear(PATIENCE_S) for _ in "ab"] == ["0 send a", "1 send b"]
-    theirs.say("1 complete 1 note")
-    for arrival in (first, second):
-        with pytest.raises(TransferError, match="message 1 out of turn"):
-            arrival.result(PATIENCE_S)
+    theirs.say("1 sent 1 note")
+    for queue in heard:
+        error = queue.get(timeout=PATIENCE_S)
+        assert isinstance(error, TransferError) and "message 1 out of turn" in str(error)
     assert link.is_closed
     theirs.close()

@@ -1,13 +1,13 @@
 """Copies computed prompts out of the pool for other engines, chunk by chunk, as far as the outbox has room.
 
-A chunk is announced before the step that computes it is launched, so that whoever passes it on has done so by the time
-it is complete. Chunks of the step that ends a prompt have nothing but that step to hide behind: if the engine's limits
-say so they go in parts of some layers each, and each part is copied out as soon as the step has come so far.
+A chunk is announced before the step that computes it is launched: its memory is set aside. Chunks of the step that ends
+a prompt have nothing but that step to hide behind: if the engine's limits say so they go in parts of some layers each,
+and each part is copied out as soon as the step has come so far.
 """
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -99,21 +99,19 @@ class Exporter:
         """Copy nothing more of it out."""
         self._outgoing.pop(request_id, None)
 
-    def announce(self, scheduled: Iterable[ScheduledSequence]) -> list[ChunkReady]:
+    def announce(self, scheduled: Iterable[ScheduledSequence]) -> None:
         """Set memory aside for what is computed, in flight or in the next step, as far as there is room.
 
         Args:
             scheduled: the step that is launched next.
         """
         if not self._outgoing:
-            return []
+            return
         reach = {item.sequence.request_id: item.start + item.num_tokens for item in scheduled}
-        chunks: list[ChunkReady] = []
         for request_id, outgoing in self._outgoing.items():
             end = reach.get(request_id, outgoing.sequence.num_launched_tokens)
             while 0 < (size := self._next_size(outgoing, end)) <= self._outbox.num_free_blocks:
-                chunks.append(self._announce(outgoing, size, end, request_id in reach))
-        return chunks
+                self._announce(outgoing, size, end, request_id in reach)
 
     @property
     def watch(self) -> LayerWatch | None:
@@ -171,17 +169,23 @@ class Exporter:
     def _is_done(self, outgoing: _Outgoing) -> bool:
         return outgoing.is_all_announced and self._outbox.has_first_token(outgoing.sequence.request_id)
 
-    def _announce(self, outgoing: _Outgoing, size: int, end: int, is_scheduled: bool) -> ChunkReady:
+    def _announce(self, outgoing: _Outgoing, size: int, end: int, is_scheduled: bool) -> None:
         sequence = outgoing.sequence
         # What the step that ends the prompt computes; earlier steps have later ones to hide behind.
         ends = self._part_ends if is_scheduled and end >= sequence.num_tokens else self._part_ends[-1:]
         start = self._outbox.next_block(sequence.request_id)
         is_last = end >= sequence.num_tokens and start + size == self._num_blocks(sequence)
         tensor = self._copies.allocate(sum(map(len, self._spans(sequence, start, size))))
-        chunk = self._outbox.put(sequence.request_id, size, tensor, is_last=is_last, cuts=ends[:-1])
+        chunk = self._outbox.put(
+            sequence.request_id,
+            size,
+            tensor,
+            is_last=is_last,
+            cuts=ends[:-1],
+            num_cached_tokens=sequence.num_cached_tokens,
+        )
         outgoing.announced.append(_Announced(chunk, tensor, ends))
         outgoing.is_all_announced = is_last
-        return replace(chunk, num_cached_tokens=sequence.num_cached_tokens, num_bytes=tensor.nbytes)
 
     def _next_size(self, outgoing: _Outgoing, end: int) -> int:
         """Blocks of the next chunk, if so many tokens are computed or about to be; the last ones go together."""

@@ -21,7 +21,7 @@ class Handoffs:
 
     Attributes:
         inbox: what is awaited.
-        outbox: chunks that wait to be taken.
+        outbox: chunks that wait for their receivers.
         importer: brings prompts into the pool.
         exporter: copies prompts out of it.
     """

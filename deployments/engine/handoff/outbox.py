@@ -1,82 +1,56 @@
-"""The prefill engine's side of hand-offs: what it computes for others, and the chunks that wait to be taken.
+"""The prefill engine's side of hand-offs: what it computes for others, and the chunks that wait for their receivers.
 
-A chunk is announced, and may be taken, as soon as its memory is set aside. Who takes it is told when it is complete.
+A hand-off is given away once, as a whole, when its prompt is accepted. Whoever has taken it is told of each chunk, or
+part of one, as soon as it is complete, and gives chunks back one by one.
 """
 
 import itertools
 import time
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from threading import Lock
 from typing import TYPE_CHECKING
 
 from deployments.engine.handoff import states
-from deployments.engine.handoff.states import Clock, Side, State
-from deployments.kv_groups import layers_of_parts
+from deployments.engine.handoff.outgoing import Chunk, Outgoing, Told, Watcher, tell_all
+from deployments.engine.handoff.states import Clock, State
 from deployments.messages import ChunkReady, DrawnToken
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-Completion = Future[DrawnToken | None]
+class TakenHandoff:
+    """A hand-off that was given away, computed already or not. Safe to use from any thread.
 
-
-@dataclass(frozen=True, slots=True)
-class TakenChunk:
-    """A chunk that was given away, computed already or not.
-
-    Attributes:
-        tensor: its memory.
-        completion: done when the KV is there, with the first token if the chunk is the last; cancelled if the hand-off
-            is over before.
-        cuts: layers at which it is cut into parts, each of which is complete by itself; none: it is whole.
-        earlier: as `completion`, of the parts before the last.
+    What it has told of stays in memory until it is released, or this is let go; the hand-off may be over before.
     """
 
-    tensor: "Tensor"
-    completion: Completion
-    cuts: tuple[int, ...] = ()
-    earlier: tuple[Completion, ...] = ()
+    def __init__(self, outbox: "Outbox", handoff: Outgoing) -> None:
+        self._outbox = outbox
+        self._handoff = handoff
 
-    def parts(self) -> "list[tuple[tuple[int, int] | None, Tensor, Completion]]":
-        """Its parts in order: their layers, see `ChunkReady`, their memory, and when they are complete."""
-        if not self.cuts:
-            return [(None, self.tensor, self.completion)]
-        layers = layers_of_parts(self.cuts, len(self.tensor))
-        completions = (*self.earlier, self.completion)
-        return [(part, self.tensor[slice(*part)], done) for part, done in zip(layers, completions, strict=True)]
+    def watch(self, told: Told) -> None:
+        """Be told of all parts that are complete and not released, and of those to come; the end comes last."""
+        self._outbox.watch(self._handoff, told)
 
+    def release(self, index: int) -> None:
+        """The receiver has a chunk: its memory may be used for others.
 
-@dataclass(slots=True)
-class _Chunk:
-    num_blocks: int
-    tensor: "Tensor | None"
-    is_last: bool
-    cuts: tuple[int, ...] = ()
-    earlier: tuple[Completion, ...] = ()
-    # Of the earlier parts; who counts one takes its completion, and finishes it without the lock.
-    num_copied: int = 0
-    is_copied: bool = False
-    # Who sets this takes the completion; it is finished without the lock, for others may do anything then.
-    is_complete: bool = False
-    completion: Completion = field(default_factory=Future)
+        Unknown ones are no error. One that is not complete cannot be anywhere: that is said of it in vain.
+        """
+        self._outbox.release(self._handoff, [index])
 
-
-class _Outgoing(Side):
-    def __init__(self, expires_s: float, first_block: int) -> None:
-        super().__init__(expires_s)
-        self.next_block = first_block
-        self.first_token: DrawnToken | None = None
-        self.chunks: dict[int, _Chunk] = {}
+    def let_go(self) -> None:
+        """Nobody receives it any more: all that is complete is released."""
+        self._outbox.release(self._handoff, None)
 
 
 class Outbox:
     """Safe to use from any thread; only the engine's own opens hand-offs and puts chunks in.
 
     Args:
-        max_blocks: of all chunks that were announced and not released; they count until then, also when taken, since
-            their memory is in use.
+        max_blocks: of all chunks that were announced and not released; they count until then, also when they were told
+            of, since their memory is in use.
         lease_s: a hand-off that nobody has renewed for so long is over.
         clock: monotonic seconds.
     """
@@ -86,8 +60,9 @@ class Outbox:
         self._lease_s = lease_s
         self._clock = clock
         self._lock = Lock()
-        self._handoffs: dict[str, _Outgoing] = {}
+        self._handoffs: dict[str, Outgoing] = {}
         self._num_blocks = 0
+        self._on_release: Callable[[], object] = _nothing
         # Of all hand-offs, so that what is still said of a broken one names no chunk of the one that follows it.
         self._chunk_numbers = itertools.count()
 
@@ -113,7 +88,7 @@ class Outbox:
         """Begin a hand-off whose chunks start at this block."""
         with self._lock:
             assert request_id not in self._handoffs, f"{request_id} is handed over already"
-            self._handoffs[request_id] = _Outgoing(self._clock() + self._lease_s, first_block)
+            self._handoffs[request_id] = Outgoing(request_id, self._clock() + self._lease_s, first_block)
 
     def next_block(self, request_id: str) -> int:
         """The first block that is not announced, or was not wanted."""
@@ -131,25 +106,33 @@ class Outbox:
             if handoff.first_token is not None:
                 return False
             handoff.first_token = token
-            complete = [chunk for chunk in handoff.chunks.values() if _becomes_complete(chunk, handoff)]
-        for chunk in complete:
-            chunk.completion.set_result(token)
+            words = [word for chunk in handoff.chunks.values() for word in chunk.complete(token)]
+            watchers = handoff.note(words)
+        tell_all(watchers)
         return True
 
     def put(
-        self, request_id: str, num_blocks: int, tensor: "Tensor", *, is_last: bool, cuts: tuple[int, ...] = ()
+        self,
+        request_id: str,
+        num_blocks: int,
+        tensor: "Tensor",
+        *,
+        is_last: bool,
+        cuts: tuple[int, ...] = (),
+        num_cached_tokens: int = 0,
     ) -> ChunkReady:
         """Announce the chunk that comes next, in parts of layers or whole; the last one brings the first token."""
         with self._lock:
             handoff = self._handoffs[request_id]
             assert handoff.state in (State.RESERVED, State.FILLING), f"{request_id} is {handoff.state}"
             start, index = handoff.next_block, next(self._chunk_numbers)
-            handoff.chunks[index] = _Chunk(num_blocks, tensor, is_last, cuts, tuple(Future() for _ in cuts))
+            ready = ChunkReady(request_id, index, start, num_blocks, is_last, num_cached_tokens=num_cached_tokens)
+            handoff.chunks[index] = Chunk(ready, tensor, cuts)
             handoff.next_block += num_blocks
             self._num_blocks += num_blocks
             handoff.move(State.READY if is_last else State.FILLING)
-            self._advance(request_id, handoff)
-            return ChunkReady(request_id, index, start, num_blocks, is_last)
+            self._advance(handoff)
+            return ready
 
     def note_copied(self, request_id: str, index: int) -> None:
         """A whole chunk is in its memory, or its next part. Unknown ones are no error: the hand-off may be over."""
@@ -158,44 +141,55 @@ class Outbox:
             chunk = None if handoff is None else handoff.chunks.get(index)
             if handoff is None or chunk is None:
                 return
-            part = None
-            if chunk.num_copied < len(chunk.earlier):
-                part = chunk.earlier[chunk.num_copied]
-                chunk.num_copied += 1
-            else:
-                chunk.is_copied = True
-            is_complete = _becomes_complete(chunk, handoff)
-        if part is not None:
-            part.set_result(None)
-        elif is_complete:
-            chunk.completion.set_result(handoff.first_token if chunk.is_last else None)
+            chunk.num_copied = min(chunk.num_copied + 1, chunk.num_parts)
+            words = chunk.complete(handoff.first_token)
+            watchers = handoff.note(words) if words else []
+        tell_all(watchers)
 
-    def take(self, request_id: str, index: int) -> TakenChunk | None:
-        """Give a chunk away, once; None if it was taken, released, or never there."""
+    def when_released(self, call: Callable[[], object]) -> None:
+        """Have this called, from any thread, when there is room again."""
+        self._on_release = call
+
+    def take(self, request_id: str) -> TakenHandoff | None:
+        """Give a hand-off away, once; None if it was taken, is over, or was never there."""
         with self._lock:
             handoff = self._handoffs.get(request_id)
-            chunk = None if handoff is None else handoff.chunks.get(index)
-            if handoff is None or chunk is None:
+            if handoff is None or handoff.is_taken:
                 return None
-            tensor, chunk.tensor = chunk.tensor, None
+            handoff.is_taken = True
             handoff.expires_s = self._clock() + self._lease_s
-            self._advance(request_id, handoff)
-        return None if tensor is None else TakenChunk(tensor, chunk.completion, chunk.cuts, chunk.earlier)
+            self._advance(handoff)
+            return TakenHandoff(self, handoff)
 
-    def release(self, request_id: str, index: int) -> None:
-        """The receiver has the chunk: its memory may be used for others.
-
-        Unknown ones are no error. One that is not complete cannot be anywhere: that is said of it in vain.
-        """
+    def watch(self, handoff: Outgoing, told: Told) -> None:
+        """See `TakenHandoff.watch`."""
+        watcher = Watcher(told)
         with self._lock:
-            handoff = self._handoffs.get(request_id)
-            chunk = None if handoff is None else handoff.chunks.get(index)
-            if handoff is None or chunk is None or not chunk.is_complete:
+            chunks = [] if handoff.is_dropped else list(handoff.chunks.values())
+            words = [word for chunk in chunks for word in chunk.parts(handoff.first_token)]
+            if (end := handoff.end) is None:
+                handoff.watchers.append(watcher)
+            else:
+                words.append(end)
+            watcher.add(words)
+        watcher.tell()
+
+    def release(self, handoff: Outgoing, indices: list[int] | None) -> None:
+        """See `TakenHandoff.release` and `let_go`; None: all that are complete."""
+        with self._lock:
+            chunks = handoff.chunks
+            known = [index for index in (list(chunks) if indices is None else indices) if index in chunks]
+            if handoff.is_dropped:  # they count no more, and are there for those who still read them
+                for index in known:
+                    del chunks[index]
                 return
-            del handoff.chunks[index]
-            self._num_blocks -= chunk.num_blocks
+            released = [chunks.pop(index) for index in known if chunks[index].is_complete]
+            if not released:
+                return
+            self._num_blocks -= sum(chunk.ready.num_blocks for chunk in released)
             handoff.expires_s = self._clock() + self._lease_s
-            self._advance(request_id, handoff)
+            self._advance(handoff)
+        self._on_release()
 
     def drop(self, request_id: str) -> None:
         """Whatever state it is in, it is over. Unknown ids are no error."""
@@ -203,14 +197,15 @@ class Outbox:
             handoff = self._handoffs.pop(request_id, None)
             if handoff is None:
                 return
-            self._num_blocks -= sum(chunk.num_blocks for chunk in handoff.chunks.values())
+            self._num_blocks -= sum(chunk.ready.num_blocks for chunk in handoff.chunks.values())
             handoff.move(State.RELEASED)
-            incomplete = [chunk for chunk in handoff.chunks.values() if not chunk.is_complete]
-            parts = [part for chunk in incomplete for part in chunk.earlier[chunk.num_copied :]]
-            for chunk in incomplete:
-                chunk.is_complete, chunk.num_copied = True, len(chunk.earlier)
-        for completion in (*parts, *(chunk.completion for chunk in incomplete)):
-            completion.cancel()
+            handoff.is_dropped = True
+            # What was told of may be read as long as it is not let go.
+            handoff.chunks = {
+                i: chunk for i, chunk in handoff.chunks.items() if handoff.is_taken and chunk.num_complete
+            }
+            watchers = handoff.note([])
+        tell_all(watchers)
 
     def renew(self, request_id: str) -> bool:
         """The other engine lives; False: there is no such hand-off any more."""
@@ -230,23 +225,21 @@ class Outbox:
     def check_integrity(self) -> None:
         """Assert that no chunk is lost or counted twice."""
         with self._lock:
-            held = sum(chunk.num_blocks for handoff in self._handoffs.values() for chunk in handoff.chunks.values())
+            chunks = [chunk for handoff in self._handoffs.values() for chunk in handoff.chunks.values()]
+            held = sum(chunk.ready.num_blocks for chunk in chunks)
             assert held == self._num_blocks, f"{self._num_blocks} blocks are counted, chunks have {held}"
             for request_id, handoff in self._handoffs.items():
                 is_whole = handoff.state in (State.READY, State.CLAIMED)
                 assert handoff.chunks or not is_whole, f"{request_id} is {handoff.state} and holds nothing"
 
-    def _advance(self, request_id: str, handoff: _Outgoing) -> None:
+    def _advance(self, handoff: Outgoing) -> None:
         """Once all is out: taken means claimed, and the last release is the end. Under the lock."""
-        if handoff.state is State.READY and all(chunk.tensor is None for chunk in handoff.chunks.values()):
+        if handoff.state is State.READY and handoff.is_taken:
             handoff.move(State.CLAIMED)
         if handoff.state is State.CLAIMED and not handoff.chunks:
             handoff.move(State.RELEASED)
-            del self._handoffs[request_id]
+            del self._handoffs[handoff.request_id]
 
 
-def _becomes_complete(chunk: _Chunk, handoff: _Outgoing) -> bool:
-    """Whether it is now, and was not before. Under the lock."""
-    was_complete = chunk.is_complete
-    chunk.is_complete = chunk.is_copied and (not chunk.is_last or handoff.first_token is not None)
-    return chunk.is_complete and not was_complete
+def _nothing() -> None:
+    """Nobody waits for room."""

@@ -7,7 +7,7 @@
 | reserved | the prompt waits or is computed | blocks are set aside |
 | filling | some chunks are announced | some blocks have come |
 | ready | every chunk is announced | every block and the first token are here |
-| claimed | every chunk was taken | the sequence has its blocks and decodes |
+| claimed | every chunk is announced, and it was given away | the sequence has its blocks and decodes |
 | released | nothing is held | nothing is held |
 
 Every other way out (an abort, a lease that ran out, the other engine's death) leads to released, from any state, once.

@@ -1,7 +1,9 @@
 """The hand-off's state machine: every message in every state, and leases, with a clock that the test moves."""
 
-from dataclasses import dataclass, field, replace
+import weakref
+from dataclasses import dataclass, field
 from functools import partial
+from threading import Event, Thread
 
 import hypothesis.strategies as st
 import pytest
@@ -10,7 +12,8 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from deployments.engine.handoff.inbox import Inbox
-from deployments.engine.handoff.outbox import Completion, Outbox, TakenChunk
+from deployments.engine.handoff.outbox import Outbox, TakenHandoff
+from deployments.engine.handoff.outgoing import End, Part, Word
 from deployments.engine.handoff.states import State
 from deployments.messages import ChunkReady, DrawnToken
 from tests.engine.driving import FakeClock
@@ -25,6 +28,7 @@ class Source:
     """An outbox with one hand-off of four blocks, brought to a state."""
 
     clock: FakeClock = field(default_factory=FakeClock)
+    handoff: TakenHandoff | None = None
 
     def __post_init__(self) -> None:
         self.outbox = Outbox(8, LEASE_S, self.clock)
@@ -37,10 +41,17 @@ class Source:
         self.outbox.set_first_token("r", FIRST)
         return chunk
 
-    def take(self, index: int) -> TakenChunk:
-        taken = self.outbox.take("r", index)
-        assert taken is not None and taken.tensor is KV
+    def take(self) -> TakenHandoff:
+        taken = self.outbox.take("r")
+        assert taken is not None
+        self.handoff = taken
         return taken
+
+    def watch(self) -> list[Word]:
+        """What is told of it, from now on."""
+        words: list[Word] = []
+        (self.handoff or self.take()).watch(words.append)
+        return words
 
     def bring_to(self, state: State) -> "Source":
         if state is State.RESERVED:
@@ -51,11 +62,10 @@ class Source:
         self.put(is_last=True)
         if state is State.READY:
             return self
-        for index in range(2):
-            self.take(index)
+        taken = self.take()
         if state is State.RELEASED:
             for index in range(2):
-                self.outbox.release("r", index)
+                taken.release(index)
         return self
 
 
@@ -114,19 +124,47 @@ class TestEveryStateOfTheSource:
         source.clock.now_s += 1
         assert source.outbox.expired() == (["r"] if is_held else [])
 
-    def test_gives_no_chunk_twice_and_none_after_the_end(self, state: State) -> None:
+    def test_is_given_away_once_and_not_after_its_end(self, state: State) -> None:
         source = Source().bring_to(state)
-        given = [source.outbox.take("r", 0) is not None for _ in range(2)]
-        assert given == [state in (State.FILLING, State.READY), False]
+        given = [source.outbox.take("r") is not None for _ in range(2)]
+        assert given == [state in (State.RESERVED, State.FILLING, State.READY), False]
         source.outbox.drop("r")
-        assert source.outbox.take("r", 0) is None
+        assert source.outbox.take("r") is None
 
     def test_takes_no_harm_from_a_release_that_comes_twice_or_of_nothing(self, state: State) -> None:
         source = Source().bring_to(state)
+        taken = source.handoff or source.outbox.take("r")
+        assert taken is not None
         for index in (0, 0, 9):
-            source.outbox.release("r", index)
-            source.outbox.release("stranger", index)
-        source.outbox.check_integrity()
+            taken.release(index)
+            source.outbox.check_integrity()
+
+    def test_holds_nothing_once_it_is_let_go(self, state: State) -> None:
+        source = Source().bring_to(state)
+        taken = source.handoff or source.outbox.take("r")
+        assert taken is not None
+        for _ in range(2):
+            taken.let_go()
+            assert source.outbox.num_blocks == 0
+            source.outbox.check_integrity()
+        is_whole = state in (State.READY, State.CLAIMED, State.RELEASED)
+        assert source.outbox.state("r") is (State.RELEASED if is_whole else state)
+
+    def test_tells_whoever_comes_late_what_there_is_and_how_it_ended(self, state: State) -> None:
+        source = Source().bring_to(state)
+        taken = source.handoff or source.outbox.take("r")
+        assert taken is not None
+        words: list[Word] = []
+        taken.watch(words.append)
+        num_chunks = {State.RESERVED: 0, State.FILLING: 1, State.RELEASED: 0}.get(state, 2)
+        end = [] if state in (State.RESERVED, State.FILLING) else [End.WHOLE]
+        assert [isinstance(word, Part) for word in words] == [True] * num_chunks + [False] * len(end)
+        assert words[num_chunks:] == end
+        source.outbox.drop("r")
+        again: list[Word] = []
+        taken.watch(again.append)
+        ended_before = state is State.RELEASED
+        assert again == ([End.WHOLE] if ended_before else [End.GONE])
 
     def test_is_not_opened_again(self, state: State) -> None:
         source = Source().bring_to(state)
@@ -197,101 +235,168 @@ def test_the_first_token_alone_or_the_blocks_alone_do_not_make_a_hand_off_whole(
 
 def test_what_the_receiver_does_renews_the_lease_of_the_source() -> None:
     source = Source().bring_to(State.READY)
-    for act in (source.outbox.take, source.outbox.release):
-        source.clock.now_s += LEASE_S - 1
-        act("r", 0)
+    source.clock.now_s += LEASE_S - 1
+    taken = source.take()
+    for index in range(2):
         assert source.outbox.expired() == []
+        source.clock.now_s += LEASE_S - 1
+        taken.release(index)
+    assert source.outbox.state("r") is State.RELEASED
 
 
 def test_what_is_still_said_of_a_broken_handoff_harms_no_chunk_of_the_next_one() -> None:
     source = Source()
-    late = source.put(is_last=False)
+    late, before = source.put(is_last=False), source.take()
     source.outbox.drop("r")
     source.outbox.open("r", 0)
-    chunk = source.put(is_last=False)
-    assert source.outbox.take("r", late.index) is None
-    source.outbox.release("r", late.index)
-    assert source.take(chunk.index).completion.done() and source.outbox.num_blocks == 2
+    source.outbox.put("r", 2, KV, is_last=False)
+    words: list[Word] = []
+    source.take().watch(words.append)
+    source.outbox.note_copied("r", late.index)
+    before.release(late.index)
+    before.let_go()
+    assert words == [] and source.outbox.num_blocks == 2
 
 
-def test_a_chunk_that_is_taken_and_not_released_still_counts() -> None:
+def test_a_chunk_that_was_told_of_and_not_released_still_counts() -> None:
     source = Source().bring_to(State.CLAIMED)
     assert (source.outbox.num_blocks, source.outbox.num_free_blocks) == (4, 4)
-    source.outbox.release("r", 1)
+    assert source.handoff is not None
+    source.handoff.release(1)
     assert source.outbox.num_blocks == 2 and source.outbox.state("r") is State.CLAIMED
 
 
-def test_a_chunk_may_be_taken_before_it_is_complete_and_the_last_one_waits_for_the_first_token() -> None:
+def parts_of(words: list[Word]) -> list[Part]:
+    return [word for word in words if isinstance(word, Part)]
+
+
+def test_chunks_are_told_of_when_they_are_complete_and_the_last_one_waits_for_the_first_token() -> None:
     source = Source()
-    chunks = [source.outbox.put("r", 2, KV, is_last=is_last) for is_last in (False, True)]
-    first, last = (source.take(chunk.index).completion for chunk in chunks)
-    source.outbox.note_copied("r", chunks[1].index)
-    assert not first.done() and not last.done()
+    words = source.watch()
+    first, last = (source.outbox.put("r", 2, KV, is_last=is_last) for is_last in (False, True))
+    source.outbox.note_copied("r", last.index)
+    assert words == []
     source.outbox.set_first_token("r", FIRST)
-    assert not first.done() and last.result() == FIRST
-    source.outbox.note_copied("r", chunks[0].index)
-    assert first.result() is None
-
-
-def test_whoever_awaits_a_chunk_of_a_hand_off_that_is_over_is_told() -> None:
-    source = Source()
-    chunk = source.outbox.put("r", 2, KV, is_last=True)
-    completion = source.take(chunk.index).completion
+    assert [(part.chunk.index, part.chunk.first_token) for part in parts_of(words)] == [(last.index, FIRST)]
+    assert len(words) == 1, "the first chunk is not there yet"
+    source.outbox.note_copied("r", first.index)
+    assert [part.chunk.index for part in parts_of(words)] == [last.index, first.index]
+    assert parts_of(words)[1].chunk.first_token is None and words[-1] is End.WHOLE
     source.outbox.drop("r")
-    assert completion.cancelled()
+    assert len(words) == 3, "all was told"
+
+
+def test_whoever_awaits_a_hand_off_that_is_over_is_told() -> None:
+    source = Source()
+    words = source.watch()
+    chunk = source.outbox.put("r", 2, KV, is_last=True)
+    source.outbox.drop("r")
     source.outbox.note_copied("r", chunk.index)
+    assert words == [End.GONE]
+
+
+def test_what_was_told_of_stays_in_memory_until_it_is_released_also_behind_the_end() -> None:
+    source, tensors = Source(), [torch.zeros(1), torch.zeros(1), torch.zeros(1)]
+    source.take()
+    refs = [weakref.ref(tensor) for tensor in tensors]
+    chunks = [source.outbox.put("r", 1, tensors.pop(0), is_last=False) for _ in range(3)]
+    for chunk in chunks[:2]:
+        source.outbox.note_copied("r", chunk.index)
+    source.outbox.drop("r")
+    assert source.outbox.num_blocks == 0
+    assert [ref() is not None for ref in refs] == [True, True, False], "the last one was not complete"
+    assert source.handoff is not None
+    source.handoff.release(chunks[0].index)
+    assert [ref() is not None for ref in refs] == [False, True, False]
+    source.handoff.let_go()
+    assert refs[1]() is None and source.outbox.num_blocks == 0
 
 
 def test_a_chunk_that_is_not_complete_is_not_released() -> None:
     source = Source()
-    chunk = source.outbox.put("r", 2, KV, is_last=True)
-    source.take(chunk.index)
-    source.outbox.release("r", chunk.index)
+    chunk, taken = source.outbox.put("r", 2, KV, is_last=True), source.take()
+    taken.release(chunk.index)
+    taken.let_go()
     assert source.outbox.num_blocks == 2 and source.outbox.state("r") is State.CLAIMED
     source.outbox.note_copied("r", chunk.index)
     source.outbox.set_first_token("r", FIRST)
-    source.outbox.release("r", chunk.index)
+    taken.release(chunk.index)
     assert source.outbox.num_blocks == 0 and source.outbox.state("r") is State.RELEASED
 
 
-def in_parts(source: Source) -> tuple[ChunkReady, TakenChunk]:
-    """The last chunk, of three layers, taken before anything of it is there."""
-    tensor = torch.arange(3.0).reshape(3, 1)
-    chunk = source.outbox.put("r", 4, tensor, is_last=True, cuts=(1, 2))
-    taken = source.outbox.take("r", chunk.index)
-    assert taken is not None
-    return chunk, taken
+def test_whoever_waits_for_room_is_told_when_there_is_some() -> None:
+    source = Source().bring_to(State.CLAIMED)
+    told: list[int] = []
+    source.outbox.when_released(lambda: told.append(source.outbox.num_free_blocks))
+    assert source.handoff is not None
+    for index in (0, 0, 9):
+        source.handoff.release(index)
+    assert told == [6]
+    source.handoff.let_go()
+    source.handoff.let_go()
+    assert told == [6, 8]
+
+
+def in_parts(source: Source) -> tuple[ChunkReady, list[Word]]:
+    """The last chunk, of three layers, and what is told of it."""
+    words = source.watch()
+    return source.outbox.put("r", 4, torch.arange(3.0).reshape(3, 1), is_last=True, cuts=(1, 2)), words
 
 
 def test_the_parts_of_a_chunk_are_complete_one_after_the_other_and_the_first_token_comes_with_the_last() -> None:
     source = Source()
-    chunk, taken = in_parts(source)
-    parts = taken.parts()
-    assert [(layers, float(tensor)) for layers, tensor, _ in parts] == [((0, 1), 0.0), ((1, 2), 1.0), ((2, 3), 2.0)]
+    chunk, words = in_parts(source)
+    assert source.handoff is not None
     for num_copied in range(3):
-        assert [completion.done() for *_, completion in parts] == [i < num_copied for i in range(3)]
-        source.outbox.release("r", chunk.index)
+        assert len(words) == num_copied
+        source.handoff.release(chunk.index)
         assert source.outbox.num_blocks == 4, "it is not complete"
         source.outbox.note_copied("r", chunk.index)
-    assert [completion.done() for *_, completion in parts] == [True, True, False]
+    assert len(words) == 2
     source.outbox.set_first_token("r", FIRST)
-    assert [completion.result() for *_, completion in parts] == [None, None, FIRST]
-    source.outbox.release("r", chunk.index)
+    parts = parts_of(words)
+    assert [(part.chunk.layers, float(part.kv)) for part in parts] == [((0, 1), 0.0), ((1, 2), 1.0), ((2, 3), 2.0)]
+    assert [part.chunk.first_token for part in parts] == [None, None, FIRST]
+    assert {part.num_parts for part in parts} == {3} and words[-1] is End.WHOLE
+    source.handoff.release(chunk.index)
     assert source.outbox.state("r") is State.RELEASED
 
 
 @pytest.mark.parametrize("num_copied", [0, 1, 2, 3])
 def test_parts_that_are_not_there_when_a_hand_off_ends_never_will_be(num_copied: int) -> None:
     source = Source()
-    chunk, taken = in_parts(source)
+    chunk, words = in_parts(source)
     for _ in range(num_copied):
         source.outbox.note_copied("r", chunk.index)
     source.outbox.drop("r")
     source.outbox.note_copied("r", chunk.index)
-    parts = [completion for *_, completion in taken.parts()]
-    whole = min(num_copied, 2)  # the last one waits for the first token
-    assert [part.cancelled() for part in parts] == [False] * whole + [True] * (3 - whole)
-    assert source.outbox.num_blocks == 0
+    assert len(parts_of(words)) == min(num_copied, 2), "the last one waits for the first token"
+    assert words[-1] is End.GONE and source.outbox.num_blocks == 0
+
+
+def test_what_is_told_from_several_threads_keeps_its_order_and_none_waits_for_another() -> None:
+    source = Source()
+    words: list[Word] = []
+    is_telling, may_go_on = Event(), Event()
+
+    def note(word: Word) -> None:
+        if not words:
+            is_telling.set()
+            assert may_go_on.wait(60)
+        words.append(word)
+
+    source.take().watch(note)
+    chunks = [source.outbox.put("r", 2, KV, is_last=is_last) for is_last in (False, True)]
+    teller = Thread(target=source.outbox.note_copied, args=("r", chunks[0].index))
+    teller.start()
+    assert is_telling.wait(60)
+    source.outbox.note_copied("r", chunks[1].index)
+    source.outbox.set_first_token("r", FIRST)
+    assert words == [], "left to the one that tells"
+    may_go_on.set()
+    teller.join()
+    assert [part.chunk.index for part in parts_of(words)] == [chunk.index for chunk in chunks]
+    assert words[-1] is End.WHOLE
 
 
 def test_a_block_is_there_when_all_of_its_layers_are() -> None:
@@ -337,8 +442,10 @@ class Pair(RuleBasedStateMachine):
         self.clock = FakeClock()
         self.outbox, self.inbox = Outbox(64, LEASE_S, self.clock), Inbox(LEASE_S, self.clock)
         self.ids: list[str] = []
+        self.taken: dict[str, TakenHandoff] = {}
         self.announced: list[ChunkReady] = []
         self.sent: list[ChunkReady] = []
+        self.ends: list[tuple[str, End]] = []
         self.claimed: set[str] = set()
 
     @rule(first_block=st.integers(0, NUM_BLOCKS - 1))
@@ -360,13 +467,22 @@ class Pair(RuleBasedStateMachine):
             return
         chunk = self.outbox.put(name, size, KV, is_last=size == left)
         self.announced.append(chunk)
-        taken = self.outbox.take(name, chunk.index)
-        assert taken is not None and not taken.completion.done()
-        taken.completion.add_done_callback(partial(self.note_completion, chunk))
 
-    def note_completion(self, chunk: ChunkReady, completion: Completion) -> None:
-        if not completion.cancelled():
-            self.sent.append(replace(chunk, first_token=completion.result()))
+    @precondition(lambda self: self.ids)
+    @rule(data=st.data())
+    def take(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.ids))
+        if (taken := self.outbox.take(name)) is not None:
+            assert name not in self.taken, "given away twice"
+            self.taken[name] = taken
+            taken.watch(partial(self.note_word, name))
+
+    def note_word(self, name: str, word: Word) -> None:
+        assert name not in dict(self.ends), "told behind the end"
+        if isinstance(word, Part):
+            self.sent.append(word.chunk)
+        else:
+            self.ends.append((name, word))
 
     @precondition(lambda self: self.announced)
     @rule(data=st.data())
@@ -392,7 +508,13 @@ class Pair(RuleBasedStateMachine):
             assert chunk.request_id not in self.claimed, "claimed twice"
             self.claimed.add(chunk.request_id)
         if releases:
-            self.outbox.release(chunk.request_id, chunk.index)
+            self.taken[chunk.request_id].release(chunk.index)
+
+    @precondition(lambda self: self.taken)
+    @rule(data=st.data())
+    def let_go(self, data: st.DataObject) -> None:
+        """Nobody refers to it any more."""
+        self.taken[data.draw(st.sampled_from(sorted(self.taken)))].let_go()
 
     @precondition(lambda self: self.ids)
     @rule(data=st.data(), where=st.sampled_from(["source", "target", "both"]))

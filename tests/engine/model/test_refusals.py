@@ -16,7 +16,7 @@ from deployments.engine.scheduling.checks import check_request
 from deployments.errors import InvalidRequestError, RequestTooLargeError, UnsupportedModelError
 from deployments.kv_groups import KVGroup
 from deployments.messages import GenerateRequest, SamplingParams
-from tests.engine.driving import build_engine, greedy, run
+from tests.engine.driving import Taken, build_engine, greedy, run
 from tests.engine.families import CPU, WINDOW, load, random_prompt
 from tests.engine.insides import groups_on
 from tests.tiny_models import SMALL
@@ -190,11 +190,12 @@ def test_an_id_in_use_is_refused_until_its_last_chunk_is_released() -> None:
     engine.prefill(request, 0)
     with pytest.raises(InvalidRequestError, match="request id 'r' is already in use"):
         engine.add(request)
-    (chunk,) = run(engine).chunks
+    taken = Taken(engine, "r")
+    run(engine)
     assert engine.num_sequences == 0
     with pytest.raises(InvalidRequestError, match="request id 'r' is already in use"):
         engine.prefill(request, 0)
-    engine.release_chunk("r", chunk.index)
+    taken.handoff.release(taken.chunks[0].index)
     engine.add(request)
 
 
