@@ -49,7 +49,7 @@ def is_hopeless(error: BaseException) -> bool:
 
 
 class UnsupportedModelError(KvRelayError):
-    """The model has a layer that the engine cannot run; the message names it."""
+    """The model cannot be served, or not with these settings; the message names what is at fault."""
 
 
 class LayoutMismatchError(KvRelayError):

@@ -12,6 +12,7 @@ from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 from app.arguments import ConfigError, arguments_of, list_arguments
 from app.config import AppConfig
 from deployments.engine.config import EngineConfig, SpeculationConfig
+from deployments.errors import UnsupportedModelError
 from deployments.load.admission import Bounds
 
 
@@ -95,7 +96,7 @@ def test_there_is_no_tier_without_room_for_it_and_none_without_prefix_caches():
     )
     assert str(1 << 30) in refusal("tier.object_bytes=10000000000000")
     assert str(1 << 50) in refusal("tier.max_bytes=999999999999999999999999999999")
-    with pytest.raises(ValueError, match="none of them keeps an object of 1001 bytes"):
+    with pytest.raises(UnsupportedModelError, match="none of them keeps an object of 1001 bytes"):
         tier.check_object(1001)
 
 

@@ -4,6 +4,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from deployments.errors import UnsupportedModelError
+
 _COPY_SHARES = {"cpu": 0.02, "cuda": 0.5}
 
 
@@ -44,10 +46,10 @@ class TierSettings(BaseModel):
         """Refuse a budget that keeps nothing of a model whose objects have so many bytes.
 
         Raises:
-            ValueError: says so.
+            UnsupportedModelError: says so.
         """
         if num_bytes > self.max_bytes // self.num_shards:
-            raise ValueError(
+            raise UnsupportedModelError(
                 f"tier.max_bytes is {self.max_bytes}, for {self.num_shards} shards (tier.num_shards): none of them"
                 f" keeps an object of {num_bytes} bytes, the least that this model's KV takes"
             )

@@ -296,7 +296,7 @@ def choose(
     Args:
         scores: of all replicas, at least one.
         tie_s: those that cost at most so much above the cheapest are taken to cost the same.
-        key: of the prompt; among equals it decides.
+        key: of the prompt; of equals, those that have most of it, it decides.
         meeting_key: of requests that are to meet; None: this one need not. It takes the place of `key` where all
             replicas have equally much of the prompt.
         meeting_tie_s: likewise, of `tie_s`, if it is more.
@@ -306,6 +306,8 @@ def choose(
         key, tie_s = meeting_key, max(tie_s, meeting_tie_s)
     least = min(score.cost for score in scores)
     equals = [score for score in scores if score.cost <= least + tie_s]
+    most = max(score.cached_tokens for score in equals)
+    equals = [score for score in equals if score.cached_tokens == most]
     best = equals[0] if len(equals) == 1 else max(equals, key=lambda score: _draw(key, score.replica))
     return Choice(best, tuple(score for score in scores if score is not best), len(equals) - 1, by_key)
 

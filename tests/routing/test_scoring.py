@@ -1,6 +1,7 @@
 """More cached is never worse, more waiting is never better; of equals, all routers choose the same."""
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis import given
 
@@ -142,6 +143,14 @@ def test_of_equals_all_routers_choose_the_same_and_prompts_are_spread() -> None:
     again = [choose(named[::-1], 0.0, number.to_bytes(16, "big")).score.replica for number in range(400)]
     assert choices == again
     assert all(30 <= choices.count(score.replica) <= 75 for score in named)
+
+
+def test_of_equals_the_one_that_has_most_of_the_prompt_is_chosen() -> None:
+    scores = [prefill(1000), *(prefill(1000, cached_tokens=number) for number in (5, 10))]
+    named = [msgspec.structs.replace(score, replica=f"r{number}") for number, score in enumerate(scores)]
+    for number in range(50):
+        choice = choose(named, 1.0, number.to_bytes(16, "big"))
+        assert (choice.score.replica, choice.reason) == ("r2", Reason.CACHE)
 
 
 def test_one_that_leaves_takes_only_its_own_prompts_along() -> None:
