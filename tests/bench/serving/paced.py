@@ -7,6 +7,7 @@ which its tokens left are written to the file that `TRACE_VARIABLE` names, one J
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, cast
@@ -87,6 +88,9 @@ class PacedEngine:
 
     def run_canary(self) -> bool:
         return False
+
+    def when_released(self, call: Callable[[], object]) -> None:
+        """Never: it hands nothing over."""
 
     def check(self, request: GenerateRequest) -> None:
         """Refuse what no benchmark has meant: without a seed one is drawn, and the first step would take for ever."""
