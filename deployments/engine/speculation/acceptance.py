@@ -4,11 +4,13 @@ By its place among the drafts: a model that guesses by its own guesses gets wors
 been right so far gets better. What is known of a sequence's own drafts goes before what is known of all of their kind.
 Asked and told for a whole batch at once, between two steps of a GPU that waits.
 """
+# mypy: disable-error-code="untyped-decorator"
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numba import njit
 
 # Steps after which what was seen of a place before counts half: of all sequences, and of one.
 _HALF_LIFE, _OWN_HALF_LIFE = 256.0, 16.0
@@ -48,51 +50,6 @@ class Tried(NamedTuple):
     num_drafts: int
 
 
-class _Shares:
-    """The share of tried drafts that were right, lately; of each place, in a row for each of what they belong to.
-
-    Args:
-        half_life: tries after which what was added before counts half.
-        num_rows: see above.
-    """
-
-    def __init__(self, half_life: float, num_rows: int) -> None:
-        self._kept = 0.5 ** (1 / half_life)
-        self.counts = np.zeros((2, num_rows, _FEW))  # right, tried
-
-    def reach(self, num_rows: int, num_places: int) -> None:
-        """Have at least so many of each."""
-        _, rows, places = self.counts.shape
-        if num_rows > rows or num_places > places:
-            more = (max(0, num_rows - rows), max(0, num_places - places))
-            self.counts = np.pad(self.counts, ((0, 0), (0, more[0]), (0, more[1])))
-
-    def rates(self, rows: np.ndarray, expected: np.ndarray, weight: float) -> np.ndarray:
-        """(N, P) how likely drafts are right, if those before them are.
-
-        Args:
-            rows: (N,) to ask.
-            expected: (N, P) or (N, 1) what is expected of each place ...
-            weight: ... as firmly as if so many drafts had said so.
-        """
-        right, tried = self.counts[:, rows]
-        rates: np.ndarray = (right + weight * expected) / (tried + weight)
-        return rates
-
-    def add(self, rows: np.ndarray, right: np.ndarray, tried: np.ndarray) -> None:
-        """Count.
-
-        Args:
-            rows: (N,) each once.
-            right: (N, P) drafts of each place that were.
-            tried: (N, P) likewise. Those of one place and row are taken to have come at once.
-        """
-        kept = self._kept**tried
-        share = (1 - kept) / (1 - self._kept) / np.maximum(tried, 1)
-        places = self.counts[:, rows, : tried.shape[1]]
-        self.counts[:, rows, : tried.shape[1]] = kept * places + share * np.stack((right, tried))
-
-
 class Acceptance:
     """Of each kind of drafts, and of each sequence's.
 
@@ -101,54 +58,111 @@ class Acceptance:
     """
 
     def __init__(self, num_kinds: int) -> None:
-        self._all = _Shares(_HALF_LIFE, num_kinds)
-        self._all.counts[0, :, 0], self._all.counts[1, :, 0] = 1.0, 2.0
-        self._kinds = _Shares(_HALF_LIFE, num_kinds)
-        self._own = _Shares(_OWN_HALF_LIFE, _FEW)
+        # Shares of right ones, lately: what was right, and what was tried; of each kind, of each place of it, and ...
+        self._all = np.zeros((2, num_kinds))
+        self._all[0], self._all[1] = 1.0, 2.0
+        self._kinds = np.zeros((2, num_kinds, _FEW))
+        # ... of each place of a sequence. The first row stays empty, for those of whom nothing is known.
+        self._own = np.zeros((2, _FEW, _FEW))
         self._rows: dict[str, int] = {}
-        self._free = list(range(1, _FEW))  # the first row stays empty, for those of whom nothing is known
+        self._free = list(range(1, _FEW))
 
     def rates(self, guesses: Sequence[Guess]) -> np.ndarray:
         """(N, P) how likely each of N sequences' next drafts is right, if those before it are; 0: there is none."""
         ids, kinds, counts = zip(*guesses, strict=True)
-        num_places, kind_of = max(counts), np.array(kinds)
-        self._reach(num_places)
-        like = self._all.counts[0, :, 0] / self._all.counts[1, :, 0]
-        rates = self._kinds.rates(np.arange(len(like)), like[:, None], _PLACE_WEIGHT)[kind_of]
-        rows = [self._rows.get(request_id, 0) for request_id in ids]
-        rates = self._own.rates(np.array(rows), rates, _OWN_WEIGHT)[:, :num_places]
-        return np.where(np.arange(num_places) < np.array(counts)[:, None], rates, 0.0)
+        self._reach(max(counts))
+        rows = np.array([self._rows.get(request_id, 0) for request_id in ids])
+        rates: np.ndarray = _rates(self._all, self._kinds, self._own, rows, np.array(kinds), np.array(counts))
+        return rates
 
     def add(self, tried: Sequence[Tried]) -> None:
         """What became of drafts; each sequence once."""
         ids, kinds, rights, counts = zip(*tried, strict=True)
-        num_right, kind_of = np.array(rights), np.array(kinds)
         self._reach(max(counts))
-        places = np.arange(max(counts))
-        is_right = (places < num_right[:, None]).astype(float)
-        is_tried = (places < np.minimum(num_right + 1, counts)[:, None]).astype(float)
-        self._own.add(np.array([self._row(request_id) for request_id in ids]), is_right, is_tried)
-        for kind in np.unique(kind_of):
-            own, row = kind_of == kind, np.array([kind])
-            right, count = is_right[own].sum(0, keepdims=True), is_tried[own].sum(0, keepdims=True)
-            self._kinds.add(row, right, count)
-            self._all.add(row, right.sum(1, keepdims=True), count.sum(1, keepdims=True))
+        rows = np.array([self._row(request_id) for request_id in ids])
+        _add(self._all, self._kinds, self._own, rows, np.array(kinds), np.array(rights), np.array(counts))
 
     def drop(self, request_id: str) -> None:
         """The sequence is over; unknown ids are no error."""
         if (row := self._rows.pop(request_id, None)) is not None:
-            self._own.counts[:, row] = 0.0
+            self._own[:, row] = 0.0
             self._free.append(row)
 
     def _row(self, request_id: str) -> int:
         if (row := self._rows.get(request_id)) is None:
             if not self._free:
-                num_rows = self._own.counts.shape[1]
+                num_rows = self._own.shape[1]
                 self._free.extend(range(num_rows, 2 * num_rows))
-                self._own.reach(2 * num_rows, 0)
+                self._own = np.pad(self._own, ((0, 0), (0, num_rows), (0, 0)))
             row = self._rows[request_id] = self._free.pop()
         return row
 
     def _reach(self, num_places: int) -> None:
-        self._kinds.reach(0, num_places)
-        self._own.reach(0, num_places)
+        """Have room for so many places."""
+        if (more := num_places - self._own.shape[2]) > 0:
+            self._own = np.pad(self._own, ((0, 0), (0, 0), (0, more)))
+            self._kinds = np.pad(self._kinds, ((0, 0), (0, 0), (0, more)))
+
+
+# Compiled, for a GPU waits for them: numpy takes ten times as long, nearly all of it for calling.
+@njit(cache=True)
+def _rates(
+    of_all: np.ndarray, of_kinds: np.ndarray, own: np.ndarray, rows: np.ndarray, kinds: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+    """(N, P) see `Acceptance.rates`.
+
+    Args:
+        of_all: (2, K) right and tried, of each kind.
+        of_kinds: (2, K, places) likewise, of each place of a kind.
+        own: (2, rows, places) likewise, of each place of a sequence.
+        rows: (N,) of the sequences.
+        kinds: (N,) of their drafts.
+        counts: (N,) so many drafts.
+    """
+    rates = np.zeros((len(rows), counts.max()))
+    for number in range(len(rows)):
+        row, kind = rows[number], kinds[number]
+        like = of_all[0, kind] / of_all[1, kind]
+        for place in range(counts[number]):
+            expected = (of_kinds[0, kind, place] + _PLACE_WEIGHT * like) / (of_kinds[1, kind, place] + _PLACE_WEIGHT)
+            rates[number, place] = (own[0, row, place] + _OWN_WEIGHT * expected) / (own[1, row, place] + _OWN_WEIGHT)
+    return rates
+
+
+@njit(cache=True)
+def _add(
+    of_all: np.ndarray,
+    of_kinds: np.ndarray,
+    own: np.ndarray,
+    rows: np.ndarray,
+    kinds: np.ndarray,
+    rights: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    """See `Acceptance.add`; `rights`: (N,) so many drafts were right, the others as in `_rates`."""
+    now = np.zeros((2, of_kinds.shape[1], counts.max()))  # as `of_kinds`, in this step
+    for number in range(len(rows)):
+        row, kind = rows[number], kinds[number]
+        for place in range(min(rights[number] + 1, counts[number])):
+            is_right = place < rights[number]
+            own[:, row, place] *= 0.5 ** (1 / _OWN_HALF_LIFE)
+            own[0, row, place] += is_right
+            own[1, row, place] += 1
+            now[0, kind, place] += is_right
+            now[1, kind, place] += 1
+    for kind in range(now.shape[1]):
+        for place in range(now.shape[2]):
+            _join(of_kinds[:, kind, place], now[0, kind, place], now[1, kind, place])
+        _join(of_all[:, kind], now[0, kind].sum(), now[1, kind].sum())
+
+
+@njit(cache=True)
+def _join(shares: np.ndarray, right: float, tried: float) -> None:
+    """(2,) Right and tried, with so many more that are taken to have come one by one, each as right as the others."""
+    if tried == 0:
+        return
+    kept = 0.5 ** (1 / _HALF_LIFE)
+    weight = (1 - kept**tried) / (1 - kept) / tried
+    shares *= kept**tried
+    shares[0] += weight * right
+    shares[1] += weight * tried

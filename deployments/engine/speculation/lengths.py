@@ -1,8 +1,11 @@
 """How many drafts of each sequence a step tries: as many as bring the most tokens per second. Pure functions."""
+# mypy: disable-error-code="untyped-decorator"
 
 from collections.abc import Callable
+from math import inf
 
 import numpy as np
+from numba import njit
 
 # Drafts that are right this seldom are never worth a place.
 _LEAST_CHANCE = 0.02
@@ -35,53 +38,65 @@ def choose_lengths(
         For each of the N a number; none at all unless they pay. A step takes the likeliest drafts first, so each number
         is the one that maximises expected tokens over seconds for the batch as a whole.
     """
-    chances = np.cumprod(rates, axis=1)  # to be right together with all before it
-    rows, places = np.nonzero(chances >= _LEAST_CHANCE)
-    order = np.argsort(
-        -chances[rows, places], kind="stable"
-    )  # of a sequence's equally likely ones the first goes first
-    rows, places = rows[order], places[order]
-    expected = num_sequences + np.cumsum(chances[rows, places])
-    step_s = seconds(num_sequences + np.arange(1, len(rows) + 1)) + _guessing_s(places, draft_s, len(rates))
-    best = _best_count(expected, step_s, _LEAST_GAIN * num_sequences / plain_s if plain_s else 0.0, max_step_s)
-    lengths: list[int] = np.bincount(rows[:best], minlength=len(rates)).tolist()
+    num_rows = len(rates)
+    step_s = seconds(num_sequences + np.arange(1, rates.size + 1))
+    guess_s = np.zeros(num_rows + 1)
+    if draft_s(num_rows):
+        guess_s[1:] = [draft_s(count) for count in range(1, num_rows + 1)]
+    least_rate = _LEAST_GAIN * num_sequences / plain_s if plain_s else 0.0
+    most_s = inf if max_step_s is None else max_step_s
+    lengths: list[int] = _choose(rates, num_sequences, step_s, guess_s, least_rate, most_s).tolist()
     return lengths
 
 
-def _guessing_s(places: np.ndarray, draft_s: Callable[[int], float], num_rows: int) -> np.ndarray:
-    """(M,) what guessing takes with the first one, two ... of these drafts.
+# Compiled, for a GPU waits for it: numpy takes twenty times as long, nearly all of it for calling.
+@njit(cache=True)
+def _choose(
+    rates: np.ndarray,
+    num_sequences: int,
+    step_s: np.ndarray,
+    guess_s: np.ndarray,
+    least_rate: float,
+    max_step_s: float,
+) -> np.ndarray:
+    """(N,) see `choose_lengths`.
 
     The first tokens of all sequences are guessed at once, then the second ones of those that want two.
 
     Args:
-        places: (M,) of each among its sequence's drafts.
-        draft_s: see `choose_lengths`.
-        num_rows: of how many sequences they are.
-    """
-    more_s = np.zeros(len(places))
-    if draft_s(num_rows):
-        added_s = np.diff([0.0, *map(draft_s, range(1, num_rows + 1))])  # for one more sequence at once
-        for place in range(places.max(initial=-1) + 1):
-            (of_place,) = np.nonzero(places == place)
-            more_s[of_place] = added_s[: len(of_place)]
-    return np.cumsum(more_s)
-
-
-def _best_count(expected: np.ndarray, step_s: np.ndarray, least_rate: float, max_step_s: float | None) -> int:
-    """Of how many drafts the most tokens per second are expected; 0: none brings more than the least rate.
-
-    Args:
-        expected: (M,) tokens of a step with one, two ... drafts.
-        step_s: (M,) what it takes; 0: it is not known, so it is to be tried.
+        rates: (N, P) see there.
+        num_sequences: see there.
+        step_s: (N * P,) of a step with one, two ... drafts; 0: it is not known, so it is to be tried.
+        guess_s: (N + 1,) that guessing one more token of none, one, two ... sequences takes.
         least_rate: tokens per second without drafts, and the gain that is asked for.
-        max_step_s: see `choose_lengths`.
+        max_step_s: see there.
     """
-    if max_step_s is not None and (too_long := step_s > max_step_s).any():
-        expected, step_s = expected[: too_long.argmax()], step_s[: too_long.argmax()]
-    unknown = np.flatnonzero(step_s == 0)
-    first = int(unknown[-1]) + 1 if len(unknown) else 0
-    rates = expected[first:] / step_s[first:]
-    if not len(rates):
-        return first
-    best = int(rates.argmax())
-    return first + best + 1 if first or rates[best] > least_rate else 0
+    num_rows, num_places = rates.shape
+    chances = np.empty(rates.size)  # to be right together with all before it
+    for row in range(num_rows):
+        chance = 1.0
+        for place in range(num_places):
+            chance *= rates[row, place]
+            chances[row * num_places + place] = chance
+    order = np.argsort(-chances, kind="mergesort")  # of a sequence's equally likely ones the first goes first
+    guessed = np.zeros(num_places, np.int64)  # so many tokens of each place
+    lengths, best = np.zeros(num_rows, np.int64), 0
+    expected, guessing_s, best_rate = float(num_sequences), 0.0, least_rate
+    for count in range(1, rates.size + 1):
+        draft = order[count - 1]
+        if chances[draft] < _LEAST_CHANCE:
+            break
+        place = draft % num_places
+        expected += chances[draft]
+        guessing_s += guess_s[guessed[place] + 1] - guess_s[guessed[place]]
+        guessed[place] += 1
+        seconds = step_s[count - 1] + guessing_s
+        if seconds > max_step_s:
+            break
+        if seconds == 0:
+            best, best_rate = count, 0.0
+        elif expected / seconds > best_rate:
+            best, best_rate = count, expected / seconds
+    for draft in order[:best]:
+        lengths[draft // num_places] += 1
+    return lengths

@@ -184,7 +184,19 @@ def build_speculator(
     Raises:
         ValueError: that model is not loaded, or its steps do not fit into the GPU's memory.
     """
-    return Speculator(_build_drafter(config, loaded, limits), config, stats, _drafted_sizes(loaded, limits))
+    drafter = _build_drafter(config, loaded, limits)
+    if drafter is not None:
+        _compile()
+    return Speculator(drafter, config, stats, _drafted_sizes(loaded, limits))
+
+
+def _compile() -> None:
+    """Have numba compile what chooses, or fetch it from its cache, before the first request needs it."""
+    acceptance, curve = Acceptance(1), StepCurve(MAX_VERIFIED_TOKENS)
+    acceptance.add([Tried("", 0, 1, 1)])
+    curve.add(1, 1.0)
+    for seconds in (curve.drafted_seconds, StepCurve(MAX_VERIFIED_TOKENS, (2,)).drafted_seconds):
+        choose_lengths(acceptance.rates([Guess("", 0, 1)]), 1, curve.seconds(1), seconds)
 
 
 def _drafted_sizes(loaded: LoadedModel, limits: EngineLimits) -> tuple[int, ...]:
