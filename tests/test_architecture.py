@@ -65,6 +65,7 @@ ENGINE_ROOMS = (
     "process",
     "outputs",
     "pacing",
+    "endings",
     "engine",
     "loop",
 )

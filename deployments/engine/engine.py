@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.config import EngineConfig, EngineLimits
+from deployments.engine.endings import Endings
 from deployments.engine.execution.base import LaunchedStep
 from deployments.engine.execution.canary import Canary
 from deployments.engine.execution.rehearsal import build_rehearsed
@@ -38,14 +39,12 @@ from deployments.engine.scheduling.cache_log import CacheEvents, Position
 from deployments.engine.scheduling.checks import check_first_block, check_request
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import Scheduler
-from deployments.engine.scheduling.sequence import Role, Sequence, Status
+from deployments.engine.scheduling.sequence import Role, Sequence
 from deployments.engine.scheduling.timed import build_sequence
 from deployments.engine.speculation.speculator import build_speculator
 from deployments.engine.stats import EngineStats
 from deployments.errors import InvalidRequestError
-from deployments.messages import ChunkReady, Draws, EngineEvent, GenerateRequest, HandoffExpired, Placed, TokenOutput
-
-_EXPORT, _RUNNING, _FINISHED = Role.EXPORT, Status.RUNNING, Status.FINISHED  # asked in every step; see `sequence.py`
+from deployments.messages import ChunkReady, EngineEvent, GenerateRequest, HandoffExpired, Placed
 
 
 class Engine:
@@ -87,6 +86,8 @@ class Engine:
         self._canary = Canary(self._runner, self._blocks)
         self._pace = Pace(self._stats)
         self._outputs = Outputs(self._stats)
+        outbox = self._handoffs.outbox
+        self._endings = Endings(self._blocks, outbox, self._guides, self._outputs, self._stats, self.abort)
         self.lending = Lending(self._runner.cache, self._blocks, self._copies, self._stats)
 
     @property
@@ -177,10 +178,7 @@ class Engine:
         draws = sequence.receive(sequence.num_prompt_tokens, (first_token,))
         self._blocks.publish(sequence)
         self._guides.advance([sequence])
-        now_s = time.monotonic()
-        output = self._tell(sequence, sequence.num_prompt_tokens, draws, now_s, True)
-        self._outputs.end(now_s)
-        return self._outputs.with_times([output])
+        return self._outputs.with_times(self._endings.tell_first(sequence, draws))
 
     def fence(self) -> torch.cuda.Event | None:
         """When the device has done all that it was asked for up to now; None: it has."""
@@ -223,7 +221,8 @@ class Engine:
     def begin_step(self) -> list[EngineEvent]:
         """Choose the next batch; what others can act on while it is computed. Nothing comes before `finish_step`."""
         self._begun_s = time.monotonic()
-        events = self._end_leases() + self._settle()
+        events = self._end_leases()
+        self._settle()
         for lost in self._guides.collect(is_idle=not self._has_steps):  # whose tokens run again, and who cannot go on
             self.abort(lost.request_id)
             events.append(lost)
@@ -237,8 +236,9 @@ class Engine:
                 self._handoffs.importer.add(self._scheduler.reserved[placed.request_id])
         self._scheduled = schedule.scheduled
         self._handoffs.exporter.announce(schedule.scheduled)
-        is_late = self._is_pipelined and self._in_flight is None and self._speculator.hurries(self._scheduled)
-        return self._outputs.hold(events) if is_late else events
+        if not events and self._in_flight is None and self._speculator.hurries(self._scheduled):
+            return []
+        return self._outputs.with_times(self._endings.tell()) + events
 
     def finish_step(self) -> list[EngineEvent]:
         """Run the batch that was chosen. A pipelined engine starts it, and concludes the one before meanwhile.
@@ -251,8 +251,11 @@ class Engine:
             ending, self._in_flight = self._in_flight, ending
         newest = self._in_flight or ending
         self._handoffs.exporter.export(None if newest is None else newest.done)
-        events = [] if ending is None else self._conclude(ending)
+        if ending is not None:
+            self._conclude(ending)
         self._end_exports()
+        events = self._endings.tell()
+        self._speculator.learn()
         return self._outputs.with_times(events)
 
     def stats(self) -> EngineStats:
@@ -291,46 +294,20 @@ class Engine:
             self._guides.hold(scheduled)
         return launched
 
-    def _settle(self) -> list[EngineEvent]:
+    def _settle(self) -> None:
         """Conclude the step in flight now if its first tokens are waited for, or if guesses are to go on behind it."""
         step = self._in_flight
-        if step is None or not (is_awaited(step) or self._speculator.waits_for(step.items)):
-            return []
-        self._in_flight = None
-        return self._outputs.with_times(self._conclude(step))
+        if step is not None and (is_awaited(step) or self._speculator.waits_for(step.items)):
+            self._in_flight = None
+            self._conclude(step)
 
-    def _conclude(self, ending: LaunchedStep) -> list[EngineEvent]:
-        """Wait for a step: what it computed counts, and what it drew is told."""
-        outputs: list[EngineEvent] = []
-        collected, now_s = ending.collect(), time.monotonic()
-        for run, scores in ending.collect_prompts():
+    def _conclude(self, step: LaunchedStep) -> None:
+        """Wait for a step: what it computed and drew counts, and is to be told."""
+        collected, now_s = step.collect(), time.monotonic()
+        for run, scores in step.collect_prompts():
             run.sequence.add_scores(run, scores)
-        self._speculator.note_draws(collected, ending.states)
-        for run, draws in collected:
-            sequence = run.sequence
-            if sequence.status is _FINISHED:
-                continue  # aborted, or ended by the token before, while this one was in flight
-            draws = sequence.conclude(run, draws)
-            if sequence.status is _RUNNING:  # and not preempted since
-                self._blocks.publish(sequence)
-                if run.drafts or self._speculator.is_on:
-                    self._blocks.trim(sequence)
-            if draws:
-                self._stats.generated_tokens += len(draws)
-                if sequence.role is not _EXPORT or self._handoffs.outbox.set_first_token(sequence.request_id, draws[0]):
-                    outputs.append(self._tell(sequence, run.first_draw, draws, now_s, sequence.role is _EXPORT))
-        self._outputs.end(now_s, beside_prompts=ending.num_prompt_tokens > 0)
-        if self._guides:
-            self._guides.advance(run.sequence for run, draws in collected if draws)
-        self._speculator.note_step(ending.items, self._pace.end(time.monotonic()))
-        return outputs
-
-    def _tell(self, sequence: Sequence, place: int, draws: Draws, now_s: float, by_prefill: bool) -> TokenOutput:
-        """Tell of new tokens, the first of them in this place in the sequence."""
-        if sequence.finish_reason is not None:
-            self.abort(sequence.request_id)  # of a prefill engine too: nobody decodes it, so nobody wants its KV
-            self._outputs.note_last(sequence)
-        return self._outputs.tell(sequence, place, draws, now_s, by_prefill)
+        self._speculator.note_end(collected, step.states, self._pace.end(now_s))
+        self._endings.join(collected, now_s, is_beside_prompts=step.num_prompt_tokens > 0)
 
     def _end_exports(self) -> None:
         """A sequence that is all out needs its blocks no longer."""

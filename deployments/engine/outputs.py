@@ -24,7 +24,6 @@ class Outputs:
         self._stats = stats
         self._gaps: Counter[tuple[float, int]] = Counter()  # by when they began, and how many tokens came behind them
         self._timed: list[TimedSequence] = []
-        self._held: list[EngineEvent] = []
 
     def tell(self, sequence: Sequence, place: int, draws: Draws, now_s: float, by_prefill: bool) -> TokenOutput:
         """Of new tokens, the first of them in this place in the sequence, and whether a prefill engine drew them."""
@@ -50,18 +49,11 @@ class Outputs:
         if isinstance(sequence, TimedSequence):
             self._timed.append(sequence)
 
-    def hold(self, events: list[EngineEvent]) -> list[EngineEvent]:
-        """Tell this with what comes next, and nothing now."""
-        self._held += events
-        return []
-
     def with_times(self, events: list[EngineEvent]) -> list[EngineEvent]:
-        """What was held and what is told now, behind the times of those that are noted: what is told of them ends them.
+        """What is told now, behind the times of those that are noted: what is told of them ends them.
 
         A token is told, and its time known, before this is called.
         """
-        if self._held:
-            events, self._held = self._held + events, []
         if not self._timed:
             return events
         timed, self._timed = self._timed, []

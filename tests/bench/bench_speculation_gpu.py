@@ -23,7 +23,6 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field
-from functools import cache
 
 import numpy as np
 import torch
@@ -35,12 +34,11 @@ from deployments.engine.scheduling.block_tables import BlockTables
 from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Role, Sequence
-from deployments.engine.speculation.base import Drafter
-from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
+from deployments.engine.speculation.base import Drafter, Prospect, Wish
+from deployments.messages import Draws, GenerateRequest, SamplingParams, TokenOutput
 from tests.bench.counting import load_counting
 from tests.bench.gpu_heads import HeadCosts, head_costs, with_random_head
 from tests.bench.gpu_shapes import SHAPES
-from tests.engine.drafters import Knowing, truth
 from tests.engine.insides import drafter_of, runner_of, speculate_by
 
 MAX_TOKENS = 8  # of a sequence in a step
@@ -93,13 +91,17 @@ class Answers:
 
     def __init__(self, vocab_size: int, chance: float) -> None:
         self._vocab_size, self._chance = vocab_size, chance
-        self.guess = cache(self._guess)
+        self._guesses: dict[str, tuple[int, ...]] = {}
 
     def right(self, request: GenerateRequest) -> np.ndarray:
         return (request.prompt_token_ids[-1] + 1 + np.arange(request.sampling.max_tokens)) % self._vocab_size
 
-    def of(self, sequence: Sequence) -> tuple[int, ...]:
-        return self.guess(sequence.request)
+    def guess(self, request: GenerateRequest) -> tuple[int, ...]:
+        """The same each time."""
+        guess = self._guesses.get(request.request_id)
+        if guess is None:
+            guess = self._guesses[request.request_id] = self._guess(request)
+        return guess
 
     def _guess(self, request: GenerateRequest) -> tuple[int, ...]:
         """The answer, with every token wrong with the chance that is left."""
@@ -107,6 +109,34 @@ class Answers:
         right = self.right(request)
         is_wrong = rng.random(len(right)) >= self._chance
         return tuple(np.where(is_wrong, (right + 3) % self._vocab_size, right).tolist())
+
+
+class Guessing:
+    """Copies its guesses from a list, which takes next to nothing; a `Drafter`."""
+
+    num_kinds = 1
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+
+    def look(self, wish: Wish) -> Prospect | None:
+        return Prospect(wish.num_tokens)
+
+    def draft(self, wishes: list[Wish]) -> list[tuple[int, ...]]:
+        drafts = []
+        for sequence, num_tokens in wishes:
+            first = sequence.num_generated_tokens
+            drafts.append(self._answers.guess(sequence.request)[first : first + num_tokens])
+        return drafts
+
+    def learn(self, collected: list[tuple[ScheduledSequence, Draws]], states: torch.Tensor | None) -> None:
+        """It knows how often it is right."""
+
+    def seconds(self, num_sequences: int) -> float:
+        return 0.0
+
+    def drop(self, request_id: str) -> None:
+        """It keeps nothing of sequences."""
 
 
 def measured_tokens(batch: int) -> int:
@@ -178,7 +208,7 @@ class Loop:
             RuntimeError: a token is not the one that the model must say.
         """
         engine, answers = self._engine, Answers(self._vocab_size, run.chance or 0.0)
-        drafter = self._own if by_own else None if run.chance is None else Knowing(answers.of, truth)
+        drafter = self._own if by_own else None if run.chance is None else Guessing(answers)
         speculate_by(engine, drafter, LOOKUP)
         before, requests = engine.stats(), [self._add() for _ in range(run.batch)]
         told: dict[str, list[int]] = {request.request_id: [] for request in requests}

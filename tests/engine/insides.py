@@ -94,8 +94,7 @@ def replace_head_runner(engine: Engine, runner: "HeadRunner") -> None:
 
 
 def wrap_conclusions(
-    engine: Engine,
-    conclude: "Callable[[Callable[[LaunchedStep], list[EngineEvent]], LaunchedStep], list[EngineEvent]]",
+    engine: Engine, conclude: "Callable[[Callable[[LaunchedStep], None], LaunchedStep], None]"
 ) -> None:
     """Have steps concluded by something else, which is given what does it."""
     engine._conclude = partial(conclude, engine._conclude)  # type: ignore[method-assign]

@@ -1,7 +1,6 @@
 """What every runner has: how a step is prepared, what a launched one is, what a runner promises. Knows no model."""
 
 from dataclasses import dataclass
-from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -109,11 +108,14 @@ class LaunchedStep:
         if self.done is not None:
             self.done.synchronize()
         tokens = self.tokens.tolist()
-        drawn = map(DrawnToken, tokens) if self.scores is None else iter(self.scores.of_draws(tokens))
-        collected = []
+        scored = None if self.scores is None else self.scores.of_draws(tokens)
+        collected: list[tuple[ScheduledSequence, Draws]] = []
+        first = 0
         for item in self.items:
-            draws = (next(drawn),) if item.num_draws == 1 else tuple(islice(drawn, item.num_draws))
-            collected.append((item, item.accept(draws) if item.drafts else draws))
+            last = first + (item.num_counted(tokens, first) if item.drafts else item.num_draws)
+            draws = tuple(map(DrawnToken, tokens[first:last])) if scored is None else tuple(scored[first:last])
+            collected.append((item, draws))
+            first += item.num_draws
         return collected
 
     def collect_prompts(self) -> list[tuple[ScheduledSequence, Draws]]:

@@ -151,7 +151,8 @@ class BlockManager:
 
     def trim(self, sequence: Sequence) -> None:
         """Take back the blocks that were for drafts alone."""
-        self._release(sequence.tables.drop_surplus(self.blocks_for(sequence.num_tokens)))
+        if (len(sequence.tables.each[-1]) - 1) * self.block_size >= sequence.num_tokens:
+            self._release(sequence.tables.drop_surplus(self.blocks_for(sequence.num_tokens)))
 
     def publish(self, sequence: Sequence) -> None:
         """Offer full blocks to later sequences: computed, or they will be before a step that is started from now on.

@@ -2,8 +2,6 @@
 
 import msgspec
 
-from deployments.messages import Draws
-
 
 class Span(msgspec.Struct, frozen=True, gc=False):
     """Consecutive tokens of one sequence that a step computes.
@@ -26,9 +24,14 @@ class Span(msgspec.Struct, frozen=True, gc=False):
         """Place in the sequence of the first token that it draws."""
         return self.start + self.num_tokens - self.num_draws + 1
 
-    def accept(self, draws: Draws) -> Draws:
-        """Of all its draws those that count: up to the first that is not as drafted."""
-        for number, (draft, token) in enumerate(zip(self.drafts, draws, strict=False), 1):
-            if token.token_id != draft:
-                return draws[:number]
-        return draws
+    def num_counted(self, tokens: list[int], first: int) -> int:
+        """How many of its draws count: up to the first that is not as drafted.
+
+        Args:
+            tokens: drawn by a step.
+            first: place of its own first one among them.
+        """
+        for number, draft in enumerate(self.drafts):
+            if tokens[first + number] != draft:
+                return number + 1
+        return len(self.drafts) + 1

@@ -69,10 +69,11 @@ class Acceptance:
 
     def rates(self, guesses: Sequence[Guess]) -> np.ndarray:
         """(N, P) how likely each of N sequences' next drafts is right, if those before it are; 0: there is none."""
-        ids, kinds, counts = zip(*guesses, strict=True)
-        self._reach(max(counts))
-        rows = np.array([self._rows.get(request_id, 0) for request_id in ids])
-        rates: np.ndarray = _rates(self._all, self._kinds, self._own, rows, np.array(kinds), np.array(counts))
+        row_of = self._rows
+        table = np.array([(row_of.get(guess.request_id, 0), guess.kind, guess.num_drafts) for guess in guesses]).T
+        rows, kinds, counts = np.ascontiguousarray(table)
+        self._reach(counts.max())
+        rates: np.ndarray = _rates(self._all, self._kinds, self._own, rows, kinds, counts)
         return rates
 
     def add(self, tried: Sequence[Tried]) -> None:

@@ -6,6 +6,7 @@ where it is what was drawn. So all that is decided here is time.
 
 import time
 from itertools import takewhile
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from deployments.engine.grammar.guides import Guides
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import MAX_VERIFIED_TOKENS, Scheduler
-from deployments.engine.scheduling.sequence import Sequence
+from deployments.engine.scheduling.sequence import Sequence, Status
 from deployments.engine.speculation.acceptance import Acceptance, Guess, Tried
 from deployments.engine.speculation.base import Drafter, Prospect, Wish
 from deployments.engine.speculation.curve import StepCurve
@@ -26,6 +27,14 @@ from deployments.engine.speculation.lookup import LookupDrafter
 from deployments.engine.speculation.patience import Patience
 from deployments.engine.stats import EngineStats
 from deployments.messages import Draws
+
+
+class _Ended(NamedTuple):
+    """A step: its runs with the draws that count, the kinds of its drafts by their sequence, and what it took."""
+
+    collected: list[tuple[ScheduledSequence, Draws]]
+    kinds: dict[str, int]
+    seconds: float
 
 
 class Speculator:
@@ -54,6 +63,7 @@ class Speculator:
         self._patience = Patience()
         self._kinds: dict[str, int] = {}  # of the drafts that were proposed last
         self._drafting_s = 0.0  # that guessing took before the step that has not ended
+        self._ended: _Ended | None = None  # nothing was learned from it yet
 
     @property
     def is_on(self) -> bool:
@@ -95,35 +105,42 @@ class Speculator:
                 self._kinds[sequence.request_id] = kinds[sequence.request_id]
                 sequence.propose(tokens, masks)
 
-    def note_draws(self, collected: list[tuple[ScheduledSequence, Draws]], states: Tensor | None) -> None:
-        """A step has ended with these runs; of each those draws that count, one more than drafts that were right.
+    def note_end(
+        self, collected: list[tuple[ScheduledSequence, Draws]], states: Tensor | None, seconds: float
+    ) -> None:
+        """A step has ended: what `learn` will learn from.
 
         Args:
-            collected: the runs; no draws have joined their sequences yet.
+            collected: its runs, each with those draws that count, one more than drafts that were right. No draws have
+                joined their sequences yet.
             states: see `LaunchedStep`.
+            seconds: that it took, with the guesses before it.
         """
-        if self._drafter is not None:
-            self._drafter.learn(collected, states)
-        if not self._kinds:
+        if self._drafter is None:
             return
-        tried = [
-            Tried(run.sequence.request_id, self._kinds[run.sequence.request_id], len(draws) - 1, len(run.drafts))
-            for run, draws in collected
-            if run.drafts
-        ]
-        for one in tried:
-            self._stats.drafted_tokens.observe(one.num_drafts)
-            self._stats.accepted_tokens.observe(one.num_right)
+        self._drafter.learn(collected, states)
+        self._ended = _Ended(collected, self._kinds, seconds - self._drafting_s)
+        self._kinds, self._drafting_s = {}, 0.0
+
+    def learn(self) -> None:
+        """From the step that ended last; not needed for the next one, so a GPU shall not wait for it."""
+        if self._ended is None:
+            return
+        (collected, kinds, seconds), self._ended = self._ended, None
+        if all(run.is_decode for run, _ in collected):
+            num_tokens = sum([run.num_tokens for run, _ in collected])
+            self._curve.add(num_tokens, seconds, has_drafts=num_tokens > len(collected))
+        tried = []
+        for run, draws in collected:
+            if run.drafts:
+                num_right, sequence = len(draws) - 1, run.sequence
+                self._stats.drafted_tokens.observe(len(run.drafts))
+                self._stats.accepted_tokens.observe(num_right)
+                if sequence.status is not Status.FINISHED:
+                    kind = kinds[sequence.request_id]
+                    tried.append(Tried(sequence.request_id, kind, num_right, len(run.drafts)))
         if tried:
             self._acceptance.add(tried)
-        self._kinds.clear()
-
-    def note_step(self, items: list[ScheduledSequence], seconds: float) -> None:
-        """A step with these has ended; with the guesses before it, it took so long."""
-        if self.is_on and all(item.is_decode for item in items):
-            num_tokens = sum(item.num_tokens for item in items)
-            self._curve.add(num_tokens, seconds - self._drafting_s, has_drafts=num_tokens > len(items))
-        self._drafting_s = 0.0
 
     def drop(self, request_id: str) -> None:
         """The sequence is over; unknown ids are no error."""

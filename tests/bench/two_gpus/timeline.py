@@ -195,8 +195,8 @@ class Recorder:
         before.import_s += time.monotonic() - begun_s
         return events
 
-    def _conclude(self, conclude: Callable[[LaunchedStep], list[EngineEvent]], step: LaunchedStep) -> list[EngineEvent]:
-        events = conclude(step)
+    def _conclude(self, conclude: Callable[[LaunchedStep], None], step: LaunchedStep) -> None:
+        conclude(step)
         assert isinstance(step, _RecordedStep) and step.row is not None
         step.row.concluded_s = time.monotonic()
         self._concluded.append(step.row)
@@ -204,7 +204,6 @@ class Recorder:
             row = self._concluded.popleft()
             self._steps.add(row.values(self._last))
             self._last = row
-        return events
 
     def _note_gc(self, phase: str, _: object) -> None:
         """Called in whichever thread it runs; the others wait for it."""
