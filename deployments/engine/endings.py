@@ -68,9 +68,8 @@ class Endings:
                 continue  # aborted, or ended by the token before, while this one was in flight
             draws = sequence.conclude(run, draws)
             self._stats.generated_tokens += len(draws)
-            if draws and sequence.role is _EXPORT:
-                if not self._outbox.set_first_token(sequence.request_id, draws[0]):
-                    draws = ()  # nobody wants it any more
+            if draws and sequence.role is _EXPORT and not self._outbox.set_first_token(sequence.request_id, draws[0]):
+                draws = ()  # nobody wants it any more
             self._untold.append((run, draws))
             if draws and sequence.finish_reason is not None:
                 self._keep(sequence)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.batch.arrays import StepArrays
-from deployments.engine.batch.build import build_arrays, order_for_batch, rows_of
+from deployments.engine.batch.build import build_arrays, order_for_batch
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.kv.layers import LayerWatch
 from deployments.engine.sampling.adjusting import Adjusting, build_adjusting
@@ -56,18 +56,19 @@ class Preparation:
 
     def __init__(self, cache: KVCache) -> None:
         self._block_size, self._num_groups = cache.block_size, cache.num_groups
-        self._row_of: dict[str, int] = {}
+        self._before: list[ScheduledSequence] = []
         self._sampling = SamplingPreparation()
 
     def prepare(self, scheduled: list[ScheduledSequence]) -> PreparedStep:
         """Lay out a step; tokens that are not known yet are those that the step prepared before draws."""
         items = order_for_batch(scheduled)
-        arrays = build_arrays(items, self._block_size, self._row_of, self._num_groups)
-        self._row_of = rows_of(items)
+        arrays = build_arrays(items, self._block_size, self._before, self._num_groups)
+        self._before = items
         sampling = adjusting = masking = scoring = None
         if len(arrays.draw_rows):
-            params = [item.sequence.request.sampling for item in items for _ in range(item.num_draws)]
-            sampling = self._sampling.prepare(params, arrays.draw_positions)
+            drawing = [item for item in items if item.num_draws]
+            params = [item.sequence.request.sampling for item in drawing]
+            sampling = self._sampling.prepare(params, arrays.draw_positions, [item.num_draws for item in drawing])
             if sampling.columns.is_adjusted:
                 adjusting = build_adjusting(items, arrays.sources)
             if sampling.columns.is_guided:

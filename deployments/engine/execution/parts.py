@@ -4,8 +4,10 @@ Launched as a whole, a step reads the weights once, but this process has to laun
 waits for it where there is little to compute. The choice depends on the model and the step alone, so that tokens
 repeat. Knows no tensor and no model. G groups of layers have slots and tables of their own.
 """
+# mypy: disable-error-code="untyped-decorator"
 
 import numpy as np
+from numba import njit
 
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.execution.costs import StepCosts
@@ -61,12 +63,31 @@ def fill_tokens(columns: np.ndarray, arrays: StepArrays, num_tokens: int) -> Non
         arrays: of the step.
         num_tokens: of the graph; behind those that there are they go nowhere, and are nobody's.
     """
-    count, sources = arrays.num_tokens, np.full(arrays.num_tokens, -1)
-    sources[: arrays.num_singles] = arrays.sources
-    owners = np.repeat(np.arange(arrays.num_runs), arrays.counts)
-    given = arrays.token_ids, sources, arrays.positions, *arrays.slots, owners
-    for column, values, nothing in zip(columns, given, (0, -1, 0, *[-1] * len(arrays.slots), -1), strict=True):
-        column[:count], column[count:num_tokens] = values, nothing
+    _fill_tokens(
+        columns[:, :num_tokens], arrays.token_ids, arrays.sources, arrays.positions, arrays.slots, arrays.counts
+    )
+
+
+# Compiled, for behind a step with drafts a GPU waits for them.
+@njit(cache=True)
+def _fill_tokens(
+    columns: np.ndarray,
+    token_ids: np.ndarray,
+    sources: np.ndarray,
+    positions: np.ndarray,
+    slots: np.ndarray,
+    counts: np.ndarray,
+) -> None:
+    columns[0], columns[1], columns[2], columns[3:-1], columns[-1] = 0, -1, 0, -1, -1
+    token = 0
+    for run, count in enumerate(counts):
+        for _ in range(count):
+            columns[0, token], columns[2, token], columns[-1, token] = token_ids[token], positions[token], run
+            if token < len(sources):
+                columns[1, token] = sources[token]
+            for group in range(len(slots)):
+                columns[3 + group, token] = slots[group, token]
+            token += 1
 
 
 def fill_runs(lens: np.ndarray, starts: np.ndarray, tables: np.ndarray, arrays: StepArrays, num_seqs: int) -> None:
@@ -79,11 +100,22 @@ def fill_runs(lens: np.ndarray, starts: np.ndarray, tables: np.ndarray, arrays: 
         arrays: of the step.
         num_seqs: of the graph; behind those that there are they have no length.
     """
-    count = arrays.num_runs
-    lens[:count], lens[count:num_seqs] = arrays.starts + arrays.counts, 0
-    starts[0], starts[1 : count + 1] = 0, np.cumsum(arrays.counts)
-    starts[count + 1 : num_seqs + 1] = arrays.num_tokens
-    tables[:count, :, : arrays.tables.shape[2]] = arrays.tables.swapaxes(0, 1)
+    _fill_runs(lens[:num_seqs], starts[: num_seqs + 1], tables, arrays.starts, arrays.counts, arrays.tables)
+
+
+@njit(cache=True)
+def _fill_runs(
+    lens: np.ndarray, starts: np.ndarray, tables: np.ndarray, firsts: np.ndarray, counts: np.ndarray, blocks: np.ndarray
+) -> None:
+    starts[0] = 0
+    for run in range(len(lens)):
+        is_there = run < len(counts)
+        lens[run] = firsts[run] + counts[run] if is_there else 0
+        starts[run + 1] = starts[run] + (counts[run] if is_there else 0)
+        if is_there:
+            for group in range(len(blocks)):
+                for block in range(blocks.shape[2]):
+                    tables[run, group, block] = blocks[group, run, block]
 
 
 def fill_prompt(values: np.ndarray, arrays: StepArrays, run: int) -> None:

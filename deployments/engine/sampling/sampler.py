@@ -6,6 +6,7 @@ token, so that logits which differ by rounding give another token only where the
 """
 
 from dataclasses import dataclass
+from operator import is_
 from types import ModuleType
 
 import numpy as np
@@ -80,21 +81,38 @@ class SamplingBatch:
         return self.columns.is_greedy
 
 
+def _is_plain(params: SamplingParams) -> bool:
+    """Whether a sequence takes the likeliest token as the model has it, and no more is asked of it."""
+    return (
+        params.temperature == 0
+        and params.adjustments is None
+        and params.grammar is None
+        and params.num_logprobs is None
+    )
+
+
 class SamplingPreparation:
     """Gathers the parameters of steps one after the other; from step to step they are mostly the same."""
 
     def __init__(self) -> None:
         self._params: list[SamplingParams] = []
-        self._columns = SamplingColumns([])
+        self._plain = self._columns = SamplingColumns([])  # of any number of draws
 
-    def prepare(self, params: list[SamplingParams], positions: np.ndarray) -> SamplingBatch:
+    def prepare(
+        self, params: list[SamplingParams], positions: np.ndarray, num_draws: list[int] | None = None
+    ) -> SamplingBatch:
         """Of one step.
 
         Args:
-            params: of each draw's sequence.
-            positions: where the drawn token will stand in its sequence, prompt included.
+            params: of sequences that draw.
+            positions: (S,) where each drawn token will stand in its sequence, prompt included.
+            num_draws: of each of these sequences; None: one.
         """
-        if params != self._params:
+        if all(map(_is_plain, params)):
+            return SamplingBatch(self._plain, positions)
+        if num_draws is not None:
+            params = [one for one, count in zip(params, num_draws, strict=True) for _ in range(count)]
+        if len(params) != len(self._params) or not all(map(is_, params, self._params)):
             self._params, self._columns = params, SamplingColumns(params)
         return SamplingBatch(self._columns, positions)
 

@@ -136,8 +136,11 @@ class Scheduler:
 
         Nor is there where their KV would be of no use, because the sequence is to be computed anew with them.
         """
-        offset = self._offset(sequence, sequence.num_tokens + num_drafts)
-        return offset == sequence.position_offset and self._blocks.append(sequence, num_drafts)
+        if self._positions is not FIXED:
+            offset = self._offset(sequence, sequence.num_tokens + num_drafts)
+            if offset != sequence.position_offset:
+                return False
+        return self._blocks.append(sequence, num_drafts)
 
     def activate(self, sequence: Sequence) -> None:
         """A reserved sequence has what it waited for: from now on it runs here."""
@@ -207,9 +210,11 @@ class Scheduler:
 
     def _choose_drafts(self, sequence: Sequence, room: int) -> tuple[int, ...]:
         """As many as may become tokens, without taking anything from others: budget, blocks, or the lead in length."""
-        drafts = sequence.drafts[: max(0, min(room, sequence.max_num_tokens - sequence.num_tokens - 1))]
         if sequence.num_pending_tokens:
             return ()
+        drafts, most = sequence.drafts, min(room, sequence.max_num_tokens - sequence.num_tokens - 1)
+        if len(drafts) > most:
+            drafts = drafts[: max(0, most)]
         if sequence.mask is not None:  # behind a draft other tokens may be drawn than behind the newest one
             drafts = drafts[: len(sequence.draft_masks)]
         return drafts if self.make_room_for_drafts(sequence, len(drafts)) else ()

@@ -20,20 +20,6 @@ _PLACE_WEIGHT, _OWN_WEIGHT = 8.0, 4.0
 _FEW = 8  # rows and places that there is room for at first
 
 
-class Guess(NamedTuple):
-    """Drafts of a sequence that could be tried.
-
-    Attributes:
-        request_id: of the sequence.
-        kind: of the drafts.
-        num_drafts: at least one.
-    """
-
-    request_id: str
-    kind: int
-    num_drafts: int
-
-
 class Tried(NamedTuple):
     """Drafts of a sequence that were tried.
 
@@ -67,13 +53,21 @@ class Acceptance:
         self._rows: dict[str, int] = {}
         self._free = list(range(1, _FEW))
 
-    def rates(self, guesses: Sequence[Guess]) -> np.ndarray:
-        """(N, P) how likely each of N sequences' next drafts is right, if those before it are; 0: there is none."""
+    def rates(self, request_ids: Sequence[str], kinds: Sequence[int], counts: Sequence[int]) -> np.ndarray:
+        """How likely the next drafts of N sequences are right, if those before them are.
+
+        Args:
+            request_ids: of the N sequences.
+            kinds: of their drafts.
+            counts: so many drafts of each; at least one.
+
+        Returns:
+            (N, P); 0 where there is no draft.
+        """
+        self._reach(max(counts))
         row_of = self._rows
-        table = np.array([(row_of.get(guess.request_id, 0), guess.kind, guess.num_drafts) for guess in guesses]).T
-        rows, kinds, counts = np.ascontiguousarray(table)
-        self._reach(counts.max())
-        rates: np.ndarray = _rates(self._all, self._kinds, self._own, rows, kinds, counts)
+        rows = np.array([row_of.get(request_id, 0) for request_id in request_ids])
+        rates: np.ndarray = _rates(self._all, self._kinds, self._own, rows, np.array(kinds), np.array(counts))
         return rates
 
     def add(self, tried: Sequence[Tried]) -> None:

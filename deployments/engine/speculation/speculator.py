@@ -17,7 +17,7 @@ from deployments.engine.model.load import LoadedModel
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import MAX_VERIFIED_TOKENS, Scheduler
 from deployments.engine.scheduling.sequence import Sequence, Status
-from deployments.engine.speculation.acceptance import Acceptance, Guess, Tried
+from deployments.engine.speculation.acceptance import Acceptance, Tried
 from deployments.engine.speculation.base import Drafter, Prospect, Wish
 from deployments.engine.speculation.curve import StepCurve
 from deployments.engine.speculation.draft_model import DraftModel
@@ -100,14 +100,12 @@ class Speculator:
         drafts = self._drafter.draft(wishes)
         self._drafting_s = time.monotonic() - begun_s
         for (sequence, _), tokens in zip(wishes, drafts, strict=True):
-            masks = _masks_behind(sequence, tokens, guides)
+            masks = () if sequence.mask is None else _masks_behind(sequence, tokens, guides)
             if tokens and (masks or sequence.mask is None):
                 self._kinds[sequence.request_id] = kinds[sequence.request_id]
                 sequence.propose(tokens, masks)
 
-    def note_end(
-        self, collected: list[tuple[ScheduledSequence, Draws]], states: Tensor | None, seconds: float
-    ) -> None:
+    def note_end(self, collected: list[tuple[ScheduledSequence, Draws]], states: Tensor | None, seconds: float) -> None:
         """A step has ended: what `learn` will learn from.
 
         Args:
@@ -153,32 +151,31 @@ class Speculator:
         """How many tokens to guess of which sequences, and of which kind each one's are."""
         wishes: list[Wish] = []
         prospects: list[Prospect] = []
+        max_drafts = self._config.max_drafts
         for sequence in going:
             num_left = sequence.max_num_tokens - sequence.num_tokens - 1
             if sequence.num_pending_tokens or num_left <= 0:  # who has one token left to draw needs no drafts
                 continue
-            wish = Wish(sequence, min(num_left, self._config.max_drafts))
+            wish = Wish(sequence, num_left if num_left < max_drafts else max_drafts)
             if (prospect := drafter.look(wish)) is not None:
                 wishes.append(wish)
                 prospects.append(prospect)
-        kinds = {wish.sequence.request_id: prospect.kind for wish, prospect in zip(wishes, prospects, strict=True)}
-        lengths = self._lengths(drafter, wishes, prospects, len(going)) if wishes else []
-        chosen = [wish._replace(num_tokens=length) for wish, length in zip(wishes, lengths, strict=True) if length]
-        return chosen, kinds
+        if not wishes:
+            return [], {}
+        request_ids = [sequence.request_id for sequence, _ in wishes]
+        lengths = self._lengths(drafter, request_ids, prospects, len(going))
+        chosen = [Wish(sequence, length) for (sequence, _), length in zip(wishes, lengths, strict=True) if length]
+        return chosen, {name: kind for name, (_, kind) in zip(request_ids, prospects, strict=True)}
 
     def _lengths(
-        self, drafter: Drafter, wishes: list[Wish], prospects: list[Prospect], num_sequences: int
+        self, drafter: Drafter, request_ids: list[str], prospects: list[Prospect], num_sequences: int
     ) -> list[int]:
+        counts, kinds = zip(*prospects, strict=True)
         if not self._config.is_adaptive:
-            return [prospect.num_tokens for prospect in prospects]
+            return list(counts)
         if not self._curve.is_known(num_sequences):
-            return [0] * len(wishes)  # until steps without drafts say what one takes
-        rates = self._acceptance.rates(
-            [
-                Guess(wish.sequence.request_id, prospect.kind, prospect.num_tokens)
-                for wish, prospect in zip(wishes, prospects, strict=True)
-            ]
-        )
+            return [0] * len(counts)  # until steps without drafts say what one takes
+        rates = self._acceptance.rates(request_ids, kinds, counts)
         plain_s, drafted_s = self._curve.seconds(num_sequences), self._curve.drafted_seconds
         return choose_lengths(
             rates, num_sequences, plain_s, drafted_s, drafter.seconds, max_step_s=self._config.max_step_s
@@ -187,8 +184,6 @@ class Speculator:
 
 def _masks_behind(sequence: Sequence, drafts: tuple[int, ...], guides: Guides) -> tuple[bytes, ...]:
     """What may follow each draft by the sequence's grammar, up to the first that may not come or ends the answer."""
-    if sequence.mask is None:
-        return ()
     stops = sequence.request.sampling.stop_token_ids
     return guides.look_ahead(sequence, tuple(takewhile(lambda token: token not in stops, drafts)))
 
@@ -213,7 +208,7 @@ def _compile() -> None:
     acceptance.add([Tried("", 0, 1, 1)])
     curve.add(1, 1.0)
     for seconds in (curve.drafted_seconds, StepCurve(MAX_VERIFIED_TOKENS, (2,)).drafted_seconds):
-        choose_lengths(acceptance.rates([Guess("", 0, 1)]), 1, curve.seconds(1), seconds)
+        choose_lengths(acceptance.rates([""], [0], [1]), 1, curve.seconds(1), seconds)
 
 
 def _drafted_sizes(loaded: LoadedModel, limits: EngineLimits) -> tuple[int, ...]:

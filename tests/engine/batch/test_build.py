@@ -46,8 +46,9 @@ def build(number: int, shape: tuple[int, int, int, int, int], is_pending: bool) 
 @given(st.lists(st.tuples(runs, st.booleans()), min_size=1, max_size=8))
 def test_every_token_has_its_place(shapes: list[tuple[tuple[int, int, int, int, int], bool]]) -> None:
     items = order_for_batch([build(number, *shape) for number, shape in enumerate(shapes)])
-    row_of = {item.sequence.request_id: 7 + row for row, item in enumerate(items)}
-    arrays = build_arrays(items, BLOCK_SIZE, row_of, len(GROUPS))
+    before = items[::-1]
+    row_of = rows_of(before)
+    arrays = build_arrays(items, BLOCK_SIZE, before, len(GROUPS))
     at = 0
     draw_rows, draw_positions = [], []
     for run, item in enumerate(items):

@@ -45,7 +45,7 @@ def run(num_computed: int, num_tokens: int, num_given: int, *, drafts: int = 0) 
 
 
 def arrays_of(*items: ScheduledSequence, num_groups: int = 1) -> StepArrays:
-    return build_arrays(order_for_batch(list(items)), BLOCK_SIZE, {}, num_groups)
+    return build_arrays(order_for_batch(list(items)), BLOCK_SIZE, [], num_groups)
 
 
 DECODE, PROMPT, CHUNK = run(5, 1, 6), run(0, 9, 9), run(8, 4, 12)

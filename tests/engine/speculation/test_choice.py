@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from deployments.engine.speculation.acceptance import Acceptance, Guess, Tried
+from deployments.engine.speculation.acceptance import Acceptance, Tried
 from deployments.engine.speculation.curve import StepCurve
 from deployments.engine.speculation.lengths import choose_lengths
 
@@ -89,7 +89,7 @@ class Played:
     def choose(self) -> list[int]:
         if not self.curve.is_known(self.batch):
             return [0] * self.batch
-        rates = self.acceptance.rates([Guess(str(row), 0, MAX_DRAFTS) for row in range(self.batch)])
+        rates = self.acceptance.rates(list(map(str, range(self.batch))), [0] * self.batch, [MAX_DRAFTS] * self.batch)
         return choose_lengths(rates, self.batch, self.curve.seconds(self.batch), self.curve.drafted_seconds)
 
     def try_drafts(self, length: int) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from deployments.engine.speculation.acceptance import Acceptance, Guess, Tried
+from deployments.engine.speculation.acceptance import Acceptance, Tried
 from deployments.engine.speculation.curve import StepCurve
 from deployments.engine.speculation.lengths import choose_lengths
 
@@ -109,7 +109,7 @@ def test_drafts_are_as_likely_right_as_those_of_their_kind_were_and_their_sequen
     acceptance = Acceptance(2)
 
     def rate(request_id: str, kind: int) -> float:
-        return float(acceptance.rates([Guess(request_id, kind, 1)])[0, 0])
+        return float(acceptance.rates([request_id], [kind], [1])[0, 0])
 
     assert rate("r", 0) == rate("r", 1) == 0.5
     for _ in range(100):
@@ -117,7 +117,7 @@ def test_drafts_are_as_likely_right_as_those_of_their_kind_were_and_their_sequen
         acceptance.add([Tried("liar", 1, num_right=0, num_drafts=4)])
     assert rate("r", 0) == 0.5
     assert rate("r", 1) == pytest.approx(0.5, abs=0.1), "at the first place every second one was wrong"
-    assert acceptance.rates([Guess("r", 1, 4)])[0, 3] > 0.9, "and none behind a right one"
+    assert acceptance.rates(["r"], [1], [4])[0, 3] > 0.9, "and none behind a right one"
     assert rate("liar", 1) < 0.2 < 0.9 < rate("other", 1)
     acceptance.drop("liar")
     assert rate("liar", 1) == rate("r", 1)
@@ -127,7 +127,7 @@ def test_guesses_that_get_worse_from_place_to_place_are_known_to() -> None:
     acceptance = Acceptance(1)
     for number in range(300):
         acceptance.add([Tried("r", 0, num_right=3 if number % 10 else 0, num_drafts=6)])
-    (rates,) = acceptance.rates([Guess("r", 0, 8)])
+    (rates,) = acceptance.rates(["r"], [0], [8])
     assert rates[0] == pytest.approx(0.9, abs=0.1) and rates[1] > 0.9 and rates[2] > 0.9 and rates[3] < 0.1
     assert rates[6] == rates[7], "of places that were never tried nothing else is known"
 
