@@ -28,7 +28,6 @@ class Endings:
         guides: of those with a grammar.
         outputs: tells.
         stats: where counts go.
-        end: ends a request.
     """
 
     def __init__(
@@ -38,26 +37,30 @@ class Endings:
         guides: Guides,
         outputs: Outputs,
         stats: EngineStats,
-        end: Callable[[str], None],
     ) -> None:
         self._blocks = blocks
         self._outbox = outbox
         self._guides = guides
         self._outputs = outputs
         self._stats = stats
-        self._end = end
         self._untold: list[tuple[ScheduledSequence, Draws]] = []
         self._ended_s = 0.0
         self._is_beside_prompts = False
 
     def join(
-        self, collected: Iterable[tuple[ScheduledSequence, Draws]], ended_s: float, *, is_beside_prompts: bool
+        self,
+        collected: Iterable[tuple[ScheduledSequence, Draws]],
+        ended_s: float,
+        end: Callable[[str], None],
+        *,
+        is_beside_prompts: bool,
     ) -> None:
         """What was drawn joins its sequences; whoever drew the last token is over.
 
         Args:
             collected: what ran, each with those of its draws that count.
             ended_s: when the step ended; monotonic.
+            end: ends a request.
             is_beside_prompts: there were prompt tokens in it.
         """
         assert not self._untold, "the step before was not told of"
@@ -73,7 +76,7 @@ class Endings:
             self._untold.append((run, draws))
             if draws and sequence.finish_reason is not None:
                 self._keep(sequence)
-                self._end(sequence.request_id)  # in a prefill engine too: nobody decodes it, so nobody wants its KV
+                end(sequence.request_id)  # in a prefill engine too: nobody decodes it, so nobody wants its KV
         if self._guides:
             self._guides.advance(run.sequence for run, draws in self._untold if draws)
 
@@ -91,11 +94,11 @@ class Endings:
         self._outputs.end(self._ended_s, beside_prompts=self._is_beside_prompts)
         return outputs
 
-    def tell_first(self, sequence: Sequence, draws: Draws) -> list[EngineEvent]:
-        """Of the token behind a prompt, which came with its KV; at a moment of its own."""
+    def tell_first(self, sequence: Sequence, draws: Draws, end: Callable[[str], None]) -> list[EngineEvent]:
+        """Of the token behind a prompt, which came with its KV; at a moment of its own. `end`: ends a request."""
         now_s = time.monotonic()
         if sequence.finish_reason is not None:
-            self._end(sequence.request_id)
+            end(sequence.request_id)
         output = self._tell(sequence, sequence.num_prompt_tokens, draws, now_s, True)
         self._outputs.end(now_s)
         return [output]

@@ -87,7 +87,7 @@ class Engine:
         self._pace = Pace(self._stats)
         self._outputs = Outputs(self._stats)
         outbox = self._handoffs.outbox
-        self._endings = Endings(self._blocks, outbox, self._guides, self._outputs, self._stats, self.abort)
+        self._endings = Endings(self._blocks, outbox, self._guides, self._outputs, self._stats)
         self.lending = Lending(self._runner.cache, self._blocks, self._copies, self._stats)
 
     @property
@@ -178,7 +178,7 @@ class Engine:
         draws = sequence.receive(sequence.num_prompt_tokens, (first_token,))
         self._blocks.publish(sequence)
         self._guides.advance([sequence])
-        return self._outputs.with_times(self._endings.tell_first(sequence, draws))
+        return self._outputs.with_times(self._endings.tell_first(sequence, draws, self.abort))
 
     def fence(self) -> torch.cuda.Event | None:
         """When the device has done all that it was asked for up to now; None: it has."""
@@ -307,7 +307,7 @@ class Engine:
         for run, scores in step.collect_prompts():
             run.sequence.add_scores(run, scores)
         self._speculator.note_end(collected, step.states, self._pace.end(now_s))
-        self._endings.join(collected, now_s, is_beside_prompts=step.num_prompt_tokens > 0)
+        self._endings.join(collected, now_s, self.abort, is_beside_prompts=step.num_prompt_tokens > 0)
 
     def _end_exports(self) -> None:
         """A sequence that is all out needs its blocks no longer."""
