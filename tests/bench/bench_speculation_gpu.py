@@ -18,6 +18,7 @@ and what the engine stays below it is loss. Small batches are measured for longe
 """
 
 import argparse
+import gc
 import json
 import statistics
 import sys
@@ -347,6 +348,8 @@ def main() -> None:
     loaded = load_counting(SHAPES[args.shape].config(), "cuda")
     engine = build(loaded, max(args.batches), LOOKUP)
     print(f"{torch.cuda.get_device_name()}, {args.shape}: ready in {time.perf_counter() - begun_s:.1f} s")
+    gc.collect()
+    gc.freeze()  # as the process of an engine does
     costs = measure_costs(engine, args.batches)
     report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "shape": args.shape}
     report |= {"command": sys.argv, "costs_s": costs}

@@ -190,11 +190,11 @@ class Scheduler:
         num_sent_back = self._send_back_outgrown(decoding)
         room = min(self._limits.max_num_batched_tokens, MAX_VERIFIED_TOKENS) - len(decoding)
         for sequence in decoding:
-            while sequence.status is _RUNNING and not self._blocks.append(sequence):
+            drafts = self._choose_drafts(sequence, room) if sequence.drafts and sequence.status is _RUNNING else ()
+            while not drafts and sequence.status is _RUNNING and not self._blocks.append(sequence):
                 self._preempt(self._least_of(self.running[self.running.index(sequence) :]))
                 num_sent_back += 1
             if sequence.status is _RUNNING:
-                drafts = self._choose_drafts(sequence, room) if sequence.drafts else ()
                 scheduled.append(ScheduledSequence.decode(sequence, drafts))
                 room -= len(drafts)
         return scheduled, num_sent_back
