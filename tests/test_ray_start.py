@@ -7,9 +7,10 @@ import psutil
 import pytest
 import ray
 from ray._private import services
+from ray._private.node import Node
 
 from tests.local.commands import is_alive
-from tests.ray_start import SETTINGS, start_ray
+from tests.ray_start import SETTINGS, UNUSED, start_ray
 
 
 def test_what_a_start_that_failed_has_left_is_ended_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,6 +19,7 @@ def test_what_a_start_that_failed_has_left_is_ended_before_the_next(monkeypatch:
     def init(**options: object) -> None:
         assert options["num_cpus"] == 8
         assert [os.environ[name] for name in SETTINGS] == ["120", "120000"]
+        assert not {getattr(Node, name) for name in UNUSED} & starts
         if left:
             assert not is_alive(left[0])
             return
@@ -25,10 +27,11 @@ def test_what_a_start_that_failed_has_left_is_ended_before_the_next(monkeypatch:
         raise Exception("The current node timed out during startup.")
 
     monkeypatch.setattr(ray, "init", init)
-    start_raylet = services.start_raylet
+    start_raylet, starts = services.start_raylet, {getattr(Node, name) for name in UNUSED}
     start_ray(num_cpus=8)
     assert left
     assert services.start_raylet is start_raylet
+    assert {getattr(Node, name) for name in UNUSED} == starts
 
 
 def test_a_ray_that_never_comes_up_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

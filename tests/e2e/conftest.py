@@ -63,9 +63,10 @@ CHATS = (
 
 
 # Modules, and tests, that are not in the order of their names. The first modules have a Ray of their own, beside which
-# that of the others shall not idle; the last one leaves one replica of each pool. Others fill what a sleeper waits.
+# that of the others shall not idle. Two replicas of each pool do not idle beside the others either; who uses them comes
+# last, and at the very end who leaves one replica of each pool. Others fill what a sleeper waits.
 FIRST = ("test_make_serve", "test_serve_run", "test_a_service_that_nobody_calls_sleeps_and_says_what_it_serves")
-LAST = ("test_live_page", "test_routing", "test_drain", "test_a_service_that_was_woken_sleeps_again")
+LAST = ("test_live_page", "test_flip", "test_routing", "test_drain", "test_a_service_that_was_woken_sleeps_again")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
