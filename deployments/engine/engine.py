@@ -306,7 +306,8 @@ class Engine:
         collected, now_s = step.collect(), time.monotonic()
         for run, scores in step.collect_prompts():
             run.sequence.add_scores(run, scores)
-        self._speculator.note_end(collected, step.states, self._pace.end(now_s))
+        seconds, is_alone = self._pace.end(now_s)
+        self._speculator.note_end(collected, step.states, seconds, is_late=is_alone and self._is_pipelined)
         self._endings.join(collected, now_s, self.abort, is_beside_prompts=step.num_prompt_tokens > 0)
 
     def _end_exports(self) -> None:

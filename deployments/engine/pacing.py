@@ -6,6 +6,7 @@ one is chosen late behind a step of prompts alone, and a step that draws somebod
 """
 
 from collections import deque
+from typing import NamedTuple
 
 from deployments.engine.execution.base import LaunchedStep
 from deployments.engine.stats import EngineStats
@@ -20,6 +21,18 @@ _FORGOTTEN = 1.02
 _GLANCE_S = 0.002
 
 
+class Taken(NamedTuple):
+    """What a step took.
+
+    Attributes:
+        seconds: from the end of the one before.
+        is_alone: nothing was under way when it was launched.
+    """
+
+    seconds: float
+    is_alone: bool
+
+
 class Pace:
     """See the module. Of two steps that overlap the second begins as the first ends.
 
@@ -29,17 +42,17 @@ class Pace:
 
     def __init__(self, stats: EngineStats) -> None:
         self._stats = stats
-        self._under_way: deque[tuple[float, LaunchedStep]] = deque()
+        self._under_way: deque[tuple[float, LaunchedStep, bool]] = deque()
         self._ended_s = 0.0
         self._token_s = 0.0  # of a prompt, the least seen; 0: none
 
     def begin(self, step: LaunchedStep, begun_s: float) -> None:
         """A step was launched, which was prepared from `begun_s` on."""
-        self._under_way.append((begun_s, step))
+        self._under_way.append((begun_s, step, not self._under_way))
 
-    def end(self, now_s: float) -> float:
-        """The step that was begun first has ended; tells its seconds."""
-        begun_s, step = self._under_way.popleft()
+    def end(self, now_s: float) -> Taken:
+        """The step that was begun first has ended."""
+        begun_s, step, is_alone = self._under_way.popleft()
         seconds = now_s - max(begun_s, self._ended_s)
         if num_tokens := step.num_prompt_tokens:
             # All three at once: whoever learns what a step costs must not see the tokens of one without its time.
@@ -49,13 +62,13 @@ class Pace:
             token_s = seconds / num_tokens
             self._token_s = min(token_s, self._token_s * _FORGOTTEN) if self._token_s else token_s
         self._ended_s = now_s
-        return seconds
+        return Taken(seconds, is_alone)
 
     def pause_s(self, now_s: float) -> float:
         """Seconds for which nothing needs to be chosen, since the device has work until then; ask again after them."""
         if len(self._under_way) != 1:
             return 0.0
-        begun_s, step = self._under_way[0]
+        begun_s, step, _ = self._under_way[0]
         if step.done is None or not _has_prompts_alone(step) or step.done.query():
             return 0.0
         expected_s = step.num_prompt_tokens * self._token_s * _SURE_SHARE

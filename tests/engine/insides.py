@@ -163,6 +163,11 @@ def drafter_of(engine: Engine) -> Any:
 _TRY_ALL = SpeculationConfig(method="ngram", is_adaptive=False)
 
 
+def knows_plain_steps(speculator: Speculator, num_sequences: int) -> bool:
+    """Whether it has learned what a step of so many sequences takes without drafts."""
+    return speculator._curve.is_known(num_sequences)
+
+
 def speculate_by(engine: Engine, drafter: Drafter | None, config: SpeculationConfig = _TRY_ALL) -> None:
     """Have an engine whose settings let it guess try what this one guesses, all of it unless the settings differ."""
     assert engine.limits.max_drafts

@@ -150,9 +150,8 @@ class BlockManager:
         return min(end, tables.num_blocks * self.block_size) - sequence.num_launched_tokens
 
     def trim(self, sequence: Sequence) -> None:
-        """Take back the blocks that were for drafts alone."""
-        if (len(sequence.tables.each[-1]) - 1) * self.block_size >= sequence.num_tokens:
-            self._release(sequence.tables.drop_surplus(self.blocks_for(sequence.num_tokens)))
+        """Take back the blocks that were for drafts alone; not those of drafts in flight."""
+        self._release(sequence.tables.drop_surplus(self.blocks_for(sequence.num_reached_tokens)))
 
     def publish(self, sequence: Sequence) -> None:
         """Offer full blocks to later sequences: computed, or they will be before a step that is started from now on.

@@ -145,6 +145,11 @@ class Sequence:
         return num_launched if num_launched < num_known else num_known
 
     @property
+    def num_reached_tokens(self) -> int:
+        """Tokens that are known or in flight, drafts included."""
+        return max(self.num_tokens, self.num_launched_tokens)
+
+    @property
     def num_remaining_tokens(self) -> int:
         """Tokens that no step has computed or computes."""
         return max(0, self.num_tokens - self.num_launched_tokens)

@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 # Drafts that are right this seldom are never worth a place.
-_LEAST_CHANCE = 0.02
+_LEAST_CHANCE = 0.005
 # Estimates are noisy: drafts must promise so much more than none.
 _LEAST_GAIN = 1.03
 

@@ -30,11 +30,12 @@ from deployments.messages import Draws
 
 
 class _Ended(NamedTuple):
-    """A step: its runs with the draws that count, the kinds of its drafts by their sequence, and what it took."""
+    """A step: its runs with the draws that count, the kinds of its drafts by their sequence; see `note_end`."""
 
     collected: list[tuple[ScheduledSequence, Draws]]
     kinds: dict[str, int]
     seconds: float
+    is_late: bool
 
 
 class Speculator:
@@ -105,7 +106,9 @@ class Speculator:
                 self._kinds[sequence.request_id] = kinds[sequence.request_id]
                 sequence.propose(tokens, masks)
 
-    def note_end(self, collected: list[tuple[ScheduledSequence, Draws]], states: Tensor | None, seconds: float) -> None:
+    def note_end(
+        self, collected: list[tuple[ScheduledSequence, Draws]], states: Tensor | None, seconds: float, *, is_late: bool
+    ) -> None:
         """A step has ended: what `learn` will learn from.
 
         Args:
@@ -113,21 +116,24 @@ class Speculator:
                 joined their sequences yet.
             states: see `LaunchedStep`.
             seconds: that it took, with the guesses before it.
+            is_late: it could have been launched before the end of the one before, and was not, so that it might guess.
         """
         if self._drafter is None:
             return
         self._drafter.learn(collected, states)
-        self._ended = _Ended(collected, self._kinds, seconds - self._drafting_s)
+        self._ended = _Ended(collected, self._kinds, seconds - self._drafting_s, is_late)
         self._kinds, self._drafting_s = {}, 0.0
 
     def learn(self) -> None:
         """From the step that ended last; not needed for the next one, so a GPU shall not wait for it."""
         if self._ended is None:
             return
-        (collected, kinds, seconds), self._ended = self._ended, None
+        (collected, kinds, seconds, is_late), self._ended = self._ended, None
         if all(run.is_decode for run, _ in collected):
             num_tokens = sum([run.num_tokens for run, _ in collected])
-            self._curve.add(num_tokens, seconds, has_drafts=num_tokens > len(collected))
+            has_drafts = num_tokens > len(collected)
+            if has_drafts or not is_late:  # without any, one that was waited for in vain tells nothing of the others
+                self._curve.add(num_tokens, seconds, has_drafts=has_drafts)
         tried = []
         for run, draws in collected:
             if run.drafts:

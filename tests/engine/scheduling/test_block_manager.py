@@ -295,8 +295,8 @@ class Blocks(RuleBasedStateMachine):
         with self.noting(chosen):
             chosen.begin(run)
             self.manager.publish(chosen)
-            drawn = run.accept(tuple(DrawnToken(token) for token in [*right, 0]))
-            assert len(chosen.conclude(run, drawn)) == min(wrong, len(drafts)) + 1
+            drawn = [*right, 0][: run.num_counted([*right, 0], 0)]
+            assert len(chosen.conclude(run, tuple(map(DrawnToken, drawn)))) == min(wrong, len(drafts)) + 1
             self.manager.publish(chosen)
             self.manager.trim(chosen)
         most = max(*num_blocks, self.manager.blocks_for(chosen.num_tokens))

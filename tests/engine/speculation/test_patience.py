@@ -1,19 +1,24 @@
 """A pipelined engine waits for tokens where that leads to drafts, and its answers are the same."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from deployments.engine.config import SpeculationConfig
 from deployments.engine.engine import Engine
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.sequence import Role, Sequence
+from deployments.engine.speculation.lookup import LookupDrafter
 from deployments.engine.speculation.patience import Patience
-from deployments.messages import EngineEvent, GenerateRequest, SamplingParams, TokenOutput
+from deployments.engine.speculation.speculator import Speculator
+from deployments.messages import DrawnToken, EngineEvent, GenerateRequest, SamplingParams, TokenOutput
 from tests.engine.drafters import lies, mixture, truth, with_drafter
 from tests.engine.driving import Transcript, build_engine, generate, greedy, run
 from tests.engine.families import load, random_prompt
-from tests.engine.insides import is_in_flight
+from tests.engine.insides import is_in_flight, knows_plain_steps
 
 NUM_TOKENS = 24
 PROMPTS = tuple(random_prompt(length, seed=length) for length in (1, 5, 8, 23, 40))
@@ -43,6 +48,41 @@ def test_parts_of_prompts_are_not_waited_for_but_their_ends_are() -> None:
     patience = Patience()
     assert not patience.waits_for([decode(), ScheduledSequence.of(sequence, 1)])
     assert patience.waits_for([decode(), ScheduledSequence.of(sequence, 2)]), "and it is as patient as before"
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_what_a_wait_in_vain_takes_is_not_what_steps_without_drafts_take(is_late: bool) -> None:
+    stats = build_engine(load("llama")).stats()
+    speculator = Speculator(LookupDrafter(), SpeculationConfig(method="ngram"), stats)
+    for _ in range(9):
+        speculator.note_end([(decode(), (DrawnToken(1),))], None, 0.01, is_late=is_late)
+        speculator.learn()
+    assert knows_plain_steps(speculator, 1) is not is_late
+
+
+def test_the_next_step_is_launched_before_anything_is_told_of_one_with_drafts() -> None:
+    (request,) = greedy_requests()[-1:]
+    answers = dict(zip(PROMPTS, generate(build_engine(load("llama")), greedy_requests()), strict=True))
+    engine = build(lambda sequence: answers[sequence.request.prompt_token_ids], truth)
+    engine.add(request)
+    while not engine.stats().drafted_tokens.total:
+        engine.step()
+    assert engine.begin_step() == []
+    told = [event for event in engine.finish_step() if isinstance(event, TokenOutput)]
+    assert is_in_flight(engine) and len(told[0].token_ids) > 1
+
+
+def test_an_engine_is_gone_with_its_last_reader() -> None:
+    engine = build(lambda sequence: (1,) * NUM_TOKENS, lies)
+    generate(engine, greedy_requests())
+    gc.collect()
+    gc.disable()  # it may come while graphs of another one are recorded, and must not reset those of this one then
+    try:
+        reader = weakref.ref(engine)
+        del engine
+        assert reader() is None
+    finally:
+        gc.enable()
 
 
 def build(answer: Callable[[Sequence], tuple[int, ...]], lies: Callable[[int], bool], **overrides: Any) -> Engine:
