@@ -4,7 +4,7 @@ import re
 from itertools import pairwise
 
 import pytest
-from ray.serve._private.common import TimeStampedValue
+from ray.serve._private.common import ReplicaID, TimeStampedValue
 from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
 from ray.serve.config import AutoscalingConfig
 
@@ -67,6 +67,23 @@ def test_a_count_that_was_set_by_hand_is_kept_and_then_reduced():
     assert controller.targets["decode"] == 6
     controller.run(10)
     assert controller.targets["decode"] == 1
+
+
+def test_a_restart_of_the_controller_changes_nothing_though_it_hears_of_some_replicas_late():
+    controller = Controller()
+    controller.bounds = dict.fromkeys(controller.policies, (1, 16))
+    controller.targets = dict.fromkeys(controller.policies, 3)
+    old = {pool: [controller.engine() for _ in range(3)] for pool in controller.policies}
+    for engine in [*old["decode"], *old["prefill"]]:
+        engine.uptime_s, engine.steps, engine.finished = 100_000.0, 500_000, 30_000
+    for engine in old["prefill"]:
+        engine.prompt_tokens, engine.prefill_steps, engine.prefill_s = 30_000_000, 30_000, 3_000.0
+    controller.stats = {pool: engines[:2] for pool, engines in old.items()}
+    controller.run(2)
+    controller.stats = old
+    for _ in range(50):
+        controller.run(1)
+        assert controller.targets == {"decode": 3, "prefill": 3}
 
 
 def test_bounds_that_change_are_kept_at_once():
@@ -187,6 +204,11 @@ def test_calls_that_an_ingress_refuses_count_as_if_they_had_come(observed):
     assert observed[-1] == (controller.now_s, 5)
     controller.loop(2.0)
     assert observed[-1] == (controller.now_s, 0), "each counts once"
+    another = ReplicaID("late", replica.deployment_id)
+    context.raw_metrics = {REFUSED: {name: [TimeStampedValue(controller.now_s, 1005)] for name in (replica, another)}}
+    ingress(context)
+    controller.loop(2.0)
+    assert observed[-1] == (controller.now_s, 0), "of one that is told of late it is past as well"
 
 
 def test_what_is_told_to_the_planner_is_a_second_old_at_most():
