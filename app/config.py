@@ -31,8 +31,23 @@ Pool = Literal["prefill", "decode"]
 
 # An engine's own bound, `max_silence_s`, has to end before Serve's health check does.
 HEALTH_CHECK_SPARE_S = 5.0
-# Fields of a pool's AutoscalingConfig that are the planner's where it decides.
-_PLANNERS_OWN = {"policy", "upscale_delay_s", "downscale_delay_s", "metrics_interval_s", "look_back_period_s"}
+# Fields of a pool's AutoscalingConfig that are the planner's, and what to set instead where it decides: else Ray Serve
+# rescales or delays its answers, or the fields do nothing.
+_TELLING = {"policy": "nothing", "metrics_interval_s": "nothing"}
+_BOUNDS, _FACTORS = "planner.ttft_s and planner.itl_s", "planner.quantile and planner.max_cost"
+PLANNERS_OWN = _TELLING | {
+    "look_back_period_s": "nothing",
+    "aggregation_function": "nothing",
+    "upscale_delay_s": "nothing",
+    "downscale_delay_s": "planner.hold_s",
+    "downscale_to_zero_delay_s": "planner.hold_s",
+    "target_ongoing_requests": _BOUNDS,
+    "upscaling_factor": _FACTORS,
+    "upscale_smoothing_factor": _FACTORS,
+    "downscaling_factor": _FACTORS,
+    "downscale_smoothing_factor": _FACTORS,
+    "smoothing_factor": _FACTORS,
+}
 # Ray Serve loads it by this name.
 ROUTER_CLASS = "deployments.request_router.NamedReplicaRouter"
 
@@ -214,11 +229,13 @@ class AppConfig(BaseModel):
             self._check_flip()
         if not self.planner.enabled:
             return
+        own = _TELLING if self.planner.dry_run else PLANNERS_OWN
         for pool in self._pools():
-            if taken := _PLANNERS_OWN & self.pool(pool).autoscaling_config.keys():
-                names = " and ".join(f"{pool}.autoscaling_config.{name}" for name in sorted(taken))
-                if not self.planner.dry_run:
-                    raise ConfigError(f"planner.enabled=true decides when replicas come and go; leave out {names}")
+            if taken := sorted(own.keys() & self.pool(pool).autoscaling_config.keys()):
+                names = " and ".join(f"{pool}.autoscaling_config.{name}" for name in taken)
+                others = sorted({own[name] for name in taken} - {"nothing"})
+                instead = f"; set {' and '.join(others)} instead" if others else ""
+                raise ConfigError(f"planner.enabled=true decides when replicas come and go; leave out {names}{instead}")
         self._check_max_cost()
 
     def _check_max_cost(self) -> None:

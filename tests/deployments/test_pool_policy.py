@@ -9,7 +9,7 @@ from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
 from ray.serve.config import AutoscalingConfig
 
 from app.arguments import ConfigError
-from app.config import AppConfig
+from app.config import PLANNERS_OWN, AppConfig
 from deployments.engine.stats import EngineStats
 from deployments.planner import shared
 from deployments.planner.observer import Observer
@@ -153,12 +153,41 @@ def test_the_settings_reach_serve_as_a_policy_without_delays():
     ("arguments", "message"),
     [
         ({"prefill.autoscaling_config.upscale_delay_s": "5"}, "leave out prefill.autoscaling_config.upscale_delay_s"),
+        (
+            {"decode.autoscaling_config.upscaling_factor": "0.5"},
+            "upscaling_factor; set planner.quantile and planner.max",
+        ),
+        (
+            {"decode.autoscaling_config.downscaling_factor": "2"},
+            "leave out decode.autoscaling_config.downscaling_factor",
+        ),
+        ({"decode.autoscaling_config.smoothing_factor": "2"}, "leave out decode.autoscaling_config.smoothing_factor"),
+        ({"decode.autoscaling_config.downscale_smoothing_factor": "2"}, "config.downscale_smoothing_factor"),
+        ({"prefill.autoscaling_config.upscale_smoothing_factor": "2"}, "config.upscale_smoothing_factor"),
+        ({"decode.autoscaling_config.downscale_to_zero_delay_s": "9"}, "zero_delay_s; set planner.hold_s instead"),
+        ({"decode.autoscaling_config.target_ongoing_requests": "9"}, "requests; set planner.ttft_s and planner.itl_s"),
+        (
+            {"prefill.autoscaling_config.aggregation_function": "max"},
+            "prefill.autoscaling_config.aggregation_function$",
+        ),
+        ({"planner.dry_run": "true", "decode.autoscaling_config.metrics_interval_s": "9"}, "config.metrics_interval_s"),
         ({"planner.max_cost": "1"}, "the pools' min_replicas cost 2"),
     ],
 )
 def test_settings_that_contradict_the_planner_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         AppConfig.model_validate({"planner.enabled": "true"} | arguments)
+
+
+def test_every_field_of_ray_serves_scaling_is_the_planners_or_one_of_ours():
+    ours = {"min_replicas", "initial_replicas", "max_replicas"}
+    assert AutoscalingConfig.model_fields.keys() == PLANNERS_OWN.keys() | ours, "what a new one does is to be found out"
+
+
+def test_in_a_dry_run_how_serve_scales_can_be_set():
+    given = {"planner.enabled": "true", "planner.dry_run": "true", "decode.autoscaling_config.upscaling_factor": "0.5"}
+    options = AppConfig.model_validate(given).deployment_options("decode")
+    assert options["autoscaling_config"]["upscaling_factor"] == 0.5
 
 
 def test_a_count_that_was_set_between_two_plans_is_kept(observed):
