@@ -76,10 +76,10 @@ class _Replicas:
         Of others, as where Serve's controller has restarted or not heard of one for a while, what they say first counts
         as past.
         """
-        self._begun_s = min(self._begun_s, at_s)
+        is_first, self._begun_s = at_s < self._begun_s, min(self._begun_s, at_s)
         before = {name: self.stats.get(name, now) for name, now in engines.items()}
         for name in engines.keys() - self._since_s.keys():
-            is_newborn = as_of_s - engines[name].uptime_s >= self._begun_s
+            is_newborn = not is_first and as_of_s - engines[name].uptime_s >= self._begun_s
             self._since_s[name] = at_s if is_newborn else -math.inf
             if is_newborn:
                 before[name] = EngineStats()
