@@ -1,15 +1,11 @@
-"""Plays a trace on fixed, planned and Serve-scaled pools: `python -m deployments.simulator TRACE`.
+"""What `python -m deployments.simulator` does: plays a trace on each kind of pools, and prints what came of it.
 
-TRACE is a CSV as `load_tests/trace.py` has it, or JSON lines of the Mooncake paper. `--advise` looks for the cheapest
-fixed pools that keep the bounds. The curves are Llama-3.1-8B's on an H100, as measured; `--slower` makes the engines as
-many times slower, each field of a JSON object in `--curves` replaces a figure. `--kinds` is a JSON object of kinds of
-GPU by name, each with `cost` of an hour and figures that replace those of the curves: each pool may be of another kind.
+`arguments.py` has what can be asked for.
 """
 
 import argparse
 import gc
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +14,7 @@ from pathlib import Path
 
 from deployments.planner.settings import PlannerSettings
 from deployments.simulator.advise import Fleet, Kind, cheapest, fleet_costs, play_fixed
-from deployments.simulator.curves import LLAMA_8B_H100, FigureError, read_figures, with_figures
+from deployments.simulator.curves import LLAMA_8B_H100, FigureError, check_figure, read_figures, with_figures
 from deployments.simulator.pools import PoolSetup
 from deployments.simulator.requests import Request, TraceError, load_trace
 from deployments.simulator.result import Result, play
@@ -32,6 +28,7 @@ HEAD = (
 
 
 _TELL_PERIOD_S = 20.0
+_MAX_COST = 1e9
 
 
 def row(name: str, result: Result) -> str:
@@ -43,21 +40,20 @@ def row(name: str, result: Result) -> str:
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Play, print, and plot."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Play, print, and plot; 2: what is to be played cannot be."""
     try:
         trace, setup = load_trace(options.trace)[: options.max_requests], _setup(options)
         kinds = _kinds(setup, options.kinds)
     except (TraceError, FigureError) as error:
-        parser.error(str(error))
+        print(f"python -m deployments.simulator: error: {error}", file=sys.stderr)
+        return 2
     gc.freeze()  # it stays to the end: the collector need not look through a day of requests again and again
     print(HEAD)
     results = _advise(trace, setup, kinds, options) if options.advise else _compare(trace, setup, options)
     if options.json:
         options.json.write_text(json.dumps({name: result.figures() for name, result in results.items()}))
-    if options.plot:
+    if options.plot and results:
         # Not above: whoever only plays needs no matplotlib.
         from deployments.simulator.plots import save_plot
 
@@ -136,70 +132,11 @@ def _kinds(setup: Setup, path: Path | None) -> list[Kind]:
     kinds = []
     for name, own in read_figures(path).items():
         where = f"{path}: {name}"
-        if not isinstance(own, dict) or not isinstance(own.get("cost"), int | float):
+        if not isinstance(own, dict) or "cost" not in own:
             raise FigureError(f"{where}: no cost; each kind needs what an hour of it costs, as in {{'cost': 2.5}}")
+        check_figure(f"{where}: cost", own["cost"], 0.0, _MAX_COST)
         others = {key: value for key, value in own.items() if key != "cost"}
         kinds.append(Kind(name, with_figures(pool.curves, others, where), own["cost"]))
     if not kinds:
         raise FigureError(f"{path}: no kind of GPU; at least one is needed")
     return kinds
-
-
-def _pools(text: str) -> tuple[int, int]:
-    prefill, plus, decode = text.partition("+")
-    if not plus or not (prefill.isdecimal() and decode.isdecimal()) or int(decode) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not P+D, as in 2+4; D is at least 1")
-    return int(prefill), int(decode)
-
-
-def _least(text: str) -> tuple[int, int]:
-    prefill, plus, decode = text.partition("+")
-    if not plus or not (prefill.isdecimal() and decode.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not P+D, as in 0+1")
-    return int(prefill), int(decode)
-
-
-def _share(text: str) -> float:
-    if not 0.0 < float(text) <= 1.0:
-        raise argparse.ArgumentTypeError(f"{text} is not a share above 0 and up to 1, as in 0.95")
-    return float(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m deployments.simulator",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("trace", type=Path)
-    parser.add_argument("--max-requests", type=int, help="of the trace; all unless given")
-    parser.add_argument("--ttft-s", type=float, default=2.0, help="bound of the time to first token")
-    parser.add_argument("--itl-s", type=float, default=0.05, help="bound of 95%% of a request's gaps")
-    parser.add_argument("--start-s", type=float, default=60.0, help="a replica takes to start")
-    parser.add_argument("--most", type=int, default=32, help="replicas of each pool")
-    parser.add_argument(
-        "--least", type=_least, default=(1, 1), metavar="P+D", help="replicas of each pool; with 0 it may sleep"
-    )
-    parser.add_argument("--cost", type=float, default=1.0, help="of a replica and hour")
-    parser.add_argument("--slower", type=float, default=1.0, help="times that a step takes as long as measured")
-    parser.add_argument("--curves", type=Path, help="JSON: other figures, by the names in simulator/curves.py")
-    parser.add_argument(
-        "--fixed", nargs="*", type=_pools, default=[], metavar="P+D", help="fixed pools; 0+D is colocated"
-    )
-    parser.add_argument("--advise", type=_share, metavar="SHARE", help="find the cheapest pools that keep the bounds")
-    parser.add_argument("--kinds", type=Path, help="JSON: kinds of GPU to choose from, with --advise")
-    parser.add_argument("--failure-s", type=float, default=math.inf, help="mean time until a replica fails")
-    parser.add_argument("--tier-tokens", type=int, default=0, help="that the shared tier holds; 0: there is none")
-    parser.add_argument(
-        "--min-remote-tokens", type=int, help="as min_remote_prefill_tokens; decided by costs unless given"
-    )
-    parser.add_argument("--serve-routing", action="store_true", help="replicas as Ray Serve chooses them; faster")
-    parser.add_argument("--reasons", action="store_true", help="tell each change of the planner's, and why")
-    parser.add_argument("--only-fixed", action="store_true", help="neither planned nor as Serve scales")
-    parser.add_argument("--json", type=Path, help="file to write, figures of each row by its name")
-    parser.add_argument("--plot", type=Path, help="image to write")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from deployments.planner.settings import PlannerSettings
-from deployments.simulator.__main__ import HEAD, row
 from deployments.simulator.advise import best_split, play_fixed
+from deployments.simulator.command import HEAD, row
 from deployments.simulator.curves import LLAMA_8B_H100
 from deployments.simulator.plots import save_plot
 from deployments.simulator.pools import PoolSetup
