@@ -30,8 +30,8 @@ class Request:
         chain: names of the prompt's full blocks, as far as the trace tells them.
         ttft_s: to its first token; None: it had none.
         end_s: when its last token came; None: it has none.
-        is_refused: admission did not let it in, or no KV pool holds it; or it was held for a replica, and too many were,
-            or none came in time.
+        is_refused: admission did not let it in, or no KV pool holds it; or it was held for a replica, and too many
+            were, or none came in time.
         gaps_over: of its tokens, that came later than the bound after the one before.
     """
 
