@@ -228,6 +228,7 @@ class AppConfig(BaseModel):
         if self.planner.flip:
             self._check_flip()
         if not self.planner.enabled:
+            self._check_no_planner()
             return
         own = _TELLING if self.planner.dry_run else PLANNERS_OWN
         for pool in self._pools():
@@ -238,6 +239,15 @@ class AppConfig(BaseModel):
                 raise ConfigError(f"planner.enabled=true decides when replicas come and go; leave out {names}{instead}")
         self._check_max_cost()
 
+    def _check_no_planner(self) -> None:
+        """Refuse what only the planner goes by. Bounds of latencies are those of routing as well."""
+        fields = PlannerSettings.model_fields.items() if self.planner.model_fields_set else ()
+        unread = [name for name, field in fields if getattr(self.planner, name) != field.default]
+        if names := " and ".join(f"planner.{name}" for name in unread if name not in {"ttft_s", "itl_s"}):
+            raise ConfigError(
+                f"planner.enabled=false: nothing is planned; leave out {names}, or set planner.enabled=true"
+            )
+
     def _check_max_cost(self) -> None:
         costs = {"prefill": self.planner.prefill_cost, "decode": self.planner.decode_cost}
         least = sum(config.min_replicas * costs[pool] for pool, config in self._pools().items())
@@ -247,6 +257,10 @@ class AppConfig(BaseModel):
         if 0 < self.planner.max_cost < awake:
             message = f"one decode replica, which it takes to serve anything, and prefill.min_replicas cost {awake:g}"
             raise ConfigError(f"planner.max_cost={self.planner.max_cost:g}: {message}")
+        begun = {pool: config.initial_replicas or config.min_replicas for pool, config in self._pools().items()}
+        if 0 < self.planner.max_cost < (first := sum(count * costs[pool] for pool, count in begun.items())):
+            given = " and ".join(f"{pool}.initial_replicas={count}" for pool, count in begun.items())
+            raise ConfigError(f"planner.max_cost={self.planner.max_cost:g}: {given} cost {first:g}")
 
     def metrics_plan(self) -> MetricsPlan:
         """Return what each replica is told of metrics."""

@@ -184,6 +184,44 @@ def test_every_field_of_ray_serves_scaling_is_the_planners_or_one_of_ours():
     assert AutoscalingConfig.model_fields.keys() == PLANNERS_OWN.keys() | ours, "what a new one does is to be found out"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"planner.dry_run": "true"}, "leave out planner.dry_run, or set planner.enabled=true"),
+        ({"planner.max_cost": "4", "planner.hold_s": "9"}, "leave out planner.max_cost and planner.hold_s, or"),
+        ({"planner.enabled": "true", "planner.hold_s": "1e9"}, "planner.hold_s=1e9: .* less than or equal to 604800"),
+        ({"planner.enabled": "true", "planner.hold_s": "0.1"}, "planner.hold_s=0.1: .* greater than or equal to 1"),
+        ({"planner.enabled": "true", "planner.ttft_s": "1e9"}, "planner.ttft_s=1e9: .* less than or equal to 86400"),
+        (
+            {"planner.enabled": "true", "planner.itl_s": "1e-9"},
+            "planner.itl_s=1e-9: .* greater than or equal to 0.0001",
+        ),
+        ({"planner.enabled": "true", "planner.decode_cost": "1e30"}, "planner.decode_cost=1e30: .* less than or equal"),
+        (
+            {"planner.enabled": "true", "planner.quantile": "0.9999999"},
+            "planner.quantile=.* less than or equal to 0.9999",
+        ),
+        (
+            {
+                "planner.enabled": "true",
+                "planner.max_cost": "2",
+                "decode.initial_replicas": "6",
+                "decode.max_replicas": "8",
+            },
+            "planner.max_cost=2: prefill.initial_replicas=1 and decode.initial_replicas=6 cost 7",
+        ),
+    ],
+)
+def test_settings_of_the_planner_that_could_do_nothing_or_harm_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        AppConfig.model_validate(arguments)
+
+
+def test_bounds_of_latencies_are_those_of_routing_also_without_the_planner():
+    given = {"planner.ttft_s": "1", "planner.itl_s": "0.05", "planner.enabled": "false"}
+    assert AppConfig.model_validate(given).planner.ttft_s == 1.0
+
+
 def test_in_a_dry_run_how_serve_scales_can_be_set():
     given = {"planner.enabled": "true", "planner.dry_run": "true", "decode.autoscaling_config.upscaling_factor": "0.5"}
     options = AppConfig.model_validate(given).deployment_options("decode")
