@@ -10,7 +10,7 @@ class PlannerSettings(BaseModel):
 
     Attributes:
         enabled: the planner decides how many replicas the pools have; else Ray Serve does, by ongoing requests.
-        dry_run: the planner only logs what it would do, and Ray Serve decides.
+        dry_run: where it is enabled, the planner only logs what it would do, and Ray Serve decides.
         ttft_s: bound of the time to first token.
         itl_s: bound of the gaps between tokens.
         quantile: share of the requests, and of the gaps, that are to keep the bounds.
