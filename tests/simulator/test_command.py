@@ -18,8 +18,9 @@ def theirs(**values: object) -> str:
     return json.dumps(row | values)
 
 
-def refusal(arguments: list[str], capsys) -> str:
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The line that a command ends with which cannot be done."""
+    code: object
     try:
         code = main(arguments)
     except SystemExit as ended:
