@@ -31,8 +31,23 @@ Pool = Literal["prefill", "decode"]
 
 # An engine's own bound, `max_silence_s`, has to end before Serve's health check does.
 HEALTH_CHECK_SPARE_S = 5.0
-# Fields of a pool's AutoscalingConfig that are the planner's where it decides.
-_PLANNERS_OWN = {"policy", "upscale_delay_s", "downscale_delay_s", "metrics_interval_s", "look_back_period_s"}
+# Fields of a pool's AutoscalingConfig that are the planner's, and what to set instead where it decides: else Ray Serve
+# rescales or delays its answers, or the fields do nothing.
+_TELLING = {"policy": "nothing", "metrics_interval_s": "nothing"}
+_BOUNDS, _FACTORS = "planner.ttft_s and planner.itl_s", "planner.quantile and planner.max_cost"
+PLANNERS_OWN = _TELLING | {
+    "look_back_period_s": "nothing",
+    "aggregation_function": "nothing",
+    "upscale_delay_s": "nothing",
+    "downscale_delay_s": "planner.hold_s",
+    "downscale_to_zero_delay_s": "planner.hold_s",
+    "target_ongoing_requests": _BOUNDS,
+    "upscaling_factor": _FACTORS,
+    "upscale_smoothing_factor": _FACTORS,
+    "downscaling_factor": _FACTORS,
+    "downscale_smoothing_factor": _FACTORS,
+    "smoothing_factor": _FACTORS,
+}
 # Ray Serve loads it by this name.
 ROUTER_CLASS = "deployments.request_router.NamedReplicaRouter"
 
@@ -213,13 +228,25 @@ class AppConfig(BaseModel):
         if self.planner.flip:
             self._check_flip()
         if not self.planner.enabled:
+            self._check_no_planner()
             return
+        own = _TELLING if self.planner.dry_run else PLANNERS_OWN
         for pool in self._pools():
-            if taken := _PLANNERS_OWN & self.pool(pool).autoscaling_config.keys():
-                names = " and ".join(f"{pool}.autoscaling_config.{name}" for name in sorted(taken))
-                if not self.planner.dry_run:
-                    raise ConfigError(f"planner.enabled=true decides when replicas come and go; leave out {names}")
+            if taken := sorted(own.keys() & self.pool(pool).autoscaling_config.keys()):
+                names = " and ".join(f"{pool}.autoscaling_config.{name}" for name in taken)
+                others = sorted({own[name] for name in taken} - {"nothing"})
+                instead = f"; set {' and '.join(others)} instead" if others else ""
+                raise ConfigError(f"planner.enabled=true decides when replicas come and go; leave out {names}{instead}")
         self._check_max_cost()
+
+    def _check_no_planner(self) -> None:
+        """Refuse what only the planner goes by. Bounds of latencies are those of routing as well."""
+        fields = PlannerSettings.model_fields.items() if self.planner.model_fields_set else ()
+        unread = [name for name, field in fields if getattr(self.planner, name) != field.default]
+        if names := " and ".join(f"planner.{name}" for name in unread if name not in {"ttft_s", "itl_s"}):
+            raise ConfigError(
+                f"planner.enabled=false: nothing is planned; leave out {names}, or set planner.enabled=true"
+            )
 
     def _check_max_cost(self) -> None:
         costs = {"prefill": self.planner.prefill_cost, "decode": self.planner.decode_cost}
@@ -230,6 +257,10 @@ class AppConfig(BaseModel):
         if 0 < self.planner.max_cost < awake:
             message = f"one decode replica, which it takes to serve anything, and prefill.min_replicas cost {awake:g}"
             raise ConfigError(f"planner.max_cost={self.planner.max_cost:g}: {message}")
+        begun = {pool: config.initial_replicas or config.min_replicas for pool, config in self._pools().items()}
+        if 0 < self.planner.max_cost < (first := sum(count * costs[pool] for pool, count in begun.items())):
+            given = " and ".join(f"{pool}.initial_replicas={count}" for pool, count in begun.items())
+            raise ConfigError(f"planner.max_cost={self.planner.max_cost:g}: {given} cost {first:g}")
 
     def metrics_plan(self) -> MetricsPlan:
         """Return what each replica is told of metrics."""

@@ -1,5 +1,6 @@
 """What an engine says of new tokens, how long they took, and how it is. Knows nothing of steps and tensors."""
 
+import time
 from collections import Counter
 from itertools import chain
 
@@ -22,6 +23,7 @@ class Outputs:
 
     def __init__(self, stats: EngineStats) -> None:
         self._stats = stats
+        self._begun_s = time.monotonic()
         self._gaps: Counter[tuple[float, int]] = Counter()  # by when they began, and how many tokens came behind them
         self._timed: list[TimedSequence] = []
 
@@ -77,6 +79,7 @@ class Outputs:
     def snapshot(self, scheduler: Scheduler, num_used_blocks: int, num_exported_blocks: int) -> EngineStats:
         """All numbers as they are now; histograms are copies."""
         stats = self._stats
+        stats.uptime_s = time.monotonic() - self._begun_s
         stats.num_queued_prompt_tokens = scheduler.num_queued_prompt_tokens
         stats.num_remote_prompt_tokens = scheduler.num_remote_prompt_tokens
         stats.num_waiting = len(scheduler.waiting)

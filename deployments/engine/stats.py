@@ -1,5 +1,6 @@
 """Numbers an engine keeps of its own work, and the snapshot that leaves it. Knows no metrics system."""
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -40,6 +41,7 @@ class EngineStats:
     """Counters since start and gauges of now.
 
     Attributes:
+        uptime_s: seconds since the engine began; infinite: not known.
         num_queued_prompt_tokens: prompt tokens that wait to be computed.
         num_remote_prompt_tokens: those of them that a prefill engine will compute, unless they are found cached.
         num_waiting: sequences without blocks.
@@ -84,6 +86,7 @@ class EngineStats:
         accepted_tokens: of each such run how many of them were right.
     """
 
+    uptime_s: float = math.inf
     num_queued_prompt_tokens: int = 0
     num_remote_prompt_tokens: int = 0
     num_waiting: int = 0

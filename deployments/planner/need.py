@@ -188,6 +188,8 @@ def need_of_answers(
         f"{answers.num_running} run, {answers.num_waiting} wait; "
         f"{settings.quantile:.0%} within {settings.itl_s:g} s need {lasting:.2f}"
     )
+    if own.lasting >= 0.005:
+        why += f", of which {own.lasting:.2f} compute prompts"
     return Need(lasting, careful, burst, why)
 
 

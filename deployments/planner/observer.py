@@ -34,6 +34,8 @@ _COLD_S, _COLD_STEPS, _COLD_BUSY_S = 10.0, 20, 5.0
 _NUM_STARTS = 5
 # One that has not come after so many times that is not waited for.
 _LATE_STARTS = 2.0
+# So many that are gone are known if they come back.
+_MAX_GONE = 1000
 # What ingresses held engines have told of by then: both tell once a second, and a first step may take a while.
 _HANDED_ON_S = 10.0
 
@@ -52,8 +54,8 @@ class _Replicas:
 
     def __init__(self, start_s: float) -> None:
         self.stats: dict[str, EngineStats] = {}
-        self._since_s: dict[str, float] = {}
-        self._is_first = True
+        self._since_s: dict[str, float] = {}  # of those that are gone, too: they may come back
+        self._begun_s = math.inf  # the first reading
         self._asked: deque[float] = deque()
         self._starts: deque[float] = deque(maxlen=_NUM_STARTS)
         self._unseen_start_s = start_s
@@ -67,21 +69,26 @@ class _Replicas:
         """A replica of others does this pool's work now: what it did before is known, and it has not just started."""
         self.stats[name], self._since_s[name] = others.stats.pop(name), others._since_s.pop(name)
 
-    def take(self, engines: Mapping[str, EngineStats], at_s: float) -> list[_Progress]:
-        """A reading."""
-        is_first, self._is_first = self._is_first, False
-        old = self.stats
+    def take(self, engines: Mapping[str, EngineStats], as_of_s: float, at_s: float) -> list[_Progress]:
+        """A reading.
+
+        All that a replica has done came since the one before only if it began after the first one, and is not known.
+        Of others, as where Serve's controller has restarted or not heard of one for a while, what they say first counts
+        as past.
+        """
+        is_first, self._begun_s = at_s < self._begun_s, min(self._begun_s, at_s)
+        before = {name: self.stats.get(name, now) for name, now in engines.items()}
         for name in engines.keys() - self._since_s.keys():
-            self._since_s[name] = -math.inf if is_first else at_s
-            if not is_first and self._asked:
-                self._starts.append(at_s - self._asked.popleft())
-        for name in self._since_s.keys() - engines.keys():
+            is_newborn = not is_first and as_of_s - engines[name].uptime_s >= self._begun_s
+            self._since_s[name] = at_s if is_newborn else -math.inf
+            if is_newborn:
+                before[name] = EngineStats()
+                if self._asked:
+                    self._starts.append(at_s - self._asked.popleft())
+        for name in [name for name in self._since_s if name not in engines][:-_MAX_GONE]:
             del self._since_s[name]
         self.stats = dict(engines)
-        return [
-            _Progress(now, old.get(name, now if is_first else EngineStats()), self.is_warm(name, at_s))
-            for name, now in engines.items()
-        ]
+        return [_Progress(now, before[name], self.is_warm(name, at_s)) for name, now in engines.items()]
 
     def is_warm(self, name: str, at_s: float) -> bool:
         stats = self.stats[name]
@@ -114,7 +121,7 @@ class _Pool:
 
     def take(self, engines: Mapping[str, EngineStats], as_of_s: float, at_s: float) -> list[_Progress]:
         """A reading: what it says of costs is learned."""
-        progress = self.replicas.take(engines, at_s)
+        progress = self.replicas.take(engines, as_of_s, at_s)
         warm = {name: stats for name, stats in engines.items() if self.replicas.is_warm(name, at_s)}
         self.costs.update(warm, as_of_s)
         return progress

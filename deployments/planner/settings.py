@@ -2,13 +2,15 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
+_DAY_S = 86_400.0
+
 
 class PlannerSettings(BaseModel):
     """What the pools are to keep, and what they may cost.
 
     Attributes:
         enabled: the planner decides how many replicas the pools have; else Ray Serve does, by ongoing requests.
-        dry_run: the planner only logs what it would do, and Ray Serve decides.
+        dry_run: where it is enabled, the planner only logs what it would do, and Ray Serve decides.
         ttft_s: bound of the time to first token.
         itl_s: bound of the gaps between tokens.
         quantile: share of the requests, and of the gaps, that are to keep the bounds.
@@ -26,12 +28,12 @@ class PlannerSettings(BaseModel):
 
     enabled: bool = False
     dry_run: bool = False
-    ttft_s: float = Field(default=2.0, gt=0)
-    itl_s: float = Field(default=0.1, gt=0)
-    quantile: float = Field(default=0.95, ge=0.5, lt=1)
-    max_cost: float = Field(default=0.0, ge=0)
-    prefill_cost: float = Field(default=1.0, gt=0)
-    decode_cost: float = Field(default=1.0, gt=0)
-    hold_s: float = Field(default=60.0, gt=0)
-    start_s: float = Field(default=60.0, ge=0)
+    ttft_s: float = Field(default=2.0, ge=0.0001, le=_DAY_S)
+    itl_s: float = Field(default=0.1, ge=0.0001, le=_DAY_S)
+    quantile: float = Field(default=0.95, ge=0.5, le=0.9999)  # as far as `need.py` knows the tail
+    max_cost: float = Field(default=0.0, ge=0, le=1e12)
+    prefill_cost: float = Field(default=1.0, ge=1e-6, le=1e9)
+    decode_cost: float = Field(default=1.0, ge=1e-6, le=1e9)
+    hold_s: float = Field(default=60.0, ge=1, le=7 * _DAY_S)
+    start_s: float = Field(default=60.0, ge=0, le=_DAY_S)
     flip: bool = False

@@ -84,7 +84,7 @@ class SharedPlanner:
         self._targets: dict[str, int] = {}  # as planned last
         self._answers: dict[str, int] = {}  # as each policy was told last
         self._decided_s = -math.inf
-        self._refused_before: Mapping[str, int] | None = None
+        self._refused_before: Mapping[str, int] = {}
         self._num_refused = 0
         self._num_held = 0
         self._is_silent = False
@@ -101,13 +101,10 @@ class SharedPlanner:
         return [*self._decisions] if is_news else None
 
     def note_refused(self, counts: Mapping[str, int]) -> None:
-        """How many calls each ingress replica has refused so far; what was refused before the first time is past."""
-        if self._refused_before is None:
-            self._refused_before = counts if counts else None
-            return
+        """How many calls each ingress replica has refused so far; what one tells first is past."""
         before = self._refused_before
-        self._num_refused += sum(max(0, count - before.get(name, 0)) for name, count in counts.items())
-        self._refused_before = counts
+        self._num_refused += sum(max(0, count - before.get(name, count)) for name, count in counts.items())
+        self._refused_before = {**before, **counts}
 
     def note_held(self, held: Held) -> None:
         """What ingresses hold now; what has just begun to wait is planned for at once."""

@@ -6,6 +6,14 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+# Bounds of figures: a step that takes no time never ends a second, and a pool holds a block.
+_LEAST_STEP_S, _MOST_S = 1e-6, 3600.0
+_WHOLE = {
+    "max_num_batched_tokens": (1, 10**7),
+    "max_num_seqs": (1, 10**6),
+    "num_kv_tokens": (512, 10**12),
+}
+
 
 class FigureError(ValueError):
     """A figure of an engine is not one; the message names it, and those that there are."""
@@ -65,7 +73,7 @@ def read_figures(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FigureError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(found, dict):
         raise FigureError(f"{path}: an object of names and figures is needed, not {found!r:.80}")
@@ -81,12 +89,34 @@ def with_figures(curves: Curves, figures: Mapping[str, object], where: str) -> C
         where: they come from, for errors.
 
     Raises:
-        FigureError: there is no such figure, or its value is no number of at least 0.
+        FigureError: there is no such figure, or its value is not within its bounds.
     """
     names = [field.name for field in fields(Curves)]
     for name, value in figures.items():
         if name not in names:
             raise FigureError(f"{where}: no figure {name!r}; there are {', '.join(names)}")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise FigureError(f"{where}: {name}: {value!r} is not a number of at least 0")
+        if name in _WHOLE:
+            check_whole(f"{where}: {name}", value, *_WHOLE[name])
+        else:
+            check_figure(f"{where}: {name}", value, _LEAST_STEP_S if name == "step_s" else 0.0, _MOST_S)
     return replace(curves, **figures)  # type: ignore[arg-type]
+
+
+def check_figure(what: str, value: object, least: float, most: float) -> None:
+    """Refuse what is no number within bounds.
+
+    Raises:
+        FigureError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise FigureError(f"{what}: {value!r:.80} is not a number of {least:,g} to {most:,g}")
+
+
+def check_whole(what: str, value: object, least: int, most: int) -> None:
+    """Refuse what is no whole number within bounds.
+
+    Raises:
+        FigureError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise FigureError(f"{what}: {value!r:.80} is not a whole number of {least:,} to {most:,}")

@@ -47,7 +47,7 @@ class ModelledEngine:
         machine: Machine | None = None,
         max_steps: float = math.inf,
     ) -> None:
-        self._env = env
+        self._env, self._begun_s = env, env.now
         self.curves = curves
         self._gap_bound_s = gap_bound_s
         self._max_steps = max_steps
@@ -101,6 +101,7 @@ class ModelledEngine:
         if not self._in_step:
             self._pass_steps(self._env.now)
         self.stats.num_drawn_tokens = int(self._drawn) + len(self._answers)
+        self.stats.uptime_s = self._env.now - self._begun_s
         return self.stats.copy()
 
     def compute(self, request: Request, done: Callable[[], None]) -> None:

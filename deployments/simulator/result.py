@@ -18,8 +18,8 @@ class Result:
     Attributes:
         num_requests: that came.
         num_good: that kept both bounds.
-        num_refused: by admission.
-        seconds: from the first to the last arrival.
+        num_refused: by admission, or as no engine's KV pool holds them.
+        seconds: from the beginning to the last arrival; 1 at least.
         gpu_hours: of both pools, replicas that start or leave among them.
         cost: of these.
         ttft_s: of those that had a first token, in order.

@@ -28,6 +28,8 @@ from deployments.simulator.requests import BLOCK_SIZE, Request
 from deployments.simulator.way import Way
 
 _READ_PERIOD_S = 1.0
+# Where all come at once, too, something per second is told.
+_LEAST_PLAY_S = 1.0
 # As `decode.max_queued_requests` and `ingress.max_start_s` are unless set.
 _HOLD = HoldBounds(max_requests=1024, max_s=600.0)
 
@@ -134,7 +136,11 @@ class Service:
         return float(self.env.now)
 
     def play(self, requests: Iterable[Request]) -> float:
-        """Play all of them, which come in order; returns when the last one has come, in seconds from the beginning."""
+        """Play all of them, which come in order.
+
+        Returns:
+            When the last one has come, in seconds from the beginning; 1 at least.
+        """
         for pool in self.pools.values():
             pool.scale(pool.setup.initial, 0.0)
         self._read()
@@ -142,6 +148,8 @@ class Service:
         self.env.process(self._scale_on())
         arrivals = self.env.process(self._arrive(requests))
         self.env.run(until=arrivals)
+        if self.env.now < _LEAST_PLAY_S:
+            self.env.run(until=_LEAST_PLAY_S)
         end_s, self.is_over = float(self.env.now), True
         for pool in self.pools.values():
             pool.is_over = True
@@ -189,6 +197,9 @@ class Service:
 
     def _come(self, request: Request) -> None:
         """A request comes to the ingress."""
+        if request.prompt_tokens + request.output_tokens > self.setup.decode.curves.num_kv_tokens:
+            self._refuse(request)  # no engine can ever run it, however many there are
+            return
         try:
             ticket = self._admission.admit([request.prompt_tokens], Priority.HIGH, b"")
         except (OverloadedError, RequestTooLargeError):

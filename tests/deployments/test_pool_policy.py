@@ -4,12 +4,12 @@ import re
 from itertools import pairwise
 
 import pytest
-from ray.serve._private.common import TimeStampedValue
+from ray.serve._private.common import ReplicaID, TimeStampedValue
 from ray.serve.autoscaling_policy import replica_queue_length_autoscaling_policy
 from ray.serve.config import AutoscalingConfig
 
 from app.arguments import ConfigError
-from app.config import AppConfig
+from app.config import PLANNERS_OWN, AppConfig
 from deployments.engine.stats import EngineStats
 from deployments.planner import shared
 from deployments.planner.observer import Observer
@@ -67,6 +67,23 @@ def test_a_count_that_was_set_by_hand_is_kept_and_then_reduced():
     assert controller.targets["decode"] == 6
     controller.run(10)
     assert controller.targets["decode"] == 1
+
+
+def test_a_restart_of_the_controller_changes_nothing_though_it_hears_of_some_replicas_late():
+    controller = Controller()
+    controller.bounds = dict.fromkeys(controller.policies, (1, 16))
+    controller.targets = dict.fromkeys(controller.policies, 3)
+    old = {pool: [controller.engine() for _ in range(3)] for pool in controller.policies}
+    for engine in [*old["decode"], *old["prefill"]]:
+        engine.uptime_s, engine.steps, engine.finished = 100_000.0, 500_000, 30_000
+    for engine in old["prefill"]:
+        engine.prompt_tokens, engine.prefill_steps, engine.prefill_s = 30_000_000, 30_000, 3_000.0
+    controller.stats = {pool: engines[:2] for pool, engines in old.items()}
+    controller.run(2)
+    controller.stats = old
+    for _ in range(50):
+        controller.run(1)
+        assert controller.targets == {"decode": 3, "prefill": 3}
 
 
 def test_bounds_that_change_are_kept_at_once():
@@ -136,12 +153,79 @@ def test_the_settings_reach_serve_as_a_policy_without_delays():
     ("arguments", "message"),
     [
         ({"prefill.autoscaling_config.upscale_delay_s": "5"}, "leave out prefill.autoscaling_config.upscale_delay_s"),
+        (
+            {"decode.autoscaling_config.upscaling_factor": "0.5"},
+            "upscaling_factor; set planner.quantile and planner.max",
+        ),
+        (
+            {"decode.autoscaling_config.downscaling_factor": "2"},
+            "leave out decode.autoscaling_config.downscaling_factor",
+        ),
+        ({"decode.autoscaling_config.smoothing_factor": "2"}, "leave out decode.autoscaling_config.smoothing_factor"),
+        ({"decode.autoscaling_config.downscale_smoothing_factor": "2"}, "config.downscale_smoothing_factor"),
+        ({"prefill.autoscaling_config.upscale_smoothing_factor": "2"}, "config.upscale_smoothing_factor"),
+        ({"decode.autoscaling_config.downscale_to_zero_delay_s": "9"}, "zero_delay_s; set planner.hold_s instead"),
+        ({"decode.autoscaling_config.target_ongoing_requests": "9"}, "requests; set planner.ttft_s and planner.itl_s"),
+        (
+            {"prefill.autoscaling_config.aggregation_function": "max"},
+            "prefill.autoscaling_config.aggregation_function$",
+        ),
+        ({"planner.dry_run": "true", "decode.autoscaling_config.metrics_interval_s": "9"}, "config.metrics_interval_s"),
         ({"planner.max_cost": "1"}, "the pools' min_replicas cost 2"),
     ],
 )
 def test_settings_that_contradict_the_planner_are_refused(arguments, message):
     with pytest.raises(ConfigError, match=message):
         AppConfig.model_validate({"planner.enabled": "true"} | arguments)
+
+
+def test_every_field_of_ray_serves_scaling_is_the_planners_or_one_of_ours():
+    ours = {"min_replicas", "initial_replicas", "max_replicas"}
+    assert AutoscalingConfig.model_fields.keys() == PLANNERS_OWN.keys() | ours, "what a new one does is to be found out"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"planner.dry_run": "true"}, "leave out planner.dry_run, or set planner.enabled=true"),
+        ({"planner.max_cost": "4", "planner.hold_s": "9"}, "leave out planner.max_cost and planner.hold_s, or"),
+        ({"planner.enabled": "true", "planner.hold_s": "1e9"}, "planner.hold_s=1e9: .* less than or equal to 604800"),
+        ({"planner.enabled": "true", "planner.hold_s": "0.1"}, "planner.hold_s=0.1: .* greater than or equal to 1"),
+        ({"planner.enabled": "true", "planner.ttft_s": "1e9"}, "planner.ttft_s=1e9: .* less than or equal to 86400"),
+        (
+            {"planner.enabled": "true", "planner.itl_s": "1e-9"},
+            "planner.itl_s=1e-9: .* greater than or equal to 0.0001",
+        ),
+        ({"planner.enabled": "true", "planner.decode_cost": "1e30"}, "planner.decode_cost=1e30: .* less than or equal"),
+        (
+            {"planner.enabled": "true", "planner.quantile": "0.9999999"},
+            "planner.quantile=.* less than or equal to 0.9999",
+        ),
+        (
+            {
+                "planner.enabled": "true",
+                "planner.max_cost": "2",
+                "decode.initial_replicas": "6",
+                "decode.max_replicas": "8",
+            },
+            "planner.max_cost=2: prefill.initial_replicas=1 and decode.initial_replicas=6 cost 7",
+        ),
+    ],
+)
+def test_settings_of_the_planner_that_could_do_nothing_or_harm_are_refused(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        AppConfig.model_validate(arguments)
+
+
+def test_bounds_of_latencies_are_those_of_routing_also_without_the_planner():
+    given = {"planner.ttft_s": "1", "planner.itl_s": "0.05", "planner.enabled": "false"}
+    assert AppConfig.model_validate(given).planner.ttft_s == 1.0
+
+
+def test_in_a_dry_run_how_serve_scales_can_be_set():
+    given = {"planner.enabled": "true", "planner.dry_run": "true", "decode.autoscaling_config.upscaling_factor": "0.5"}
+    options = AppConfig.model_validate(given).deployment_options("decode")
+    assert options["autoscaling_config"]["upscaling_factor"] == 0.5
 
 
 def test_a_count_that_was_set_between_two_plans_is_kept(observed):
@@ -187,6 +271,11 @@ def test_calls_that_an_ingress_refuses_count_as_if_they_had_come(observed):
     assert observed[-1] == (controller.now_s, 5)
     controller.loop(2.0)
     assert observed[-1] == (controller.now_s, 0), "each counts once"
+    another = ReplicaID("late", replica.deployment_id)
+    context.raw_metrics = {REFUSED: {name: [TimeStampedValue(controller.now_s, 1005)] for name in (replica, another)}}
+    ingress(context)
+    controller.loop(2.0)
+    assert observed[-1] == (controller.now_s, 0), "of one that is told of late it is past as well"
 
 
 def test_what_is_told_to_the_planner_is_a_second_old_at_most():

@@ -1,5 +1,6 @@
 """How long steps with prompts took: known for a step at a time and for steps that overlap, and for no other steps."""
 
+import math
 import time
 
 import pytest
@@ -13,6 +14,7 @@ from tests.engine.insides import pretend_idle
 def test_only_steps_with_prompt_tokens_count_and_no_moment_counts_twice(is_pipelined: bool) -> None:
     engine = build_engine(load("llama"), is_pipelined=is_pipelined, max_num_batched_tokens=16)
     assert engine.stats().prefill_s == 0
+    assert 0 <= engine.stats().uptime_s < engine.stats().uptime_s < math.inf
     engine.add(greedy("r", random_prompt(60, seed=1), 20))
     begun_s = time.monotonic()
     transcript = Transcript()

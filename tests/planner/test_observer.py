@@ -19,13 +19,15 @@ class Pools:
     def __init__(self, num_prefill=1, num_decode=1) -> None:
         self.observer = Observer(SETTINGS, is_colocated=False)
         self.engines: dict[str, dict[str, EngineStats]] = {PREFILL: {}, DECODE: {}}
+        self.begun_s: dict[str, float] = {}
+        self.now_s = 0.0
         for pool, count in ((PREFILL, num_prefill), (DECODE, num_decode)):
             for i in range(count):
                 self.add(pool, f"{pool}{i}")
-        self.now_s = 0.0
         self.seen = self.read()
 
     def add(self, pool: str, name: str) -> None:
+        self.begun_s[name] = self.now_s
         self.engines[pool][name] = EngineStats(
             max_num_batched_tokens=1000, max_num_seqs=64, num_blocks=100, block_size=16, steps=1000
         )
@@ -50,6 +52,8 @@ class Pools:
 
     def read(self, seconds=1.0, num_refused=0):
         self.now_s += seconds
+        for name, engine in [*self.engines[PREFILL].items(), *self.engines[DECODE].items()]:
+            engine.uptime_s = self.now_s - self.begun_s[name]
         copies = {pool: {n: e.copy() for n, e in engines.items()} for pool, engines in self.engines.items()}
         self.seen = self.observer.observe(Reading(copies, self.now_s), self.now_s, num_refused)
         return self.seen
@@ -184,6 +188,48 @@ def test_a_replica_that_goes_or_starts_anew_takes_nothing_back():
     del pools.engines[DECODE]["decode1"]
     rate = pools.seen.decode.answers.requests.slow
     assert 0 < pools.read().decode.answers.requests.slow <= rate
+
+
+def test_a_replica_that_is_told_of_late_and_is_older_than_the_planner_brings_no_past():
+    pools = Pools()
+    for _ in range(3):
+        pools.read()
+    for name, pool in (("old_prefill", PREFILL), ("old_decode", DECODE)):
+        pools.add(pool, name)
+        pools.begun_s[name] = -100_000.0
+    pools.observer.note_asked(PREFILL, 1, pools.now_s)
+    pools.prompts("old_prefill", computed=30_000_000, seconds=6_000.0)
+    pools.answers(batch=8, steps=500_000, finished=30_000, name="old_decode")
+    pools.read()
+    for _ in range(60):
+        pools.prompts("old_prefill", computed=500)
+        pools.answers(batch=8, finished=1, name="old_decode")
+        pools.read()
+    assert pools.seen.decode.answers.requests.slow == pytest.approx(1.0, rel=0.3)
+    assert pools.seen.decode.answers.requests.variance < 2.0
+    assert pools.seen.prefill.prompts.tokens.slow == pytest.approx(500, rel=0.1)
+    assert pools.seen.prefill.start_s == SETTINGS.start_s, "the one that was asked for has not come"
+
+
+def test_a_replica_that_is_not_heard_of_for_a_while_brings_nothing_twice():
+    pools = Pools(num_decode=0)
+    pools.add(DECODE, "decode0")
+    for _ in range(300):
+        pools.answers(batch=8, finished=1)
+        pools.read()
+    away = pools.engines[DECODE].pop("decode0")
+    pools.read()
+    pools.engines[DECODE]["decode0"] = away
+    pools.answers(batch=8, finished=1)
+    assert pools.read().decode.answers.requests.slow == pytest.approx(1.0, rel=0.05)
+
+
+def test_the_first_requests_of_a_newborn_replica_have_come():
+    pools = Pools(num_decode=0)
+    pools.read(10)
+    pools.add(DECODE, "decode0")
+    pools.answers(batch=8, finished=20)
+    assert pools.read().decode.answers.num_new >= 20
 
 
 def test_a_replica_that_changes_its_role_has_not_started_and_what_it_did_before_has_not_come():

@@ -1,6 +1,7 @@
 """The planner's decisions, over loads of every kind."""
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -290,3 +291,14 @@ def test_sequences_that_pile_up_in_batches_too_large_get_seats_at_once():
     answers = Answers(steady(3.0), 50.0, GAPS, num_running=600, max_seqs=256)
     need = need_of_answers(answers, PoolSeen(2, START_S, answers=answers), 0, SETTINGS)
     assert need.burst > 4 > need.lasting
+
+
+def test_a_reason_says_how_much_of_decodes_need_is_for_prompts():
+    observation = seen(requests=10.0)
+    answers, prefill = observation.decode.answers, observation.prefill
+    assert answers is not None and prefill is not None
+    assert "compute prompts" not in need_of_answers(answers, observation.decode, 0, SETTINGS).why
+    colocated = replace(observation.decode, prompts=prefill.prompts)
+    own = need_of_prompts(colocated.prompts, colocated, 0, SETTINGS).lasting
+    need = need_of_answers(answers, colocated, 0, SETTINGS)
+    assert need.why.endswith(f"need {need.lasting:.2f}, of which {own:.2f} compute prompts")

@@ -21,8 +21,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from deployments.planner.settings import PlannerSettings
-from deployments.simulator.__main__ import HEAD, row
 from deployments.simulator.advise import best_split, play_fixed
+from deployments.simulator.arguments import number, whole
+from deployments.simulator.command import HEAD, row
 from deployments.simulator.curves import LLAMA_8B_H100
 from deployments.simulator.plots import save_plot
 from deployments.simulator.pools import PoolSetup
@@ -36,6 +37,7 @@ MOONCAKE = Path("../shared/traces/mooncake_conversation.jsonl")
 SLOWER, TTFT_S, ITL_S = 10.0, 5.0, 0.12
 # Of traces of long prompts: one of 12,000 tokens alone takes 3 s.
 LONG_TTFT_S = 15.0
+TRACES = ("bursty chat", "long-context day", "shifting mix", "mooncake conversation")
 STARTS_S = (0.0, 30.0, 60.0, 120.0, 300.0)
 BOUNDS = {"of_hindsight": 0.95, "of_default_per_gpu_hour": 1.5, "cliff": 0.9}
 
@@ -163,18 +165,32 @@ def judge(compared: dict[str, Comparison], starts: dict[str, dict[str, dict[str,
     return passed
 
 
-def main() -> int:
-    """Play all, print, and judge."""
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """What is to be played."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mooncake", type=Path, default=MOONCAKE)
-    parser.add_argument("--start-s", type=float, default=30.0, help="a replica takes to start")
-    parser.add_argument("--length", type=float, default=1.0, help="of the drawn traces, in parts of the whole")
-    parser.add_argument("--traces", nargs="*", help="play these alone")
+    parser.add_argument("--start-s", type=number(0, 3600), default=30.0, help="a replica takes to start")
+    parser.add_argument(
+        "--length", type=number(0.01, 100), default=1.0, help="of the drawn traces, in parts of the whole"
+    )
+    parser.add_argument(
+        "--traces", nargs="+", choices=TRACES, metavar="NAME", help=f"these alone of {', '.join(TRACES)}"
+    )
     parser.add_argument("--no-starts", action="store_true", help="leave the tables by start-up time out")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="traces that are played at once")
+    parser.add_argument("--jobs", type=whole(1, 1024), default=os.cpu_count(), help="traces that are played at once")
     parser.add_argument("--no-colocated", action="store_true", help="leave the slowest row out")
     parser.add_argument("--plot", type=Path, help="folder for plots")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    if not args.mooncake.exists():
+        if "mooncake conversation" in (args.traces or ()):
+            parser.error(f"--traces: there is no trace at {args.mooncake}; name it with --mooncake")
+        print(f"no trace at {args.mooncake}, so it is left out", file=sys.stderr)
+    return args
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Play all, print, and judge."""
+    args = parse(arguments)
     draws: dict[str, Callable[[], list[Request]]] = {
         "bursty chat": lambda: bursty_chat(5400 * args.length),
         "long-context day": lambda: long_context_day(14_400 * args.length),
@@ -184,8 +200,6 @@ def main() -> int:
         draws["mooncake conversation"] = lambda: [
             replace(request) for request in load_trace(args.mooncake) if request.at_s < 3600 * args.length
         ]
-    else:
-        print(f"no trace at {args.mooncake}, so it is left out", file=sys.stderr)
     bounds_s = {"long-context day": LONG_TTFT_S, "mooncake conversation": LONG_TTFT_S}
     setups = {name: setup_of(args.start_s, bounds_s.get(name, TTFT_S)) for name in draws}
     tasks = [
@@ -203,10 +217,10 @@ def main() -> int:
     print()
     for name, is_met in passed.items():
         print(f"{name}: bound {BOUNDS[name]} {'met' if is_met else 'NOT met'}")
-    arguments = {name: str(value) for name, value in vars(args).items()}
+    given = {name: str(value) for name, value in vars(args).items()}
     report = {
         "bench": "planner",
-        "args": arguments,
+        "args": given,
         "traces": {n: asdict(c) for n, c in compared.items()},
         "by_start_s": starts,
     }
