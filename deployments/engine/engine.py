@@ -253,8 +253,8 @@ class Engine:
         self._handoffs.exporter.export(None if newest is None else newest.done)
         if ending is not None:
             self._conclude(ending)
-        self._end_exports()
         events = self._endings.tell()
+        self._end_exports()
         self._speculator.learn()
         return self._outputs.with_times(events)
 

@@ -72,6 +72,12 @@ def build_arrays(
     )
 
 
+def compile_layout() -> None:
+    """Have numba compile what lays a step out, or fetch it from its cache, before the first request needs it."""
+    one = np.ones(1, dtype=np.int64)
+    _lay_out(one, one, one, one, np.zeros((1, 1), np.int32), one, 2)
+
+
 def rows_of(items: list[ScheduledSequence]) -> dict[str, int]:
     """Where a step with these items draws for each request: its first row among the draws."""
     firsts = accumulate([item.num_draws for item in items], initial=0)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.batch.arrays import StepArrays
-from deployments.engine.batch.build import build_arrays, order_for_batch
+from deployments.engine.batch.build import build_arrays, compile_layout, order_for_batch
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.kv.layers import LayerWatch
 from deployments.engine.sampling.adjusting import Adjusting, build_adjusting
@@ -57,6 +57,7 @@ class Preparation:
     def __init__(self, cache: KVCache) -> None:
         self._block_size, self._num_groups = cache.block_size, cache.num_groups
         self._before: list[ScheduledSequence] = []
+        compile_layout()
         self._sampling = SamplingPreparation()
 
     def prepare(self, scheduled: list[ScheduledSequence]) -> PreparedStep:

@@ -54,6 +54,13 @@ def fill_singles(columns: np.ndarray, tables: np.ndarray, arrays: StepArrays, ba
     tables[:count, :, : arrays.tables.shape[2]] = arrays.single_tables.swapaxes(0, 1)
 
 
+def two_tokens(num_groups: int) -> StepArrays:
+    """A step of one run of two tokens, with which what fills is compiled."""
+    one, two = np.ones(1, dtype=np.int64), np.zeros(2, dtype=np.int64)
+    slots, tables = np.zeros((num_groups, 2), np.int64), np.zeros((num_groups, 1, 1), np.int64)
+    return StepArrays(two, one[:0], two, slots, one, 2 * one, tables, 0, two, two)
+
+
 def fill_tokens(columns: np.ndarray, arrays: StepArrays, num_tokens: int) -> None:
     """Write what a graph reads of tokens that all draw, where sequences may have several.
 
@@ -63,22 +70,22 @@ def fill_tokens(columns: np.ndarray, arrays: StepArrays, num_tokens: int) -> Non
         arrays: of the step.
         num_tokens: of the graph; behind those that there are they go nowhere, and are nobody's.
     """
-    _fill_tokens(
-        columns[:, :num_tokens], arrays.token_ids, arrays.sources, arrays.positions, arrays.slots, arrays.counts
-    )
+    _fill_tokens(columns, num_tokens, arrays.token_ids, arrays.sources, arrays.positions, arrays.slots, arrays.counts)
 
 
 # Compiled, for behind a step with drafts a GPU waits for them.
 @njit(cache=True)
 def _fill_tokens(
     columns: np.ndarray,
+    num_tokens: int,
     token_ids: np.ndarray,
     sources: np.ndarray,
     positions: np.ndarray,
     slots: np.ndarray,
     counts: np.ndarray,
 ) -> None:
-    columns[0], columns[1], columns[2], columns[3:-1], columns[-1] = 0, -1, 0, -1, -1
+    columns[:, :num_tokens] = -1
+    columns[0, :num_tokens] = columns[2, :num_tokens] = 0
     token = 0
     for run, count in enumerate(counts):
         for _ in range(count):

@@ -15,7 +15,7 @@ from deployments.engine.attention.cuda_verification import VerificationStep
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.config import EngineLimits
 from deployments.engine.execution.graphs import MemoryPool, SinglesGraph, record
-from deployments.engine.execution.parts import fill_runs, fill_tokens
+from deployments.engine.execution.parts import fill_runs, fill_tokens, two_tokens
 from deployments.engine.kernels.cuda_verification import Runs
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.scheduling.scheduler import MAX_VERIFIED_TOKENS
@@ -71,6 +71,7 @@ class Verification:
         first_slot, num_slots = 3 * self._max_tokens, cache.num_groups * self._max_tokens
         self._inputs[first_slot : first_slot + num_slots] = -1  # nothing is written yet
         self._graphs: dict[tuple[int, int], SinglesGraph] = {}
+        self._fill(self._uploads[0].values, two_tokens(self._num_groups), self.sizes[0])  # compiled before it is needed
 
     def find(self, arrays: StepArrays) -> tuple[int, int] | None:
         """The smallest graph that holds a step; None: it is too large, or not of tokens alone that all draw."""
@@ -82,9 +83,7 @@ class Verification:
     def replay(self, arrays: StepArrays, size: tuple[int, int], turn: int) -> Tensor:
         """Run a step as the graph that `find` has found: (at least T, vocab_size) logits, in the order of the batch."""
         upload = self._uploads[turn]
-        columns, lens, starts, tables = self._parts(upload.values)
-        fill_tokens(columns, arrays, size[1])
-        fill_runs(lens, starts, tables, arrays, size[0])
+        self._fill(upload.values, arrays, size)
         upload.to(self._inputs, self._num_values(size[0]))
         graph = self._graphs[size]
         graph.graph.replay()
@@ -106,6 +105,12 @@ class Verification:
         graph = torch.cuda.CUDAGraph()
         self._graphs[size] = SinglesGraph(num_tokens, graph, record(graph, run, pool))
         return graph.pool()
+
+    def _fill(self, values: np.ndarray, arrays: StepArrays, size: tuple[int, int]) -> None:
+        """Write what a graph reads."""
+        columns, lens, starts, tables = self._parts(values)
+        fill_tokens(columns, arrays, size[1])
+        fill_runs(lens, starts, tables, arrays, size[0])
 
     def _num_values(self, num_seqs: int) -> int:
         """That are read for so many sequences; those of tables come last."""

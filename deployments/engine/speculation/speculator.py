@@ -99,7 +99,8 @@ class Speculator:
             return
         begun_s = time.monotonic()
         drafts = self._drafter.draft(wishes)
-        self._drafting_s = time.monotonic() - begun_s
+        if self._drafter.seconds(len(wishes)):  # else it is a part of what the step takes
+            self._drafting_s = time.monotonic() - begun_s
         for (sequence, _), tokens in zip(wishes, drafts, strict=True):
             masks = () if sequence.mask is None else _masks_behind(sequence, tokens, guides)
             if tokens and (masks or sequence.mask is None):
@@ -134,15 +135,19 @@ class Speculator:
             has_drafts = num_tokens > len(collected)
             if has_drafts or not is_late:  # without any, one that was waited for in vain tells nothing of the others
                 self._curve.add(num_tokens, seconds, has_drafts=has_drafts)
-        tried = []
-        for run, draws in collected:
-            if run.drafts:
-                num_right, sequence = len(draws) - 1, run.sequence
-                self._stats.drafted_tokens.observe(len(run.drafts))
-                self._stats.accepted_tokens.observe(num_right)
-                if sequence.status is not Status.FINISHED:
-                    kind = kinds[sequence.request_id]
-                    tried.append(Tried(sequence.request_id, kind, num_right, len(run.drafts)))
+        guessed = [(run, len(draws) - 1) for run, draws in collected if run.drafts]
+        for run, num_right in guessed:
+            self._stats.drafted_tokens.observe(len(run.drafts))
+            self._stats.accepted_tokens.observe(num_right)
+        self._learn_guesses(guessed, kinds)
+
+    def _learn_guesses(self, guessed: list[tuple[ScheduledSequence, int]], kinds: dict[str, int]) -> None:
+        """From runs with drafts, and how many of these were right; nothing is kept of sequences that are over."""
+        tried = [
+            Tried(run.sequence.request_id, kinds[run.sequence.request_id], num_right, len(run.drafts))
+            for run, num_right in guessed
+            if run.sequence.status is not Status.FINISHED
+        ]
         if tried:
             self._acceptance.add(tried)
 
