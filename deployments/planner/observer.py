@@ -7,7 +7,6 @@ contacts. Pure: no clock.
 """
 
 import math
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +18,7 @@ from deployments.load.reading import DECODE, PREFILL, Reading
 from deployments.planner.flow import Flow
 from deployments.planner.gap_learner import GapLearner
 from deployments.planner.observation import Answers, Observation, PoolSeen, Prompts
+from deployments.planner.replicas import Progress, Replicas
 from deployments.planner.settings import PlannerSettings
 from deployments.planner.windows import HandedOn, MeanLength, QueueAge, Share, TailWindow
 
@@ -27,89 +27,15 @@ _OUTPUT_HALF_LIFE = 64.0  # finished requests
 _OUTPUT_BELIEVED, _OUTPUT_WEIGHT = 256.0, 4.0
 _PROMPT_HALF_LIFE = 256.0  # requests
 _MISS_HALF_LIFE = 262_144.0  # prompt tokens
-# A replica is cold for so long, and until it has done so many steps, or as many seconds of prompts: where a step takes
-# seconds, the first one tells most of what there is to know, and nothing is planned until something is known.
-_COLD_S, _COLD_STEPS, _COLD_BUSY_S = 10.0, 20, 5.0
-# Of what it takes to start, the longest of the last few is planned with.
-_NUM_STARTS = 5
-# One that has not come after so many times that is not waited for.
-_LATE_STARTS = 2.0
-# So many that are gone are known if they come back.
-_MAX_GONE = 1000
 # What ingresses held engines have told of by then: both tell once a second, and a first step may take a while.
 _HANDED_ON_S = 10.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Progress:
-    """One replica between two readings."""
-
-    now: EngineStats
-    before: EngineStats
-    is_warm: bool
-
-
-class _Replicas:
-    """The replicas of one pool: which are warm, and how long they took to start."""
-
-    def __init__(self, start_s: float) -> None:
-        self.stats: dict[str, EngineStats] = {}
-        self._since_s: dict[str, float] = {}  # of those that are gone, too: they may come back
-        self._begun_s = math.inf  # the first reading
-        self._asked: deque[float] = deque()
-        self._starts: deque[float] = deque(maxlen=_NUM_STARTS)
-        self._unseen_start_s = start_s
-
-    def note_asked(self, num_more: int, at_s: float) -> None:
-        self._asked.extend([at_s] * num_more)
-        for _ in range(min(-num_more, len(self._asked))):
-            self._asked.pop()  # what has not come yet is waited for no longer
-
-    def adopt(self, name: str, others: "_Replicas") -> None:
-        """A replica of others does this pool's work now: what it did before is known, and it has not just started."""
-        self.stats[name], self._since_s[name] = others.stats.pop(name), others._since_s.pop(name)
-
-    def take(self, engines: Mapping[str, EngineStats], as_of_s: float, at_s: float) -> list[_Progress]:
-        """A reading.
-
-        All that a replica has done came since the one before only if it began after the first one, and is not known.
-        Of others, as where Serve's controller has restarted or not heard of one for a while, what they say first counts
-        as past.
-        """
-        is_first, self._begun_s = at_s < self._begun_s, min(self._begun_s, at_s)
-        before = {name: self.stats.get(name, now) for name, now in engines.items()}
-        for name in engines.keys() - self._since_s.keys():
-            is_newborn = not is_first and as_of_s - engines[name].uptime_s >= self._begun_s
-            self._since_s[name] = at_s if is_newborn else -math.inf
-            if is_newborn:
-                before[name] = EngineStats()
-                if self._asked:
-                    self._starts.append(at_s - self._asked.popleft())
-        for name in [name for name in self._since_s if name not in engines][:-_MAX_GONE]:
-            del self._since_s[name]
-        self.stats = dict(engines)
-        return [_Progress(now, before[name], self.is_warm(name, at_s)) for name, now in engines.items()]
-
-    def is_warm(self, name: str, at_s: float) -> bool:
-        stats = self.stats[name]
-        has_run = stats.steps >= _COLD_STEPS or stats.prefill_s >= _COLD_BUSY_S
-        return has_run and at_s - self._since_s[name] >= _COLD_S
-
-    def are_starting(self, at_s: float) -> bool:
-        """Whether some were asked for and should soon be there; not those that get no node, or fail."""
-        return bool(self._asked) and at_s - self._asked[0] <= _LATE_STARTS * self.start_s
-
-    @property
-    def start_s(self) -> float:
-        """That one takes to start."""
-        return max(self._starts) if self._starts else self._unseen_start_s
 
 
 class _Pool:
     """One pool, as far as it computes prompts."""
 
     def __init__(self, settings: PlannerSettings, tail_bound_s: float) -> None:
-        self.replicas = _Replicas(settings.start_s)
+        self.replicas = Replicas(settings.start_s)
         self.costs = PoolReadings(counts_hits=False)
         self.tail = TailWindow(tail_bound_s)
         self._tokens = Flow(max(1.0, settings.ttft_s))
@@ -119,7 +45,7 @@ class _Pool:
         self._handed_on = HandedOn(_HANDED_ON_S)
         self._came = self.queued = self._held = self._seatless = self._of_others = self._oldest_s = 0.0
 
-    def take(self, engines: Mapping[str, EngineStats], as_of_s: float, at_s: float) -> list[_Progress]:
+    def take(self, engines: Mapping[str, EngineStats], as_of_s: float, at_s: float) -> list[Progress]:
         """A reading: what it says of costs is learned."""
         progress = self.replicas.take(engines, as_of_s, at_s)
         warm = {name: stats for name, stats in engines.items() if self.replicas.is_warm(name, at_s)}
@@ -249,7 +175,7 @@ class Observer:
                 to.costs.join(replica, of.replicas.stats[replica])
                 to.replicas.adopt(replica, of.replicas)
 
-    def _learn_answers(self, progress: list[_Progress], elapsed_s: float) -> None:
+    def _learn_answers(self, progress: list[Progress], elapsed_s: float) -> None:
         self._decode.tail.pass_time(elapsed_s)
         self._gaps.pass_time(elapsed_s)
         for p in progress:
@@ -337,7 +263,7 @@ def _num_seen(engine: EngineStats) -> int:
     return engine.finished + engine.num_waiting + engine.num_reserved + engine.num_running
 
 
-def _computed(progress: list[_Progress]) -> tuple[int, int]:
+def _computed(progress: list[Progress]) -> tuple[int, int]:
     """Prompt tokens that were computed, and found."""
     computed = sum(p.now.prompt_tokens - p.before.prompt_tokens for p in progress)
     found = sum(p.now.prefix_hit_tokens - p.before.prefix_hit_tokens for p in progress)

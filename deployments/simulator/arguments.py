@@ -151,11 +151,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--cost", type=number(0, 1e9), default=1.0, help="of a replica and hour (default: %(default)g)")
     slower = "times that a step takes as long as measured (default: %(default)g)"
     add("--slower", type=number(0.001, 1e6), default=1.0, metavar="TIMES", help=slower)
-    add("--curves", type=Path, help="JSON: other figures, by the names in simulator/curves.py")
+    add("--curves", type=Path, metavar="FILE", help="JSON: other figures, by the names in simulator/curves.py")
     fixed = "fixed pools, played as well; 0+D is colocated (default: none)"
     add("--fixed", nargs="+", type=pools(1, "2+4"), default=[], metavar="P+D", help=fixed)
     add("--advise", type=share, metavar="SHARE", help="find the cheapest pools that keep the bounds")
-    add("--kinds", type=Path, help="JSON: kinds of GPU to choose from, with --advise")
+    add("--kinds", type=Path, metavar="FILE", help="JSON: kinds of GPU to choose from, with --advise")
     fails = "mean time until a replica fails; at least a minute (default: none fails)"
     add("--failure-s", type=number(60, math.inf), default=math.inf, metavar="S", help=fails)
     tier = "that the shared tier holds; 0: there is none (default: %(default)s)"

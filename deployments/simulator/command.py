@@ -49,8 +49,18 @@ def run(options: argparse.Namespace) -> int:
         print(f"python -m deployments.simulator: error: {error}", file=sys.stderr)
         return 2
     gc.freeze()  # it stays to the end: the collector need not look through a day of requests again and again
-    print(HEAD)
+    print(HEAD, flush=True)
     results = _advise(trace, setup, kinds, options) if options.advise else _compare(trace, setup, options)
+    try:
+        _write(results, options)
+    except OSError as error:
+        print(f"python -m deployments.simulator: error: cannot write what was found: {error}", file=sys.stderr)
+        return 1
+    return 0 if results else 1
+
+
+def _write(results: dict[str, Result], options: argparse.Namespace) -> None:
+    """Figures and plots, where they are asked for."""
     if options.json:
         options.json.write_text(json.dumps({name: result.figures() for name, result in results.items()}))
     if options.plot and results:
@@ -58,7 +68,6 @@ def run(options: argparse.Namespace) -> int:
         from deployments.simulator.plots import save_plot
 
         save_plot(results, options.plot)
-    return 0 if results else 1
 
 
 def _setup(options: argparse.Namespace) -> Setup:

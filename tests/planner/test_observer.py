@@ -211,6 +211,21 @@ def test_a_replica_that_is_told_of_late_and_is_older_than_the_planner_brings_no_
     assert pools.seen.prefill.start_s == SETTINGS.start_s, "the one that was asked for has not come"
 
 
+@pytest.mark.parametrize("age_s", [0.5, 9.0], ids=["fresh", "told again after a crash"])
+def test_what_came_between_an_old_first_reading_and_the_planner_is_past(age_s):
+    observer, rates = Observer(SETTINGS, True), []
+
+    def told(at_s: float) -> Reading:
+        done = round(0.7 * at_s)
+        stats = replace(EngineStats(), finished=done, steps=30 * done, uptime_s=at_s, max_num_seqs=64, num_blocks=100)
+        return Reading({DECODE: {"decode0": stats}}, at_s)
+
+    for at_s in range(100, 160, 2):
+        seen = observer.observe(told(at_s - (age_s if at_s == 100 else 0.5)), float(at_s))
+        rates.append(seen.decode.answers.requests.fast)
+    assert max(rates) < 1.1 and rates[-1] == pytest.approx(0.7, rel=0.3)
+
+
 def test_a_replica_that_is_not_heard_of_for_a_while_brings_nothing_twice():
     pools = Pools(num_decode=0)
     pools.add(DECODE, "decode0")

@@ -165,6 +165,14 @@ def test_what_no_engine_can_hold_is_refused_as_the_service_refuses_it(tmp_path: 
     assert len(found) == 4
 
 
+def test_what_cannot_be_written_is_said_in_one_line_behind_the_table(tmp_path: Path, capsys):
+    trace = tmp_path / "trace.csv"
+    trace.write_text(HEADER + ROWS)
+    assert main([str(trace), "--fixed", "1+1", "--only-fixed", "--json", "/dev/full"]) == 1
+    said = capsys.readouterr()
+    assert "1+1" in said.out and "cannot write what was found: [Errno 28]" in said.err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("package", ["matplotlib", "simpy"])
 def test_without_a_package_it_names_the_extra(package: str, tmp_path: Path, monkeypatch, capsys):
     find = importlib.util.find_spec
