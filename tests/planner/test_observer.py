@@ -221,8 +221,9 @@ def test_what_came_between_an_old_first_reading_and_the_planner_is_past(age_s):
         return Reading({DECODE: {"decode0": stats}}, at_s)
 
     for at_s in range(100, 160, 2):
-        seen = observer.observe(told(at_s - (age_s if at_s == 100 else 0.5)), float(at_s))
-        rates.append(seen.decode.answers.requests.fast)
+        answers = observer.observe(told(at_s - (age_s if at_s == 100 else 0.5)), float(at_s)).decode.answers
+        assert answers is not None
+        rates.append(answers.requests.fast)
     assert max(rates) < 1.1 and rates[-1] == pytest.approx(0.7, rel=0.3)
 
 
