@@ -67,5 +67,8 @@ async def ask_each(handle: "DeploymentHandle[Any]", method: str, timeout_s: floa
     """
     async with asyncio.timeout(timeout_s):
         replicas = await handle.broadcast(method)._fetch_replica_results_async()
-    answers = (asyncio.wait_for(replica.get_async(), timeout_s) for replica in replicas)
-    return await asyncio.gather(*answers, return_exceptions=True)
+
+    async def answer_of(replica: Any) -> Any:  # asked for in here: who is cancelled before has asked nothing
+        return await asyncio.wait_for(replica.get_async(), timeout_s)
+
+    return await asyncio.gather(*map(answer_of, replicas), return_exceptions=True)

@@ -1,9 +1,11 @@
 """All ingress replicas are told of by each of them; one that does not answer is left out, and that is said."""
 
 import asyncio
+import gc
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deployments.api.observer import Outcome
@@ -89,11 +91,14 @@ class Answer:
 class Broadcast:
     def __init__(self, *values: object) -> None:
         self._answers = [Answer(value) for value in values]
+        self.is_known: asyncio.Future[None] | None = None  # who they are; None: at once
 
     def broadcast(self, method: str) -> "Broadcast":
         return self
 
     async def _fetch_replica_results_async(self) -> list[Answer]:
+        if self.is_known is not None:
+            await self.is_known
         return self._answers
 
 
@@ -103,3 +108,16 @@ async def test_the_answers_of_others_are_not_lost_for_one_that_hangs_or_fails() 
         first, hung, failed, last = await ask_each(handle, "ingress_stats", 0.01)
     assert (first, last) == ("a", "c")
     assert isinstance(hung, TimeoutError) and isinstance(failed, RuntimeError)
+
+
+async def test_who_is_cancelled_before_the_first_question_leaves_none_open() -> None:
+    handle: Any = Broadcast("a", "b")
+    loop = asyncio.get_running_loop()
+    handle.is_known = loop.create_future()
+    asking = asyncio.create_task(ask_each(handle, "ingress_stats", PATIENCE_S))
+    await asyncio.sleep(0)
+    handle.is_known.set_result(None)
+    loop.call_soon(asking.cancel)  # behind what asks, before what was asked begins
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    gc.collect()  # which tells of coroutines that nobody awaited: an error in these tests
