@@ -21,6 +21,11 @@ from deployments.engine.kv.cache import KVCache
 from deployments.engine.kv.layers import LayerWatch
 from tests.gpu.expected import expected_attention
 
+# Under its first `torch.device` torch takes down, for the whole process, which functions place tensors. Those that
+# stand in for them below must not be what it finds, or nothing is ever built on "meta" by the real ones again.
+with torch.device("meta"):
+    torch.empty(0)
+
 
 class PlainStep:
     """As `CudaStep`; reads what a graph would read, when it would: lengths, tables and starts are tensors."""
