@@ -1,6 +1,7 @@
 """Where a token's KV lies in the pool: the arithmetic of block tables, for all who lay out a step or write one.
 
-Compiled kernels can call nothing of this: those that are given slots or tables divide by the block's size themselves.
+Compiled loops and kernels can call nothing of this: those that are given slots or tables (the layout of a step, too:
+`batch/build.py`) divide by the block's size themselves.
 """
 
 from typing import TYPE_CHECKING, TypeVar

@@ -275,7 +275,7 @@ class Sequence:
         sequence that gave its blocks away meanwhile, but what was drawn is as good as before.
 
         Args:
-            draws: those that count, see `Span.accept`; at least one if the run draws.
+            draws: those that count, see `Span.num_counted`; at least one if the run draws.
 
         Returns:
             Those that the request wants: none behind the one that ends it.
