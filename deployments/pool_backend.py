@@ -124,7 +124,7 @@ class PoolBackend:
 
         def close(stream: TokenStream) -> None:
             if log is not None and stream.has_finished:
-                log.end_when_settled(serving)
+                log.end_when_settled(serving, len(stream.token_ids))
             else:
                 serving.cancel()
 

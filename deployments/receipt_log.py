@@ -57,9 +57,10 @@ class ReceiptLog:
             if self._on_settled is not None:
                 self._on_settled.cancel()
 
-    def end_when_settled(self, serving: "asyncio.Task[None]") -> None:
+    def end_when_settled(self, serving: "asyncio.Task[None]", num_tokens: int) -> None:
         """Cancel what serves the request, whose tokens have all come, once it has heard how it was served."""
         if self._is_settled.is_set():
+            self._came(num_tokens)
             serving.cancel()
         else:
             self._on_settled = serving
@@ -72,11 +73,17 @@ class ReceiptLog:
                 await self._is_settled.wait()
         except TimeoutError:
             logger.warning("the replica that served a request did not say how within %g s", PATIENCE_S)
+        self._came(num_tokens)
+
+    def _came(self, num_tokens: int) -> None:
+        """All tokens have: some maybe after the replica had said that it was done, by another way."""
         self._note(num_tokens=num_tokens - self._num_tokens_before)
 
     def _note(self, **what: object) -> None:
-        self._attempts[-1] = replace(self._attempts[-1], **what)  # type: ignore[arg-type]
-        self._tell(tuple(self._attempts))
+        attempt = replace(self._attempts[-1], **what)  # type: ignore[arg-type]
+        if attempt != self._attempts[-1]:
+            self._attempts[-1] = attempt
+            self._tell(tuple(self._attempts))
 
 
 class ReceiptStream:

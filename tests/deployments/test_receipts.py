@@ -104,6 +104,21 @@ async def test_a_receipt_that_holds_nothing_back_is_whole_a_moment_later(start: 
     )
 
 
+async def test_a_receipt_counts_the_tokens_that_came_after_the_replica_was_done() -> None:
+    told: list[Receipt] = []
+    log = receipt_log.ReceiptLog(told.append)
+    log.sent(RoutedRequest(ANYWHERE, (), time.monotonic), 0)
+    serving = asyncio.create_task(asyncio.sleep(PATIENCE_S))
+    log.ended(NUM_TOKENS - 1, DecodeReceipt("d0", None, ()))
+    log.end_when_settled(serving, NUM_TOKENS)
+    with pytest.raises(asyncio.CancelledError):
+        await serving
+    assert [(attempt.replica, attempt.num_tokens) for attempt in told[-1]] == [("d0", NUM_TOKENS)]
+    num_told = len(told)
+    log.end_when_settled(serving, NUM_TOKENS)
+    assert len(told) == num_told, "nothing new is not told"
+
+
 async def test_a_receipt_waits_for_the_replica_that_went_on_behind_one_whose_last_tokens_were_lost() -> None:
     told: list[Receipt] = []
     log = receipt_log.ReceiptLog(told.append)
