@@ -6,13 +6,13 @@ is soon needed again, the next is kept for twice as long; so traffic that comes 
 it is no use. If a bound is not kept although there should be engines enough, they do less than is thought: need is
 raised, and the raise wears off.
 
-Where the budget does not pay for what both pools need, each gets the same part of its need, as nearly as whole replicas
-allow: a prompt that is computed in time is worth nothing if it then waits for a seat.
+What the budget does not pay for `budget.py` shares out.
 """
 
 import math
 from dataclasses import dataclass, replace
 
+from deployments.planner.budget import Claim, affordable, share
 from deployments.planner.flip import Lack, Side, describe, num_flipped
 from deployments.planner.need import (
     Need,
@@ -37,8 +37,6 @@ _REGRET_HOLDS = 2.0
 _MAX_RAISE, _RAISE_HALF_LIFE_S = 2.0, 900.0
 # What was changed shows in the tail after so long.
 _TAIL_S = 60.0
-# A split of the budget stays while the best one is not better than this.
-_BETTER_SPLIT = 0.85
 # Of those that did not keep a bound, so many are needed to believe it.
 _LEAST_SAMPLES = 100.0
 
@@ -95,7 +93,7 @@ def plan(
     may_lack = decode_bounds.least == 0
     decode, decode_memory = _wish_decode(seen, decode_bounds.shifted(-lent), settings, memory.decode, may_lack=may_lack)
     if seen.prefill is None or prefill_bounds is None:
-        chosen, _ = _share(decode, None, settings.max_cost or math.inf)
+        chosen = affordable(_claim_of_decode(decode), settings.max_cost or math.inf)
         chosen = decode_bounds.by_way_of_one(chosen)
         alone = _settle(decode_memory, decode, chosen, seen.at_s)
         return Plan(chosen, 0, _describe("decode", decode, chosen)), replace(memory, decode=alone)
@@ -105,11 +103,12 @@ def plan(
         seen.prefill, seen.at_s, own_bounds, settings, memory.prefill, may_lack=may_lack
     )
     lent_cost = lent * (settings.decode_cost - settings.prefill_cost)
-    num_decode, num_prefill = _share(decode, prefill, (settings.max_cost or math.inf) - lent_cost)
+    claims, budget = (_claim_of_decode(decode), _claim(prefill, prefill.bounds.least)), settings.max_cost or math.inf
+    (num_decode, num_prefill), lean = share(*claims, budget - lent_cost, memory.lean, seen.at_s)
     reason = f"{_describe('prefill', prefill, num_prefill)}. {_describe('decode', decode, num_decode)}"
     if (num_decode, num_prefill) != (decode.count, prefill.count):
         reason += f". The budget of {settings.max_cost:g} does not pay for {prefill.count} and {decode.count}"
-    settled = Memory(decode_memory, prefill_memory, lent)
+    settled = Memory(decode_memory, prefill_memory, lent, lean=lean)
     if settings.flip:
         settled = replace(settled, short_since_s=_short_since(seen, prefill, memory))
         settled, flips = _flip(seen, (decode, num_decode), (prefill, num_prefill), prefill_bounds, settled)
@@ -117,7 +116,8 @@ def plan(
     flipped = settled.num_flipped
     # As many as do the work of each, but what does prefill's may be of the decode deployment.
     more = min(max(0, flipped - lent), max(0, prefill.free - num_prefill))  # than its bounds allow it by itself
-    working = min(num_decode, max(1, decode.free)), num_prefill + more
+    back = max(0, lent - flipped) if num_decode == decode.count else 0  # likewise, and the budget pays for them
+    working = min(num_decode + back, max(1, decode.free)), num_prefill + more
     num_decode, num_prefill = _deployed(working, flipped, (decode_bounds, prefill_bounds), settings)
     settled = replace(
         settled,
@@ -255,31 +255,14 @@ def _remember(
     return (*((then, count) for then, count in needs if count > need and at_s - then < hold_s), (at_s, need))
 
 
-def _share(decode: _Wish, prefill: _Wish | None, budget: float) -> tuple[int, int]:
-    """What both get of the budget, decode's first; of that one at least where any is needed: else nothing is served."""
-    least = max(decode.bounds.least, min(1, decode.count))
-    if prefill is None:
-        affordable = math.inf if budget == math.inf else math.floor(budget / decode.cost + 1e-9)
-        return max(least, min(decode.count, int(min(affordable, decode.count)))), 0
-    if decode.count * decode.cost + prefill.count * prefill.cost <= budget + 1e-9:
-        return decode.count, prefill.count
+def _claim(wish: _Wish, least: int) -> Claim:
+    wanted = max(wish.need.lasting, wish.need.burst)
+    return Claim(wish.count, least, wish.bounds.target, wanted, wish.cost, wish.hold_s)
 
-    def part(wish: _Wish, count: int) -> float:
-        wanted = max(wish.need.lasting, wish.need.burst)
-        return count / wanted if wanted > 0 else math.inf
 
-    def parts(split: tuple[int, int]) -> tuple[float, float]:
-        both = part(decode, split[0]), part(prefill, split[1])
-        return min(both), max(both)
-
-    splits = [(least, prefill.bounds.least)]
-    for num_prefill in range(prefill.bounds.least, prefill.count + 1):
-        left = math.floor((budget - num_prefill * prefill.cost) / decode.cost + 1e-9)
-        if (num_decode := min(decode.count, left)) >= least:
-            splits.append((num_decode, num_prefill))
-    best = max(splits, key=parts)
-    now = decode.bounds.target, prefill.bounds.target
-    return now if now in splits and parts(now)[0] > _BETTER_SPLIT * parts(best)[0] else best
+def _claim_of_decode(wish: _Wish) -> Claim:
+    """Of which there is one at least where any is needed: else nothing is served."""
+    return _claim(wish, max(wish.bounds.least, min(1, wish.count)))
 
 
 def _settle(memory: PoolMemory, wish: _Wish, count: int, at_s: float) -> PoolMemory:

@@ -38,9 +38,7 @@ class Replicas:
     def __init__(self, start_s: float) -> None:
         self.stats: dict[str, EngineStats] = {}
         self._since_s: dict[str, float] = {}  # of those that are gone, too: they may come back
-        self._heard_s: dict[
-            str, float
-        ] = {}  # of those that began before: the first time, until they tell something new
+        self._heard_s: dict[str, float] = {}  # first, of those that began before and have told nothing new since
         self._begun_s = math.inf  # the first reading
         self._asked: deque[float] = deque()
         self._starts: deque[float] = deque(maxlen=_NUM_STARTS)

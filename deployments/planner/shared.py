@@ -73,13 +73,18 @@ class SharedPlanner:
     Args:
         settings: of the planner.
         is_colocated: there is no prefill pool.
+        before: planned for the same pools by other settings; None: nobody did. What has come and what it costs stays
+            known, unless other bounds are to be kept.
     """
 
-    def __init__(self, settings: PlannerSettings, is_colocated: bool) -> None:
+    def __init__(self, settings: PlannerSettings, is_colocated: bool, before: "SharedPlanner | None" = None) -> None:
         self.settings = settings
         self.is_colocated = is_colocated
-        self._observer = Observer(settings, is_colocated)
-        self._memory = Memory()
+        is_known = before is not None and _what_is_observed(before.settings) == _what_is_observed(settings)
+        self._observer: Observer = (
+            before._observer if before is not None and is_known else Observer(settings, is_colocated)
+        )
+        self._memory: Memory = Memory() if before is None else before._memory
         self._views: dict[str, PoolView] = {}
         self._targets: dict[str, int] = {}  # as planned last
         self._answers: dict[str, int] = {}  # as each policy was told last
@@ -136,8 +141,8 @@ class SharedPlanner:
         silent = [name for name in names if self._num_missed[name] >= _MAX_MISSED and not self._is_starting(name)]
         if silent and not self._is_silent:
             logger.warning(
-                "the planner decides nothing: %s is not scaled by it. Leave num_replicas and autoscaling_config of it "
-                "out of Serve's file, and deploy again",
+                "the planner decides nothing: %s is not scaled by it. Leave autoscaling_config of it out of Serve's "
+                "file, and deploy again",
                 " and ".join(silent),
             )
             self._targets.clear()
@@ -206,12 +211,18 @@ class SharedPlanner:
         self._targets = planned
 
 
+def _what_is_observed(settings: PlannerSettings) -> tuple[float, ...]:
+    return settings.ttft_s, settings.itl_s, settings.start_s
+
+
 _planners: dict[str, SharedPlanner] = {}
 
 
 def planner_of(app: str, settings: PlannerSettings, is_colocated: bool) -> SharedPlanner:
-    """The planner of an application; a new one once its settings are others."""
+    """The planner of an application; once its settings are others, another one that knows what the first one did."""
     known = _planners.get(app)
-    if known is None or (known.settings, known.is_colocated) != (settings, is_colocated):
+    if known is None or known.is_colocated != is_colocated:
         known = _planners[app] = SharedPlanner(settings, is_colocated)
+    elif known.settings != settings:
+        known = _planners[app] = SharedPlanner(settings, is_colocated, known)
     return known

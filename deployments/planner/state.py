@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field, replace
 
+from deployments.planner.budget import Lean
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
@@ -63,12 +65,14 @@ class Memory:
     Attributes:
         num_flipped: as was decided last.
         short_since_s: since when prefill has had fewer replicas than it needs, or did a while ago; None: it has enough.
+        lean: how the budget would be shared out otherwise; None: it would not.
     """
 
     decode: PoolMemory = field(default_factory=PoolMemory)
     prefill: PoolMemory = field(default_factory=PoolMemory)
     num_flipped: int = 0
     short_since_s: float | None = None
+    lean: Lean | None = None
 
     def with_roles(self, num_flipped: int) -> "Memory":
         """Where flipped replicas are gone: what that changes, nobody has set."""

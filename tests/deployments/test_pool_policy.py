@@ -15,7 +15,7 @@ from deployments.planner import shared
 from deployments.planner.observer import Observer
 from deployments.planner.settings import PlannerSettings
 from deployments.planner.wire import REFUSED, of_numbers, to_numbers
-from deployments.pool_policy import IngressPolicy, view_of
+from deployments.pool_policy import IngressPolicy, PoolPolicy, view_of
 from tests.deployments.controller import Controller
 
 
@@ -93,12 +93,28 @@ def test_bounds_that_change_are_kept_at_once():
     assert controller.loop()["decode"] == 4
 
 
-def test_other_settings_begin_anew():
+def test_an_application_has_one_planner_until_its_settings_are_others():
     controller = Controller()
     settings = PlannerSettings.model_validate(controller.settings)
     planner = shared.planner_of(controller.app, settings, False)
     assert shared.planner_of(controller.app, settings, False) is planner
     assert shared.planner_of(controller.app, settings.model_copy(update={"ttft_s": 9.0}), False) is not planner
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_known"), [({"max_cost": 9.0}, True), ({"hold_s": 30.0}, True), ({"ttft_s": 2.0}, False)]
+)
+def test_what_has_come_is_known_under_other_settings_unless_bounds_are_others(monkeypatch, settings, is_known):
+    told = []
+    controller = Controller(hold_s=20.0)
+    controller.run(120, tokens=5000)
+    controller.policies = {pool: PoolPolicy(pool, False, controller.settings | settings) for pool in controller.targets}
+    called = type(controller.policies["decode"]).__call__.__globals__  # see below
+    monkeypatch.setitem(called, "publish", lambda app, decisions: told.extend(decisions))
+    controller.run(4, tokens=5000)
+    controller.run(4, tokens=5000, queued=20_000)
+    (lasting,) = re.findall(r"engines' worth of prompts come \(([\d.]+) over a while", told[-1].reason)
+    assert 0.9 < float(lasting) < 1.1 if is_known else float(lasting) > 1.3
 
 
 def test_each_change_is_kept_with_its_reason_and_told_once(monkeypatch):

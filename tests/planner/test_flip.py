@@ -154,6 +154,15 @@ def test_a_decode_replica_that_would_be_removed_flips_instead():
     assert cluster.flipped == 1 and cluster.targets == (2, 1)
 
 
+def test_a_replica_that_goes_back_stays_where_the_decode_deployment_may_have_no_more():
+    cluster = Cluster(decode=Bounds(1, 2, 2))
+    cluster.run(int(HOLD_S) + 20, TWO_PREFILL)
+    assert cluster.flipped == 1 and cluster.targets == (2, 1)
+    for _ in range(20):
+        cluster.run(1, TWO_PREFILL, TWO_DECODE)
+        assert cluster.flipped == 0 and cluster.targets == (2, 1)
+
+
 def test_where_nodes_are_short_decode_lends_of_its_minimum_and_where_they_are_not_it_does_not():
     short, plenty = Cluster(Bounds(1, 9, 1), nodes=4), Cluster(Bounds(1, 9, 1))
     for cluster in (short, plenty):
