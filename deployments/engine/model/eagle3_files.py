@@ -9,13 +9,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig
 
+from deployments.engine.attention.base import LayerAttention
 from deployments.engine.model.config import read_config
 from deployments.engine.model.eagle3 import NUM_STATES, Eagle3Form, Eagle3Head
 from deployments.engine.model.headers import Header, Headers, read_headers, weight_files
+from deployments.engine.model.weights import check_finite
 from deployments.errors import UnsupportedModelError
 
 _IDS = "eagle_aux_hidden_state_layer_ids"
@@ -24,7 +27,7 @@ _TO_TARGET, _IS_KNOWN = "d2t", "t2d"
 
 
 def check_eagle3(path: str, target: PretrainedConfig) -> Eagle3Form:
-    """Refuse a head that cannot guess for a model, by its configuration and the shapes of its weights alone.
+    """Refuse a head that cannot guess for a model, by its configuration, the shapes of its weights, and its tokens.
 
     Args:
         path: folder or hub id of the head.
@@ -57,6 +60,8 @@ def check_eagle3(path: str, target: PretrainedConfig) -> Eagle3Form:
         raise _refusal(path, f"{sizes}, and it has no embed_tokens of its own")
     if headers:
         _check_shapes(path, form, headers)
+        if (to_target := _read_weight(path, _TO_TARGET)) is not None:
+            _target_ids(path, to_target, config.vocab_size)
     return form
 
 
@@ -69,7 +74,7 @@ def load_eagle3(path: str, target: nn.Module, config: PretrainedConfig) -> Eagle
         config: of the model.
 
     Raises:
-        UnsupportedModelError: see `check_eagle3`; or its tokens are none of the model's.
+        UnsupportedModelError: see `check_eagle3`; or it computes what is not finite.
     """
     form, weights = check_eagle3(path, config), _read_weights(path)
     found = {name: Header(tuple(weight.shape), not weight.is_floating_point()) for name, weight in weights.items()}
@@ -81,8 +86,35 @@ def load_eagle3(path: str, target: nn.Module, config: PretrainedConfig) -> Eagle
     embedding: Any = target.get_input_embeddings()  # type: ignore[operator]  # of transformers' models
     like = embedding.weight
     head.load_state_dict({name: weight.to(like.device, like.dtype) for name, weight in weights.items()}, assign=True)
+    check_finite(path, head)
     head.complete(embedding, target_ids)
+    _check_guesses(path, head)
     return head
+
+
+class _OneToken:
+    """Attention of a sequence that has one token."""
+
+    rows = None
+
+    def attend(self, asked: LayerAttention) -> Tensor:
+        keys, values = (
+            part.repeat_interleave(len(asked.queries) // len(part), 0) for part in (asked.keys, asked.values)
+        )
+        scores = (asked.queries * keys).sum(-1, keepdim=True) * asked.scores.scaling
+        return (scores.softmax(-1) * values).transpose(0, 1)  # not finite if the score is not
+
+
+@torch.inference_mode()
+def _check_guesses(path: str, head: Eagle3Head) -> None:
+    """Have it guess once: from what is not finite attention on a CPU makes an error, which would end the engine."""
+    weight = head.fc.weight
+    states = torch.linspace(-1, 1, weight.shape[1], device=weight.device, dtype=weight.dtype).unsqueeze(0)
+    first = torch.zeros(1, dtype=torch.int64, device=weight.device)
+    known = head.known_logits(head(head.fuse(states), first, first, _OneToken()))
+    if not bool(known.isfinite().all()):
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise _refusal(path, f"computes what is not finite from its first token on, in {dtype}")
 
 
 def _target_ids(path: str, to_target: Tensor, vocab_size: int) -> Tensor:
@@ -139,6 +171,17 @@ def _own_name(name: str) -> str:
 
 def _read_headers(path: str) -> Headers:
     return Headers({_own_name(name): header for name, header in read_headers(path).items()})
+
+
+def _read_weight(path: str, wanted: str) -> Tensor | None:
+    """None: there is none of this name; or the file is of a form of which the whole would be read."""
+    for file in weight_files(path):
+        with safe_open(file, "pt") as content:
+            for name in content.keys():  # noqa: SIM118  # no mapping
+                if _own_name(name) == wanted:
+                    weight: Tensor = content.get_tensor(name)
+                    return weight
+    return None
 
 
 def _read_weights(path: str) -> dict[str, Tensor]:

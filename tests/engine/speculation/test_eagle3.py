@@ -1,6 +1,7 @@
 """A head of the model guesses: as it would with all of a sequence before it, and no answer changes."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -293,6 +294,23 @@ def test_a_head_of_another_form_is_refused_in_one_line(
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         load_pair(model_path, path)
     assert "\n" not in str(caught.value)
-    if "names tokens" not in message:  # that takes the numbers
-        with pytest.raises(UnsupportedModelError, match=message):
-            check_eagle3_pair(model_path, path)
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_eagle3_pair(model_path, path)
+
+
+@pytest.mark.parametrize(
+    ("names", "times", "message"),
+    [
+        (["midlayer.mlp.up_proj.weight"], math.nan, r"weights that are not finite as float32: .*up_proj"),
+        (["midlayer.self_attn.q_proj.weight", "midlayer.self_attn.k_proj.weight"], 1e21, "computes what is not finite"),
+        (["lm_head.weight"], 1e38, r"computes what is not finite from its first token on, in float32"),
+    ],
+)
+def test_a_head_that_computes_what_is_not_finite_is_refused(
+    tmp_path: Path, model_path: str, names: list[str], times: float, message: str
+) -> None:
+    tensors = weights()
+    tensors |= {name: tensors[name] * times for name in names}
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        load_pair(model_path, eagle3_heads.save(tmp_path, tensors))
+    assert "\n" not in str(caught.value)
