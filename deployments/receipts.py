@@ -21,6 +21,8 @@ class EngineTimes:
         next_token_s: from its first token until the next: the wait for a step, and the step; None: there is none.
         num_found_tokens: leading prompt tokens whose KV was here.
         num_preemptions: how often it gave its blocks away and was computed again.
+        num_drafted_tokens: that were guessed of its answer.
+        num_accepted_tokens: of these, those that were right.
     """
 
     queued_s: float
@@ -29,6 +31,8 @@ class EngineTimes:
     next_token_s: float | None
     num_found_tokens: int
     num_preemptions: int
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

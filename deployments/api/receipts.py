@@ -24,6 +24,8 @@ class EngineReceipt(TypedDict):
     next_token_s: NotRequired[float | None]
     cached_tokens: NotRequired[int]
     preemptions: NotRequired[int]
+    drafted_tokens: NotRequired[int]
+    accepted_tokens: NotRequired[int]
     error: NotRequired[str]
 
 
@@ -165,4 +167,7 @@ def _shape_engine(replica: str, reason: str, times: EngineTimes | None) -> Engin
         shaped["next_token_s"] = times.next_token_s
         shaped["cached_tokens"] = times.num_found_tokens
         shaped["preemptions"] = times.num_preemptions
+        if times.num_drafted_tokens:
+            shaped["drafted_tokens"] = times.num_drafted_tokens
+            shaped["accepted_tokens"] = times.num_accepted_tokens
     return shaped

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterator
 from itertools import islice
+from typing import Literal
 
 from deployments.api.observer import EndedCall
 from deployments.api.receipts import AttemptForm, CallReceipt, EngineReceipt
@@ -68,7 +69,9 @@ def _fields_of_receipt(receipt: CallReceipt) -> dict[str, object]:
         "handoff_bytes": sum(handoff["bytes"] for handoff in handoffs) or None,
         "hidden_s": _rounded(max((handoff["hidden_s"] for handoff in handoffs), default=None)),
         "exposed_s": _rounded(max((handoff["exposed_s"] for handoff in handoffs), default=None)),
-        "preemptions": sum(one.get("preemptions", 0) for one in (*decodes, *prefills)) or None,
+        "preemptions": _sum_of([*decodes, *prefills], "preemptions"),
+        "drafted_tokens": _sum_of(decodes, "drafted_tokens"),
+        "accepted_tokens": _sum_of(decodes, "accepted_tokens"),
         "resumed": sum(len(choice["attempts"]) - 1 for choice in receipt["choices"] if choice["attempts"]) or None,
         "errors": list(islice(dict.fromkeys(_errors(attempts)), _MAX_ERRORS)) or None,
     }
@@ -82,6 +85,13 @@ def _names(engines: list[EngineReceipt]) -> str | None:
 def _longest(engines: list[EngineReceipt], name: str) -> float | None:
     times = [seconds for engine in engines if isinstance(seconds := engine.get(name), float)]
     return _rounded(max(times, default=None))
+
+
+def _sum_of(
+    engines: list[EngineReceipt], name: Literal["preemptions", "drafted_tokens", "accepted_tokens"]
+) -> int | None:
+    """None: nothing."""
+    return sum(engine.get(name, 0) for engine in engines) or None
 
 
 def _errors(attempts: list[AttemptForm]) -> Iterator[str]:

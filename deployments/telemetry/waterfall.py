@@ -7,10 +7,17 @@ between the processes. Each part lies within the one that it is a part of.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from deployments.api.receipts import AttemptForm, CallReceipt, EngineReceipt
 
 Value = str | float | int | bool
+# Of an engine, told where there are any.
+_COUNTS: tuple[Literal["preemptions", "drafted_tokens", "accepted_tokens"], ...] = (
+    "preemptions",
+    "drafted_tokens",
+    "accepted_tokens",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +105,9 @@ def _values_of(engine: EngineReceipt) -> dict[str, Value]:
     values: dict[str, Value] = {"replica": engine["replica"], "reason": engine["reason"]}
     if (cached := engine.get("cached_tokens")) is not None:
         values["cached_tokens"] = cached
-    if preemptions := engine.get("preemptions"):
-        values["preemptions"] = preemptions
+    for name in _COUNTS:
+        if count := engine.get(name):
+            values[name] = count
     return values
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from http import HTTPStatus
 from typing import Any
 
@@ -31,6 +32,7 @@ SHAPES = {COMPLETIONS: "Completion", CHAT: "ChatCompletion", RESPONSES: "Respons
 API = json.loads(json.dumps(describe_api()["components"]))
 HEADERS = {"x-kvrelay-receipt": "1"}
 TIMES = EngineTimes(0.25, 0.5, 0.0, 0.125, 16, 0)
+GUESSED = replace(TIMES, num_drafted_tokens=9, num_accepted_tokens=4)
 RECEIPT = (
     Attempt("d1", "only: d1", None, 0.5, 3, None, "EngineDeadError: dead"),
     Attempt(
@@ -41,7 +43,7 @@ RECEIPT = (
         4,
         DecodeReceipt(
             "d2",
-            TIMES,
+            GUESSED,
             (PrefillReceipt(error="lost"), PrefillReceipt("p1", TIMES, HandoffReceipt(4096, 0.5, 0.125))),
         ),
         "",
@@ -71,6 +73,8 @@ def check(receipt: Any) -> None:
     failed, computed = served["prefill"]
     assert failed["error"] == "lost" and (computed["replica"], computed["reason"]) == ("p1", "cache: p1")
     assert (computed["queued_s"], computed["next_token_s"]) == (0.25, 0.125)
+    assert (served["decode"]["drafted_tokens"], served["decode"]["accepted_tokens"]) == (9, 4)
+    assert "drafted_tokens" not in computed
     assert served["handoff"] == {"bytes": 4096, "hidden_s": 0.5, "exposed_s": 0.125}
 
 

@@ -55,6 +55,8 @@ ENGINES = st.fixed_dictionaries(
         "next_token_s": st.none() | SECONDS,
         "cached_tokens": st.integers(0, 9),
         "preemptions": st.integers(0, 3),
+        "drafted_tokens": st.integers(1, 9),
+        "accepted_tokens": st.integers(0, 9),
         "error": st.just("lost"),
     },
 )

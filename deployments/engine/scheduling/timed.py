@@ -4,7 +4,8 @@ import time
 from dataclasses import dataclass
 
 from deployments.engine.scheduling.sequence import Role, Sequence
-from deployments.messages import GenerateRequest
+from deployments.engine.scheduling.span import Span
+from deployments.messages import Draws, GenerateRequest
 from deployments.receipts import EngineTimes
 
 
@@ -18,6 +19,8 @@ class TimedSequence(Sequence):
         first_token_s: when its first token was told.
         second_token_s: when its next one was.
         num_found_tokens: leading tokens whose KV was there when it had blocks.
+        num_drafted_tokens: see `EngineTimes`.
+        num_accepted_tokens: likewise.
     """
 
     placed_s: float | None = None
@@ -25,6 +28,8 @@ class TimedSequence(Sequence):
     first_token_s: float | None = None
     second_token_s: float | None = None
     num_found_tokens: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
 
     def start(self) -> None:
         Sequence.start(self)
@@ -38,6 +43,12 @@ class TimedSequence(Sequence):
     def activate(self) -> None:
         Sequence.activate(self)
         self.ready_s = self.ready_s or time.monotonic()
+
+    def conclude(self, run: Span, draws: Draws) -> Draws:
+        if run.drafts:
+            self.num_drafted_tokens += len(run.drafts)
+            self.num_accepted_tokens += len(draws) - 1
+        return Sequence.conclude(self, run, draws)
 
     def note_told(self, now_s: float) -> float | None:
         if self.first_token_s is None:
@@ -59,6 +70,8 @@ class TimedSequence(Sequence):
             next_token_s=next_token_s,
             num_found_tokens=self.num_found_tokens,
             num_preemptions=self.num_preemptions,
+            num_drafted_tokens=self.num_drafted_tokens,
+            num_accepted_tokens=self.num_accepted_tokens,
         )
 
     def _note_placed(self) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from deployments.engine.engine import Engine
 from deployments.messages import Adjustments, GenerateRequest, SamplingParams, TokenOutput
+from deployments.receipts import Timed
 from tests.engine.drafters import Knowing, lies, mixture, truth, with_drafter
 from tests.engine.driving import Transcript, build_engine, generate, greedy, hand_over_all, run
 from tests.engine.families import load, random_prompt
@@ -56,6 +57,19 @@ def test_answers_are_the_same_whatever_is_guessed(when: Callable[[int], bool]) -
     if when is not mixture:
         assert num_right == (num_drafted if when is truth else 0)
     assert stats.generated_tokens == len(requests()) * NUM_TOKENS
+
+
+@pytest.mark.parametrize("when", [truth, lies, mixture])
+def test_who_wants_to_know_is_told_how_much_was_guessed_and_right(when: Callable[[int], bool]) -> None:
+    engine, told = knowing(guessing(), when), []
+    for request in requests():
+        engine.add(replace(request, wants_receipt=True))
+    while engine.has_work:
+        told += [event for event in engine.step() if isinstance(event, Timed)]
+    assert {event.request_id for event in told} == {request.request_id for request in requests()}
+    stats = engine.stats()
+    assert sum(event.times.num_drafted_tokens for event in told) == stats.drafted_tokens.total > 0
+    assert sum(event.times.num_accepted_tokens for event in told) == stats.accepted_tokens.total
 
 
 def test_right_guesses_save_steps() -> None:
