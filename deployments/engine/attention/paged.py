@@ -1,7 +1,8 @@
 """Attention on a CPU, straight from the paged pool, by kernels of our own: torch has none for CPUs.
 
 The new tokens' keys and values are in the pool already. A sequence is cut into splits and portions of one length, so
-that its result depends on nothing but itself.
+that its result depends on nothing but itself. Drafts are few, and each is attended to as the single token that it is if
+it is right: to the bit the same, and without bringing a whole context into the order that prompts read it in.
 """
 
 import numpy as np
@@ -37,6 +38,30 @@ def compile_kernels(cache: KVCache) -> None:
     PagedStep(nothing, cache, None).attend(0, queries, 1.0, queries)
 
 
+class _Singles:
+    """The runs of a step, where each token of those with drafts is a run of its own, a single token.
+
+    Attributes:
+        lens: (D',) int64 tokens of each single token's sequence, itself included.
+        runs: starts and counts, (R',) int64 each.
+    """
+
+    def __init__(self, arrays: StepArrays) -> None:
+        starts, counts, num_tokens = arrays.starts, arrays.counts, arrays.num_decode_tokens
+        first = np.cumsum(counts) - counts
+        num_runs = int(np.searchsorted(first, num_tokens))
+        self._times = counts.copy()
+        self._times[num_runs:] = 1
+        inside = np.arange(num_tokens) - np.repeat(first[:num_runs], counts[:num_runs])
+        alone = np.repeat(starts[:num_runs], counts[:num_runs]) + inside
+        self.lens = alone + 1
+        self.runs = np.concatenate((alone, starts[num_runs:])), np.concatenate((np.ones_like(alone), counts[num_runs:]))
+
+    def tables(self, tables: np.ndarray) -> np.ndarray:
+        """(R, B) block ids of the step's runs: (R', B) of these."""
+        return np.repeat(tables, self._times, axis=0)
+
+
 class PagedStep:
     """The attention of one step; shared by all layers of a group with the same window.
 
@@ -48,7 +73,8 @@ class PagedStep:
     """
 
     def __init__(self, arrays: StepArrays, cache: KVCache, window: int | None, group: int = 0) -> None:
-        lens = arrays.single_lens
+        singles = _Singles(arrays)
+        lens = singles.lens
         start = np.zeros_like(lens) if window is None else np.maximum(lens - window, 0)
         num_splits = -(-(lens - start) // _SPLIT_TOKENS)
         first_split = np.concatenate(([0], np.cumsum(num_splits)))
@@ -57,7 +83,7 @@ class PagedStep:
         first = start[owner] + rank * _SPLIT_TOKENS
         splits = np.stack((owner, first, np.minimum(first + _SPLIT_TOKENS, lens[owner])), axis=1)
         # Compiled code is compiled once more for arrays that lie in memory otherwise.
-        runs = (arrays.starts, arrays.counts, arrays.tables[group], splits, first_split)
+        runs = (*singles.runs, singles.tables(arrays.tables[group]), splits, first_split)
         self.runs = Runs(*map(np.ascontiguousarray, runs))
         self.slots = np.ascontiguousarray(arrays.slots[group])
         self.pool: np.ndarray = cache.blocks.numpy()

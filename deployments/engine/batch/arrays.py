@@ -46,6 +46,12 @@ class StepArrays:
         return len(self.counts)
 
     @property
+    def num_decode_tokens(self) -> int:
+        """Single tokens, and those of runs with drafts behind them: each of them draws, of a prompt the last alone."""
+        is_prompts = self.draw_rows != np.arange(len(self.draw_rows))
+        return int(is_prompts.argmax()) if is_prompts.any() else len(is_prompts)
+
+    @property
     def single_lens(self) -> np.ndarray:
         """(D,) tokens of the sequence of each single token, itself included."""
         return self.starts[: self.num_singles] + 1

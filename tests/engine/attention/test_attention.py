@@ -110,16 +110,26 @@ def check(
 
 
 def build_arrays(
-    slots: Tensor, single_lens: list[int], tables: list[list[int]], chunks: list[tuple[int, int]]
+    slots: Tensor,
+    single_lens: list[int],
+    tables: list[list[int]],
+    chunks: list[tuple[int, int]],
+    num_guessing: int = 0,
 ) -> StepArrays:
-    """What attention reads of a step; the tokens themselves, and which of them draw, it does not."""
+    """What attention reads of a step; the tokens themselves, and where those that are drawn will stand, it does not.
+
+    So many of the first chunks are no prompts but decodes with drafts.
+    """
     padded = np.zeros((len(tables), max(map(len, tables))), dtype=np.int64)
     for row, table in zip(padded, tables, strict=True):
         row[: len(table)] = table
     starts, counts = zip(*[(length - 1, 1) for length in single_lens], *chunks, strict=True)
     unused = np.zeros(0, np.int64)
     runs = np.array(starts, np.int64), np.array(counts, np.int64), padded[None], len(single_lens)
-    return StepArrays(unused, unused, unused, slots.numpy()[None], *runs, unused, unused)
+    ends = np.cumsum(counts)
+    num_decodes = len(single_lens) + num_guessing
+    draw_rows = np.concatenate((np.arange(ends[num_decodes - 1] if num_decodes else 0), ends[num_decodes:] - 1))
+    return StepArrays(unused, unused, unused, slots.numpy()[None], *runs, draw_rows, unused)
 
 
 every_window = pytest.mark.parametrize("window", [None, 1, 7, 8, 24])
@@ -230,6 +240,29 @@ def test_a_decode_gives_the_same_bits_whatever_runs_beside_it() -> None:
     together = attend(slice(3))
     for i in range(len(lens)):
         assert torch.equal(attend(slice(i, i + 1))[0], together[i])
+
+
+@pytest.mark.parametrize("window", [None, 7, 250])
+def test_drafts_give_the_bits_that_they_give_one_by_one(window: int | None) -> None:
+    pool, runs = Pool(5), [(699, 1), (500, 4), (3, 6), (255, 2), (40, 30)]  # the last one is a prompt's
+    tables = [pool.take(start + count) for start, count in runs]
+    queries = pool.randn(sum(count for _, count in runs), NUM_HEADS, HEAD_DIM)
+
+    def attend(arrays: StepArrays, its_queries: Tensor) -> Tensor:
+        out = torch.empty_like(its_queries)
+        PagedStep(arrays, pool.cache, window).attend(0, its_queries, SCALING, out)
+        return out
+
+    no_slots = torch.zeros(0, dtype=torch.int64)
+    together = attend(build_arrays(no_slots, [700], tables, runs[1:], num_guessing=3), queries)
+    row = 0
+    for (start, count), table in zip(runs[:-1], tables, strict=False):
+        for token in range(count):
+            alone = build_arrays(no_slots, [start + token + 1], [table], [])
+            assert torch.equal(attend(alone, queries[row : row + 1])[0], together[row])
+            row += 1
+    prompt = build_arrays(no_slots, [], tables[-1:], runs[-1:])
+    assert torch.equal(attend(prompt, queries[row:]), together[row:])
 
 
 @pytest.mark.parametrize("window", [None, 7, 250])

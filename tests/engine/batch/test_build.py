@@ -1,5 +1,7 @@
 """The arrays of a step against the same, worked out token by token."""
 
+from itertools import takewhile
+
 import hypothesis.strategies as st
 import numpy as np
 import torch
@@ -73,6 +75,8 @@ def test_every_token_has_its_place(shapes: list[tuple[tuple[int, int, int, int, 
             at += 1
     assert at == arrays.num_tokens
     assert (arrays.draw_rows.tolist(), arrays.draw_positions.tolist()) == (draw_rows, draw_positions)
+    all_draw = takewhile(lambda item: item.num_tokens == item.num_draws, items)
+    assert arrays.num_decode_tokens == sum(item.num_tokens for item in all_draw)
     firsts = np.cumsum([0, *(item.num_draws for item in items)]).tolist()
     assert rows_of(items) == {i.sequence.request_id: row for i, row in zip(items, firsts, strict=False) if i.num_draws}
 
