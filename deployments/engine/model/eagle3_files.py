@@ -1,4 +1,4 @@
-"""Reads EAGLE-3 heads: which files make one, whether it fits a model, and its weights.
+"""Reads EAGLE-3 heads: which files make one, whether it fits a model, its weights, and whether these compute anything.
 
 A checkpoint has `config.json`, of Llama's kind, and `model.safetensors` or `pytorch_model.bin` with `fc`, `midlayer`
 (in some `layers.0`), `norm` and `lm_head`; with `d2t` where it does not know every token of the model, and

@@ -146,8 +146,8 @@ class Sequence:
 
     @property
     def num_reached_tokens(self) -> int:
-        """Tokens that are known or in flight, drafts included."""
-        return max(self.num_tokens, self.num_launched_tokens)
+        """Tokens that are known or in flight, with drafts: those of a step that was chosen and not begun, too."""
+        return max(self.num_tokens + len(self.drafts), self.num_launched_tokens)
 
     @property
     def num_remaining_tokens(self) -> int:

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from deployments.engine.engine import Engine
-from deployments.messages import Adjustments, GenerateRequest, SamplingParams, TokenOutput
+from deployments.engine.grammar.guides import Guides
+from deployments.errors import InvalidRequestError
+from deployments.messages import Adjustments, GenerateRequest, GivenUp, SamplingParams, TokenOutput
 from deployments.receipts import Timed
 from tests.engine.drafters import Knowing, lies, mixture, truth, with_drafter
 from tests.engine.driving import Transcript, build_engine, generate, greedy, hand_over_all, run
@@ -70,6 +72,16 @@ def test_who_wants_to_know_is_told_how_much_was_guessed_and_right(when: Callable
     stats = engine.stats()
     assert sum(event.times.num_drafted_tokens for event in told) == stats.drafted_tokens.total > 0
     assert sum(event.times.num_accepted_tokens for event in told) == stats.accepted_tokens.total
+
+
+def test_what_is_given_up_between_two_steps_takes_no_blocks_from_drafts_of_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = knowing(guessing(is_pipelined=True, block_size=4), lies)
+    gone = [GivenUp("gone", InvalidRequestError("it cannot be followed", "regex"))]
+    monkeypatch.setattr(Guides, "collect", lambda self, *, is_idle: gone)  # before each step is launched
+    assert generate(engine, requests()) == plain()
+    assert engine.stats().drafted_tokens.total > 0
 
 
 def test_right_guesses_save_steps() -> None:
