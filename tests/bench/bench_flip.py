@@ -7,10 +7,10 @@ from chats to long prompts and to long answers, timed from the change until the 
 greedy, and each prompt was answered before any role changed. Prints a table and, as its last line, one JSON object.
 Ends with 1 if a request was lost or its tokens are others.
 
-`--shape llama-8b` does it on two GPUs or more, with a model of that shape and random weights. On two, the prefill
-engine shares a GPU with a decode engine. What an answer is generated beside changes its rounding there, and many tokens
-of such a model all but tie; so tokens are compared while nothing else is drawn (`alone`), and those under load only
-counted. `--shape tiny` tries all of it on a CPU.
+`--shape llama-8b` does it on GPUs, with a model of that shape and random weights. On two, the prefill engine shares a
+GPU with a decode engine; on one, all three share it (100 GB of its memory). What an answer is generated beside changes
+its rounding there, and many tokens of such a model all but tie; so tokens are compared while nothing else is drawn
+(`alone`), and those under load only counted. `--shape tiny` tries all of it on a CPU.
 """
 
 import argparse
@@ -62,7 +62,9 @@ TOLD = {"planner.dry_run": "true"}
 # An answer that keeps no more than half of an engine busy leaves the other replica idle, whatever shares the machine.
 PLANNED = {"planner.hold_s": 15, "planner.start_s": 5, "planner.ttft_s": 2, "planner.itl_s": 5}
 ON_CPU = {"prefill.num_cpus": 0.4, "decode.num_cpus": 0.4}
-# Two engines on one GPU: neither may take what the other has not taken yet. 12 GB are 90,000 tokens of Llama-8B.
+# Of one prefill engine and each of two decode engines, by the number of GPUs.
+_SHARES = {1: (0.3, 0.35), 2: (0.4, 0.6)}
+# Engines on one GPU: none may take what another has not taken yet. 12 GB are 90,000 tokens of Llama-8B.
 ON_GPUS = {"engine.kv_cache_bytes": 12_000_000_000, "engine.max_model_len": 16_384}
 
 
@@ -328,8 +330,7 @@ def model_of(shape: str | None) -> tuple[Kinds, dict[str, Any]]:
     num_gpus = torch.cuda.device_count()
     if not num_gpus:
         return Kinds(shape, vocab_size), settings | ON_CPU
-    shares = (1.0, 1.0) if num_gpus > 2 else (0.4, 0.6)
-    gpus = dict(zip(("prefill.num_gpus", "decode.num_gpus"), shares, strict=True))
+    gpus = dict(zip(("prefill.num_gpus", "decode.num_gpus"), _SHARES.get(num_gpus, (1.0, 1.0)), strict=True))
     return kinds_on_gpus(shape, vocab_size), settings | ON_GPUS | gpus
 
 
@@ -351,7 +352,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench-flip ARGS=...")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--runs", nargs="+", choices=["told", "planned"], default=["told", "planned"])
-    parser.add_argument("--shape", help="of a model with random weights: llama-8b, on two GPUs or more, or tiny")
+    parser.add_argument("--shape", help="of a model with random weights: llama-8b, on GPUs, or tiny")
     parser.add_argument("--port", type=int, default=8016)
     parser.add_argument("arguments", nargs="*", metavar="key=value", help="arguments of the application")
     options = parser.parse_args()

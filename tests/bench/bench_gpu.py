@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
+from deployments.engine.kernels.mxfp4 import Mxfp4
 from deployments.engine.layers.fp8 import quantize_weights
 from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
 from deployments.engine.scheduling.retention import Retention
@@ -46,7 +47,19 @@ def load_random(shape: Shape) -> LoadedModel:
     fill_random(model)
     if shape.quantization == "fp8":
         quantize_weights(model)
-    return optimize_layers(prepare_model(model, "random", torch.device("cuda")))
+    elif shape.quantization == "mxfp4":
+        round_experts(model)
+    config = EngineConfig(quantization="mxfp4") if shape.quantization == "mxfp4" else None
+    return optimize_layers(prepare_model(model, "random", torch.device("cuda")), config)
+
+
+@torch.no_grad()
+def round_experts(model: PreTrainedModel) -> None:
+    """Give the experts of gpt-oss numbers that MXFP4 has; in place."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            for expert in parameter:  # (in, out): one at a time, for the memory
+                expert.copy_(Mxfp4.nearest(expert.T[None]).widen(parameter.dtype)[0].T)
 
 
 def fill_random(model: PreTrainedModel) -> None:

@@ -33,7 +33,7 @@ class Shape:
     tpot_ms: dict[int, float | None]
     prefill_ms: dict[tuple[int, int], float | None]
     throughput: float | None
-    quantization: Literal["fp8"] | None = None
+    quantization: Literal["fp8", "mxfp4"] | None = None
 
 
 def llama_8b() -> PretrainedConfig:
@@ -177,5 +177,13 @@ SHAPES = {
         {1: None, 8: None, 32: None, 128: None},
         {(1, 512): None, (1, 2048): None, (1, 8192): None, (16, 1024): None},
         None,
+    ),
+    # Its weights as they are stored, as vLLM keeps them.
+    "gpt-oss-20b-mxfp4": Shape(
+        gpt_oss_20b,
+        {1: None, 8: None, 32: None, 128: None},
+        {(1, 512): None, (1, 2048): None, (1, 8192): None, (16, 1024): None},
+        None,
+        quantization="mxfp4",
     ),
 }

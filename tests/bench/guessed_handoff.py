@@ -7,7 +7,7 @@ most are right, and the tokens are known. Measured of each decode engine, on pro
 
 - the first token, which the prefill engine sends, and what is left of the hand-off behind it;
 - the hand-off alone, of KV that is computed already, and the GiB/s of the bytes' own way into the pool;
-- seconds per token of long answers behind a hand-off, and of such answers to prompts that the engine computed itself.
+- seconds per token of long answers behind a hand-off, and of those to the same prompts if the engine computed them.
 
 Prints a table, what guesses change in percent, and as its last line one JSON object with every raw number.
 """
@@ -58,7 +58,7 @@ class Row:
         behind_s: of the same hand-offs, from the first token to the last block in place.
         alone_s: of hand-offs of KV that was computed before.
         handed_token_s: of a token of each long answer behind a hand-off.
-        own_token_s: of a token of each such answer to a prompt that the decode engine computed itself.
+        own_token_s: of a token of each such answer to the same prompt, which the decode engine computed itself.
         drafted: tokens that were tried in both.
         accepted: of them those that were right.
         moved_s: of the bytes of one hand-off on their own way into the pool; 0: there is no GPU to tell.
@@ -198,10 +198,12 @@ class Comparison:
         row.alone_s.append(hand_over(self._source, target, prompt, self._name()).chunks_s)
 
     def _answers(self, row: Row, *, own_first: bool = False) -> None:
-        """A long answer behind a hand-off, and one to another such prompt by the decode engine alone."""
-        before = self._stats(row.method)
+        """A long answer behind a hand-off, and one to the same prompt by the decode engine alone, which caches nothing.
+
+        To the same one, since how many guesses are right differs more from prompt to prompt than what is compared.
+        """
+        before, prompt, target = self._stats(row.method), self._prompt(row.tokens), self._targets[row.method]
         for is_own in (own_first, not own_first):
-            prompt, target = self._prompt(row.tokens), self._targets[row.method]
             time.sleep(REST_S)
             if is_own:
                 answer = target.answer(prompt, self._name(), ANSWER_TOKENS)

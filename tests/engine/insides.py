@@ -160,17 +160,22 @@ def drafter_of(engine: Engine) -> Any:
     return engine._speculator._drafter
 
 
-_TRY_ALL = SpeculationConfig(method="ngram", is_adaptive=False)
-
-
 def knows_plain_steps(speculator: Speculator, num_sequences: int) -> bool:
     """Whether it has learned what a step of so many sequences takes without drafts."""
     return speculator._curve.is_known(num_sequences)
 
 
-def speculate_by(engine: Engine, drafter: Drafter | None, config: SpeculationConfig = _TRY_ALL) -> None:
-    """Have an engine whose settings let it guess try what this one guesses, all of it unless the settings differ."""
+def speculate_by(engine: Engine, drafter: Drafter | None, config: SpeculationConfig | None = None) -> None:
+    """Have an engine whose settings let it guess try what this one guesses, all of it that it has room for.
+
+    Args:
+        engine: whose settings say so.
+        drafter: that guesses; None: nothing does.
+        config: other settings.
+    """
     assert engine.limits.max_drafts
+    if config is None:
+        config = SpeculationConfig(method="ngram", is_adaptive=False, max_drafts=engine.limits.max_drafts)
     engine._speculator = Speculator(drafter, config, engine._stats, engine._speculator.drafted_sizes)
 
 

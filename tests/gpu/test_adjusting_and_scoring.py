@@ -20,7 +20,8 @@ if not torch.cuda.is_available():
 LENGTHS = (1, 40, 257, 700)
 ADJUSTMENTS = {
     "repetition": Adjustments(repetition_penalty=1.4),
-    "generated": Adjustments(presence_penalty=1.5, frequency_penalty=0.7),
+    # Of random weights no token comes twice by itself.
+    "generated": Adjustments(presence_penalty=-1.5, frequency_penalty=-0.7),
     "bias": Adjustments(logit_bias=((3, 4.0), (7, -100.0))),
     "all": Adjustments(((3, 4.0), (7, -6.0)), 1.2, 0.9, -0.3),
 }

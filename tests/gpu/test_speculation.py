@@ -13,9 +13,10 @@ if not torch.cuda.is_available():
 from deployments.engine.batch.arrays import StepArrays  # noqa: E402
 from deployments.engine.config import EngineConfig  # noqa: E402
 from deployments.engine.engine import Engine  # noqa: E402
+from deployments.engine.scheduling.sequence import Sequence  # noqa: E402
 from deployments.messages import GenerateRequest, SamplingParams  # noqa: E402
 from tests.engine.drafters import lies, mixture, truth, with_drafter  # noqa: E402
-from tests.engine.driving import run  # noqa: E402
+from tests.engine.driving import greedy, run  # noqa: E402
 from tests.engine.insides import runner_of, tell_of_verifications  # noqa: E402
 from tests.gpu.driving import LENGTHS, NUM_TOKENS, build, check_greedy, generate, generate_preempted, prompt  # noqa: E402
 from tests.gpu.models import CONFIGS, loaded  # noqa: E402
@@ -34,10 +35,20 @@ def verified(monkeypatch: pytest.MonkeyPatch) -> Verified:
 
 
 def knowing(family: str, lies: Callable[[int], bool], **overrides: object) -> Engine:
-    """An engine whose drafter knows what it says without drafts, each sequence alone or not."""
-    answers = generate(build(family, **overrides))
-    engine = build(family, speculation=SPECULATION, **overrides)
-    return with_drafter(engine, lambda sequence: tuple(answers[sequence.request_id]), lies)
+    """An engine whose drafter knows what it says without drafts, also behind a tie in which it said something else."""
+    plain = build(family, **overrides)
+    answers = generate(plain)
+
+    def answer(sequence: Sequence) -> tuple[int, ...]:
+        name, given = sequence.request_id, tuple(sequence.token_ids)
+        said = list(given[len(sequence.request.prompt_token_ids) :])
+        if answers[name][: len(said)] != said:
+            plain.add(greedy(f"{name}-{len(said)}", given, NUM_TOKENS - len(said)))
+            (rest,) = run(plain).tokens.values()
+            answers[name] = said + rest
+        return tuple(answers[name])
+
+    return with_drafter(build(family, speculation=SPECULATION, **overrides), answer, lies)
 
 
 @every_family
@@ -51,7 +62,7 @@ def test_greedy_tokens_are_the_likeliest_whatever_is_guessed(
         check_greedy(family, prompt(int(name[1:])), tokens)
     assert verified and max(max(counts) for counts, _ in verified) == 5
     stats = engine.stats()
-    if lies is truth:  # but for ties, behind which the drafter knows nothing
+    if lies is truth:  # but for ties
         num_right, num_drafted = stats.accepted_tokens.total, stats.drafted_tokens.total
         assert num_right > 0.5 * num_drafted, f"{num_right} of {num_drafted} drafts were right"
     assert engine.num_free_blocks == 64

@@ -1,6 +1,8 @@
 """CUDA graphs: which sizes are recorded, what belongs to one, and how it is recorded. Knows no model."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -103,5 +105,18 @@ def record(graph: torch.cuda.CUDAGraph, run: Callable[[], Result], pool: MemoryP
     with torch.cuda.stream(stream):
         run()  # compiles kernels and warms up libraries, which a recording must not
     torch.cuda.current_stream().wait_stream(stream)
-    with torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]  # an opaque type of torch's, a pair at run time
+    # An engine that is over may wait for the collector: graphs that are reset while another is recorded spoil that one.
+    with _no_collection(), torch.cuda.graph(graph, pool=pool):  # type: ignore[arg-type]  # an opaque type of torch's
         return run()
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector from running meanwhile."""
+    is_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if is_on:
+            gc.enable()

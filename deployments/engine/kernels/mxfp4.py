@@ -36,14 +36,26 @@ class Mxfp4:
         """The same numbers, (E, rows, depth), one expert after the other; None: they are not in MXFP4."""
         if weight.shape[-1] % SHARED:
             return None
-        num_experts, rows, depth = weight.shape
-        codes = torch.empty(num_experts, rows, depth // 2, dtype=torch.uint8, device=weight.device)
-        scales = torch.empty(num_experts, rows, depth // SHARED, dtype=torch.uint8, device=weight.device)
+        found = cls._empty(weight)
         for expert, numbers in enumerate(weight):
-            codes[expert], scales[expert] = _encode(numbers)
-            if not torch.equal(_decode(codes[expert], scales[expert]), numbers.float()):
+            found.codes[expert], found.scales[expert] = _encode(numbers)
+            if not torch.equal(_decode(found.codes[expert], found.scales[expert]), numbers.float()):
                 return None
-        return cls(codes, scales)
+        return found
+
+    @classmethod
+    def nearest(cls, weight: Tensor) -> Self:
+        """Numbers in MXFP4 that are near those, (E, rows, depth), a multiple of 32 in each row."""
+        found = cls._empty(weight)
+        for expert, numbers in enumerate(weight):
+            found.codes[expert], found.scales[expert] = _encode(numbers)
+        return found
+
+    @classmethod
+    def _empty(cls, weight: Tensor) -> Self:
+        shape = weight.shape[:-1]
+        codes = torch.empty(*shape, weight.shape[-1] // 2, dtype=torch.uint8, device=weight.device)
+        return cls(codes, torch.empty(*shape, weight.shape[-1] // SHARED, dtype=torch.uint8, device=weight.device))
 
     def widen(self, dtype: torch.dtype) -> Tensor:
         """(E, rows, depth) numbers."""

@@ -58,6 +58,10 @@ class StepCurve:
         """Whether enough of such steps without drafts were run lately to compare others with them."""
         return self._counts.get(_class_of(num_tokens, _NOT_PADDED), 0) >= _FEW_STEPS
 
+    def is_judged(self, num_tokens: int) -> bool:
+        """Whether enough steps with drafts, of so many tokens, were run lately to know what one takes."""
+        return self._counts.get(_class_of(num_tokens, self._drafted_sizes), 0) >= _FEW_STEPS
+
     def seconds(self, num_tokens: int) -> float:
         """Of a step without drafts, at least. 0: nothing is known."""
         size = _class_of(num_tokens, _NOT_PADDED)

@@ -9,8 +9,9 @@ from numba import njit
 
 # Drafts that are right this seldom are never worth a place.
 _LEAST_CHANCE = 0.005
-# Estimates are noisy: drafts must promise so much more than none.
-_LEAST_GAIN = 1.03
+# Estimates are noisy: drafts must promise so much more than none. Less to go on where a step with drafts is waited for:
+# who stops and begins anew waits in vain in between.
+_LEAST_GAIN, _LEAST_GAIN_ON = 1.03, 0.97
 
 Seconds = Callable[[np.ndarray], np.ndarray]
 
@@ -22,6 +23,8 @@ def choose_lengths(
     seconds: Seconds,
     draft_s: Callable[[int], float] = lambda num_sequences: 0.0,
     max_step_s: float | None = None,
+    *,
+    goes_on: bool = False,
 ) -> list[int]:
     """Drafts to try of each sequence.
 
@@ -33,6 +36,7 @@ def choose_lengths(
         seconds: (M,) of steps of (M,) tokens in all, in ascending order.
         draft_s: that guessing one more token of so many sequences takes before.
         max_step_s: no step, with its guesses, shall take longer for the sake of drafts; None: whatever pays.
+        goes_on: the step before had drafts, and was waited for; one without would overlap with the next one.
 
     Returns:
         For each of the N a number; none at all unless they pay. A step takes the likeliest drafts first, so each number
@@ -43,7 +47,8 @@ def choose_lengths(
     guess_s = np.zeros(num_rows + 1)
     if draft_s(num_rows):
         guess_s[1:] = [draft_s(count) for count in range(1, num_rows + 1)]
-    least_rate = _LEAST_GAIN * num_sequences / plain_s if plain_s else 0.0
+    least_gain = _LEAST_GAIN_ON if goes_on else _LEAST_GAIN
+    least_rate = least_gain * num_sequences / plain_s if plain_s else 0.0
     most_s = inf if max_step_s is None else max_step_s
     lengths: list[int] = _choose(rates, num_sequences, step_s, guess_s, least_rate, most_s).tolist()
     return lengths

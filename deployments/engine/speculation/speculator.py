@@ -30,11 +30,16 @@ from deployments.messages import Draws
 
 
 class _Ended(NamedTuple):
-    """A step: its runs with the draws that count, the kinds of its drafts by their sequence; see `note_end`."""
+    """A step: its runs with the draws that count, the kinds of its drafts by their sequence; see `note_end`.
+
+    Attributes:
+        drafting_s: of its seconds, those of guessing.
+    """
 
     collected: list[tuple[ScheduledSequence, Draws]]
     kinds: dict[str, int]
     seconds: float
+    drafting_s: float
     is_late: bool
 
 
@@ -64,6 +69,7 @@ class Speculator:
         self._patience = Patience()
         self._kinds: dict[str, int] = {}  # of the drafts that were proposed last
         self._drafting_s = 0.0  # that guessing took before the step that has not ended
+        self._goes_on = False  # the step that ended last had drafts, and was waited for
         self._ended: _Ended | None = None  # nothing was learned from it yet
 
     @property
@@ -122,24 +128,39 @@ class Speculator:
         if self._drafter is None:
             return
         self._drafter.learn(collected, states)
-        self._ended = _Ended(collected, self._kinds, seconds - self._drafting_s, is_late)
-        self._kinds, self._drafting_s = {}, 0.0
+        self._ended = _Ended(collected, self._kinds, seconds, self._drafting_s, is_late)
+        self._goes_on, self._kinds, self._drafting_s = is_late and bool(self._kinds), {}, 0.0
 
     def learn(self) -> None:
         """From the step that ended last; not needed for the next one, so a GPU shall not wait for it."""
         if self._ended is None:
             return
-        (collected, kinds, seconds, is_late), self._ended = self._ended, None
+        (collected, kinds, seconds, drafting_s, is_late), self._ended = self._ended, None
         if all(run.is_decode for run, _ in collected):
-            num_tokens = sum([run.num_tokens for run, _ in collected])
-            has_drafts = num_tokens > len(collected)
-            if has_drafts or not is_late:  # without any, one that was waited for in vain tells nothing of the others
-                self._curve.add(num_tokens, seconds, has_drafts=has_drafts)
+            self._learn_seconds(collected, seconds, drafting_s, is_late=is_late)
         guessed = [(run, len(draws) - 1) for run, draws in collected if run.drafts]
         for run, num_right in guessed:
             self._stats.drafted_tokens.observe(len(run.drafts))
             self._stats.accepted_tokens.observe(num_right)
         self._learn_guesses(guessed, kinds)
+
+    def _learn_seconds(
+        self, collected: list[tuple[ScheduledSequence, Draws]], seconds: float, drafting_s: float, *, is_late: bool
+    ) -> None:
+        """From a step of decodes alone: what such steps take, and what drafts won by it or a wait for them lost."""
+        num_tokens = sum([run.num_tokens for run, _ in collected])
+        has_drafts = num_tokens > len(collected)
+        if self._config.is_adaptive and self._curve.is_known(len(collected)):
+            plain_s = self._curve.seconds(len(collected))
+            if not has_drafts and is_late:
+                self._patience.note_vain(seconds / plain_s - 1.0)
+            elif not has_drafts:
+                self._patience.note_plain()
+            elif self._curve.is_judged(num_tokens):  # before, it is tried out
+                num_drawn = sum([len(draws) for _, draws in collected])
+                self._patience.note_drafts(num_drawn / len(collected) - seconds / plain_s)
+        if has_drafts or not is_late:  # one that was waited for in vain does not tell what those that overlap take
+            self._curve.add(num_tokens, seconds - drafting_s, has_drafts=has_drafts)
 
     def _learn_guesses(self, guessed: list[tuple[ScheduledSequence, int]], kinds: dict[str, int]) -> None:
         """From runs with drafts, and how many of these were right; nothing is kept of sequences that are over."""
@@ -184,12 +205,12 @@ class Speculator:
         counts, kinds = zip(*prospects, strict=True)
         if not self._config.is_adaptive:
             return list(counts)
-        if not self._curve.is_known(num_sequences):
+        if self._patience.is_overdrawn or not self._curve.is_known(num_sequences):
             return [0] * len(counts)  # until steps without drafts say what one takes
         rates = self._acceptance.rates(request_ids, kinds, counts)
         plain_s, drafted_s = self._curve.seconds(num_sequences), self._curve.drafted_seconds
         return choose_lengths(
-            rates, num_sequences, plain_s, drafted_s, drafter.seconds, max_step_s=self._config.max_step_s
+            rates, num_sequences, plain_s, drafted_s, drafter.seconds, self._config.max_step_s, goes_on=self._goes_on
         )
 
 

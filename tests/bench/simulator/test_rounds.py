@@ -10,7 +10,7 @@ from load_tests.samples import GeneratorHealth, Run, Sample
 from tests.bench.cpu_use import CpuUse
 from tests.bench.simulator.rounds import Round, Rounds, Use, UseWatch
 
-QUIET, BUSY = Use({"others": 0.05}, 0.2), Use({"others": 0.4}, 0.9)
+QUIET, BUSY = Use({"others": 0.05}, 0.2, 2), Use({"others": 0.4}, 0.9, 2)
 SAMPLE = Sample("small", "s", 0, 0.0, 0.0, 0.1, (), 0.2, 10, 2)
 RUN = Run("small", "colocated", "", 1.0, 0, "", 0.0, 1.0, (SAMPLE,), GeneratorHealth({}, {}))
 
@@ -43,10 +43,10 @@ def test_a_failed_request_spoils_a_round():
     assert Round(failed, QUIET, ()).problems == ["1 requests failed"]
 
 
-@pytest.mark.parametrize(("others_s", "words"), [(0.5, []), (3.0, ["others used 0.60 cores for 5 s, more than 0.5"])])
+@pytest.mark.parametrize(("others_s", "words"), [(0.5, []), (3.0, ["others used 0.60 cores for 5 s, more than 0.50"])])
 def test_a_few_seconds_of_somebody_else_spoil_a_round_of_a_minute(others_s: float, words: list[str]):
     at_s, used_s = 0.0, 0.0
-    watch = UseWatch(RunFolder(Path()), lambda folder: CpuUse({"engine": at_s / 2}, used_s), lambda: at_s)
+    watch = UseWatch(RunFolder(Path()), lambda folder: CpuUse({"engine": at_s / 2}, used_s), lambda: at_s, 2)
     watch.look()
     for window in range(12):
         at_s += 5.0

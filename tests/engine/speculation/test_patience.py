@@ -35,6 +35,48 @@ def test_each_wait_in_vain_makes_the_pause_longer_up_to_a_bound() -> None:
     assert [step for step, is_wait in enumerate(waits) if is_wait] == [0, 2, 6, 14, 30, 46]
 
 
+@pytest.mark.parametrize(("cost", "steps"), [(0.0, 16), (0.02, 16), (0.1, 51), (0.3, 151)])
+def test_pauses_are_as_long_as_waits_are_dear(cost: float, steps: int) -> None:
+    waits = waits_in_vain(Patience(), cost, 3000)
+    assert waits[-1] - waits[-2] == steps
+
+
+@pytest.mark.parametrize("cost", [0.02, 0.1, 0.3])
+def test_waits_in_vain_take_next_to_nothing(cost: float) -> None:
+    assert cost * len(waits_in_vain(Patience(), cost, 3000)) <= 1.0 + 0.002 * 3000 + cost
+
+
+def waits_in_vain(patience: Patience, cost: float, num_steps: int) -> list[int]:
+    """Before which of these steps it waited."""
+    waits = []
+    for step in range(num_steps):
+        if patience.waits_for([decode(), decode()]):
+            waits.append(step)
+            patience.note_vain(cost)
+        else:
+            patience.note_plain()
+    return waits
+
+
+def test_who_has_lost_more_than_may_be_lost_tries_nothing_for_a_while() -> None:
+    patience = Patience()
+    for _ in range(30):
+        patience.note_drafts(-0.05)
+    assert patience.is_overdrawn and not patience.waits_for([decode()])
+    num_steps = 0
+    while patience.is_overdrawn:
+        patience.note_plain()
+        num_steps += 1
+    assert 100 <= num_steps <= 130 and patience.waits_for([decode()])
+
+
+def test_one_step_that_was_held_up_is_not_the_end_of_it() -> None:
+    patience = Patience()
+    for won in (0.4, 0.6, -20.0, 0.3):
+        patience.note_drafts(won)
+    assert not patience.is_overdrawn
+
+
 def test_a_step_with_drafts_is_waited_for_always_and_so_is_the_next_one() -> None:
     patience = Patience()
     for _ in range(20):
