@@ -1,6 +1,6 @@
 """Compiles the kernels of a CPU once, where several processes would each do it. CI runs it before the tests.
 
-Run: `python -m tests.compile_kernels`. Takes a minute from nothing; numba keeps what it has compiled beside the source.
+Run: `python -m tests.compile_kernels`. Takes a minute from nothing; numba keeps what it has compiled.
 """
 
 from deployments.engine.config import EngineConfig, SpeculationConfig

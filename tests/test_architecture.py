@@ -49,6 +49,7 @@ ENGINE_ROOMS = (
     "config",
     "stats",
     "upload",
+    "compiled",
     "kernels",
     "kv",
     "scheduling",

@@ -6,9 +6,9 @@ from itertools import accumulate
 from operator import attrgetter
 
 import numpy as np
-from numba import njit
 
 from deployments.engine.batch.arrays import StepArrays
+from deployments.engine.compiled import njit
 from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
 

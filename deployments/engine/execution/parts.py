@@ -7,9 +7,9 @@ repeat. Knows no tensor and no model. G groups of layers have slots and tables o
 # mypy: disable-error-code="untyped-decorator"
 
 import numpy as np
-from numba import njit
 
 from deployments.engine.batch.arrays import StepArrays
+from deployments.engine.compiled import njit
 from deployments.engine.execution.costs import StepCosts
 
 # Of a chunk behind computed tokens; longer ones have a kernel that is faster than the recorded one (`LONG_CHUNK`).

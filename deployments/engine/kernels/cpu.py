@@ -6,9 +6,9 @@ from importlib import import_module
 import numba
 import numpy as np
 import torch
-from numba import njit, prange
 from torch import Tensor
 
+from deployments.engine.compiled import njit, prange
 from deployments.engine.kernels.cpu_tiles import rotate_tile, silu_mul_tile
 from deployments.engine.kernels.cpu_vectors import FLOAT_BYTES, LANES
 

@@ -11,8 +11,8 @@ Source: PagedAttention (Kwon et al., SOSP 2023); splits and their merging from F
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
 
+from deployments.engine.compiled import njit, prange
 from deployments.engine.kernels.cpu import PARALLEL, exp_of_negative
 from deployments.engine.kernels.cpu_tiles import add_weighted_tile, dot_tile, peak_tile, weigh_tile
 from deployments.engine.kernels.cpu_vectors import LANES

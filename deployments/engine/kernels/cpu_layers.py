@@ -5,14 +5,15 @@ millisecond, which finds its code swept from the caches by the weights: 15 to 20
 (SmolLM2-135M, 30 layers, two Sapphire Rapids cores with AVX2 alone, 2026-11). With three calls a layer Python still
 took 5 ms of a decode step, and 20 of a step of 128 prompt tokens.
 
-numba caches them with all that they call, and looks at this file alone for changes.
+numba keeps them with all that they call, other files' too.
 """
 # mypy: disable-error-code="attr-defined, no-untyped-def, no-untyped-call, untyped-decorator, call-arg"
 
 import numpy as np
-from numba import carray, njit, prange, types
+from numba import carray, types
 from numba.extending import intrinsic
 
+from deployments.engine.compiled import njit, prange
 from deployments.engine.kernels.cpu import PARALLEL, normalise_row, rotate_head, silu_mul_row
 from deployments.engine.kernels.cpu_matmul import multiply_packed
 from deployments.engine.kernels.cpu_paged import attend_runs

@@ -12,9 +12,9 @@ tiles, which differ between CPUs.
 
 import numpy as np
 import torch
-from numba import njit, prange
 from torch import Tensor
 
+from deployments.engine.compiled import njit, prange
 from deployments.engine.kernels.cpu import PARALLEL
 from deployments.engine.kernels.cpu_tiles import matmul_tile
 from deployments.engine.kernels.cpu_unpack import FLOATS, GROUP, VECTORS, WIDTH, compact, pack, unpack

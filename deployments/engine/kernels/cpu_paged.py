@@ -1,14 +1,14 @@
 """Attention of a step over a paged pool: its single tokens, then its chunks one after the other; float32 on a CPU.
 
-numba caches it with all that it calls, and looks at this file alone for changes.
+numba keeps it with all that it calls, other files' too.
 """
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from deployments.engine.compiled import njit
 from deployments.engine.kernels.cpu import PARALLEL
 from deployments.engine.kernels.cpu_attention import decode_attention
 from deployments.engine.kernels.cpu_prompt import prompt_attention

@@ -12,8 +12,8 @@ Source: FlashAttention-2 (Dao, 2023); PagedAttention (Kwon et al., SOSP 2023).
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, call-arg"
 
 import numpy as np
-from numba import njit, prange
 
+from deployments.engine.compiled import njit, prange
 from deployments.engine.kernels.cpu import PARALLEL, exp_of_negative
 from deployments.engine.kernels.cpu_tiles import matmul_tile, peak_tile, weigh_tile
 from deployments.engine.kernels.cpu_vectors import LANES, NUM_REGISTERS

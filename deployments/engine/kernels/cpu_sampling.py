@@ -3,9 +3,9 @@
 
 import numpy as np
 import torch
-from numba import njit, prange
 from torch import Tensor
 
+from deployments.engine.compiled import njit, prange
 from deployments.engine.kernels.cpu import PARALLEL, exp_of_negative
 
 _PIECE = 8192  # tokens that a thread takes at a time

@@ -20,10 +20,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from deployments.engine.compiled import njit
 from deployments.engine.kernels.cpu_vectors import FLOAT_BYTES, INTEGERS, LANES, VECTOR, Emitter
 
 # Of a panel: as many columns as the product's tiles take.

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+
+from deployments.engine.compiled import njit
 
 # Steps after which what was seen of a place before counts half: of all sequences, and of one.
 _HALF_LIFE, _OWN_HALF_LIFE = 256.0, 16.0

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from math import inf
 
 import numpy as np
-from numba import njit
+
+from deployments.engine.compiled import njit
 
 # Steps after which a size that was not run again is forgotten: contexts have grown since, or others use the machine.
 _MEMORY_STEPS = 2048

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from math import inf
 
 import numpy as np
-from numba import njit
+
+from deployments.engine.compiled import njit
 
 # Drafts that are right this seldom are never worth a place.
 _LEAST_CHANCE = 0.005
