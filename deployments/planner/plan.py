@@ -108,10 +108,11 @@ def plan(
     reason = f"{_describe('prefill', prefill, num_prefill)}. {_describe('decode', decode, num_decode)}"
     if (num_decode, num_prefill) != (decode.count, prefill.count):
         reason += f". The budget of {settings.max_cost:g} does not pay for {prefill.count} and {decode.count}"
-    settled = Memory(decode_memory, prefill_memory, lent, lean=lean)
+    settled = Memory(decode_memory, prefill_memory, lent, lean=lean, lent=memory.lent)
     if settings.flip:
         settled = replace(settled, short_since_s=_short_since(seen, prefill, memory))
-        settled, flips = _flip(seen, (decode, num_decode), (prefill, num_prefill), prefill_bounds, settled)
+        needs = decode_memory.needs
+        settled, flips = _flip(seen, (decode, num_decode, needs), (prefill, num_prefill), prefill_bounds, settled)
         reason += flips
     flipped = settled.num_flipped
     # As many as do the work of each, but what does prefill's may be of the decode deployment.
@@ -121,8 +122,8 @@ def plan(
     num_decode, num_prefill = _deployed(working, flipped, (decode_bounds, prefill_bounds), settings)
     settled = replace(
         settled,
-        decode=_settle(decode_memory, decode, num_decode - flipped, seen.at_s),
-        prefill=_settle(prefill_memory, prefill, num_prefill + flipped, seen.at_s),
+        decode=_settle(decode_memory, decode, num_decode - flipped, seen.at_s, lent - flipped),
+        prefill=_settle(prefill_memory, prefill, num_prefill + flipped, seen.at_s, flipped - lent),
     )
     return Plan(num_decode, num_prefill, reason, flipped), settled
 
@@ -148,14 +149,19 @@ def _short_since(seen: Observation, prefill: _Wish, memory: Memory) -> float | N
 
 
 def _flip(
-    seen: Observation, decode: tuple[_Wish, int], prefill: tuple[_Wish, int], bounds: Bounds, memory: Memory
+    seen: Observation,
+    decode: tuple[_Wish, int, tuple[tuple[float, int], ...]],
+    prefill: tuple[_Wish, int],
+    bounds: Bounds,
+    memory: Memory,
 ) -> tuple[Memory, str]:
     """How many decode replicas compute prompts now, in what is remembered and in words.
 
-    What each pool would have comes with its part of the budget; `bounds` are those of the prefill deployment.
+    What each pool would have comes with its part of the budget, and when decode needed how many; `bounds` are those of
+    the prefill deployment.
     """
     assert seen.prefill is not None
-    (other, num_decode), (own, num_prefill) = decode, prefill
+    (other, num_decode, needs), (own, num_prefill) = decode, prefill
     may_start = bounds.target < bounds.most and num_prefill >= own.count
     lack = Lack(
         0.0 if memory.short_since_s is None else seen.at_s - memory.short_since_s,
@@ -163,10 +169,13 @@ def _flip(
         may_come=may_start or seen.prefill.num_ready < own.bounds.target,
     )
     prompts = Side(seen.prefill.num_ready, own.need.num_engines, own.held)
-    answers = Side(seen.decode.num_ready, other.need.num_engines, other.held)
+    needed = other.need.num_engines
+    lately = max([needed, *(count for then, count in needs if seen.at_s - then < memory.lent.hold_s)])
+    answers = Side(seen.decode.num_ready, needed, lately)
     before, num_removable = memory.num_flipped, max(0, other.bounds.target - num_decode)
     count = num_flipped(before, prompts, answers, num_removable, lack)
-    return replace(memory, num_flipped=count), describe(before, count, prompts, answers, lack)
+    memory = replace(memory, num_flipped=count, lent=memory.lent.after(before, count, seen.at_s))
+    return memory, describe(before, count, prompts, answers, lack)
 
 
 def _wish_decode(
@@ -265,12 +274,16 @@ def _claim_of_decode(wish: _Wish) -> Claim:
     return _claim(wish, max(wish.bounds.least, min(1, wish.count)))
 
 
-def _settle(memory: PoolMemory, wish: _Wish, count: int, at_s: float) -> PoolMemory:
-    """Note what was decided; to add what was removed a moment ago teaches patience."""
+def _settle(memory: PoolMemory, wish: _Wish, count: int, at_s: float, num_moved: int = 0) -> PoolMemory:
+    """Note what was decided; to add what was removed a moment ago teaches patience.
+
+    So many of the other pool do this one's work from now on: those were not added.
+    """
     patience, removed_s = memory.patience, memory.removed_s
-    if count < wish.bounds.target:
+    num_added = count - wish.bounds.target - num_moved
+    if num_added < 0:
         removed_s = at_s
-    elif count > wish.bounds.target and at_s - removed_s < _REGRET_HOLDS * wish.hold_s:
+    elif num_added > 0 and at_s - removed_s < _REGRET_HOLDS * wish.hold_s:
         patience, removed_s = min(2.0 * patience, _MAX_PATIENCE), -math.inf
     changed_s = memory.changed_s if count == wish.bounds.target else at_s
     return replace(memory, target=count, patience=patience, removed_s=removed_s, changed_s=changed_s)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from deployments.planner.budget import Lean
+from deployments.planner.flip import Lent
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class Memory:
         num_flipped: as was decided last.
         short_since_s: since when prefill has had fewer replicas than it needs, or did a while ago; None: it has enough.
         lean: how the budget would be shared out otherwise; None: it would not.
+        lent: what decode has learned of lending replicas.
     """
 
     decode: PoolMemory = field(default_factory=PoolMemory)
@@ -73,6 +75,7 @@ class Memory:
     num_flipped: int = 0
     short_since_s: float | None = None
     lean: Lean | None = None
+    lent: Lent = field(default_factory=Lent)
 
     def with_roles(self, num_flipped: int) -> "Memory":
         """Where flipped replicas are gone: what that changes, nobody has set."""

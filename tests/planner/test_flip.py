@@ -175,6 +175,39 @@ def test_where_nodes_are_short_decode_lends_of_its_minimum_and_where_they_are_no
     assert plenty.flipped == 0 and plenty.targets == (3, 2)
 
 
+def test_where_prefill_may_have_no_more_decode_lends_within_seconds_of_its_own_last_need():
+    cluster = Cluster(decode=Bounds(1, 2, 2))
+    cluster.run(20, ONE_PREFILL, TWO_DECODE)
+    cluster.run(8, TWO_PREFILL)
+    assert cluster.flipped == 0
+    cluster.run(4, TWO_PREFILL)
+    assert cluster.flipped == 1 and cluster.targets == (2, 1)
+
+
+def test_the_oftener_a_replica_is_back_at_once_the_longer_it_is_not_lent():
+    cluster, lent_s = Cluster(), list[float]()
+    cluster.run(120, ONE_PREFILL)
+    for _ in range(40):
+        before = cluster.flipped
+        cluster.run(15, THREE_PREFILL)
+        if cluster.flipped > before:
+            lent_s.append(cluster.now_s)
+        cluster.run(4, THREE_PREFILL, 2 * TWO_DECODE)
+    assert 1 <= len(lent_s) <= 2, f"lent after {lent_s} s"
+    cluster.run(30, THREE_PREFILL)
+    assert cluster.flipped == 2, "it has learned, but not for ever"
+
+
+def test_what_is_lent_and_back_was_not_removed_and_teaches_no_patience():
+    cluster = Cluster(decode=Bounds(1, 3, 3))
+    for _ in range(5):
+        cluster.run(30, THREE_PREFILL)
+        cluster.run(5, ONE_PREFILL, 2 * TWO_DECODE)
+    assert cluster.memory.decode.patience == cluster.memory.prefill.patience == 1.0
+    cluster.run(2 * int(HOLD_S) + 10, ONE_PREFILL)
+    assert cluster.targets == (1, 1)
+
+
 def test_decode_that_got_a_replica_back_is_not_asked_again_at_once():
     cluster = Cluster()
     cluster.run(120, ONE_PREFILL)
