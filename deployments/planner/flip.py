@@ -6,14 +6,10 @@ that it has not needed for some seconds, for they are back as soon. They go back
 needs fewer: before any prefill replica is removed. One decode replica always decodes.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deployments.engine.stats import EngineStats
-
-# For so long decode has needed no replica that it lends, at first and at most.
-_LEND_S, _MOST_LEND_S = 10.0, 320.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +20,7 @@ class Side:
         ready: there are so many, flipped ones counted by what they do.
         need: so many are needed now.
         held: so many were, lately; at least `need`. Of prefill for as long as a replica is kept, of decode as `Lent`
-            has it.
+            in `state.py` has it.
     """
 
     ready: int
@@ -50,28 +46,6 @@ class Lack:
     def is_lasting(self) -> bool:
         """There is none to wait for: those that start should be there by now."""
         return not self.may_come or self.seconds > self.start_s
-
-
-@dataclass(frozen=True, slots=True)
-class Lent:
-    """What decode has learned of lending.
-
-    Attributes:
-        hold_s: for so long it has not needed what it lends: twice as long each time that a replica was back sooner.
-        since_s: when it lent one last.
-    """
-
-    hold_s: float = _LEND_S
-    since_s: float = -math.inf
-
-    def after(self, before: int, count: int, at_s: float) -> "Lent":
-        """So many are lent now, where so many were."""
-        if count > before:
-            return Lent(self.hold_s, at_s)
-        if count == before or self.since_s == -math.inf:
-            return self
-        times = 2.0 if at_s - self.since_s < self.hold_s else 0.5
-        return Lent(min(max(times * self.hold_s, _LEND_S), _MOST_LEND_S), self.since_s)
 
 
 def num_flipped(now: int, prefill: Side, decode: Side, num_removable: int, lack: Lack) -> int:

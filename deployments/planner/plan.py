@@ -24,7 +24,7 @@ from deployments.planner.need import (
 )
 from deployments.planner.observation import Observation, PoolSeen, Tail
 from deployments.planner.settings import PlannerSettings
-from deployments.planner.state import Bounds, Memory, PoolMemory
+from deployments.planner.state import Bounds, Memory, PoolMemory, remember
 
 # A replica is kept for so many starts after it was needed.
 _HOLD_STARTS = 2.0
@@ -111,14 +111,15 @@ def plan(
     settled = Memory(decode_memory, prefill_memory, lent, lean=lean, lent=memory.lent)
     if settings.flip:
         settled = replace(settled, short_since_s=_short_since(seen, prefill, memory))
-        needs = decode_memory.needs
-        settled, flips = _flip(seen, (decode, num_decode, needs), (prefill, num_prefill), prefill_bounds, settled)
+        settled, flips = _flip(seen, (decode, num_decode), (prefill, num_prefill), prefill_bounds, settled)
         reason += flips
     flipped = settled.num_flipped
     # As many as do the work of each, but what does prefill's may be of the decode deployment.
     more = min(max(0, flipped - lent), max(0, prefill.free - num_prefill))  # than its bounds allow it by itself
     back = max(0, lent - flipped) if num_decode == decode.count else 0  # likewise, and the budget pays for them
-    working = min(num_decode + back, max(1, decode.free)), num_prefill + more
+    # Of decode those that it does not lend: that they are held is no reason to start others.
+    own = max(decode.need.num_engines, decode_bounds.target - flipped)
+    working = min(num_decode + back, max(1, decode.free), max(1, own)), num_prefill + more
     num_decode, num_prefill = _deployed(working, flipped, (decode_bounds, prefill_bounds), settings)
     settled = replace(
         settled,
@@ -149,19 +150,14 @@ def _short_since(seen: Observation, prefill: _Wish, memory: Memory) -> float | N
 
 
 def _flip(
-    seen: Observation,
-    decode: tuple[_Wish, int, tuple[tuple[float, int], ...]],
-    prefill: tuple[_Wish, int],
-    bounds: Bounds,
-    memory: Memory,
+    seen: Observation, decode: tuple[_Wish, int], prefill: tuple[_Wish, int], bounds: Bounds, memory: Memory
 ) -> tuple[Memory, str]:
     """How many decode replicas compute prompts now, in what is remembered and in words.
 
-    What each pool would have comes with its part of the budget, and when decode needed how many; `bounds` are those of
-    the prefill deployment.
+    What each pool would have comes with its part of the budget; `bounds` are those of the prefill deployment.
     """
     assert seen.prefill is not None
-    (other, num_decode, needs), (own, num_prefill) = decode, prefill
+    (other, num_decode), (own, num_prefill) = decode, prefill
     may_start = bounds.target < bounds.most and num_prefill >= own.count
     lack = Lack(
         0.0 if memory.short_since_s is None else seen.at_s - memory.short_since_s,
@@ -170,11 +166,11 @@ def _flip(
     )
     prompts = Side(seen.prefill.num_ready, own.need.num_engines, own.held)
     needed = other.need.num_engines
-    lately = max([needed, *(count for then, count in needs if seen.at_s - then < memory.lent.hold_s)])
-    answers = Side(seen.decode.num_ready, needed, lately)
+    lent = memory.lent.noted(needed, seen.decode.num_ready, seen.at_s)
+    answers = Side(seen.decode.num_ready, needed, lent.needed)
     before, num_removable = memory.num_flipped, max(0, other.bounds.target - num_decode)
     count = num_flipped(before, prompts, answers, num_removable, lack)
-    memory = replace(memory, num_flipped=count, lent=memory.lent.after(before, count, seen.at_s))
+    memory = replace(memory, num_flipped=count, lent=lent.after(before, count, seen.at_s))
     return memory, describe(before, count, prompts, answers, lack)
 
 
@@ -214,7 +210,7 @@ def _wish(
     memory = _heed_tail(memory, pool, need, bounds, settings, at_s)
     need = need.times(memory.factor)
     hold_s = hold(settings, pool.start_s) * memory.patience
-    needs = _remember(memory.needs, at_s, max(need.num_engines, need.num_careful), hold_s)
+    needs = remember(memory.needs, at_s, max(need.num_engines, need.num_careful), hold_s)
     free, held = max(need.num_engines, min(bounds.target, needs[0][1])), max(need.num_engines, needs[0][1])
     wish = _Wish(bounds.clamp(free), free, held, need, bounds, cost, hold_s)
     return wish, replace(memory, needs=needs)
@@ -232,7 +228,7 @@ def _adopt(memory: PoolMemory, bounds: Bounds, at_s: float) -> PoolMemory:
     factor = 1.0 + (memory.factor - 1.0) * 0.5 ** (elapsed_s / _RAISE_HALF_LIFE_S)
     needs = memory.needs
     if memory.target != bounds.target:
-        needs = _remember(needs, at_s, bounds.target, math.inf)
+        needs = remember(needs, at_s, bounds.target, math.inf)
     return replace(memory, patience=patience, factor=factor, needs=needs, at_s=at_s)
 
 
@@ -255,13 +251,6 @@ def is_missed(tail: Tail, quantile: float) -> bool:
     if tail.count < _LEAST_SAMPLES:
         return False
     return tail.over > allowed + 3.0 * math.sqrt(allowed * quantile / tail.count)
-
-
-def _remember(
-    needs: tuple[tuple[float, int], ...], at_s: float, need: int, hold_s: float
-) -> tuple[tuple[float, int], ...]:
-    """Add what is needed now; what is too old, and what is lower than a later one, goes."""
-    return (*((then, count) for then, count in needs if count > need and at_s - then < hold_s), (at_s, need))
 
 
 def _claim(wish: _Wish, least: int) -> Claim:

@@ -4,7 +4,17 @@ import math
 from dataclasses import dataclass, field, replace
 
 from deployments.planner.budget import Lean
-from deployments.planner.flip import Lent
+
+# For so long decode has needed no replica that it lends, at first and at most.
+_LEND_S, _MOST_LEND_S = 10.0, 320.0
+
+# When how many were needed; falling, for an earlier lower one makes no difference.
+Needs = tuple[tuple[float, int], ...]
+
+
+def remember(needs: Needs, at_s: float, need: int, hold_s: float) -> Needs:
+    """Add what is needed now; what is too old, and what is lower than a later one, goes."""
+    return (*((then, count) for then, count in needs if count > need and at_s - then < hold_s), (at_s, need))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +50,7 @@ class PoolMemory:
 
     Attributes:
         target: what was last decided; None: nothing was.
-        needs: when how many were needed, careful; falling, for an earlier lower one makes no difference.
+        needs: when how many were needed, careful.
         patience: times the hold is longer than it is set.
         factor: times need is raised.
         at_s: of all this.
@@ -50,13 +60,46 @@ class PoolMemory:
     """
 
     target: int | None = None
-    needs: tuple[tuple[float, int], ...] = ()
+    needs: Needs = ()
     patience: float = 1.0
     factor: float = 1.0
     at_s: float = -math.inf
     removed_s: float = -math.inf
     raised_s: float = -math.inf
     changed_s: float = -math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Lent:
+    """What decode remembers of lending replicas. They are back at once, so it need not be as careful as with removing.
+
+    Attributes:
+        needs: when how many were needed for what came, without what chance may have hidden.
+        hold_s: for so long it has not needed what it lends: twice as long each time that a replica was back sooner.
+        since_s: when it lent one last.
+    """
+
+    needs: Needs = ()
+    hold_s: float = _LEND_S
+    since_s: float = -math.inf
+
+    @property
+    def needed(self) -> int:
+        """The most that was needed within the hold."""
+        return self.needs[0][1]
+
+    def noted(self, need: int, ready: int, at_s: float) -> "Lent":
+        """So many are needed now. At first those that are there count as needed."""
+        return replace(self, needs=remember(self.needs, at_s, need if self.needs else max(need, ready), self.hold_s))
+
+    def after(self, before: int, count: int, at_s: float) -> "Lent":
+        """So many are lent now, where so many were."""
+        if count > before:
+            return replace(self, since_s=at_s)
+        if count == before or self.since_s == -math.inf:
+            return self
+        times = 2.0 if at_s - self.since_s < self.hold_s else 0.5
+        return replace(self, hold_s=min(max(times * self.hold_s, _LEND_S), _MOST_LEND_S))
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,6 +184,15 @@ def test_where_prefill_may_have_no_more_decode_lends_within_seconds_of_its_own_l
     assert cluster.flipped == 1 and cluster.targets == (2, 1)
 
 
+def test_to_lend_what_is_held_is_no_reason_to_start_another():
+    cluster = Cluster(decode=Bounds(1, 9, 2))
+    cluster.run(20, ONE_PREFILL, TWO_DECODE)
+    for _ in range(2 * int(HOLD_S)):
+        cluster.step(TWO_PREFILL, ONE_DECODE)
+        assert cluster.targets == (2, 1)
+    assert cluster.flipped == 1
+
+
 def test_the_oftener_a_replica_is_back_at_once_the_longer_it_is_not_lent():
     cluster, lent_s = Cluster(), list[float]()
     cluster.run(120, ONE_PREFILL)
@@ -247,6 +256,17 @@ def test_flips_keep_the_budget(prompts, answers, num_decode, flipped, num_prefil
         cluster.step(prompts, answers)
         decode, prefill = cluster.targets
         assert decode * decode_cost + prefill <= own.max_cost + 1e-6
+
+
+@given(st.lists(st.tuples(st.integers(1, 25), st.floats(0, 20), st.floats(0, 200)), max_size=8), st.floats(0.5, 3))
+def test_whatever_comes_flips_keep_the_budget(loads, decode_cost):
+    own = SETTINGS.model_copy(update={"max_cost": 2 + 2 * decode_cost, "decode_cost": decode_cost, "hold_s": 20.0})
+    cluster = Cluster(Bounds(1, 9, 1), Bounds(1, 9, 1), own=own)
+    for seconds, prompts, answers in loads:
+        for _ in range(seconds):
+            cluster.step(prompts, answers)
+            decode, prefill = cluster.targets
+            assert decode * decode_cost + prefill <= own.max_cost + 1e-6
 
 
 @pytest.mark.parametrize("lent", [0, 1, 2])
