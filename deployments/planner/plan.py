@@ -170,7 +170,8 @@ def _flip(
     answers = Side(seen.decode.num_ready, needed, lent.needed)
     before, num_removable = memory.num_flipped, max(0, other.bounds.target - num_decode)
     count = num_flipped(before, prompts, answers, num_removable, lack)
-    memory = replace(memory, num_flipped=count, lent=lent.after(before, count, seen.at_s))
+    lent = lent.after(before, count, seen.at_s, is_called_back=answers.need > answers.ready)
+    memory = replace(memory, num_flipped=count, lent=lent)
     return memory, describe(before, count, prompts, answers, lack)
 
 
@@ -266,10 +267,15 @@ def _claim_of_decode(wish: _Wish) -> Claim:
 def _settle(memory: PoolMemory, wish: _Wish, count: int, at_s: float, num_moved: int = 0) -> PoolMemory:
     """Note what was decided; to add what was removed a moment ago teaches patience.
 
-    So many of the other pool do this one's work from now on: those were not added.
+    So many of the other pool do this one's work from now on: those were not added. Where its own deployment is asked
+    for fewer instead, nothing was removed either.
     """
     patience, removed_s = memory.patience, memory.removed_s
-    num_added = count - wish.bounds.target - num_moved
+    num_added = count - wish.bounds.target
+    if num_moved > 0:
+        num_added = min(num_added, max(0, num_added - num_moved))
+    elif num_moved < 0:
+        num_added = max(num_added, min(0, num_added - num_moved))
     if num_added < 0:
         removed_s = at_s
     elif num_added > 0 and at_s - removed_s < _REGRET_HOLDS * wish.hold_s:

@@ -7,6 +7,8 @@ from deployments.planner.budget import Lean
 
 # For so long decode has needed no replica that it lends, at first and at most.
 _LEND_S, _MOST_LEND_S = 10.0, 320.0
+# One that is called back within so many times that was lent too soon; after so many without it that is forgotten.
+_REGRET_LENDS, _FORGET_LENDS = 3.0, 20.0
 
 # When how many were needed; falling, for an earlier lower one makes no difference.
 Needs = tuple[tuple[float, int], ...]
@@ -75,13 +77,15 @@ class Lent:
 
     Attributes:
         needs: when how many were needed for what came, without what chance may have hidden.
-        hold_s: for so long it has not needed what it lends: twice as long each time that a replica was back sooner.
+        hold_s: for so long it has not needed what it lends: twice as long each time that it called one back soon.
         since_s: when it lent one last.
+        changed_s: when the hold last changed.
     """
 
     needs: Needs = ()
     hold_s: float = _LEND_S
     since_s: float = -math.inf
+    changed_s: float = -math.inf
 
     @property
     def needed(self) -> int:
@@ -90,16 +94,19 @@ class Lent:
 
     def noted(self, need: int, ready: int, at_s: float) -> "Lent":
         """So many are needed now. At first those that are there count as needed."""
-        return replace(self, needs=remember(self.needs, at_s, need if self.needs else max(need, ready), self.hold_s))
+        needs = remember(self.needs, at_s, need if self.needs else max(need, ready), self.hold_s)
+        if self.hold_s > _LEND_S and at_s - self.changed_s > _FORGET_LENDS * self.hold_s:
+            return replace(self, needs=needs, hold_s=max(self.hold_s / 2, _LEND_S), changed_s=at_s)
+        return replace(self, needs=needs)
 
-    def after(self, before: int, count: int, at_s: float) -> "Lent":
-        """So many are lent now, where so many were."""
+    def after(self, before: int, count: int, at_s: float, *, is_called_back: bool) -> "Lent":
+        """So many are lent now, where so many were; `is_called_back`: fewer, since decode needs them."""
         if count > before:
             return replace(self, since_s=at_s)
-        if count == before or self.since_s == -math.inf:
+        is_soon = self.changed_s < self.since_s and at_s - self.since_s < _REGRET_LENDS * self.hold_s
+        if count == before or not is_called_back or not is_soon:
             return self
-        times = 2.0 if at_s - self.since_s < self.hold_s else 0.5
-        return replace(self, hold_s=min(max(times * self.hold_s, _LEND_S), _MOST_LEND_S))
+        return replace(self, hold_s=min(2.0 * self.hold_s, _MOST_LEND_S), changed_s=at_s)
 
 
 @dataclass(frozen=True, slots=True)

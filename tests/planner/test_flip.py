@@ -12,7 +12,7 @@ from deployments.planner.flow import Rate
 from deployments.planner.observation import Answers, GapCurve, Observation, PoolSeen, Prompts
 from deployments.planner.plan import plan
 from deployments.planner.settings import PlannerSettings
-from deployments.planner.state import Bounds, Memory
+from deployments.planner.state import Bounds, Lent, Memory
 
 HOLD_S, START_S = 60.0, 30.0
 SETTINGS = PlannerSettings(ttft_s=2.0, itl_s=0.05, hold_s=HOLD_S, start_s=START_S, flip=True)
@@ -215,6 +215,29 @@ def test_what_is_lent_and_back_was_not_removed_and_teaches_no_patience():
     assert cluster.memory.decode.patience == cluster.memory.prefill.patience == 1.0
     cluster.run(2 * int(HOLD_S) + 10, ONE_PREFILL)
     assert cluster.targets == (1, 1)
+
+
+def test_where_nodes_are_short_a_replica_that_comes_and_goes_teaches_prefill_no_patience_either():
+    cluster = Cluster(Bounds(1, 9, 1), Bounds(2, 2, 2), nodes=3)
+    cluster.run(120, ONE_PREFILL)
+    lent = 0
+    for _ in range(5):
+        cluster.run(60, TWO_PREFILL)
+        lent += cluster.flipped
+        cluster.run(5, TWO_PREFILL, TWO_DECODE)
+        assert cluster.memory.prefill.patience == 1.0
+    assert lent > 0
+
+
+def test_only_a_replica_that_decode_calls_back_soon_was_lent_too_soon_and_that_is_forgotten():
+    lent = Lent().after(0, 1, 100.0, is_called_back=False)
+    assert lent.after(1, 0, 105.0, is_called_back=False).hold_s == lent.hold_s == 10.0
+    assert lent.after(1, 0, 131.0, is_called_back=True).hold_s == 10.0
+    hasty = lent.after(2, 1, 120.0, is_called_back=True)
+    assert hasty.hold_s == hasty.after(1, 0, 121.0, is_called_back=True).hold_s == 20.0, "one haste, if two come back"
+    for at_s in range(122, 2000):
+        hasty = hasty.noted(1, 3, float(at_s))
+    assert hasty.hold_s == 10.0
 
 
 def test_decode_that_got_a_replica_back_is_not_asked_again_at_once():

@@ -52,6 +52,9 @@ class Patience:
 
     def note_vain(self, cost: float) -> None:
         """A wait led to no drafts: a step behind it took longer, by this share of one that overlaps."""
+        if self.is_overdrawn:  # nobody waits: something else kept the step from overlapping
+            self.note_plain()
+            return
         cost = min(cost, _DEAREST_WAIT)
         self._cost = cost if self._cost is None else self._cost + _WEIGHT * (cost - self._cost)
         self._pay_in(-max(0.0, cost))

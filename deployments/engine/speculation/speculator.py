@@ -71,6 +71,7 @@ class Speculator:
         self._drafting_s = 0.0  # that guessing took before the step that has not ended
         self._goes_on = False  # the step that ended last had drafts, and was waited for
         self._ended: _Ended | None = None  # nothing was learned from it yet
+        self._is_behind_decodes = False  # the step that was learned from last had no prompt
 
     @property
     def is_on(self) -> bool:
@@ -136,8 +137,10 @@ class Speculator:
         if self._ended is None:
             return
         (collected, kinds, seconds, drafting_s, is_late), self._ended = self._ended, None
-        if all(run.is_decode for run, _ in collected):
+        is_of_decodes = all(run.is_decode for run, _ in collected)
+        if is_of_decodes:
             self._learn_seconds(collected, seconds, drafting_s, is_late=is_late)
+        self._is_behind_decodes = is_of_decodes
         guessed = [(run, len(draws) - 1) for run, draws in collected if run.drafts]
         for run, num_right in guessed:
             self._stats.drafted_tokens.observe(len(run.drafts))
@@ -148,11 +151,13 @@ class Speculator:
         self, collected: list[tuple[ScheduledSequence, Draws]], seconds: float, drafting_s: float, *, is_late: bool
     ) -> None:
         """From a step of decodes alone: what such steps take, and what drafts won by it or a wait for them lost."""
+        if not seconds > 0:
+            return
         num_tokens = sum([run.num_tokens for run, _ in collected])
         has_drafts = num_tokens > len(collected)
         if self._config.is_adaptive and self._curve.is_known(len(collected)):
             plain_s = self._curve.seconds(len(collected))
-            if not has_drafts and is_late:
+            if not has_drafts and is_late and self._is_behind_decodes:  # else it was a prompt that was waited for
                 self._patience.note_vain(seconds / plain_s - 1.0)
             elif not has_drafts:
                 self._patience.note_plain()

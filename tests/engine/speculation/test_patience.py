@@ -1,6 +1,7 @@
 """A pipelined engine waits for tokens where that leads to drafts, and its answers are the same."""
 
 import gc
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +69,38 @@ def test_who_has_lost_more_than_may_be_lost_tries_nothing_for_a_while() -> None:
         patience.note_plain()
         num_steps += 1
     assert 100 <= num_steps <= 130 and patience.waits_for([decode()])
+
+
+def test_who_is_overdrawn_waits_for_nothing_so_what_does_not_overlap_then_was_no_wait_in_vain() -> None:
+    patience = Patience()
+    for _ in range(30):
+        patience.note_drafts(-0.05)
+    num_open = 0
+    for _ in range(200):  # one short answer after the other: each has a first step that overlaps with none
+        patience.note_vain(0.1)
+        patience.note_plain()
+        num_open += not patience.is_overdrawn
+    assert num_open > 0
+
+
+def test_a_step_behind_a_prompt_was_not_waited_for_in_vain_and_times_that_are_none_teach_nothing() -> None:
+    stats = build_engine(load("llama")).stats()
+    speculator = Speculator(LookupDrafter(), SpeculationConfig(method="ngram"), stats)
+    sequence = Sequence(GenerateRequest("p", (1, 2), SamplingParams(max_tokens=9)), Role.LOCAL, 0.0)
+
+    def end(run: ScheduledSequence, seconds: float, *, is_late: bool) -> None:
+        speculator.note_end([(run, (DrawnToken(1),))], None, seconds, is_late=is_late)
+        speculator.learn()
+
+    for seconds in [0.01] * 9 + [0.0, math.nan]:
+        end(decode(), seconds, is_late=False)
+    for _ in range(100):
+        end(ScheduledSequence.of(sequence, 2), 0.05, is_late=True)
+        end(decode(), 0.02, is_late=True)
+    assert speculator.waits_for([decode()])
+    for _ in range(9):
+        end(decode(), 0.02, is_late=True)
+    assert not any(speculator.waits_for([decode()]) for _ in range(20))
 
 
 def test_one_step_that_was_held_up_is_not_the_end_of_it() -> None:
