@@ -151,7 +151,7 @@ class EngineHost:
     def import_chunk(self, chunk: ChunkReady, tensor: Tensor, engine: Engine) -> "torch.cuda.Event | None":
         """Called in the loop's thread. What comes back happens when the device has read the tensor."""
         self._loop.emit(engine.import_chunk(chunk, tensor))
-        return engine.fence()
+        return engine.imported()
 
     def _complete(self, stats: EngineStats) -> EngineStats:
         """With what the engine does not know of itself."""

@@ -162,7 +162,7 @@ class Engine:
 
         Args:
             chunk: which blocks; the last chunk carries the first token.
-            tensor: of `KVCache.chunk_shape`; on a GPU it is read until `fence`.
+            tensor: of `KVCache.chunk_shape`; on a GPU it is read until `imported`.
 
         Returns:
             The first token's output once every block is here; nothing for a request that is no longer waiting.
@@ -180,9 +180,9 @@ class Engine:
         self._guides.advance([sequence])
         return self._outputs.with_times(self._endings.tell_first(sequence, draws, self.abort))
 
-    def fence(self) -> torch.cuda.Event | None:
-        """When the device has done all that it was asked for up to now; None: it has."""
-        return self._copies.fence()
+    def imported(self) -> torch.cuda.Event | None:
+        """When the device has read all chunks that came up to now; None: it has."""
+        return self._copies.imported()
 
     def prefill_locally(self, request_id: str) -> bool:
         """Stop waiting for a prefill engine and compute what is missing here; False if it does not wait."""

@@ -14,6 +14,7 @@ from deployments.engine_host import EngineHost
 from deployments.kv_transfer import direct
 from deployments.kv_transfer.base import TransferStats
 from deployments.messages import ChunkReady
+from tests.engine.insides import import_stream_of
 
 # About 2 ms; launching a copy takes one at most.
 QUEUEING_CYCLES = 4_000_000
@@ -27,12 +28,14 @@ class TimedHost(EngineHost):
     def import_chunk(self, chunk: ChunkReady, tensor: torch.Tensor, engine: Engine) -> torch.cuda.Event | None:
         if not self.looks:
             return super().import_chunk(chunk, tensor, engine)
-        # The GPU is kept busy until the copy is queued; else its clock would count the time that launching takes.
-        torch.cuda._sleep(QUEUEING_CYCLES)
+        stream = import_stream_of(engine)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+        # The GPU is kept busy until the copy is queued; else its clock would count the time that launching takes.
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(QUEUEING_CYCLES)
+            begin.record()
         imported = super().import_chunk(chunk, tensor, engine)
-        end.record()
+        end.record(stream)
         self.copies.append((tensor.nbytes, begin, end))
         return imported
 

@@ -1,6 +1,6 @@
 """Looks into an engine where a test needs what nobody else asks it for: the one place that knows its parts by name."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,13 +20,11 @@ from deployments.engine.grammar.guides import Guides
 from deployments.engine.kv.cache import KVShape
 from deployments.engine.layers import cpu
 from deployments.engine.loop import EngineLoop
-from deployments.engine.model import probe
 from deployments.engine.scheduling.block_manager import BlockManager
 from deployments.engine.scheduling.scheduler import Schedule, Scheduler
 from deployments.engine.scheduling.sequence import Sequence
 from deployments.engine.speculation.base import Drafter
 from deployments.engine.speculation.speculator import Speculator
-from deployments.kv_groups import KVGroups
 from deployments.messages import EngineEvent, Grammar
 
 if TYPE_CHECKING:
@@ -53,6 +51,11 @@ def blocks_of(owner: Engine | Scheduler) -> BlockManager:
 
 def runner_of(engine: Engine) -> Any:
     return engine._runner
+
+
+def import_stream_of(engine: Engine) -> "torch.cuda.Stream | None":
+    """On which it copies chunks into its pool."""
+    return engine._copies.import_stream
 
 
 def model_of(engine: Engine) -> PreTrainedModel:
@@ -196,11 +199,6 @@ def scores_at_once() -> Iterator[list[int]]:
 def probe_step(shape: KVShape) -> SdpaStep:
     """The step by which decoder layers are tried."""
     return cpu._probe_step(shape)
-
-
-def groups_on(device: torch.device, shape: KVShape, windows: Mapping[int, int | None]) -> KVGroups:
-    """Into which groups layers of one shape with these windows are put there."""
-    return probe._grouped(shape.groups, windows, device)
 
 
 def tell_of_replays(monkeypatch: pytest.MonkeyPatch, tell: "Callable[[StepArrays, list[PromptGraph]], None]") -> None:

@@ -1,4 +1,4 @@
-"""Behind a step of prompts alone the next one is chosen late; first tokens are told before the next one is launched."""
+"""The next step is chosen late, behind steps of one kind; first tokens are told before the next one is launched."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -15,23 +15,23 @@ NOW_S = 100.0
 
 
 class Step:
-    """A launched step of prompt tokens, with or without a decode."""
+    """A launched step of prompt tokens, with or without decodes, or of decodes alone."""
 
     def __init__(self, num_prompt_tokens: int, *, decodes: int = 0, draws: bool = False) -> None:
-        prompt = SimpleNamespace(is_decode=False, num_draws=int(draws))
-        self.items = [prompt, *[SimpleNamespace(is_decode=True, num_draws=1)] * decodes]
+        prompts = [SimpleNamespace(is_decode=False, num_draws=int(draws))] if num_prompt_tokens else []
+        self.items = [*prompts, *[SimpleNamespace(is_decode=True, num_draws=1)] * decodes]
         self.num_prompt_tokens = num_prompt_tokens
         self.has_ended = False
         self.done = SimpleNamespace(query=lambda: self.has_ended)
 
 
-def paced(*steps: "Step") -> Pace:
+def paced(*steps: "Step", seconds: float = CHUNK_S) -> Pace:
     """Steps that took equally long ran one after the other, each begun as the one before ended, the last at `NOW_S`."""
     pace = Pace(EngineStats.begin(LIMITS))
     for number, step in enumerate(steps):
-        begun_s = NOW_S + (number - len(steps)) * CHUNK_S
+        begun_s = NOW_S + (number - len(steps)) * seconds
         launch(pace, step, begun_s - NOW_S)
-        pace.end(begun_s + CHUNK_S)
+        pace.end(begun_s + seconds)
     return pace
 
 
@@ -61,6 +61,27 @@ def test_a_step_that_ends_sooner_than_expected_is_not_waited_out() -> None:
     assert pace.pause_s(NOW_S + 0.010)
     step.has_ended = True
     assert not pace.pause_s(NOW_S + 0.012)
+
+
+def test_behind_decodes_it_is_chosen_when_the_host_still_has_the_time_to_launch_it() -> None:
+    pace = paced(*[Step(0, decodes=32)] * 3, seconds=0.006)
+    launch(pace, Step(0, decodes=32), -0.003)
+    assert pauses_until(pace) == pytest.approx(0.9 * 6 - 2.5, abs=0.5)
+
+
+def test_behind_short_steps_of_decodes_nothing_is_paused_for() -> None:
+    pace = paced(*[Step(0, decodes=32)] * 3, seconds=0.0025)
+    launch(pace, Step(0, decodes=32))
+    assert not pace.pause_s(NOW_S)
+
+
+def test_prompts_say_nothing_of_decodes_nor_decodes_of_prompts() -> None:
+    pace = paced(Step(2048), Step(2048, decodes=3))
+    launch(pace, Step(0, decodes=32))
+    assert not pace.pause_s(NOW_S)
+    pace = paced(Step(0, decodes=32))
+    launch(pace, Step(2048))
+    assert not pace.pause_s(NOW_S)
 
 
 def test_nothing_is_paused_for_beside_decodes_or_where_nothing_is_known_or_under_way() -> None:

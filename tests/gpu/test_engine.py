@@ -80,9 +80,10 @@ def test_preemption_and_a_warm_cache(family: str) -> None:
 # Recorded whole, recorded as a chunk behind others, and launched as a whole.
 @pytest.mark.parametrize(("length", "budget"), [(500, 4096), (1500, 512), (3000, 4096)])
 @pytest.mark.parametrize("parts", [1, 2])
-def test_a_handed_over_prompt_continues(length: int, budget: int, parts: int) -> None:
-    source = build("llama", max_num_batched_tokens=budget, handoff_layer_parts=parts)
-    target = build("llama", max_num_batched_tokens=budget)
+@pytest.mark.parametrize("family", ["llama", "gemma2"], ids=["one group of layers", "groups"])
+def test_a_handed_over_prompt_continues(family: str, length: int, budget: int, parts: int) -> None:
+    source = build(family, max_num_batched_tokens=budget, handoff_layer_parts=parts)
+    target = build(family, max_num_batched_tokens=budget)
     for i in range(3):  # what a recorded step says of its layers is said anew by each replay
         transcript, given = Transcript(), prompt(length + i)
         request = greedy(f"r{i}", given, NUM_TOKENS)
@@ -92,7 +93,7 @@ def test_a_handed_over_prompt_continues(length: int, budget: int, parts: int) ->
             transcript.note(target.import_chunk(chunk, tensor))
         run(target, transcript)
         assert len(transcript.tokens[f"r{i}"]) == NUM_TOKENS
-        check_greedy("llama", given, transcript.tokens[f"r{i}"])
+        check_greedy(family, given, transcript.tokens[f"r{i}"])
 
 
 def test_a_stop_token_ends_a_sequence_although_the_next_step_is_under_way() -> None:

@@ -1,6 +1,7 @@
 """Brings prompts that prefill engines compute into the pool, chunk by chunk, until the first token is here as well."""
 
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,13 @@ from deployments.engine.scheduling.sequence import Sequence
 from deployments.engine.stats import EngineStats
 from deployments.kv_groups import BLOCK_AXIS
 from deployments.messages import ChunkReady, DrawnToken
+
+
+class _Awaited(NamedTuple):
+    """A sequence, and when its blocks are its own on a GPU, too."""
+
+    sequence: Sequence
+    are_free: torch.cuda.Event | None
 
 
 class Importer:
@@ -30,13 +38,16 @@ class Importer:
         self._inbox = inbox
         self._copies = copies
         self._block_size = block_size
-        self._sequences: dict[str, Sequence] = {}
+        self._awaited: dict[str, _Awaited] = {}
 
     def add(self, sequence: Sequence) -> None:
-        """Await the blocks of a reserved sequence behind those that were found here."""
+        """Await the blocks of a reserved sequence behind those that were found here.
+
+        Steps that were launched before may still use these blocks, for whoever had them; later ones do not.
+        """
         first_block = sequence.num_computed_tokens // self._block_size
         self._inbox.reserve(sequence.request_id, range(first_block, sequence.tables.num_blocks))
-        self._sequences[sequence.request_id] = sequence
+        self._awaited[sequence.request_id] = _Awaited(sequence, self._copies.fence())
 
     def fill(self, chunk: ChunkReady, tensor: Tensor) -> tuple[Sequence, DrawnToken] | None:
         """Copy a chunk, or some layers of it, into its blocks.
@@ -51,21 +62,22 @@ class Importer:
         blocks = self._inbox.expect(chunk)
         if blocks is None:
             return None
-        sequence = self._sequences[chunk.request_id]
+        sequence, are_free = self._awaited[chunk.request_id]
         if blocks:
-            self._copies.import_(*_wanted(sequence.tables, chunk, blocks, tensor), chunk.layers)
+            self._copies.import_(*_wanted(sequence.tables, chunk, blocks, tensor), chunk.layers, are_free)
         sequence.limit_cached(chunk.num_cached_tokens)
         if self._inbox.fill(chunk) is not State.READY:
             return None
         self._stats.delta_hit_tokens += max(0, sequence.num_cached_tokens - sequence.num_computed_tokens)
-        return self._sequences.pop(chunk.request_id), self._inbox.claim(chunk.request_id)
+        del self._awaited[chunk.request_id]
+        return sequence, self._inbox.claim(chunk.request_id)
 
     def give_up(self, request_id: str) -> Sequence | None:
         """Await nothing more; the sequence keeps what has come, up to the first gap. None: it is not awaited."""
         num_arrived = self._inbox.drop(request_id)
         if num_arrived is None:
             return None
-        sequence = self._sequences.pop(request_id)
+        sequence, _ = self._awaited.pop(request_id)
         # The last token is computed here: it draws the next one.
         usable = min(num_arrived, (sequence.num_prompt_tokens - 1) // self._block_size)
         sequence.receive(usable * self._block_size)
@@ -74,16 +86,16 @@ class Importer:
     def discard(self, request_id: str) -> None:
         """The request is over. Unknown ones are no error."""
         self._inbox.drop(request_id)
-        self._sequences.pop(request_id, None)
+        self._awaited.pop(request_id, None)
 
 
-def _wanted(tables: BlockTables, chunk: ChunkReady, blocks: range, tensor: Tensor) -> tuple[list[int], Tensor]:
+def _wanted(tables: BlockTables, chunk: ChunkReady, blocks: range, tensor: Tensor) -> tuple[list[int], list[Tensor]]:
     """Where what a chunk has of its last blocks goes, and that; it has what groups hold of it behind each other."""
     sent = tables.spans(range(chunk.start_block, blocks.stop), tables.num_passed)
     wanted = [range(max(span.start, blocks.start), span.stop) for span in sent]
     block_ids = [table[i] for table, span in zip(tables.each, wanted, strict=True) for i in span]
     if len(blocks) == chunk.num_blocks:
-        return block_ids, tensor
+        return block_ids, [tensor]
     ends = accumulate(map(len, sent))
     parts = [tensor.narrow(BLOCK_AXIS, end - len(span), len(span)) for end, span in zip(ends, wanted, strict=True)]
-    return block_ids, torch.cat(parts, BLOCK_AXIS) if len(parts) > 1 else parts[0].contiguous()
+    return block_ids, parts

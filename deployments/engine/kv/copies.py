@@ -1,6 +1,6 @@
 """Chunks of KV out of the pool and into it: in order with the steps that compute and read it, on a GPU beside them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TypeAlias
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deployments.engine.kv.cache import KVCache
+from deployments.kv_groups import BLOCK_AXIS
 
 # (shape, dtype) to a contiguous tensor for a chunk, or None where there is no room.
 Allocate: TypeAlias = Callable[[tuple[int, ...], torch.dtype], Tensor | None]
@@ -16,17 +17,22 @@ Allocate: TypeAlias = Callable[[tuple[int, ...], torch.dtype], Tensor | None]
 class KVCopies:
     """Copies between one pool and chunks. For the thread that launches the steps.
 
-    On a GPU chunks are copied out on a stream of their own, so that a chunk is ready as soon as its KV is computed and
-    not only behind the step that was launched meanwhile. Events say when: None stands for at once.
+    On a GPU chunks are copied on streams of their own. Out: a chunk is ready as soon as its KV is computed, and not
+    only behind the step that was launched meanwhile. In: beside the step that runs, which reads none of it; only the
+    next one waits, for what is left by then. Events say when: None stands for at once.
 
     Args:
         cache: the pool.
+
+    Attributes:
+        import_stream: on which chunks are copied in; None: not on a GPU.
     """
 
     def __init__(self, cache: KVCache) -> None:
         self._cache = cache
         self._allocate: Allocate | None = None
         self._stream = torch.cuda.Stream(cache.blocks.device) if cache.blocks.is_cuda else None
+        self.import_stream = torch.cuda.Stream(cache.blocks.device) if cache.blocks.is_cuda else None
         if self._stream is not None:
             self._compile()
 
@@ -69,24 +75,44 @@ class KVCopies:
             return self._stream.record_event() if self._stream is not None else None
 
     def hold_back(self, copied: torch.cuda.Event | None) -> None:
-        """Have whatever is launched from now on wait for what was copied out until then; None: it waits for nothing."""
+        """Have whatever is launched from now on wait for what was copied until then; None: it waits for nothing."""
         if copied is not None:
             torch.cuda.current_stream().wait_event(copied)
 
-    def import_(self, block_ids: list[int], chunk: Tensor, layers: tuple[int, int] | None = None) -> None:
+    def import_(
+        self,
+        block_ids: list[int],
+        parts: Sequence[Tensor],
+        layers: tuple[int, int] | None = None,
+        after: torch.cuda.Event | None = None,
+    ) -> None:
         """Copy a chunk, complete on a GPU too, into blocks, before any step that is launched later.
 
         Args:
             block_ids: N of them.
-            chunk: it lives until the copy is done, by itself if it has some layers alone.
+            parts: the chunk, cut along the blocks; it lives until the copy is done, by itself if it has some layers
+                alone.
             layers: see `KVCache.import_blocks`.
+            after: when nobody reads or writes these blocks any more, see `fence`; None: nobody does.
 
         Raises:
             ValueError: the chunk has another shape or dtype.
         """
-        self._cache.import_blocks(block_ids, chunk, layers)
-        if layers is not None and chunk.is_cuda:
-            chunk.record_stream(torch.cuda.current_stream())
+        if self.import_stream is None:
+            self._cache.import_blocks(block_ids, _joined(parts), layers)
+            return
+        with torch.cuda.stream(self.import_stream):
+            if after is not None:
+                self.import_stream.wait_event(after)
+            chunk = _joined(parts)
+            self._cache.import_blocks(block_ids, chunk, layers)
+            if layers is not None:
+                chunk.record_stream(self.import_stream)
+        self.hold_back(self.import_stream.record_event())
+
+    def imported(self) -> torch.cuda.Event | None:
+        """When all that was to be copied in up to now is."""
+        return self.import_stream.record_event() if self.import_stream is not None else None
 
     def fence(self) -> torch.cuda.Event | None:
         """When everything that was launched up to now is done."""
@@ -96,10 +122,14 @@ class KVCopies:
         """Copy a block out and in, so that the first hand-off finds the kernels ready."""
         chunk = self.allocate(1)
         self.hold_back(self.export([0], chunk, None))
-        self.import_([0], chunk)
+        self.import_([0], [chunk], after=self.fence())
         torch.cuda.synchronize()
 
     def _place(self, shape: tuple[int, ...]) -> Tensor:
         blocks = self._cache.blocks
         chunk = self._allocate(shape, blocks.dtype) if self._allocate is not None else None
         return chunk if chunk is not None else torch.empty(shape, dtype=blocks.dtype, device=blocks.device)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([*parts], BLOCK_AXIS) if len(parts) > 1 else parts[0].contiguous()

@@ -101,7 +101,7 @@ def _kv_shape(model: PreTrainedModel, probe: _Probe) -> KVShape:
     if sorted(probe.calls) != list(range(num_layers)):
         raise UnsupportedModelError(f"{name} has {num_layers} layers, but attention ran in layers {probe.calls}")
     try:
-        return KVShape(_grouped(_alike(probe.layers), _windows(model, probe), model.device), probe.dtype)
+        return KVShape(_grouped(_alike(probe.layers), _windows(model, probe)), probe.dtype)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{name}: {error}") from None
 
@@ -124,11 +124,10 @@ def _alike(layers: Mapping[int, tuple[int, int, int]]) -> tuple[KVGroup, ...]:
     return tuple(KVGroup(tuple(layers), *heads) for heads, layers in layers_of.items())
 
 
-def _grouped(alike: tuple[KVGroup, ...], windows: Mapping[int, int | None], device: torch.device) -> KVGroups:
+def _grouped(alike: tuple[KVGroup, ...], windows: Mapping[int, int | None]) -> KVGroups:
     """Put layers with a window and others into groups of their own, of as many layers each.
 
-    They stay together where that would leave much of the pool unused, or take many tables; and on a GPU, whose graphs
-    and kernels have not run with several groups yet.
+    They stay together where that would leave much of the pool unused, or take many tables.
     """
     (group, *others), widest = alike, max((window or 0 for window in windows.values()), default=0)
     full, windowed = ([i for i in group.layers if (windows[i] is None) is is_full] for is_full in (True, False))
@@ -141,7 +140,7 @@ def _grouped(alike: tuple[KVGroup, ...], windows: Mapping[int, int | None], devi
     groups += [replace(group, layers=layers, window=widest) for layers in _cut(windowed, size)]
     num_places = size * len(groups)
     is_tight = num_places - len(group.layers) <= _MAX_UNUSED * num_places and len(groups) <= _MAX_GROUPS
-    return tuple(groups) if is_tight and device.type == "cpu" else alike
+    return tuple(groups) if is_tight else alike
 
 
 def _cut(layers: list[int], size: int) -> list[tuple[int, ...]]:

@@ -18,7 +18,6 @@ from deployments.kv_groups import KVGroup
 from deployments.messages import GenerateRequest, SamplingParams
 from tests.engine.driving import Taken, build_engine, greedy, run
 from tests.engine.families import CPU, WINDOW, load, random_prompt
-from tests.engine.insides import groups_on
 from tests.tiny_models import SMALL
 
 _SMALL = {key: value for key, value in SMALL.items() if key != "head_dim"}  # some cannot take one
@@ -235,12 +234,6 @@ def test_the_kv_shape_is_what_the_layers_hand_over() -> None:
     for family, groups in (("llama", (one,)), ("gemma2", several)):
         shape = load(family).kv_shape
         assert (shape.groups, shape.dtype) == (groups, torch.float32)
-
-
-def test_on_a_gpu_layers_with_a_window_and_others_keep_all_in_one_group() -> None:
-    whole, windows = load("gemma2").kv_shape.keeping_all, {0: WINDOW, 1: None, 2: WINDOW}
-    assert groups_on(torch.device("cuda"), whole, windows) == whole.groups
-    assert groups_on(CPU, whole, windows) == load("gemma2").kv_shape.groups
 
 
 def test_layers_with_other_kv_than_the_rest_are_named() -> None:
