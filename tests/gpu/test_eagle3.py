@@ -226,6 +226,7 @@ def test_the_host_waits_once_for_all_guesses_and_never_for_what_is_learned(tempe
     assert len(waits) == 1, [str(wait.message) for wait in waits]
 
 
+@pytest.mark.whole_card
 @pytest.mark.parametrize("budget", [2048, 16384])
 def test_an_engine_that_takes_what_is_left_has_room_for_its_head(budget: int) -> None:
     gc.collect()

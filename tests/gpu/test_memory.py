@@ -1,4 +1,4 @@
-"""An engine that takes what the GPU has left runs whatever its limits allow; nothing else may use the GPU meanwhile."""
+"""An engine that takes what the GPU has left runs whatever its limits allow."""
 
 import gc
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from deployments.messages import GenerateRequest, SamplingParams
 from tests.engine.driving import run
 from tests.gpu.models import CONFIGS, loaded, plain
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.whole_card]
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
