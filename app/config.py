@@ -18,7 +18,7 @@ from ray.serve.config import RequestRouterConfig
 from app.arguments import ConfigError, describe_errors, list_arguments, unflatten
 from app.deployment_config import FRONT_NUM_CPUS, HEALTH_CHECK_TIMEOUT_S, EngineSettings, IngressConfig, PoolConfig
 from app.scaling import TELL_SPAN_S, planned_pool, telling_ingress
-from deployments.engine.config import MODELS_THAT_GUESS, EngineConfig
+from deployments.engine.config import MODELS_THAT_GUESS, EngineConfig, SpeculationConfig
 from deployments.kv_tier.settings import TierSettings
 from deployments.load.admission import Bounds
 from deployments.load.held import HoldBounds
@@ -99,9 +99,18 @@ class AppConfig(BaseModel):
             config = handler(unflatten(cls, values) if isinstance(values, Mapping) else values)
         except ValidationError as error:
             raise ConfigError(describe_errors(cls, error)) from None
+        config._check_guesses()
         config._check_pools()
         config._check_planner()
         return config
+
+    def _check_guesses(self) -> None:
+        """Refuse a method without its model, or a model without a method, wherever either is set."""
+        try:
+            SpeculationConfig(**_guesses(self.engine, self.decode.engine))
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            raise ConfigError(f"engine.speculation, with decode.engine.speculation before it: {reason}") from None
 
     def _check_pools(self) -> None:
         if self.decode.min_replicas == 0:
@@ -173,7 +182,7 @@ class AppConfig(BaseModel):
             "hands_over": pool == "prefill" or self.planner.flip,
         }
         shared, own = (engine.model_dump(exclude_unset=True) for engine in (self.engine, settings.engine))
-        own["speculation"] = {} if pool == "prefill" else _guesses(shared, own)
+        own["speculation"] = {} if pool == "prefill" else _guesses(self.engine, settings.engine)
         return EngineConfig(model=self.model, **given | shared | own)
 
     def admission_bounds(self) -> Bounds:
@@ -295,12 +304,12 @@ class AppConfig(BaseModel):
         return {"decode": self.decode} if self.mode == "colocated" else {"prefill": self.prefill, "decode": self.decode}
 
 
-def _guesses(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of guesses of one pool: what is its own goes before, and a model of another method falls away."""
-    settings: dict[str, Any] = shared.get("speculation", {}) | own.get("speculation", {})
-    if settings.get("method") not in MODELS_THAT_GUESS:
-        settings.pop("model", None)
-    return settings
+def _guesses(shared: EngineConfig, own: EngineConfig) -> dict[str, Any]:
+    """The settings of guesses of one pool: what is its own goes before, and its own method drops others' model."""
+    before, behind = (engine.speculation.model_dump(exclude_unset=True) for engine in (shared, own))
+    if "method" in behind and behind["method"] not in MODELS_THAT_GUESS:
+        before.pop("model", None)
+    return before | behind
 
 
 def api_name(model: str) -> str:

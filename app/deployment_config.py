@@ -14,7 +14,7 @@ from deployments.api.cors import check_origin
 from deployments.api.keys import check_source
 from deployments.api.reasoning.support import ReasoningParserName
 from deployments.api.tools.families import ToolParserName
-from deployments.engine.config import EngineConfig
+from deployments.engine.config import EngineConfig, SpeculationConfig
 from deployments.telemetry.settings import TraceSettings
 
 # Serve starts a new replica when a check fails three times, or at once when the replica is gone: one whose engine does
@@ -39,10 +39,19 @@ def _check_amount(value: float) -> float:
 Amount = Annotated[float, Field(ge=0), AfterValidator(_check_amount)]
 
 
+class SpeculationSettings(SpeculationConfig):
+    """Settings of guesses as arguments: whether they fit is judged once those of all places are put together."""
+
+    @model_validator(mode="after")
+    def _check_model(self) -> Self:
+        return self
+
+
 class EngineSettings(EngineConfig):
     """The engine's settings as arguments: `model` has its own argument, and only what is given overrides."""
 
     model: str = Field(default="", exclude=True)
+    speculation: SpeculationSettings = Field(default_factory=SpeculationSettings)
 
     @model_validator(mode="before")
     @classmethod

@@ -125,8 +125,10 @@ class PoolBackend:
         def close(stream: TokenStream) -> None:
             if log is not None and stream.has_finished:
                 log.end_when_settled(serving, len(stream.token_ids))
-            else:
-                serving.cancel()
+                return
+            if log is not None:
+                log.cut(len(stream.token_ids))
+            serving.cancel()
 
         stream = self._tokens.open(request.request_id, overflow, close)
         asked = request if log is None else replace(request, wants_receipt=True)

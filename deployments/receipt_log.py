@@ -57,6 +57,11 @@ class ReceiptLog:
             if self._on_settled is not None:
                 self._on_settled.cancel()
 
+    def cut(self, num_tokens: int) -> None:
+        """Nobody wants more than the tokens that have come: the answer has ended, or its reader has left."""
+        if self._attempts:
+            self._came(num_tokens)
+
     def end_when_settled(self, serving: "asyncio.Task[None]", num_tokens: int) -> None:
         """Cancel what serves the request, whose tokens have all come, once it has heard how it was served."""
         if self._is_settled.is_set():

@@ -26,6 +26,7 @@ def refusal(*pairs: str) -> str:
     return str(caught.value)
 
 
+GUESSING = "engine.speculation.method=draft_model", "engine.speculation.model=/small"
 # Texts, and what reads as a number but is none that a machine has.
 _VALUES = st.text(min_size=1) | st.sampled_from(["inf", "-inf", "nan", "1e300", "-1", "0", "1e-9", str(10**30)])
 
@@ -287,7 +288,7 @@ def test_a_pool_adds_to_the_guesses_of_all_engines():
 
 
 def test_prefill_engines_guess_nothing_and_are_not_asked_to():
-    config = read("engine.speculation.method=draft_model", "engine.speculation.model=/small")
+    config = read(*GUESSING)
     assert config.engine_config("prefill").speculation == SpeculationConfig()
     assert config.engine_config("decode").speculation == SpeculationConfig(method="draft_model", model="/small")
     assert "one token of each prompt" in refusal("prefill.engine.speculation.method=ngram")
@@ -297,10 +298,20 @@ def test_a_model_that_guesses_goes_with_its_method_alone():
     assert "needs model" in refusal("engine.speculation.method=draft_model")
     assert "needs model: an EAGLE-3 head" in refusal("engine.speculation.method=eagle3")
     assert "method=draft_model and method=eagle3 alone" in refusal("engine.speculation.model=/small")
-    shared = "engine.speculation.method=draft_model", "engine.speculation.model=/small"
     for method in ("off", "ngram"):
-        config = read(*shared, f"decode.engine.speculation.method={method}")
+        config = read(*GUESSING, f"decode.engine.speculation.method={method}")
         assert config.engine_config("decode").speculation == SpeculationConfig(method=method)
+
+
+def test_settings_of_guesses_are_judged_once_they_are_together():
+    config = read(*GUESSING, "decode.engine.speculation.model=/other")
+    assert config.engine_config("decode").speculation == SpeculationConfig(method="draft_model", model="/other")
+    config = read("engine.speculation.model=/small", "decode.engine.speculation.method=draft_model")
+    assert config.engine_config("decode").speculation == SpeculationConfig(method="draft_model", model="/small")
+    assert "needs model" in refusal("decode.engine.speculation.method=draft_model")
+    lonely = "decode.engine.speculation.method=ngram", "decode.engine.speculation.model=/small"
+    assert "model is '/small', which takes effect with" in refusal(*lonely)
+    assert "max_drafts=0" in refusal(*GUESSING, "decode.engine.speculation.max_drafts=0")
 
 
 def test_every_argument_is_listed_with_a_meaning():

@@ -104,6 +104,25 @@ async def test_a_receipt_that_holds_nothing_back_is_whole_a_moment_later(start: 
     )
 
 
+async def test_a_receipt_counts_the_tokens_of_an_answer_that_its_reader_ends(start: StartPools) -> None:
+    pools = await start(min_tokens=16)
+    told: list[Receipt] = []
+    request, num_read = greedy("r1", PROMPT, NUM_TOKENS), 0
+    async with aclosing(pools.backend.generate(request, lambda: None, told.append)) as stream:
+        async for output in stream:
+            num_read += len(output.token_ids)
+            if num_read >= 2:
+                break
+    (attempt,) = told[-1]
+    assert num_read <= attempt.num_tokens <= NUM_TOKENS
+
+
+async def test_a_receipt_of_which_nothing_was_sent_is_cut_without_one() -> None:
+    told: list[Receipt] = []
+    receipt_log.ReceiptLog(told.append).cut(0)
+    assert not told
+
+
 async def test_a_receipt_counts_the_tokens_that_came_after_the_replica_was_done() -> None:
     told: list[Receipt] = []
     log = receipt_log.ReceiptLog(told.append)

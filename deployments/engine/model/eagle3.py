@@ -28,6 +28,8 @@ from deployments.engine.kv.cache import KVShape
 from deployments.kv_groups import KVGroup
 
 NUM_STATES = 3
+# A field of configurations: the layer adds to its normalised states, and not to these as they are.
+NORMS_RESIDUAL = "norm_before_residual"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,13 +98,15 @@ class _Layer(nn.Module):
         self.self_attn = _Attention(config)
         self.post_attention_layernorm = LlamaRMSNorm(size, eps)
         self.mlp = LlamaMLP(config)
+        self._norms_residual = getattr(config, NORMS_RESIDUAL, None) is True
 
     def ask(self, states: Tensor, embedded: Tensor, rotary: tuple[Tensor, Tensor]) -> LayerAttention:
         both = torch.cat((self.input_layernorm(embedded), self.hidden_norm(states)), dim=-1)
         return self.self_attn.ask(both, rotary)
 
     def forward(self, states: Tensor, asked: LayerAttention, step: AttentionStep) -> Tensor:
-        states = states + self.self_attn(asked, step)
+        residual = self.hidden_norm(states) if self._norms_residual else states
+        states = residual + self.self_attn(asked, step)
         out: Tensor = states + self.mlp(self.post_attention_layernorm(states))
         return out
 

@@ -13,10 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from deployments.engine.attention.base import LayerAttention
-from deployments.engine.model.config import read_config
-from deployments.engine.model.eagle3 import NUM_STATES, Eagle3Form, Eagle3Head
+from deployments.engine.model.bounds import shown
+from deployments.engine.model.config import blamed, build_config, read_config, read_values
+from deployments.engine.model.eagle3 import NORMS_RESIDUAL, NUM_STATES, Eagle3Form, Eagle3Head
 from deployments.engine.model.headers import Header, Headers, read_headers, weight_files
 from deployments.engine.model.weights import check_finite
 from deployments.errors import UnsupportedModelError
@@ -40,6 +42,7 @@ def check_eagle3(path: str, target: PretrainedConfig) -> Eagle3Form:
         UnsupportedModelError: names what is at fault, in one line.
     """
     config, headers = read_config(path), _read_headers(path)
+    _check_fields(path, config)
     if not isinstance(config, LlamaConfig) or config.num_hidden_layers != 1:
         raise _refusal(
             path, f"model_type is {config.model_type} with {config.num_hidden_layers} layers, must be llama with 1"
@@ -127,6 +130,32 @@ def _target_ids(path: str, to_target: Tensor, vocab_size: int) -> Tensor:
 
 def _refusal(path: str, fault: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"EAGLE-3 head {path!r}: {fault}")
+
+
+def _check_fields(path: str, config: PretrainedConfig) -> None:
+    """Of those that transformers does not know, or does not try."""
+    beside = getattr(config, "eagle_config", None)
+    if not isinstance(beside, Mapping | None):
+        raise _refusal(path, f"eagle_config is {shown(beside)}, must be an object")
+    fields = {_IDS: getattr(config, _IDS, None), f"eagle_config.{_IDS}": (beside or {}).get(_IDS)}
+    for name, ids in fields.items():
+        if not isinstance(ids, list | tuple | None) or not all(type(one) is int for one in ids or ()):
+            raise _refusal(path, f"{name} is {shown(ids)}, must be a list of {NUM_STATES} numbers of layers")
+    size = getattr(config, "draft_vocab_size", None)
+    if size is not None and (type(size) is not int or size < 1):
+        raise _refusal(path, f"draft_vocab_size is {shown(size)}, must be a whole number of at least 1")
+    if not isinstance(norms := getattr(config, NORMS_RESIDUAL, None), bool | None):
+        raise _refusal(path, f"{NORMS_RESIDUAL} is {shown(norms)}, must be true or false")
+    try:
+        _build_rotary(config.to_dict())
+    except Exception as error:
+        raise blamed(path, read_values(path), _build_rotary, error) from error
+
+
+def _build_rotary(values: Mapping[str, Any]) -> None:
+    config = build_config(values)
+    if isinstance(config, LlamaConfig):
+        LlamaRotaryEmbedding(config)
 
 
 def _layers(path: str, config: LlamaConfig, num_layers: int) -> tuple[int, ...]:

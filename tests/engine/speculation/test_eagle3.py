@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -256,6 +257,21 @@ def test_which_layers_it_goes_by_its_configuration_may_say(
     assert head is not None and head.layers == layers
 
 
+def test_its_layer_adds_to_normalised_states_where_its_configuration_says_so(tmp_path: Path, model_path: str) -> None:
+    states, tokens, positions = torch.randn(1, 64), torch.tensor([3]), torch.tensor([5])
+    outs = []
+    for number, fields in enumerate(({}, {"norm_before_residual": False}, {"norm_before_residual": True})):
+        head = load_pair(model_path, eagle3_heads.save(tmp_path / str(number), weights(), **fields)).head
+        assert head is not None
+        with torch.no_grad():  # so that the layer gives what it adds to
+            head.midlayer.self_attn.o_proj.weight.zero_()
+            head.midlayer.mlp.down_proj.weight.zero_()
+            outs.append(head(states, tokens, positions, eagle3_heads.Dense()))
+            normalised = head.midlayer.hidden_norm(states)
+    assert torch.equal(outs[0], states) and torch.equal(outs[1], states)
+    assert torch.equal(outs[2], normalised) and not torch.allclose(normalised, states)
+
+
 def changed(**tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
     given = {name.replace("__", "."): weight for name, weight in tensors.items()}
     return {name: weight for name, weight in (weights() | given).items() if weight is not None}
@@ -285,6 +301,30 @@ def changed(**tensors: torch.Tensor | None) -> dict[str, torch.Tensor]:
             {"eagle_aux_hidden_state_layer_ids": [1, 2, 8]},
             r"it takes the inputs of layers \[1, 2, 8\], must be 3 of the model's 8",
         ),
+        *[
+            (
+                weights(),
+                {"eagle_aux_hidden_state_layer_ids": ids},
+                f"layer_ids is {re.escape(repr(ids))}, must be a list",
+            )
+            for ids in ("123", 5, [[1], 2, 3], [1.5, 2, 3], [True, 2, 3])
+        ],
+        (weights(), {"eagle_config": [1]}, r"eagle_config is \[1\], must be an object"),
+        (
+            weights(),
+            {"eagle_config": {"eagle_aux_hidden_state_layer_ids": "xyz"}},
+            r"eagle_config\.eagle_aux_hidden_state_layer_ids is 'xyz', must be a list of 3 numbers of layers",
+        ),
+        *[
+            (
+                weights(),
+                {"draft_vocab_size": size},
+                f"draft_vocab_size is {size!r}, must be a whole number of at least 1",
+            )
+            for size in (-1, "x", 96.0)
+        ],
+        (weights(), {"norm_before_residual": "x"}, "norm_before_residual is 'x', must be true or false"),
+        (weights(), {"rope_scaling": {"rope_type": "nope"}}, "rope_scaling is {'rope_type': 'nope'}: KeyError"),
     ],
 )
 def test_a_head_of_another_form_is_refused_in_one_line(
