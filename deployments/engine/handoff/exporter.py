@@ -49,11 +49,16 @@ class _Outgoing:
         sequence: it.
         announced: what is copied out in this step.
         is_all_announced: no other chunk comes.
+        found: when what was found of it in the cache is there on a GPU as well: others' steps in flight, and chunks on
+            their way into the pool, may still write it.
+        num_preemptions: that it had by then; behind another one other blocks may be found.
     """
 
     sequence: Sequence
     announced: list[_Announced] = field(default_factory=list)
     is_all_announced: bool = False
+    found: torch.cuda.Event | None = None
+    num_preemptions: int = -1
 
 
 class Exporter:
@@ -111,6 +116,9 @@ class Exporter:
         for request_id, outgoing in self._outgoing.items():
             end = reach.get(request_id, outgoing.sequence.num_launched_tokens)
             while 0 < (size := self._next_size(outgoing, end)) <= self._outbox.num_free_blocks:
+                if outgoing.num_preemptions < outgoing.sequence.num_preemptions:
+                    outgoing.num_preemptions = outgoing.sequence.num_preemptions
+                    outgoing.found = self._copies.fence()
                 self._announce(outgoing, size, end, request_id in reach)
 
     @property
@@ -143,7 +151,7 @@ class Exporter:
                 end = each.chunk.start_block + each.chunk.num_blocks
                 is_computed = end * self._block_size <= sequence.num_computed_tokens
                 if each.num_copied < len(each.ends):
-                    self._copy_out(sequence, each, len(each.ends), None if is_computed else done)
+                    self._copy_out(sequence, each, len(each.ends), outgoing.found if is_computed else done)
             outgoing.announced.clear()
         self._copies.hold_back(self._last_copied)
         self._last_copied = None

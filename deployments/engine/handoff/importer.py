@@ -1,6 +1,6 @@
 """Brings prompts that prefill engines compute into the pool, chunk by chunk, until the first token is here as well."""
 
-from itertools import accumulate
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -64,7 +64,7 @@ class Importer:
             return None
         sequence, are_free = self._awaited[chunk.request_id]
         if blocks:
-            self._copies.import_(*_wanted(sequence.tables, chunk, blocks, tensor), chunk.layers, are_free)
+            self._copies.import_(_wanted(sequence.tables, chunk, blocks, tensor), chunk.layers, are_free)
         sequence.limit_cached(chunk.num_cached_tokens)
         if self._inbox.fill(chunk) is not State.READY:
             return None
@@ -89,13 +89,16 @@ class Importer:
         self._awaited.pop(request_id, None)
 
 
-def _wanted(tables: BlockTables, chunk: ChunkReady, blocks: range, tensor: Tensor) -> tuple[list[int], list[Tensor]]:
+def _wanted(
+    tables: BlockTables, chunk: ChunkReady, blocks: range, tensor: Tensor
+) -> Iterator[tuple[list[int], Tensor]]:
     """Where what a chunk has of its last blocks goes, and that; it has what groups hold of it behind each other."""
-    sent = tables.spans(range(chunk.start_block, blocks.stop), tables.num_passed)
-    wanted = [range(max(span.start, blocks.start), span.stop) for span in sent]
-    block_ids = [table[i] for table, span in zip(tables.each, wanted, strict=True) for i in span]
+    sent, end = tables.spans(range(chunk.start_block, blocks.stop), tables.num_passed), 0
     if len(blocks) == chunk.num_blocks:
-        return block_ids, [tensor]
-    ends = accumulate(map(len, sent))
-    parts = [tensor.narrow(BLOCK_AXIS, end - len(span), len(span)) for end, span in zip(ends, wanted, strict=True)]
-    return block_ids, parts
+        yield [table[i] for table, span in zip(tables.each, sent, strict=True) for i in span], tensor
+        return
+    for table, span in zip(tables.each, sent, strict=True):
+        wanted = span[max(0, blocks.start - span.start) :]
+        end += len(span)
+        if wanted:
+            yield [table[i] for i in wanted], tensor.narrow(BLOCK_AXIS, end - len(wanted), len(wanted))

@@ -19,7 +19,8 @@ def gather_blocks(pool: Tensor, block_ids: Tensor, out: Tensor) -> None:
         pool: (num_layers, 2, num_blocks, block_size, H_kv, width of a head), contiguous; a block's bytes a multiple
             of 8.
         block_ids: (N,) int64.
-        out: (num_layers, 2, N, block_size, H_kv, width of a head), contiguous, on the same GPU or one it can reach.
+        out: (num_layers, 2, N, block_size, H_kv, width of a head), on the same GPU or one it can reach; contiguous, or
+            some neighbouring blocks of what is.
     """
     _copy(pool, block_ids, out, None)
 
@@ -38,9 +39,10 @@ def _copy(pool: Tensor, block_ids: Tensor, chunk: Tensor, scatter_programs: int 
     _copy_blocks[(min(num_items, scatter_programs or num_items),)](
         pool.view(-1).view(torch.int64),
         block_ids,
-        chunk.view(-1).view(torch.int64),
+        chunk.as_strided((8 // chunk.itemsize,), (1,)).view(torch.int64),  # where it begins
         num_blocks,
         count,
+        chunk.stride(1) * chunk.itemsize // 8,
         num_items,
         WORDS=words,
         PIECE=piece,
@@ -56,6 +58,7 @@ def _copy_blocks(
     chunk,
     num_blocks,
     count,
+    plane_words,
     num_items,
     WORDS: tl.constexpr,
     PIECE: tl.constexpr,
@@ -68,7 +71,7 @@ def _copy_blocks(
         index, plane = item // PIECES % count, (item // PIECES // count).to(tl.int64)
         mask = word < WORDS
         in_pool = (plane * num_blocks + tl.load(block_ids + index)) * WORDS + word
-        in_chunk = (plane * count + index) * WORDS + word
+        in_chunk = plane * plane_words + index * WORDS + word
         if INTO_POOL:
             tl.store(pool + in_pool, tl.load(chunk + in_chunk, mask=mask), mask=mask)
         else:

@@ -178,7 +178,7 @@ class KVCache:
 
         Args:
             block_ids: N of them.
-            chunk: what is copied.
+            chunk: what is copied; some blocks of a larger one as well.
             layers: the first one that it has, and the one behind the last; None: it has all.
 
         Raises:

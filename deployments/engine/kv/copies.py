@@ -1,6 +1,6 @@
 """Chunks of KV out of the pool and into it: in order with the steps that compute and read it, on a GPU beside them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import TypeAlias
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from deployments.engine.kv.cache import KVCache
-from deployments.kv_groups import BLOCK_AXIS
 
 # (shape, dtype) to a contiguous tensor for a chunk, or None where there is no room.
 Allocate: TypeAlias = Callable[[tuple[int, ...], torch.dtype], Tensor | None]
@@ -81,34 +80,29 @@ class KVCopies:
 
     def import_(
         self,
-        block_ids: list[int],
-        parts: Sequence[Tensor],
+        parts: Iterable[tuple[list[int], Tensor]],
         layers: tuple[int, int] | None = None,
         after: torch.cuda.Event | None = None,
     ) -> None:
         """Copy a chunk, complete on a GPU too, into blocks, before any step that is launched later.
 
         Args:
-            block_ids: N of them.
-            parts: the chunk, cut along the blocks; it lives until the copy is done, by itself if it has some layers
-                alone.
-            layers: see `KVCache.import_blocks`.
+            parts: ids of blocks, and what goes there; see `KVCache.import_blocks`. All of it lives until the copy is
+                done, by itself if it has some layers alone.
+            layers: likewise.
             after: when nobody reads or writes these blocks any more, see `fence`; None: nobody does.
 
         Raises:
             ValueError: the chunk has another shape or dtype.
         """
-        if self.import_stream is None:
-            self._cache.import_blocks(block_ids, _joined(parts), layers)
-            return
-        with torch.cuda.stream(self.import_stream):
-            if after is not None:
+        with nullcontext() if self.import_stream is None else torch.cuda.stream(self.import_stream):
+            if self.import_stream is not None and after is not None:
                 self.import_stream.wait_event(after)
-            chunk = _joined(parts)
-            self._cache.import_blocks(block_ids, chunk, layers)
-            if layers is not None:
-                chunk.record_stream(self.import_stream)
-        self.hold_back(self.import_stream.record_event())
+            for block_ids, part in parts:
+                self._cache.import_blocks(block_ids, part, layers)
+                if self.import_stream is not None and layers is not None:
+                    part.record_stream(self.import_stream)
+        self.hold_back(self.imported())
 
     def imported(self) -> torch.cuda.Event | None:
         """When all that was to be copied in up to now is."""
@@ -122,14 +116,10 @@ class KVCopies:
         """Copy a block out and in, so that the first hand-off finds the kernels ready."""
         chunk = self.allocate(1)
         self.hold_back(self.export([0], chunk, None))
-        self.import_([0], [chunk], after=self.fence())
+        self.import_([([0], chunk)], after=self.fence())
         torch.cuda.synchronize()
 
     def _place(self, shape: tuple[int, ...]) -> Tensor:
         blocks = self._cache.blocks
         chunk = self._allocate(shape, blocks.dtype) if self._allocate is not None else None
         return chunk if chunk is not None else torch.empty(shape, dtype=blocks.dtype, device=blocks.device)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([*parts], BLOCK_AXIS) if len(parts) > 1 else parts[0].contiguous()

@@ -27,3 +27,18 @@ def test_blocks_go_out_and_in_by_however_few_programs(
     expected = torch.full_like(other, -1.0)
     expected[:, :, ids] = pool[:, :, ids]
     assert torch.equal(other, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.uint8], ids=["numbers", "codes and their scales"])
+def test_some_blocks_of_a_larger_chunk_go_in_as_they_lie(dtype: torch.dtype) -> None:
+    shape = (3, 2, 7, 16, 2, 12)
+    chunk = (torch.arange(torch.Size(shape).numel(), device=DEVICE) % 251).view(shape).to(dtype)
+    pool = torch.full((5, 2, 9, 16, 2, 12), 255, device=DEVICE, dtype=dtype)
+    expected = pool.clone()
+    ids = [8, 1, 4]
+    scatter_blocks(pool[1:4], torch.tensor(ids, device=DEVICE), chunk.narrow(2, 2, 3))
+    expected[1:4, :, ids] = chunk[:, :, 2:5]
+    assert torch.equal(pool, expected)
+    scatter_blocks(pool[1:3], torch.tensor(ids, device=DEVICE), chunk[1:3].narrow(2, 4, 3))
+    expected[1:3, :, ids] = chunk[1:3, :, 4:]
+    assert torch.equal(pool, expected)
