@@ -137,10 +137,8 @@ def _check_fields(path: str, config: PretrainedConfig) -> None:
     beside = getattr(config, "eagle_config", None)
     if not isinstance(beside, Mapping | None):
         raise _refusal(path, f"eagle_config is {shown(beside)}, must be an object")
-    fields = {_IDS: getattr(config, _IDS, None), f"eagle_config.{_IDS}": (beside or {}).get(_IDS)}
-    for name, ids in fields.items():
-        if not isinstance(ids, list | tuple | None) or not all(type(one) is int for one in ids or ()):
-            raise _refusal(path, f"{name} is {shown(ids)}, must be a list of {NUM_STATES} numbers of layers")
+    _check_ids(path, _IDS, getattr(config, _IDS, None))
+    _check_ids(path, f"eagle_config.{_IDS}", (beside or {}).get(_IDS))
     size = getattr(config, "draft_vocab_size", None)
     if size is not None and (type(size) is not int or size < 1):
         raise _refusal(path, f"draft_vocab_size is {shown(size)}, must be a whole number of at least 1")
@@ -150,6 +148,11 @@ def _check_fields(path: str, config: PretrainedConfig) -> None:
         _build_rotary(config.to_dict())
     except Exception as error:
         raise blamed(path, read_values(path), _build_rotary, error) from error
+
+
+def _check_ids(path: str, name: str, ids: object) -> None:
+    if not isinstance(ids, list | tuple | None) or not all(type(one) is int for one in ids or ()):
+        raise _refusal(path, f"{name} is {shown(ids)}, must be a list of {NUM_STATES} numbers of layers")
 
 
 def _build_rotary(values: Mapping[str, Any]) -> None:
