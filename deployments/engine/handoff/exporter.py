@@ -51,14 +51,14 @@ class _Outgoing:
         is_all_announced: no other chunk comes.
         found: when what was found of it in the cache is there on a GPU as well: others' steps in flight, and chunks on
             their way into the pool, may still write it.
-        num_preemptions: that it had by then; behind another one other blocks may be found.
+        found_after: so many preemptions; behind another one other blocks may be found.
     """
 
     sequence: Sequence
     announced: list[_Announced] = field(default_factory=list)
     is_all_announced: bool = False
     found: torch.cuda.Event | None = None
-    num_preemptions: int = -1
+    found_after: int = -1
 
 
 class Exporter:
@@ -116,9 +116,8 @@ class Exporter:
         for request_id, outgoing in self._outgoing.items():
             end = reach.get(request_id, outgoing.sequence.num_launched_tokens)
             while 0 < (size := self._next_size(outgoing, end)) <= self._outbox.num_free_blocks:
-                if outgoing.num_preemptions < outgoing.sequence.num_preemptions:
-                    outgoing.num_preemptions = outgoing.sequence.num_preemptions
-                    outgoing.found = self._copies.fence()
+                if outgoing.found_after < outgoing.sequence.num_preemptions:
+                    outgoing.found_after, outgoing.found = outgoing.sequence.num_preemptions, self._copies.fence()
                 self._announce(outgoing, size, end, request_id in reach)
 
     @property
