@@ -110,7 +110,9 @@ class AppConfig(BaseModel):
             SpeculationConfig(**_guesses(self.engine, self.decode.engine))
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ConfigError(f"engine.speculation, with decode.engine.speculation before it: {reason}") from None
+            engines = {"engine": self.engine, "decode.engine": self.decode.engine}
+            places = [f"{name}.speculation" for name, one in engines.items() if "speculation" in one.model_fields_set]
+            raise ConfigError(f"{' and '.join(places)}: {reason}") from None
 
     def _check_pools(self) -> None:
         if self.decode.min_replicas == 0:

@@ -308,9 +308,11 @@ def test_settings_of_guesses_are_judged_once_they_are_together():
     assert config.engine_config("decode").speculation == SpeculationConfig(method="draft_model", model="/other")
     config = read("engine.speculation.model=/small", "decode.engine.speculation.method=draft_model")
     assert config.engine_config("decode").speculation == SpeculationConfig(method="draft_model", model="/small")
-    assert "needs model" in refusal("decode.engine.speculation.method=draft_model")
+    assert refusal("decode.engine.speculation.method=draft_model").startswith("decode.engine.speculation: method is")
     lonely = "decode.engine.speculation.method=ngram", "decode.engine.speculation.model=/small"
     assert "model is '/small', which takes effect with" in refusal(*lonely)
+    split = "engine.speculation.method=ngram", "decode.engine.speculation.model=/small"
+    assert refusal(*split).startswith("engine.speculation and decode.engine.speculation: model is '/small'")
     assert "max_drafts=0" in refusal(*GUESSING, "decode.engine.speculation.max_drafts=0")
 
 
