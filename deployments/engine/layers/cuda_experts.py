@@ -1,17 +1,10 @@
-"""Routers and experts of a model on a GPU, replaced by kernels of our own. Imported only where there is a GPU.
+"""Routers and experts with kernels of our own. Imported only where there is a GPU.
 
-Experts are those of transformers' `use_experts_implementation`: the weights of all experts in two tensors. Blocks keep
-their own `forward`, so shared experts and whatever else they have stay as they are. A router or a layer of experts that
-computes something else than we know is not replaced; found out by trying, as with all other layers.
+`layers/replace_experts.py` puts them into a model.
 """
 
-import copy
-import itertools
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +16,11 @@ from deployments.engine.kernels.cuda_router import router_logits
 from deployments.engine.kernels.cuda_routing import Routing, plan_blocks, route
 from deployments.engine.kernels.mxfp4 import Mxfp4
 from deployments.engine.layers.owed import Owed
-from deployments.engine.layers.trial import PROBE_ROWS, is_near
-from deployments.errors import UnsupportedModelError
 
 # Up to here each token reads the weights of its experts for itself: they seldom meet.
 _FEW_TOKENS = 4
 # More tokens are taken in turn, for the memory that their experts' outputs take.
 _MAX_TOKENS = 8192
-logger = logging.getLogger(__name__)
 
 
 class FusedRouter(nn.Module):
@@ -143,177 +133,3 @@ def _tiles(rows_per_expert: float) -> tuple[int, Tile, Tile]:
     if rows_per_expert <= 96:
         return 64, Tile(128, 64, 4, 8), Tile(256, 64, 3, 8, weight_first=False)
     return 128, Tile(128, 64, 4, 8, weight_first=False), Tile(256, 64, 4, 8, weight_first=False)
-
-
-@torch.inference_mode()
-def fuse_experts(model: nn.Module) -> int:
-    """Replace routers and experts in place.
-
-    Returns:
-        How many layers of experts were replaced.
-    """
-    num_fused = 0
-    for parent in list(model.modules()):
-        experts = getattr(parent, "experts", None)
-        if not isinstance(experts, nn.Module) or not hasattr(experts, "is_concatenated"):
-            continue
-        _replace_routers(parent)
-        fused = _fused_experts(experts)
-        if fused is not None:
-            parent.experts = fused
-            num_fused += 1
-    return num_fused
-
-
-@torch.inference_mode()
-def pack_experts(model: nn.Module) -> None:
-    """Keep the weights of all experts in MXFP4, after `fuse_experts`.
-
-    Raises:
-        UnsupportedModelError: there are none that our kernels run, or some are not in MXFP4.
-    """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, FusedExperts)]
-    if not layers:
-        raise UnsupportedModelError("quantization is mxfp4, and the model has no experts that kernels of ours run")
-    for name, experts in layers:
-        if not experts.pack():
-            raise UnsupportedModelError(f"quantization is mxfp4, and the weights of {name} are not in MXFP4")
-
-
-def _replace_routers(parent: nn.Module) -> None:
-    for name, child in list(parent.named_children()):
-        router = _fused_router(child)
-        if router is not None:
-            setattr(parent, name, router)
-
-
-def _fused_router(router: nn.Module) -> FusedRouter | None:
-    weight, top_k = getattr(router, "weight", None), getattr(router, "top_k", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not isinstance(top_k, int) or top_k > len(weight):
-        return None
-    names = {name for name, _ in itertools.chain(router.named_parameters(), router.named_buffers())}
-    if not names <= {"weight", "bias", "e_score_correction_bias"}:
-        return None
-    bias, correction = getattr(router, "bias", None), getattr(router, "e_score_correction_bias", None)
-    known = Routing(
-        top_k,
-        scale=float(getattr(router, "routed_scaling_factor", 1.0)),
-        num_groups=int(getattr(router, "num_group", 1) or 1),
-        top_groups=int(getattr(router, "topk_group", 1) or 1),
-    )
-    parts = weight.detach(), bias, None if correction is None else correction.float()
-    for is_sigmoid, renormalizes in itertools.product((False, True), repeat=2):
-        candidate = FusedRouter(*parts, replace(known, is_sigmoid=is_sigmoid, renormalizes=renormalizes))
-        if _route_alike(router, candidate):
-            return candidate
-    logger.info("%s routes by itself", type(router).__name__)
-    return None
-
-
-def _route_alike(router: nn.Module, ours: FusedRouter) -> bool:
-    """Whether both send random rows to the same experts; theirs in float32, where no two logits are equal."""
-    generator = torch.Generator().manual_seed(0)
-    dtype = torch.bfloat16 if ours.weight.dtype is torch.float32 else ours.weight.dtype
-    rows = torch.randn(PROBE_ROWS, ours.weight.shape[1], generator=generator).to(ours.weight.device, dtype)
-    try:
-        _, weights, ids = copy.deepcopy(router).float()(rows.float())
-    except (RuntimeError, TypeError, ValueError):
-        return False
-    _, our_weights, our_ids = ours(rows)
-    if weights.shape != our_weights.shape:
-        return False
-    dense, our_dense = (
-        torch.zeros(len(rows), len(ours.weight), device=rows.device).scatter(1, which.long(), values.float())
-        for which, values in ((ids, weights), (our_ids, our_weights))
-    )
-    return is_near(our_dense, dense)
-
-
-def _fused_experts(experts: Any) -> FusedExperts | None:
-    others = ("has_post_expert_norm", "_is_expert_parallel")  # of which some versions of transformers know nothing
-    if not experts.has_gate or any(getattr(experts, name, False) for name in others):
-        return None
-    weights = experts.gate_up_proj, experts.down_proj
-    if any(weight.dtype not in (torch.bfloat16, torch.float16) or not weight.is_contiguous() for weight in weights):
-        return None
-    gate = _gate_of(experts)
-    if gate is None or any(size % 8 for weight in weights for size in weight.shape[1:]):
-        return None
-    if not _compute_alike(experts, gate):
-        logger.info("%s are run by transformers", type(experts).__name__)
-        return None
-    for weight, is_first in zip(weights, (True, False), strict=True):
-        _turn_into_rows(weight.data, experts, is_first)
-    biases = _biases_of(experts)
-    return FusedExperts(
-        _as_rows_shape(weights[0], experts), biases[0], _as_rows_shape(weights[1], experts), biases[1], gate
-    )
-
-
-def _gate_of(experts: Any) -> Gate | None:
-    """What an expert does to its gate's outputs, found by trying."""
-    limit, alpha = getattr(experts, "limit", None), getattr(experts, "alpha", None)
-    candidates = [Gate()]
-    if isinstance(limit, float | int) and isinstance(alpha, float | int):
-        candidates.append(Gate(float(limit), float(alpha)))
-    both = 8 * torch.randn(PROBE_ROWS, 64, generator=torch.Generator().manual_seed(0)).to(experts.gate_up_proj.device)
-    expected = experts._apply_gate(both)
-    gate, up = both.chunk(2, -1) if experts.is_concatenated else (both[:, ::2], both[:, 1::2])
-    return next(
-        (candidate for candidate in candidates if torch.allclose(_apply(candidate, gate, up), expected, 1e-3)), None
-    )
-
-
-def _apply(gate: Gate, x: Tensor, up: Tensor) -> Tensor:
-    if gate.limit is not None:
-        x, up = x.clamp(max=gate.limit), up.clamp(-gate.limit, gate.limit) + 1
-    return x * torch.sigmoid(gate.alpha * x) * up
-
-
-def _compute_alike(experts: Any, gate: Gate) -> bool:
-    """Whether both give the same for random rows; tries some experts of many, on copies of their weights."""
-    generator, weight = torch.Generator().manual_seed(0), experts.gate_up_proj
-    num_experts = len(weight)
-    some = sorted({0, num_experts // 2, num_experts - 1})
-    size = weight.shape[1 if experts.is_transposed else 2]
-    rows = torch.randn(PROBE_ROWS, size, generator=generator).to(weight)
-    which = torch.arange(PROBE_ROWS, device=weight.device)[:, None] % len(some)  # of `some`
-    scales = torch.rand(which.shape, generator=generator).to(weight) + 0.5
-    ids = torch.tensor(some, device=weight.device)[which]
-    expected = experts(rows, ids, scales)
-    gate_up_proj, down_proj = (_rows_of(w[some], experts, i == 0) for i, w in enumerate((weight, experts.down_proj)))
-    biases = (None if bias is None else bias[some] for bias in _biases_of(experts))
-    first_bias, second_bias = biases
-    out = FusedExperts(gate_up_proj, first_bias, down_proj, second_bias, gate)(rows, which, scales)
-    return out.shape == expected.shape and is_near(out, expected)
-
-
-def _biases_of(experts: Any) -> tuple[Tensor | None, Tensor | None]:
-    if not experts.has_bias:
-        return None, None
-    first = experts.gate_up_proj_bias.detach()
-    if not experts.is_concatenated:
-        first = torch.cat((first[:, ::2], first[:, 1::2]), -1)
-    return first.contiguous(), experts.down_proj_bias.detach()
-
-
-def _rows_of(weight: Tensor, experts: Any, is_first: bool) -> Tensor:
-    """Weights of some experts with a row for each output, those of the gate before the others."""
-    if experts.is_transposed:
-        weight = weight.transpose(1, 2)
-    if is_first and not experts.is_concatenated:
-        weight = torch.cat((weight[:, ::2], weight[:, 1::2]), 1)
-    return weight.contiguous()
-
-
-def _as_rows_shape(weight: Tensor, experts: Any) -> Tensor:
-    shape = (len(weight), weight.shape[2], weight.shape[1]) if experts.is_transposed else weight.shape
-    return weight.detach().view(shape)
-
-
-def _turn_into_rows(weight: Tensor, experts: Any, is_first: bool) -> None:
-    """Write weights anew where they are, one expert after the other: there is no room for another copy of all."""
-    if experts.is_transposed or (is_first and not experts.is_concatenated):
-        turned = _as_rows_shape(weight, experts)
-        for index in range(len(weight)):
-            turned[index] = _rows_of(weight[index : index + 1], experts, is_first)[0]

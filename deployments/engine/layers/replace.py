@@ -68,13 +68,13 @@ def replace_head_layers(head: nn.Module, config: EngineConfig) -> None:
 
 def _fuse_on_cuda(model: PreTrainedModel, attention_rotates: bool, keeps_mxfp4: bool) -> None:
     # Triton is there only where a GPU is.
-    from deployments.engine.layers import cuda, cuda_decoder, cuda_experts, cuda_fp8, skinny
+    from deployments.engine.layers import cuda, cuda_decoder, cuda_fp8, replace_experts, skinny
 
     fuse_layers(model, cuda.KERNELS if attention_rotates else cuda.KERNELS_WITHOUT_ROTARY)
     skinny.fuse_gates(model)
-    cuda_experts.fuse_experts(model)
+    replace_experts.fuse_experts(model)
     if keeps_mxfp4:
-        cuda_experts.pack_experts(model)
+        replace_experts.pack_experts(model)
     # Decoder layers add to their residuals in kernels of their blocks, which are to be in place.
     cuda_decoder.fuse_residuals(model)
     # What a decoder layer's products take in FP8 is rounded by the kernel before them.

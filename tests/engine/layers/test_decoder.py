@@ -10,7 +10,7 @@ from tests.engine.interpreted import DEVICE  # before the kernels
 from deployments.engine.kernels import cuda_matmul  # isort: skip
 from deployments.engine.layers.cuda import KERNELS, can_drop_rows, keep_rotary_where_it_is_wanted  # isort: skip
 from deployments.engine.layers.cuda_decoder import fuse_residuals, given_to_layers  # isort: skip
-from deployments.engine.layers.cuda_experts import fuse_experts  # isort: skip
+from deployments.engine.layers.replace_experts import fuse_experts  # isort: skip
 from deployments.engine.layers.skinny import SkinnyLinear, fuse_gates  # isort: skip
 from deployments.engine.config import EngineConfig
 from deployments.engine.layers.fused import FusedGatedMLP, fuse_layers

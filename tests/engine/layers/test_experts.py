@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from tests.engine.interpreted import DEVICE  # before the kernels
 
-from deployments.engine.layers.cuda_experts import FusedExperts, FusedRouter, fuse_experts, pack_experts  # isort: skip
+from deployments.engine.layers.cuda_experts import FusedExperts, FusedRouter  # isort: skip
+from deployments.engine.layers.replace_experts import fuse_experts, pack_experts  # isort: skip
 from deployments.engine.kernels.cuda_experts import Gate, Tile, combine, down, gate_up  # isort: skip
 from deployments.engine.kernels.cuda_few_experts import down_of_few, gate_up_of_few  # isort: skip
 from deployments.engine.kernels.cuda_router import router_logits  # isort: skip
