@@ -11,9 +11,12 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
 from deployments.engine.kernels.cuda_experts import Gate  # noqa: E402
+from deployments.engine.kernels.cuda_mxfp4 import packed_product  # noqa: E402
 from deployments.engine.kernels.cuda_router import router_logits  # noqa: E402
-from deployments.engine.kernels.cuda_routing import Routing, route  # noqa: E402
-from deployments.engine.layers.cuda_experts import FusedExperts  # noqa: E402
+from deployments.engine.kernels.cuda_routing import Routing, plan_blocks, route  # noqa: E402
+from deployments.engine.kernels.mxfp4 import Mxfp4  # noqa: E402
+from deployments.engine.kernels.mxfp4_words import Packed  # noqa: E402
+from deployments.engine.layers.cuda_experts import WideExperts  # noqa: E402
 
 # Experts, of which chosen, sizes of tokens and within: Qwen3-30B-A3B; Mixtral, narrower; 60 as Qwen2-MoE has, of sizes
 # that no tile divides; gpt-oss-20b.
@@ -35,7 +38,7 @@ class Layer:
             inner**-0.5 * randn(num_experts, size, inner),
         )
         self.biases = (randn(num_experts, 2 * inner), randn(num_experts, size)) if has_bias else (None, None)
-        self.fused = FusedExperts(self.weights[0], self.biases[0], self.weights[1], self.biases[1], gate)
+        self.fused = WideExperts(self.weights[0], self.biases[0], self.weights[1], self.biases[1], gate)
 
     def expected(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -79,6 +82,39 @@ def test_experts_of_all_batches_and_spreads(num_experts: int, top_k: int, size: 
             for result, wanted in ((out, expected), (residual[0], with_residual)):
                 difference = (result.float() - wanted).norm() / wanted.norm()
                 assert difference < 1e-2, f"{num_tokens} tokens, skew {skew}: {difference:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_packed_weight_is_read_exactly(dtype: torch.dtype) -> None:
+    """Each token picks out a column: every code with every scale that bfloat16 has a product for."""
+    depth, lowest = 320, 1 if dtype is torch.bfloat16 else 114  # float16 has fewer exponents
+    codes = torch.randint(0, 256, (2, 200, depth // 2), device="cuda").byte()
+    scales = torch.randint(lowest, 129, (2, 200, depth // 32), device="cuda").byte()
+    weight = Mxfp4(codes, scales)
+    ids = torch.arange(2, device="cuda", dtype=torch.int32).repeat_interleave(depth)[:, None].contiguous()
+    x = torch.eye(depth, device="cuda", dtype=dtype).repeat(2, 1)
+    for rows in (16, 32, 64, 128):
+        out = packed_product(x, Packed.of(weight), None, plan_blocks(ids, 2, rows), 1, None)
+        assert torch.equal(out.view(2, depth, 200).mT, weight.widen(dtype))
+
+
+@pytest.mark.parametrize(("num_experts", "top_k", "size", "inner"), [(32, 4, 2880, 2880), (6, 2, 160, 96)])
+def test_packed_experts_give_what_their_numbers_do(num_experts: int, top_k: int, size: int, inner: int) -> None:
+    layer = Layer(num_experts, size, inner, OF_GPT_OSS)
+    for weight in layer.weights:
+        weight.copy_(Mxfp4.nearest(weight).widen(torch.bfloat16))
+    packed = layer.fused.packed()
+    assert packed is not None
+    ramp = torch.linspace(0, 1, num_experts, device="cuda")
+    for num_tokens in (1, 3, 8, 33, 128, 300, 1100, 3000):
+        for skew in (0.0, 6.0, 500.0):
+            weights, ids = route(
+                (torch.randn(num_tokens, num_experts, device="cuda") + skew * ramp)[None], Routing(top_k)
+            )
+            x = randn(num_tokens, size)
+            out, expected = packed(x, ids, weights), layer.expected(x, ids, weights)
+            difference = (out.float() - expected).norm() / expected.norm()
+            assert difference < 1e-2, f"{num_tokens} tokens, skew {skew}: {difference:.1e}"
 
 
 def test_a_graph_takes_another_routing_at_each_replay() -> None:

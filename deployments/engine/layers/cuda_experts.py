@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from deployments.engine.kernels.cuda_experts import Gate, Tile, combine, down, gate_up
 from deployments.engine.kernels.cuda_few_experts import down_of_few, gate_up_of_few
-from deployments.engine.kernels.cuda_mxfp4 import packed_product
+from deployments.engine.kernels.cuda_mxfp4 import packed_product, packed_rows
 from deployments.engine.kernels.cuda_router import router_logits
 from deployments.engine.kernels.cuda_routing import Routing, plan_blocks, route
 from deployments.engine.kernels.mxfp4 import Mxfp4
+from deployments.engine.kernels.mxfp4_words import Packed
 from deployments.engine.layers.owed import Owed
 
 # Up to here each token reads the weights of its experts for itself: they seldom meet.
@@ -70,33 +71,19 @@ class FusedExperts(nn.Module):
     """Takes the place of a layer's experts.
 
     Args:
-        gate_up_proj: (E, 2 * I, H), the gate's rows before the others.
-        gate_up_bias: (E, 2 * I).
-        down_proj: (E, H, I).
-        down_bias: (E, H).
+        num_experts: how many there are: E.
+        num_bytes: of their weights.
+        biases: of the first product (E, 2 * I), the gate's before the others, and of the second (E, H).
         gate: what is done to the outputs of the first.
     """
 
     def __init__(
-        self, gate_up_proj: Tensor, gate_up_bias: Tensor | None, down_proj: Tensor, down_bias: Tensor | None, gate: Gate
+        self, num_experts: int, num_bytes: int, biases: tuple[Tensor | None, Tensor | None], gate: Gate
     ) -> None:
         super().__init__()
-        self.gate_up_proj, self._gate_up_bias = gate_up_proj, gate_up_bias
-        self.down_proj, self._down_bias = down_proj, down_bias
-        self._gate = gate
+        self.num_experts, self.num_bytes = num_experts, num_bytes
+        self._biases, self._gate = biases, gate
         self.owed = Owed()
-        self.num_experts = len(gate_up_proj)
-        self.num_bytes = gate_up_proj.nbytes + down_proj.nbytes
-        self._packed: tuple[Mxfp4, Mxfp4] | None = None
-
-    def pack(self) -> bool:
-        """Keep the weights in MXFP4 from now on, without a change of their numbers; False: they are not in it."""
-        first, second = Mxfp4.of(self.gate_up_proj), Mxfp4.of(self.down_proj)
-        if first is None or second is None:
-            return False
-        self._packed, self.num_bytes = (first, second), first.nbytes + second.nbytes
-        del self.gate_up_proj, self.down_proj
-        return True
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         residual = self.owed.take()
@@ -108,20 +95,71 @@ class FusedExperts(nn.Module):
         return out
 
     def _add(self, x: Tensor, ids: Tensor, weights: Tensor, out: Tensor, adds: bool) -> None:
-        if self._packed is not None:
-            plan = plan_blocks(ids, self.num_experts, _tiles(ids.numel() / self.num_experts)[0])
-            hidden = packed_product(x, self._packed[0], self._gate_up_bias, plan, ids.shape[1], self._gate)
-            products = packed_product(hidden, self._packed[1], self._down_bias, plan, 1, None)
-            combine(products, weights, out, adds=adds)
-            return
+        """Write what the experts give, or add it."""
+        raise NotImplementedError
+
+
+class WideExperts(FusedExperts):
+    """Experts with weights in the model's own type.
+
+    Args:
+        gate_up_proj: (E, 2 * I, H), the gate's rows before the others.
+        gate_up_bias: (E, 2 * I).
+        down_proj: (E, H, I).
+        down_bias: (E, H).
+        gate: what is done to the outputs of the first.
+    """
+
+    def __init__(
+        self, gate_up_proj: Tensor, gate_up_bias: Tensor | None, down_proj: Tensor, down_bias: Tensor | None, gate: Gate
+    ) -> None:
+        num_bytes = gate_up_proj.nbytes + down_proj.nbytes
+        super().__init__(len(gate_up_proj), num_bytes, (gate_up_bias, down_bias), gate)
+        self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
+
+    def packed(self) -> "PackedExperts | None":
+        """The same experts in MXFP4, without a change of their numbers; None: they are not in it.
+
+        Raises:
+            ValueError: numbers that are too large for the kernels.
+        """
+        first, second = Mxfp4.of(self.gate_up_proj), Mxfp4.of(self.down_proj)
+        return None if first is None or second is None else PackedExperts(first, second, self._biases, self._gate)
+
+    def _add(self, x: Tensor, ids: Tensor, weights: Tensor, out: Tensor, adds: bool) -> None:
+        first_bias, second_bias = self._biases
         if len(x) <= _FEW_TOKENS:
-            hidden = gate_up_of_few(x, self.gate_up_proj, self._gate_up_bias, ids, self._gate)
-            down_of_few(hidden, self.down_proj, self._down_bias, ids, weights, out, adds=adds)
+            hidden = gate_up_of_few(x, self.gate_up_proj, first_bias, ids, self._gate)
+            down_of_few(hidden, self.down_proj, second_bias, ids, weights, out, adds=adds)
             return
         rows, first, second = _tiles(ids.numel() / self.num_experts)
         plan = plan_blocks(ids, self.num_experts, rows)
-        hidden = gate_up(x, self.gate_up_proj, self._gate_up_bias, plan, ids.shape[1], self._gate, first)
-        combine(down(hidden, self.down_proj, self._down_bias, plan, second), weights, out, adds=adds)
+        hidden = gate_up(x, self.gate_up_proj, first_bias, plan, ids.shape[1], self._gate, first)
+        combine(down(hidden, self.down_proj, second_bias, plan, second), weights, out, adds=adds)
+
+
+class PackedExperts(FusedExperts):
+    """Experts with weights in MXFP4.
+
+    Args:
+        gate_up: (E, 2 * I, H), the gate's rows before the others.
+        down: (E, H, I).
+        biases: as for `FusedExperts`.
+        gate: what is done to the outputs of the first.
+
+    Raises:
+        ValueError: numbers that are too large for the kernels.
+    """
+
+    def __init__(self, gate_up: Mxfp4, down: Mxfp4, biases: tuple[Tensor | None, Tensor | None], gate: Gate) -> None:
+        first, second = Packed.of(gate_up), Packed.of(down)
+        super().__init__(len(gate_up.codes), first.nbytes + second.nbytes, biases, gate)
+        self._first, self._second = first, second
+
+    def _add(self, x: Tensor, ids: Tensor, weights: Tensor, out: Tensor, adds: bool) -> None:
+        plan = plan_blocks(ids, self.num_experts, packed_rows(ids.numel() / self.num_experts))
+        hidden = packed_product(x, self._first, self._biases[0], plan, ids.shape[1], self._gate)
+        combine(packed_product(hidden, self._second, self._biases[1], plan, 1, None), weights, out, adds=adds)
 
 
 def _tiles(rows_per_expert: float) -> tuple[int, Tile, Tile]:

@@ -8,6 +8,8 @@ computes something else than we know is not replaced; found out by trying, as wi
 import copy
 import itertools
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +18,9 @@ from torch import Tensor, nn
 
 from deployments.engine.kernels.cuda_experts import Gate
 from deployments.engine.kernels.cuda_routing import Routing
-from deployments.engine.layers.cuda_experts import FusedExperts, FusedRouter
+from deployments.engine.kernels.mxfp4 import Mxfp4
+from deployments.engine.layers.cuda_experts import FusedExperts, FusedRouter, PackedExperts, WideExperts
+from deployments.engine.layers.stored_experts import StoredExperts
 from deployments.engine.layers.trial import PROBE_ROWS, is_near
 from deployments.errors import UnsupportedModelError
 
@@ -29,17 +33,18 @@ def fuse_experts(model: nn.Module) -> int:
 
     Returns:
         How many layers of experts were replaced.
+
+    Raises:
+        UnsupportedModelError: experts that are in MXFP4 have numbers that no kernel of ours reads.
     """
     num_fused = 0
-    for parent in list(model.modules()):
-        experts = getattr(parent, "experts", None)
-        if not isinstance(experts, nn.Module) or not hasattr(experts, "is_concatenated"):
-            continue
-        _replace_routers(parent)
-        fused = _fused_experts(experts)
-        if fused is not None:
-            parent.experts = fused
-            num_fused += 1
+    for name, parent in _with_experts(model):
+        if isinstance(parent.experts, StoredExperts) or hasattr(parent.experts, "is_concatenated"):
+            _replace_routers(parent)
+            with _blaming(f"{name}.experts"):
+                fused = _fused_experts(parent.experts)
+            parent.experts = fused or parent.experts
+            num_fused += fused is not None
     return num_fused
 
 
@@ -50,12 +55,58 @@ def pack_experts(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: there are none that our kernels run, or some are not in MXFP4.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, FusedExperts)]
-    if not layers:
+    parents = [(name, parent) for name, parent in _with_experts(model) if isinstance(parent.experts, FusedExperts)]
+    if not parents:
         raise UnsupportedModelError("quantization is mxfp4, and the model has no experts that kernels of ours run")
-    for name, experts in layers:
-        if not experts.pack():
-            raise UnsupportedModelError(f"quantization is mxfp4, and the weights of {name} are not in MXFP4")
+    for name, parent in parents:
+        if not isinstance(parent.experts, WideExperts):
+            continue
+        with _blaming(f"{name}.experts"):
+            packed = parent.experts.packed()
+        if packed is None:
+            raise UnsupportedModelError(f"quantization is mxfp4, and the weights of {name}.experts are not in MXFP4")
+        parent.experts = packed
+
+
+def _with_experts(model: nn.Module) -> list[tuple[str, Any]]:
+    """Blocks that have experts. What they have is not held, so that it goes when something else takes its place."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "experts", None), nn.Module)
+    ]
+
+
+@contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """Name the experts whose numbers kernels cannot read."""
+    try:
+        yield
+    except ValueError as error:
+        raise UnsupportedModelError(f"the weights of {name}, in MXFP4, have {error}") from error
+
+
+def _of_stored(experts: StoredExperts) -> FusedExperts:
+    both, gate = experts.gate_up, Gate(experts.limit, experts.alpha)
+    codes, scales, bias = (
+        torch.cat((rows[:, ::2], rows[:, 1::2]), 1) for rows in (both.codes, both.scales, experts.gate_up_proj_bias)
+    )
+    first, second, biases = Mxfp4(codes, scales), experts.down, (bias, experts.down_proj_bias.detach())
+    packed = PackedExperts(first, second, biases, gate)
+    rows, which, factors, some = _probe(experts.num_experts, 2 * codes.shape[2], bias)
+    if is_near(packed(rows, some[which], factors), experts(rows, some[which], factors)):
+        return packed
+    logger.warning("experts in MXFP4 are widened: the kernels for them give other numbers on this GPU")
+    return WideExperts(first.widen(bias.dtype), bias, second.widen(bias.dtype), biases[1], gate)
+
+
+def _probe(num_experts: int, size: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random rows, to which of some experts each goes and by what its output is multiplied, and which those are."""
+    generator = torch.Generator().manual_seed(0)
+    some = torch.tensor(sorted({0, num_experts // 2, num_experts - 1}), device=like.device)
+    rows = torch.randn(PROBE_ROWS, size, generator=generator).to(like)
+    which = torch.arange(PROBE_ROWS, device=like.device)[:, None] % len(some)
+    return rows, which, torch.rand(which.shape, generator=generator).to(like) + 0.5, some
 
 
 def _replace_routers(parent: nn.Module) -> None:
@@ -108,6 +159,10 @@ def _route_alike(router: nn.Module, ours: FusedRouter) -> bool:
 
 
 def _fused_experts(experts: Any) -> FusedExperts | None:
+    return _of_stored(experts) if isinstance(experts, StoredExperts) else _of_wide(experts)
+
+
+def _of_wide(experts: Any) -> WideExperts | None:
     others = ("has_post_expert_norm", "_is_expert_parallel")  # of which some versions of transformers know nothing
     if not experts.has_gate or any(getattr(experts, name, False) for name in others):
         return None
@@ -123,7 +178,7 @@ def _fused_experts(experts: Any) -> FusedExperts | None:
     for weight, is_first in zip(weights, (True, False), strict=True):
         _turn_into_rows(weight.data, experts, is_first)
     biases = _biases_of(experts)
-    return FusedExperts(
+    return WideExperts(
         _as_rows_shape(weights[0], experts), biases[0], _as_rows_shape(weights[1], experts), biases[1], gate
     )
 
@@ -150,19 +205,13 @@ def _apply(gate: Gate, x: Tensor, up: Tensor) -> Tensor:
 
 def _compute_alike(experts: Any, gate: Gate) -> bool:
     """Whether both give the same for random rows; tries some experts of many, on copies of their weights."""
-    generator, weight = torch.Generator().manual_seed(0), experts.gate_up_proj
-    num_experts = len(weight)
-    some = sorted({0, num_experts // 2, num_experts - 1})
-    size = weight.shape[1 if experts.is_transposed else 2]
-    rows = torch.randn(PROBE_ROWS, size, generator=generator).to(weight)
-    which = torch.arange(PROBE_ROWS, device=weight.device)[:, None] % len(some)  # of `some`
-    scales = torch.rand(which.shape, generator=generator).to(weight) + 0.5
-    ids = torch.tensor(some, device=weight.device)[which]
-    expected = experts(rows, ids, scales)
+    weight = experts.gate_up_proj
+    rows, which, scales, some = _probe(len(weight), weight.shape[1 if experts.is_transposed else 2], weight)
+    expected = experts(rows, some[which], scales)
     gate_up_proj, down_proj = (_rows_of(w[some], experts, i == 0) for i, w in enumerate((weight, experts.down_proj)))
     biases = (None if bias is None else bias[some] for bias in _biases_of(experts))
     first_bias, second_bias = biases
-    out = FusedExperts(gate_up_proj, first_bias, down_proj, second_bias, gate)(rows, which, scales)
+    out = WideExperts(gate_up_proj, first_bias, down_proj, second_bias, gate)(rows, which, scales)
     return out.shape == expected.shape and is_near(out, expected)
 
 

@@ -99,13 +99,20 @@ def _load(config: EngineConfig, name: str, head: str | None = None, *, is_drafte
         checkpoint = read_checkpoint(path)
         dtype: torch.dtype | str = _DTYPES.get(config.dtype, torch.float32 if device.type == "cpu" else "auto")
         options = {"dtype": dtype, "device_map": device, "attn_implementation": IMPLEMENTATION}
-        model = load_weights(path, checkpoint.config, checkpoint.headers, **options)
+        keeps = _keeps_mxfp4(config, device, checkpoint.config.dtype if dtype == "auto" else dtype)
+        model = load_weights(path, checkpoint.config, checkpoint.headers, keeps_mxfp4=keeps, **options)
         if config.quantization == "fp8":
             quantize_weights(model)
         loaded = replace(prepare_model(model, path, device), eos_token_ids=checkpoint.end_token_ids)
         if is_drafter:  # its KV lies in blocks of the same numbers as one group's of the model that it guesses for
             loaded = replace(loaded, kv_shape=loaded.kv_shape.keeping_all)
         return optimize_layers(loaded if head is None else _with_head(loaded, head), config)
+
+
+def _keeps_mxfp4(config: EngineConfig, device: torch.device, dtype: torch.dtype | str | None) -> bool:
+    """Whether experts in MXFP4 stay as they are: where kernels read them, and faster than widened ones if not asked."""
+    kinds = {None: (torch.bfloat16,), "mxfp4": (torch.bfloat16, torch.float16)}
+    return device.type == "cuda" and dtype in kinds.get(config.quantization, ())
 
 
 def _with_head(loaded: LoadedModel, name: str) -> LoadedModel:

@@ -1,14 +1,20 @@
 """Reads checkpoints whose experts are in MXFP4 (gpt-oss): codes of 4 bits, 32 of which share a scale.
 
-transformers turns them into the model's own type as it reads them, the largest weight at a time. Called while a model
-is loaded.
+Where kernels read them so, they stay as they are: experts of ours take the place of transformers' before weights are
+loaded. Else transformers turns them into the model's own type as it reads them, the largest weight at a time. Called
+while a model is loaded.
 """
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from deployments.engine.layers.stored_experts import StoredExperts
 from deployments.engine.model.headers import Header, Headers
 from deployments.errors import UnsupportedModelError
 
@@ -16,10 +22,36 @@ logger = logging.getLogger(__name__)
 
 _CODES, _SCALES = "_blocks", "_scales"  # what a weight's name ends in
 _CODES_PER_BYTE = 2
+_STORED = "mxfp4_as_stored"  # how transformers is told to use our experts
+_MODEL_TYPE = "gpt_oss"  # whose experts we have
 
 
-def widen_mxfp4(path: str, config: PretrainedConfig, headers: Headers) -> Headers | None:
-    """Have weights in MXFP4 turned into the model's own type as they are read.
+@register_quantization_config(_STORED)
+class _StoredConfig(QuantizationConfigMixin):
+    def __init__(self, **_: Any) -> None:
+        self.quant_method = _STORED  # type: ignore[assignment]  # those of transformers are an enumeration
+
+
+@register_quantizer(_STORED)
+class _StoredQuantizer(HfQuantizer):
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts  # only where there is such a model
+
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, GptOssExperts):
+                    setattr(parent, name, StoredExperts(child))
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def read_mxfp4(path: str, config: PretrainedConfig, headers: Headers, *, keeps: bool) -> Headers | None:
+    """Have weights in MXFP4 kept, or turned into the model's own type as they are read.
 
     Without this transformers leaves them as they are where its kernels for them are installed, in layers that our
     engine does not run.
@@ -28,9 +60,10 @@ def widen_mxfp4(path: str, config: PretrainedConfig, headers: Headers) -> Header
         path: folder or hub id, for messages.
         config: of the checkpoint; changed.
         headers: of its weights.
+        keeps: where experts of ours can hold them.
 
     Returns:
-        Headers of the weights as they will be; None: it is not in MXFP4.
+        Headers of the weights as numbers; None: it is not in MXFP4.
 
     Raises:
         UnsupportedModelError: codes without scales, scales without codes, or shapes that do not go together.
@@ -38,8 +71,12 @@ def widen_mxfp4(path: str, config: PretrainedConfig, headers: Headers) -> Header
     values = getattr(config, "quantization_config", None)
     if not isinstance(values, Mapping) or values.get("quant_method") != "mxfp4":
         return None
-    config.quantization_config = {**values, "dequantize": True}
-    logger.info("weights in MXFP4 are turned into the model's own type as they are read")
+    if keeps and config.model_type == _MODEL_TYPE:
+        config.quantization_config = {"quant_method": _STORED}
+        logger.info("weights in MXFP4 stay as they are")
+    else:
+        config.quantization_config = {**values, "dequantize": True}
+        logger.info("weights in MXFP4 are turned into the model's own type as they are read")
     return _widened(path, headers)
 
 

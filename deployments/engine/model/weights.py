@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from deployments.engine.model.config import blamed, build_empty, read_values
 from deployments.engine.model.headers import Header, Headers
-from deployments.engine.model.mxfp4 import widen_mxfp4
+from deployments.engine.model.mxfp4 import read_mxfp4
 from deployments.engine.model.quantized import Scheme, apply_scales, is_scale, take_scheme
 from deployments.errors import UnsupportedModelError, brief
 
@@ -32,13 +32,16 @@ _MAX_TABLE = 2**28
 _SIZE = re.compile(r"size|dim|num_|n_|experts|heads")
 
 
-def load_weights(path: str, config: PretrainedConfig, headers: Headers, **options: Any) -> PreTrainedModel:
+def load_weights(
+    path: str, config: PretrainedConfig, headers: Headers, *, keeps_mxfp4: bool = False, **options: Any
+) -> PreTrainedModel:
     """Load a checkpoint; one in FP8 with the numbers that its codes stand for.
 
     Args:
         path: folder or hub id.
         config: its configuration; what is said there of FP8 is taken out.
         headers: of its weights.
+        keeps_mxfp4: experts in MXFP4 stay as they are.
         options: for transformers' `from_pretrained`.
 
     Raises:
@@ -46,7 +49,7 @@ def load_weights(path: str, config: PretrainedConfig, headers: Headers, **option
             the like that its configuration does not: names them. Or it is quantized in a way that is not read, or holds
             what is not finite.
     """
-    scheme = check_weights(path, config, headers, **options)
+    scheme = check_weights(path, config, headers, keeps_mxfp4=keeps_mxfp4, **options)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -69,13 +72,16 @@ def load_weights(path: str, config: PretrainedConfig, headers: Headers, **option
     return cast(PreTrainedModel, model)
 
 
-def check_weights(path: str, config: PretrainedConfig, headers: Headers, **options: Any) -> Scheme | None:
+def check_weights(
+    path: str, config: PretrainedConfig, headers: Headers, *, keeps_mxfp4: bool = False, **options: Any
+) -> Scheme | None:
     """Refuse what `load_weights` would, as far as names and shapes tell; all but weights that are not finite.
 
     Args:
         path: folder or hub id.
         config: as for `load_weights`.
         headers: of its weights.
+        keeps_mxfp4: as for `load_weights`.
         options: as for loading.
 
     Returns:
@@ -85,7 +91,7 @@ def check_weights(path: str, config: PretrainedConfig, headers: Headers, **optio
         UnsupportedModelError: see `load_weights`.
     """
     scheme = take_scheme(path, config)
-    widened = widen_mxfp4(path, config, headers)
+    widened = read_mxfp4(path, config, headers, keeps=keeps_mxfp4)
     if headers and (widened is not None or getattr(config, "quantization_config", None) is None):
         rehearse(path, config, widened or headers, has_scales=scheme is not None, **options)
     return scheme

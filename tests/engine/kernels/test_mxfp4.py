@@ -11,6 +11,7 @@ from deployments.engine.kernels.cuda_mxfp4 import packed_product  # isort: skip
 from deployments.engine.kernels.cuda_routing import plan_blocks  # isort: skip
 
 from deployments.engine.kernels.mxfp4 import SHARED, Mxfp4
+from deployments.engine.kernels.mxfp4_words import LARGEST, Packed
 
 TILE = Tile(columns=32, depth=32, num_stages=2, num_warps=4)
 OF_GPT_OSS = Gate(limit=2.0, alpha=1.702)
@@ -59,6 +60,19 @@ def test_products_with_packed_weights_are_those_with_their_numbers(
     ids = torch.rand(num_tokens, NUM_EXPERTS, device=DEVICE).topk(2, -1).indices.int()
     x = torch.randn(num_tokens if gate else 2 * num_tokens, depth, device=DEVICE, dtype=torch.float16)
     plan = plan_blocks(ids, NUM_EXPERTS, rows)
-    out = packed_product(x, weight, bias, plan, 2 if gate else 1, gate)
+    out = packed_product(x, Packed.of(weight), bias, plan, 2 if gate else 1, gate)
     expected: Tensor = gate_up(x, full, bias, plan, 2, gate, TILE) if gate else down(x, full, bias, plan, TILE)
     torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_words_take_the_bits_of_their_codes_and_whole_blocks() -> None:
+    words = Packed.of(packed(6, 160))
+    assert words.words.shape == (NUM_EXPERTS, 2, 6, 32) and words.multipliers.shape == (NUM_EXPERTS, 2, 6)
+    assert Packed.of(packed(6, 128)).nbytes == packed(6, 128).nbytes
+
+
+def test_numbers_that_kernels_cannot_read_are_refused_with_both_sizes() -> None:
+    assert LARGEST == 12.0
+    Packed.of(packed(2, 32, lowest=1, highest=129))
+    with pytest.raises(ValueError, match="numbers of up to 24; kernels read up to 12"):
+        Packed.of(packed(2, 32, lowest=129, highest=130))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from tests.engine.interpreted import DEVICE  # before the kernels
 
-from deployments.engine.layers.cuda_experts import FusedExperts, FusedRouter  # isort: skip
+from deployments.engine.layers.cuda_experts import FusedRouter, PackedExperts, WideExperts  # isort: skip
 from deployments.engine.layers.replace_experts import fuse_experts, pack_experts  # isort: skip
 from deployments.engine.kernels.cuda_experts import Gate, Tile, combine, down, gate_up  # isort: skip
 from deployments.engine.kernels.cuda_few_experts import down_of_few, gate_up_of_few  # isort: skip
@@ -19,6 +19,7 @@ from deployments.engine.kernels.cuda_router import router_logits  # isort: skip
 from deployments.engine.kernels.cuda_routing import Routing, plan_blocks, route  # isort: skip
 
 from deployments.engine.kernels.mxfp4 import SHARED, Mxfp4
+from deployments.engine.layers.stored_experts import StoredExperts
 from deployments.errors import UnsupportedModelError
 from tests.engine.families import small_model
 from tests.tiny_models import ONE_LAYER_OF_EXPERTS
@@ -175,7 +176,7 @@ def test_a_layer_of_experts_adds_to_the_residual_that_it_is_told_of(
     of, x, ids = Weights(4, 32, 16, Gate()), randn(num_tokens, 32), even(num_tokens, 2, 4)
     weights, residual = torch.rand(num_tokens, 2, device=DEVICE), randn(1, num_tokens, 32)
     expected = residual[0].double() + of.expected(x, ids, weights)
-    experts = FusedExperts(of.gate_up, None, of.down, None, of.gate)
+    experts = WideExperts(of.gate_up, None, of.down, None, of.gate)
     experts.owed.residual = residual
     out = experts(x, ids.long(), weights)
     assert out.data_ptr() == residual.data_ptr()
@@ -191,7 +192,7 @@ def in_mxfp4(num_experts: int, rows: int, depth: int) -> Tensor:
 
 def build_in_mxfp4() -> PreTrainedModel:
     """A model as gpt-oss is."""
-    changes = ONE_LAYER_OF_EXPERTS | {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 3}
+    changes = ONE_LAYER_OF_EXPERTS | {"hidden_size": 128, "intermediate_size": 256, "num_local_experts": 3}
     model: PreTrainedModel = small_model("GptOssConfig", "eager", **changes).half().to(DEVICE)
     for parameter in model.model.layers[0].mlp.experts.parameters():
         if parameter.dim() == 3:
@@ -204,11 +205,32 @@ def test_experts_that_stay_in_mxfp4_give_what_their_numbers_do(num_tokens: int) 
     model = build_in_mxfp4()
     assert fuse_experts(model) == 1
     mlp = model.model.layers[0].mlp
-    x = randn(1, num_tokens, 64)
+    x = randn(1, num_tokens, 128)
     expected, num_bytes = mlp(x)[0].double(), mlp.experts.num_bytes
     pack_experts(model)
     check(mlp(x)[0], expected)
     assert mlp.experts.num_bytes * 16 == num_bytes * 4.25
+
+
+@torch.inference_mode()
+def test_experts_that_were_loaded_in_mxfp4_are_replaced() -> None:
+    model = build_in_mxfp4()
+    mlp, x = model.model.layers[0].mlp, randn(1, 9, 128)
+    expected, stored = mlp(x)[0].double(), StoredExperts(mlp.experts)
+    for name, packed in ((name, Mxfp4.of(getattr(mlp.experts, name).mT)) for name in ("gate_up_proj", "down_proj")):
+        assert packed is not None
+        getattr(stored, f"{name}_blocks").copy_(packed.codes.unflatten(2, (-1, SHARED // 2)))
+        getattr(stored, f"{name}_scales").copy_(packed.scales)
+    mlp.experts = stored
+    check(mlp(x)[0], expected)
+    assert fuse_experts(model) == 1
+    assert isinstance(mlp.experts, PackedExperts) and isinstance(mlp.router, FusedRouter)
+    check(mlp(x)[0], expected)
+    pack_experts(model)  # as it is
+    stored.down_proj_scales[1, 5, 0] = 255
+    mlp.experts = stored
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.experts, in MXFP4, have numbers of up to"):
+        fuse_experts(model)
 
 
 def test_experts_that_are_not_in_mxfp4_are_refused_by_name() -> None:
@@ -216,6 +238,17 @@ def test_experts_that_are_not_in_mxfp4_are_refused_by_name() -> None:
     model.model.layers[0].mlp.experts.down_proj.data[2, 0, 0] = 0.3
     fuse_experts(model)
     with pytest.raises(UnsupportedModelError, match=r"model\.layers\.0\.mlp\.experts are not in MXFP4"):
+        pack_experts(model)
+
+
+def test_experts_with_numbers_too_large_for_the_kernels_are_refused_by_name() -> None:
+    model = build_in_mxfp4()
+    fuse_experts(model)
+    model.model.layers[0].mlp.experts.gate_up_proj[0] *= 1024
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"layers\.0\.mlp\.experts, in MXFP4, have numbers of up to \d+; kernels read up to 12",
+    ):
         pack_experts(model)
 
 
@@ -252,7 +285,7 @@ def test_routers_and_experts_of_a_family_are_replaced(family: str) -> None:
     expected = copy.deepcopy(block).float()
     assert fuse_experts(model) == 1
     kinds = {type(child) for child in block.children()}
-    assert kinds >= {FusedExperts, FusedRouter}
+    assert kinds >= {FusedRouter, WideExperts}
     x = torch.randn(1, 5, 32, device=DEVICE).half()
     out, wanted = block(x), expected(x.float())
     check(*((part[0] if isinstance(part, tuple) else part).double() for part in (out, wanted)))
@@ -269,7 +302,7 @@ def test_a_router_that_does_something_else_stays_and_its_experts_do_not() -> Non
 
     block.gate.__class__ = Rounding
     assert fuse_experts(model) == 1
-    assert isinstance(block.gate, Rounding) and isinstance(block.experts, FusedExperts)
+    assert isinstance(block.gate, Rounding) and isinstance(block.experts, WideExperts)
 
 
 def test_experts_with_another_activation_stay_as_they_are() -> None:
