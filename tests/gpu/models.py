@@ -2,6 +2,8 @@
 
 import copy
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import (
@@ -23,7 +25,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
+from deployments.engine.config import EngineConfig
+from deployments.engine.model.load import LoadedModel, load_model, optimize_layers, prepare_model
+from tests.engine.mxfp4_checkpoint import save_in_mxfp4
 from tests.tiny_models import ON_A_GPU
 
 SHAPE = ON_A_GPU
@@ -59,7 +63,12 @@ EXPERTS: dict[str, PretrainedConfig] = {
     "qwen2_moe": Qwen2MoeConfig(**INNER, num_experts=20, shared_expert_intermediate_size=512),
     "glm4_moe": Glm4MoeConfig(**INNER, n_routed_experts=16, n_group=4, topk_group=2, first_k_dense_replace=1),
     "gpt_oss": GptOssConfig(**SHAPE, head_dim=64, num_local_experts=8, sliding_window=128, pad_token_id=0),
+    "gpt_oss_mxfp4": GptOssConfig(**SHAPE, head_dim=64, num_local_experts=8, sliding_window=128, pad_token_id=0),
 }
+
+# Those that are loaded from a checkpoint, with experts in MXFP4, and where it is.
+_FOLDER = TemporaryDirectory(prefix="mxfp4-")
+STORED = {"gpt_oss_mxfp4": Path(_FOLDER.name)}
 
 # Normalises queries and keys that are rotated, so that attention cannot rotate them.
 ODD: dict[str, PretrainedConfig] = {"hunyuan": HunYuanDenseV1Config(**SHAPE, head_dim=64)}
@@ -72,7 +81,7 @@ def plain(family: str) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(
         (CONFIGS | ODD | EXPERTS)[family],
         dtype=torch.float32,
-        attn_implementation="eager" if family in ("gemma2", "gpt_oss") else "sdpa",
+        attn_implementation="eager" if family in ("gemma2", "gpt_oss", "gpt_oss_mxfp4") else "sdpa",
     )
     with torch.no_grad():
         for parameter in model.parameters():
@@ -81,6 +90,8 @@ def plain(family: str) -> PreTrainedModel:
             else:  # norms that scale nothing, or biases of zero, would hide what is done in another order
                 parameter += 0.2 * torch.randn_like(parameter)
     moved: PreTrainedModel = model.to("cuda", torch.bfloat16).eval()
+    if family in STORED:
+        save_in_mxfp4(moved, STORED[family])
     return moved
 
 
@@ -95,4 +106,6 @@ def exact(family: str) -> PreTrainedModel:
 def loaded(family: str) -> LoadedModel:
     """The same weights with the engine's layers."""
     model = copy.deepcopy(plain(family))
+    if family in STORED:
+        return load_model(EngineConfig(model=str(STORED[family])))
     return optimize_layers(prepare_model(model, "random", torch.device("cuda")))

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from tests.gpu.driving import NUM_TOKENS, TIE, build, generate, prompt
-from tests.gpu.models import EXPERTS, exact, loaded, plain
+from tests.gpu.models import EXPERTS, STORED, exact, loaded, plain
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
-from deployments.engine.layers.cuda_experts import FusedRouter, WideExperts  # noqa: E402
+from deployments.engine.layers.cuda_experts import FusedRouter, PackedExperts, WideExperts  # noqa: E402
 
 every_family = pytest.mark.parametrize("family", sorted(EXPERTS))
 
@@ -45,7 +45,7 @@ def test_routers_and_experts_are_replaced_and_add_to_the_residual(family: str) -
     for layer in loaded(family).model.model.layers:
         kinds = {type(child) for child in layer.mlp.children()}
         if hasattr(layer.mlp, "experts"):
-            assert kinds >= {FusedRouter, WideExperts}
+            assert kinds >= {FusedRouter, PackedExperts if family in STORED else WideExperts}
         assert "forward" in vars(layer)
 
 

@@ -21,8 +21,7 @@ from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlie
 from deployments.engine.kernels.cuda_routing import Plan
 from deployments.engine.kernels.mxfp4_words import Packed
 
-
-# Of $4, two words, and $5, the multipliers of their row, which the compiler finds to be the same in all of a row's words.
+# Of $4, two words, and $5, the multipliers of their row, which the compiler finds to be the same for all of its words.
 # $0 to $3 are written before the last of $4 and $5 is read.
 _WIDEN = tl.constexpr(
     """{

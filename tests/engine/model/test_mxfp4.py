@@ -1,7 +1,6 @@
 """Checkpoints of gpt-oss, whose experts are in MXFP4, are read to the last bit, or refused by the name at fault."""
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -21,43 +20,17 @@ from deployments.engine.model.weights import load_weights
 from deployments.errors import UnsupportedModelError
 from tests.engine.driving import build_engine, generate, greedy
 from tests.engine.families import build_model, continue_greedily, random_prompt
+from tests.engine.mxfp4_checkpoint import save_in_mxfp4
 
 PROMPT = random_prompt(20, seed=4)
-# What a code of 4 bits stands for: a sign, two bits of exponent and one of mantissa.
-NUMBERS = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-NUMBERS = torch.cat([NUMBERS, -NUMBERS])
-SHARED, BIAS = 32, 127  # codes of one scale; what is added to a scale's exponent
 EXPERTS = "model.layers.1.mlp.experts.gate_up_proj"
 Weights = dict[str, Tensor]
-
-
-def round_to_codes(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (E, out, blocks, 16), two of them in a byte, scales (E, out, blocks), and what they stand for.
-
-    Args:
-        weight: (E, in, out), as the model has it.
-    """
-    numbers = weight.mT.unflatten(-1, (-1, SHARED))
-    exponents = numbers.abs().amax(-1).log2().floor().int() - 1
-    codes = (torch.ldexp(numbers, -exponents.unsqueeze(-1)).unsqueeze(-1) - NUMBERS).abs().argmin(-1)
-    rounded = torch.ldexp(NUMBERS[codes], exponents.unsqueeze(-1)).flatten(2).mT
-    return (codes[..., ::2] | codes[..., 1::2] << 4).byte(), (exponents + BIAS).byte(), rounded
 
 
 def write(folder: Path) -> PreTrainedModel:
     """Write a checkpoint as gpt-oss' are; the model that it stands for."""
     model = copy.deepcopy(build_model("gpt_oss"))
-    model.save_pretrained(folder)
-    weights = load_file(folder / "model.safetensors")
-    for name, parameter in model.named_parameters():
-        if name.endswith(("gate_up_proj", "down_proj")):
-            del weights[name]
-            weights[f"{name}_blocks"], weights[f"{name}_scales"], rounded = round_to_codes(parameter.detach())
-            parameter.data.copy_(rounded)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    values = json.loads((folder / "config.json").read_text())
-    quantization = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head", "model.layers.*.mlp.router"]}
-    (folder / "config.json").write_text(json.dumps(values | {"quantization_config": quantization}))
+    save_in_mxfp4(model, folder)
     return model
 
 
