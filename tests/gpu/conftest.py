@@ -1,24 +1,27 @@
-"""Tests of one GPU, by as many processes as `-n` says: each takes its place; those that fill the card wait for it."""
+"""Tests of one GPU, by as many processes as `-n` says. None takes more of the card than its share."""
 
-import fcntl
-import os
-import tempfile
+import gc
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+import torch
 
-_PLACES = Path(tempfile.gettempdir()) / f"kvrelay-gpu-tests-{os.getuid()}"
+# Eight of them fit onto a card of 140 GiB, beside what other tests of their processes keep.
+_SHARE = 12 << 30
 
 
-@pytest.fixture(autouse=True)
-def place_on_the_card(request: pytest.FixtureRequest) -> Iterator[None]:
-    """One of many; for a test with the mark `whole_card` the only one."""
-    is_whole = request.node.get_closest_marker("whole_card") is not None
-    _PLACES.mkdir(exist_ok=True)
-    with (_PLACES / "turn").open("w") as turn, (_PLACES / "card").open("w") as card:
-        # Whoever waits for the card has the turn meanwhile, so that no other test begins before it.
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        fcntl.flock(card, fcntl.LOCK_EX if is_whole else fcntl.LOCK_SH)
-        fcntl.flock(turn, fcntl.LOCK_UN)
-        yield
+@pytest.fixture
+def small_card(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Have an engine that takes what is left find a card of so many bytes, and run out of memory beyond them."""
+
+    def mem_get_info(device: object = None) -> tuple[int, int]:
+        return max(0, _SHARE - torch.cuda.memory_reserved()), _SHARE
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    torch.cuda.set_per_process_memory_fraction(_SHARE / torch.cuda.get_device_properties(0).total_memory)
+    yield _SHARE
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -1,7 +1,6 @@
 """A head guesses on a GPU, by graphs: as it would by itself, without waiting, and in the memory that was counted."""
 
 import copy
-import gc
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -226,11 +225,9 @@ def test_the_host_waits_once_for_all_guesses_and_never_for_what_is_learned(tempe
     assert len(waits) == 1, [str(wait.message) for wait in waits]
 
 
-@pytest.mark.whole_card
+@pytest.mark.usefixtures("small_card")
 @pytest.mark.parametrize("budget", [2048, 16384])
 def test_an_engine_that_takes_what_is_left_has_room_for_its_head(budget: int) -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
     config = {"max_num_seqs": 100, "max_num_batched_tokens": budget, "speculation": SPECULATION}
     engine = Engine(with_head("llama"), EngineConfig.model_validate(config))
     free, total = torch.cuda.mem_get_info()

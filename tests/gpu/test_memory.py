@@ -1,7 +1,5 @@
 """An engine that takes what the GPU has left runs whatever its limits allow."""
 
-import gc
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -14,18 +12,11 @@ from deployments.messages import GenerateRequest, SamplingParams
 from tests.engine.driving import run
 from tests.gpu.models import CONFIGS, loaded, plain
 
-pytestmark = [pytest.mark.gpu, pytest.mark.whole_card]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("small_card")]
 if not torch.cuda.is_available():
     pytest.skip("no GPU", allow_module_level=True)
 
 NUM_SEQS, LONGEST, NUM_TOKENS = 40, 4096, 3
-
-
-@pytest.fixture(autouse=True)
-def all_is_free() -> Iterator[None]:
-    yield
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def request(number: int, length: int) -> GenerateRequest:
@@ -71,8 +62,7 @@ def test_a_pool_that_does_not_fit_is_refused_with_its_size() -> None:
         Engine(loaded("llama"), EngineConfig(kv_cache_bytes=1 << 40))
 
 
-def test_steps_that_do_not_fit_are_refused_with_the_limits() -> None:
-    # A token takes about 11 KB of a step.
-    num_tokens = torch.cuda.get_device_properties(0).total_memory // 6_600
+def test_steps_that_do_not_fit_are_refused_with_the_limits(small_card: int) -> None:
+    num_tokens = small_card // 6_600  # a token takes about 11 KB of a step
     with pytest.raises(ValueError, match=rf"steps beside .* max_num_batched_tokens \({num_tokens}\).*out of memory"):
         Engine(loaded("llama"), EngineConfig(max_num_batched_tokens=num_tokens, max_num_seqs=20_000))

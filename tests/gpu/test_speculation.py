@@ -106,6 +106,7 @@ def test_drawn_tokens_repeat_with_and_without_drafts(verified: Verified) -> None
     assert verified and same >= len(answers) // 2, f"{same} of {len(answers)} answers are the same"
 
 
+@pytest.mark.usefixtures("small_card")
 def test_an_engine_that_takes_what_is_left_has_room_for_as_many_drafts_as_may_be() -> None:
     config = EngineConfig.model_validate(
         {"max_num_seqs": 100, "max_num_batched_tokens": 4096, "speculation": SPECULATION}
