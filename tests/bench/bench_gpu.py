@@ -20,55 +20,21 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
-from deployments.engine.kernels.mxfp4 import Mxfp4
-from deployments.engine.layers.fp8 import quantize_weights
-from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
 from deployments.engine.scheduling.retention import Retention
 from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
 from tests.bench.gpu_floors import copy_bandwidth, decode_bytes, floor, lengths, products_alone, throughput_bound
 from tests.bench.gpu_profile import gpu_seconds
 from tests.bench.gpu_shapes import SHAPES, VLLM_VERSION, Shape
+from tests.bench.random_models import load_random
 from tests.engine.insides import forget_step_in_flight
 
 PROMPT_TOKENS = 256
 MEASURED_STEPS = 100
 # Decodes, and tokens of the prompt that is computed beside them, and of it those that are cached.
 BESIDE = ((8, 256, 0), (128, 256, 0), (128, 128, 1024))
-
-
-def load_random(shape: Shape) -> LoadedModel:
-    """A model with random weights, the same each time, as `load_model` would have prepared it."""
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(shape.config(), dtype=torch.bfloat16)
-    fill_random(model)
-    if shape.quantization == "fp8":
-        quantize_weights(model)
-    elif shape.quantization == "mxfp4":
-        round_experts(model)
-    config = EngineConfig(quantization="mxfp4") if shape.quantization == "mxfp4" else None
-    return optimize_layers(prepare_model(model, "random", torch.device("cuda")), config)
-
-
-@torch.no_grad()
-def round_experts(model: PreTrainedModel) -> None:
-    """Give the experts of gpt-oss numbers that MXFP4 has; in place."""
-    for name, parameter in model.named_parameters():
-        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-            for expert in parameter:  # (in, out): one at a time, for the memory
-                expert.copy_(Mxfp4.nearest(expert.T[None]).widen(parameter.dtype)[0].T)
-
-
-def fill_random(model: PreTrainedModel) -> None:
-    """Give every matrix random weights, the same each time."""
-    generator = torch.Generator(model.device).manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.02, generator=generator)
 
 
 def build(shape: Shape, max_num_seqs: int, kv_dtype: Literal["auto", "fp8"] = "auto") -> Engine:

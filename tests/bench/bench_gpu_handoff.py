@@ -33,9 +33,9 @@ from deployments.engine_builder import BuiltEngine, assemble_engine
 from deployments.kv_groups import KV_FORMS, KVGroup, bytes_per_block
 from deployments.kv_transfer.base import TransferStats
 from tests.bench.bare_copies import memcpy_peer_s, nccl_send_s
-from tests.bench.bench_gpu import load_random
 from tests.bench.gpu_shapes import SHAPES
 from tests.bench.guessed_handoff import bench_guesses
+from tests.bench.random_models import load_random
 from tests.bench.timed_engines import config_of, moved_s, start
 from tests.engine_pair import DrivenEngine, hand_over, random_prompt
 

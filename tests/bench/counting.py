@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from deployments.engine.model.load import LoadedModel, optimize_layers, prepare_model
-from tests.bench.bench_gpu import fill_random
+from tests.bench.random_models import fill_random
 from tests.engine_pair import random_prompt
 
 # The text that an answer edits, and of how many tokens one differs; at regular places a drafter could tell where.

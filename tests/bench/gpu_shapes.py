@@ -133,6 +133,13 @@ def gpt_oss_20b() -> PretrainedConfig:
     )
 
 
+def gpt_oss_120b() -> PretrainedConfig:
+    """gpt-oss-120b: 36 layers of 128 experts; 63 GB in MXFP4."""
+    config = gpt_oss_20b()
+    config.update({"num_hidden_layers": 36, "num_local_experts": 128})
+    return GptOssConfig.from_dict({**config.to_dict(), "layer_types": None})
+
+
 # vLLM's figures are of one H100 80GB, 2026-11-27, dummy weights, greedy; compare those of one visit (docs/measured.md).
 SHAPES = {
     "llama-8b": Shape(
@@ -181,6 +188,13 @@ SHAPES = {
     # Its weights as they are stored, as vLLM keeps them.
     "gpt-oss-20b-mxfp4": Shape(
         gpt_oss_20b,
+        {1: None, 8: None, 32: None, 128: None},
+        {(1, 512): None, (1, 2048): None, (1, 8192): None, (16, 1024): None},
+        None,
+        quantization="mxfp4",
+    ),
+    "gpt-oss-120b-mxfp4": Shape(
+        gpt_oss_120b,
         {1: None, 8: None, 32: None, 128: None},
         {(1, 512): None, (1, 2048): None, (1, 8192): None, (16, 1024): None},
         None,

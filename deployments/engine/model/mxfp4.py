@@ -35,12 +35,7 @@ class _StoredConfig(QuantizationConfigMixin):
 @register_quantizer(_STORED)
 class _StoredQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts  # only where there is such a model
-
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, GptOssExperts):
-                    setattr(parent, name, StoredExperts(child))
+        store_experts(model)
 
     def is_serializable(self) -> bool:
         return False
@@ -48,6 +43,16 @@ class _StoredQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def store_experts(model: PreTrainedModel) -> None:
+    """Put experts that are stored in MXFP4 in place of those of gpt-oss, before their weights are loaded."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts  # only where there is such a model
+
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, GptOssExperts):
+                setattr(parent, name, StoredExperts(child))
 
 
 def read_mxfp4(path: str, config: PretrainedConfig, headers: Headers, *, keeps: bool) -> Headers | None:

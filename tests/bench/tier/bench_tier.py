@@ -40,8 +40,8 @@ from deployments.kv_tier.ray_store import counts_of, shards
 from deployments.kv_tier.settings import TierSettings
 from deployments.kv_transfer import direct
 from deployments.messages import GenerateRequest, SamplingParams
-from tests.bench.bench_gpu import load_random
 from tests.bench.gpu_shapes import SHAPES
+from tests.bench.random_models import load_random
 from tests.bench.tier.cost import CONTROL, ON, Costs, judge, measure, ratios
 from tests.bench.tier.switched import SwitchedActor
 from tests.engine_pair import DrivenEngine, hand_over, random_prompt

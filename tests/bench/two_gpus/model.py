@@ -12,8 +12,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-from tests.bench.bench_gpu import fill_random
 from tests.bench.gpu_shapes import SHAPES
+from tests.bench.random_models import fill_random
 from tests.tiny_models import DRY_RUN
 
 
