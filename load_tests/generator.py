@@ -90,7 +90,7 @@ def send(schedule: Sequence[Planned], target: Target, end_s: float, drain_s: flo
     _write_tokenizer(folder / "tokenizer")
     with open(folder / "aiperf.log", "wb") as log:
         process = subprocess.Popen(
-            [*_precedence(), *_command(target, end_s, drain_s, folder)],
+            _command(target, end_s, drain_s, folder),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -112,11 +112,6 @@ def send(schedule: Sequence[Planned], target: Target, end_s: float, drain_s: flo
     samples, start_s = match(schedule, records, end_s)
     health = judge(samples, watch.shares(start_s, start_s + end_s))
     return Observed(samples, health, _server_figures(folder / "artifacts" / "server_metrics_export.json"))
-
-
-def _precedence() -> list[str]:
-    """What has AIPerf go before a service on the same cores, which else keeps it from sending in time; root may."""
-    return ["nice", "-n", "-10"] if os.geteuid() == 0 and shutil.which("nice") else []
 
 
 def _command(target: Target, end_s: float, drain_s: float, folder: Path) -> list[str]:
