@@ -53,7 +53,8 @@ class EngineConfig(BaseModel):
         quantization: `fp8` rounds the weights of linear layers to 8 bits, with a scale for each row, when the model is
             loaded. On a GPU half as much is read for a token, and several tokens are multiplied in FP8; elsewhere
             rounded weights are kept as `dtype`, which shows what answers become and saves nothing. Experts that a
-            checkpoint has in MXFP4 (gpt-oss) stay as they are on a GPU in bfloat16, without a setting; `mxfp4` insists.
+            checkpoint has in MXFP4 (gpt-oss) stay as they are on a GPU in bfloat16, without a setting. `mxfp4` refuses
+            to start if experts cannot be in MXFP4, keeps them so in float16, and packs those of other checkpoints.
         kv_dtype: `fp8` rounds keys and values to 8 bits when they are stored, with a scale for each token's head: twice
             as many tokens fit, and decodes read and hand-offs send half as much. `auto` stores them as `dtype`. Engines
             that hand KV over must agree.

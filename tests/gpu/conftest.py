@@ -7,7 +7,7 @@ import pytest
 import torch
 
 # Eight of them fit onto a card of 140 GiB, beside what other tests of their processes keep.
-_SHARE = 12 << 30
+_SHARE = 16 << 30
 
 
 @pytest.fixture

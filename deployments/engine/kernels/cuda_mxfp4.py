@@ -276,6 +276,7 @@ def _widen(words, fields, INDEX: tl.constexpr):
     REST: tl.constexpr = (6, 3, 0, 10)[INDEX]
     bits = words.to(tl.int32)
     sign, magnitude = (bits >> SIGN) & 1, (bits >> REST) & 7
-    exponent = (((fields >> (8 * INDEX)) & 255) - 127)[:, None] << 23  # of a half, in the bits of a float32
+    # Of a half, in the bits of a float32; smaller ones are 0 in float16.
+    exponent = tl.maximum(((fields >> (8 * INDEX)) & 255) - 127, 0)[:, None] << 23
     bits = tl.where(magnitude < 2, magnitude * exponent, (magnitude << 22) + exponent)
     return (bits | (sign << 31)).to(tl.float32, bitcast=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 SHARED = 32  # numbers of a scale
+NOT_A_NUMBER = 255  # as a scale
 _BIAS = 127  # of the exponent of a scale
 # What the codes 0 to 7 stand for; 8 to 15 are their negatives.
 _NUMBERS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -21,7 +22,7 @@ class Mxfp4:
 
     Attributes:
         codes: (E, rows, depth / 2) uint8, two codes each, the earlier one in the lower bits.
-        scales: (E, rows, depth / 32) uint8, at least 1.
+        scales: (E, rows, depth / 32) uint8, exponents and 127.
     """
 
     codes: Tensor
@@ -58,8 +59,12 @@ class Mxfp4:
         return cls(codes, torch.empty(*shape, weight.shape[-1] // SHARED, dtype=torch.uint8, device=weight.device))
 
     def widen(self, dtype: torch.dtype) -> Tensor:
-        """(E, rows, depth) numbers."""
-        return _decode(self.codes, self.scales).to(dtype)
+        """(E, rows, depth) numbers, one expert after the other."""
+        num_experts, rows, num_bytes = self.codes.shape
+        out = torch.empty(num_experts, rows, 2 * num_bytes, dtype=dtype, device=self.codes.device)
+        for numbers, codes, scales in zip(out, self.codes, self.scales, strict=True):
+            numbers.copy_(_decode(codes, scales))
+        return out
 
 
 def _encode(numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,6 @@ _DEPTH = _CODES * SHARED  # of a block
 # 2 ** (scale - 1), whose exponent field is the scale and this.
 _TO_MULTIPLIER = 126
 _HIGHEST_SCALE = 254 - _TO_MULTIPLIER
-LARGEST = 6.0 * 2.0 ** (_HIGHEST_SCALE - 127)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +43,11 @@ class Packed:
         """Arrange weights, one expert after the other.
 
         Raises:
-            ValueError: numbers of a scale that has no multiplier: larger than `LARGEST`.
+            ValueError: a scale that has no multiplier.
         """
         highest = int(weight.scales.max())
         if highest > _HIGHEST_SCALE:
-            raise ValueError(f"numbers of up to {6.0 * 2.0 ** (highest - 127):g}; kernels read up to {LARGEST:g}")
+            raise ValueError(f"a scale of 2**{highest - 127}; kernels read up to 2**{_HIGHEST_SCALE - 127}")
         (num_experts, rows, num_bytes), device = weight.codes.shape, weight.codes.device
         shape = num_experts, -(-2 * num_bytes // _DEPTH), rows
         words = torch.empty(*shape, SHARED, dtype=torch.int16, device=device)

@@ -155,6 +155,7 @@ class PackedExperts(FusedExperts):
         first, second = Packed.of(gate_up), Packed.of(down)
         super().__init__(len(gate_up.codes), first.nbytes + second.nbytes, biases, gate)
         self._first, self._second = first, second
+        self.size = first.depth  # of a token
 
     def _add(self, x: Tensor, ids: Tensor, weights: Tensor, out: Tensor, adds: bool) -> None:
         plan = plan_blocks(ids, self.num_experts, packed_rows(ids.numel() / self.num_experts))

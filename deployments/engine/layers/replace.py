@@ -35,13 +35,10 @@ def replace_layers(
     Raises:
         UnsupportedModelError: experts are to stay in MXFP4, and cannot.
     """
-    is_on_cuda = model.device.type == "cuda" and model.dtype in (torch.bfloat16, torch.float16)
+    is_on_cuda = _has_kernels(model.device, model.dtype)
     keeps_mxfp4 = config.quantization == "mxfp4"
-    if keeps_mxfp4 and not is_on_cuda:
-        raise UnsupportedModelError(
-            "quantization is mxfp4, for which there are kernels on a GPU, in bfloat16 and float16; the model is in"
-            f" {model.dtype} on {model.device}"
-        )
+    if keeps_mxfp4:
+        check_mxfp4(model.device, model.dtype)
     # Linear layers that read the same input become one. First: these are plain still, and their weights lie as loaded.
     merge_linears(model)
     # Each linear layer is put into the form in which it is kept and multiplied.
@@ -54,6 +51,23 @@ def replace_layers(
         fuse_layers(model, CPU_KERNELS)
         # Last, since it takes whole decoder layers apart, and tries what it makes of them.
         fuse_decoder_layers(model, kv_shape, inputs_wanted)
+
+
+def check_mxfp4(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse to keep experts in MXFP4 where no kernel reads them.
+
+    Raises:
+        UnsupportedModelError: says where there are some.
+    """
+    if not _has_kernels(device, dtype):
+        raise UnsupportedModelError(
+            "quantization is mxfp4, for which there are kernels on a GPU, in bfloat16 and float16; the model is in"
+            f" {dtype} on {device}"
+        )
+
+
+def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def replace_head_layers(head: nn.Module, config: EngineConfig) -> None:

@@ -8,8 +8,6 @@ computes something else than we know is not replaced; found out by trying, as wi
 import copy
 import itertools
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -33,16 +31,12 @@ def fuse_experts(model: nn.Module) -> int:
 
     Returns:
         How many layers of experts were replaced.
-
-    Raises:
-        UnsupportedModelError: experts that are in MXFP4 have numbers that no kernel of ours reads.
     """
     num_fused = 0
-    for name, parent in _with_experts(model):
+    for _, parent in _with_experts(model):
         if isinstance(parent.experts, StoredExperts) or hasattr(parent.experts, "is_concatenated"):
             _replace_routers(parent)
-            with _blaming(f"{name}.experts"):
-                fused = _fused_experts(parent.experts)
+            fused = _fused_experts(parent.experts)
             parent.experts = fused or parent.experts
             num_fused += fused is not None
     return num_fused
@@ -59,13 +53,20 @@ def pack_experts(model: nn.Module) -> None:
     if not parents:
         raise UnsupportedModelError("quantization is mxfp4, and the model has no experts that kernels of ours run")
     for name, parent in parents:
-        if not isinstance(parent.experts, WideExperts):
-            continue
-        with _blaming(f"{name}.experts"):
-            packed = parent.experts.packed()
-        if packed is None:
-            raise UnsupportedModelError(f"quantization is mxfp4, and the weights of {name}.experts are not in MXFP4")
-        parent.experts = packed
+        if isinstance(parent.experts, WideExperts):
+            parent.experts = _pack(f"{name}.experts", parent.experts)
+
+
+def _pack(name: str, experts: WideExperts) -> PackedExperts:
+    try:
+        packed = experts.packed()
+    except ValueError as error:
+        raise UnsupportedModelError(f"quantization is mxfp4, and the weights of {name} have {error}") from error
+    if packed is None:
+        raise UnsupportedModelError(f"quantization is mxfp4, and the weights of {name} are not in MXFP4")
+    if not _give_the_same(packed, experts, experts.gate_up_proj):
+        raise UnsupportedModelError(f"quantization is mxfp4, and on this GPU its kernels give other numbers for {name}")
+    return packed
 
 
 def _with_experts(model: nn.Module) -> list[tuple[str, Any]]:
@@ -77,27 +78,26 @@ def _with_experts(model: nn.Module) -> list[tuple[str, Any]]:
     ]
 
 
-@contextmanager
-def _blaming(name: str) -> Iterator[None]:
-    """Name the experts whose numbers kernels cannot read."""
-    try:
-        yield
-    except ValueError as error:
-        raise UnsupportedModelError(f"the weights of {name}, in MXFP4, have {error}") from error
-
-
 def _of_stored(experts: StoredExperts) -> FusedExperts:
     both, gate = experts.gate_up, Gate(experts.limit, experts.alpha)
     codes, scales, bias = (
         torch.cat((rows[:, ::2], rows[:, 1::2]), 1) for rows in (both.codes, both.scales, experts.gate_up_proj_bias)
     )
     first, second, biases = Mxfp4(codes, scales), experts.down, (bias, experts.down_proj_bias.detach())
-    packed = PackedExperts(first, second, biases, gate)
-    rows, which, factors, some = _probe(experts.num_experts, 2 * codes.shape[2], bias)
-    if is_near(packed(rows, some[which], factors), experts(rows, some[which], factors)):
+    try:
+        packed = PackedExperts(first, second, biases, gate)
+        reason = "" if _give_the_same(packed, experts, bias) else "on this GPU its kernels give other numbers"
+    except ValueError as error:
+        reason = str(error)
+    if not reason:
         return packed
-    logger.warning("experts in MXFP4 are widened: the kernels for them give other numbers on this GPU")
+    logger.warning("experts in MXFP4 are turned into the model's own type: %s", reason)
     return WideExperts(first.widen(bias.dtype), bias, second.widen(bias.dtype), biases[1], gate)
+
+
+def _give_the_same(packed: PackedExperts, others: FusedExperts | StoredExperts, like: Tensor) -> bool:
+    rows, which, factors, some = _probe(packed.num_experts, packed.size, like)
+    return is_near(packed(rows, some[which], factors), others(rows, some[which], factors))
 
 
 def _probe(num_experts: int, size: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from deployments.engine.kernels.mxfp4 import SHARED, Mxfp4
+from deployments.engine.kernels.mxfp4 import NOT_A_NUMBER, SHARED, Mxfp4
 
 _BYTES = SHARED // 2  # of the codes of a scale
 
@@ -42,6 +42,12 @@ class StoredExperts(nn.Module):
             self.register_parameter(f"{name}_bias", getattr(experts, f"{name}_bias"))
         self.num_experts: int = experts.num_experts
         self.limit, self.alpha = float(experts.limit), float(experts.alpha)
+
+    @property
+    def not_finite(self) -> list[str]:
+        """Names of scales one of which is no number."""
+        names = ("gate_up_proj_scales", "down_proj_scales")
+        return [name for name in names if int(getattr(self, name).max()) == NOT_A_NUMBER]
 
     @property
     def gate_up(self) -> Mxfp4:

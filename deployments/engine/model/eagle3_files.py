@@ -80,7 +80,7 @@ def load_eagle3(path: str, target: nn.Module, config: PretrainedConfig) -> Eagle
         UnsupportedModelError: see `check_eagle3`; or it computes what is not finite.
     """
     form, weights = check_eagle3(path, config), _read_weights(path)
-    found = {name: Header(tuple(weight.shape), not weight.is_floating_point()) for name, weight in weights.items()}
+    found = {name: Header.of(weight) for name, weight in weights.items()}
     _check_shapes(path, form, found)
     to_target, _ = weights.pop(_TO_TARGET, None), weights.pop(_IS_KNOWN, None)
     target_ids = None if to_target is None else _target_ids(path, to_target, config.vocab_size)

@@ -155,7 +155,7 @@ class _Source:
 
     def _check_sizes(self) -> None:
         """Refuse sizes that no tensor has before anything is built by them."""
-        headers = Headers({name: Header(tuple(map(int, each.shape)), False) for name, each in self._tensors.items()})
+        headers = Headers({name: Header(tuple(map(int, each.shape)), "F32") for name, each in self._tensors.items()})
         if not headers:
             raise self.refusal("it has no tensors")
         missing = [key for key in _REQUIRED if self._of_architecture(key) is None]

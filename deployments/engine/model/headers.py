@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +21,19 @@ from deployments.errors import UnsupportedModelError, brief
 _NUMBER = re.compile(r"\.(\d+)\.")  # the first one in a weight's name is its layer's
 _INTEGERS = re.compile(r"[IU]\d+|BOOL")  # in the headers of safetensors files
 _OLD_FILE = "pytorch_model.bin"
+# Of torch's types in older files; others have a name of torch's.
+_NAMES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +41,22 @@ class Header:
     """One weight.
 
     Attributes:
-        is_integer: whole numbers, or truth values.
+        dtype: as safetensors files name it, such as BF16.
         file: its name; empty: not known.
     """
 
     shape: tuple[int, ...]
-    is_integer: bool
+    dtype: str
     file: str = ""
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, file: str = "") -> Self:
+        return cls(tuple(weight.shape), _NAMES.get(weight.dtype, str(weight.dtype)), file)
+
+    @property
+    def is_integer(self) -> bool:
+        """Whole numbers, or truth values."""
+        return _INTEGERS.fullmatch(self.dtype) is not None
 
 
 class Headers(dict[str, Header]):
@@ -50,6 +73,12 @@ class Headers(dict[str, Header]):
         """Name and shape of the weight with the longest side."""
         name = max(self, key=lambda name: max(self[name].shape, default=1))
         return name, self[name].shape
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of all weights that are no whole numbers; None: they have several, or one that is not known."""
+        names = {header.dtype for header in self.values() if not header.is_integer}
+        return next((dtype for dtype, name in _NAMES.items() if names == {name}), None)
 
     @property
     def num_elements(self) -> int:
@@ -109,8 +138,7 @@ def _read_new(file: str) -> Mapping[str, Header]:
     with safe_open(file, "pt") as content:
         for name in content.keys():  # noqa: SIM118  # no mapping
             weight = content.get_slice(name)
-            is_integer = _INTEGERS.fullmatch(weight.get_dtype()) is not None
-            headers[name] = Header(tuple(weight.get_shape()), is_integer, Path(file).name)
+            headers[name] = Header(tuple(weight.get_shape()), weight.get_dtype(), Path(file).name)
     return headers
 
 
@@ -129,7 +157,7 @@ def _read_old(file: str) -> Mapping[str, Header]:
     if not isinstance(weights, Mapping):
         raise pickle.UnpicklingError(f"holds no weights by their names, but a {type(weights).__name__}")
     headers = {
-        name: Header(tuple(weight.shape), not weight.dtype.is_floating_point, Path(file).name)
+        name: Header.of(weight, Path(file).name)
         for name, weight in weights.items()
         if isinstance(name, str) and isinstance(weight, torch.Tensor)
     }

@@ -7,6 +7,7 @@ which weights it has, `weights.py`.
 import logging
 from dataclasses import dataclass, replace
 from hashlib import blake2b
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +16,7 @@ from deployments.engine.attention.base import IMPLEMENTATION, register
 from deployments.engine.config import EngineConfig
 from deployments.engine.kv.cache import KVShape
 from deployments.engine.layers.fp8 import quantize_weights
-from deployments.engine.layers.replace import replace_head_layers, replace_layers
+from deployments.engine.layers.replace import check_mxfp4, replace_head_layers, replace_layers
 from deployments.engine.model.checkpoint import naming, read_checkpoint
 from deployments.engine.model.config import check_config
 from deployments.engine.model.eagle3 import Eagle3Head
@@ -99,7 +100,10 @@ def _load(config: EngineConfig, name: str, head: str | None = None, *, is_drafte
         checkpoint = read_checkpoint(path)
         dtype: torch.dtype | str = _DTYPES.get(config.dtype, torch.float32 if device.type == "cpu" else "auto")
         options = {"dtype": dtype, "device_map": device, "attn_implementation": IMPLEMENTATION}
-        keeps = _keeps_mxfp4(config, device, checkpoint.config.dtype if dtype == "auto" else dtype)
+        known: Any = dtype if dtype != "auto" else checkpoint.config.dtype or checkpoint.headers.dtype
+        if config.quantization == "mxfp4" and known is not None:
+            check_mxfp4(device, known)
+        keeps = _keeps_mxfp4(config, device, known)
         model = load_weights(path, checkpoint.config, checkpoint.headers, keeps_mxfp4=keeps, **options)
         if config.quantization == "fp8":
             quantize_weights(model)
@@ -109,7 +113,7 @@ def _load(config: EngineConfig, name: str, head: str | None = None, *, is_drafte
         return optimize_layers(loaded if head is None else _with_head(loaded, head), config)
 
 
-def _keeps_mxfp4(config: EngineConfig, device: torch.device, dtype: torch.dtype | str | None) -> bool:
+def _keeps_mxfp4(config: EngineConfig, device: torch.device, dtype: torch.dtype | None) -> bool:
     """Whether experts in MXFP4 stay as they are: where kernels read them, and faster than widened ones if not asked."""
     kinds = {None: (torch.bfloat16,), "mxfp4": (torch.bfloat16, torch.float16)}
     return device.type == "cuda" and dtype in kinds.get(config.quantization, ())

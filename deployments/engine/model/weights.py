@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from deployments.engine.layers.stored_experts import StoredExperts
 from deployments.engine.model.config import blamed, build_empty, read_values
 from deployments.engine.model.headers import Header, Headers
 from deployments.engine.model.mxfp4 import read_mxfp4
@@ -149,6 +150,8 @@ def check_finite(path: str, model: nn.Module) -> None:
     """
     weights = ((name, weight) for name, weight in model.state_dict().items() if weight.is_floating_point())
     faulty = [name for name, weight in weights if weight.itemsize > 1 and not _is_finite(weight)]
+    stored = (module for module in model.named_modules() if isinstance(module[1], StoredExperts))
+    faulty += [f"{name}.{scales}" for name, experts in stored for scales in experts.not_finite]
     if faulty:
         dtype = str(model.state_dict()[faulty[0]].dtype).removeprefix("torch.")
         raise UnsupportedModelError(f"model {path!r}: weights that are not finite as {dtype}: {_listed(faulty)}")

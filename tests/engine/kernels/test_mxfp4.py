@@ -11,7 +11,7 @@ from deployments.engine.kernels.cuda_mxfp4 import packed_product  # isort: skip
 from deployments.engine.kernels.cuda_routing import plan_blocks  # isort: skip
 
 from deployments.engine.kernels.mxfp4 import SHARED, Mxfp4
-from deployments.engine.kernels.mxfp4_words import LARGEST, Packed
+from deployments.engine.kernels.mxfp4_words import Packed
 
 TILE = Tile(columns=32, depth=32, num_stages=2, num_warps=4)
 OF_GPT_OSS = Gate(limit=2.0, alpha=1.702)
@@ -71,8 +71,14 @@ def test_words_take_the_bits_of_their_codes_and_whole_blocks() -> None:
     assert Packed.of(packed(6, 128)).nbytes == packed(6, 128).nbytes
 
 
-def test_numbers_that_kernels_cannot_read_are_refused_with_both_sizes() -> None:
-    assert LARGEST == 12.0
-    Packed.of(packed(2, 32, lowest=1, highest=129))
-    with pytest.raises(ValueError, match="numbers of up to 24; kernels read up to 12"):
+def test_a_scale_that_kernels_cannot_read_is_refused_with_both_sizes() -> None:
+    Packed.of(packed(2, 32, lowest=0, highest=129))
+    with pytest.raises(ValueError, match=r"a scale of 2\*\*2; kernels read up to 2\*\*1"):
         Packed.of(packed(2, 32, lowest=129, highest=130))
+
+
+def test_what_is_too_small_for_float16_is_nothing_there() -> None:
+    weight = packed(40, 64, lowest=0, highest=2)
+    x, ids = torch.ones(1, 64, device=DEVICE, dtype=torch.float16), torch.zeros(1, 1, device=DEVICE, dtype=torch.int32)
+    out = packed_product(x, Packed.of(weight), None, plan_blocks(ids, NUM_EXPERTS, 16), 1, None)
+    assert not out.any()

@@ -213,24 +213,50 @@ def test_experts_that_stay_in_mxfp4_give_what_their_numbers_do(num_tokens: int) 
 
 
 @torch.inference_mode()
-def test_experts_that_were_loaded_in_mxfp4_are_replaced() -> None:
-    model = build_in_mxfp4()
-    mlp, x = model.model.layers[0].mlp, randn(1, 9, 128)
-    expected, stored = mlp(x)[0].double(), StoredExperts(mlp.experts)
-    for name, packed in ((name, Mxfp4.of(getattr(mlp.experts, name).mT)) for name in ("gate_up_proj", "down_proj")):
+def as_stored(experts: nn.Module) -> StoredExperts:
+    stored = StoredExperts(experts)
+    for name, packed in ((name, Mxfp4.of(getattr(experts, name).mT)) for name in ("gate_up_proj", "down_proj")):
         assert packed is not None
         getattr(stored, f"{name}_blocks").copy_(packed.codes.unflatten(2, (-1, SHARED // 2)))
         getattr(stored, f"{name}_scales").copy_(packed.scales)
-    mlp.experts = stored
+    return stored
+
+
+@torch.inference_mode()
+def test_experts_that_were_loaded_in_mxfp4_are_replaced() -> None:
+    model = build_in_mxfp4()
+    mlp, x = model.model.layers[0].mlp, randn(1, 9, 128)
+    expected, mlp.experts = mlp(x)[0].double(), as_stored(mlp.experts)
     check(mlp(x)[0], expected)
     assert fuse_experts(model) == 1
     assert isinstance(mlp.experts, PackedExperts) and isinstance(mlp.router, FusedRouter)
     check(mlp(x)[0], expected)
     pack_experts(model)  # as it is
-    stored.down_proj_scales[1, 5, 0] = 255
-    mlp.experts = stored
-    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.experts, in MXFP4, have numbers of up to"):
-        fuse_experts(model)
+
+
+@torch.inference_mode()
+def test_experts_with_scales_that_no_kernel_reads_are_widened_unless_they_are_to_stay() -> None:
+    model = build_in_mxfp4()
+    mlp = model.model.layers[0].mlp
+    stored = mlp.experts = as_stored(mlp.experts)
+    stored.down_proj_scales[1, 5, 0] = 130
+    x = randn(1, 9, 128)
+    expected = mlp(x)[0].double()
+    assert fuse_experts(model) == 1 and isinstance(mlp.experts, WideExperts)
+    check(mlp(x)[0], expected)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.0\.mlp\.experts have a scale of 2\*\*\d+; kernels read"):
+        pack_experts(model)
+
+
+@torch.inference_mode()
+def test_kernels_that_give_other_numbers_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deployments.engine.layers.replace_experts.is_near", lambda *_: False)
+    model = build_in_mxfp4()
+    mlp = model.model.layers[0].mlp
+    mlp.experts = as_stored(mlp.experts)
+    assert fuse_experts(model) == 1 and isinstance(mlp.experts, WideExperts)
+    with pytest.raises(UnsupportedModelError, match=r"other numbers for model\.layers\.0\.mlp\.experts"):
+        pack_experts(model)
 
 
 def test_experts_that_are_not_in_mxfp4_are_refused_by_name() -> None:
@@ -247,7 +273,7 @@ def test_experts_with_numbers_too_large_for_the_kernels_are_refused_by_name() ->
     model.model.layers[0].mlp.experts.gate_up_proj[0] *= 1024
     with pytest.raises(
         UnsupportedModelError,
-        match=r"layers\.0\.mlp\.experts, in MXFP4, have numbers of up to \d+; kernels read up to 12",
+        match=r"layers\.0\.mlp\.experts have a scale of 2\*\*6; kernels read up to 2\*\*1",
     ):
         pack_experts(model)
 
