@@ -24,6 +24,8 @@ _SMALL = 8 << 20
 # All run at once, one on each multiprocessor (132 of them, H100 and H200), in whatever was faster than cuBLAS.
 _MAX_PROGRAMS = 132
 _NARROW, _WIDER, _DEEP, _DEEPER = 1024, 2048, 2048, 8192
+# Where two programs for each 64 columns and all of 64 rows may run at once, and for each half of the rows may not.
+_COLUMNS_OF_DEEP = range(64 * (_MAX_PROGRAMS // 4) + 1, 64 * (_MAX_PROGRAMS // 2) + 1)
 
 
 _Entry = TypeVar("_Entry")
@@ -99,7 +101,7 @@ def step_tile(num_columns: int, depth: int, num_rows: int, *, is_gated: bool = F
         return _up_to(num_rows, _LARGE_GATED_TILES)
     if num_rows <= 16 and num_columns <= _NARROW:
         return None
-    large = _LARGE_DEEP_TILES if depth >= _DEEPER else _LARGE_TILES
+    large = _LARGE_DEEP_TILES if depth >= _DEEPER and num_columns in _COLUMNS_OF_DEEP else _LARGE_TILES
     for tile in _up_to(num_rows, _TILES if is_small else large) or ():
         num_programs = triton.cdiv(num_rows, tile.rows) * triton.cdiv(num_columns, tile.columns)
         if num_programs > _MAX_PROGRAMS:

@@ -87,6 +87,10 @@ def test_all_programs_of_a_product_run_at_once(is_gated: bool) -> None:
 
 
 def test_one_row_and_many_of_a_large_weight_are_left_to_others() -> None:
+    deep = step_tile(4096, 14336, 33)
+    assert deep is not None and (deep.rows, deep.splits) == (64, 2), "the weight is read once for all rows"
+    narrow = step_tile(2048, 8192, 33)
+    assert narrow is not None and narrow.rows == 32 and step_tile(8192, 28672, 33) is None
     assert step_tile(4096, 1024, 1) is None
     assert step_tile(4096, 1024, 64) is not None
     assert all(step_tile(4096, 4096, num_rows) is not None for num_rows in (2, 64))
