@@ -46,10 +46,11 @@ def _as_stored(config: PretrainedConfig, device: str) -> PreTrainedModel:
     rotary: nn.Module = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(config).to(device)
     fill_random(model)
+    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("_scales"):
-                parameter.random_(_LEAST_SCALE, _MOST_SCALE + 1)
+                parameter.random_(_LEAST_SCALE, _MOST_SCALE + 1, generator=generator)
             elif parameter.dim() == 1:
                 parameter.fill_(1.0 if "norm" in name else 0.0)
     return model

@@ -89,9 +89,9 @@ def plain(family: str) -> PreTrainedModel:
                 parameter.normal_(std=0.06)
             else:  # norms that scale nothing, or biases of zero, would hide what is done in another order
                 parameter += 0.2 * torch.randn_like(parameter)
-    rotary = copy.deepcopy(model.model.rotary_emb)
+    rotary = copy.deepcopy(model.model.rotary_emb) if family in STORED else None
     moved: PreTrainedModel = model.to("cuda", torch.bfloat16).eval()
-    if family in STORED:
+    if rotary is not None:
         moved.model.rotary_emb = rotary.to("cuda")  # as it is loaded: its frequencies are not rounded
         save_in_mxfp4(moved, STORED[family])
     return moved
