@@ -11,6 +11,7 @@ from torch import Tensor
 from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlier
 
 _CHUNK = 4096
+_CHUNKS_AT_ONCE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,7 @@ def plan_blocks(ids: Tensor, num_experts: int, rows: int) -> Plan:
         ROWS=rows,
         EXPERTS=experts,
         CHUNK=chunk,
-        CHUNKS=triton.next_power_of_2(num_chunks),
+        CHUNKS=min(_CHUNKS_AT_ONCE, triton.next_power_of_2(num_chunks)),
         num_warps=4 if chunk <= 1024 else 8,
         **OVERLAPPING,
     )
@@ -248,10 +249,14 @@ def _plan(
         totals = tl.histogram(chosen, EXPERTS, mask=at < count)
         before = 0
     else:
-        index = tl.arange(0, CHUNKS)[:, None]
-        of_chunks = tl.load(counts + index * EXPERTS + each[None, :], mask=index < num_chunks, other=0)
-        totals = tl.sum(of_chunks, axis=0)
-        before = tl.sum(tl.sum(tl.where((index < chunk) & (each[None, :] == expert), of_chunks, 0), axis=1), axis=0)
+        totals = tl.zeros((EXPERTS,), tl.int32)
+        before = tl.zeros((), tl.int32)
+        for start in range(0, num_chunks, CHUNKS):
+            index = start + tl.arange(0, CHUNKS)[:, None]
+            of_chunks = tl.load(counts + index * EXPERTS + each[None, :], mask=index < num_chunks, other=0)
+            totals += tl.sum(of_chunks, axis=0)
+            is_before = (index < chunk) & (each[None, :] == expert)
+            before += tl.sum(tl.sum(tl.where(is_before, of_chunks, 0), axis=1), axis=0)
     first = _sum_of(totals, each < expert)
     mine = (chosen == expert).to(tl.int32)
     tl.store(order + first + before + tl.cumsum(mine, axis=0) - 1, at, mask=mine > 0)

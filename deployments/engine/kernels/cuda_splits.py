@@ -17,6 +17,8 @@ from deployments.engine.kernels.cuda_overlap import OVERLAPPING, wait_for_earlie
 MAX_SPLITS = 32
 _WIDTH = 4
 _ITEMS_PER_PROGRAM = 16
+# With more the kernel takes long to compile: 2,048 a second, 4,096 seven, 32,768 more than anybody waits.
+_SEQS_AT_ONCE = 512
 
 
 class DecodeTile(NamedTuple):
@@ -87,7 +89,7 @@ def plan_splits(lens: Tensor, num_kv_heads: int, tile: DecodeTile, max_tokens: i
         max_splits,
         window or 0,
         num_kv_heads,
-        SEQS=max(16, triton.next_power_of_2(num_seqs)),
+        SEQS=min(_SEQS_AT_ONCE, max(16, triton.next_power_of_2(num_seqs))),
         ITEMS=_ITEMS_PER_PROGRAM,
         WIDTH=_WIDTH,
         HEADS=triton.next_power_of_2(num_kv_heads),
@@ -168,47 +170,67 @@ def _plan_splits(
 ):
     """Rows of some items; each program looks at all lengths. There are items enough: target, and one a sequence."""
     wait_for_earlier(OVERLAPS)
-    sequences = tl.arange(0, SEQS)
-    is_there = sequences < num_seqs
-    length = tl.load(lens + sequences, mask=is_there, other=0)
-    begin = tl.zeros_like(length)
-    if HAS_WINDOW:
-        begin = tl.maximum(length - window, 0)
-    first_tile = begin // TILE
-    num_tiles = tl.cdiv(length, TILE) - first_tile
-    longest = tl.maximum(tl.cdiv(tl.sum(num_tiles), target), tl.cdiv(tl.max(num_tiles), max_splits))
-    count = tl.where(is_there, tl.maximum(tl.cdiv(num_tiles, tl.maximum(longest, 1)), 1), 0)
-    end = tl.cumsum(count)
+    total = tl.zeros((), tl.int32)
+    most = tl.zeros((), tl.int32)
+    for start in range(0, num_seqs, SEQS):
+        _, _, _, num_tiles = _tiles_of(lens, start + tl.arange(0, SEQS), num_seqs, window, TILE, HAS_WINDOW)
+        total += tl.sum(num_tiles)
+        most = tl.maximum(most, tl.max(num_tiles))
+    longest = tl.maximum(tl.maximum(tl.cdiv(total, target), tl.cdiv(most, max_splits)), 1)
 
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
-    is_behind = (end[None, :] <= item[:, None]) & is_there[None, :]
-    sequence = tl.sum(is_behind.to(tl.int32), axis=1)
-    is_own = sequences[None, :] == sequence[:, None]
-    own_first = _of_own(is_own, end - count)
-    own_count = _of_own(is_own, count)
-    own_length = _of_own(is_own, length)
-    num_own_tiles = tl.cdiv(_of_own(is_own, num_tiles), tl.maximum(own_count, 1))
-    start = (_of_own(is_own, first_tile) + (item - own_first) * num_own_tiles) * TILE
+    # Of the sequence that has an item: its number and one, and its first key, its end and where this part starts.
+    owner = tl.zeros((ITEMS,), tl.int32)
+    own_begin = tl.zeros((ITEMS,), tl.int32)
+    own_start = tl.zeros((ITEMS,), tl.int32)
+    own_end = tl.zeros((ITEMS,), tl.int32)
+    num_before = tl.zeros((), tl.int32)
+    for start in range(0, num_seqs, SEQS):
+        sequences = start + tl.arange(0, SEQS)
+        length, begin, first_tile, num_tiles = _tiles_of(lens, sequences, num_seqs, window, TILE, HAS_WINDOW)
+        count = tl.where(sequences < num_seqs, tl.maximum(tl.cdiv(num_tiles, longest), 1), 0)
+        first = num_before + tl.cumsum(count) - count
+        part = item[:, None] - first[None, :]
+        is_own = (part >= 0) & (part < count[None, :])
+        tiles_of_part = tl.cdiv(num_tiles, tl.maximum(count, 1))
+        of_part = (first_tile[None, :] + part * tiles_of_part[None, :]) * TILE
+        end_of_part = tl.minimum(length[None, :], of_part + (tiles_of_part * TILE)[None, :])
+        owner += _of_own(is_own, (sequences + 1)[None, :])
+        own_begin += _of_own(is_own, begin[None, :])
+        own_start += _of_own(is_own, of_part)
+        own_end += _of_own(is_own, end_of_part)
+        # Of each sequence, by the program that has the item of its number: there are no fewer items than sequences.
+        is_here = (sequences // ITEMS == tl.program_id(0)) & (sequences < num_seqs)
+        tl.store(spans + sequences * 2, first, mask=is_here)
+        tl.store(spans + sequences * 2 + 1, count, mask=is_here)
+        num_before += tl.sum(count)
+
     row = items + item * WIDTH
     is_item = item < num_items
-    tl.store(row, tl.where(sequence < num_seqs, sequence, -1), mask=is_item)
-    tl.store(row + 1, _of_own(is_own, begin), mask=is_item)
-    tl.store(row + 2, start, mask=is_item)
-    tl.store(row + 3, tl.minimum(own_length, start + num_own_tiles * TILE), mask=is_item)
-
-    # Of each sequence, by the program that has the item of its number: there are no fewer items than sequences.
-    is_here = (sequences // ITEMS == tl.program_id(0)) & is_there
-    tl.store(spans + sequences * 2, end - count, mask=is_here)
-    tl.store(spans + sequences * 2 + 1, count, mask=is_here)
+    tl.store(row, owner - 1, mask=is_item)
+    tl.store(row + 1, own_begin, mask=is_item)
+    tl.store(row + 2, own_start, mask=is_item)
+    tl.store(row + 3, own_end, mask=is_item)
     heads = tl.arange(0, HEADS)
     counter = finished + item[:, None] * num_kv_heads + heads[None, :]
     tl.store(counter, 0, mask=(item < num_seqs)[:, None] & (heads < num_kv_heads)[None, :])
 
 
 @triton.jit
+def _tiles_of(lens, sequences, num_seqs, window, TILE: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Of each sequence: its length, the first key that is seen, the tile that holds it, and how many there are."""
+    length = tl.load(lens + sequences, mask=sequences < num_seqs, other=0)
+    begin = tl.zeros_like(length)
+    if HAS_WINDOW:
+        begin = tl.maximum(length - window, 0)
+    first_tile = begin // TILE
+    return length, begin, first_tile, tl.cdiv(length, TILE) - first_tile
+
+
+@triton.jit
 def _of_own(is_own, values):
-    """Of each item, the value of its sequence."""
-    return tl.sum(tl.where(is_own, values[None, :], 0), axis=1)
+    """Of each item, the value of its sequence; 0 if that is none of these."""
+    return tl.sum(tl.where(is_own, values, 0), axis=1)
 
 
 @triton.jit

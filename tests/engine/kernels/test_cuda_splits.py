@@ -10,7 +10,7 @@ from tests.engine.interpreted import DEVICE  # before the kernels
 
 from deployments.engine.kernels.arguments import PagedKV, Scores  # isort: skip
 from deployments.engine.kernels.cuda_attention import decode_attention, decode_tile  # isort: skip
-from deployments.engine.kernels import cuda_prefill  # isort: skip
+from deployments.engine.kernels import cuda_prefill, cuda_splits  # isort: skip
 from deployments.engine.kernels.cuda_splits import MAX_SPLITS, DecodeTile, Splits, plan_splits  # isort: skip
 
 TILE = DecodeTile(32, 2, 4)
@@ -47,6 +47,18 @@ def test_parts_cover_each_sequence_once(lens: list[int], num_kv_heads: int, wind
         for (_, _, end), (_, start, _) in pairwise(parts):
             assert start >= length or end == start
     assert not splits.finished.any()
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("num_seqs", [16, 17, 150])
+def test_more_sequences_than_are_looked_at_at_once_are_cut_the_same(
+    num_seqs: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lens = [length * 37 % 301 * (1 + 9 * (length % 11 == 3)) for length in range(num_seqs)]
+    at_once = plan(lens, 2, window)
+    monkeypatch.setattr(cuda_splits, "_SEQS_AT_ONCE", 16)
+    for found, expected in zip(plan(lens, 2, window)[:3], at_once[:3], strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("num_short", [10, 32, 80])

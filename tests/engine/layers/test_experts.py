@@ -14,6 +14,7 @@ from tests.engine.interpreted import DEVICE  # before the kernels
 from deployments.engine.layers.cuda_experts import FusedRouter, PackedExperts, WideExperts  # isort: skip
 from deployments.engine.layers.replace_experts import fuse_experts, pack_experts  # isort: skip
 from deployments.engine.kernels.cuda_experts import Gate, Tile, combine, down, gate_up  # isort: skip
+from deployments.engine.kernels import cuda_routing  # isort: skip
 from deployments.engine.kernels.cuda_few_experts import down_of_few, gate_up_of_few  # isort: skip
 from deployments.engine.kernels.cuda_router import router_logits  # isort: skip
 from deployments.engine.kernels.cuda_routing import Routing, plan_blocks, route  # isort: skip
@@ -99,7 +100,16 @@ def to_the_last(num_tokens: int, top_k: int, num_experts: int) -> Tensor:
 def test_blocks_hold_each_assignment_once(
     spread: Callable[[int, int, int], Tensor], num_tokens: int, top_k: int, num_experts: int
 ) -> None:
-    ids = spread(num_tokens, top_k, num_experts)
+    check_blocks(spread(num_tokens, top_k, num_experts), num_experts)
+
+
+def test_many_more_assignments_than_are_counted_at_once_are_in_blocks_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_routing, "_CHUNK", 128)
+    monkeypatch.setattr(cuda_routing, "_CHUNKS_AT_ONCE", 4)
+    check_blocks(even(700, 2, 3), 3)
+
+
+def check_blocks(ids: Tensor, num_experts: int) -> None:
     plan = plan_blocks(ids, num_experts, rows=16)
     assert torch.equal(plan.order.long(), ids.flatten().sort(stable=True).indices)
     experts, starts, ends = (part.tolist() for part in plan.blocks)
