@@ -1,10 +1,11 @@
 """The whole engine loop on one GPU, with random weights: time per output token, prefill, throughput, against a floor.
 
 Run: `make bench-gpu` on a machine with a GPU. The engine is driven as `EngineLoop` drives it, scheduler, sampler and
-events included. Prints a table beside vLLM's figures (same shapes, dummy weights, greedy) and floors (of
+events included. Prints a table beside floors (of
 tokens: weights and KV read once at the speed of a copy; of prompts: the linear layers alone) and, as its last line, one
-JSON object with the raw numbers. A row that fails says why, and the others are measured. `ARGS=--profile` says instead
-where the GPU's time goes in the run that measures throughput.
+JSON object with the raw numbers. A row that fails says why, and the others are measured. `ARGS="--beside FILE"` shows
+what vLLM took for the same rows on the same card: `tests.bench.gpu_vllm` measures that, and says how. `ARGS=--profile`
+says instead where the GPU's time goes in the run that measures throughput.
 """
 
 import argparse
@@ -15,159 +16,52 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import transformers
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
-from deployments.engine.scheduling.retention import Retention
-from deployments.messages import GenerateRequest, SamplingParams, TokenOutput
-from tests.bench.gpu_floors import copy_bandwidth, decode_bytes, floor, lengths, products_alone, throughput_bound
+from tests.bench.gpu_floors import copy_bandwidth, decode_bytes, floor, products_alone, throughput_bound
+from tests.bench.gpu_peer import Peer
 from tests.bench.gpu_profile import gpu_seconds
-from tests.bench.gpu_shapes import SHAPES, VLLM_VERSION, Shape
+from tests.bench.gpu_rows import (
+    MEASURED_STEPS,
+    Driver,
+    add_lengths,
+    prefill,
+    repeated,
+    throughput,
+    time_beside_prompts,
+    time_per_output_token,
+    times_with_context,
+)
+from tests.bench.gpu_shapes import MAX_NUM_SEQS, MAX_TOKENS, PROMPT_TOKENS, SHAPES, Shape, lengths, longest
 from tests.bench.random_models import load_random
-from tests.engine.insides import forget_step_in_flight
 
-PROMPT_TOKENS = 256
-MEASURED_STEPS = 100
 # Decodes, and tokens of the prompt that is computed beside them, and of it those that are cached.
 BESIDE = ((8, 256, 0), (128, 256, 0), (128, 128, 1024))
 
 
 def build(shape: Shape, max_num_seqs: int, kv_dtype: Literal["auto", "fp8"] = "auto") -> Engine:
     """An engine with random weights."""
-    longest = min(12288, int(shape.config().max_position_embeddings))
     settings = EngineConfig(
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=16384,
-        max_model_len=longest,
+        max_num_batched_tokens=MAX_TOKENS,
+        max_model_len=longest(shape),
         hands_over=False,
         kv_dtype=kv_dtype,
     )
     return Engine(load_random(shape), settings)
 
 
-class Driver:
-    """Feeds an engine with requests of random tokens and steps it."""
-
-    def __init__(self, engine: Engine, vocab_size: int) -> None:
-        self.engine = engine
-        self._rng = np.random.default_rng(0)
-        self._vocab_size = vocab_size
-        self._count = 0
-        self._begun_at = 1
-
-    def add(self, prompt_tokens: int, output_tokens: int, behind: tuple[int, ...] = ()) -> None:
-        """A prompt of random tokens behind given ones."""
-        prompt = behind + self.random_tokens(prompt_tokens)
-        self._count += 1
-        sampling = SamplingParams(max_tokens=output_tokens, temperature=0.0)
-        self.engine.add(GenerateRequest(f"r{self._count}", prompt, sampling))
-
-    def random_tokens(self, count: int) -> tuple[int, ...]:
-        return tuple(self._rng.integers(0, self._vocab_size, count).tolist())
-
-    def abort_all(self) -> None:
-        """Give up on what runs, after a step that failed."""
-        for number in range(self._begun_at, self._count + 1):
-            self.engine.abort(f"r{number}")
-        self._begun_at = self._count + 1
-        forget_step_in_flight(self.engine)
-
-    def step(self) -> list[TokenOutput]:
-        return [event for event in self.engine.step() if isinstance(event, TokenOutput)]
-
-    def drain(self) -> int:
-        """Run until nothing is left; returns the tokens that came."""
-        total = 0
-        while self.engine.has_work:
-            total += len(self.step())
-        return total
-
-
-def time_per_output_token(driver: Driver, batch_size: int) -> float:
-    """Seconds per step while `batch_size` sequences decode, the prompts' time left out."""
-    return times_with_context(driver, batch_size, PROMPT_TOKENS, 1)[0]
-
-
-def times_with_context(driver: Driver, batch_size: int, prompt_tokens: int, repeats: int) -> list[float]:
-    """Seconds per step while `batch_size` sequences decode behind such prompts, several times without new prompts.
-
-    Raises:
-        RuntimeError: the pool has no room for them.
-    """
-    output_tokens = repeats * MEASURED_STEPS + 40
-    limits = driver.engine.limits
-    needed = batch_size * Retention.of(limits).least_blocks(prompt_tokens + output_tokens)
-    if needed > limits.num_blocks:
-        raise RuntimeError(f"needs {needed} blocks of KV, the pool has {limits.num_blocks}")
-    for _ in range(batch_size):
-        driver.add(prompt_tokens, output_tokens)
-    started = 0
-    while started < batch_size:  # every prompt has drawn its first token
-        started += sum(output.index == 0 for output in driver.step())
-    for _ in range(5):
-        driver.step()
-    times = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        for _ in range(MEASURED_STEPS):
-            assert len(driver.step()) == batch_size
-        times.append((time.perf_counter() - begun) / MEASURED_STEPS)
-    driver.drain()
-    return times
-
-
-def time_beside_prompts(driver: Driver, num_decodes: int, prompt_tokens: int, cached_tokens: int) -> float:
-    """Seconds per step while sequences decode and each step computes one prompt, some of it cached, beside them."""
-    behind = driver.random_tokens(cached_tokens)
-    driver.add(1, 1, behind)
-    driver.drain()
-    for _ in range(num_decodes):
-        driver.add(PROMPT_TOKENS, MEASURED_STEPS + 40)
-    started = 0
-    while started < num_decodes:
-        started += sum(output.index == 0 for output in driver.step())
-    times = []
-    for _ in range(MEASURED_STEPS // 2):
-        driver.add(prompt_tokens, 1, behind)
-        begun = time.perf_counter()
-        driver.step()
-        times.append(time.perf_counter() - begun)
-    driver.drain()
-    return statistics.median(times)
-
-
-def prefill(driver: Driver, count: int, prompt_tokens: int) -> float:
-    """Seconds until every one of several prompts, given at once, has its first token."""
-    for _ in range(count):
-        driver.add(prompt_tokens, 1)
-    begun = time.perf_counter()
-    driver.drain()
-    return time.perf_counter() - begun
-
-
-def add_lengths(driver: Driver) -> None:
-    """Give the engine the requests of `throughput`."""
-    for prompt_tokens, output_tokens in lengths().tolist():
-        driver.add(prompt_tokens, output_tokens)
-
-
-def throughput(driver: Driver) -> float:
-    """Output tokens per second of requests with uniform lengths, given at once."""
-    add_lengths(driver)
-    begun = time.perf_counter()
-    return driver.drain() / (time.perf_counter() - begun)
-
-
 def profile_throughput(
     name: str, shape: Shape, bandwidth: float, kv_dtype: Literal["auto", "fp8"]
 ) -> dict[str, dict[str, float]]:
     """Seconds of the GPU by kind of kernel, printed: steps with prompts, those with decodes alone, and their floor."""
-    engine = build(shape, max_num_seqs=256, kv_dtype=kv_dtype)
+    engine = build(shape, max_num_seqs=MAX_NUM_SEQS, kv_dtype=kv_dtype)
     driver = Driver(engine, shape.config().vocab_size)
     rate = repeated(partial(throughput, driver), 1)[0]
     add_lengths(driver)
@@ -190,12 +84,6 @@ def profile_throughput(
     return found
 
 
-def repeated(measure: Callable[[], float], repeats: int) -> list[float]:
-    """One run to warm up, then those that count."""
-    measure()
-    return [measure() for _ in range(repeats)]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench-gpu ARGS=...")
     parser.add_argument(
@@ -216,11 +104,16 @@ def main() -> int:
     )
     parser.add_argument("--kv-dtype", choices=("auto", "fp8"), default="auto", help="as engine.kv_dtype")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--beside", type=Path, metavar="FILE", help="of tests.bench.gpu_vllm, on the same card")
     parser.add_argument("--profile", action="store_true", help="where the GPU's time goes in the run of 256 requests")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("bench-gpu needs a GPU", file=sys.stderr)
         return 1
+    try:
+        peer = Peer(options.beside, torch.cuda.get_device_name())
+    except ValueError as error:
+        parser.error(str(error))
     bandwidth = copy_bandwidth()
     result: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
@@ -235,7 +128,7 @@ def main() -> int:
         if options.profile:
             found = profile_throughput(name, SHAPES[name], bandwidth, options.kv_dtype)
         else:
-            found = measure_model(name, SHAPES[name], bandwidth, options)
+            found = measure_model(name, bandwidth, peer, options)
         result["models"][name] = found
         gc.collect()  # an engine's graphs and pool, before the next one sizes its own
         torch.cuda.empty_cache()
@@ -248,78 +141,113 @@ def _parse_context(value: str) -> tuple[int, int]:
     return count, tokens
 
 
-def measure_model(name: str, shape: Shape, bandwidth: float, options: argparse.Namespace) -> dict[str, Any]:
+def measure_model(name: str, bandwidth: float, peer: Peer, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one model, printed as they come."""
     begun = time.perf_counter()
-    config = shape.config()
     try:
-        engine = build(shape, max_num_seqs=256, kv_dtype=options.kv_dtype)
+        engine = build(SHAPES[name], max_num_seqs=MAX_NUM_SEQS, kv_dtype=options.kv_dtype)
     except (RuntimeError, ValueError) as error:
         print(f"\n{name}: does not start: {_reason(error)}", flush=True)
         return {"failed": _reason(error)}
     print(f"\n{name}: ready in {time.perf_counter() - begun:.1f} s, {engine.limits}", flush=True)
-    driver = Driver(engine, config.vocab_size)
-    found: dict[str, Any] = {"tpot": {}, "context": {}, "beside": {}, "prefill": {}, "products": {}, "failed": {}}
-    measure = partial(_measure_row, found["failed"], options)
-    print(f"{'':24}{'vLLM ' + VLLM_VERSION:>12}{'engine':>12}{'ratio':>8}{'floor':>10}")
-    for batch_size, peer in shape.tpot_ms.items():
-        run = partial(time_per_output_token, driver, batch_size)
-        times = measure(f"token-{batch_size}", driver, partial(repeated, run, options.repeats))
-        if times:
-            found["tpot"][batch_size] = times
-            least = floor(engine, batch_size, bandwidth, PROMPT_TOKENS + MEASURED_STEPS / 2) * 1e3
-            _print_row(f"token, batch {batch_size}", peer, statistics.median(times) * 1e3, least)
-    for count, tokens in options.contexts:
-        run_all = partial(times_with_context, driver, count, tokens, options.repeats)
-        times = measure(f"context-{count}x{tokens}", driver, run_all)
-        if times:
-            found["context"][f"{count}x{tokens}"] = times
-            least = floor(engine, count, bandwidth, tokens + options.repeats * MEASURED_STEPS / 2) * 1e3
-            _print_row(f"token, {count} x {tokens}", None, statistics.median(times) * 1e3, least)
-    for num_decodes, tokens, cached in BESIDE:
-        label = f"beside-{num_decodes}+{tokens}" + (f"@{cached}" if cached else "")
-        run = partial(time_beside_prompts, driver, num_decodes, tokens, cached)
-        times = measure(label, driver, partial(repeated, run, options.repeats))
-        if times:
-            found["beside"][label] = times
-            what = f"{num_decodes} tokens + {tokens}" + (f" @ {cached}" if cached else "")
-            _print_row(what, None, statistics.median(times) * 1e3, None)
-    for (count, tokens), peer in shape.prefill_ms.items():
-        run = partial(prefill, driver, count, tokens)
-        label = f"prefill-{count}x{tokens}"
-        times = measure(label, driver, partial(repeated, run, options.repeats))
-        if times:
-            found["prefill"][f"{count}x{tokens}"] = times
-            alone = measure(label, driver, partial(products_alone, engine, count * tokens))
-            found["products"][f"{count}x{tokens}"] = alone
-            floor_ms = statistics.median(alone) * 1e3 if alone else None
-            _print_row(f"prefill {count} x {tokens}", peer, statistics.median(times) * 1e3, floor_ms)
-    rates = measure("tokens/s", driver, partial(repeated, partial(throughput, driver), options.repeats))
-    if rates:
-        found["throughput"] = rates
-        median, peer = statistics.median(rates), shape.throughput
-        ratio = "" if peer is None else f"{median / peer:8.2f}"
-        print(f"{'output tokens/s':24}{peer or '':>12}{median:12.0f}{ratio}")
-        if evenly := found["prefill"].get("16x1024"):
-            bound = throughput_bound(engine, bandwidth, 16 * 1024 / statistics.median(evenly))
-            found["throughput_bound"] = bound
+    print(f"{'':24}{peer.name:>12}{'engine':>12}{'ratio':>8}{'floor':>10}")
+    table = Table(name, engine, bandwidth, peer, options)
+    table.decodes()
+    table.steps_with_prompts()
+    table.prompts()
+    table.throughput()
+    return table.found
+
+
+class Table:
+    """The rows of one model.
+
+    Args:
+        name: of `SHAPES`.
+        engine: of it.
+        bandwidth: of a copy, bytes per second.
+        peer: what stands beside.
+        options: of the command line.
+
+    Attributes:
+        found: seconds of each row that was measured, by its kind.
+    """
+
+    def __init__(self, name: str, engine: Engine, bandwidth: float, peer: Peer, options: argparse.Namespace) -> None:
+        self._name, self._engine, self._bandwidth, self._peer, self._options = name, engine, bandwidth, peer, options
+        self._driver = Driver(engine, SHAPES[name].config().vocab_size)
+        kinds = ("tpot", "context", "beside", "prefill", "products", "failed")
+        self.found: dict[str, Any] = {kind: {} for kind in kinds}
+
+    def decodes(self) -> None:
+        """Tokens of so many sequences, behind short prompts and behind those that were asked for."""
+        for size in SHAPES[self._name].batch_sizes:
+            times = self._repeated(f"token-{size}", partial(time_per_output_token, self._driver, size))
+            if times:
+                self.found["tpot"][size] = times
+                least = self._floor(size, PROMPT_TOKENS + MEASURED_STEPS / 2)
+                theirs = self._peer.milliseconds(self._name, "tpot", str(size))
+                _print_row(f"token, batch {size}", theirs, times, least)
+        repeats = self._options.repeats
+        for count, tokens in self._options.contexts:
+            row = f"{count}x{tokens}"
+            times = self._row(f"context-{row}", partial(times_with_context, self._driver, count, tokens, repeats))
+            if times:
+                self.found["context"][row] = times
+                least = self._floor(count, tokens + repeats * MEASURED_STEPS / 2)
+                _print_row(f"token, {count} x {tokens}", None, times, least)
+
+    def steps_with_prompts(self) -> None:
+        """Steps in which decodes have a prompt beside them."""
+        for num_decodes, tokens, cached in BESIDE:
+            label = f"beside-{num_decodes}+{tokens}" + (f"@{cached}" if cached else "")
+            times = self._repeated(label, partial(time_beside_prompts, self._driver, num_decodes, tokens, cached))
+            if times:
+                self.found["beside"][label] = times
+                _print_row(f"{num_decodes} tokens + {tokens}" + (f" @ {cached}" if cached else ""), None, times, None)
+
+    def prompts(self) -> None:
+        """Prompts alone, and their linear layers alone."""
+        for count, tokens in SHAPES[self._name].prompts:
+            row = f"{count}x{tokens}"
+            times = self._repeated(f"prefill-{row}", partial(prefill, self._driver, count, tokens))
+            if times:
+                alone = self._row(f"prefill-{row}", partial(products_alone, self._engine, count * tokens))
+                self.found["prefill"][row], self.found["products"][row] = times, alone
+                theirs = self._peer.milliseconds(self._name, "prefill", row)
+                _print_row(f"prefill {count} x {tokens}", theirs, times, statistics.median(alone) if alone else None)
+
+    def throughput(self) -> None:
+        """Output tokens per second, and what there could be."""
+        rates = self._repeated("tokens/s", partial(throughput, self._driver))
+        if not rates:
+            return
+        self.found["throughput"] = rates
+        median, theirs = statistics.median(rates), self._peer.throughput(self._name)
+        beside = f"{'':12}{median:12.0f}" if theirs is None else f"{theirs:12.0f}{median:12.0f}{median / theirs:8.2f}"
+        print(f"{'output tokens/s':24}{beside}")
+        if evenly := self.found["prefill"].get("16x1024"):
+            bound = throughput_bound(self._engine, self._bandwidth, 16 * 1024 / statistics.median(evenly))
+            self.found["throughput_bound"] = bound
             print(f"{'of a bound of':24}{'':12}{bound:12.0f}{median / bound:8.0%}", flush=True)
-    return found
 
+    def _floor(self, num_seqs: int, num_tokens: float) -> float:
+        return floor(self._engine, num_seqs, self._bandwidth, num_tokens)
 
-def _measure_row(
-    failed: dict[str, str], options: argparse.Namespace, label: str, driver: Driver, run: Callable[[], list[float]]
-) -> list[float]:
-    """All figures of one row; none where it was not asked for, or failed, which is noted and printed."""
-    if options.rows and label not in options.rows:
+    def _repeated(self, label: str, run: Callable[[], float]) -> list[float]:
+        return self._row(label, partial(repeated, run, self._options.repeats))
+
+    def _row(self, label: str, run: Callable[[], list[float]]) -> list[float]:
+        """All figures of one row; none where it was not asked for, or failed, which is noted and printed."""
+        if self._options.rows and label not in self._options.rows:
+            return []
+        try:
+            return run()
+        except RuntimeError as error:
+            self.found["failed"][label] = _reason(error)
+            print(f"{label:24}{_reason(error)}", flush=True)
+        self._driver.abort_all()
         return []
-    try:
-        return run()
-    except RuntimeError as error:
-        failed[label] = _reason(error)
-        print(f"{label:24}{failed[label]}", flush=True)
-    driver.abort_all()
-    return []
 
 
 def _reason(error: Exception) -> str:
@@ -329,13 +257,14 @@ def _reason(error: Exception) -> str:
     return f"{name}: {first}"
 
 
-def _print_row(label: str, peer_ms: float | None, ours_ms: float, least_ms: float | None) -> None:
+def _print_row(label: str, peer_ms: float | None, times: list[float], least: float | None) -> None:
+    ours_ms = statistics.median(times) * 1e3
     beside = (
         f"{'':12}{ours_ms:12.2f}{'':8}"
         if peer_ms is None
         else f"{peer_ms:12.2f}{ours_ms:12.2f}{peer_ms / ours_ms:8.2f}"
     )
-    end = "" if least_ms is None else f"{least_ms:10.2f}"
+    end = "" if least is None else f"{least * 1e3:10.2f}"
     print(f"{label:24}{beside}{end}", flush=True)
 
 

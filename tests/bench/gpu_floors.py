@@ -7,12 +7,8 @@ import torch
 
 from deployments.engine.engine import Engine
 from deployments.engine.layers.base import LinearLayer
+from tests.bench.gpu_shapes import lengths
 from tests.engine.insides import model_of
-
-
-def lengths() -> np.ndarray:
-    """Prompt and output tokens of the 256 requests of `throughput`, uniform: (256, 2)."""
-    return np.random.default_rng(1).integers(100, 1025, (256, 2))
 
 
 def copy_bandwidth() -> float:

@@ -1,9 +1,10 @@
-"""The models that `bench_gpu` measures, and vLLM's figures of them."""
+"""The models that `bench_gpu` measures, and the rows: for two environments, so transformers alone is imported."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 from transformers import (
     Gemma2Config,
     GptOssConfig,
@@ -14,25 +15,26 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-VLLM_VERSION = "0.33"
+# Of every engine that is measured.
+MAX_NUM_SEQS, MAX_TOKENS = 256, 16384
+# Before the tokens whose time is measured.
+PROMPT_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model that is measured, with random weights, and vLLM's figures of it; an entry of `SHAPES` is all it takes.
+    """A model that is measured, with random weights; an entry of `SHAPES` is all it takes.
 
     Attributes:
         config: builds the configuration.
-        tpot_ms: of each batch size; None: vLLM was not measured.
-        prefill_ms: of (prompts, their tokens).
-        throughput: output tokens per second.
+        batch_sizes: whose time per token is measured.
+        prompts: (how many, their tokens), whose time is measured.
         quantization: of its weights, as `engine.quantization`.
     """
 
     config: Callable[[], PretrainedConfig]
-    tpot_ms: dict[int, float | None]
-    prefill_ms: dict[tuple[int, int], float | None]
-    throughput: float | None
+    batch_sizes: tuple[int, ...] = (1, 8, 32, 128, 256)
+    prompts: tuple[tuple[int, int], ...] = ((1, 512), (1, 2048), (1, 8192), (16, 1024))
     quantization: Literal["fp8", "mxfp4"] | None = None
 
 
@@ -140,64 +142,24 @@ def gpt_oss_120b() -> PretrainedConfig:
     return GptOssConfig.from_dict({**config.to_dict(), "layer_types": None})
 
 
-# vLLM's figures are of one H100 80GB, 2026-11-27, dummy weights, greedy; compare those of one visit (docs/measured.md).
 SHAPES = {
-    "llama-8b": Shape(
-        llama_8b,
-        {1: 6.66, 8: 6.54, 32: 7.72, 128: 9.49, 256: 13.78},
-        {(1, 512): 16.2, (1, 2048): 51.7, (1, 8192): 221.0, (16, 1024): 389.0},
-        8305.0,
-    ),
-    "llama-8b-fp8": Shape(
-        llama_8b,
-        {1: 4.27, 8: 4.39, 32: 5.08, 128: 8.11, 256: 12.88},
-        {(1, 512): 17.7, (1, 2048): 36.1, (1, 8192): 148.0, (16, 1024): 272.0},
-        10083.0,
-        quantization="fp8",
-    ),
-    "qwen3-0.6b": Shape(
-        qwen3_600m,
-        {1: 1.72, 8: 1.90, 32: 2.64, 128: 5.63, 256: 9.12},
-        {(1, 512): 11.8, (1, 2048): 20.3, (1, 8192): 34.9, (16, 1024): 47.7},
-        18332.0,
-    ),
-    "mistral-7b-window": Shape(
-        mistral_7b_window,
-        {1: 6.22, 8: 6.46, 32: 7.00, 128: 9.43, 256: 13.43},
-        {(1, 512): 17.1, (1, 2048): 50.5, (1, 8192): 212.0, (16, 1024): 371.0},
-        8423.0,
-    ),
-    "gemma-2-9b": Shape(
-        gemma_2_9b,
-        {1: 8.58, 8: 8.91, 32: 10.11, 128: 15.23, 256: 23.03},
-        {(1, 512): None, (1, 2048): None, (1, 8000): None, (16, 1024): None},
-        None,
-    ),
-    "qwen3-30b-a3b": Shape(
-        qwen3_30b_a3b,
-        {1: 4.80, 8: 10.46, 32: 20.72, 128: 26.41},
-        {(1, 512): None, (1, 2048): None, (1, 8192): None, (16, 1024): None},
-        None,
-    ),
-    "gpt-oss-20b": Shape(
-        gpt_oss_20b,
-        {1: None, 8: None, 32: None, 128: None},
-        {(1, 512): None, (1, 2048): None, (1, 8192): None, (16, 1024): None},
-        None,
-    ),
-    # Its weights as they are stored, as vLLM keeps them.
-    "gpt-oss-20b-mxfp4": Shape(
-        gpt_oss_20b,
-        {1: None, 8: None, 32: None, 128: None},
-        {(1, 512): None, (1, 2048): None, (1, 8192): None, (16, 1024): None},
-        None,
-        quantization="mxfp4",
-    ),
-    "gpt-oss-120b-mxfp4": Shape(
-        gpt_oss_120b,
-        {1: None, 8: None, 32: None, 128: None},
-        {(1, 512): None, (1, 2048): None, (1, 8192): None, (16, 1024): None},
-        None,
-        quantization="mxfp4",
-    ),
+    "llama-8b": Shape(llama_8b),
+    "llama-8b-fp8": Shape(llama_8b, quantization="fp8"),
+    "qwen3-0.6b": Shape(qwen3_600m),
+    "mistral-7b-window": Shape(mistral_7b_window),
+    "gemma-2-9b": Shape(gemma_2_9b, prompts=((1, 512), (1, 2048), (1, 8000), (16, 1024))),
+    "qwen3-30b-a3b": Shape(qwen3_30b_a3b),
+    "gpt-oss-20b": Shape(gpt_oss_20b),
+    "gpt-oss-20b-mxfp4": Shape(gpt_oss_20b, quantization="mxfp4"),
+    "gpt-oss-120b-mxfp4": Shape(gpt_oss_120b, quantization="mxfp4"),
 }
+
+
+def longest(shape: Shape) -> int:
+    """Tokens of the longest sequence that an engine is built for."""
+    return min(12288, int(shape.config().max_position_embeddings))
+
+
+def lengths() -> np.ndarray:
+    """Prompt and output tokens of the 256 requests whose throughput is measured, uniform: (256, 2)."""
+    return np.random.default_rng(1).integers(100, 1025, (256, 2))

@@ -170,14 +170,7 @@ def _plan_splits(
 ):
     """Rows of some items; each program looks at all lengths. There are items enough: target, and one a sequence."""
     wait_for_earlier(OVERLAPS)
-    total = tl.zeros((), tl.int32)
-    most = tl.zeros((), tl.int32)
-    for start in range(0, num_seqs, SEQS):
-        _, _, _, num_tiles = _tiles_of(lens, start + tl.arange(0, SEQS), num_seqs, window, TILE, HAS_WINDOW)
-        total += tl.sum(num_tiles)
-        most = tl.maximum(most, tl.max(num_tiles))
-    longest = tl.maximum(tl.maximum(tl.cdiv(total, target), tl.cdiv(most, max_splits)), 1)
-
+    longest = _longest_part(lens, num_seqs, target, max_splits, window, SEQS, TILE, HAS_WINDOW)
     item = tl.program_id(0) * ITEMS + tl.arange(0, ITEMS)
     # Of the sequence that has an item: its number and one, and its first key, its end and where this part starts.
     owner = tl.zeros((ITEMS,), tl.int32)
@@ -214,6 +207,20 @@ def _plan_splits(
     heads = tl.arange(0, HEADS)
     counter = finished + item[:, None] * num_kv_heads + heads[None, :]
     tl.store(counter, 0, mask=(item < num_seqs)[:, None] & (heads < num_kv_heads)[None, :])
+
+
+@triton.jit
+def _longest_part(
+    lens, num_seqs, target, max_splits, window, SEQS: tl.constexpr, TILE: tl.constexpr, HAS_WINDOW: tl.constexpr
+):
+    """Tiles of a part: what each program would get of all, and no less than a sequence of the most parts needs."""
+    total = tl.zeros((), tl.int32)
+    most = tl.zeros((), tl.int32)
+    for start in range(0, num_seqs, SEQS):
+        _, _, _, num_tiles = _tiles_of(lens, start + tl.arange(0, SEQS), num_seqs, window, TILE, HAS_WINDOW)
+        total += tl.sum(num_tiles)
+        most = tl.maximum(most, tl.max(num_tiles))
+    return tl.maximum(tl.maximum(tl.cdiv(total, target), tl.cdiv(most, max_splits)), 1)
 
 
 @triton.jit
