@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 
 # Tags of gloo's messages. One with the last is never sent; see GlooGroup.abort.
 _PAYLOAD, _SENT, _RECEIVED, _NEVER = range(4)
-_NCCL_POLL_S = 50e-6
+_NCCL_POLL_S = 20e-6
 # torch's stubs leave out most of this class.
 _ProcessGroupGloo: Any = dist.ProcessGroupGloo
 

@@ -24,6 +24,7 @@ from deployments.kv_transfer.base import TransferConfig
 from deployments.kv_transfer.channel import Channel
 from deployments.kv_transfer.group import Group, Wait
 from deployments.kv_transfer.line import Line
+from deployments.kv_transfer.naps import nap_exactly
 
 logger = logging.getLogger(__name__)
 
@@ -246,6 +247,7 @@ class Link:
             self._inquiries.fail(TransferError, str(reason))
 
     def _run(self) -> None:
+        nap_exactly()
         reason = self._connect()
         if reason is not None:
             self.close(reason)

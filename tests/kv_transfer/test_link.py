@@ -18,7 +18,7 @@ from deployments.kv_transfer.inquiries import Inquiries, Want
 from deployments.kv_transfer.line import Line
 from deployments.kv_transfer.link import Job, Link, LinkLostError, Steps, Watchdog, until_over
 from tests.kv_transfer.peers import FakePeer
-from tests.kv_transfer.threads import kv_threads
+from tests.kv_transfer.threads import kv_threads, slack_ns
 from tests.waiting import wait_until
 
 CONFIG = TransferConfig(probe_interval_s=0.01)
@@ -128,6 +128,14 @@ def rig() -> Iterator[Rig]:
     rig = Rig()
     yield rig
     rig.link.close("end of the test")
+
+
+def test_jobs_poll_on_a_thread_that_wakes_promptly(rig):
+    def job(group: Group, config: TransferConfig) -> Steps:
+        yield True
+        return torch.tensor(slack_ns())
+
+    assert rig.link.submit(job).result(PATIENCE_S).item() <= 1
 
 
 def test_without_depth_jobs_run_one_at_a_time_and_in_order(rig):
