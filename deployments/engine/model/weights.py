@@ -18,9 +18,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from deployments.engine.layers.stored_experts import StoredExperts
 from deployments.engine.model.config import blamed, build_empty, read_values
+from deployments.engine.model.fp8_config import Scheme, take_scheme
 from deployments.engine.model.headers import Header, Headers
 from deployments.engine.model.mxfp4 import read_mxfp4
-from deployments.engine.model.quantized import Scheme, apply_scales, is_scale, take_scheme
+from deployments.engine.model.quantized import apply_scales, is_scale
 from deployments.errors import UnsupportedModelError, brief
 
 logger = logging.getLogger(__name__)

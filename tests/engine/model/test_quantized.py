@@ -1,102 +1,26 @@
-"""Checkpoints in FP8 are read as they are, whoever wrote them; what is not FP8 is refused by its name."""
+"""Checkpoints in FP8 are read as they are, whoever wrote them, or refused by the name of the weight at fault."""
 
-import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from deployments.engine.config import EngineConfig
-from deployments.engine.kernels.fp8 import FP8, LARGEST, Scales, dequantize, round_to
+from deployments.engine.kernels.fp8 import FP8, round_to
 from deployments.engine.layers.fp8 import scales_of
 from deployments.engine.model.load import LoadedModel, load_model
 from deployments.errors import UnsupportedModelError
 from tests.engine.driving import build_engine, generate, greedy
-from tests.engine.families import build_model, continue_greedily, random_prompt
-
-PROMPT = random_prompt(20, seed=4)
-BLOCK = 32  # so that the small model's layers have several, and parts of one
-WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False}
-INPUTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True, "strategy": "token"}
-
-
-def compressed(strategy: str, **changes: Any) -> dict[str, Any]:
-    blocks = [BLOCK, BLOCK] if strategy == "block" else None
-    group: dict[str, Any] = {
-        "targets": ["Linear"],
-        "weights": WEIGHTS | {"strategy": strategy, "block_structure": blocks},
-        "input_activations": INPUTS,
-        "output_activations": None,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "float-quantized",
-        "quantization_status": "compressed",
-        "ignore": ["lm_head"],
-        "config_groups": {"group_0": group | changes},
-    }
-
-
-FINE_GRAINED = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "weight_block_size": [BLOCK, BLOCK],
-}
-# By name: the configuration, what scales are called, and which tiles they are for.
-FORMS: dict[str, tuple[dict[str, Any], str, str]] = {
-    "by channel": (compressed("channel"), "weight_scale", "row"),
-    "by tensor": (compressed("tensor"), "weight_scale", "tensor"),
-    "by block": (compressed("block"), "weight_scale", "block"),
-    "fine-grained": (FINE_GRAINED, "weight_scale_inv", "block"),
-    "fine-grained, of one scale": (FINE_GRAINED | {"weight_block_size": None}, "weight_scale", "tensor"),
-}
-
-
-def grid_of(weight: Tensor, tile: str) -> Scales:
-    num_rows, depth = weight.shape
-    rows, columns = {"row": (1, depth), "tensor": (num_rows, depth), "block": (BLOCK, BLOCK)}[tile]
-    parts = [[part.abs().max() for part in band.split(columns, 1)] for band in weight.split(rows)]
-    return Scales(torch.tensor(parts) / LARGEST, rows, columns)
-
-
-def write(folder: Path, form: str) -> tuple[PreTrainedModel, dict[str, Scales]]:
-    """Write a checkpoint; the model that it stands for, and the grid of each of its layers."""
-    config, name_of_scale, tile = FORMS[form]
-    model = copy.deepcopy(build_model("llama"))
-    model.save_pretrained(folder)
-    weights, grids = load_file(folder / "model.safetensors"), {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear) and name != "lm_head":
-            weight = layer.weight.detach()
-            grid = grids[name] = grid_of(weight, tile)
-            codes = weights[f"{name}.weight"] = round_to(weight, grid)
-            weights[f"{name}.{name_of_scale}"] = grid.values.flatten() if tile == "tensor" else grid.values
-            with torch.no_grad():
-                layer.weight.copy_(dequantize(codes, grid, torch.float32))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    quantize(folder, config)
-    return model, grids
-
-
-def quantize(folder: Path, config: dict[str, Any]) -> None:
-    values = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(values | {"quantization_config": config}))
+from tests.engine.families import build_model, continue_greedily
+from tests.engine.model.checkpoints import PROMPT, change_weights, refusal
+from tests.engine.model.fp8_checkpoints import FORMS, write
 
 
 def load(folder: Path, **settings: Any) -> LoadedModel:
     return load_model(EngineConfig(model=str(folder), device="cpu", **settings))
-
-
-def refusal(folder: Path) -> str:
-    with pytest.raises(UnsupportedModelError) as caught:
-        load(folder)
-    return str(caught.value).removeprefix(f"model {str(folder)!r}: ")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -132,41 +56,8 @@ def test_a_layer_that_the_checkpoint_leaves_out_stays_as_it_is(tmp_path: Path) -
 
 def test_scales_of_kv_do_not_matter(tmp_path: Path) -> None:
     write(tmp_path, "by channel")
-    weights = load_file(tmp_path / "model.safetensors")
-    weights["model.layers.0.self_attn.k_scale"] = torch.ones(1)
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    change_weights(tmp_path, **{"model.layers.0.self_attn.k_scale": torch.ones(1)})
     load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        (
-            compressed("channel", weights=WEIGHTS | {"num_bits": 4, "strategy": "tensor_group"}),
-            "weights of 4 bits, flo",
-        ),
-        (compressed("channel", weights=WEIGHTS | {"num_bits": 4, "type": "int"}), "weights of 4 bits, integers"),
-        (compressed("channel", weights=WEIGHTS | {"type": "int"}), "weights of 8 bits, integers"),
-        (compressed("channel", weights=WEIGHTS | {"symmetric": False, "strategy": "channel"}), "with zero points"),
-        (compressed("group"), "scales by group"),
-        (compressed("channel", input_activations=INPUTS | {"dynamic": False}), "inputs with scales of the checkpoint"),
-        (compressed("channel", input_activations=INPUTS | {"num_bits": 4}), "inputs of 4 bits"),
-        (compressed("channel", output_activations=INPUTS), "quantizes outputs"),
-        (compressed("channel") | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse"),
-        (compressed("channel") | {"transform_config": {"config_groups": {"u": {}}}}, "transformed"),
-        (compressed("channel") | {"config_groups": {}}, "no config_groups"),
-        (FINE_GRAINED | {"fmt": "e5m2"}, "numbers of the form 'e5m2'"),
-        (FINE_GRAINED | {"activation_scheme": "static"}, "inputs with scales of the checkpoint (static)"),
-        (FINE_GRAINED | {"weight_block_size": [0, 128]}, "blocks of [0, 128]"),
-        (FINE_GRAINED | {"weight_block_size": "all"}, "blocks of 'all'"),
-    ],
-)
-def test_what_is_not_read_is_refused_by_its_name(tmp_path: Path, config: dict[str, Any], message: str) -> None:
-    write(tmp_path, "by channel")
-    quantize(tmp_path, config)
-    told = refusal(tmp_path)
-    assert told.startswith("config.json: quantization_config: ")
-    assert message in told
 
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -184,9 +75,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 )
 def test_codes_need_scales_that_fit(tmp_path: Path, name: str, tensor: Tensor | None, message: str) -> None:
     write(tmp_path, "by channel")
-    weights = load_file(tmp_path / "model.safetensors") | {name: tensor}
-    kept = {key: weight for key, weight in weights.items() if weight is not None}
-    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    change_weights(tmp_path, **{name: tensor})
     assert refusal(tmp_path).startswith(message)
 
 

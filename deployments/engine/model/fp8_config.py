@@ -1,0 +1,132 @@
+"""What a configuration says of FP8: whether the weights of its checkpoint are of a form that we read.
+
+Knows no files and no weights. Called while a model is loaded.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from deployments.errors import UnsupportedModelError
+
+logger = logging.getLogger(__name__)
+
+_METHODS = frozenset({"compressed-tensors", "fp8"})
+_KINDS = {"int": "integers", "float": "floating point"}
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How the weights of a checkpoint are quantized.
+
+    Attributes:
+        blocks: rows and columns of what has one scale, where that is neither a row nor the whole weight.
+    """
+
+    blocks: tuple[int, int] | None
+
+
+def take_scheme(path: str, config: PretrainedConfig) -> Scheme | None:
+    """Take the quantization that we read ourselves out of a configuration, so that transformers does not.
+
+    Args:
+        path: of the checkpoint, for messages.
+        config: changed.
+
+    Returns:
+        None: it is not quantized, or in a way that transformers reads.
+
+    Raises:
+        UnsupportedModelError: FP8 of another kind, or other than FP8 in compressed-tensors' form: names it.
+    """
+    values = getattr(config, "quantization_config", None)
+    if not isinstance(values, Mapping) or values.get("quant_method") not in _METHODS:
+        return None
+    read = _read_compressed if values["quant_method"] == "compressed-tensors" else _read_fine_grained
+    try:
+        scheme = read(values)
+    except _Unsupported as fault:
+        raise UnsupportedModelError(f"model {path!r}: config.json: quantization_config: {fault}") from None
+    if values.get("kv_cache_scheme") is not None:
+        logger.info("the checkpoint has scales for KV, which is kept as it is computed")
+    del config.quantization_config
+    if config.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        config.dtype = torch.bfloat16
+    return scheme
+
+
+class _Unsupported(Exception):
+    """What of a configuration is not supported."""
+
+
+def _read_compressed(values: Mapping[str, Any]) -> Scheme:
+    groups = values.get("config_groups")
+    if (
+        not isinstance(groups, Mapping)
+        or not groups
+        or not all(isinstance(group, Mapping) for group in groups.values())
+    ):
+        raise _Unsupported("no config_groups")
+    if (values.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        raise _Unsupported("weights that are sparse")
+    if (values.get("transform_config") or {}).get("config_groups"):
+        raise _Unsupported("weights that are transformed (transform_config)")
+    blocks = {_read_group(str(name), group) for name, group in groups.items()} - {None}
+    if len(blocks) > 1:
+        raise _Unsupported(f"blocks of several sizes, {sorted(block for block in blocks if block)}")
+    return Scheme(blocks.pop() if blocks else None)
+
+
+def _read_group(name: str, group: Mapping[str, Any]) -> tuple[int, int] | None:
+    weights = group.get("weights")
+    if not isinstance(weights, Mapping):
+        raise _Unsupported(f"{name} has no weights")
+    bits, kind, strategy = (weights.get(field) for field in ("num_bits", "type", "strategy"))
+    if (bits, kind) != (8, "float"):
+        raise _Unsupported(f"{name} has weights of {bits} bits, {_KINDS.get(str(kind), kind)}; FP8 alone is read")
+    if weights.get("symmetric") is False:
+        raise _Unsupported(f"{name} has weights with zero points")
+    if strategy not in ("tensor", "channel", "block"):
+        raise _Unsupported(f"{name} has scales by {strategy}; by tensor, channel and block are read")
+    inputs = group.get("input_activations")
+    if inputs is not None:
+        _check_inputs(name, inputs)
+    if group.get("output_activations") is not None:
+        raise _Unsupported(f"{name} quantizes outputs")
+    return _block_of(weights.get("block_structure")) if strategy == "block" else None
+
+
+def _check_inputs(name: str, inputs: Mapping[str, Any]) -> None:
+    bits, kind = inputs.get("num_bits"), inputs.get("type")
+    if (bits, kind) != (8, "float"):
+        raise _Unsupported(f"{name} has inputs of {bits} bits, {_KINDS.get(str(kind), kind)}; FP8 alone is computed")
+    if inputs.get("dynamic") is not True:
+        raise _Unsupported(
+            f"{name} has inputs with scales of the checkpoint (static); those found at run time are used"
+        )
+
+
+def _read_fine_grained(values: Mapping[str, Any]) -> Scheme:
+    if values.get("fmt", "e4m3") != "e4m3":
+        raise _Unsupported(f"numbers of the form {values['fmt']!r}; e4m3 alone is read")
+    if values.get("expert_dtype", "fp8") != "fp8":
+        raise _Unsupported(f"experts in {values['expert_dtype']!r}")
+    if (inputs := values.get("activation_scheme", "dynamic")) != "dynamic":
+        raise _Unsupported(f"inputs with scales of the checkpoint ({inputs}); those found at run time are used")
+    size = values.get("weight_block_size")
+    return Scheme(None if size is None else _block_of(size))
+
+
+def _block_of(value: Any) -> tuple[int, int]:
+    sizes = value.split("x") if isinstance(value, str) else value
+    try:
+        down, across = (int(size) for size in sizes)
+    except (TypeError, ValueError):
+        raise _Unsupported(f"blocks of {value!r}") from None
+    if min(down, across) < 1:
+        raise _Unsupported(f"blocks of {value!r}")
+    return down, across
