@@ -11,11 +11,16 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from deployments.engine.model.bounds import shown
+from deployments.engine.model.config import as_one_of
 from deployments.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
 
 _METHODS = frozenset({"compressed-tensors", "fp8"})
+# Of compressed-tensors, how numbers lie in files: those of these are FP8 if their configuration says so. In all others
+# they are packed, or have scales of another kind.
+_FORMATS = ("float-quantized", "naive-quantized", "mixed-precision", "dense")
 _KINDS = {"int": "integers", "float": "floating point"}
 
 
@@ -71,9 +76,10 @@ def _read_compressed(values: Mapping[str, Any]) -> Scheme:
         or not all(isinstance(group, Mapping) for group in groups.values())
     ):
         raise _Unsupported("no config_groups")
-    if (values.get("sparsity_config") or {}).get("format", "dense") != "dense":
+    _check_format(values, "format")
+    if _mapping(values, "sparsity_config").get("format", "dense") != "dense":
         raise _Unsupported("weights that are sparse")
-    if (values.get("transform_config") or {}).get("config_groups"):
+    if _mapping(values, "transform_config").get("config_groups"):
         raise _Unsupported("weights that are transformed (transform_config)")
     blocks = {_read_group(str(name), group) for name, group in groups.items()} - {None}
     if len(blocks) > 1:
@@ -81,10 +87,26 @@ def _read_compressed(values: Mapping[str, Any]) -> Scheme:
     return Scheme(blocks.pop() if blocks else None)
 
 
+def _mapping(values: Mapping[str, Any], name: str, path: str = "") -> Mapping[str, Any]:
+    """A field that is an object, or is not there."""
+    value = values.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise _Unsupported(f"{path}{name} is {shown(value)}: must be an object")
+    return value
+
+
+def _check_format(values: Mapping[str, Any], path: str) -> None:
+    if (value := values.get("format")) is not None and value not in _FORMATS:
+        raise _Unsupported(f"{path} is {shown(value)}; {', '.join(_FORMATS)} are read")
+
+
 def _read_group(name: str, group: Mapping[str, Any]) -> tuple[int, int] | None:
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
         raise _Unsupported(f"{name} has no weights")
+    _check_format(group, f"{name}.format")
     bits, kind, strategy = (weights.get(field) for field in ("num_bits", "type", "strategy"))
     if (bits, kind) != (8, "float"):
         raise _Unsupported(f"{name} has weights of {bits} bits, {_KINDS.get(str(kind), kind)}; FP8 alone is read")
@@ -92,12 +114,11 @@ def _read_group(name: str, group: Mapping[str, Any]) -> tuple[int, int] | None:
         raise _Unsupported(f"{name} has weights with zero points")
     if strategy not in ("tensor", "channel", "block"):
         raise _Unsupported(f"{name} has scales by {strategy}; by tensor, channel and block are read")
-    inputs = group.get("input_activations")
-    if inputs is not None:
-        _check_inputs(name, inputs)
+    if group.get("input_activations") is not None:
+        _check_inputs(name, _mapping(group, "input_activations", f"{name}."))
     if group.get("output_activations") is not None:
         raise _Unsupported(f"{name} quantizes outputs")
-    return _block_of(weights.get("block_structure")) if strategy == "block" else None
+    return _block_of(weights, "block_structure", f"{name}.weights.") if strategy == "block" else None
 
 
 def _check_inputs(name: str, inputs: Mapping[str, Any]) -> None:
@@ -117,16 +138,15 @@ def _read_fine_grained(values: Mapping[str, Any]) -> Scheme:
         raise _Unsupported(f"experts in {values['expert_dtype']!r}")
     if (inputs := values.get("activation_scheme", "dynamic")) != "dynamic":
         raise _Unsupported(f"inputs with scales of the checkpoint ({inputs}); those found at run time are used")
-    size = values.get("weight_block_size")
-    return Scheme(None if size is None else _block_of(size))
+    return Scheme(None if values.get("weight_block_size") is None else _block_of(values, "weight_block_size"))
 
 
-def _block_of(value: Any) -> tuple[int, int]:
+def _block_of(values: Mapping[str, Any], name: str, path: str = "") -> tuple[int, int]:
+    """Rows and columns of a block; of `128x128` too."""
+    value = values.get(name)
     sizes = value.split("x") if isinstance(value, str) else value
-    try:
-        down, across = (int(size) for size in sizes)
-    except (TypeError, ValueError):
-        raise _Unsupported(f"blocks of {value!r}") from None
-    if min(down, across) < 1:
-        raise _Unsupported(f"blocks of {value!r}")
-    return down, across
+    if isinstance(sizes, list) and len(sizes) == 2:
+        down, across = (as_one_of(size, frozenset({int})) for size in sizes)
+        if type(down) is int and type(across) is int and min(down, across) > 0:
+            return down, across
+    raise _Unsupported(f"{path}{name} is {shown(value)}: must be two whole numbers greater than 0")
