@@ -21,7 +21,7 @@ from deployments.engine.model.config import blamed, build_empty, read_values
 from deployments.engine.model.fp8_config import Scheme, take_scheme
 from deployments.engine.model.headers import Header, Headers
 from deployments.engine.model.mxfp4 import read_mxfp4
-from deployments.engine.model.quantized import apply_scales, is_scale
+from deployments.engine.model.quantized import apply_scales, check_codes, check_files, is_scale
 from deployments.errors import UnsupportedModelError, brief
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def load_weights(
         raise _explained(path, config, error) from error
     model, found = loaded
     if scheme is not None:
-        found["unexpected_keys"] = set(found["unexpected_keys"]) - apply_scales(path, model, scheme)
+        found["unexpected_keys"] = set(found["unexpected_keys"]) - apply_scales(path, model, headers, scheme)
     check_complete(path, model, found, headers)
     check_finite(path, model)
     return cast(PreTrainedModel, model)
@@ -77,7 +77,7 @@ def load_weights(
 def check_weights(
     path: str, config: PretrainedConfig, headers: Headers, *, keeps_mxfp4: bool = False, **options: Any
 ) -> Scheme | None:
-    """Refuse what `load_weights` would, as far as names and shapes tell; all but weights that are not finite.
+    """Refuse what `load_weights` would, as far as names, shapes and types tell; all but weights that are not finite.
 
     Args:
         path: folder or hub id.
@@ -93,28 +93,30 @@ def check_weights(
         UnsupportedModelError: see `load_weights`.
     """
     scheme = take_scheme(path, config)
+    if scheme is not None:
+        check_files(path)
     widened = read_mxfp4(path, config, headers, keeps=keeps_mxfp4)
     if headers and (widened is not None or getattr(config, "quantization_config", None) is None):
-        rehearse(path, config, widened or headers, has_scales=scheme is not None, **options)
+        rehearse(path, config, widened or headers, scheme, **options)
     return scheme
 
 
 @torch.inference_mode()
-def rehearse(path: str, config: PretrainedConfig, headers: Headers, *, has_scales: bool, **options: Any) -> None:
+def rehearse(path: str, config: PretrainedConfig, headers: Headers, scheme: Scheme | None, **options: Any) -> None:
     """Load everything but the numbers, within milliseconds and without memory, and refuse what would not be whole.
 
     Args:
         path: for the message.
         config: as loading takes it.
         headers: of the checkpoint's weights.
-        has_scales: whether there are scales beside the weights, which are read by themselves.
+        scheme: of weights in FP8, whose scales are read by themselves; None: they are not.
         options: as for loading.
 
     Raises:
-        UnsupportedModelError: see `check_complete`; or a weight is of whole numbers.
+        UnsupportedModelError: see `check_complete` and `check_codes`; or a weight is of whole numbers.
     """
     weights = {name: torch.empty(header.shape, device="meta") for name, header in headers.items()}
-    if has_scales:
+    if scheme is not None:
         weights = {name: weight for name, weight in weights.items() if not is_scale(name)}
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     plain = copy.deepcopy(config)
@@ -130,13 +132,14 @@ def rehearse(path: str, config: PretrainedConfig, headers: Headers, *, has_scale
         )
     except Exception as error:
         raise _explained(path, config, error) from error
+    if scheme is not None:
+        check_codes(model, headers, scheme)
     check_complete(path, model, found, headers)
     whole = {name for name in weights if headers[name].is_integer} - set(found["unexpected_keys"])
     of_buffers = {name for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
     if integers := sorted(whole - of_buffers):
-        raise UnsupportedModelError(
-            f"model {path!r}: weights of whole numbers, and no quantization_config in config.json: {_listed(integers)}"
-        )
+        lacks = ", and no quantization_config in config.json" if scheme is None else ""
+        raise UnsupportedModelError(f"model {path!r}: weights of whole numbers{lacks}: {_listed(integers)}")
     for name, buffer in model.named_buffers():
         if buffer.numel() > _MAX_TABLE + headers.num_elements:
             raise UnsupportedModelError(f"model {path!r}: config.json wants a table {name} of {list(buffer.shape)}")

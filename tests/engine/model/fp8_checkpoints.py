@@ -1,6 +1,8 @@
 """Small checkpoints in FP8, as whoever publishes them writes them, and the models that they stand for."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,9 @@ def grid_of(weight: Tensor, tile: str) -> Scales:
     return Scales(torch.tensor(parts) / LARGEST, rows, columns)
 
 
-def write(folder: Path, form: str) -> tuple[PreTrainedModel, dict[str, Scales]]:
+def write(
+    folder: Path, form: str, round_scale: Callable[[Tensor], Tensor] = torch.clone
+) -> tuple[PreTrainedModel, dict[str, Scales]]:
     """Write a checkpoint; the model that it stands for, and the grid of each of its layers."""
     config, name_of_scale, tile = FORMS[form]
     model = copy.deepcopy(build_model("llama"))
@@ -67,7 +71,8 @@ def write(folder: Path, form: str) -> tuple[PreTrainedModel, dict[str, Scales]]:
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name != "lm_head":
             weight = layer.weight.detach()
-            grid = grids[name] = grid_of(weight, tile)
+            grid = grid_of(weight, tile)
+            grid = grids[name] = replace(grid, values=round_scale(grid.values))
             codes = weights[f"{name}.weight"] = round_to(weight, grid)
             weights[f"{name}.{name_of_scale}"] = grid.values.flatten() if tile == "tensor" else grid.values
             with torch.no_grad():

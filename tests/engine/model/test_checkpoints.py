@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.model.check import check_weights_of
@@ -41,12 +40,6 @@ def test_weights_of_another_shape_are_named_with_both_and_their_file(folder: Pat
     message = refusal(folder)
     assert "model.layers.0.mlp.gate_proj.weight ([96, 64] in model.safetensors, config.json wants [128, 64])" in message
     assert "mlp.down_proj.weight ([64, 96] in model.safetensors, config.json wants [64, 128])" in message
-
-
-@pytest.fixture
-def unreadable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights that nobody may load."""
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("loads the weights"))
 
 
 @pytest.mark.usefixtures("unreadable")
