@@ -55,7 +55,8 @@ def naming(path: str) -> Iterator[None]:
     except UnsupportedModelError as error:
         if path in str(error):
             raise
-        raise UnsupportedModelError(f"model {path!r}: {error}") from error
+        # Not from the error itself: whoever looks for the reason in a log takes the first one, which names no model.
+        raise UnsupportedModelError(f"model {path!r}: {error}") from error.__cause__
 
 
 def check_checkpoint(path: str) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import traceback
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.model.check import check_weights_of
+from deployments.engine.model.checkpoint import naming
 from deployments.engine.model.load import load_model
 from deployments.errors import UnsupportedModelError
 from tests.engine.families import build_model, continue_greedily, small_model
@@ -204,3 +206,11 @@ def test_shards_are_loaded_and_a_missing_one_is_named(tmp_path: Path) -> None:
     assert tokens_of(tmp_path) == continue_greedily(build_model("llama"), PROMPT, 6)
     shards[0].unlink()
     assert refusal(tmp_path) == f"model.safetensors.index.json names files that are missing: {shards[0].name}"
+
+
+def test_a_refusal_names_its_model_in_the_first_line_that_tells_of_it() -> None:
+    """Whoever starts a server shows the first one of its log."""
+    with pytest.raises(UnsupportedModelError) as caught, naming("some/folder"):
+        raise UnsupportedModelError("no layers")
+    lines = [line for line in traceback.format_exception(caught.value) if "UnsupportedModelError: " in line]
+    assert lines == ["deployments.errors.UnsupportedModelError: model 'some/folder': no layers\n"]
