@@ -8,7 +8,7 @@ from safetensors.numpy import load_file, save_file
 
 from app.local_process import RunFolder
 from tests.engine import eagle3_heads
-from tests.engine.families import small_model
+from tests.engine.families import build_model, small_model
 from tests.local.commands import ROOT, call
 
 REASON = "model '/some/folder': the checkpoint lacks lm_head.weight"
@@ -64,4 +64,16 @@ def test_a_head_that_does_not_fit_is_refused_before_ray_starts(tmp_path: Path, f
     failed = call(folder, "up", "--port", str(port), f"model={model}", *guessing)
     assert failed.returncode == 1
     assert failed.stderr == f"EAGLE-3 head {head!r}: lm_head.weight is [96, 64], must be [90, 64]\n"
+    assert "checking the model" in failed.stdout and "Ray" not in failed.stdout + folder.log.read_text()
+
+
+def test_experts_that_are_to_be_rounded_are_refused_before_ray_starts(
+    tmp_path: Path, folder: RunFolder, port: int
+) -> None:
+    model = tmp_path / "model"
+    build_model("mixtral").save_pretrained(model)
+    (model / "tokenizer.json").write_text("{}")
+    failed = call(folder, "up", "--port", str(port), f"model={model}", "engine.quantization=fp8")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith(f"model {str(model)!r}: mixtral: experts (model.layers.0.mlp.experts.")
     assert "checking the model" in failed.stdout and "Ray" not in failed.stdout + folder.log.read_text()

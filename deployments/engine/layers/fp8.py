@@ -53,13 +53,11 @@ def quantize_weights(model: PreTrainedModel) -> int:
         How many layers were moved; none, if the checkpoint was in FP8: what it left out was left out for a reason.
 
     Raises:
-        UnsupportedModelError: a weight is not finite, or the model has experts, for which there are no kernels.
+        UnsupportedModelError: a weight is not finite, or see `check_quantizable`.
     """
     if any(scales_of(module) is not None for module in model.modules()):
         return 0
-    experts = next((name for name, weight in model.named_parameters() if weight.dim() > 2), None)
-    if experts is not None:
-        raise UnsupportedModelError(f"{model.config.model_type}: experts ({experts}) cannot be quantized yet")
+    check_quantizable(model)
     num_moved = 0
     for name, layer in quantizable(model):
         codes, scales = quantize(layer.weight)
@@ -69,6 +67,17 @@ def quantize_weights(model: PreTrainedModel) -> int:
         note_scales(layer, scales)
         num_moved += 1
     return num_moved
+
+
+def check_quantizable(model: PreTrainedModel) -> None:
+    """Refuse a model whose weights cannot be moved to FP8, whatever they are.
+
+    Raises:
+        UnsupportedModelError: it has experts, for which there are no kernels.
+    """
+    experts = next((name for name, weight in model.named_parameters() if weight.dim() > 2), None)
+    if experts is not None:
+        raise UnsupportedModelError(f"{model.config.model_type}: experts ({experts}) cannot be quantized yet")
 
 
 def quantizable(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:

@@ -59,11 +59,12 @@ def naming(path: str) -> Iterator[None]:
         raise UnsupportedModelError(f"model {path!r}: {error}") from error.__cause__
 
 
-def check_checkpoint(path: str) -> None:
+def check_checkpoint(path: str, *, to_fp8: bool = False) -> None:
     """Refuse what an engine would not load, without loading it.
 
     Args:
         path: folder or hub id.
+        to_fp8: the engine rounds weights to FP8.
 
     Raises:
         UnsupportedModelError: names what is at fault.
@@ -71,4 +72,5 @@ def check_checkpoint(path: str) -> None:
     register()
     with naming(path):
         checkpoint = read_checkpoint(path)
-        check_weights(path, checkpoint.config, checkpoint.headers, attn_implementation=IMPLEMENTATION)
+        config, headers = checkpoint.config, checkpoint.headers
+        check_weights(path, config, headers, to_fp8=to_fp8, attn_implementation=IMPLEMENTATION)

@@ -104,8 +104,9 @@ def _load(config: EngineConfig, name: str, head: str | None = None, *, is_drafte
         if config.quantization == "mxfp4" and known is not None:
             check_mxfp4(device, known)
         keeps = _keeps_mxfp4(config, device, known)
-        model = load_weights(path, checkpoint.config, checkpoint.headers, keeps_mxfp4=keeps, **options)
-        if config.quantization == "fp8":
+        to_fp8 = config.quantization == "fp8"
+        model = load_weights(path, checkpoint.config, checkpoint.headers, keeps_mxfp4=keeps, to_fp8=to_fp8, **options)
+        if to_fp8:
             quantize_weights(model)
         loaded = replace(prepare_model(model, path, device), eos_token_ids=checkpoint.end_token_ids)
         if is_drafter:  # its KV lies in blocks of the same numbers as one group's of the model that it guesses for

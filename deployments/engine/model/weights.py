@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from deployments.engine.layers.fp8 import check_quantizable
 from deployments.engine.layers.stored_experts import StoredExperts
 from deployments.engine.model.config import blamed, build_empty, read_values
 from deployments.engine.model.fp8_config import Scheme, take_scheme
@@ -35,7 +36,13 @@ _SIZE = re.compile(r"size|dim|num_|n_|experts|heads")
 
 
 def load_weights(
-    path: str, config: PretrainedConfig, headers: Headers, *, keeps_mxfp4: bool = False, **options: Any
+    path: str,
+    config: PretrainedConfig,
+    headers: Headers,
+    *,
+    keeps_mxfp4: bool = False,
+    to_fp8: bool = False,
+    **options: Any,
 ) -> PreTrainedModel:
     """Load a checkpoint; one in FP8 with the numbers that its codes stand for.
 
@@ -44,6 +51,7 @@ def load_weights(
         config: its configuration; what is said there of FP8 is taken out.
         headers: of its weights.
         keeps_mxfp4: experts in MXFP4 stay as they are.
+        to_fp8: weights are to be rounded to FP8 by the caller; a model of which they cannot is refused.
         options: for transformers' `from_pretrained`.
 
     Raises:
@@ -51,7 +59,7 @@ def load_weights(
             the like that its configuration does not: names them. Or it is quantized in a way that is not read, or holds
             what is not finite.
     """
-    scheme = check_weights(path, config, headers, keeps_mxfp4=keeps_mxfp4, **options)
+    scheme = check_weights(path, config, headers, keeps_mxfp4=keeps_mxfp4, to_fp8=to_fp8, **options)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -75,7 +83,13 @@ def load_weights(
 
 
 def check_weights(
-    path: str, config: PretrainedConfig, headers: Headers, *, keeps_mxfp4: bool = False, **options: Any
+    path: str,
+    config: PretrainedConfig,
+    headers: Headers,
+    *,
+    keeps_mxfp4: bool = False,
+    to_fp8: bool = False,
+    **options: Any,
 ) -> Scheme | None:
     """Refuse what `load_weights` would, as far as names, shapes and types tell; all but weights that are not finite.
 
@@ -84,6 +98,7 @@ def check_weights(
         config: as for `load_weights`.
         headers: of its weights.
         keeps_mxfp4: as for `load_weights`.
+        to_fp8: likewise.
         options: as for loading.
 
     Returns:
@@ -97,12 +112,16 @@ def check_weights(
         check_files(path)
     widened = read_mxfp4(path, config, headers, keeps=keeps_mxfp4)
     if headers and (widened is not None or getattr(config, "quantization_config", None) is None):
-        rehearse(path, config, widened or headers, scheme, **options)
+        model = rehearse(path, config, widened or headers, scheme, **options)
+        if to_fp8 and scheme is None:
+            check_quantizable(model)
     return scheme
 
 
 @torch.inference_mode()
-def rehearse(path: str, config: PretrainedConfig, headers: Headers, scheme: Scheme | None, **options: Any) -> None:
+def rehearse(
+    path: str, config: PretrainedConfig, headers: Headers, scheme: Scheme | None, **options: Any
+) -> PreTrainedModel:
     """Load everything but the numbers, within milliseconds and without memory, and refuse what would not be whole.
 
     Args:
@@ -111,6 +130,9 @@ def rehearse(path: str, config: PretrainedConfig, headers: Headers, scheme: Sche
         headers: of the checkpoint's weights.
         scheme: of weights in FP8, whose scales are read by themselves; None: they are not.
         options: as for loading.
+
+    Returns:
+        The model, without numbers.
 
     Raises:
         UnsupportedModelError: see `check_complete` and `check_codes`; or a weight is of whole numbers.
@@ -143,6 +165,7 @@ def rehearse(path: str, config: PretrainedConfig, headers: Headers, scheme: Sche
     for name, buffer in model.named_buffers():
         if buffer.numel() > _MAX_TABLE + headers.num_elements:
             raise UnsupportedModelError(f"model {path!r}: config.json wants a table {name} of {list(buffer.shape)}")
+    return cast(PreTrainedModel, model)
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.kernels.fp8 import FP8, round_to
@@ -20,6 +21,7 @@ from tests.engine.driving import build_engine, generate, greedy
 from tests.engine.families import build_model, continue_greedily
 from tests.engine.model.checkpoints import PROMPT, change_config, change_weights, refusal, tokens_of
 from tests.engine.model.fp8_checkpoints import FINE_GRAINED, FORMS, write
+from tests.engine.mxfp4_checkpoint import save_in_mxfp4
 
 Change = Callable[[dict[str, Tensor]], dict[str, Tensor | None]]
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -170,10 +172,17 @@ def test_weights_are_quantized_when_they_are_loaded(tmp_path: Path) -> None:
     assert tokens == continue_greedily(expected, PROMPT, 6)
 
 
-def test_experts_are_not_quantized(tmp_path: Path) -> None:
-    build_model("mixtral").save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"mixtral: experts \(model.layers.0.mlp.experts.* cannot be"):
+@pytest.mark.usefixtures("unreadable")
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_that_are_to_be_quantized_are_refused_before_they_are_read(tmp_path: Path, family: str) -> None:
+    model = copy.deepcopy(build_model(family))
+    (save_in_mxfp4 if family == "gpt_oss" else PreTrainedModel.save_pretrained)(model, tmp_path)
+    reason = rf"{family}: experts \(model\.layers\.0\.mlp\.experts.* cannot be"
+    with pytest.raises(UnsupportedModelError, match=reason):
         load(tmp_path, quantization="fp8")
+    with pytest.raises(UnsupportedModelError, match=reason):
+        check_weights_of(str(tmp_path), to_fp8=True)
+    check_weights_of(str(tmp_path))
 
 
 def test_a_checkpoint_in_fp8_is_not_quantized_again(tmp_path: Path) -> None:
