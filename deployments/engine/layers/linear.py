@@ -14,6 +14,7 @@ from torch import nn
 from deployments.engine.config import EngineConfig
 from deployments.engine.layers.base import LinearLayer
 from deployments.engine.layers.fp8 import are_read, scales_of
+from deployments.engine.layers.looked_into import is_looked_into
 from deployments.engine.layers.packed import PackedLinear, compile_packed
 
 
@@ -73,7 +74,7 @@ LINEAR_KINDS = (
 def convert_linears(
     model: nn.Module, config: EngineConfig, kinds: Sequence[LinearKind] = LINEAR_KINDS
 ) -> Counter[LinearKind]:
-    """Put each linear layer of a model into the first form that fits it, in place.
+    """Put each linear layer of a model into the first form that fits it, in place; all but those that are looked into.
 
     Returns:
         How many layers are kept in which form.
@@ -91,4 +92,4 @@ def convert_linears(
 
 
 def _kind_of(layer: nn.Linear, config: EngineConfig, kinds: Sequence[LinearKind]) -> LinearKind | None:
-    return next((kind for kind in kinds if kind.fits(layer, config)), None)
+    return None if is_looked_into(layer) else next((kind for kind in kinds if kind.fits(layer, config)), None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deployments.engine.layers.fp8 import note_joined
+from deployments.engine.layers.looked_into import is_looked_into
 
 # Attributes of one module, in the order in which its `forward` calls them.
 _GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -91,7 +92,7 @@ def merge_linears(model: nn.Module) -> int:
 def _can_merge(linears: Sequence[object]) -> bool:
     kinds = {
         (x.in_features, x.bias is None, x.weight.dtype, x.weight.device)
-        if type(x) is nn.Linear and not x._forward_hooks and not x._forward_pre_hooks
+        if type(x) is nn.Linear and not (x._forward_hooks or x._forward_pre_hooks or is_looked_into(x))
         else None
         for x in linears
     }

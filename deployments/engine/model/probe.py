@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from deployments.engine.attention.base import LayerAttention
 from deployments.engine.kv.cache import KVShape
+from deployments.engine.layers.looked_into import watching_linears
 from deployments.engine.layers.trial import is_near
 from deployments.engine.model.rope import max_model_len
 from deployments.errors import UnsupportedModelError, brief
@@ -47,7 +48,7 @@ class _Probe:
 
 @torch.inference_mode()
 def probe_kv_shape(model: PreTrainedModel, device: torch.device) -> KVShape:
-    """Learn what one token's KV is.
+    """Learn what one token's KV is; and note of the model's layers which have to stay as they are.
 
     Raises:
         UnsupportedModelError: a layer does not use our attention, or uses it in a way that a flat batch breaks.
@@ -61,7 +62,8 @@ def probe_kv_shape(model: PreTrainedModel, device: torch.device) -> KVShape:
     positions = torch.arange(2, device=device).unsqueeze(0)
     # Logits that should be equal may differ by rounding where experts see other groups of tokens; what is looked for
     # moves them by much more.
-    logits = _last_logits(model, [first, second], positions, probe)
+    with watching_linears(model):
+        logits = _last_logits(model, [first, second], positions, probe)
     shape = _kv_shape(model, probe)
     if not bool(logits.isfinite().all()):
         dtype = str(model.dtype).removeprefix("torch.")
