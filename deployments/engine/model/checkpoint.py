@@ -3,6 +3,7 @@
 Called when a model is loaded, and by `check.py` before a server starts.
 """
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from deployments.engine.model.end_tokens import read_end_token_ids
 from deployments.engine.model.headers import Headers, read_headers
 from deployments.engine.model.weights import check_weights
 from deployments.errors import UnsupportedModelError
+
+# Whose classes of configurations say what they do not take: the second checks types for the first.
+_JUDGES = frozenset({"transformers", "huggingface_hub"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +44,36 @@ def read_checkpoint(path: str) -> Checkpoint:
     Raises:
         UnsupportedModelError: it is not whole, or the engine cannot run it; names what is at fault.
     """
-    config = read_config(path)
-    check_config(config)
-    headers = read_headers(path)
-    check_counts(path, config, headers)
-    return Checkpoint(config, headers, read_end_token_ids(path, config.vocab_size))
+    with _refusing_what_transformers_does_not_take(path):
+        config = read_config(path)
+        check_config(config)
+        headers = read_headers(path)
+        check_counts(path, config, headers)
+        return Checkpoint(config, headers, read_end_token_ids(path, config.vocab_size))
+
+
+@contextmanager
+def _refusing_what_transformers_does_not_take(path: str) -> Iterator[None]:
+    """Turn what transformers' own code raises about a configuration into a refusal; faults of ours stay what they are.
+
+    Every engine would end with it, after Ray was started. A hub that cannot be reached is no fault of the model's.
+    """
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        if _raised_by(error) not in _JUDGES:
+            raise
+        raise UnsupportedModelError(
+            f"model {path!r}: config.json: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _raised_by(error: Exception) -> str:
+    """The package whose code raised it."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"]).partition(".")[0]
 
 
 @contextmanager

@@ -34,6 +34,7 @@ _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
 # Numbers that transformers calculates with, and does not check.
 _ROPE_FLOATS = ("rope_theta", "partial_rotary_factor")
 _WINDOW = "sliding_window"
+_HEADS_OF_KV = ("num_key_value_heads", "head_dim")
 _ROPE_INTS = frozenset({"original_max_position_embeddings"})
 _ROPE_WORDS = frozenset({"rope_type", "type"})
 # Of other tasks, and of how answers are given back, which is the engine's to say. A million labels are a million names.
@@ -136,8 +137,8 @@ def check_config(config: PretrainedConfig) -> None:
     """Refuse what can be seen from the configuration alone.
 
     Raises:
-        UnsupportedModelError: encoder-decoder, multimodal, layers other than attention, another task, or a class that
-            is another model's.
+        UnsupportedModelError: encoder-decoder, multimodal, layers other than attention, another task, a class that is
+            another model's, or heads of several sizes.
     """
     name = config.model_type
     if config.is_encoder_decoder:
@@ -162,6 +163,19 @@ def check_config(config: PretrainedConfig) -> None:
             )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UnsupportedModelError(f"{name} is not a causal language model known to transformers")
+    _check_heads(config)
+
+
+def _check_heads(config: PretrainedConfig) -> None:
+    """Refuse layers whose KV differs in shape, where each has a configuration of its own (Gemma 4)."""
+    layers = list(config.per_layer_config) if config.is_heterogeneous else []
+    for name in _HEADS_OF_KV:
+        found = dict.fromkeys(shown(value) for layer in layers if (value := getattr(layer, name, None)) is not None)
+        if len(found) > 1:
+            raise UnsupportedModelError(
+                f"{config.model_type}: {name} is {' or '.join(found)}, depending on the layer;"
+                " keys and values must have one shape in all layers"
+            )
 
 
 def check_counts(path: str, config: PretrainedConfig, headers: Headers) -> None:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from deployments.engine.config import EngineConfig
+from deployments.engine.model import checkpoint
 from deployments.engine.model.check import check_weights_of
 from deployments.engine.model.checkpoint import naming
 from deployments.engine.model.load import load_model
@@ -214,3 +215,18 @@ def test_a_refusal_names_its_model_in_the_first_line_that_tells_of_it() -> None:
         raise UnsupportedModelError("no layers")
     lines = [line for line in traceback.format_exception(caught.value) if "UnsupportedModelError: " in line]
     assert lines == ["deployments.errors.UnsupportedModelError: model 'some/folder': no layers\n"]
+
+
+def test_what_transformers_raises_about_a_configuration_is_a_refusal_with_its_words(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_config(folder, per_layer_config={"1": {"hidden_act": "gelu"}})
+    monkeypatch.setattr(checkpoint, "check_config", lambda config: config.hidden_act)
+    message = "config.json: AmbiguousGlobalPerLayerAttributeError: 'hidden_act' is a per-layer attribute and may vary"
+    assert refusal(folder).startswith(message)
+
+
+def test_what_our_own_code_raises_is_no_fault_of_the_model(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "check_config", lambda config: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        check_weights_of(str(folder))

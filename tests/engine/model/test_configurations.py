@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from deployments.engine.model.check import check_weights_of
 from deployments.engine.model.config import read_config
 from deployments.errors import UnsupportedModelError
-from tests.engine.families import build_model, continue_greedily
+from tests.engine.families import build_model, continue_greedily, small_model
 from tests.engine.model.checkpoints import PROMPT, change_config, load, refusal, tokens_of
 
 
@@ -261,3 +262,26 @@ def test_a_model_that_brings_its_own_code_is_refused_without_asking(
     assert refusal(folder) == "config.json: 'newer' brings its own code (auto_map), which is not run"
     change_config(folder, model_type="llama")  # transformers has its own for this one
     assert tokens_of(folder) == continue_greedily(build_model("llama"), PROMPT, 6)
+
+
+def gemma4(folder: Path, **changes: object) -> Any:
+    """A small model of a family whose layers have configurations of their own."""
+    changes |= {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 48}
+    changes |= {"vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 8, "sliding_window": 24}
+    model = small_model("Gemma4TextConfig", None, **changes)
+    model.save_pretrained(folder)
+    return model
+
+
+def test_layers_with_configurations_of_their_own_are_served_where_their_heads_are_alike(tmp_path: Path) -> None:
+    model = gemma4(tmp_path, layer_types=["sliding_attention", "full_attention"], global_head_dim=16)
+    check_weights_of(str(tmp_path))
+    assert tokens_of(tmp_path) == continue_greedily(model, PROMPT, 6)
+
+
+def test_heads_of_another_size_in_some_layers_are_refused_before_a_start(tmp_path: Path) -> None:
+    gemma4(tmp_path, global_head_dim=32)
+    message = "gemma4_text: head_dim is 16 or 32, depending on the layer; keys and values must have one shape in all"
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_weights_of(str(tmp_path))
+    assert message in refusal(tmp_path)
