@@ -34,6 +34,8 @@ _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
 # Numbers that transformers calculates with, and does not check.
 _ROPE_FLOATS = ("rope_theta", "partial_rotary_factor")
 _WINDOW = "sliding_window"
+# transformers alone reads the last one; all others it reads with packages that the project does not have.
+_SERVED_QUANTIZATIONS = frozenset({"fp8", "compressed-tensors", "mxfp4", "bitnet"})
 _HEADS_OF_KV = ("num_key_value_heads", "head_dim")
 _ROPE_INTS = frozenset({"original_max_position_embeddings"})
 _ROPE_WORDS = frozenset({"rope_type", "type"})
@@ -262,8 +264,18 @@ def _faults(values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> 
             yield f"{name} is {shown(value)}: not what transformers keeps under that name"
     yield from _dtype_faults(values)
     quantization = values.get("quantization_config")
-    if quantization is not None and not _knows_quantization(quantization):
+    if quantization is not None:
+        yield from _quantization_faults(quantization)
+
+
+def _quantization_faults(quantization: Any) -> Iterator[str]:
+    if not _knows_quantization(quantization):
         yield f"quantization_config is {shown(quantization)}: a quantization unknown to transformers"
+    elif (method := quantization.get("quant_method", "bitsandbytes")) not in _SERVED_QUANTIZATIONS:
+        yield (
+            f"quantization_config: quantized by {method}, which is not served; served are FP8 (fp8,"
+            " compressed-tensors), MXFP4 (mxfp4) and bitnet"
+        )
 
 
 def _dtype_faults(values: Mapping[str, Any]) -> Iterator[str]:

@@ -183,6 +183,17 @@ def _check_weights(model: str, folder: Path) -> None:
 
 
 def _check_shards(model: str, index: Path) -> None:
+    names = _shard_names(model, index)
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise refusal(model, f"{index.name} names files that are missing: {', '.join(missing[:3])}{more}")
+    for name in names:
+        check_file(model, index.parent / name)
+
+
+def _shard_names(model: str, index: Path) -> list[str]:
+    """Of files in its folder and of its kind, there or not."""
     content = read_json(model, index)
     if not isinstance(content.get("metadata"), dict):
         raise refusal(model, f"{index.name} has no metadata, without which transformers does not read it")
@@ -192,12 +203,10 @@ def _check_shards(model: str, index: Path) -> None:
     names = sorted(set(shards.values()))
     if outside := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts or not name]:
         raise refusal(model, f"{index.name} names files outside of this folder: {outside[0]!r}")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise refusal(model, f"{index.name} names files that are missing: {', '.join(missing[:3])}{more}")
-    for name in names:
-        check_file(model, index.parent / name)
+    kind = Path(index.name.removesuffix(".index.json")).suffix
+    if others := [name for name in names if Path(name).suffix != kind]:
+        raise refusal(model, f"{index.name} names {others[0]!r} as one of its files, which is no {kind} file")
+    return names
 
 
 def check_file(model: str, file: Path) -> None:

@@ -6,7 +6,7 @@ Called while a model is loaded, before anything is built or allocated by what it
 import math
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -102,15 +102,22 @@ def read_headers(path: str) -> Headers:
         read, files = _read_old, weight_files(path, _OLD_FILE)
     headers = Headers()
     for file in files:
-        try:
-            headers |= read(file)
-        except pickle.UnpicklingError as error:
-            raise UnsupportedModelError(f"model {path!r}: {Path(file).name} {error}") from error
-        except (OSError, SafetensorError) as error:
-            raise UnsupportedModelError(f"model {path!r}: {Path(file).name}: {brief(error)}") from error
+        headers |= _read(path, file, read)
     if files and read is _read_new and not headers:
         raise UnsupportedModelError(f"model {path!r}: no weights in {Path(files[0]).name}")
     return headers
+
+
+def _read(path: str, file: str, read: Callable[[str], Mapping[str, Header]]) -> Mapping[str, Header]:
+    try:
+        return read(file)
+    except pickle.UnpicklingError as error:
+        raise UnsupportedModelError(f"model {path!r}: {Path(file).name} {error}") from error
+    except OSError as error:
+        raise UnsupportedModelError(f"model {path!r}: {Path(file).name}: {brief(error)}") from error
+    except SafetensorError as error:
+        fault = f"{Path(file).name} is no whole safetensors file: {brief(error)}"
+        raise UnsupportedModelError(f"model {path!r}: {fault}") from error
 
 
 def weight_files(path: str, single: str = "model.safetensors") -> list[str]:

@@ -77,12 +77,7 @@ def read_mxfp4(path: str, config: PretrainedConfig, headers: Headers, *, keeps: 
         UnsupportedModelError: codes without scales, scales without codes, or shapes that do not go together.
     """
     values: Any = getattr(config, "quantization_config", None)
-    method = values.get("quant_method") if isinstance(values, Mapping) else None
-    if method == _STORED:
-        raise UnsupportedModelError(
-            f"model {path!r}: config.json has the quant_method {_STORED!r}, which no files have"
-        )
-    if method != "mxfp4":
+    if not isinstance(values, Mapping) or values.get("quant_method") != "mxfp4":
         return None
     widened = _widened(path, headers)
     if keeps and config.model_type == _MODEL_TYPE and _are_all_stored(headers):

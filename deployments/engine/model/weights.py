@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from deployments.engine.attention.base import IMPLEMENTATION
 from deployments.engine.layers.fp8 import check_quantizable
 from deployments.engine.layers.stored_experts import StoredExperts
 from deployments.engine.model.config import blamed, build_empty, read_values
@@ -245,6 +246,9 @@ def _belongs_to(model: nn.Module, name: str) -> bool:
 
 
 def _explained(path: str, config: PretrainedConfig, error: Exception) -> UnsupportedModelError:
+    if isinstance(error, KeyError) and error.args == (IMPLEMENTATION,):
+        own = f"{config.model_type} takes its attention from a table of its own, where paged attention has no place"
+        return UnsupportedModelError(f"model {path!r}: {own}")
     try:
         build_empty(config.to_dict())
     except Exception as fault:  # not the weights: the configuration makes no model

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from deployments.engine.config import EngineConfig
 from deployments.engine.model import checkpoint
@@ -111,7 +112,7 @@ def test_an_index_without_weights_is_named(folder: Path) -> None:
 def test_a_header_that_contradicts_itself_is_refused_by_the_name_of_its_file(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes().replace(b'"shape":[64]', b'"shape":[65]', 1))
-    with pytest.raises(UnsupportedModelError, match=r": model\.safetensors: SafetensorError: "):
+    with pytest.raises(UnsupportedModelError, match=r": model\.safetensors is no whole safetensors file: Safe"):
         check_weights_of(str(folder))
 
 
@@ -230,3 +231,14 @@ def test_what_our_own_code_raises_is_no_fault_of_the_model(folder: Path, monkeyp
     monkeypatch.setattr(checkpoint, "check_config", lambda config: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         check_weights_of(str(folder))
+
+
+@pytest.mark.parametrize("is_newer", [False, True])
+def test_a_family_with_a_table_of_attention_of_its_own_is_refused_in_words(tmp_path: Path, is_newer: bool) -> None:
+    sizes = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("falcon", **sizes, num_kv_heads=2, new_decoder_architecture=is_newer)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    message = "falcon takes its attention from a table of its own, where paged attention has no place"
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_weights_of(str(tmp_path))
+    assert refusal(tmp_path) == message

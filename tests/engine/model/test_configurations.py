@@ -244,9 +244,16 @@ def test_a_size_is_known_by_the_name_that_its_class_gives_it(tmp_path: Path) -> 
         read_config(str(tmp_path))
 
 
-def test_a_known_quantization_is_left_to_transformers(folder: Path) -> None:
-    change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "unknown to transformers" not in refusal(folder)
+@pytest.mark.parametrize("method", ["gptq", "awq", "torchao", "fbgemm_fp8", "quark", "hqq", "bitsandbytes"])
+def test_a_quantization_that_is_not_served_is_refused_with_those_that_are(folder: Path, method: str) -> None:
+    change_config(folder, quantization_config={"quant_method": method, "bits": 4, "load_in_4bit": method[0] == "b"})
+    served = "served are FP8 (fp8, compressed-tensors), MXFP4 (mxfp4) and bitnet"
+    assert refusal(folder) == f"config.json: quantization_config: quantized by {method}, which is not served; {served}"
+
+
+def test_bitsandbytes_is_known_without_its_name(folder: Path) -> None:
+    change_config(folder, quantization_config={"load_in_8bit": True})
+    assert "quantization_config: quantized by bitsandbytes, which is not served" in refusal(folder)
 
 
 def test_a_limit_may_be_infinite(folder: Path) -> None:

@@ -137,6 +137,13 @@ def test_shards_outside_of_the_folder_are_refused(folder: Path, name: str) -> No
     assert f"model.safetensors.index.json names files outside of this folder: {name!r}" in refusal(folder)
 
 
+def test_a_shard_of_another_kind_than_its_index_is_named(folder: Path) -> None:
+    (folder / "one.safetensors").write_bytes(safetensors())
+    shard(folder, "one.safetensors", "config.json")
+    message = "model.safetensors.index.json names 'config.json' as one of its files, which is no .safetensors file"
+    assert message in refusal(folder)
+
+
 def test_a_folder_without_a_tokenizer_is_refused(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     assert "no tokenizer in this folder" in refusal(folder)
