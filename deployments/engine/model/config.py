@@ -34,6 +34,7 @@ _SERVED_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
 # Numbers that transformers calculates with, and does not check.
 _ROPE_FLOATS = ("rope_theta", "partial_rotary_factor")
 _WINDOW = "sliding_window"
+_FLOAT = "__float__"
 # transformers alone reads the last one; all others it reads with packages that the project does not have.
 _SERVED_QUANTIZATIONS = frozenset({"fp8", "compressed-tensors", "mxfp4", "bitnet"})
 _HEADS_OF_KV = ("num_key_value_heads", "head_dim")
@@ -84,7 +85,7 @@ def read_values(path: str) -> dict[str, Any]:
         raise UnsupportedModelError(f"model {path!r}: {_unknown(values)}")
     config_class = CONFIG_MAPPING[model_type]
     try:
-        repaired = repair(values, config_class)
+        repaired = repair(_with_floats(values), config_class)
         fault = next(_faults(repaired, config_class), None)
     except RecursionError:
         raise UnsupportedModelError(f"model {path!r}: config.json is nested too deeply") from None
@@ -324,6 +325,15 @@ def _succeeds(attempt: Callable[[Mapping[str, Any]], object], values: Mapping[st
     except Exception:  # whatever it is, this field alone is not to blame
         return False
     return True
+
+
+def _with_floats(value: Any) -> Any:
+    """What JSON has no word for, as transformers writes it: {"__float__": "Infinity"}."""
+    if isinstance(value, Mapping):
+        if value.keys() == {_FLOAT} and value[_FLOAT] in ("Infinity", "-Infinity", "NaN"):
+            return float(value[_FLOAT])
+        return {name: _with_floats(entry) for name, entry in value.items()}
+    return [_with_floats(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _copied(value: Any) -> Any:

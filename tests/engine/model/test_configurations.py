@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deployments.engine.model.check import check_weights_of
-from deployments.engine.model.config import read_config
+from deployments.engine.model.config import read_config, read_values
 from deployments.errors import UnsupportedModelError
 from tests.engine.families import build_model, continue_greedily, small_model
 from tests.engine.model.checkpoints import PROMPT, change_config, load, refusal, tokens_of
@@ -256,9 +256,25 @@ def test_bitsandbytes_is_known_without_its_name(folder: Path) -> None:
     assert "quantization_config: quantized by bitsandbytes, which is not served" in refusal(folder)
 
 
-def test_a_limit_may_be_infinite(folder: Path) -> None:
-    change_config(folder, time_step_limit=[0.0, math.inf])
+@pytest.mark.parametrize("infinite", [math.inf, {"__float__": "Infinity"}])
+def test_a_limit_may_be_infinite(folder: Path, infinite: object) -> None:
+    change_config(folder, time_step_limit=[0.0, infinite])
+    assert read_values(str(folder))["time_step_limit"] == [0.0, math.inf]
     assert tokens_of(folder) == continue_greedily(build_model("llama"), PROMPT, 6)
+
+
+def test_a_configuration_is_read_as_transformers_writes_it(tmp_path: Path) -> None:
+    sizes = {"num_local_experts": 0, "shared_intermediate_size": 96, "mamba_n_heads": 8, "mamba_d_head": 16}
+    kinds = {"layer_types": ["attention"] * 2, "position_embedding_type": "rope"}
+    model = small_model("GraniteMoeHybridConfig", None, **sizes, **kinds)
+    model.save_pretrained(tmp_path)
+    assert "__float__" in (tmp_path / "config.json").read_text()
+    assert tokens_of(tmp_path) == continue_greedily(model, PROMPT, 6)
+
+
+def test_what_is_no_number_is_refused_however_it_is_written(folder: Path) -> None:
+    change_config(folder, rms_norm_eps={"__float__": "NaN"})
+    assert refusal(folder).startswith("config.json: rms_norm_eps is nan: not a finite number")
 
 
 def test_a_model_that_brings_its_own_code_is_refused_without_asking(
