@@ -95,14 +95,18 @@ def read_headers(path: str) -> Headers:
         None in there: the files are of a form that does not tell.
 
     Raises:
-        UnsupportedModelError: a file cannot be read, or holds something else than weights.
+        UnsupportedModelError: a file cannot be read, or holds something else than weights, or what another one holds.
     """
     read, files = _read_new, weight_files(path)
     if not files:  # an older file beside newer ones is not loaded
         read, files = _read_old, weight_files(path, _OLD_FILE)
     headers = Headers()
     for file in files:
-        headers |= _read(path, file, read)
+        read_here = _read(path, file, read)
+        if twice := sorted(headers.keys() & read_here.keys()):  # transformers takes either, whatever the index says
+            files_of = f"{headers[twice[0]].file} and {read_here[twice[0]].file}"
+            raise UnsupportedModelError(f"model {path!r}: the checkpoint has {twice[0]} twice, in {files_of}")
+        headers |= read_here
     if files and read is _read_new and not headers:
         raise UnsupportedModelError(f"model {path!r}: no weights in {Path(files[0]).name}")
     return headers

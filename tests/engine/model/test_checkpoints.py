@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import re
 import traceback
 from pathlib import Path
 
@@ -140,7 +141,8 @@ def test_a_model_of_a_hub_is_checked_before_anything_is_loaded_once_it_is_here_w
     (snapshot / "1.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     check_weights_of("some/model")  # a file of it is still to come
     weights = load_file(folder / "model.safetensors")
-    save_file({"lm_head.weight": weights["lm_head.weight"]}, snapshot / "2.safetensors", metadata={"format": "pt"})
+    save_file({"lm_head.weight": weights.pop("lm_head.weight")}, snapshot / "2.safetensors", metadata={"format": "pt"})
+    save_file(weights, snapshot / "1.safetensors", metadata={"format": "pt"})
     with pytest.raises(UnsupportedModelError, match=r"model 'some/model': .*\[96, 64\] in 1.safetensors, config.json"):
         check_weights_of("some/model")
 
@@ -216,6 +218,19 @@ def test_a_refusal_names_its_model_in_the_first_line_that_tells_of_it() -> None:
         raise UnsupportedModelError("no layers")
     lines = [line for line in traceback.format_exception(caught.value) if "UnsupportedModelError: " in line]
     assert lines == ["deployments.errors.UnsupportedModelError: model 'some/folder': no layers\n"]
+
+
+@pytest.mark.usefixtures("unreadable")
+def test_a_weight_in_two_shards_is_refused_with_both_before_anything_is_loaded(tmp_path: Path) -> None:
+    copy.deepcopy(build_model("llama")).save_pretrained(tmp_path, max_shard_size="100KB")
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    weights = load_file(first)
+    name = min(weights)
+    save_file(load_file(second) | {name: 2 * weights[name]}, second, metadata={"format": "pt"})
+    message = f"the checkpoint has {name} twice, in {first.name} and {second.name}"
+    with pytest.raises(UnsupportedModelError, match=re.escape(message)):
+        check_weights_of(str(tmp_path))
+    assert refusal(tmp_path) == message
 
 
 def test_what_transformers_raises_about_a_configuration_is_a_refusal_with_its_words(
