@@ -22,6 +22,8 @@ from deployments.kv_groups import KVGroup, KVGroups
 
 # Of groups of layers: the share of their blocks that may be empty, and how many there may be.
 _MAX_UNUSED, _MAX_GROUPS = 0.2, 8
+# With less a whole prompt may lie behind the window, and a hand-off would have no block to bring.
+_MIN_WINDOW = 2
 # What transformers' code raises where a configuration makes no sense.
 _FAULTS_OF_MODELS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError, AssertionError)
 
@@ -160,9 +162,10 @@ def _cut(layers: list[int], size: int) -> list[tuple[int, ...]]:
 def _check_windows(model: PreTrainedModel, probe: _Probe) -> None:
     """Some layers are told of their window by a mask alone, and masks are what paged attention does without."""
     config = model.config
-    if blinded := [i for i, window in probe.windows.items() if window is not None and window < 1]:
+    if narrow := [i for i, window in probe.windows.items() if window is not None and window < _MIN_WINDOW]:
         raise UnsupportedModelError(
-            f"{config.model_type}: layers {blinded} have a sliding window of {probe.windows[blinded[0]]} tokens"
+            f"{config.model_type}: layers {narrow} have a sliding window of {probe.windows[narrow[0]]} tokens, must be"
+            f" at least {_MIN_WINDOW}"
         )
     window = getattr(config, "sliding_window", None)
     if window is None or window >= max_model_len(config):

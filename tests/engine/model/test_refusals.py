@@ -1,5 +1,6 @@
 """What the engine cannot run it refuses, at start-up or at the door, by the name of the fault and with numbers."""
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,8 @@ from deployments.engine.scheduling.checks import check_request
 from deployments.errors import InvalidRequestError, RequestTooLargeError, UnsupportedModelError
 from deployments.kv_groups import KVGroup
 from deployments.messages import GenerateRequest, SamplingParams
-from tests.engine.driving import Taken, build_engine, greedy, run
-from tests.engine.families import CPU, WINDOW, load, random_prompt
+from tests.engine.driving import Taken, build_engine, greedy, hand_over, run
+from tests.engine.families import CPU, WINDOW, continue_greedily, load, random_prompt
 from tests.tiny_models import SMALL
 
 _SMALL = {key: value for key, value in SMALL.items() if key != "head_dim"}  # some cannot take one
@@ -109,10 +110,19 @@ def test_a_model_that_cannot_run_is_refused_with_the_reason() -> None:
         prepare_model(model, "", CPU)
 
 
-@pytest.mark.parametrize("window", [0, -4])
-def test_a_window_without_tokens_is_refused(window: int) -> None:
-    with pytest.raises(UnsupportedModelError, match=rf"layers \[0, 1\] have a sliding window of {window} tokens"):
+@pytest.mark.parametrize("window", [1, 0, -4])
+def test_a_window_without_another_token_is_refused(window: int) -> None:
+    message = rf"layers \[0, 1\] have a sliding window of {window} tokens, must be at least 2"
+    with pytest.raises(UnsupportedModelError, match=message):
         prepare_model(build("MistralConfig", **_SMALL | {"sliding_window": window}), "", CPU)
+
+
+@pytest.mark.parametrize("length", [8, 9, 16, 40])
+def test_a_hand_off_ends_with_the_narrowest_window_that_is_taken(length: int) -> None:
+    model = build("MistralConfig", **_SMALL | {"sliding_window": 2, "eos_token_id": None})
+    loaded, prompt = prepare_model(copy.deepcopy(model), "", CPU), random_prompt(length)
+    got = hand_over(build_engine(loaded, max_num_batched_tokens=16), build_engine(loaded), [prompt], 6)
+    assert got == [continue_greedily(model, prompt, 6)]
 
 
 def test_a_model_that_does_not_exist_is_named() -> None:
