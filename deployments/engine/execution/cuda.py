@@ -109,7 +109,7 @@ class CudaRunner:
         step = self._preparation.prepare(scheduled)
         arrays, sampling = step.arrays, step.sampling
         # Before the step: a graph puts its own draws where those of the step before are.
-        adjusting = None if step.adjusting is None else step.adjusting.on(self._device, self._drawn)
+        adjusting = None if step.adjusting is None else step.adjusting.on(self._drawn)
         is_drawn, states = True, None if self._sight is None else self._sight.begin(arrays.num_tokens)
         if arrays.num_singles == arrays.num_runs <= self._max_graph_batch:
             logits = self._replay_singles(arrays).logits

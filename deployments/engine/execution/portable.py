@@ -58,7 +58,7 @@ class ModelRunner:
             ).logits[0]
         to_draw = logits if step.scoring is None else logits[: len(arrays.draw_rows)]
         if step.adjusting is not None:
-            to_draw = step.adjusting.on(self._device, drawn).apply(to_draw)
+            to_draw = step.adjusting.on(drawn).apply(to_draw)
         if step.masking is not None:
             to_draw = step.masking.apply(to_draw)
         self._drawn = torch.empty(0, dtype=torch.int64) if step.sampling is None else sample(to_draw, step.sampling)

@@ -3,9 +3,10 @@
 What is changed is a pure function of the request and of the tokens before the draw, so a hand-off, a preemption and a
 resumed request change nothing. Steps without adjustments never come here.
 
-A step names cells of its logits (draw, token) and changes them where they are on the device, all sequences at once. The
-token that the step before draws is not known on the host when a pipelined engine asks for the next one: its cell names
-the draw, and the device puts the token in.
+A step names cells of its logits (draw, token) and changes them where they are on the device, all sequences at once; of
+penalties so many at once that they take little memory (`penalties.py`). The token that the step before draws is not
+known on the host when a pipelined engine asks for the next one: its cell names the draw, and the device puts the token
+in.
 """
 
 from collections.abc import Sequence
@@ -15,46 +16,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deployments.engine.sampling.penalties import EarlierTokens, generate_less, repeat_less
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """C cells of a step's logits, some perhaps more than once.
+    """C cells of a step's logits.
 
     Attributes:
         draws: (C,) int64 rows.
-        tokens: (C,) int64 columns; `-1 - row` is what the step before draws in that row.
-        values: (K, C) float32 numbers for each, K by what is done with them.
+        tokens: (C,) int64 columns.
     """
 
     draws: np.ndarray
     tokens: np.ndarray
-    values: np.ndarray
 
     def __len__(self) -> int:
         return len(self.draws)
 
-    def on(self, device: torch.device, drawn: Tensor) -> "DeviceCells":
-        """The same on a device; `drawn`: (S,) what the step before draws."""
-        tokens = upload(self.tokens, device)
-        if (self.tokens < 0).any():
-            tokens = torch.where(tokens < 0, drawn[(-1 - tokens).clamp(min=0)], tokens)
-        return DeviceCells((upload(self.draws, device), tokens), upload(self.values, device))
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceCells:
-    """See `Cells`; all tokens are known.
-
-    Attributes:
-        places: (C,) draws and (C,) tokens.
-        values: (K, C).
-    """
-
-    places: tuple[Tensor, Tensor]
-    values: Tensor
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The same on a device."""
+        return upload(self.draws, device), upload(self.tokens, device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,31 +46,31 @@ class Adjusting:
     """What one step changes.
 
     Attributes:
-        biased: what is added to each; of K = 1. No cell occurs twice.
+        biased: those that something is added to; none occurs twice.
+        biases: (C,) float32 what that is.
         repeated: tokens before each draw, with its repetition penalty; K = 1.
-        generated: those of them that were generated, as often as they were, with presence and frequency penalty; K = 2.
-        barred: tokens that must not be drawn; K = 0.
+        generated: those of them that were generated, with presence and frequency penalty; K = 2.
+        barred: tokens that must not be drawn.
     """
 
     biased: Cells
-    repeated: Cells
-    generated: Cells
+    biases: np.ndarray
+    repeated: EarlierTokens
+    generated: EarlierTokens
     barred: Cells
 
-    def on(self, device: torch.device, drawn: Tensor) -> "DeviceAdjusting":
-        """The same on a device; while `drawn` still is what the step before draws."""
-        cells = self.biased, self.repeated, self.generated, self.barred
-        return DeviceAdjusting(*(c.on(device, drawn) if len(c) else None for c in cells))
+    def on(self, drawn: Tensor) -> "DeviceAdjusting":
+        """The same where `drawn`, (S,), is, while that still is what the step before draws."""
+        penalizes = len(self.repeated) or len(self.generated)
+        return DeviceAdjusting(self, drawn.clone() if penalizes else drawn)
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceAdjusting:
-    """See `Adjusting`; None: no such cell."""
+    """What one step changes, and what the step before has drawn."""
 
-    biased: DeviceCells | None
-    repeated: DeviceCells | None
-    generated: DeviceCells | None
-    barred: DeviceCells | None
+    adjusting: Adjusting
+    drawn: Tensor
 
     def apply(self, logits: Tensor) -> Tensor:
         """The changed logits.
@@ -100,24 +84,36 @@ class DeviceAdjusting:
         Source: repetition penalty from CTRL (Keskar et al., 2019), the other two from OpenAI's API reference. The order
         is vLLM's.
         """
+        wanted = self.adjusting
         changed = logits.to(torch.float32, copy=True)
-        if self.biased is not None:
-            changed.index_put_(self.biased.places, self.biased.values[0], accumulate=True)
-        if self.repeated is not None:
-            before, penalty = changed[self.repeated.places], self.repeated.values[0]
-            # A cell that occurs twice is written twice, with the same number.
-            changed.index_put_(self.repeated.places, torch.where(before > 0, before / penalty, before * penalty))
-        if self.generated is not None:
-            presence, frequency = self.generated.values
-            changed.index_put_(self.generated.places, changed[self.generated.places] - presence)
-            changed.index_put_(self.generated.places, -frequency, accumulate=True)
-        if self.barred is not None:
-            changed[self.barred.places] = -torch.inf
+        if len(wanted.biased):
+            places = wanted.biased.on(logits.device)
+            changed[places] = changed[places] + upload(wanted.biases, logits.device)
+        repeat_less(changed, wanted.repeated, self.drawn)
+        generate_less(changed, wanted.generated, self.drawn)
+        if len(wanted.barred):
+            changed[wanted.barred.on(logits.device)] = -torch.inf
         return changed
 
 
-class _Builder:
-    """Gathers cells, draw by draw.
+class _Cells:
+    """Gathers cells, sequence by sequence."""
+
+    def __init__(self) -> None:
+        self._draws: list[np.ndarray] = [np.empty(0, np.int64)]
+        self._tokens: list[np.ndarray] = [np.empty(0, np.int64)]
+
+    def add(self, draws: range, tokens: Sequence[int]) -> None:
+        """The same tokens of each of these draws."""
+        self._draws.append(np.repeat(np.array(draws, np.int64), len(tokens)))
+        self._tokens.append(np.tile(np.array(tokens, np.int64), len(draws)))
+
+    def build(self) -> Cells:
+        return Cells(np.concatenate(self._draws), np.concatenate(self._tokens))
+
+
+class _Earlier:
+    """Gathers what stands before draws, sequence by sequence.
 
     Args:
         num_values: K.
@@ -125,22 +121,26 @@ class _Builder:
 
     def __init__(self, num_values: int) -> None:
         self._num_values = num_values
-        self._draws: list[int] = []
         self._tokens: list[np.ndarray] = []
-        self._values: list[np.ndarray] = []
+        self._draws: list[int] = []
+        self._counts: list[int] = []
+        self._owners: list[int] = []
+        self._values: list[tuple[float, ...]] = []
 
-    def add(self, draw: int, tokens: Sequence[int] | np.ndarray, *values: float | Sequence[float]) -> None:
-        """Tokens of a draw, with values for each or one for all."""
-        self._draws.append(draw)
-        self._tokens.append(np.asarray(tokens, np.int64))
-        columns = [np.broadcast_to(np.asarray(value, np.float32), len(tokens)) for value in values]
-        self._values.append(np.stack(columns) if columns else np.empty((0, len(tokens)), np.float32))
+    def add(self, draws: range, tokens: np.ndarray, *values: float) -> None:
+        """Those of a sequence; behind the first draw each is behind one token more, the last one behind all."""
+        if not len(tokens):
+            return  # its first draw, and nothing was generated before
+        self._draws += draws
+        self._counts += range(len(tokens) - len(draws) + 1, len(tokens) + 1)
+        self._owners += [len(self._tokens)] * len(draws)
+        self._values += [values] * len(draws)
+        self._tokens.append(tokens)
 
-    def build(self) -> Cells:
-        if not self._draws:
-            return Cells(np.empty(0, np.int64), np.empty(0, np.int64), np.empty((self._num_values, 0), np.float32))
-        draws = np.repeat(np.array(self._draws), [len(tokens) for tokens in self._tokens])
-        return Cells(draws, np.concatenate(self._tokens), np.concatenate(self._values, axis=1))
+    def build(self) -> EarlierTokens:
+        draws, owners, counts = np.array([self._draws, self._owners, self._counts], np.int64)
+        values = np.array(self._values, np.float32).reshape(len(draws), self._num_values)
+        return EarlierTokens(self._tokens, draws, owners, counts, values.T)
 
 
 def build_adjusting(items: list[ScheduledSequence], sources: np.ndarray) -> Adjusting:
@@ -150,30 +150,32 @@ def build_adjusting(items: list[ScheduledSequence], sources: np.ndarray) -> Adju
         items: in the batch's order.
         sources: of the single tokens, as in `StepArrays`.
     """
-    biased, repeated, generated, barred = _Builder(1), _Builder(1), _Builder(2), _Builder(0)
+    biased, repeated, generated, barred = _Cells(), _Earlier(1), _Earlier(2), _Cells()
+    biases: list[float] = []
     draw = 0
     for place, item in enumerate(items):
+        draws = range(draw, draw := draw + item.num_draws)
         sampling, num_prompt_tokens = item.sequence.request.sampling, len(item.sequence.request.prompt_token_ids)
         wanted = sampling.adjustments
-        if wanted is None:
-            draw += item.num_draws
+        if wanted is None or not draws:
             continue
-        for number in range(item.num_draws):
-            if wanted.logit_bias:
-                biased.add(draw, *zip(*wanted.logit_bias, strict=True))
-            if item.first_draw + number - num_prompt_tokens < wanted.min_tokens:
-                barred.add(draw, sampling.stop_token_ids)
-            before = _tokens_before(item, number, sources[place] if place < len(sources) else -1)
-            if wanted.repetition_penalty != 1:
-                repeated.add(draw, before, wanted.repetition_penalty)
-            if wanted.presence_penalty or wanted.frequency_penalty:
-                generated.add(draw, before[num_prompt_tokens:], wanted.presence_penalty, wanted.frequency_penalty)
-            draw += 1
-    return Adjusting(biased.build(), repeated.build(), generated.build(), barred.build())
+        if wanted.logit_bias:
+            biased.add(draws, [token for token, _ in wanted.logit_bias])
+            biases += [bias for _, bias in wanted.logit_bias] * len(draws)
+        if (num_early := wanted.min_tokens - (item.first_draw - num_prompt_tokens)) > 0:
+            barred.add(draws[:num_early], sampling.stop_token_ids)
+        repetition, less = wanted.repetition_penalty, (wanted.presence_penalty, wanted.frequency_penalty)
+        if repetition != 1 or any(less):
+            before = _tokens_before(item, sources[place] if place < len(sources) else -1)
+            if repetition != 1:
+                repeated.add(draws, before, repetition)
+            if any(less):
+                generated.add(draws, before[num_prompt_tokens:], *less)
+    return Adjusting(biased.build(), np.array(biases, np.float32), repeated.build(), generated.build(), barred.build())
 
 
-def _tokens_before(item: ScheduledSequence, number: int, source: int) -> np.ndarray:
-    """All tokens of a sequence that stand before one of its draws, as `Cells` has them."""
-    known = np.frombuffer(item.sequence.token_ids[: item.first_draw], np.uint32).astype(np.int64)
+def _tokens_before(item: ScheduledSequence, source: int) -> np.ndarray:
+    """All tokens of a sequence that stand before the last of its draws, as `EarlierTokens` has them."""
+    known = np.frombuffer(item.sequence.token_ids[: item.first_draw], np.int32)
     pending = [-1 - source] if len(known) < item.first_draw else []
-    return np.concatenate((known, np.array([*pending, *item.drafts[:number]], np.int64)))
+    return np.concatenate((known, np.array([*pending, *item.drafts], np.int32)))

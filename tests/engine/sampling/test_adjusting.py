@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployments.engine.engine import Engine
-from deployments.engine.sampling.adjusting import Cells
+from deployments.engine.sampling.penalties import upload_tokens
 from deployments.errors import InvalidRequestError
 from deployments.messages import Adjustments, GenerateRequest, SamplingParams, TokenOutput
 from tests.engine.driving import build_engine, generate, hand_over_all, run
@@ -169,9 +169,8 @@ def test_the_logits_themselves_stay_as_they_are() -> None:
     tokens=st.lists(st.integers(-3, 9), max_size=12),
     drawn=st.lists(st.integers(0, 9), min_size=3, max_size=3),
 )
-def test_a_pending_token_is_put_in_where_its_cell_names_the_draw(tokens: list[int], drawn: list[int]) -> None:
-    cells = Cells(np.arange(len(tokens)), np.array(tokens, np.int64), np.zeros((0, len(tokens)), np.float32))
-    _, found = cells.on(torch.device("cpu"), torch.tensor(drawn)).places
+def test_a_pending_token_is_put_in_where_another_names_its_draw(tokens: list[int], drawn: list[int]) -> None:
+    found = upload_tokens(np.array(tokens, np.int32), torch.tensor(drawn), torch.device("cpu"))
     assert found.tolist() == [token if token >= 0 else drawn[-1 - token] for token in tokens]
 
 
