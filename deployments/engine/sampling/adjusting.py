@@ -3,20 +3,20 @@
 What is changed is a pure function of the request and of the tokens before the draw, so a hand-off, a preemption and a
 resumed request change nothing. Steps without adjustments never come here.
 
-A step names cells of its logits (draw, token) and changes them where they are on the device, all sequences at once; of
-penalties so many at once that they take little memory (`penalties.py`). The token that the step before draws is not
-known on the host when a pipelined engine asks for the next one: its cell names the draw, and the device puts the token
-in.
+A step names cells of its logits (draw, token) and changes them where they are on the device, those of all sequences at
+once as long as they are few enough to take little memory. Penalties have many: see `penalties.py`. The token that the
+step before draws is not known on the host when a pipelined engine asks for the next one: its cell names the draw, and
+the device puts the token in.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from deployments.engine.sampling.penalties import EarlierTokens, generate_less, repeat_less
+from deployments.engine.sampling.penalties import MAX_CELLS, EarlierTokens, generate_less, repeat_less
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.upload import upload
 
@@ -33,12 +33,11 @@ class Cells:
     draws: np.ndarray
     tokens: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.draws)
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The same on a device."""
-        return upload(self.draws, device), upload(self.tokens, device)
+    def on(self, device: torch.device) -> Iterator[tuple[slice, tuple[Tensor, Tensor]]]:
+        """The same on a device, so many at once: which of them, and where they are."""
+        for start in range(0, len(self.draws), MAX_CELLS):
+            piece = slice(start, start + MAX_CELLS)
+            yield piece, (upload(self.draws[piece], device), upload(self.tokens[piece], device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +85,12 @@ class DeviceAdjusting:
         """
         wanted = self.adjusting
         changed = logits.to(torch.float32, copy=True)
-        if len(wanted.biased):
-            places = wanted.biased.on(logits.device)
-            changed[places] = changed[places] + upload(wanted.biases, logits.device)
+        for piece, places in wanted.biased.on(logits.device):
+            changed[places] = changed[places] + upload(wanted.biases[piece], logits.device)
         repeat_less(changed, wanted.repeated, self.drawn)
         generate_less(changed, wanted.generated, self.drawn)
-        if len(wanted.barred):
-            changed[wanted.barred.on(logits.device)] = -torch.inf
+        for _, places in wanted.barred.on(logits.device):
+            changed[places] = -torch.inf
         return changed
 
 

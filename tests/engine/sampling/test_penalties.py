@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deployments.engine.sampling import penalties
+from deployments.engine.sampling import adjusting, penalties
 from deployments.engine.sampling.adjusting import build_adjusting
 from deployments.engine.sampling.penalties import MAX_CELLS
 from deployments.engine.scheduling.ids import token_array
@@ -28,19 +28,20 @@ PENALTIES = (
 )
 
 
-def decode(number: int, num_tokens: int, num_drafts: int, adjustments: Adjustments | None) -> ScheduledSequence:
+def decode(
+    number: int, num_tokens: int, num_drafts: int, wanted: Adjustments | None, stop_token_ids: tuple[int, ...] = ()
+) -> ScheduledSequence:
     """The newest of random tokens of a sequence, a third of which are its prompt, with drafts behind it."""
     random = np.random.default_rng([number, num_tokens, num_drafts])
     token_ids = token_array(random.integers(0, VOCAB_SIZE, num_tokens).tolist())
-    sampling = SamplingParams(max_tokens=num_tokens, adjustments=adjustments)
+    sampling = SamplingParams(max_tokens=1000, stop_token_ids=stop_token_ids, adjustments=wanted)
     request = GenerateRequest(f"r{number}", tuple(token_ids[: num_tokens // 3 + 1]), sampling)
     sequence = Sequence(request, Role.LOCAL, 0.0, token_ids=token_ids, num_computed_tokens=num_tokens - 1)
     return ScheduledSequence.decode(sequence, tuple(random.integers(0, VOCAB_SIZE, num_drafts).tolist()))
 
 
 def penalize(items: list[ScheduledSequence], logits: Tensor) -> Tensor:
-    adjusting = build_adjusting(items, np.full(len(items), -1))
-    return adjusting.on(torch.empty(0, dtype=torch.int64)).apply(logits)
+    return build_adjusting(items, np.full(len(items), -1)).on(torch.empty(0, dtype=torch.int64)).apply(logits)
 
 
 def token_by_token(items: list[ScheduledSequence], logits: Tensor) -> Tensor:
@@ -91,9 +92,21 @@ def test_many_drafts_behind_long_contexts_take_no_more_than_so_many_cells(monkey
     items = [decode(number, num_tokens, num_drafts, PENALTIES[-1]) for number in range(3)]
     logits = torch.randn(3 * (1 + num_drafts), VOCAB_SIZE)
     assert logits.numel() < max_cells < logits.shape[0] * num_tokens
-    adjusting = build_adjusting(items, np.full(len(items), -1))
-    assert sum(map(len, adjusting.repeated.tokens)) == 3 * (num_tokens + num_drafts), "once for all draws of each"
+    built = build_adjusting(items, np.full(len(items), -1))
+    assert sum(map(len, built.repeated.tokens)) == 3 * (num_tokens + num_drafts), "once for all draws of each"
     with Largest() as largest:
-        adjusting.on(torch.empty(0, dtype=torch.int64)).apply(logits)
+        built.on(torch.empty(0, dtype=torch.int64)).apply(logits)
     # The numbers of a cell, presence and frequency, lie beside each other.
     assert max_cells // 2 < largest.num_numbers <= 2 * max_cells
+
+
+def test_biases_and_barred_tokens_are_changed_in_pieces_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = Adjustments(tuple((token, float(token)) for token in range(VOCAB_SIZE)), min_tokens=1000)
+    items = [decode(number, 10, 3, wanted, stop_token_ids=(3, 5)) for number in range(2)]
+    monkeypatch.setattr(adjusting, "MAX_CELLS", 9)
+    logits = torch.randn(8, VOCAB_SIZE)
+    expected = logits + torch.arange(VOCAB_SIZE)
+    expected[:, [3, 5]] = -torch.inf
+    assert torch.equal(penalize(items, logits), expected)
+    cells = build_adjusting(items, np.full(2, -1)).biased
+    assert [len(draws) for _, (draws, _) in cells.on(logits.device)] == [9] * 16 + [8]
