@@ -5,8 +5,6 @@ the pool of the size that was found. What the steps read and write is the pool's
 """
 
 import gc
-import time
-from array import array
 from dataclasses import replace
 
 import numpy as np
@@ -17,28 +15,15 @@ from deployments.engine.execution.base import Runner
 from deployments.engine.execution.heads import HeadRunner, KnownTokens, NewestTokens
 from deployments.engine.execution.portable import build_runner
 from deployments.engine.execution.portable_heads import build_head_runner
+from deployments.engine.execution.rehearsed import SAMPLING, build_rehearsed_sequences, rehearsed_mask
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.model.eagle3 import Eagle3Head
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.sampling.guessing import GuessDraws
 from deployments.engine.sampling.sampler import SamplingPreparation
-from deployments.engine.scheduling.block_tables import BlockTables
-from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import MAX_SCORED_TOKENS, MAX_VERIFIED_TOKENS
-from deployments.engine.scheduling.sequence import Role, Sequence
-from deployments.messages import MAX_LOGPROBS, Adjustments, GenerateRequest, SamplingParams
-
-# Bounds of every kind, logits that are changed, and logprobs, which take the most memory.
-_SAMPLING = SamplingParams(
-    max_tokens=1,
-    temperature=1.0,
-    top_k=50,
-    top_p=0.9,
-    min_p=0.01,
-    adjustments=Adjustments(logit_bias=((0, 1.0),)),
-    num_logprobs=MAX_LOGPROBS,
-)
+from deployments.messages import MAX_LOGPROBS
 
 
 def drafter_limits(limits: EngineLimits, drafter: LoadedModel) -> EngineLimits:
@@ -66,7 +51,7 @@ def build_rehearsed(loaded: LoadedModel, limits: EngineLimits) -> Runner:
         cache = KVCache(loaded.kv_shape, limits.num_blocks, limits.block_size, loaded.device)
         runner = build_runner(loaded, cache, limits)
         if loaded.device.type == "cuda":
-            rehearse(runner, limits)
+            rehearse(runner, limits, loaded.vocab_size)
     except torch.OutOfMemoryError as error:
         what = "a KV pool" if cache is None else "the largest steps beside the model and a KV pool"
         raise ValueError(_too_large(what, loaded, limits, error)) from None
@@ -129,45 +114,50 @@ def _give_back() -> None:
     torch.cuda.empty_cache()
 
 
-def rehearse(runner: Runner, limits: EngineLimits) -> None:
+def rehearse(runner: Runner, limits: EngineLimits, vocab_size: int) -> None:
     """Run every kind of step that may be the one that takes the most.
 
     Args:
         runner: of the engine; its pool need not hold what the steps would take, blocks are used again and again.
         limits: of the engine.
+        vocab_size: of the model.
 
     Raises:
         torch.OutOfMemoryError: one of them does not fit.
     """
-    num_blocks = runner.cache.num_blocks
-    table = block_array(block % num_blocks for block in range(-(-limits.max_model_len // limits.block_size)))
-    tables = BlockTables(*[table] * runner.cache.num_groups)
-    token_ids = token_array([0] * limits.max_model_len)
+    sequences = build_rehearsed_sequences(runner, limits, vocab_size)
     for step in worst_steps(limits):
         items = [
-            ScheduledSequence.of(_sequence(number, start, start + count, token_ids, tables), count)
+            ScheduledSequence.of(sequences.sequence(number, start, start + count), count)
             for number, (start, count) in enumerate(step)
         ]
-        runner.launch(items).collect()
+        _run(runner, items)
     # The first chunk of a prompt draws nothing.
-    prompt = _sequence(0, 0, limits.max_model_len, token_ids, tables)
+    prompt = sequences.sequence(0, 0, limits.max_model_len)
     chunk = min(limits.max_num_batched_tokens, limits.max_model_len - 1)
-    runner.launch([ScheduledSequence.of(prompt, chunk)]).collect()
+    _run(runner, [ScheduledSequence.of(prompt, chunk)])
     # As many logits as one step may want.
     longest = limits.max_model_len
-    decodes = [_sequence(number, longest - 1, longest, token_ids, tables) for number in range(1, limits.max_num_seqs)]
+    decodes = [sequences.sequence(number, longest - 1, longest) for number in range(limits.max_num_seqs - 1)]
     room = min(MAX_SCORED_TOKENS, limits.max_num_batched_tokens - len(decodes), longest - 1)
     items = [ScheduledSequence.of(sequence, 1) for sequence in decodes]
-    scored = _sequence(0, 0, room + 1, token_ids, tables, num_prompt_logprobs=MAX_LOGPROBS)
-    runner.launch([*items, ScheduledSequence.of(scored, room)]).collect()
+    scored = sequences.sequence(len(decodes), 0, room + 1, num_prompt_logprobs=MAX_LOGPROBS)
+    _run(runner, [*items, ScheduledSequence.of(scored, room)])
     if drafts := most_drafts(limits):
         items = [
             ScheduledSequence.decode(
-                _sequence(number, longest - count - 1, longest - count, token_ids, tables), (0,) * count
+                sequences.sequence(number, longest - count - 1, longest - count, count), (0,) * count
             )
             for number, count in enumerate(drafts)
         ]
-        runner.launch(items).collect()
+        _run(runner, items)
+
+
+def _run(runner: Runner, items: list[ScheduledSequence]) -> None:
+    """A step. Of several sequences one has no grammar: then logits are copied once more than if all had."""
+    if len(items) > 1:
+        items[0].sequence.release(mask=None)
+    runner.launch(items).collect()
 
 
 def rehearse_head(runner: HeadRunner, head: Eagle3Head, limits: EngineLimits) -> None:
@@ -189,7 +179,9 @@ def rehearse_head(runner: HeadRunner, head: Eagle3Head, limits: EngineLimits) ->
     longest, num_blocks = limits.max_model_len, -(-limits.max_model_len // limits.block_size)
     zeros, ones = nothing[:num_seqs], np.ones(num_seqs, np.int64)
     tables = np.zeros((num_seqs, num_blocks), np.int64)
-    draws = GuessDraws(SamplingPreparation(), [_SAMPLING] * num_seqs, zeros + longest, [None] * num_seqs)
+    mask = rehearsed_mask(head.vocab_size)
+    masks = [mask, *[None] * (num_seqs > 1), *[mask] * (num_seqs - 2)]  # see `_run`
+    draws = GuessDraws(SamplingPreparation(), [SAMPLING] * num_seqs, zeros + longest, masks)
     runner.guess(states[0], NewestTokens(zeros, zeros, zeros + longest - 1, zeros, tables, ones), draws)
 
 
@@ -226,22 +218,3 @@ def _fill(budget: int, longest: int, num_seqs: int) -> list[int]:
         counts.append(min(budget, longest))
         budget -= counts[-1]
     return counts
-
-
-def _sequence(
-    number: int,
-    start: int,
-    end: int,
-    token_ids: "array[int]",
-    tables: BlockTables,
-    num_prompt_logprobs: int | None = None,
-) -> Sequence:
-    """One that has `start` of `end` tokens behind it; arrays are shared, since nothing is added to them."""
-    return Sequence(
-        GenerateRequest(f"rehearsal-{number}", (0,), _SAMPLING, num_prompt_logprobs=num_prompt_logprobs),
-        Role.LOCAL,
-        time.monotonic(),
-        token_ids=token_ids if end == len(token_ids) else token_ids[:end],
-        tables=tables,
-        num_computed_tokens=start,
-    )

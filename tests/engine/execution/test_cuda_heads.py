@@ -23,7 +23,7 @@ from deployments.engine.model.load import LoadedModel
 from deployments.messages import GenerateRequest, SamplingParams
 from tests.engine.drafters import lies, mixture, truth
 from tests.engine.driving import Transcript, build_engine, generate, hand_over_all, run
-from tests.engine.families import CPU, random_prompt
+from tests.engine.families import CPU, VOCAB_SIZE, random_prompt
 from tests.engine.grammars import END, load_with_tokenizer, regex
 from tests.engine.guessing_heads import Helped, alone, guessing, helped, in_groups, plain, requests, with_head
 from tests.engine.insides import (
@@ -147,7 +147,7 @@ def test_sequences_behind_those_that_graphs_hold_are_not_guessed_for() -> None:
 
 def test_the_largest_steps_run() -> None:
     engine = build()
-    rehearse(runner_of(engine), engine.limits)
+    rehearse(runner_of(engine), engine.limits, VOCAB_SIZE)
     runner = head_runner_of(engine)
     rehearse_head(runner, runner._head, engine.limits)
     helper = helped(engine, mixture)

@@ -2,13 +2,15 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.engine.config import EngineConfig, EngineLimits
-from deployments.engine.execution import rehearsal, sizing
+from deployments.engine.execution import rehearsal, rehearsed, sizing
+from deployments.engine.execution.base import LaunchedStep
 from deployments.engine.execution.heads import KnownTokens, NewestTokens
 from deployments.engine.execution.portable import build_runner
 from deployments.engine.execution.portable_heads import PortableHead
@@ -23,11 +25,15 @@ from deployments.engine.execution.rehearsal import (
 )
 from deployments.engine.execution.sizing import choose_limits
 from deployments.engine.kv.cache import KVCache
+from deployments.engine.kv.layers import LayerWatch
+from deployments.engine.sampling.adjusting import build_adjusting
 from deployments.engine.sampling.guessing import GuessDraws
+from deployments.engine.sampling.masking import Masking, build_masking
+from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import MAX_VERIFIED_TOKENS
 from deployments.errors import InvalidRequestError
 from tests.engine.driving import build_engine, generate, greedy
-from tests.engine.families import CPU, load, random_prompt, reference
+from tests.engine.families import CPU, VOCAB_SIZE, load, random_prompt, reference
 from tests.engine.guessing_heads import with_head
 from tests.engine.insides import runner_of
 
@@ -69,12 +75,60 @@ def test_a_model_that_guesses_for_an_engine_is_given_no_drafts_itself() -> None:
 def test_the_steps_run_beside_a_pool_that_could_not_hold_them(family: str) -> None:
     loaded, limits = load(family), replace(LIMITS, max_drafts=8)
     cache = KVCache(loaded.kv_shape, limits.num_blocks, limits.block_size, CPU)
-    rehearse(build_runner(loaded, cache, limits), limits)
+    rehearse(build_runner(loaded, cache, limits), limits, loaded.vocab_size)
+
+
+def launched(limits: EngineLimits, monkeypatch: pytest.MonkeyPatch) -> list[list[ScheduledSequence]]:
+    """What the steps of a rehearsal are of, as they are launched."""
+    loaded = load("llama")
+    runner = build_runner(loaded, KVCache(loaded.kv_shape, limits.num_blocks, limits.block_size, CPU), limits)
+    steps: list[list[ScheduledSequence]] = []
+    launch = runner.launch
+
+    def note(scheduled: list[ScheduledSequence], watch: LayerWatch | None = None) -> LaunchedStep:
+        steps.append(scheduled)
+        return launch(scheduled, watch)
+
+    monkeypatch.setattr(runner, "launch", note)
+    rehearse(runner, limits, loaded.vocab_size)
+    return steps
+
+
+def test_all_that_draw_are_penalized_for_all_that_was_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [step for step in launched(replace(LIMITS, max_drafts=8), monkeypatch) if step[0].num_draws]
+    assert len(steps) > 5
+    for step in steps:
+        drawing = [item for item in step if item.num_draws]
+        adjusting = build_adjusting(step, np.full(len(step), -1))
+        num_draws = sum(item.num_draws for item in drawing)
+        assert len(adjusting.repeated) == num_draws, "all tokens, of each draw"
+        assert adjusting.repeated.counts.max() == max(item.first_draw + item.num_draws - 1 for item in drawing)
+        generated = adjusting.repeated.counts.sum() - num_draws
+        assert adjusting.generated.counts.sum() == generated, "all but the first token of each"
+    assert max(item.first_draw + item.num_draws - 1 for item in steps[-1]) == LIMITS.max_model_len, "drafts"
+
+
+def test_no_more_of_them_are_than_it_takes_to_fill_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or it would take minutes to start an engine of many long sequences."""
+    monkeypatch.setattr(rehearsed, "MAX_CELLS", LIMITS.max_model_len // 2)
+    step = launched(LIMITS, monkeypatch)[0]
+    assert len(step) == 5 and len(build_adjusting(step, np.full(5, -1)).repeated) == 3
+
+
+def test_all_that_draw_have_grammars_but_one_beside_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = replace(LIMITS, max_drafts=8)
+    steps = [step for step in launched(limits, monkeypatch) if step[0].num_draws]
+    for step in steps:
+        masking = build_masking(step)
+        assert masking is not None and masking.allowed.shape[1] * 8 >= VOCAB_SIZE
+        num_free = step[0].num_draws if len(step) > 1 else 0
+        assert len(masking.draws) == sum(item.num_draws for item in step) - num_free
+    assert sum(item.num_draws for item in steps[-1]) == 40, "drafts have masks of their own"
 
 
 def test_an_engine_gives_the_same_tokens_after_them() -> None:
     engine = build_engine(load("llama"))
-    rehearse(runner_of(engine), engine.limits)
+    rehearse(runner_of(engine), engine.limits, VOCAB_SIZE)
     prompt = random_prompt(23)
     assert generate(engine, [greedy("r", prompt, 12)]) == [reference("llama", prompt, 12)]
 
@@ -155,7 +209,7 @@ def test_what_a_head_takes_is_not_left_to_the_pool(max_drafts: int, monkeypatch:
     assert built == (["model", "head", "all of them"] if max_drafts else ["model", "all of them"])
 
 
-def test_a_head_is_tried_with_as_many_tokens_and_sequences_as_there_may_be() -> None:
+def test_a_head_is_tried_with_as_many_tokens_and_sequences_as_there_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = replace(LIMITS, max_drafts=3)
     head = with_head().head
     assert head is not None
@@ -172,5 +226,14 @@ def test_a_head_is_tried_with_as_many_tokens_and_sequences_as_there_may_be() -> 
         return guess(states, newest, draws)
 
     runner.learn, runner.guess = note_learned, note_guessed  # type: ignore[method-assign]
+    masked: list[tuple[int, int]] = []
+
+    def note_masked(self: Masking, logits: torch.Tensor) -> torch.Tensor:
+        masked.append((len(self.draws), len(logits)))
+        return apply(self, logits)
+
+    apply = Masking.apply
+    monkeypatch.setattr(Masking, "apply", note_masked)
     rehearse_head(runner, head, limits)
     assert seen == [40, (5, 99)]
+    assert masked == [(4, 5)], "by grammars, of all but one"
