@@ -11,6 +11,16 @@ MODELS_THAT_GUESS = {
     "eagle3": "an EAGLE-3 head that was trained for the large one",
 }
 
+# Ids of blocks and places of tokens are int32.
+_MAX_INT32 = 2**31 - 1
+# Kernels have a program for each sequence, and for each part of those that are cut into parts, in a dimension in which
+# a GPU takes 65,535.
+_MAX_SEQS = 2**15
+# Places of a token's heads, and of its experts, are int32.
+_MAX_BATCHED_TOKENS = 2**23
+# No machine has more threads.
+_MAX_THREADS = 4096
+
 
 class SpeculationConfig(BaseModel):
     """How an engine guesses tokens that it has not drawn yet, and tries them in one step; frozen. No answer changes.
@@ -90,19 +100,19 @@ class EngineConfig(BaseModel):
     quantization: Literal["fp8", "mxfp4"] | None = None
     kv_dtype: Literal["auto", "fp8"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    max_model_len: int | None = Field(default=None, ge=2)
-    block_size: int | None = Field(default=None, ge=1)
-    num_blocks: int | None = Field(default=None, ge=1)
+    max_model_len: int | None = Field(default=None, ge=2, le=_MAX_INT32)
+    block_size: int | None = Field(default=None, ge=1, le=_MAX_INT32)
+    num_blocks: int | None = Field(default=None, ge=1, le=_MAX_INT32)
     kv_cache_bytes: int | None = Field(default=None, ge=1)
-    max_num_seqs: int = Field(default=64, ge=1)
-    max_num_batched_tokens: int | None = Field(default=None, ge=1)
+    max_num_seqs: int = Field(default=64, ge=1, le=_MAX_SEQS)
+    max_num_batched_tokens: int | None = Field(default=None, ge=1, le=_MAX_BATCHED_TOKENS)
     enable_prefix_caching: bool = True
     hands_over: bool = True
     share_kv: bool = True
     lease_s: float = Field(default=15.0, gt=0)
     handoff_layer_parts: int = Field(default=1, ge=1, le=64)
     max_silence_s: float = Field(default=15.0, gt=0)
-    num_threads: int | None = Field(default=None, ge=1)
+    num_threads: int | None = Field(default=None, ge=1, le=_MAX_THREADS)
     speculation: SpeculationConfig = Field(default_factory=SpeculationConfig)
 
 

@@ -1,5 +1,6 @@
-"""How much of the machine's memory this process may still take, in a container too."""
+"""How much of the machine's memory this process may take at most, and still, in a container too."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -12,13 +13,27 @@ _CGROUPS = (
 )
 
 
-def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def total_memory(cgroup: Path = _CGROUP) -> int:
+    """Bytes that the machine has, or the container may take. Argument as that of `available_memory`."""
+    total: int = psutil.virtual_memory().total
+    return min([total, *(bound for bound, _ in _bounds(cgroup))])
+
+
+def available_memory(cgroup: Path = _CGROUP) -> int:
     """Bytes that can be taken without swapping: free ones and those of cached files, within the container's limit.
 
     Args:
         cgroup: where this process sees its control group, as containers do.
     """
     available: int = psutil.virtual_memory().available
+    return max(0, min([available, *(bound - used for bound, used in _bounds(cgroup))]))
+
+
+def _bounds(cgroup: Path) -> Iterator[tuple[int, int]]:
+    """Of each version's control group that has one: its limit, and what is used and cannot be dropped."""
     for limit, usage, stat, cached in _CGROUPS:
         try:
             bound = (cgroup / limit).read_text().strip()
@@ -26,7 +41,6 @@ def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
                 continue
             used = int((cgroup / usage).read_text())
             files = dict(line.split() for line in (cgroup / stat).read_text().splitlines())
-            available = min(available, int(bound) - used + int(files.get(cached, 0)))
         except OSError:  # no such control group
             continue
-    return max(0, available)
+        yield int(bound), used - int(files.get(cached, 0))

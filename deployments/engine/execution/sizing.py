@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from deployments.engine.config import EngineConfig, EngineLimits
-from deployments.engine.execution.memory import available_memory
+from deployments.engine.execution.memory import available_memory, total_memory
 from deployments.engine.execution.rehearsal import free_beside_largest_steps, name_limits
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.scheduling.retention import Retention
@@ -23,6 +23,8 @@ _CPU_TOKENS_PER_THREAD = 128
 _GPU_BLOCK_SIZE = 256
 # What stays free on a GPU besides what was measured: for communicators of NCCL, others' contexts, memory in pieces.
 _MARGIN_BYTES = 1 << 30
+# Places of tokens in the pool are int32 on a GPU.
+_MAX_SLOTS = 2**31 - 1
 # Of the pool beside which steps are tried; its blocks are used again and again.
 _TRIAL_BLOCKS = 2
 
@@ -105,21 +107,48 @@ def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
 
 
 def _count_blocks(loaded: LoadedModel, config: EngineConfig, limits: EngineLimits) -> int:
-    if config.num_blocks:
-        return config.num_blocks
     bytes_per_block = loaded.bytes_of_pool_block(limits.block_size)
-    if config.kv_cache_bytes:
-        if config.kv_cache_bytes < bytes_per_block:
-            raise ValueError(f"kv_cache_bytes is {config.kv_cache_bytes}, one block alone takes {bytes_per_block}")
-        return config.kv_cache_bytes // bytes_per_block
+    if config.num_blocks or config.kv_cache_bytes:
+        return _wished_blocks(loaded, config, limits.block_size, bytes_per_block)
     if loaded.device.type == "cpu":
         return _count_cpu_blocks(limits, bytes_per_block)
-    return max(1, _gpu_pool_bytes(loaded, limits, bytes_per_block, config) // bytes_per_block)
+    room = _gpu_pool_bytes(loaded, limits, bytes_per_block, config)
+    return min(max(1, room // bytes_per_block), _MAX_SLOTS // limits.block_size)
+
+
+def _wished_blocks(loaded: LoadedModel, config: EngineConfig, block_size: int, bytes_per_block: int) -> int:
+    """What was said of the pool's size, if it can be met; on a GPU its memory says so when it is taken."""
+    if config.num_blocks:
+        wish, num_blocks = f"num_blocks is {config.num_blocks}", config.num_blocks
+    else:
+        assert config.kv_cache_bytes is not None
+        wish, num_blocks = f"kv_cache_bytes is {config.kv_cache_bytes}", config.kv_cache_bytes // bytes_per_block
+    if not num_blocks:
+        raise ValueError(f"{wish}, one block alone takes {bytes_per_block}")
+    if loaded.device.type == "cpu":
+        _check_memory(wish, num_blocks * bytes_per_block)
+    if (num_tokens := num_blocks * block_size) > _MAX_SLOTS:
+        raise ValueError(f"{wish}: {num_tokens} tokens, in blocks of {block_size}, must be {_MAX_SLOTS} at most")
+    return num_blocks
+
+
+def _check_memory(wish: str, num_bytes: int) -> None:
+    """Refuse a pool that cannot fit; warn of one that does not now, for another process may soon be over."""
+    total, available = total_memory(), available_memory()
+    found = (
+        f"{wish}: the KV pool takes {num_bytes / _GIB:.2f} GiB, the machine or container has {total / _GIB:.2f} GiB of"
+        f" memory, of which {available / _GIB:.2f} are available"
+    )
+    if num_bytes > total:
+        raise ValueError(found)
+    if num_bytes > available:
+        logger.warning("%s: the system may end processes for want of memory", found)
 
 
 def _count_cpu_blocks(limits: EngineLimits, bytes_per_block: int) -> int:
     available = available_memory()
     num_blocks = max(1, min(_CPU_POOL_BYTES, int(available * _CPU_MEMORY_SHARE)) // bytes_per_block)
+    _check_memory(f"block_size is {limits.block_size}", num_blocks * bytes_per_block)
     longest = Retention.of(limits).longest(num_blocks, limits.max_model_len)
     if longest < limits.max_model_len:
         logger.warning(

@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from deployments.engine.config import EngineConfig, EngineLimits
+from deployments.engine.execution import sizing
 from deployments.engine.execution.sizing import choose_limits
 from deployments.engine.model.config import check_config
 from deployments.engine.model.load import load_model, prepare_model
@@ -229,6 +230,31 @@ def test_a_prefill_that_would_send_nothing_is_refused(first_block: int) -> None:
 def test_a_wish_that_cannot_be_met_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose_limits(load("llama"), EngineConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [
+        ("num_blocks", 2**31 - 1),
+        ("block_size", 2**31 - 1),
+        ("max_model_len", 2**31 - 1),
+        ("max_num_seqs", 2**15),
+        ("max_num_batched_tokens", 2**23),
+        ("num_threads", 4096),
+    ],
+)
+def test_what_no_tensor_holds_is_refused_with_the_bound(name: str, bound: int) -> None:
+    with pytest.raises(ValueError, match=rf"{name}\n.* less than or equal to {bound} .*input_value={10**20}"):
+        EngineConfig.model_validate({name: 10**20})
+    assert EngineConfig.model_validate({name: bound}).model_dump()[name] == bound
+
+
+def test_a_pool_of_more_places_than_kernels_count_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "total_memory", lambda: 1 << 60)
+    with pytest.raises(
+        ValueError, match="num_blocks is 134217728: 2147483648 tokens, in blocks of 16, must be 2147483"
+    ):
+        choose_limits(load("llama"), EngineConfig(num_blocks=2**27))
 
 
 def test_the_pool_takes_the_bytes_it_was_given() -> None:
