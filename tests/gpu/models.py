@@ -73,13 +73,16 @@ STORED = {"gpt_oss_mxfp4": Path(_FOLDER.name)}
 # Normalises queries and keys that are rotated, so that attention cannot rotate them.
 ODD: dict[str, PretrainedConfig] = {"hunyuan": HunYuanDenseV1Config(**SHAPE, head_dim=64)}
 
+# With a context that is long for penalties.
+LONG: dict[str, PretrainedConfig] = {"long": LlamaConfig(**SHAPE | {"max_position_embeddings": 1 << 16})}
+
 
 @cache
 def plain(family: str) -> PreTrainedModel:
     """As transformers runs it, in bfloat16."""
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(
-        (CONFIGS | ODD | EXPERTS)[family],
+        (CONFIGS | ODD | LONG | EXPERTS)[family],
         dtype=torch.float32,
         attn_implementation="eager" if family in ("gemma2", "gpt_oss", "gpt_oss_mxfp4") else "sdpa",
     )
