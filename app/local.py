@@ -44,8 +44,8 @@ from deployments.errors import UnsupportedModelError
 SERVE_SETTINGS = Path(__file__).with_name("serve.env")
 # What deployments/engine/model/resolve.py logs; its one step that takes a minute.
 _CONVERSION = re.compile(r"converting \S+ to \S+ \(once\)")
-# What the check, an engine or the ingress says of a model that cannot be served; Serve would try twice more.
-_REFUSAL = re.compile(r"deployments\.errors\.UnsupportedModelError: (.*)\n")
+# Why a model, or these settings, cannot be served, without the fields that Ray adds; Serve would try twice more.
+_REFUSAL = re.compile(r"deployments\.errors\.(?:UnsupportedModel|Limits)Error: (.*?)(?: job_id=\w+ worker_id=.*)?\n")
 # What a shell has of its own.
 _SHELL_VARIABLES = {"PATH", "PWD", "OLDPWD", "SHLVL", "_"}
 _POLL_S = 0.3

@@ -29,7 +29,6 @@ from app.config import AppConfig
 from app.haproxy import REPLICA_KEEP_ALIVE_S
 from app.ports import HOST
 from app.ray_agents import choose_ports
-from deployments.engine.config import EngineConfig
 from deployments.engine.model.files import REFUSED
 
 APP = "app:graph"
@@ -79,15 +78,16 @@ def http_options(port: int) -> dict[str, object]:
     return {"host": HOST, "port": port, "keep_alive_timeout_s": REPLICA_KEEP_ALIVE_S}
 
 
-def start_check(model: str, engine: EngineConfig) -> subprocess.Popen[bytes]:
+def start_check(config: AppConfig) -> subprocess.Popen[bytes]:
     """Look at the models' files in a process of its own: that loads torch, which this one would keep."""
+    engines = [config.engine_config(pool) for pool in ("prefill", "decode")]
     # Its names and shapes alone, of what is here: without a question to the hub.
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    guessing = engine.speculation
+    guessing = engines[1].speculation  # those that compute prompts guess none
     drafter = [guessing.model] if guessing.model else []
     kind = ["--eagle3"] if guessing.method == "eagle3" else []
-    rounding = ["--fp8"] if engine.quantization == "fp8" else []
-    return subprocess.Popen([sys.executable, "-m", CHECK, model, *drafter, *kind, *rounding], env=environment)
+    rounding = ["--fp8"] if any(engine.quantization == "fp8" for engine in engines) else []
+    return subprocess.Popen([sys.executable, "-m", CHECK, config.model, *drafter, *kind, *rounding], env=environment)
 
 
 def finish_check(check: subprocess.Popen[bytes]) -> None:
@@ -226,7 +226,7 @@ def main() -> None:
         say("loading the code")
         config = AppConfig.model_validate(arguments)
         # What another application does with the name, only it knows.
-        check = start_check(config.model, config.engine_config("decode")) if options.app == APP else None
+        check = start_check(config) if options.app == APP else None
         application = load_builder(options.app)(config)
         if check is not None:
             say("checking the model")

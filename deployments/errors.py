@@ -52,6 +52,10 @@ class UnsupportedModelError(KvRelayError):
     """The model cannot be served, or not with these settings; the message names what is at fault."""
 
 
+class LimitsError(UnsupportedModelError, ValueError):
+    """An engine's limits cannot be met by what is there; the message names the setting, its value and the bound."""
+
+
 class LayoutMismatchError(KvRelayError):
     """Two engines disagree on what a KV block is; handing one over would give wrong tokens."""
 

@@ -139,16 +139,37 @@ def main() -> int:
     except ImportError as error:
         print(f"run this with a Python that has vLLM: {error}", file=sys.stderr)
         return 1
+    measured = {"device": torch.cuda.get_device_name(), "vllm": vllm.__version__}
+    try:
+        models = known_models(options.out, measured)
+    except (OSError, ValueError) as error:
+        parser.error(f"--out {options.out}: {error}")
     if len(options.shapes) > 1:
         return max(_in_a_process(name, options) for name in options.shapes)
     (name,) = options.shapes
-    print(f"\n{name}: vLLM {vllm.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}", flush=True)
-    models = json.loads(options.out.read_text())["models"] if options.out.exists() else {}
+    print(f"\n{name}: vLLM {vllm.__version__}, torch {torch.__version__}, {measured['device']}", flush=True)
     models[name] = measure(SHAPES[name], options.repeats)
-    result = {"device": torch.cuda.get_device_name(), "vllm": vllm.__version__, "models": models}
+    result = measured | {"models": models}
     options.out.write_text(json.dumps(result))
     print(json.dumps(result))
     return 0
+
+
+def known_models(path: Path, measured: dict[str, str]) -> dict[str, Any]:
+    """What a file holds of the same card and vLLM, to which other models are added.
+
+    Raises:
+        ValueError: it is of others, or no such file.
+        OSError: it can neither be read nor written.
+    """
+    with open(path, "a+") as file:
+        file.seek(0)
+        text = file.read()
+    content = json.loads(text) if text else measured | {"models": {}}
+    if not isinstance(content, dict) or any(content.get(key) != value for key, value in measured.items()):
+        raise ValueError(f"holds other figures than those of {measured['device']} and vLLM {measured['vllm']}")
+    models: dict[str, Any] = content["models"]
+    return models
 
 
 def _in_a_process(name: str, options: argparse.Namespace) -> int:

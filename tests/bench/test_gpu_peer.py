@@ -84,6 +84,21 @@ def test_answers_that_lack_tokens_are_no_measurement(tmp_path: Path, monkeypatch
         run(["--shapes", "llama-8b", "--out", str(tmp_path / "vllm.json")], monkeypatch)
 
 
+def test_figures_of_another_card_or_vllm_are_not_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    FakedVllm(monkeypatch)
+    given = tmp_path / "vllm.json"
+    for content in ('{"device": "NVIDIA H100", "vllm": "0.33.0", "models": {}}', "[]", "{", '{"vllm": "0.30.0"}'):
+        given.write_text(content)
+        with pytest.raises(SystemExit):
+            run(["--shapes", "llama-8b", "--out", str(given)], monkeypatch)
+        assert f"--out {given}: " in capsys.readouterr().err and given.read_text() == content
+    with pytest.raises(SystemExit):
+        run(["--shapes", "llama-8b", "--out", str(tmp_path / "none" / "vllm.json")], monkeypatch)
+    assert "No such file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -41,6 +41,8 @@ def _bounds(cgroup: Path) -> Iterator[tuple[int, int]]:
                 continue
             used = int((cgroup / usage).read_text())
             files = dict(line.split() for line in (cgroup / stat).read_text().splitlines())
-        except OSError:  # no such control group
+            found = int(bound), used - int(files.get(cached, 0))
+        except (OSError, ValueError):  # no such control group, or none that says so
             continue
-        yield int(bound), used - int(files.get(cached, 0))
+        if found[0] >= 0:
+            yield found

@@ -23,6 +23,7 @@ from deployments.engine.sampling.guessing import GuessDraws
 from deployments.engine.sampling.sampler import SamplingPreparation
 from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import MAX_SCORED_TOKENS, MAX_VERIFIED_TOKENS
+from deployments.errors import LimitsError
 from deployments.messages import MAX_LOGPROBS
 
 
@@ -44,7 +45,7 @@ def build_rehearsed(loaded: LoadedModel, limits: EngineLimits) -> Runner:
     """A runner with its pool; on a GPU the largest steps have run beside it.
 
     Raises:
-        ValueError: they do not fit.
+        LimitsError: they do not fit.
     """
     cache = None
     try:
@@ -54,7 +55,7 @@ def build_rehearsed(loaded: LoadedModel, limits: EngineLimits) -> Runner:
             rehearse(runner, limits, loaded.vocab_size)
     except torch.OutOfMemoryError as error:
         what = "a KV pool" if cache is None else "the largest steps beside the model and a KV pool"
-        raise ValueError(_too_large(what, loaded, limits, error)) from None
+        raise LimitsError(_too_large(what, loaded, limits, error)) from None
     return runner
 
 
@@ -62,7 +63,7 @@ def build_rehearsed_head(loaded: LoadedModel, limits: EngineLimits) -> HeadRunne
     """The same of a model's head.
 
     Raises:
-        ValueError: its KV or its steps do not fit.
+        LimitsError: its KV or its steps do not fit.
     """
     assert loaded.head is not None
     try:
@@ -71,7 +72,7 @@ def build_rehearsed_head(loaded: LoadedModel, limits: EngineLimits) -> HeadRunne
             rehearse_head(runner, loaded.head, limits)
     except torch.OutOfMemoryError as error:
         what = "a head with its steps, beside the model and a KV pool"
-        raise ValueError(_too_large(what, loaded, limits, error)) from None
+        raise LimitsError(_too_large(what, loaded, limits, error)) from None
     return runner
 
 
@@ -87,7 +88,7 @@ def free_beside_largest_steps(loaded: LoadedModel, limits: EngineLimits) -> int:
     """Bytes of the GPU's memory that are left while the largest steps run beside a pool of `limits.num_blocks`.
 
     Raises:
-        ValueError: not even that fits.
+        LimitsError: not even that fits.
     """
     _give_back()
     runners = [build_rehearsed(loaded, limits)]

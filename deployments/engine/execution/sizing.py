@@ -14,6 +14,7 @@ from deployments.engine.execution.memory import available_memory, total_memory
 from deployments.engine.execution.rehearsal import free_beside_largest_steps, name_limits
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.scheduling.retention import Retention
+from deployments.errors import LimitsError
 
 _CPU_POOL_BYTES = 1 << 30
 _CPU_MEMORY_SHARE = 0.25
@@ -81,24 +82,24 @@ def choose_limits(loaded: LoadedModel, config: EngineConfig) -> EngineLimits:
     """Turn wishes and what is there into bounds.
 
     Raises:
-        ValueError: a wish cannot be met; names the value and the bound.
+        LimitsError: a wish cannot be met; names the value and the bound.
     """
     max_model_len = config.max_model_len or loaded.max_model_len
     if max_model_len > loaded.max_model_len:
-        raise ValueError(f"max_model_len is {max_model_len}, the model takes at most {loaded.max_model_len}")
+        raise LimitsError(f"max_model_len is {max_model_len}, the model takes at most {loaded.max_model_len}")
     on_cpu = loaded.device.type == "cpu"
     max_num_batched_tokens = config.max_num_batched_tokens or (
         _CPU_TOKENS_PER_THREAD * torch.get_num_threads() if on_cpu else 8192
     )
     if max_num_batched_tokens < config.max_num_seqs:
-        raise ValueError(
+        raise LimitsError(
             f"max_num_batched_tokens is {max_num_batched_tokens}, must be at least max_num_seqs"
             f" ({config.max_num_seqs}), so that every sequence can get its token in each step"
         )
     block_size = config.block_size or (16 if on_cpu else _GPU_BLOCK_SIZE)
     has_cuda_layers = loaded.has_cuda_layers or (loaded.drafter is not None and loaded.drafter.has_cuda_layers)
     if has_cuda_layers and block_size % _GPU_BLOCK_SIZE:
-        raise ValueError(f"block_size is {block_size}, must be a multiple of {_GPU_BLOCK_SIZE} on a GPU")
+        raise LimitsError(f"block_size is {block_size}, must be a multiple of {_GPU_BLOCK_SIZE} on a GPU")
     max_drafts = 0 if config.speculation.method == "off" else config.speculation.max_drafts
     windows, parts = loaded.kv_shape.windows, config.handoff_layer_parts if config.hands_over else 1
     bounds = config.max_num_seqs, max_num_batched_tokens, max_drafts, windows, parts
@@ -124,11 +125,11 @@ def _wished_blocks(loaded: LoadedModel, config: EngineConfig, block_size: int, b
         assert config.kv_cache_bytes is not None
         wish, num_blocks = f"kv_cache_bytes is {config.kv_cache_bytes}", config.kv_cache_bytes // bytes_per_block
     if not num_blocks:
-        raise ValueError(f"{wish}, one block alone takes {bytes_per_block}")
+        raise LimitsError(f"{wish}, one block alone takes {bytes_per_block}")
     if loaded.device.type == "cpu":
         _check_memory(wish, num_blocks * bytes_per_block)
     if (num_tokens := num_blocks * block_size) > _MAX_SLOTS:
-        raise ValueError(f"{wish}: {num_tokens} tokens, in blocks of {block_size}, must be {_MAX_SLOTS} at most")
+        raise LimitsError(f"{wish}: {num_tokens} tokens, in blocks of {block_size}, must be {_MAX_SLOTS} at most")
     return num_blocks
 
 
@@ -140,7 +141,7 @@ def _check_memory(wish: str, num_bytes: int) -> None:
         f" memory, of which {available / _GIB:.2f} are available"
     )
     if num_bytes > total:
-        raise ValueError(found)
+        raise LimitsError(found)
     if num_bytes > available:
         logger.warning("%s: the system may end processes for want of memory", found)
 
@@ -172,6 +173,6 @@ def _gpu_pool_bytes(loaded: LoadedModel, limits: EngineLimits, bytes_per_block: 
         f" {exports / _GIB:.2f} of them, {_MARGIN_BYTES / _GIB:.2f} stay free"
     )
     if room < bytes_per_block:
-        raise ValueError(f"{found}, and nothing is left for KV: lower {name_limits(limits)}")
+        raise LimitsError(f"{found}, and nothing is left for KV: lower {name_limits(limits)}")
     logger.info("%s, the KV pool gets %.2f", found, room / _GIB)
     return room

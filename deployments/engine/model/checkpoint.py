@@ -82,7 +82,7 @@ def naming(path: str) -> Iterator[None]:
     try:
         yield
     except UnsupportedModelError as error:
-        if path in str(error):
+        if f"{path!r}: " in str(error):
             raise
         # Not from the error itself: whoever looks for the reason in a log takes the first one, which names no model.
         raise UnsupportedModelError(f"model {path!r}: {error}") from error.__cause__

@@ -81,10 +81,19 @@ def _read_compressed(values: Mapping[str, Any]) -> Scheme:
         raise _Unsupported("weights that are sparse")
     if _mapping(values, "transform_config").get("config_groups"):
         raise _Unsupported("weights that are transformed (transform_config)")
-    blocks = {_read_group(str(name), group) for name, group in groups.items()} - {None}
+    blocks = {_read_group(_name(name), group) for name, group in groups.items()} - {None}
     if len(blocks) > 1:
         raise _Unsupported(f"blocks of several sizes, {sorted(block for block in blocks if block)}")
     return Scheme(blocks.pop() if blocks else None)
+
+
+def _name(value: object) -> str:
+    """A word of a configuration in a message; what is none is quoted, and cut where it is long."""
+    return value if isinstance(value, str) and len(value) <= 80 and value.isidentifier() else shown(value)
+
+
+def _kind(value: object) -> str:
+    return _KINDS.get(str(value)) or _name(value)
 
 
 def _mapping(values: Mapping[str, Any], name: str, path: str = "") -> Mapping[str, Any]:
@@ -109,11 +118,11 @@ def _read_group(name: str, group: Mapping[str, Any]) -> tuple[int, int] | None:
     _check_format(group, f"{name}.format")
     bits, kind, strategy = (weights.get(field) for field in ("num_bits", "type", "strategy"))
     if (bits, kind) != (8, "float"):
-        raise _Unsupported(f"{name} has weights of {bits} bits, {_KINDS.get(str(kind), kind)}; FP8 alone is read")
+        raise _Unsupported(f"{name} has weights of {shown(bits)} bits, {_kind(kind)}; FP8 alone is read")
     if weights.get("symmetric") is False:
         raise _Unsupported(f"{name} has weights with zero points")
     if strategy not in ("tensor", "channel", "block"):
-        raise _Unsupported(f"{name} has scales by {strategy}; by tensor, channel and block are read")
+        raise _Unsupported(f"{name} has scales by {_name(strategy)}; by tensor, channel and block are read")
     if group.get("input_activations") is not None:
         _check_inputs(name, _mapping(group, "input_activations", f"{name}."))
     if group.get("output_activations") is not None:
@@ -124,7 +133,7 @@ def _read_group(name: str, group: Mapping[str, Any]) -> tuple[int, int] | None:
 def _check_inputs(name: str, inputs: Mapping[str, Any]) -> None:
     bits, kind = inputs.get("num_bits"), inputs.get("type")
     if (bits, kind) != (8, "float"):
-        raise _Unsupported(f"{name} has inputs of {bits} bits, {_KINDS.get(str(kind), kind)}; FP8 alone is computed")
+        raise _Unsupported(f"{name} has inputs of {shown(bits)} bits, {_kind(kind)}; FP8 alone is computed")
     if inputs.get("dynamic") is not True:
         raise _Unsupported(
             f"{name} has inputs with scales of the checkpoint (static); those found at run time are used"
@@ -133,11 +142,11 @@ def _check_inputs(name: str, inputs: Mapping[str, Any]) -> None:
 
 def _read_fine_grained(values: Mapping[str, Any]) -> Scheme:
     if values.get("fmt", "e4m3") != "e4m3":
-        raise _Unsupported(f"numbers of the form {values['fmt']!r}; e4m3 alone is read")
+        raise _Unsupported(f"numbers of the form {shown(values['fmt'])}; e4m3 alone is read")
     if values.get("expert_dtype", "fp8") != "fp8":
-        raise _Unsupported(f"experts in {values['expert_dtype']!r}")
+        raise _Unsupported(f"experts in {shown(values['expert_dtype'])}")
     if (inputs := values.get("activation_scheme", "dynamic")) != "dynamic":
-        raise _Unsupported(f"inputs with scales of the checkpoint ({inputs}); those found at run time are used")
+        raise _Unsupported(f"inputs with scales of the checkpoint ({_name(inputs)}); those found at run time are used")
     return Scheme(None if values.get("weight_block_size") is None else _block_of(values, "weight_block_size"))
 
 

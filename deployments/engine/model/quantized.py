@@ -37,6 +37,11 @@ def is_scale(name: str) -> bool:
     return name.rpartition(".")[2] in _SCALES + _OF_KV
 
 
+def is_code(header: Header) -> bool:
+    """Whether a weight in a checkpoint is in FP8 that is read."""
+    return header.dtype == _CODES
+
+
 def check_files(path: str) -> None:
     """Refuse a checkpoint without safetensors files: scales are read from no others.
 

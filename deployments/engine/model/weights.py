@@ -23,7 +23,7 @@ from deployments.engine.model.config import blamed, build_empty, read_values
 from deployments.engine.model.fp8_config import Scheme, take_scheme
 from deployments.engine.model.headers import Header, Headers
 from deployments.engine.model.mxfp4 import read_mxfp4
-from deployments.engine.model.quantized import apply_scales, check_codes, check_files, is_scale
+from deployments.engine.model.quantized import apply_scales, check_codes, check_files, is_code, is_scale
 from deployments.errors import UnsupportedModelError, brief
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def check_weights(
     widened = read_mxfp4(path, config, headers, keeps=keeps_mxfp4)
     if headers and (widened is not None or getattr(config, "quantization_config", None) is None):
         model = rehearse(path, config, widened or headers, scheme, **options)
-        if to_fp8 and scheme is None:
+        if to_fp8 and not any(map(is_code, headers.values())):
             check_quantizable(model)
     return scheme
 

@@ -96,8 +96,10 @@ def test_a_pool_that_does_not_fit_now_is_told_of(caplog: pytest.LogCaptureFixtur
         (V2 | {"memory.max": f"{GIB}\n"}, 0),
         (V1 | {"memory/memory.limit_in_bytes": f"{4 * GIB}\n"}, 2 * GIB),
         (V1 | {"memory/memory.limit_in_bytes": "9223372036854771712\n"}, 16 * GIB),
+        (V2 | {"memory.max": "\n"}, 16 * GIB),
+        (V1 | {"memory/memory.limit_in_bytes": "-1\n"}, 16 * GIB),
     ],
-    ids=["none", "v2-unbounded", "v2", "v2-exceeded", "v1", "v1-unbounded"],
+    ids=["none", "v2-unbounded", "v2", "v2-exceeded", "v1", "v1-unbounded", "v2-empty", "v1-negative"],
 )
 def test_a_containers_limit_bounds_what_is_available(tmp_path: Path, files: dict[str, str], available: int) -> None:
     for name, text in files.items():

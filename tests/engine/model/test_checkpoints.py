@@ -220,6 +220,13 @@ def test_a_refusal_names_its_model_in_the_first_line_that_tells_of_it() -> None:
     assert lines == ["deployments.errors.UnsupportedModelError: model 'some/folder': no layers\n"]
 
 
+def test_a_model_whose_name_stands_in_a_message_is_named_too() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"^model 'layers': it has no layers$"), naming("layers"):
+        raise UnsupportedModelError("it has no layers")
+    with pytest.raises(UnsupportedModelError, match=r"^EAGLE-3 head 'layers': none$"), naming("layers"):
+        raise UnsupportedModelError("EAGLE-3 head 'layers': none")
+
+
 @pytest.mark.usefixtures("unreadable")
 def test_a_weight_in_two_shards_is_refused_with_both_before_anything_is_loaded(tmp_path: Path) -> None:
     copy.deepcopy(build_model("llama")).save_pretrained(tmp_path, max_shard_size="100KB")

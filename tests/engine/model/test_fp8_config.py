@@ -40,6 +40,25 @@ def test_what_is_not_read_is_refused_by_its_name(tmp_path: Path, config: dict[st
     assert message in told
 
 
+@pytest.mark.parametrize("text", ["x\n" * 9999, ["x"] * 9999, "a b"])
+def test_words_of_a_configuration_are_one_short_line_in_messages(tmp_path: Path, text: object) -> None:
+    write(tmp_path, "by channel")
+    group = compressed("channel")["config_groups"]["group_0"]
+    named = {"config_groups": {str(text): group | {"weights": 5}}}
+    weights = ({"strategy": text}, {"num_bits": text}, {"type": text})
+    inputs = compressed("channel", input_activations=INPUTS | {"num_bits": text})
+    fields = [FINE_GRAINED | {field: text} for field in ("fmt", "expert_dtype", "activation_scheme")]
+    for config in (
+        *(compressed("channel", weights=WEIGHTS | its) for its in weights),
+        compressed("channel") | named,
+        inputs,
+        *fields,
+    ):
+        change_config(tmp_path, quantization_config=config)
+        told = refusal(tmp_path)
+        assert told.startswith("config.json: quantization_config: ") and "\n" not in told and len(told) < 250
+
+
 @pytest.mark.parametrize("name", ["int-quantized", "pack-quantized", "nvfp4-pack-quantized", "mxfp8-quantized", 8])
 def test_numbers_that_lie_otherwise_in_files_are_refused_whatever_else_is_said(tmp_path: Path, name: object) -> None:
     write(tmp_path, "by channel")

@@ -183,6 +183,10 @@ def test_experts_that_are_to_be_quantized_are_refused_before_they_are_read(tmp_p
     with pytest.raises(UnsupportedModelError, match=reason):
         check_weights_of(str(tmp_path), to_fp8=True)
     check_weights_of(str(tmp_path))
+    if family == "mixtral":  # a configuration that speaks of FP8 where nothing is in it
+        change_config(tmp_path, quantization_config=FINE_GRAINED)
+        with pytest.raises(UnsupportedModelError, match=reason):
+            check_weights_of(str(tmp_path), to_fp8=True)
 
 
 def test_a_checkpoint_in_fp8_is_not_quantized_again(tmp_path: Path) -> None:
