@@ -192,7 +192,9 @@ class PromptComputer:
             taken, received = await asyncio.to_thread(_submit, request_id, self._front.engine.handle, target)
             chunks = await received
         except Exception as error:
-            await self._note_failure(request_id, error, events)
+            # Nobody may read it for long, and its traceback would keep this frame with the chunks.
+            taken = None
+            await self._note_failure(request_id, error.with_traceback(None), events)
             return
         del taken
         for chunk in chunks:

@@ -6,7 +6,7 @@ from datetime import timedelta
 from functools import partial
 from itertools import count
 from threading import Event
-from time import sleep
+from time import monotonic, sleep
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,9 @@ from torch._C._distributed_c10d import Store, TCPStore
 
 # Tags of gloo's messages. One with the last is never sent; see GlooGroup.abort.
 _PAYLOAD, _SENT, _RECEIVED, _NEVER = range(4)
-_NCCL_POLL_S = 20e-6
+# Between two questions whether a message is over: each takes the interpreter's lock from a thread that launches, so
+# they are few where one takes long. At most a sixteenth of its time is lost.
+_SHORTEST_NAP_S, _LONGEST_NAP_S, _NAP_SHARE = 20e-6, 1e-3, 1 / 16
 # torch's stubs leave out most of this class.
 _ProcessGroupGloo: Any = dist.ProcessGroupGloo
 
@@ -177,12 +179,14 @@ class NcclGroup:
             return torch.empty(shape, dtype=dtype, device="cuda")
 
     def start_send(self, tensor: Tensor) -> Wait:
+        self._check()
         self._comm.send(tensor.data_ptr(), tensor.nbytes, self._byte, self._peer, self._stream.cuda_stream)
-        return partial(self._wait, self._stream.record_event())
+        return partial(self._wait, self._stream.record_event(), monotonic())
 
     def start_recv(self, tensor: Tensor) -> Wait:
+        self._check()
         self._comm.recv(tensor.data_ptr(), tensor.nbytes, self._byte, self._peer, self._stream.cuda_stream)
-        return partial(self._wait, self._stream.record_event())
+        return partial(self._wait, self._stream.record_event(), monotonic())
 
     def abort(self) -> None:
         if not self._aborted.is_set():
@@ -196,13 +200,16 @@ class NcclGroup:
         (self.start_send if self._peer == 0 else self.start_recv)(byte)
         self._stream.synchronize()
 
-    def _wait(self, done: torch.cuda.Event, timeout_s: float) -> bool:
+    def _wait(self, done: torch.cuda.Event, since: float, timeout_s: float) -> bool:
         """Poll instead of synchronizing: a dead peer would keep the stream busy forever."""
         if not done.query():
             if timeout_s <= 0:
                 raise TimeoutError("NCCL transfer not done in time")
-            sleep(_NCCL_POLL_S)
+            sleep(min(_LONGEST_NAP_S, max(_SHORTEST_NAP_S, (monotonic() - since) * _NAP_SHARE)))
             return False
+        self._check()
+        return True
+
+    def _check(self) -> None:
         if self._aborted.is_set():
             raise RuntimeError("NCCL group was aborted")
-        return True

@@ -152,23 +152,29 @@ class Inquiries:
         self.fail(kind, reason)
 
     def _listen(self, link: Link, line: Line) -> None:
-        with suppress(ValueError):  # it talks nonsense
-            while (answer := line.hear()) is not None:
-                number, word, place, note = answer.split(" ", 3)
-                if place != _NOWHERE and int(place) != next(self._next_place):
-                    link.close(f"the source has sent message {place} out of turn")
-                    return
-                with self._lock:
-                    inquiry = self._open.pop(int(number), None) if word in _LAST else self._open.get(int(number))
-                if inquiry is not None:
-                    self._pass_on(inquiry, Answer(word), note, link)
-                elif word not in _LAST:
-                    # It was given up, and the source may send it all the same: what comes next would be taken for it.
-                    link.close("the source answered too late", LinkLostError)
-                    return
-                # Else this name would keep the hand-off until the next answer comes.
-                del inquiry
-        link.close("the source closed the link", LinkLostError)
+        try:
+            self._hear_answers(link, line)
+        except ValueError:  # it talks nonsense
+            pass
+        finally:  # whatever else may happen: nobody would hear what those wait for that have asked
+            link.close("the source closed the link", LinkLostError)
+
+    def _hear_answers(self, link: Link, line: Line) -> None:
+        while (answer := line.hear()) is not None:
+            number, word, place, note = answer.split(" ", 3)
+            if place != _NOWHERE and int(place) != next(self._next_place):
+                link.close(f"the source has sent message {place} out of turn")
+                return
+            with self._lock:
+                inquiry = self._open.pop(int(number), None) if word in _LAST else self._open.get(int(number))
+            if inquiry is not None:
+                self._pass_on(inquiry, Answer(word), note, link)
+            elif word not in _LAST:
+                # It was given up, and the source may send it all the same: what comes next would be taken for it.
+                link.close("the source answered too late", LinkLostError)
+                return
+            # Else this name would keep the hand-off until the next answer comes.
+            del inquiry
 
     def _pass_on(self, inquiry: _Open, word: Answer, note: str, link: Link) -> None:
         complete_s = time.monotonic()
@@ -229,17 +235,23 @@ class Answers:
 
     def run(self) -> None:
         """Answer until the receiver closes the link."""
-        with suppress(OSError, ValueError):  # the receiver is gone, or talks nonsense
-            while (question := self._line.hear()) is not None:
-                number, want, name = question.split(" ", 2)
-                if want == Want.RELEASE:
-                    object_id, _, index = name.rpartition("/")
-                    self._handoffs.release(object_id, int(index))
-                else:
-                    tell = partial(self._tell, number, Want(want), name)
-                    if not self._handoffs.watch(name, tell):
-                        tell(End.GONE)
-        self._link.close("the receiver closed the link")
+        try:
+            self._answer_all()
+        except (OSError, ValueError):  # the receiver is gone, or talks nonsense
+            pass
+        finally:
+            self._link.close("the receiver closed the link")
+
+    def _answer_all(self) -> None:
+        while (question := self._line.hear()) is not None:
+            number, want, name = question.split(" ", 2)
+            if want == Want.RELEASE:
+                object_id, _, index = name.rpartition("/")
+                self._handoffs.release(object_id, int(index))
+            else:
+                tell = partial(self._tell, number, Want(want), name)
+                if not self._handoffs.watch(name, tell):
+                    tell(End.GONE)
 
     def _tell(self, number: str, want: Want, object_id: str, word: Word) -> None:
         """Say what has become of a hand-off. From any thread; must not raise."""

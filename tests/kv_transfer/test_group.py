@@ -7,11 +7,14 @@ import threading
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.synchronize import Event
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from deployments.kv_transfer.group import Group, Wait, build_group, host_store, join_store
+from deployments.kv_transfer import group as group_module
+from deployments.kv_transfer.group import Group, NcclGroup, Wait, build_group, host_store, join_store
 from tests.waiting import stop_process, wait_until
 
 HOST = "127.0.0.1"
@@ -164,3 +167,28 @@ def lose_peer(direction: str, stop_signal: signal.Signals) -> bool:
         other.kill()
         other.join()
     return True
+
+
+def test_a_message_that_takes_long_is_asked_about_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, naps = 0.0, []
+
+    def nap(seconds: float) -> None:
+        nonlocal now
+        naps.append(seconds)
+        now += seconds + 50e-6  # as late as a thread wakes
+
+    monkeypatch.setattr(group_module, "sleep", nap)
+    monkeypatch.setattr(group_module, "monotonic", lambda: now)
+    group = NcclGroup.__new__(NcclGroup)
+    group._aborted = threading.Event()
+    message: Any = SimpleNamespace(query=lambda: now >= 10.0)
+    endless: Any = SimpleNamespace(query=lambda: False)
+    while not group._wait(message, 0.0, 30.0 - now):
+        assert naps[-1] <= max(20e-6, now / 16)
+    assert naps[0] == 20e-6 and naps[-1] == 1e-3 and len(naps) < 10_000
+    group._aborted.set()
+    for begin in (group.start_send, group.start_recv):
+        with pytest.raises(RuntimeError, match="aborted"):
+            begin(torch.empty(1))
+    with pytest.raises(TimeoutError):
+        group._wait(endless, 0.0, 0.0)

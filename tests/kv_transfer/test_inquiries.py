@@ -283,3 +283,19 @@ def test_nonsense_ends_the_link(ends):
     ends.source_line.say("0 nonsense - ")
     wait_until(lambda: bool(ends.link.closed), PATIENCE_S)
     assert heard.empty()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_whatever_goes_wrong_in_a_thread_that_listens_ends_the_link(ends, monkeypatch):
+    """Else those that have asked would wait for ever."""
+
+    def breaks(*_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(ends.held, "watch", breaks)
+    monkeypatch.setattr(ends.inquiries, "_pass_on", breaks)
+    ends.open()
+    ends.ask("a")
+    wait_until(lambda: bool(ends.source_link.closed), PATIENCE_S)
+    ends.source_line.say(f"0 {Answer.GONE} - ")
+    wait_until(lambda: bool(ends.link.closed), PATIENCE_S)

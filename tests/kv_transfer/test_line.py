@@ -1,9 +1,13 @@
 """Messages between two ends, and what ends the wait for them."""
 
+import errno
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
@@ -99,6 +103,44 @@ def test_waiting_for_nobody_is_bounded():
         host.wait(0.05)
     with pytest.raises(ConnectionRefusedError):
         call(host.address, "secret", PATIENCE_S)
+
+
+def test_strangers_who_call_and_call_do_not_make_the_wait_longer():
+    with LineHost(HOST, "secret") as host:
+        strangers = [socket.create_connection(host.address) for _ in range(5)]
+        begun = time.monotonic()
+        with pytest.raises(TimeoutError):
+            host.wait(0.3)
+        assert time.monotonic() - begun < 1.0, "each may keep it waiting for a second"
+        for stranger in strangers:
+            stranger.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems name fewer bounds")
+def test_the_systems_of_both_ends_notice_a_path_that_is_gone(pool):
+    with LineHost(HOST, "secret") as host:
+        waiting = pool.submit(host.wait, PATIENCE_S)
+        ends = call(host.address, "secret", PATIENCE_S), waiting.result(PATIENCE_S)
+    for end in ends:
+        connection = end._connection
+        assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        options = socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT
+        assert [connection.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [4, 2, 3, 10_000]
+        end.close()
+
+
+def test_a_path_that_is_gone_ends_a_line_and_is_no_silence_that_was_bounded(monkeypatch):
+    class Gone:
+        """A connection that the system gives up."""
+
+        def settimeout(self, timeout_s: float | None) -> None:
+            pass
+
+        def recv(self, _: int) -> bytes:
+            raise OSError(errno.ETIMEDOUT, "Connection timed out")  # a TimeoutError
+
+    gone: Any = Gone()
+    assert Line(gone).hear() is Line(gone).hear(PATIENCE_S) is None
 
 
 def test_many_questions_are_answered_in_order(pair):

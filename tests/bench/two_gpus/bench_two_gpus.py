@@ -307,6 +307,7 @@ def main() -> int:
             runs.append(run(scenario, PORT, service.model, turn.name, options.round))
             slo = choose_slo(scenario.slo, list(idle.values()))
             print_row(runs[-1], slo)
+            options.results.mkdir(parents=True, exist_ok=True)
             if options.timeline:
                 keep_timelines(turn, options.results)
             write_runs(options.results / "samples.json", runs, {"idle": {k: asdict(v) for k, v in idle.items()}})

@@ -1,6 +1,6 @@
 r"""The service beside two vLLM engines, on the same GPUs, with the same model and the same schedules.
 
-Run: `make bench-beside-vllm ARGS=...`, in three steps of one visit, for vLLM has another torch than this project.
+Run: `make bench-beside-vllm ARGS=...`, in four steps of one visit, for vLLM has another torch than this project.
 
     make bench-beside-vllm ARGS="plan --scenario mixed chat --trace mooncake_conversation.jsonl"
     make bench-beside-vllm ARGS="ours"
