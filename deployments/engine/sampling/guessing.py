@@ -40,6 +40,5 @@ class GuessDraws:
         masks = [] if place else [(row, mask) for row, mask in self._masks if row < count]
         if masks:
             rows, allowed = zip(*masks, strict=True)
-            bits = np.frombuffer(b"".join(allowed), np.uint8).reshape(len(rows), -1)
-            logits = Masking(np.array(rows), bits).apply(logits)
+            logits = Masking.of(rows, allowed).apply(logits)
         return sample(logits, batch)

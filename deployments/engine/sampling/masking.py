@@ -4,7 +4,9 @@ The host has the masks of the sequences as bits (`grammar/`); they go to the dev
 at once, and become places there.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -25,6 +27,13 @@ class Masking:
 
     draws: np.ndarray
     allowed: np.ndarray
+
+    @classmethod
+    def of(cls, draws: Sequence[int], masks: Iterable[bytes]) -> Self:
+        """Of these rows the masks, as `Sequence.mask` has them."""
+        # A copy that may be written to: torch warns of memory that may not, when it is asked for a tensor of it.
+        bits = np.frombuffer(bytearray().join(masks), np.uint8)
+        return cls(np.array(draws), bits.reshape(len(draws), -1))
 
     def apply(self, logits: Tensor) -> Tensor:
         """The logits, minus infinity where a token must not be drawn.
@@ -64,6 +73,4 @@ def build_masking(items: list[ScheduledSequence]) -> Masking | None:
             draws += range(draw, draw + item.num_draws)
             masks += of_draws
         draw += item.num_draws
-    if not draws:
-        return None
-    return Masking(np.array(draws), np.frombuffer(b"".join(masks), np.uint8).reshape(len(draws), -1))
+    return Masking.of(draws, masks) if draws else None

@@ -23,3 +23,9 @@ def test_barred_tokens_are_minus_infinity_and_the_rest_is_as_it_was(dtype: torch
     for row, bits in zip(draws, allowed, strict=True):
         expected[row][torch.from_numpy(bits[:VOCAB_SIZE] == 0)] = -torch.inf
     assert torch.equal(masked, expected)
+
+
+def test_masks_of_sequences_become_an_array_that_torch_takes_as_it_is() -> None:
+    masking = Masking.of([2, 0], [b"\x0f\x00", b"\xff\x01"])
+    assert masking.draws.tolist() == [2, 0]
+    assert torch.from_numpy(masking.allowed).tolist() == [[0x0F, 0], [0xFF, 1]]  # a warning fails a test
