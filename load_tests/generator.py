@@ -8,6 +8,7 @@ Source: https://github.com/ai-dynamo/aiperf, `mooncake_trace` datasets with verb
 
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from load_tests.punctual import put_first
 from load_tests.samples import GeneratorHealth, Sample
 from load_tests.schedule import Planned
 
@@ -32,6 +34,8 @@ MAX_CPU_SHARE = 0.8
 # How often /metrics is read: each reading asks every replica, so AIPerf's own third of a second would be load.
 _METRICS_INTERVAL_S = 2.0
 _CPU_INTERVAL_S = 1.0
+# Of AIPerf's processes those between a schedule and its requests.
+SENDERS = {"dataset_manager", "system_controller", "timing_manager", "worker"}
 # AIPerf starts a dozen processes; on two busy cores that takes most of a minute.
 _START_TIMEOUT_S = 180.0
 # Of the server's metrics by their type, as AIPerf names them; how replicas are put together, where not by their mean.
@@ -268,7 +272,7 @@ def judge(samples: Sequence[Sample], cpu: dict[str, float]) -> GeneratorHealth:
 
 
 class _CpuWatch:
-    """Reads the CPU seconds of a process and its descendants, once a second, from a thread."""
+    """Reads the CPU seconds of a process and its descendants, once a second, from a thread; has senders come first."""
 
     def __init__(self, pid: int) -> None:
         self._root = psutil.Process(pid)
@@ -293,23 +297,29 @@ class _CpuWatch:
 
     def _watch(self) -> None:
         while not self._stopped.wait(_CPU_INTERVAL_S):
-            for name, cpu_s in self._read():
+            for process, name, cpu_s in self._read():
                 self._readings[name].append((time.time(), cpu_s))
+                if name in SENDERS:
+                    put_first(process)
 
-    def _read(self) -> Iterator[tuple[str, float]]:
+    def _read(self) -> Iterator[tuple[psutil.Process, str, float]]:
         try:
             processes = [self._root, *self._root.children(recursive=True)]
         except psutil.Error:
             return
         for process in processes:
             try:
-                # AIPerf's processes name themselves, such as `aiperf worker_1f0c`.
-                title = " ".join(process.cmdline())
-                name = title.removeprefix("aiperf ").rsplit("_", 1)[0] if title.startswith("aiperf ") else "main"
+                name = name_of(process)
                 times = process.cpu_times()
             except psutil.Error:
                 continue
-            yield name, times.user + times.system
+            yield process, name, times.user + times.system
+
+
+def name_of(process: psutil.Process) -> str:
+    """AIPerf's processes name themselves, such as `aiperf timing_manager`, `aiperf worker_1f0c902e` if of several."""
+    title = " ".join(process.cmdline()).strip()
+    return re.sub(r"_[0-9a-f]{8}$", "", title.removeprefix("aiperf ")) if title.startswith("aiperf ") else "main"
 
 
 def _server_figures(path: Path) -> dict[str, float]:

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from load_tests import generator
 from load_tests.generator import MAX_CPU_SHARE, MAX_LAG_P99_S, GeneratorError, Target, find_aiperf, judge, match, send
 from load_tests.samples import Sample
 from load_tests.schedule import Planned
@@ -164,7 +165,9 @@ def aiperf(monkeypatch) -> None:
 
 @pytest.mark.e2e
 @pytest.mark.usefixtures("aiperf")
-def test_aiperf_sends_a_schedule_and_brings_back_every_request(server, tmp_path):
+def test_aiperf_sends_a_schedule_and_brings_back_every_request(server, tmp_path, monkeypatch):
+    first_in_line = set()
+    monkeypatch.setattr(generator, "put_first", lambda process: first_in_line.add(generator.name_of(process)))
     refused = Planned("chat", "refused", 0, 0.5, 0.0, (13, 14), 3)
     other = Planned("long", "long", 0, 1.0, 0.0, tuple(range(100, 200)), 10)
     schedule = [planned("a", at_s=0.2), planned("a", 1), planned("a", 2), refused, other]
@@ -184,6 +187,7 @@ def test_aiperf_sends_a_schedule_and_brings_back_every_request(server, tmp_path)
     first, second = observed.samples[:2]
     assert first.end_s is not None and second.sent_s is not None and second.sent_s >= first.end_s
     assert observed.server["fake_blocks avg"] == 7
+    assert first_in_line == generator.SENDERS
 
 
 def test_without_aiperf_the_error_says_how_to_get_it(monkeypatch):

@@ -42,6 +42,8 @@ _ROPE_INTS = frozenset({"original_max_position_embeddings"})
 _ROPE_WORDS = frozenset({"rope_type", "type"})
 # Of other tasks, and of how answers are given back, which is the engine's to say. A million labels are a million names.
 _MEANINGLESS = ("num_labels", "id2label", "label2id", "problem_type", "return_dict", "output_hidden_states")
+# Of a config.json; transformers' own have some 60.
+_MOST_FIELDS = 300
 # For small checkpoints of classes that have a size which they do not use.
 _ROOM = 4096
 # What other tasks add to a model, as the names of their classes end.
@@ -109,8 +111,12 @@ def build_empty(values: Mapping[str, Any]) -> None:
 def blamed(
     path: str, values: Mapping[str, Any], attempt: Callable[[Mapping[str, Any]], object], error: Exception
 ) -> UnsupportedModelError:
-    """An error that names the fields without which the attempt succeeds; all of it, if there are none."""
-    guilty = [name for name in values if name != "model_type" and _succeeds(attempt, values, name)]
+    """An error that names the fields without which the attempt succeeds; all of it, if there are none.
+
+    Each attempt takes as long as there are fields, so where a file has more than any model's they are not looked for.
+    """
+    tried = values if len(values) <= _MOST_FIELDS else ()
+    guilty = [name for name in tried if name != "model_type" and _succeeds(attempt, values, name)]
     fields_shown = ", ".join(f"{name} is {shown(values[name])}" for name in guilty)
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     where = f"config.json: {fields_shown}: " if guilty else "config.json: "

@@ -1,11 +1,11 @@
-"""The service on two GPUs: tokens, interference, and what a killed engine leaves behind.
+"""The service on two GPUs or more: tokens, interference, and what a killed engine leaves behind.
 
 Run: `make bench-two-gpus`. Writes a model of the shape of Llama-3.1-8B with random weights, once, and brings the graph
 up on it as `make serve` does, with two engines that have a GPU each: as one prefill and one decode engine, or as two
 colocated ones at several token budgets. Each turn generates the same greedy tokens, then serves `mixed.yaml` beside
 this file; the last one of the disaggregated side kills engines. Prints a table and, as its last line, one JSON object.
-`--shape tiny` tries all of it on two CPU cores. `--timeline` has the engines record their steps (`timeline.py`) and
-prints what gaps between tokens are made of.
+`--gpus 4` has twice the engines of each kind, and twice the load. `--shape tiny` tries all of it on two CPU cores.
+`--timeline` has the engines record their steps (`timeline.py`) and prints what gaps between tokens are made of.
 """
 
 import argparse
@@ -15,113 +15,44 @@ import shutil
 import signal
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
-from app.local_process import RunFolder
 from load_tests.measure import IDLE_REQUESTS, Idle, choose_slo, summarise_idle
 from load_tests.samples import Run, write_runs
 from load_tests.scenario import Scenario, load_scenario
 from load_tests.schedule import build_idle_schedule
 from load_tests.stats import Slo, attainment, class_stats, goodput, goodput_ratio, itl_ratio
-from tests.bench.interference.pinned import engines
 from tests.bench.player import play, run
-from tests.bench.service import serving
 from tests.bench.two_gpus.model import config_of, write_model
 from tests.bench.two_gpus.recorded import APP as RECORDED
 from tests.bench.two_gpus.recorded import FOLDER as TIMELINES
 from tests.bench.two_gpus.timeline import FLUSH_S, STEPS
 from tests.bench.two_gpus.timeline_table import table_of
+from tests.bench.two_gpus.turns import (
+    FOLDER,
+    PORT,
+    PROBE_TOKENS,
+    RESTART_TIMEOUT_S,
+    SPLIT,
+    Service,
+    Turn,
+    handoff_figures,
+    serving_turn,
+)
 from tests.engine_pair import random_prompt
 
-HERE = Path(__file__).parent
-PORT = 8012
-FOLDER = RunFolder(Path(".run/two-gpus"))
-SPLIT = "disaggregated"
 # A block of the last token, one full, one more, and several steps.
 PROBES = (1, 100, 255, 256, 257, 1000, 3000, 8000, 12000)
-PROBE_TOKENS = 32
 # Long enough that its hand-off is under way when an engine is killed, half-way through the prompt.
 KILLED_TOKENS = 12000
 # Prompts of that length of which nobody is killed.
 COMPANY = (10, 11, 12, 13)
-RESTART_TIMEOUT_S = 180.0
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One way to use the two engines: `disaggregated`, `disaggregated, NCCL`, or `colocated, BUDGET`."""
-
-    name: str
-
-    @property
-    def is_split(self) -> bool:
-        return self.name.startswith(SPLIT)
-
-    def arguments(self, steps: int) -> list[str]:
-        """Of the application; `steps`: token budget of the prefill engine."""
-        if not self.is_split:
-            budget = self.name.removeprefix("colocated, ")
-            replicas = ["decode.min_replicas=2", "decode.max_replicas=2"]
-            return ["mode=colocated", *replicas, f"engine.max_num_batched_tokens={budget}"]
-        sent = [] if self.name == SPLIT else ["engine.share_kv=false"]
-        # Every prompt goes to the prefill engine: a decode step with a prompt in it is no CUDA graph.
-        return ["min_remote_prefill_tokens=1", f"engine.max_num_batched_tokens={steps}", *sent]
-
-
-class Service:
-    """The service that is up.
-
-    Args:
-        model: its name in the API.
-    """
-
-    def __init__(self, model: str) -> None:
-        self.model = model
-
-    def tokens(self, prompt: tuple[int, ...], max_tokens: int = PROBE_TOKENS) -> list[int]:
-        """Greedy continuation of a prompt."""
-        body = {"model": self.model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
-        data = json.dumps(body | {"return_token_ids": True, "ignore_eos": True}).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{PORT}/v1/completions", data)
-        request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=RESTART_TIMEOUT_S) as response:
-            answer = json.load(response)
-        found: list[int] = answer["choices"][0]["token_ids"]
-        return found
-
-    def engine_pids(self) -> list[int]:
-        """Of both engines, the oldest first."""
-        server = FOLDER.server()
-        assert server is not None, "the server is gone"
-        return [process.pid for process in engines(server)]
-
-    def prefill_pid(self, prompt: tuple[int, ...]) -> int:
-        """The engine that works when a prompt has one token to generate."""
-        before = {pid: _cpu_s(pid) for pid in self.engine_pids()}
-        self.tokens(prompt, max_tokens=1)
-        return max(before, key=lambda pid: _cpu_s(pid) - before[pid])
-
-
-def _cpu_s(pid: int) -> float:
-    times = psutil.Process(pid).cpu_times()
-    return float(times.user + times.system)
-
-
-@contextmanager
-def serving_turn(turn: Turn, folder: Path, common: list[str], steps: int, app: str = "app:graph") -> Iterator[Service]:
-    if app == RECORDED:
-        shutil.rmtree(TIMELINES, ignore_errors=True)
-    with serving(FOLDER, PORT, [f"model={folder}", *common, *turn.arguments(steps)], app):
-        yield Service(folder.name)
 
 
 def keep_timelines(turn: Turn, results: Path) -> None:
@@ -146,14 +77,6 @@ def measure_idle(scenario: Scenario, service: Service) -> Idle:
     schedule = build_idle_schedule(scenario, "idle", IDLE_REQUESTS + 1)
     samples = play(schedule, PORT, service.model, end_s=60.0, drain_s=30.0)
     return summarise_idle(samples, scenario.class_names(), f"port {PORT}")
-
-
-def handoff_figures() -> dict[str, float]:
-    """What the service says of hand-offs."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/metrics", timeout=30) as response:
-        lines = response.read().decode().splitlines()
-    kept = [line.rpartition(" ") for line in lines if line.startswith("kvrelay_handoff") and "_bucket" not in line]
-    return {name: float(value) for name, _, value in kept}
 
 
 def killed_prompt(number: int, vocab_size: int) -> tuple[int, ...]:
@@ -259,34 +182,46 @@ def compare_with_split(runs: list[Run], slo: Slo) -> dict[str, Any]:
     return found
 
 
-def main() -> int:
-    """0 when every token was equal and the kills came when they should and cost nothing else."""
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; ends the program where it asks for what cannot be."""
     parser = argparse.ArgumentParser(prog="make bench-two-gpus ARGS=...")
     parser.add_argument("--turns", default="disaggregated;colocated, 512;colocated, 2048;colocated, 8192")
+    parser.add_argument("--gpus", type=int, default=2, help="engines, a GPU for each; the load grows with them")
     parser.add_argument("--shape", default="llama-8b")
     parser.add_argument("--steps", type=int, default=2048, help="token budget of the prefill engine")
-    parser.add_argument("--scenario", default=str(HERE / "mixed.yaml"))
+    parser.add_argument("--scenario", default=str(Path(__file__).with_name("mixed.yaml")))
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of all turns besides")
     parser.add_argument("--round", type=int, default=0)
     parser.add_argument("--model", type=Path, help="folder of the model; default: .run/two-gpus/SHAPE")
     parser.add_argument("--kill", action="store_true", help="kill engines at the end of the first turn")
     parser.add_argument("--timeline", action="store_true", help="record every step; files go to the results")
     parser.add_argument("--results", type=Path, default=FOLDER.path, help="for samples.json")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if options.gpus < 2 or options.gpus % 2:
+        parser.error(f"--gpus {options.gpus}: an even number is needed, half of it for each pool")
+    if 1 < (found := torch.cuda.device_count()) < options.gpus:  # one GPU, or none, is shared
+        parser.error(f"--gpus {options.gpus}: this machine has {found}")
+    if options.kill and options.gpus > 2:
+        parser.error(f"--kill with --gpus {options.gpus}: of two engines alone it is known which one works on a prompt")
+    return options
+
+
+def main() -> int:
+    """0 when every token was equal and the kills came when they should and cost nothing else."""
+    options, num_gpus = parse(), torch.cuda.device_count()
     scenario = load_scenario(options.scenario)
     folder = options.model or FOLDER.path / options.shape
     folder.mkdir(parents=True, exist_ok=True)
     write_model(folder, options.shape)
-    num_gpus = torch.cuda.device_count()
     common = ["engine.max_num_seqs=64", "engine.max_model_len=16384", *options.set]
     common += ["prefill.num_gpus=1", "decode.num_gpus=1"] if num_gpus > 1 else ["engine.kv_cache_bytes=500000000"]
     vocab_size = config_of(options.shape).vocab_size
     runs: list[Run] = []
     idle: dict[str, Idle] = {}
     tokens: dict[str, list[list[int]]] = {}
-    result: dict[str, Any] = {"num_gpus": num_gpus, "handoff": {}, "started_s": {}}
+    result: dict[str, Any] = {"num_gpus": num_gpus, "num_engines": options.gpus, "handoff": {}, "started_s": {}}
     for number, name in enumerate(options.turns.split(";")):
-        turn = Turn(name.strip())
+        turn = Turn(name.strip(), options.gpus)
         begun = time.monotonic()
         arguments = [one for one in common if turn.is_split or not one.startswith("prefill.")]
         app = RECORDED if options.timeline else "app:graph"
@@ -304,7 +239,7 @@ def main() -> int:
                 result[f"in company, {turn.name}"] = list(company)
                 print(f"request whose prefill engine was killed, first token that differs from {turn.name}: {same}")
                 print(f"other prompts of its length, in company and not: {result[f'in company, {turn.name}']}")
-            runs.append(run(scenario, PORT, service.model, turn.name, options.round))
+            runs.append(run(scenario, PORT, service.model, turn.name, options.round, load=options.gpus / 2))
             slo = choose_slo(scenario.slo, list(idle.values()))
             print_row(runs[-1], slo)
             options.results.mkdir(parents=True, exist_ok=True)

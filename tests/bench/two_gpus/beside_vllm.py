@@ -30,10 +30,10 @@ from load_tests.samples import Run, read_runs, write_runs
 from load_tests.scenario import Scenario, TraceReplay, load_scenario
 from load_tests.trace import write_trace
 from tests.bench.player import play
-from tests.bench.two_gpus.bench_two_gpus import HERE, PORT, SPLIT, Turn, handoff_figures, serving_turn
 from tests.bench.two_gpus.comparison import figures_of, lines, ratios, scenarios, tail_intervals
 from tests.bench.two_gpus.model import write_model
 from tests.bench.two_gpus.plays import IDLE, Play, plays_of, read_play, write_play
+from tests.bench.two_gpus.turns import PORT, SPLIT, Turn, handoff_figures, serving_turn
 
 FOLDER = Path(".run/beside-vllm")
 MODELS = Path(".run/two-gpus")
@@ -67,7 +67,7 @@ def plan(options: argparse.Namespace) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     for old in options.folder.glob(f"*{ENDING}"):
         old.unlink()
-    chosen = [load_scenario(str(HERE / f"{name}.yaml")) for name in options.scenario]
+    chosen = [load_scenario(str(Path(__file__).with_name(f"{name}.yaml"))) for name in options.scenario]
     chosen += [trace_scenario(path, options) for path in options.trace]
     plays = [one for scenario in chosen for one in plays_of(scenario, options.round)]
     for number, one in enumerate(plays):

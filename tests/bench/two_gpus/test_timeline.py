@@ -11,6 +11,7 @@ import pytest
 from tests.bench.two_gpus import bench_two_gpus
 from tests.bench.two_gpus.timeline import COLUMNS, SENT, SENT_COLUMNS, STEPS, Recorder
 from tests.bench.two_gpus.timeline_table import gaps_of, kinds_of, percentiles, read_rows, table_of
+from tests.bench.two_gpus.turns import Turn
 from tests.engine.driving import build_engine, hand_over
 from tests.engine.families import load, random_prompt
 from tests.waiting import wait_until
@@ -116,7 +117,7 @@ def test_what_was_recorded_is_kept_with_the_results(
     steps = in_order(recorded(), np.zeros(400))
     np.stack([steps[name] for name in COLUMNS], axis=1).tofile(recorded_at / f"decode-1{STEPS}")
     np.tile([1.0, 1.001], (10, 1)).tofile(recorded_at / f"decode-1{SENT}")
-    bench_two_gpus.keep_timelines(bench_two_gpus.Turn("disaggregated, NCCL"), results)
+    bench_two_gpus.keep_timelines(Turn("disaggregated, NCCL"), results)
     names = {f"disaggregated-NCCL-decode-1{ending}" for ending in (STEPS, SENT)}
     assert {path.name for path in results.iterdir()} == names and not [*recorded_at.iterdir()]
     assert "nothing arrived, 32 rows" in capsys.readouterr().out

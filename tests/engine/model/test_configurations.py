@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from deployments.engine.model import config
 from deployments.engine.model.check import check_weights_of
 from deployments.engine.model.config import read_config, read_values
 from deployments.errors import UnsupportedModelError
@@ -102,6 +103,16 @@ def test_old_names_of_rope_parameters_mean_what_the_new_ones_do(folder: Path) ->
 def test_a_field_that_makes_no_model_is_named(folder: Path, changes: dict[str, Any], message: str) -> None:
     change_config(folder, **changes)
     assert refusal(folder).startswith(message)
+
+
+def test_of_more_fields_than_a_model_has_none_is_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each try takes as long as there are fields: 3,000 took a minute and a half."""
+    change_config(folder, hidden_act="of my own")
+    assert "hidden_act is 'of my own'" in refusal(folder)
+    tried: list[str] = []
+    monkeypatch.setattr(config, "_succeeds", lambda _attempt, _values, name: tried.append(name))
+    change_config(folder, **{f"unknown_{number}": number for number in range(300)})
+    assert refusal(folder).startswith("config.json: ") and not tried
 
 
 @pytest.mark.parametrize(
