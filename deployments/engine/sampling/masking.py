@@ -30,7 +30,7 @@ class Masking:
 
     @classmethod
     def of(cls, draws: Sequence[int], masks: Iterable[bytes]) -> Self:
-        """Of these rows the masks, as `Sequence.mask` has them."""
+        """Of these rows the masks, in the form in which sequences of the scheduler have them."""
         # A copy that may be written to: torch warns of memory that may not, when it is asked for a tensor of it.
         bits = np.frombuffer(bytearray().join(masks), np.uint8)
         return cls(np.array(draws), bits.reshape(len(draws), -1))
