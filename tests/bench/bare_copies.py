@@ -1,4 +1,4 @@
-"""What the link between two GPUs gives by itself: `ncclSend` and `cudaMemcpyPeer`, nothing of this project."""
+"""What the link between two engines gives by itself: `ncclSend` and `cudaMemcpyPeer`, nothing of this project."""
 
 import statistics
 from typing import Any
@@ -7,6 +7,21 @@ import ray
 import torch
 
 _REPEATS = 10
+
+
+def nccl_variables(rank: int, *, sockets: bool) -> dict[str, str]:
+    """What the environment of a rank says to NCCL.
+
+    Args:
+        rank: among those on this machine.
+        sockets: go over loopback sockets, as hosts without a faster network do: each rank claims to be on a host of its
+            own. On one GPU there is no other way, since NCCL knows no two ranks of one GPU.
+    """
+    variables = {"NCCL_NVLS_ENABLE": "0"}  # multicast needs rights that lent machines do not give
+    if sockets:
+        variables |= {"NCCL_HOSTID": f"host-{rank}", "NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
+        variables |= {"NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
+    return variables
 
 
 def memcpy_peer_s(nbytes: int) -> float:
@@ -33,7 +48,7 @@ def memcpy_peer_s(nbytes: int) -> float:
 
 @ray.remote
 class NcclRank:
-    """One end of a communicator of two, on a GPU of its own."""
+    """One end of a communicator of two."""
 
     def unique_id(self) -> Any:
         from cupy.cuda import nccl
@@ -69,11 +84,19 @@ class NcclRank:
         return statistics.median(found[1:])
 
 
-def nccl_send_s(sizes: list[int]) -> dict[int, float]:
-    """Median seconds of `ncclSend` by size, between two processes with a GPU each."""
-    env = {"NCCL_NVLS_ENABLE": "0"}  # multicast needs rights that lent machines do not give
+def nccl_send_s(sizes: list[int], num_gpus: float, *, sockets: bool) -> dict[int, float]:
+    """Median seconds of `ncclSend` by size, between two processes.
+
+    Args:
+        sizes: bytes of a message.
+        num_gpus: that Ray counts for each process.
+        sockets: see `nccl_variables`.
+    """
     actor_class: Any = NcclRank
-    ranks = [actor_class.options(num_gpus=1, runtime_env={"env_vars": env}).remote() for _ in range(2)]
+    ranks = [
+        actor_class.options(num_gpus=num_gpus, runtime_env={"env_vars": nccl_variables(rank, sockets=sockets)}).remote()
+        for rank in range(2)
+    ]
     unique_id = ray.get(ranks[0].unique_id.remote())
     ray.get([actor.join.remote(unique_id, rank) for rank, actor in enumerate(ranks)])
     found = {}

@@ -2,9 +2,10 @@
 
 Run: `make bench-gpu-handoff` on a machine with a GPU, or two: then each engine has its own. Each way, memory that
 both processes map (CUDA IPC) and NCCL, hands over prompts of several lengths and checks the tokens against the
-decode engine alone. On one GPU NCCL talks over loopback sockets, since it knows no two ranks of one GPU: a figure of
-sockets. On two, `ncclSend` and `cudaMemcpyPeer` of as many bytes are measured as well. Prints tables and, as its last
-line, one JSON object with every raw number.
+decode engine alone. `ncclSend` of as many bytes is measured as well, and between two GPUs `cudaMemcpyPeer`. On one GPU
+NCCL talks over loopback sockets, since it knows no two ranks of one GPU; `--sockets` has it do so on two: what is left
+of a link without NVLink, shared memory or InfiniBand. Prints tables and, as its last line, one JSON object with every
+raw number.
 
 "Alone" is a hand-off of KV that the prefill engine holds already, from the acceptance of the prompt to the last block
 in the other engine's pool; "behind" is what is left of it when the first token is there, if the prompt is computed
@@ -116,18 +117,25 @@ def measure(
     return rows
 
 
-def measure_bare(lengths: list[int]) -> dict[str, dict[int, float]]:
-    """Seconds of `ncclSend` and `cudaMemcpyPeer` for the KV of so many tokens, printed as GiB/s."""
+def measure_bare(lengths: list[int], num_gpus: int, *, sockets: bool) -> dict[str, dict[int, float]]:
+    """Seconds of `ncclSend`, and between GPUs `cudaMemcpyPeer`, for the KV of so many tokens, printed as GiB/s."""
     config = SHAPES[MODEL].config()
     head_dim = config.hidden_size // config.num_attention_heads
     group = KVGroup(tuple(range(config.num_hidden_layers)), config.num_key_value_heads, head_dim)
     num_bytes = bytes_per_block((group,), 256, KV_FORMS["bfloat16"])
     sizes = [-(-length // 256) * num_bytes for length in lengths]
-    found = {"ncclSend": nccl_send_s(sizes), "cudaMemcpyPeer": {size: memcpy_peer_s(size) for size in sizes}}
+    found = {"ncclSend": nccl_send_s(sizes, share_of_gpu(num_gpus), sockets=sockets)}
+    if num_gpus > 1:
+        found["cudaMemcpyPeer"] = {size: memcpy_peer_s(size) for size in sizes}
     for name, seconds in found.items():
         rates = ", ".join(f"{size / 2**20:.0f} MiB {size / s / 2**30:.1f}" for size, s in seconds.items())
         print(f"{name}, GiB/s: {rates}", flush=True)
     return found
+
+
+def share_of_gpu(num_gpus: int) -> float:
+    """That each of two processes asks Ray for."""
+    return 0.4 if num_gpus == 1 else 1
 
 
 def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -141,6 +149,7 @@ def read_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--parts", type=_numbers, default=(1,), help="of layers; several, one after the other (default: 1)"
     )
+    parser.add_argument("--sockets", action="store_true", help="NCCL over loopback sockets on two GPUs as on one")
     parser.add_argument(
         "--steps", type=int, default=8192, help="token budget of all engines, so that they compute alike"
     )
@@ -182,15 +191,17 @@ def bench_ways(options: argparse.Namespace) -> int:
     lengths, rounds = options.lengths or LENGTHS, options.rounds or 5
     rows = []
     print(f"{num_gpus} x {torch.cuda.get_device_name()}, torch {torch.__version__}, ray {ray.__version__}")
-    bare = measure_bare(list(lengths)) if num_gpus > 1 else {}
+    sockets = options.sockets or num_gpus == 1
+    bare = measure_bare(list(lengths), num_gpus, sockets=sockets)
     print(
         f"{'':>9} {'parts':>6} {'tokens':>7} {'MiB':>8} {'prefill ms':>11} {'TTFT ms':>9} {'':>6} {'alone ms':>9}"
         f" {'behind ms':>10} {'hidden':>7} {'GiB/s':>7}"
     )
     for way, num_parts in product(options.ways or ("cuda_ipc", "nccl"), options.parts):
-        share = 0.4 if num_gpus == 1 else 1
         configs = (config_of(rank, way == "cuda_ipc", options.steps, num_parts) for rank in (0, 1))
-        actors = [start(rank, config, build, share, is_alone=num_gpus > 1) for rank, config in enumerate(configs)]
+        actors = [
+            start(rank, config, build, share_of_gpu(num_gpus), sockets=sockets) for rank, config in enumerate(configs)
+        ]
         source, target = map(DrivenEngine, actors)
         rows += measure(way, num_parts, source, target, list(lengths), rounds)
         stats = ray.get(target.actor.stats.remote())
@@ -199,7 +210,8 @@ def bench_ways(options: argparse.Namespace) -> int:
             ray.kill(engine.actor)
         time.sleep(2)  # the GPU's memory, before the next two size theirs
     ray.shutdown()
-    result = {"device": torch.cuda.get_device_name(), "num_gpus": num_gpus, "steps": options.steps, "bare": bare}
+    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "num_gpus": num_gpus, "sockets": sockets}
+    result |= {"steps": options.steps, "bare": bare}
     print(json.dumps(result | {"rows": rows}))
     return 0 if all(r["equal"] for row in rows for r in row["rounds"]) else 1
 

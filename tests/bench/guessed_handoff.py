@@ -290,7 +290,6 @@ def _start(options: argparse.Namespace, num_gpus: int) -> dict[tuple[str, int], 
         config = config_of(rank, _way(options) == "cuda_ipc", options.steps, options.parts[0], method)
         if options.shape == "tiny":
             config = config.model_copy(update={"kv_cache_bytes": 64 << 20})
-        actors[method, rank] = start(
-            number, config, partial(build, options.shape), shares[rank], is_alone=num_gpus != 1
-        )
+        sockets = options.sockets or num_gpus == 1
+        actors[method, rank] = start(number, config, partial(build, options.shape), shares[rank], sockets=sockets)
     return {key: DrivenEngine(actor) for key, actor in actors.items()}

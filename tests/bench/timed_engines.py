@@ -14,6 +14,7 @@ from deployments.engine_host import EngineHost
 from deployments.kv_transfer import direct
 from deployments.kv_transfer.base import TransferStats
 from deployments.messages import ChunkReady
+from tests.bench.bare_copies import nccl_variables
 from tests.engine.insides import import_stream_of
 
 # About 2 ms; launching a copy takes one at most.
@@ -90,7 +91,7 @@ def config_of(
     )
 
 
-def start(rank: int, config: EngineConfig, build: EngineBuilder, num_gpus: float, *, is_alone: bool = True) -> Any:
+def start(rank: int, config: EngineConfig, build: EngineBuilder, num_gpus: float, *, sockets: bool = False) -> Any:
     """An engine in a process of its own.
 
     Args:
@@ -98,14 +99,11 @@ def start(rank: int, config: EngineConfig, build: EngineBuilder, num_gpus: float
         config: of the engine.
         build: makes it.
         num_gpus: that Ray counts for it.
-        is_alone: no engine that it exchanges KV with is on the same GPU. NCCL knows no two ranks of one GPU; there each
-            claims to be on a host of its own.
+        sockets: over NCCL, see `nccl_variables`; so it must be where another engine is on the same GPU.
     """
-    env = {"NCCL_NVLS_ENABLE": "0"}  # multicast needs rights that lent machines do not give
-    if not is_alone:
-        env |= {"NCCL_HOSTID": f"host-{rank}", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
     actor_class: Any = ray.remote(**direct.ENGINE_ACTOR_OPTIONS)(TimedEngine)
-    options = {"num_cpus": 1, "num_gpus": num_gpus, "runtime_env": {"env_vars": env}}
+    env = {"env_vars": nccl_variables(rank, sockets=sockets)}
+    options = {"num_cpus": 1, "num_gpus": num_gpus, "runtime_env": env}
     return actor_class.options(**options).remote(config, build)
 
 
