@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from deployments.engine.attention.base import IMPLEMENTATION, register
-from deployments.engine.model.config import check_config, check_counts, read_config
+from deployments.engine.model.config import read_config
 from deployments.engine.model.end_tokens import read_end_token_ids
 from deployments.engine.model.headers import Headers, read_headers
+from deployments.engine.model.served import check_config, check_counts
 from deployments.engine.model.weights import check_weights
 from deployments.errors import UnsupportedModelError
 

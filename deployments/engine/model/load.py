@@ -18,7 +18,6 @@ from deployments.engine.kv.cache import KVShape
 from deployments.engine.layers.fp8 import quantize_weights
 from deployments.engine.layers.replace import check_mxfp4, replace_head_layers, replace_layers
 from deployments.engine.model.checkpoint import naming, read_checkpoint
-from deployments.engine.model.config import check_config
 from deployments.engine.model.eagle3 import Eagle3Head
 from deployments.engine.model.eagle3_files import load_eagle3
 from deployments.engine.model.end_tokens import end_token_ids
@@ -26,6 +25,7 @@ from deployments.engine.model.probe import probe_kv_shape
 from deployments.engine.model.resolve import resolve_model
 from deployments.engine.model.rope import separate_lengths, waits_for_device
 from deployments.engine.model.same_vocabulary import check_same_vocabulary
+from deployments.engine.model.served import check_config
 from deployments.engine.model.weights import load_weights
 from deployments.engine.scheduling.positions import FIXED, PositionRule
 

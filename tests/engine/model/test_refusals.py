@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from deployments.engine.config import EngineConfig, EngineLimits
 from deployments.engine.execution import sizing
 from deployments.engine.execution.sizing import choose_limits
-from deployments.engine.model.config import check_config
 from deployments.engine.model.load import load_model, prepare_model
+from deployments.engine.model.served import check_config
 from deployments.engine.scheduling.checks import check_request
 from deployments.errors import InvalidRequestError, RequestTooLargeError, UnsupportedModelError
 from deployments.kv_groups import KVGroup
