@@ -136,7 +136,7 @@ class AppConfig(BaseModel):
                 " decode.engine.speculation"
             )
         prefill, decode = self.engine_config("prefill"), self.engine_config("decode")
-        for name in ("block_size", "dtype"):
+        for name in ("block_size", "dtype", "quantization", "kv_dtype"):
             values = getattr(prefill, name), getattr(decode, name)
             if values[0] != values[1]:
                 raise ConfigError(

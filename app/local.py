@@ -34,7 +34,7 @@ from app.local_checks import (
     tell_of_memory,
 )
 from app.local_download import Downloads
-from app.local_process import RunFolder, Server, interrupt_once, whole_lines
+from app.local_process import RUN_FOLDER, RunFolder, Server, interrupt_once, whole_lines
 from app.local_server import APP, NO_RAY, NO_RAY_MARK, NO_ROOM, RUNS, STAGE_MARK
 from app.local_status import add_arguments, show_status
 from app.ports import free_ports
@@ -109,7 +109,7 @@ def up(folder: RunFolder, app: str, port: int, num_cpus: int | None, timeout_s: 
     began_s = time.monotonic()
     launch = Launch(app, port, num_cpus, pairs, began_s, began_s + timeout_s, Downloads(models, began_s))
     server = _launch(folder, launch)
-    print(f"\n{config.served_model_name} is served at {server.url} (log: {folder.log}; stop with: make stop). Try:\n")
+    print(f"\n{config.served_model_name} is served at {server.url} (log: {folder.log}; stop by: {folder.stop}). Try:\n")
     print(f"  {_curl(server, config.served_model_name, needs_key=config.ingress.api_keys is not None)}\n")
 
 
@@ -305,7 +305,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"arguments of `up`, each as key=value:\n\n{list_arguments(AppConfig)}",
     )
-    parser.add_argument("--run-dir", type=Path, default=Path(".run"), help="log and state (default: %(default)s)")
+    parser.add_argument("--run-dir", type=Path, default=RUN_FOLDER, help="log and state (default: %(default)s)")
     commands = parser.add_subparsers(dest="command", required=True)
     start = commands.add_parser("up", help="start the server and wait until it answers")
     start.add_argument("--port", type=int, default=8000, help="of the API on 127.0.0.1 (default: %(default)s)")

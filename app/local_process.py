@@ -116,6 +116,10 @@ def whole_lines(log: TextIO) -> Iterator[str]:
     log.seek(at)
 
 
+# That `make stop` knows.
+RUN_FOLDER = Path(".run")
+
+
 class RunFolder:
     """The folder that remembers the server between commands: its log, and who it is."""
 
@@ -123,6 +127,11 @@ class RunFolder:
         self.path = path
         self.log = path / "server.log"
         self._state = path / "server.json"
+
+    @property
+    def stop(self) -> str:
+        """What a user types to stop the server."""
+        return "make stop" if self.path == RUN_FOLDER else f"python -m app.local --run-dir {self.path} down"
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

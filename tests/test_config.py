@@ -187,6 +187,10 @@ def test_weights_of_a_choice_that_is_left_to_serve_are_refused():
 def test_pools_that_could_not_hand_over_kv_are_refused():
     assert "set engine.block_size" in refusal("prefill.engine.block_size=16")
     assert "set engine.dtype" in refusal("decode.engine.dtype=float16")
+    assert "prefill.engine.quantization=fp8 and decode.engine.quantization=None" in refusal(
+        "prefill.engine.quantization=fp8"
+    )
+    assert "set engine.kv_dtype" in refusal("engine.kv_dtype=fp8", "decode.engine.kv_dtype=auto")
     assert read("mode=colocated", "decode.engine.block_size=16").engine_config("decode").block_size == 16
 
 

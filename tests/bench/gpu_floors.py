@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from deployments.engine.engine import Engine
-from deployments.engine.layers.base import LinearLayer
+from deployments.engine.layers.base import Experts, LinearLayer, weights_of
 from tests.bench.gpu_shapes import lengths
 from tests.engine.insides import model_of
 
@@ -29,17 +29,8 @@ def copy_bandwidth() -> float:
 
 def weight_bytes(engine: Engine, batch_size: int) -> float:
     """What a decode step reads of the model; of its experts those that are chosen if all are as likely."""
-    from deployments.engine.layers.cuda_experts import FusedExperts  # only where there is a GPU
-
     model = model_of(engine)
-    weights = sum(m.num_bytes for m in model.modules() if isinstance(m, LinearLayer))
-    experts = sum(m.num_bytes for m in model.modules() if isinstance(m, FusedExperts))
-    if not experts:
-        return float(weights)
-    config = model.config
-    num_experts = next(m.num_experts for m in model.modules() if isinstance(m, FusedExperts))
-    chosen = 1 - (1 - config.num_experts_per_tok / num_experts) ** batch_size
-    return float(weights + chosen * experts)
+    return weights_of(model, getattr(model.config, "num_experts_per_tok", None)).read_by(batch_size)
 
 
 def floor(engine: Engine, batch_size: int, bandwidth: float, context: float) -> float:
@@ -58,10 +49,8 @@ def products_alone(engine: Engine, num_tokens: int) -> list[float]:
     Returns:
         Three runs; none for a model with experts, which are no linear layers.
     """
-    from deployments.engine.layers.cuda_experts import FusedExperts  # only where there is a GPU
-
     model = model_of(engine)
-    if any(isinstance(module, FusedExperts) for module in model.modules()):
+    if any(isinstance(module, Experts) for module in model.modules()):
         return []
     layers = [m for m in model.modules() if isinstance(m, LinearLayer) and m is not model.get_output_embeddings()]
     numbers = torch.randn(num_tokens * max(m.in_features for m in layers), dtype=layers[0].dtype, device="cuda")

@@ -9,10 +9,11 @@ import torch
 from deployments.engine.config import EngineConfig
 from deployments.engine.engine import Engine
 from deployments.engine.kv.cache import KVShape
+from deployments.engine.model.load import prepare_model
 from deployments.errors import UnsupportedModelError
 from deployments.kv_groups import KVGroup
 from tests.engine.driving import BLOCK_SIZE, build_engine, generate, greedy, hand_over, prefill_all
-from tests.engine.families import load, random_prompt
+from tests.engine.families import CPU, load, random_prompt, small_model
 from tests.engine.rounded import rounded_logits
 
 NUM_TOKENS = 12
@@ -52,6 +53,21 @@ def test_faster_layers_give_the_same_tokens(family: str) -> None:
 @pytest.mark.parametrize("budget", [8, 13])
 def test_the_size_of_chunks_changes_nothing(family: str, budget: int) -> None:
     assert outputs(build(family, max_num_batched_tokens=budget)) == expected(family)
+
+
+def test_layers_that_view_what_attention_gives_as_rows_are_served() -> None:
+    experts: dict[str, Any] = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "sliding_window": 24,
+    }
+    loaded = prepare_model(small_model("AfmoeConfig", num_hidden_layers=2, **experts), "", CPU)
+    answers = outputs(build_engine(loaded, kv_dtype="fp8"))
+    for prompt, tokens in zip(PROMPTS, answers, strict=True):
+        logits = rounded_logits(loaded.model, (*prompt, *tokens))
+        assert tuple(logits.argmax(-1).tolist()[len(prompt) - 1 : -1]) == tokens
+    assert outputs(build_engine(loaded, kv_dtype="fp8", max_num_batched_tokens=13)) == answers
 
 
 def test_preemption_and_a_warm_cache_change_nothing() -> None:

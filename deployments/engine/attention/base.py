@@ -105,7 +105,7 @@ def paged_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers' attention layers call; shapes (1, heads, T, head_dim) in, (1, T, heads, head_dim) out.
+    """What transformers' attention layers call; (1, heads, T, head_dim) in, contiguous (1, T, heads, head_dim) out.
 
     `s_aux` is transformers' word for attention sinks.
 
@@ -131,7 +131,8 @@ def paged_attention(
         Scores(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap, s_aux),
         None if rotary is None else rotary.take(),
     )
-    return paged_step.attend(asked).unsqueeze(0), None
+    # As transformers' own: some layers view what they get as one row for each token.
+    return paged_step.attend(asked).contiguous().unsqueeze(0), None
 
 
 def register() -> None:

@@ -49,7 +49,7 @@ from deployments.engine.execution.parts import (
 from deployments.engine.execution.verification import Verification
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.kv.layers import LayerWatch
-from deployments.engine.layers.base import weight_bytes
+from deployments.engine.layers.base import weights_of
 from deployments.engine.layers.cuda import can_drop_rows
 from deployments.engine.model.load import LoadedModel
 from deployments.engine.sampling.sampler import compile_draws, sample
@@ -72,9 +72,9 @@ class CudaRunner:
         self._model: PreTrainedModel = loaded.model
         self._device = loaded.device
         self._drops_rows = can_drop_rows(loaded.model)
-        self._costs = StepCosts(
-            loaded.model.config.num_hidden_layers, weight_bytes(loaded.model), loaded.kv_shape.bytes_per_token
-        )
+        config = loaded.model.config
+        weights = weights_of(loaded.model, getattr(config, "num_experts_per_tok", None))
+        self._costs = StepCosts(config.num_hidden_layers, weights, loaded.kv_shape.bytes_per_token)
         self.cache = cache
         self._limits = limits
         self._max_blocks = -(-limits.max_model_len // cache.block_size)

@@ -1,5 +1,6 @@
-"""What stands where a linear layer of a model was, whatever form its weight is kept in."""
+"""What stands where a linear layer of a model was, or its experts, whatever form their weights are kept in."""
 
+from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
@@ -39,6 +40,53 @@ def rows_for(layer: nn.Linear | LinearLayer) -> Tensor:
     return random_rows(layer.in_features, kept.dtype, kept.device)
 
 
-def weight_bytes(model: nn.Module) -> int:
-    """Of all layers of a model that keep their weights in a form of ours, experts included."""
-    return sum(int(getattr(module, "num_bytes", 0)) for module in model.modules())
+class Experts(nn.Module):
+    """Takes the place of a layer's experts.
+
+    Args:
+        num_experts: how many there are.
+        num_weights: of all of them.
+        num_bytes: these weights, as they are kept.
+    """
+
+    def __init__(self, num_experts: int, num_weights: int, num_bytes: int) -> None:
+        super().__init__()
+        self.num_experts, self.num_weights, self.num_bytes = num_experts, num_weights, num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What a model's layers that keep their weights in a form of ours read and compute.
+
+    Attributes:
+        num_bytes: of all layers but experts.
+        expert_bytes: of all experts.
+        num_expert_weights: numbers that those bytes hold.
+        chosen: share of a layer's experts that one token goes through.
+    """
+
+    num_bytes: int
+    expert_bytes: int = 0
+    num_expert_weights: int = 0
+    chosen: float = 1.0
+
+    def read_by(self, num_tokens: int) -> float:
+        """Bytes that a step of so many tokens reads, where all experts are as likely."""
+        return self.num_bytes + (1 - (1 - self.chosen) ** num_tokens) * self.expert_bytes
+
+
+def weights_of(model: nn.Module, experts_per_token: int | None) -> Weights:
+    """Those of a model.
+
+    Args:
+        model: whose layers are replaced.
+        experts_per_token: that each layer with experts chooses; None: all.
+    """
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    chosen = 1.0 if experts_per_token is None or not experts else experts_per_token / experts[0].num_experts
+    return Weights(
+        sum(module.num_bytes for module in model.modules() if isinstance(module, LinearLayer)),
+        sum(module.num_bytes for module in experts),
+        sum(module.num_weights for module in experts),
+        min(chosen, 1.0),
+    )

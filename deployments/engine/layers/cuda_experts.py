@@ -16,6 +16,7 @@ from deployments.engine.kernels.cuda_router import router_logits
 from deployments.engine.kernels.cuda_routing import Routing, plan_blocks, route
 from deployments.engine.kernels.mxfp4 import Mxfp4
 from deployments.engine.kernels.mxfp4_words import Packed
+from deployments.engine.layers.base import Experts
 from deployments.engine.layers.owed import Owed
 
 # Up to here each token reads the weights of its experts for itself: they seldom meet.
@@ -67,21 +68,26 @@ class FusedRouter(nn.Module):
                 router._is_pinned = False
 
 
-class FusedExperts(nn.Module):
-    """Takes the place of a layer's experts.
+class FusedExperts(Experts):
+    """Experts with kernels of our own.
 
     Args:
         num_experts: how many there are: E.
-        num_bytes: of their weights.
+        num_weights: numbers of both products, of all experts.
+        num_bytes: of these.
         biases: of the first product (E, 2 * I), the gate's before the others, and of the second (E, H).
         gate: what is done to the outputs of the first.
     """
 
     def __init__(
-        self, num_experts: int, num_bytes: int, biases: tuple[Tensor | None, Tensor | None], gate: Gate
+        self,
+        num_experts: int,
+        num_weights: int,
+        num_bytes: int,
+        biases: tuple[Tensor | None, Tensor | None],
+        gate: Gate,
     ) -> None:
-        super().__init__()
-        self.num_experts, self.num_bytes = num_experts, num_bytes
+        super().__init__(num_experts, num_weights, num_bytes)
         self._biases, self._gate = biases, gate
         self.owed = Owed()
 
@@ -113,8 +119,9 @@ class WideExperts(FusedExperts):
     def __init__(
         self, gate_up_proj: Tensor, gate_up_bias: Tensor | None, down_proj: Tensor, down_bias: Tensor | None, gate: Gate
     ) -> None:
+        num_weights = gate_up_proj.numel() + down_proj.numel()
         num_bytes = gate_up_proj.nbytes + down_proj.nbytes
-        super().__init__(len(gate_up_proj), num_bytes, (gate_up_bias, down_bias), gate)
+        super().__init__(len(gate_up_proj), num_weights, num_bytes, (gate_up_bias, down_bias), gate)
         self.gate_up_proj, self.down_proj = gate_up_proj, down_proj
 
     def packed(self) -> "PackedExperts | None":
@@ -153,7 +160,8 @@ class PackedExperts(FusedExperts):
 
     def __init__(self, gate_up: Mxfp4, down: Mxfp4, biases: tuple[Tensor | None, Tensor | None], gate: Gate) -> None:
         first, second = Packed.of(gate_up), Packed.of(down)
-        super().__init__(len(gate_up.codes), first.nbytes + second.nbytes, biases, gate)
+        num_weights = 2 * (gate_up.codes.numel() + down.codes.numel())
+        super().__init__(len(gate_up.codes), num_weights, first.nbytes + second.nbytes, biases, gate)
         self._first, self._second = first, second
         self.size = first.depth  # of a token
 

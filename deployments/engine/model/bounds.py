@@ -47,6 +47,7 @@ _DEPTH = _Bound(lambda value: 0 < value <= 10_000, "greater than 0, and at most 
 _LENGTH = _Bound(lambda value: 0 < value <= MAX_MODEL_LEN, f"greater than 0, and at most {MAX_MODEL_LEN}")
 _EPSILON = _Bound(lambda value: 0 < value < 0.1, "greater than 0 and less than 0.1")
 _BASE = _Bound(lambda value: value > 1, "greater than 1")
+_WINDOW = _Bound(lambda value: value <= MAX_MODEL_LEN, f"at most {MAX_MODEL_LEN}")
 _SHARE = _Bound(lambda value: 0 < value <= 1, "greater than 0 and at most 1")
 # By name, wherever it stands.
 _BOUNDS = {
@@ -56,6 +57,8 @@ _BOUNDS = {
     **dict.fromkeys(_LENGTHS, _LENGTH),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq", "rotary_emb_base"), _BASE),
     **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), _SHARE),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"), _POSITIVE),
+    "sliding_window": _WINDOW,
 }
 # By name within the parameters of rotary embeddings.
 _OF_ROPE = {

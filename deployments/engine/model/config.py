@@ -69,6 +69,7 @@ def read_values(path: str) -> dict[str, Any]:
             values, _ = PretrainedConfig.get_config_dict(path)
     except OSError as error:
         raise UnsupportedModelError(f"model {path!r}: {brief(error)}") from error
+    values = _by_kind_of_layer(values)
     model_type = values.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise UnsupportedModelError(f"model {path!r}: {_unknown(values)}")
@@ -81,6 +82,16 @@ def read_values(path: str) -> dict[str, Any]:
     if fault is not None:
         raise UnsupportedModelError(f"model {path!r}: config.json: {fault}")
     return repaired
+
+
+def _by_kind_of_layer(values: dict[str, Any]) -> dict[str, Any]:
+    """A Mistral that says which layers have its window is a Ministral: so do transformers' `AutoConfig` and Mistral."""
+    if values.get("model_type") != "mistral" or "layer_types" not in values:
+        return values
+    renamed = values | {"model_type": "ministral"}
+    if values.get("architectures") == ["MistralForCausalLM"]:
+        renamed["architectures"] = ["MinistralForCausalLM"]
+    return renamed
 
 
 def build_config(values: Mapping[str, Any]) -> PretrainedConfig:
@@ -167,6 +178,9 @@ def _faults(values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> 
     yield from faults(values, config_class.attribute_map)
     if type(values.get(_WINDOW)) not in (int, NoneType):
         yield f"{_WINDOW} is {shown(values[_WINDOW])}: not a number of tokens"
+    layer_types = values.get("layer_types")
+    if values.get(_WINDOW, 0) is None and isinstance(layer_types, list) and "sliding_attention" in layer_types:
+        yield f"{_WINDOW} is None: must be a number of tokens, for layer_types has sliding_attention"
     for name in sorted(values.keys() & _own_names(config_class)):
         own, value = getattr(config_class, name), values[name]
         if callable(own) or not isinstance(value, type(own) | dict | None):

@@ -133,6 +133,8 @@ def read_json(model: str, file: Path) -> dict[str, Any]:
     Raises:
         UnsupportedModelError: there is none.
     """
+    if file.exists() and not (file.is_file() or file.is_dir()):  # nobody may ever write to a pipe
+        raise refusal(model, f"{file.name} is no regular file")
     try:
         content = json.loads(file.read_bytes())
     except FileNotFoundError:

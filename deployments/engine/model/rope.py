@@ -68,7 +68,7 @@ def separate_lengths(model: PreTrainedModel) -> tuple[PositionRule, int]:
         (parent, name, child)
         for parent in model.modules()
         for name, child in parent.named_children()
-        if getattr(child, "rope_type", None) in kinds
+        if isinstance(kind := getattr(child, "rope_type", None), str) and kind in kinds
     ]
     if len(kinds) > 1 or not found:  # another one per kind of layer: no model is known to have that
         logger.warning("its rotary embedding depends on the length in a way not known here: serving %d tokens", border)

@@ -17,6 +17,7 @@ from deployments.engine.execution.parts import (
     fill_tokens,
     recorded_prompts,
 )
+from deployments.engine.layers.base import Weights
 from deployments.engine.scheduling.block_tables import BlockTables
 from deployments.engine.scheduling.ids import block_array, token_array
 from deployments.engine.scheduling.run import ScheduledSequence
@@ -26,7 +27,9 @@ from deployments.messages import GenerateRequest, SamplingParams
 BLOCK_SIZE = 4
 OTHER_GROUP = 100_000  # between blocks of one group of layers and those of the other
 # Llama-3.1-8B in bfloat16, and Qwen3-0.6B.
-LARGE, SMALL = StepCosts(32, 15 << 30, 131_072), StepCosts(28, 1 << 30, 114_688)
+LARGE, SMALL = StepCosts(32, Weights(15 << 30), 131_072), StepCosts(28, Weights(1 << 30), 114_688)
+# Qwen3-30B-A3B: a token goes through 8 of 128 experts.
+EXPERTS = StepCosts(48, Weights(3 << 30, 54 << 30, 27 << 30, 8 / 128), 98_304)
 
 
 def run(num_computed: int, num_tokens: int, num_given: int, *, drafts: int = 0) -> ScheduledSequence:
@@ -78,7 +81,10 @@ def test_steps_with_drafts_are_launched_as_a_whole() -> None:
         (LARGE, [64] * 4, False),  # each reads the weights again
         (SMALL, [64] * 4, True),
         (SMALL, [2048], True),
-        (SMALL, [2048] * 4, False),
+        (SMALL, [2048] * 4, True),
+        (SMALL, [2048] * 5, False),
+        (EXPERTS, [256], True),
+        (EXPERTS, [256] * 3, False),  # each reads nearly all experts again
     ],
 )
 def test_what_keeps_the_gpu_at_work_for_longer_than_a_launch_is_launched_as_a_whole(
@@ -89,7 +95,7 @@ def test_what_keeps_the_gpu_at_work_for_longer_than_a_launch_is_launched_as_a_wh
 
 
 def test_the_kv_of_many_decodes_keeps_the_gpu_at_work() -> None:
-    with_much_kv = StepCosts(28, 1 << 30, 1 << 34)
+    with_much_kv = StepCosts(28, Weights(1 << 30), 1 << 34)
     assert recorded_prompts(arrays_of(DECODE, PROMPT), with_much_kv) == []
 
 

@@ -93,6 +93,14 @@ def test_old_names_of_rope_parameters_mean_what_the_new_ones_do(folder: Path) ->
         ({"quantization_config": {}}, "config.json: quantization_config is {}: "),
         ({"quantization_config": 5}, "config.json: quantization_config is 5: "),
         ({"sliding_window": [64]}, "config.json: sliding_window is [64]: not a number of tokens"),
+        ({"sliding_window": 2**63}, "config.json: sliding_window is 9223372036854775808: must be at most 1073741824"),
+        (
+            {"sliding_window": None, "layer_types": ["sliding_attention", "full_attention"]},
+            "config.json: sliding_window is None: must be a number of tokens, for layer_types has sliding_attention",
+        ),
+        ({"attn_logit_softcapping": 0}, "config.json: attn_logit_softcapping is 0: must be greater than 0"),
+        ({"final_logit_softcapping": -1.0}, "config.json: final_logit_softcapping is -1.0: must be greater than 0"),
+        ({"query_pre_attn_scalar": -4}, "config.json: query_pre_attn_scalar is -4: must be greater than 0"),
         ({"sliding_window": "wide"}, "config.json: sliding_window is 'wide': not a number of tokens"),
         ({"model_type": None}, "config.json: model_type is missing"),
         ({"model_type": 7}, "config.json: model_type is 7, unknown to transformers"),
@@ -319,3 +327,16 @@ def test_heads_of_another_size_in_some_layers_are_refused_before_a_start(tmp_pat
     with pytest.raises(UnsupportedModelError, match=message):
         check_weights_of(str(tmp_path))
     assert message in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("kinds", [["sliding_attention", "full_attention"], ["full_attention"] * 2], ids=str)
+def test_a_mistral_has_its_window_in_the_layers_that_it_says(tmp_path: Path, kinds: list[str]) -> None:
+    small_model("MistralConfig", sliding_window=8).save_pretrained(tmp_path)
+    change_config(tmp_path, layer_types=kinds)
+    check_weights_of(str(tmp_path))
+    assert tokens_of(tmp_path) == continue_greedily(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), PROMPT, 6)
+    change_config(tmp_path, layer_types=["sliding_attention"] * 2)
+    windowed = continue_greedily(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), PROMPT, 6)
+    assert tokens_of(tmp_path) == windowed
+    change_config(tmp_path, layer_types=kinds)
+    assert tokens_of(tmp_path) != windowed, "these models would not notice"

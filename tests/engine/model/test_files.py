@@ -197,6 +197,13 @@ def test_a_file_that_may_not_be_read_is_named(folder: Path, name: str) -> None:
     assert refusal(folder) == f"model '{folder}': {name}: Permission denied"
 
 
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(UnsupportedModelError, match=r"config\.json is no regular file"):
+        check_model(str(folder))
+
+
 def test_a_path_that_the_system_does_not_take_is_named() -> None:
     assert refusal("/" + "a" * 300).endswith("a: File name too long")
 

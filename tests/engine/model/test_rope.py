@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deployments.engine.engine import Engine
-from deployments.engine.model.rope import max_model_len
+from deployments.engine.model.rope import max_model_len, separate_lengths
+from deployments.engine.scheduling.positions import FIXED
 from tests.engine.driving import BLOCK_SIZE, build_engine, generate, greedy, hand_over
-from tests.engine.families import build_model, load, random_prompt
+from tests.engine.families import build_model, load, random_prompt, small_model
 from tests.engine.length_dependent import BORDER, LENGTH_DEPENDENT
 from tests.tiny_models import small_config
 
@@ -162,3 +163,10 @@ def test_the_full_length_is_served(family: str) -> None:
 )
 def test_the_length_is_what_the_embedding_stretches_to(rope: dict[str, Any], longest: int) -> None:
     assert max_model_len(small_config("LlamaConfig", rope_parameters=rope)) == longest
+
+
+def test_an_embedding_of_one_kind_of_layer_that_depends_on_the_length_is_served_up_to_where_it_does() -> None:
+    ropes = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("sliding_attention", "full_attention")}
+    ropes["full_attention"] |= {"rope_type": "dynamic", "factor": 2.0}
+    model = small_model("Gemma3TextConfig", rope_parameters=ropes, max_position_embeddings=64)
+    assert separate_lengths(model) == (FIXED, 64)
