@@ -14,6 +14,8 @@ from deployments.engine.attention.base import IMPLEMENTATION, register
 from deployments.engine.model.config import read_config
 from deployments.engine.model.end_tokens import read_end_token_ids
 from deployments.engine.model.headers import Headers, read_headers
+from deployments.engine.model.probe import judge_layers
+from deployments.engine.model.rope import separate_lengths
 from deployments.engine.model.served import check_config, check_counts
 from deployments.engine.model.weights import check_weights
 from deployments.errors import UnsupportedModelError
@@ -103,4 +105,7 @@ def check_checkpoint(path: str, *, to_fp8: bool = False) -> None:
     with naming(path):
         checkpoint = read_checkpoint(path)
         config, headers = checkpoint.config, checkpoint.headers
-        check_weights(path, config, headers, to_fp8=to_fp8, attn_implementation=IMPLEMENTATION)
+        _, model = check_weights(path, config, headers, to_fp8=to_fp8, attn_implementation=IMPLEMENTATION)
+        if model is not None:
+            separate_lengths(model)
+            judge_layers(model)

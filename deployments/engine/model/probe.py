@@ -5,6 +5,7 @@ what we say they are. Both are tried out here, once per start, for the price of 
 """
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -19,6 +20,8 @@ from deployments.engine.layers.trial import is_near
 from deployments.engine.model.rope import max_model_len
 from deployments.errors import UnsupportedModelError, brief
 from deployments.kv_groups import KVGroup, KVGroups
+
+logger = logging.getLogger(__name__)
 
 # Of groups of layers: the share of their blocks that may be empty, and how many there may be.
 _MAX_UNUSED, _MAX_GROUPS = 0.2, 8
@@ -49,16 +52,35 @@ class _Probe:
 
 
 @torch.inference_mode()
+def judge_layers(model: PreTrainedModel) -> None:
+    """Refuse what can be told of a model without numbers, on torch's meta device, of all that `probe_kv_shape` refuses.
+
+    Where its code looks at numbers nothing can be told. Turns the model into bfloat16, which experts' products want.
+
+    Raises:
+        UnsupportedModelError: a layer does not use our attention, or has a window that it does not serve.
+    """
+    _check_positions(model)
+    probe = _Probe()
+    try:
+        model.bfloat16()
+        _run(model, [0, 1], torch.arange(2, device=model.device).unsqueeze(0), probe)
+    except _FAULTS_OF_MODELS as error:
+        logger.info("%s does not run without numbers: %s", model.config.model_type, brief(error))
+        return
+    _kv_shape(model, probe)
+    _check_windows(model, probe)
+
+
+@torch.inference_mode()
 def probe_kv_shape(model: PreTrainedModel, device: torch.device) -> KVShape:
     """Learn what one token's KV is; and note of the model's layers which have to stay as they are.
 
     Raises:
         UnsupportedModelError: a layer does not use our attention, or uses it in a way that a flat batch breaks.
     """
-    name = model.config.model_type
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedModelError(f"{name} takes no position_ids; sequences in one batch cannot have their own")
-    probe = _Probe()
+    _check_positions(model)
+    name, probe = model.config.model_type, _Probe()
     pad = getattr(model.config, "pad_token_id", None)  # some models count positions without padding tokens
     first, second = [token for token in range(3) if token != pad][:2]
     positions = torch.arange(2, device=device).unsqueeze(0)
@@ -78,23 +100,33 @@ def probe_kv_shape(model: PreTrainedModel, device: torch.device) -> KVShape:
     return shape
 
 
+def _check_positions(model: PreTrainedModel) -> None:
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        name = model.config.model_type
+        raise UnsupportedModelError(f"{name} takes no position_ids; sequences in one batch cannot have their own")
+
+
+def _run(model: PreTrainedModel, token_ids: list[int], positions: Tensor | None, probe: _Probe) -> Tensor:
+    """Logits of the last token."""
+    output = model(
+        input_ids=torch.tensor([token_ids], device=model.device),
+        position_ids=positions,
+        use_cache=False,
+        logits_to_keep=1,
+        paged_step=probe,
+        return_dict=True,
+    )
+    logits: Tensor = output.logits[0, -1].float()
+    return logits
+
+
 def _last_logits(model: PreTrainedModel, token_ids: list[int], positions: Tensor | None, probe: _Probe) -> Tensor:
-    input_ids = torch.tensor([token_ids], device=model.device)
     try:
-        output = model(
-            input_ids=input_ids,
-            position_ids=positions,
-            use_cache=False,
-            logits_to_keep=1,
-            paged_step=probe,
-            return_dict=True,
-        )
+        return _run(model, token_ids, positions, probe)
     except _FAULTS_OF_MODELS as error:
         if isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
             raise
         raise UnsupportedModelError(f"{model.config.model_type} does not run: {brief(error)}") from error
-    logits: Tensor = output.logits[0, -1].float()
-    return logits
 
 
 def _kv_shape(model: PreTrainedModel, probe: _Probe) -> KVShape:

@@ -60,7 +60,7 @@ def load_weights(
             the like that its configuration does not: names them. Or it is quantized in a way that is not read, or holds
             what is not finite.
     """
-    scheme = check_weights(path, config, headers, keeps_mxfp4=keeps_mxfp4, to_fp8=to_fp8, **options)
+    scheme, _ = check_weights(path, config, headers, keeps_mxfp4=keeps_mxfp4, to_fp8=to_fp8, **options)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
@@ -91,7 +91,7 @@ def check_weights(
     keeps_mxfp4: bool = False,
     to_fp8: bool = False,
     **options: Any,
-) -> Scheme | None:
+) -> tuple[Scheme | None, PreTrainedModel | None]:
     """Refuse what `load_weights` would, as far as names, shapes and types tell; all but weights that are not finite.
 
     Args:
@@ -103,7 +103,7 @@ def check_weights(
         options: as for loading.
 
     Returns:
-        How it is quantized in FP8, if it is.
+        How it is quantized in FP8, if it is, and the model without numbers, where headers tell enough.
 
     Raises:
         UnsupportedModelError: see `load_weights`.
@@ -112,11 +112,12 @@ def check_weights(
     if scheme is not None:
         check_files(path)
     widened = read_mxfp4(path, config, headers, keeps=keeps_mxfp4)
-    if headers and (widened is not None or getattr(config, "quantization_config", None) is None):
-        model = rehearse(path, config, widened or headers, scheme, **options)
-        if to_fp8 and not any(map(is_code, headers.values())):
-            check_quantizable(model)
-    return scheme
+    if not headers or (widened is None and getattr(config, "quantization_config", None) is not None):
+        return scheme, None
+    model = rehearse(path, config, widened or headers, scheme, **options)
+    if to_fp8 and not any(map(is_code, headers.values())):
+        check_quantizable(model)
+    return scheme, model
 
 
 @torch.inference_mode()

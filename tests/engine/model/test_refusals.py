@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from deployments.engine.config import EngineConfig, EngineLimits
 from deployments.engine.execution import sizing
 from deployments.engine.execution.sizing import choose_limits
+from deployments.engine.model.check import check_weights_of
 from deployments.engine.model.load import load_model, prepare_model
 from deployments.engine.model.served import check_config
 from deployments.engine.scheduling.checks import check_request
@@ -80,6 +82,34 @@ def test_a_configuration_gives_the_reason_away(name: str, settings: dict[str, An
 def test_a_short_run_gives_the_reason_away(name: str, settings: dict[str, Any], named: str) -> None:
     with pytest.raises(UnsupportedModelError, match=named):
         prepare_model(build(name, **settings), "", CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "named"),
+    [
+        ("DiffLlamaConfig", _SMALL, r"diffllama has 2 layers, but attention ran in layers \[0, 0, 1, 1\]"),
+        ("StableLmConfig", _SMALL, "StableLmAttention is not given the model's keyword arguments"),
+        ("MistralConfig", _SMALL | {"sliding_window": 1}, "have a sliding window of 1 tokens, must be at least 2"),
+        (
+            "Qwen2MoeConfig",
+            _SMALL | {"num_experts": 4, "use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+            "qwen2_moe: layers .* have a sliding window of 24 tokens",
+        ),
+    ],
+)
+def test_layers_are_judged_before_there_are_numbers(
+    name: str, settings: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    build(name, **settings).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=named) as caught:
+        check_weights_of(str(tmp_path))
+    assert str(caught.value).startswith(f"model {str(tmp_path)!r}: ")
+
+
+def test_a_model_that_cannot_run_without_numbers_is_left_to_its_engine(tmp_path: Path) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}  # asks how long the longest sequence is
+    build("LlamaConfig", **_SMALL | {"rope_parameters": rope}).save_pretrained(tmp_path)
+    check_weights_of(str(tmp_path))
 
 
 def test_a_token_that_reaches_its_neighbour_outside_of_attention_is_noticed() -> None:
