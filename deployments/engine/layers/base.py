@@ -75,15 +75,17 @@ class Weights:
         return self.num_bytes + (1 - (1 - self.chosen) ** num_tokens) * self.expert_bytes
 
 
-def weights_of(model: nn.Module, experts_per_token: int | None) -> Weights:
+def weights_of(model: nn.Module, experts_per_token: object) -> Weights:
     """Those of a model.
 
     Args:
         model: whose layers are replaced.
-        experts_per_token: that each layer with experts chooses; None: all.
+        experts_per_token: that each layer with experts chooses, as its configuration says; if it says no number: all.
     """
     experts = [module for module in model.modules() if isinstance(module, Experts)]
-    chosen = 1.0 if experts_per_token is None or not experts else experts_per_token / experts[0].num_experts
+    chosen = 1.0
+    if experts and isinstance(experts_per_token, int) and experts_per_token > 0:
+        chosen = experts_per_token / experts[0].num_experts
     return Weights(
         sum(module.num_bytes for module in model.modules() if isinstance(module, LinearLayer)),
         sum(module.num_bytes for module in experts),

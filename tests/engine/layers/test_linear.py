@@ -1,11 +1,11 @@
-"""The table of linear kinds: in which form a layer is kept."""
+"""The table of linear kinds: in which form a layer is kept, and what a step reads of all."""
 
 import pytest
 import torch
 from torch import nn
 
 from deployments.engine.config import EngineConfig
-from deployments.engine.layers.base import LinearLayer
+from deployments.engine.layers.base import Experts, LinearLayer, Weights, weights_of
 from deployments.engine.layers.linear import LINEAR_KINDS, LinearKind, convert_linears
 from deployments.engine.layers.packed import PackedLinear
 
@@ -65,3 +65,22 @@ def test_a_kind_reads_the_engines_settings() -> None:
 
 def test_a_layer_says_how_much_it_keeps() -> None:
     assert Kept(nn.Linear(8, 4, dtype=torch.bfloat16)).num_bytes == 64
+
+
+def test_a_step_reads_the_experts_that_its_tokens_choose() -> None:
+    model = nn.Sequential(Kept(nn.Linear(8, 4)), Experts(8, num_weights=1000, num_bytes=2000), Experts(8, 1000, 2000))
+    weights = weights_of(model, 2)
+    assert weights == Weights(num_bytes=128, expert_bytes=4000, num_expert_weights=2000, chosen=0.25)
+    assert weights.read_by(1) == 128 + 1000
+    assert weights.read_by(2) == 128 + 1750, "the second token chooses a quarter of those that the first one left"
+    assert weights.read_by(100) == pytest.approx(128 + 4000)
+
+
+@pytest.mark.parametrize("said", [None, 0, [2, 2], 9])
+def test_where_nothing_says_how_many_experts_a_token_chooses_it_is_all(said: object) -> None:
+    model = nn.Sequential(Kept(nn.Linear(8, 4)), Experts(8, 1000, 2000))
+    assert weights_of(model, said).read_by(1) == 128 + 2000
+
+
+def test_a_model_without_experts_reads_all_of_it() -> None:
+    assert weights_of(nn.Sequential(Kept(nn.Linear(8, 4))), 2).read_by(1) == 128
