@@ -89,8 +89,8 @@ def _by_kind_of_layer(values: dict[str, Any]) -> dict[str, Any]:
     if values.get("model_type") != "mistral" or "layer_types" not in values:
         return values
     renamed = values | {"model_type": "ministral"}
-    if values.get("architectures") == ["MistralForCausalLM"]:
-        renamed["architectures"] = ["MinistralForCausalLM"]
+    if isinstance(named := values.get("architectures"), list):
+        renamed["architectures"] = ["MinistralForCausalLM" if name == "MistralForCausalLM" else name for name in named]
     return renamed
 
 

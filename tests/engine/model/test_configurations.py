@@ -332,7 +332,7 @@ def test_heads_of_another_size_in_some_layers_are_refused_before_a_start(tmp_pat
 @pytest.mark.parametrize("kinds", [["sliding_attention", "full_attention"], ["full_attention"] * 2], ids=str)
 def test_a_mistral_has_its_window_in_the_layers_that_it_says(tmp_path: Path, kinds: list[str]) -> None:
     small_model("MistralConfig", sliding_window=8).save_pretrained(tmp_path)
-    change_config(tmp_path, layer_types=kinds)
+    change_config(tmp_path, layer_types=kinds, architectures=["MistralForCausalLM", "OwnForCausalLM"])
     check_weights_of(str(tmp_path))
     assert tokens_of(tmp_path) == continue_greedily(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), PROMPT, 6)
     change_config(tmp_path, layer_types=["sliding_attention"] * 2)
