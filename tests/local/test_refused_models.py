@@ -72,14 +72,13 @@ def test_a_head_that_does_not_fit_is_refused_before_ray_starts(tmp_path: Path, f
     assert "checking the model" in failed.stdout and "Ray" not in failed.stdout + folder.log.read_text()
 
 
-@pytest.mark.parametrize("pool", ["", "prefill."])
 def test_experts_that_are_to_be_rounded_are_refused_before_ray_starts(
-    pool: str, tmp_path: Path, folder: RunFolder, port: int
+    tmp_path: Path, folder: RunFolder, port: int
 ) -> None:
     model = tmp_path / "model"
     build_model("mixtral").save_pretrained(model)
     (model / "tokenizer.json").write_text("{}")
-    failed = call(folder, "up", "--port", str(port), f"model={model}", f"{pool}engine.quantization=fp8")
+    failed = call(folder, "up", "--port", str(port), f"model={model}", "engine.quantization=fp8")
     assert failed.returncode == 1
     assert failed.stderr.startswith(f"model {str(model)!r}: mixtral: experts (model.layers.0.mlp.experts.")
     assert "checking the model" in failed.stdout and "Ray" not in failed.stdout + folder.log.read_text()
