@@ -15,6 +15,8 @@ from deployments.errors import UnsupportedModelError
 
 IMPLEMENTATION = "kvrelay_paged"
 
+# No model takes so many tokens (`model/bounds.py`), and kernels count in 32 bits.
+_NO_WINDOW = 2**30
 # Given by layers, and without meaning for us: dropout is training's, outputs are the model's own, the rest repeats what
 # the step knows.
 _IGNORED = frozenset(
@@ -122,6 +124,8 @@ def paged_attention(
         raise UnsupportedModelError(
             f"{name} needs {', '.join(unknown) or 'an attention mask'}, which paged attention lacks"
         )
+    if sliding_window is not None and sliding_window >= _NO_WINDOW:
+        sliding_window = None
     rotary: Rotary | None = getattr(module, "kvrelay_rotary", None)
     asked = LayerAttention(
         module.layer_idx,  # type: ignore[arg-type]  # nn.Module types its attributes loosely

@@ -6,7 +6,7 @@ once values have their types.
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +47,6 @@ _DEPTH = _Bound(lambda value: 0 < value <= 10_000, "greater than 0, and at most 
 _LENGTH = _Bound(lambda value: 0 < value <= MAX_MODEL_LEN, f"greater than 0, and at most {MAX_MODEL_LEN}")
 _EPSILON = _Bound(lambda value: 0 < value < 0.1, "greater than 0 and less than 0.1")
 _BASE = _Bound(lambda value: value > 1, "greater than 1")
-_WINDOW = _Bound(lambda value: value <= MAX_MODEL_LEN, f"at most {MAX_MODEL_LEN}")
 _SHARE = _Bound(lambda value: 0 < value <= 1, "greater than 0 and at most 1")
 # By name, wherever it stands.
 _BOUNDS = {
@@ -57,9 +56,9 @@ _BOUNDS = {
     **dict.fromkeys(_LENGTHS, _LENGTH),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq", "rotary_emb_base"), _BASE),
     **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), _SHARE),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"), _POSITIVE),
-    "sliding_window": _WINDOW,
 }
+# By name, where the model's class has such a field; of others it is a leftover.
+_OF_ITS_CLASS = dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar"), _POSITIVE)
 # By name within the parameters of rotary embeddings.
 _OF_ROPE = {
     **dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "attention_factor"), _POSITIVE),
@@ -68,14 +67,16 @@ _OF_ROPE = {
 }
 
 
-def faults(values: Mapping[str, Any], own_names: Mapping[str, str]) -> Iterator[str]:
+def faults(values: Mapping[str, Any], own_names: Mapping[str, str], known: Collection[str]) -> Iterator[str]:
     """What is out of bounds: field, value and bound.
 
     Args:
         values: of a `config.json`.
         own_names: names that the model's class has for transformers'.
+        known: fields of the model's class.
     """
     renamed = {own: _BOUNDS[name] for name, own in own_names.items() if name in _BOUNDS}
+    renamed |= {name: bound for name, bound in _OF_ITS_CLASS.items() if name in known}
     for path, name, value in _numbers(values):
         # Only a limit, one of a pair, may be infinite.
         if isinstance(value, float) and (math.isnan(value) or (math.isinf(value) and name)):

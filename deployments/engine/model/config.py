@@ -33,6 +33,7 @@ _ROPE_INTS = frozenset({"original_max_position_embeddings"})
 _ROPE_WORDS = frozenset({"rope_type", "type"})
 # Of other tasks, and of how answers are given back, which is the engine's to say. A million labels are a million names.
 _MEANINGLESS = ("num_labels", "id2label", "label2id", "problem_type", "return_dict", "output_hidden_states")
+_OF_MINISTRAL = {"MistralForCausalLM": "MinistralForCausalLM", "MistralModel": "MinistralModel"}
 # Of a config.json; transformers' own have some 60.
 _MOST_FIELDS = 300
 
@@ -90,7 +91,7 @@ def _by_kind_of_layer(values: dict[str, Any]) -> dict[str, Any]:
         return values
     renamed = values | {"model_type": "ministral"}
     if isinstance(named := values.get("architectures"), list):
-        renamed["architectures"] = ["MinistralForCausalLM" if name == "MistralForCausalLM" else name for name in named]
+        renamed["architectures"] = [_OF_MINISTRAL.get(name, name) if isinstance(name, str) else name for name in named]
     return renamed
 
 
@@ -175,7 +176,7 @@ def _repair_rope(rope: dict[str, Any]) -> dict[str, Any]:
 
 def _faults(values: Mapping[str, Any], config_class: type[PretrainedConfig]) -> Iterator[str]:
     """What transformers would take, to go wrong later or never say so."""
-    yield from faults(values, config_class.attribute_map)
+    yield from faults(values, config_class.attribute_map, {field.name for field in fields(config_class)})
     if type(values.get(_WINDOW)) not in (int, NoneType):
         yield f"{_WINDOW} is {shown(values[_WINDOW])}: not a number of tokens"
     layer_types = values.get("layer_types")

@@ -7,7 +7,7 @@ what we say they are. Both are tried out here, once per start, for the price of 
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +65,12 @@ def judge_layers(model: PreTrainedModel) -> None:
     try:
         model.bfloat16()
         _run(model, [0, 1], torch.arange(2, device=model.device).unsqueeze(0), probe)
+        _kv_shape(model, probe)
+        _check_windows(model, probe)
     except _FAULTS_OF_MODELS as error:
+        if isinstance(error, UnsupportedModelError):
+            raise
         logger.info("%s does not run without numbers: %s", model.config.model_type, brief(error))
-        return
-    _kv_shape(model, probe)
-    _check_windows(model, probe)
 
 
 @torch.inference_mode()
@@ -200,7 +201,8 @@ def _check_windows(model: PreTrainedModel, probe: _Probe) -> None:
             f" at least {_MIN_WINDOW}"
         )
     window = getattr(config, "sliding_window", None)
-    if window is None or window >= max_model_len(config):
+    is_its_own = any(field.name == "sliding_window" for field in fields(config))  # else a leftover that nobody reads
+    if window is None or window >= max_model_len(config) or not is_its_own:
         return
     layer_types = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     blind = [i for i, kind in enumerate(layer_types) if kind == "sliding_attention" and probe.windows[i] is None]

@@ -93,14 +93,10 @@ def test_old_names_of_rope_parameters_mean_what_the_new_ones_do(folder: Path) ->
         ({"quantization_config": {}}, "config.json: quantization_config is {}: "),
         ({"quantization_config": 5}, "config.json: quantization_config is 5: "),
         ({"sliding_window": [64]}, "config.json: sliding_window is [64]: not a number of tokens"),
-        ({"sliding_window": 2**63}, "config.json: sliding_window is 9223372036854775808: must be at most 1073741824"),
         (
             {"sliding_window": None, "layer_types": ["sliding_attention", "full_attention"]},
             "config.json: sliding_window is None: must be a number of tokens, for layer_types has sliding_attention",
         ),
-        ({"attn_logit_softcapping": 0}, "config.json: attn_logit_softcapping is 0: must be greater than 0"),
-        ({"final_logit_softcapping": -1.0}, "config.json: final_logit_softcapping is -1.0: must be greater than 0"),
-        ({"query_pre_attn_scalar": -4}, "config.json: query_pre_attn_scalar is -4: must be greater than 0"),
         ({"sliding_window": "wide"}, "config.json: sliding_window is 'wide': not a number of tokens"),
         ({"model_type": None}, "config.json: model_type is missing"),
         ({"model_type": 7}, "config.json: model_type is 7, unknown to transformers"),
@@ -111,6 +107,31 @@ def test_old_names_of_rope_parameters_mean_what_the_new_ones_do(folder: Path) ->
 def test_a_field_that_makes_no_model_is_named(folder: Path, changes: dict[str, Any], message: str) -> None:
     change_config(folder, **changes)
     assert refusal(folder).startswith(message)
+
+
+LEFTOVERS: dict[str, Any] = {"attn_logit_softcapping": 0.0, "final_logit_softcapping": -1.0, "query_pre_attn_scalar": 0}
+
+
+@pytest.mark.parametrize("name", LEFTOVERS)
+def test_caps_and_scalings_of_nothing_are_refused_where_a_model_has_them(tmp_path: Path, name: str) -> None:
+    small_model("Gemma2Config").save_pretrained(tmp_path)
+    change_config(tmp_path, **{name: LEFTOVERS[name]})
+    assert refusal(tmp_path) == f"config.json: {name} is {LEFTOVERS[name]}: must be greater than 0"
+
+
+def test_fields_that_a_model_does_not_have_say_nothing(folder: Path) -> None:
+    change_config(folder, **LEFTOVERS, sliding_window=24)
+    check_weights_of(str(folder))
+    assert tokens_of(folder) == continue_greedily(build_model("llama"), PROMPT, 6)
+
+
+@pytest.mark.parametrize("window", [2**31 - 1, 2**40, 2**63])
+def test_a_window_wider_than_any_text_is_none(tmp_path: Path, window: int) -> None:
+    model = small_model("MistralConfig", sliding_window=None)
+    model.save_pretrained(tmp_path)
+    change_config(tmp_path, sliding_window=window)
+    check_weights_of(str(tmp_path))
+    assert tokens_of(tmp_path) == continue_greedily(model, PROMPT, 6)
 
 
 def test_of_more_fields_than_a_model_has_none_is_tried(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +353,7 @@ def test_heads_of_another_size_in_some_layers_are_refused_before_a_start(tmp_pat
 @pytest.mark.parametrize("kinds", [["sliding_attention", "full_attention"], ["full_attention"] * 2], ids=str)
 def test_a_mistral_has_its_window_in_the_layers_that_it_says(tmp_path: Path, kinds: list[str]) -> None:
     small_model("MistralConfig", sliding_window=8).save_pretrained(tmp_path)
-    change_config(tmp_path, layer_types=kinds, architectures=["MistralForCausalLM", "OwnForCausalLM"])
+    change_config(tmp_path, layer_types=kinds, architectures=["MistralForCausalLM", "MistralModel"])
     check_weights_of(str(tmp_path))
     assert tokens_of(tmp_path) == continue_greedily(AutoModelForCausalLM.from_pretrained(tmp_path).eval(), PROMPT, 6)
     change_config(tmp_path, layer_types=["sliding_attention"] * 2)
