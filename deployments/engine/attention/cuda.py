@@ -132,12 +132,11 @@ class CudaStep:
             parts.append(self._attend_singles(group, rotated[:num_singles], kv, scores))
         for prompts in self._prompts:
             span = slice(prompts.start, prompts.start + prompts.num_tokens)
-            seen = without_idle_window(scores, prompts.max_keys)
             if prompts.tables is None:
                 assert new_keys is not None
-                parts.append(_attend_whole(prompts, rotated[span], new_keys[span], new_values[span], seen))
+                parts.append(_attend_whole(prompts, rotated[span], new_keys[span], new_values[span], scores))
             else:
-                parts.append(_attend_context(prompts, rotated[span], self._cache, layer, seen))
+                parts.append(_attend_context(prompts, rotated[span], self._cache, layer, scores))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend_singles(self, group: int, queries: Tensor, kv: PagedKV, scores: Scores) -> Tensor:
@@ -181,12 +180,16 @@ def without_idle_window(scores: Scores, max_tokens: int) -> Scores:
 
 def _attend_whole(prompts: Prompts, queries: Tensor, keys: Tensor, values: Tensor, scores: Scores) -> Tensor:
     starts, longest = prompts.starts, prompts.max_queries
-    if _fits_flash3(queries, scores):
-        if scores.window is not None:
-            return flash3.attend_within(queries, keys, values, prompts.plan(scores.window), scores)
-        return flash3.attend(queries, keys, values, Pieces(starts, starts, longest, longest), scores)
-    if not _is_plain(scores):
-        return prefill_attention(queries, PagedKV(keys, values), prompts.starts, prompts.max_queries, scores)
+    seen = without_idle_window(scores, prompts.max_keys)
+    if _fits_flash3(queries, seen):
+        if seen.window is not None:
+            return flash3.attend_within(queries, keys, values, prompts.plan(seen.window), seen)
+        return flash3.attend(queries, keys, values, Pieces(starts, starts, longest, longest), seen)
+    if not _is_plain(seen):
+        # Idle windows too, here and below: without them the kernel would be compiled once more.
+        return prefill_attention(
+            queries, PagedKV(keys, values), starts, longest, scores, is_recorded=prompts.is_recorded
+        )
     if prompts.is_recorded:
         query, key, value = (part.unsqueeze(0).transpose(1, 2) for part in (queries, keys, values))
         with sdpa_kernel(_RECORDED, set_priority=True):
@@ -208,15 +211,18 @@ def _attend_whole(prompts: Prompts, queries: Tensor, keys: Tensor, values: Tenso
 
 def _attend_context(prompts: Prompts, queries: Tensor, cache: KVCache, layer: int, scores: Scores) -> Tensor:
     kv, asked = cache.paged(layer), (prompts.starts, prompts.max_queries, scores)
+    seen = without_idle_window(scores, prompts.max_keys)
     assert prompts.tables is not None
     tables = prompts.tables[cache.group_of[layer]]
     if prompts.is_recorded:
-        return prefill_attention(queries, kv, *asked, lens=prompts.lens, tables=tables, is_padded=True)
+        return prefill_attention(
+            queries, kv, *asked, lens=prompts.lens, tables=tables, is_padded=True, is_recorded=True
+        )
     assert prompts.capacities is not None
     is_alone = len(tables) == 1
-    if is_alone and prompts.num_tokens >= LONG_CHUNK and _fits_flash3(queries, scores):
-        return _attend_copied_context(prompts, queries, cache, layer, scores)
-    if cache.is_fp8 or not _is_plain(scores):
+    if is_alone and prompts.num_tokens >= LONG_CHUNK and _fits_flash3(queries, seen):
+        return _attend_copied_context(prompts, queries, cache, layer, seen)
+    if cache.is_fp8 or not _is_plain(seen):
         return prefill_attention(queries, kv, *asked, lens=prompts.lens, tables=tables)
     return varlen_attn(  # type: ignore[return-value]
         queries,

@@ -1,7 +1,8 @@
 """The largest steps that an engine's limits allow, run for real before it takes requests: memory cannot run out later.
 
 Called when an engine starts on a GPU: to measure what steps take beside the KV pool, and to try them once more beside
-the pool of the size that was found. What the steps read and write is the pool's, whatever lies in it.
+the pool of the size that was found. What the steps read and write is the pool's, whatever lies in it. Small steps of
+odd sizes run as well, for which kernels would be compiled, or loaded, while requests wait.
 """
 
 import gc
@@ -26,6 +27,14 @@ from deployments.engine.scheduling.scheduler import MAX_SCORED_TOKENS, MAX_VERIF
 from deployments.errors import LimitsError
 from deployments.messages import MAX_LOGPROBS
 
+# Of a prompt whose tokens' logprobs are wanted, with which a step is never a recorded one.
+_SCORED_TOKENS = 3
+# Draws of small steps, tokens of their prompts, and chunks behind a block: kernels are compiled for powers of two, and
+# once more for multiples of 16.
+_FEW_DRAWS = (1, 3, 4, 10, 17, 33, 65, 129, 257)
+_SHORT_PROMPTS = (37, 65, 129, 257, 513, 1025, 2049, 4097)
+_FEW_CHUNKS = (1, 2, 4, 8, 16, 32)
+
 
 def drafter_limits(limits: EngineLimits, drafter: LoadedModel) -> EngineLimits:
     """Bounds of the model that guesses for an engine of these bounds.
@@ -42,11 +51,18 @@ def drafter_limits(limits: EngineLimits, drafter: LoadedModel) -> EngineLimits:
 
 
 def build_rehearsed(loaded: LoadedModel, limits: EngineLimits) -> Runner:
-    """A runner with its pool; on a GPU the largest steps have run beside it.
+    """A runner with its pool; on a GPU the largest steps have run beside it, and small ones.
 
     Raises:
         LimitsError: they do not fit.
     """
+    runner = _build_with_largest_steps(loaded, limits)
+    if loaded.device.type == "cuda":
+        rehearse_small(runner, limits, loaded.vocab_size)
+    return runner
+
+
+def _build_with_largest_steps(loaded: LoadedModel, limits: EngineLimits) -> Runner:
     cache = None
     try:
         cache = KVCache(loaded.kv_shape, limits.num_blocks, limits.block_size, loaded.device)
@@ -91,9 +107,9 @@ def free_beside_largest_steps(loaded: LoadedModel, limits: EngineLimits) -> int:
         LimitsError: not even that fits.
     """
     _give_back()
-    runners = [build_rehearsed(loaded, limits)]
+    runners = [_build_with_largest_steps(loaded, limits)]
     if loaded.drafter is not None:
-        runners.append(build_rehearsed(loaded.drafter, drafter_limits(limits, loaded.drafter)))
+        runners.append(_build_with_largest_steps(loaded.drafter, drafter_limits(limits, loaded.drafter)))
     head = build_rehearsed_head(loaded, limits) if loaded.head is not None and limits.max_drafts else None
     torch.cuda.synchronize(loaded.device)
     # What steps took stays with torch's allocator: what is free now is what nobody ever took.
@@ -154,9 +170,21 @@ def rehearse(runner: Runner, limits: EngineLimits, vocab_size: int) -> None:
         _run(runner, items)
 
 
+def rehearse_small(runner: Runner, limits: EngineLimits, vocab_size: int) -> None:
+    """Run small steps that are launched as a whole; arguments as those of `rehearse`."""
+    sequences = build_rehearsed_sequences(runner, limits, vocab_size)
+    for step in small_steps(limits):
+        items = [
+            ScheduledSequence.of(sequences.sequence(number, start, start + count), count)
+            for number, (start, count) in enumerate(step)
+        ]
+        scored = sequences.sequence(len(step), 0, _SCORED_TOKENS + 1, num_prompt_logprobs=MAX_LOGPROBS)
+        _run(runner, [*items, ScheduledSequence.of(scored, _SCORED_TOKENS)])
+
+
 def _run(runner: Runner, items: list[ScheduledSequence]) -> None:
-    """A step. Of several sequences one has no grammar: then logits are copied once more than if all had."""
-    if len(items) > 1:
+    """A step. Of several that draw one has no grammar: then logits are copied once more than if all had."""
+    if sum(item.num_draws > 0 for item in items) > 1:
         items[0].sequence.release(mask=None)
     runner.launch(items).collect()
 
@@ -203,6 +231,25 @@ def worst_steps(limits: EngineLimits) -> list[list[tuple[int, int]]]:
         [(longest - share, share)] * num_seqs,
     ]
     return list({tuple(step): step for step in steps if step}.values())
+
+
+def small_steps(limits: EngineLimits) -> list[list[tuple[int, int]]]:
+    """As `worst_steps`, of small ones that leave room for a prompt of `_SCORED_TOKENS` more."""
+    block, decode = limits.block_size, (limits.block_size // 2, 1)
+    steps = [
+        *([decode] * count for count in _FEW_DRAWS),
+        *([(0, count)] for count in _SHORT_PROMPTS),
+        *([(block, 35)] * count for count in _FEW_CHUNKS),
+        *([decode] * 3 + prompts for prompts in ([(0, 101), (0, 37)], [(block, 35)], [(block, 5), (block, 35)])),
+        [(block, 701)],
+    ]
+    most = limits.max_num_batched_tokens - _SCORED_TOKENS
+    fitting = [step for step in steps if len(step) < limits.max_num_seqs and sum(new for _, new in step) <= most]
+    return [
+        step
+        for step in fitting
+        if max(_SCORED_TOKENS + 1, *(start + count for start, count in step)) <= limits.max_model_len
+    ]
 
 
 def most_drafts(limits: EngineLimits) -> list[int]:

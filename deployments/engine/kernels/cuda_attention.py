@@ -96,7 +96,7 @@ def decode_attention(queries: Tensor, kv: PagedKV, tables: Tensor, splits: Split
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _decode_attention(
     queries,
     keys,

@@ -51,7 +51,7 @@ def _copy(pool: Tensor, block_ids: Tensor, chunk: Tensor, scatter_programs: int 
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "num_items"])
 def _copy_blocks(
     pool,
     block_ids,

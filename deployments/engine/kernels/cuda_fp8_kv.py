@@ -88,7 +88,7 @@ def widen_blocks(codes: Tensor, scales: Tensor, block_ids: Tensor, dtype: torch.
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _rotate_and_round(
     queries,
     keys,
@@ -220,7 +220,7 @@ def _store_rounded(value, scale, place, kept, at, inside, written, KEEP: tl.cons
         tl.store(kept + at, (codes.to(tl.float32) * scale).to(value.dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["block_ids"])
 def _widen_blocks(
     codes,
     scales,

@@ -36,7 +36,7 @@ def prefill_tile(head_dim: int) -> tuple[int, Tile]:
 
 
 def _fitting_tile(head_dim: int, max_rows: int) -> tuple[int, Tile]:
-    """As `prefill_tile`, but for no more rows than there are."""
+    """As `prefill_tile`, but for no more rows than there are: each number is compiled by itself."""
     most_rows, tile = prefill_tile(head_dim)
     rows = min(most_rows, max(16, triton.next_power_of_2(max_rows)))
     return rows, tile if rows >= 64 else tile._replace(num_warps=4)
@@ -52,6 +52,7 @@ def prefill_attention(
     lens: Tensor | None = None,
     tables: Tensor | None = None,
     is_padded: bool = False,
+    is_recorded: bool = False,
 ) -> Tensor:
     """Causal attention of the last tokens of several sequences.
 
@@ -65,6 +66,7 @@ def prefill_attention(
         lens: (P,) int32 tokens of each sequence, its queries the last of them; None: they are all.
         tables: (P, max_blocks) int32 block ids, with lens; only those within windows are read.
         is_padded: there are queries behind those of the last sequence; they get zeros.
+        is_recorded: it may take a while for the first time, since it is launched for its size by a graph alone.
 
     Returns:
         (T, H, head_dim).
@@ -73,7 +75,7 @@ def prefill_attention(
     """
     num_kv_heads, head_dim = kv.keys.shape[-2], queries.shape[-1]
     group = queries.shape[1] // num_kv_heads
-    rows, tile = _fitting_tile(head_dim, max_queries * group)
+    rows, tile = _fitting_tile(head_dim, max_queries * group) if is_recorded else prefill_tile(head_dim)
     out = torch.zeros_like(queries) if is_padded else torch.empty_like(queries)
     is_paged = tables is not None
     num_tiles, num_sequences = triton.cdiv(max_queries * group, rows), len(starts) - 1
@@ -92,8 +94,9 @@ def prefill_attention(
 
 
 def split_count(num_programs: int) -> int:
-    """Parts that the keys of each program are cut into."""
-    return max(1, min(MAX_SPLITS // 2, _MAX_PROGRAMS // num_programs))
+    """Parts that the keys of each program are cut into: a power of two, for each number is compiled by itself."""
+    most = max(1, min(MAX_SPLITS // 2, _MAX_PROGRAMS // num_programs))
+    return 1 << (most.bit_length() - 1)
 
 
 def _room_for_parts(queries: Tensor, num_splits: int) -> tuple[Tensor, Tensor]:
@@ -103,7 +106,7 @@ def _room_for_parts(queries: Tensor, num_splits: int) -> tuple[Tensor, Tensor]:
     return parts, queries.new_empty((num_queries * num_splits, num_heads, 2), dtype=torch.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["starts", "lens", "tables"])
 def _prefill_attention(
     queries, keys, values, key_scales, value_scales, starts, lens, tables, sinks, out, parts, stats,
     scaling, softcap, window, table_stride, key_stride, value_stride, num_kv_heads,

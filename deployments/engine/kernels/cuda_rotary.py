@@ -117,7 +117,8 @@ def _scaled(value, weight, inside, dtype: tl.constexpr):
     return (value.to(dtype) * factor).to(tl.float32)
 
 
-@triton.jit
+# Slots of a group of layers lie behind those of others, at any place.
+@triton.jit(do_not_specialize_on_alignment=["slots"])
 def _rotate_and_write(
     queries,
     keys,

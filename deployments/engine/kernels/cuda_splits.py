@@ -148,7 +148,7 @@ def merge_queries(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "num_items", "target", "max_splits"])
 def _plan_splits(
     lens,
     items,
@@ -298,7 +298,7 @@ def _merge_parts(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences"], do_not_specialize_on_alignment=["starts"])
 def _merge_queries(
     parts, stats, starts, sinks, out, num_sequences, num_heads,
     HEAD_DIM: tl.constexpr, DIMS: tl.constexpr, COUNT: tl.constexpr, SPLITS: tl.constexpr, HAS_SINKS: tl.constexpr,

@@ -21,6 +21,8 @@ from deployments.engine.execution.rehearsal import (
     most_drafts,
     rehearse,
     rehearse_head,
+    rehearse_small,
+    small_steps,
     worst_steps,
 )
 from deployments.engine.execution.sizing import choose_limits
@@ -60,6 +62,23 @@ def test_the_corners_are_among_the_steps() -> None:
     assert [(0, 8)] * 5 in steps and [(92, 8)] * 5 in steps, "all sequences are prompts"
 
 
+def test_small_steps_leave_room_for_a_prompt_whose_logprobs_are_wanted() -> None:
+    limits = EngineLimits(max_model_len=1000, block_size=256, num_blocks=2, max_num_seqs=40, max_num_batched_tokens=800)
+    steps = small_steps(limits)
+    assert [(128, 1)] * 33 in steps and [(128, 1)] * 65 not in steps, "draws of few, and no more than there may be"
+    assert [(128, 1)] * 3 + [(0, 101), (0, 37)] in steps and [(256, 35)] * 16 in steps
+    assert [(256, 701)] in steps and [(256, 701)] not in small_steps(replace(limits, max_model_len=900))
+
+
+@given(st.integers(2, 500), st.integers(1, 20), st.integers(0, 2000))
+def test_every_small_step_is_one_that_the_limits_allow(max_model_len: int, num_seqs: int, spare: int) -> None:
+    limits = EngineLimits(max_model_len, 8, 2, num_seqs, num_seqs + spare)
+    for step in small_steps(limits):
+        assert len(step) + 1 <= num_seqs and max_model_len > 3
+        assert sum(new for _, new in step) + 3 <= limits.max_num_batched_tokens
+        assert all(computed + new <= max_model_len for computed, new in step)
+
+
 def test_a_step_with_as_many_drafts_as_may_be_is_among_them() -> None:
     assert most_drafts(LIMITS) == []
     assert most_drafts(replace(LIMITS, max_drafts=3)) == [3] * 5
@@ -75,7 +94,8 @@ def test_a_model_that_guesses_for_an_engine_is_given_no_drafts_itself() -> None:
 def test_the_steps_run_beside_a_pool_that_could_not_hold_them(family: str) -> None:
     loaded, limits = load(family), replace(LIMITS, max_drafts=8)
     cache = KVCache(loaded.kv_shape, limits.num_blocks, limits.block_size, CPU)
-    rehearse(build_runner(loaded, cache, limits), limits, loaded.vocab_size)
+    for run in (rehearse, rehearse_small):
+        run(build_runner(loaded, cache, limits), limits, loaded.vocab_size)
 
 
 def launched(limits: EngineLimits, monkeypatch: pytest.MonkeyPatch) -> list[list[ScheduledSequence]]:
@@ -121,7 +141,7 @@ def test_all_that_draw_have_grammars_but_one_beside_others(monkeypatch: pytest.M
     for step in steps:
         masking = build_masking(step)
         assert masking is not None and masking.allowed.shape[1] * 8 >= VOCAB_SIZE
-        num_free = step[0].num_draws if len(step) > 1 else 0
+        num_free = step[0].num_draws if sum(item.num_draws > 0 for item in step) > 1 else 0
         assert len(masking.draws) == sum(item.num_draws for item in step) - num_free
     assert sum(item.num_draws for item in steps[-1]) == 40, "drafts have masks of their own"
 
@@ -129,6 +149,7 @@ def test_all_that_draw_have_grammars_but_one_beside_others(monkeypatch: pytest.M
 def test_an_engine_gives_the_same_tokens_after_them() -> None:
     engine = build_engine(load("llama"))
     rehearse(runner_of(engine), engine.limits, VOCAB_SIZE)
+    rehearse_small(runner_of(engine), engine.limits, VOCAB_SIZE)
     prompt = random_prompt(23)
     assert generate(engine, [greedy("r", prompt, 12)]) == [reference("llama", prompt, 12)]
 
@@ -201,7 +222,7 @@ def test_a_head_that_does_not_fit_is_refused_with_the_numbers(monkeypatch: pytes
 def test_what_a_head_takes_is_not_left_to_the_pool(max_drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of it where nothing is guessed."""
     limits, built = replace(LIMITS, max_drafts=max_drafts), []
-    monkeypatch.setattr(rehearsal, "build_rehearsed", lambda loaded, limits: built.append("model"))
+    monkeypatch.setattr(rehearsal, "_build_with_largest_steps", lambda loaded, limits: built.append("model"))
     monkeypatch.setattr(rehearsal, "build_rehearsed_head", lambda loaded, limits: built.append("head"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: built.append("all of them"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 31))
