@@ -1,11 +1,13 @@
 """Which steps run as recorded parts, and what the graphs of these read."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from deployments.engine.batch.arrays import StepArrays
 from deployments.engine.batch.build import build_arrays, order_for_batch
-from deployments.engine.execution.costs import StepCosts
+from deployments.engine.execution.costs import StepCosts, bytes_per_ms
 from deployments.engine.execution.parts import (
     MAX_CHUNK,
     MAX_CONTEXT,
@@ -77,8 +79,12 @@ def test_steps_with_drafts_are_launched_as_a_whole() -> None:
     ("costs", "counts", "is_recorded"),
     [
         (LARGE, [512], True),
-        (LARGE, [1024], False),
-        (LARGE, [64] * 4, False),  # each reads the weights again
+        (LARGE, [1024], True),
+        (LARGE, [2048], False),
+        (LARGE, [256] * 4, True),  # 5 ms to read the weights, 6 to multiply 256 tokens with them
+        (LARGE, [256] * 5, False),
+        (LARGE, [64] * 4, True),
+        (LARGE, [64] * 5, False),  # each reads the weights again
         (SMALL, [64] * 4, True),
         (SMALL, [2048], True),
         (SMALL, [2048] * 4, True),
@@ -92,6 +98,15 @@ def test_what_keeps_the_gpu_at_work_for_longer_than_a_launch_is_launched_as_a_wh
 ) -> None:
     prompts = [run(0, count, count) for count in counts]
     assert recorded_prompts(arrays_of(DECODE, *prompts), costs) == (counts if is_recorded else [])
+
+
+def test_faster_memory_lets_more_parts_read_the_experts_again() -> None:
+    """An H200 says 3,201,000 kHz and 6,016 lines; an H100 80GB 2,619,000 and 5,120."""
+    h100, h200 = bytes_per_ms(2_619_000, 5_120), bytes_per_ms(3_201_000, 6_016)
+    assert h100 == pytest.approx(EXPERTS.bytes_per_ms, rel=0.01) == bytes_per_ms(0, 0)
+    prompts = arrays_of(DECODE, *[run(0, 256, 256)] * 3)
+    assert recorded_prompts(prompts, EXPERTS) == []
+    assert recorded_prompts(prompts, replace(EXPERTS, bytes_per_ms=h200)) == [256] * 3
 
 
 def test_the_kv_of_many_decodes_keeps_the_gpu_at_work() -> None:
