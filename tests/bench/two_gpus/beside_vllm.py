@@ -10,7 +10,8 @@ Run: `make bench-beside-vllm ARGS=...`, in four steps of one visit, for vLLM has
 
 `plan` writes the model (random weights) and what is sent; `ours` serves it, split and colocated, over HTTP; `table`
 prints what came of all, and one JSON object as its last line. vLLM's engines are asked without HTTP.
-`--shape tiny` tries `plan` and `ours` on two CPU cores.
+With `--gpus 1` behind `plan` and `ours`, and `--num-gpus 1` for vLLM, one colocated engine is compared with one of
+vLLM's under half of the load. `--shape tiny` tries `plan` and `ours` on two CPU cores.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from tests.bench.two_gpus.turns import PORT, SPLIT, Turn, handoff_figures, servi
 
 FOLDER = Path(".run/beside-vllm")
 MODELS = Path(".run/two-gpus")
+COLOCATED = "colocated, 2048"
 OURS, THEIRS, ENDING = "ours.json", "vllm.json", ".play.json"
 MAX_MODEL_LEN = 16384
 # Of the trace: what fits into the engines, at a rate that two GPUs keep up with.
@@ -69,7 +71,7 @@ def plan(options: argparse.Namespace) -> None:
         old.unlink()
     chosen = [load_scenario(str(Path(__file__).with_name(f"{name}.yaml"))) for name in options.scenario]
     chosen += [trace_scenario(path, options) for path in options.trace]
-    plays = [one for scenario in chosen for one in plays_of(scenario, options.round)]
+    plays = [one for scenario in chosen for one in plays_of(scenario, options.round, options.gpus / 2)]
     for number, one in enumerate(plays):
         write_play(options.folder / f"{number}-{one.name.replace(' ', '-')}{ENDING}", one)
         print(f"{one.name}: {len(one.requests)} requests planned in {one.warmup_s + one.duration_s:g} s")
@@ -90,14 +92,15 @@ def play_one(one: Play, model: str, deployment: str) -> Run:
 def ours(options: argparse.Namespace) -> None:
     """Play to the service, split and colocated; samples are written after each play, beside those of other turns."""
     plays = planned(options.folder, options.scenario)
-    turns = [Turn(name.strip()) for name in options.turns.split(";")]
+    turns = [Turn(name.strip(), options.gpus) for name in options.turns.split(";")]
     runs, about = _written(options.folder / OURS)
     runs = [run for run in runs if run.deployment not in [turn.name for turn in turns]]
     common = ["engine.max_num_seqs=64", f"engine.max_model_len={MAX_MODEL_LEN}"]
-    common += ["decode.num_gpus=1"] if torch.cuda.device_count() > 1 else ["engine.kv_cache_bytes=500000000"]
+    has_own_gpus = torch.cuda.device_count() >= options.gpus
+    common += ["decode.num_gpus=1"] if has_own_gpus else ["engine.kv_cache_bytes=500000000"]
     for turn in turns:
         begun = time.monotonic()
-        own = [*common, "prefill.num_gpus=1"] if turn.is_split and torch.cuda.device_count() > 1 else common
+        own = [*common, "prefill.num_gpus=1"] if turn.is_split and has_own_gpus else common
         with serving_turn(turn, (MODELS / options.shape).resolve(), own, options.steps) as service:
             about["started_s"][turn.name] = time.monotonic() - begun
             print(f"{turn.name}: up after {time.monotonic() - begun:.0f} s", flush=True)
@@ -137,7 +140,8 @@ def _whole(runs: list[Run]) -> list[Run]:
     return [run for run in runs if run.scenario.endswith(IDLE) or (run.deployment, run.scenario + IDLE) in found]
 
 
-def main() -> int:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """What is to be done; None: as the command line says."""
     parser = argparse.ArgumentParser(prog="make bench-beside-vllm ARGS=...")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--shape", default="llama-8b")
@@ -153,10 +157,23 @@ def main() -> int:
     serving = steps.add_parser("ours")
     serving.set_defaults(step=ours)
     serving.add_argument("--scenario", nargs="*", default=[], help="of those planned; default: all")
-    serving.add_argument("--turns", default=f"{SPLIT};colocated, 2048")
+    serving.add_argument("--turns", help=f"default: {SPLIT};{COLOCATED}, with --gpus 1 {COLOCATED}")
     serving.add_argument("--steps", type=int, default=2048, help="token budget of the prefill engine")
+    for step in (planning, serving):
+        step.add_argument("--gpus", type=int, default=2, help="engines; the load is in proportion (default: 2)")
     steps.add_parser("table").set_defaults(step=table)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if "gpus" in options and options.gpus != 1 and (options.gpus < 1 or options.gpus % 2):
+        parser.error(f"--gpus {options.gpus}: 1 or an even number")
+    if options.step is ours:
+        options.turns = options.turns or (COLOCATED if options.gpus == 1 else f"{SPLIT};{COLOCATED}")
+        if options.gpus == 1 and SPLIT in options.turns:
+            parser.error(f"--turns {options.turns!r} with --gpus 1: one engine cannot be split")
+    return options
+
+
+def main() -> int:
+    options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that a service that is up ends with this
     options.step(options)
     return 0

@@ -53,10 +53,10 @@ class Play:
         )
 
 
-def plays_of(scenario: Scenario, round_: int) -> tuple[Play, Play]:
-    """An idle system first, then the scenario itself."""
+def plays_of(scenario: Scenario, round_: int, load: float = 1.0) -> tuple[Play, Play]:
+    """An idle system first, then the scenario itself with so many times its arrivals."""
     idle = build_idle_schedule(scenario, "idle", IDLE_REQUESTS + 1)
-    planned = build_schedule(scenario, f"{scenario.name}/{round_}/1")
+    planned = build_schedule(scenario, f"{scenario.name}/{round_}/{load:g}", load)
     return (
         Play(scenario.name + IDLE, 0.0, 60.0, 30.0, round_, tuple(idle)),
         Play(scenario.name, scenario.warmup_s, scenario.duration_s, scenario.drain_s, round_, tuple(planned)),

@@ -1,9 +1,14 @@
 """Half of the engines prefill and half decode, or all do both; what cannot be is refused before a model is written."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from load_tests.scenario import load_scenario
+from tests.bench.two_gpus import beside_vllm
 from tests.bench.two_gpus.bench_two_gpus import parse
+from tests.bench.two_gpus.plays import plays_of
 from tests.bench.two_gpus.turns import Turn
 
 
@@ -40,3 +45,26 @@ def test_what_cannot_be_is_refused(arguments, num_gpus, refusal, monkeypatch, ca
 def test_engines_share_what_there_is_of_one_gpu_or_none(num_gpus, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
     assert parse(["--gpus", "4"]).gpus == 4
+
+
+def test_one_gpu_has_one_colocated_engine_and_half_of_the_streams() -> None:
+    assert beside_vllm.parse(["ours", "--gpus", "1"]).turns == "colocated, 2048"
+    assert beside_vllm.parse(["ours"]).turns == "disaggregated;colocated, 2048"
+    assert replicas(Turn("colocated, 2048", 1)) == {"decode.min_replicas": "1", "decode.max_replicas": "1"}
+    scenario = load_scenario(str(Path(beside_vllm.__file__).with_name("chat.yaml")))
+    streams = [len({request.session for request in plays_of(scenario, 0, load)[1].requests}) for load in (1.0, 0.5)]
+    assert streams == [64, 32]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refusal"),
+    [
+        (["ours", "--gpus", "3"], "--gpus 3: 1 or an even number"),
+        (["plan", "--gpus", "0"], "--gpus 0: 1 or an even number"),
+        (["ours", "--gpus", "1", "--turns", "disaggregated"], "one engine cannot be split"),
+    ],
+)
+def test_what_cannot_be_played_is_refused(arguments, refusal, capsys) -> None:
+    with pytest.raises(SystemExit):
+        beside_vllm.parse(arguments)
+    assert refusal in capsys.readouterr().err

@@ -29,7 +29,7 @@ class Turn:
 
     Attributes:
         name: of the three.
-        num_engines: even; half of them prefill, where the pools are split.
+        num_engines: half of them prefill, where the pools are split; then it is even.
     """
 
     name: str
