@@ -6,7 +6,9 @@ odd sizes run as well, for which kernels would be compiled, or loaded, while req
 """
 
 import gc
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +28,9 @@ from deployments.engine.scheduling.run import ScheduledSequence
 from deployments.engine.scheduling.scheduler import MAX_SCORED_TOKENS, MAX_VERIFIED_TOKENS
 from deployments.errors import LimitsError
 from deployments.messages import MAX_LOGPROBS
+
+# Runs steps of a runner, within limits, for a vocabulary of some tokens.
+Rehearsal: TypeAlias = Callable[[Runner, EngineLimits, int], None]
 
 # Of a prompt whose tokens' logprobs are wanted, with which a step is never a recorded one.
 _SCORED_TOKENS = 3
@@ -56,19 +61,17 @@ def build_rehearsed(loaded: LoadedModel, limits: EngineLimits) -> Runner:
     Raises:
         LimitsError: they do not fit.
     """
-    runner = _build_with_largest_steps(loaded, limits)
-    if loaded.device.type == "cuda":
-        rehearse_small(runner, limits, loaded.vocab_size)
-    return runner
+    return _build(loaded, limits, (rehearse, rehearse_small))
 
 
-def _build_with_largest_steps(loaded: LoadedModel, limits: EngineLimits) -> Runner:
+def _build(loaded: LoadedModel, limits: EngineLimits, rehearsals: tuple[Rehearsal, ...]) -> Runner:
+    """What is rehearsed runs on a GPU alone."""
     cache = None
     try:
         cache = KVCache(loaded.kv_shape, limits.num_blocks, limits.block_size, loaded.device)
         runner = build_runner(loaded, cache, limits)
-        if loaded.device.type == "cuda":
-            rehearse(runner, limits, loaded.vocab_size)
+        for run in rehearsals if loaded.device.type == "cuda" else ():
+            run(runner, limits, loaded.vocab_size)
     except torch.OutOfMemoryError as error:
         what = "a KV pool" if cache is None else "the largest steps beside the model and a KV pool"
         raise LimitsError(_too_large(what, loaded, limits, error)) from None
@@ -107,9 +110,9 @@ def free_beside_largest_steps(loaded: LoadedModel, limits: EngineLimits) -> int:
         LimitsError: not even that fits.
     """
     _give_back()
-    runners = [_build_with_largest_steps(loaded, limits)]
+    runners = [_build(loaded, limits, (rehearse,))]
     if loaded.drafter is not None:
-        runners.append(_build_with_largest_steps(loaded.drafter, drafter_limits(limits, loaded.drafter)))
+        runners.append(_build(loaded.drafter, drafter_limits(limits, loaded.drafter), (rehearse,)))
     head = build_rehearsed_head(loaded, limits) if loaded.head is not None and limits.max_drafts else None
     torch.cuda.synchronize(loaded.device)
     # What steps took stays with torch's allocator: what is free now is what nobody ever took.
@@ -241,6 +244,7 @@ def small_steps(limits: EngineLimits) -> list[list[tuple[int, int]]]:
         *([(0, count)] for count in _SHORT_PROMPTS),
         *([(block, 35)] * count for count in _FEW_CHUNKS),
         *([decode] * 3 + prompts for prompts in ([(0, 101), (0, 37)], [(block, 35)], [(block, 5), (block, 35)])),
+        [(block, 5)],
         [(block, 701)],
     ]
     most = limits.max_num_batched_tokens - _SCORED_TOKENS

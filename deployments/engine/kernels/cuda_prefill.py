@@ -36,7 +36,7 @@ def prefill_tile(head_dim: int) -> tuple[int, Tile]:
 
 
 def _fitting_tile(head_dim: int, max_rows: int) -> tuple[int, Tile]:
-    """As `prefill_tile`, but for no more rows than there are: each number is compiled by itself."""
+    """As `prefill_tile`, but for no more rows than there are."""
     most_rows, tile = prefill_tile(head_dim)
     rows = min(most_rows, max(16, triton.next_power_of_2(max_rows)))
     return rows, tile if rows >= 64 else tile._replace(num_warps=4)
@@ -66,7 +66,7 @@ def prefill_attention(
         lens: (P,) int32 tokens of each sequence, its queries the last of them; None: they are all.
         tables: (P, max_blocks) int32 block ids, with lens; only those within windows are read.
         is_padded: there are queries behind those of the last sequence; they get zeros.
-        is_recorded: it may take a while for the first time, since it is launched for its size by a graph alone.
+        is_recorded: a graph of this size is recorded, and the kernel may be compiled for it; else for few sizes.
 
     Returns:
         (T, H, head_dim).
@@ -80,6 +80,8 @@ def prefill_attention(
     is_paged = tables is not None
     num_tiles, num_sequences = triton.cdiv(max_queries * group, rows), len(starts) - 1
     num_splits = split_count(num_tiles * num_kv_heads * num_sequences) if is_paged else 1
+    if not is_recorded:
+        num_splits = 1 << (num_splits.bit_length() - 1)
     parts, stats = _room_for_parts(queries, num_splits) if num_splits > 1 else (None, None)
     _prefill_attention[(num_tiles * num_splits, num_kv_heads, num_sequences)](
         queries, *kv, starts, lens, tables, scores.sinks, out, parts, stats, *factors(scores),
@@ -94,9 +96,8 @@ def prefill_attention(
 
 
 def split_count(num_programs: int) -> int:
-    """Parts that the keys of each program are cut into: a power of two, for each number is compiled by itself."""
-    most = max(1, min(MAX_SPLITS // 2, _MAX_PROGRAMS // num_programs))
-    return 1 << (most.bit_length() - 1)
+    """Parts that the keys of each program are cut into."""
+    return max(1, min(MAX_SPLITS // 2, _MAX_PROGRAMS // num_programs))
 
 
 def _room_for_parts(queries: Tensor, num_splits: int) -> tuple[Tensor, Tensor]:

@@ -222,7 +222,7 @@ def test_a_head_that_does_not_fit_is_refused_with_the_numbers(monkeypatch: pytes
 def test_what_a_head_takes_is_not_left_to_the_pool(max_drafts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing of it where nothing is guessed."""
     limits, built = replace(LIMITS, max_drafts=max_drafts), []
-    monkeypatch.setattr(rehearsal, "_build_with_largest_steps", lambda loaded, limits: built.append("model"))
+    monkeypatch.setattr(rehearsal, "_build", lambda loaded, limits, rehearsals: built.append("model"))
     monkeypatch.setattr(rehearsal, "build_rehearsed_head", lambda loaded, limits: built.append("head"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: built.append("all of them"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 1 << 31))

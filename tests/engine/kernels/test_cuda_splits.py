@@ -141,7 +141,9 @@ def test_prompts_whose_keys_are_cut_into_parts_attend_the_same(
     def attend(count: int) -> Tensor:
         monkeypatch.setattr(cuda_prefill, "split_count", lambda _: count)
         given = (PagedKV(keys, values), starts, 33, scores)
-        return cuda_prefill.prefill_attention(queries, *given, lens=lens, tables=tables, is_padded=True)
+        return cuda_prefill.prefill_attention(
+            queries, *given, lens=lens, tables=tables, is_padded=True, is_recorded=True
+        )
 
     whole, cut = attend(1), attend(num_splits)
     assert (cut.float() - whole.float()).norm() <= 1e-3 * whole.float().norm()
@@ -153,3 +155,18 @@ def test_few_queries_behind_many_keys_keep_the_multiprocessors_busy() -> None:
     assert cuda_prefill.split_count(2 * 8) == 16
     assert cuda_prefill.split_count(32 * 8) == 1
     assert cuda_prefill.split_count(1) == MAX_SPLITS // 2
+
+
+@pytest.mark.parametrize(("is_recorded", "num_splits"), [(True, 11), (False, 8)])
+def test_keys_are_cut_into_powers_of_two_where_no_graph_is_recorded(
+    is_recorded: bool, num_splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each number is compiled by itself."""
+    seen: list[int] = []
+    monkeypatch.setattr(cuda_prefill, "split_count", lambda _: 11)
+    monkeypatch.setattr(cuda_prefill, "merge_queries", lambda *given: seen.append(given[-1]))
+    blocks, queries = torch.randn(2, 256, 2, 16, device=DEVICE).half(), torch.randn(3, 4, 16, device=DEVICE).half()
+    starts, lens, tables = (torch.tensor(n, dtype=torch.int32, device=DEVICE) for n in ([0, 3], [400], [[1, 0]]))
+    given = queries, PagedKV(blocks, blocks), starts, 3, Scores(0.25)
+    cuda_prefill.prefill_attention(*given, lens=lens, tables=tables, is_recorded=is_recorded)
+    assert seen == [num_splits]
