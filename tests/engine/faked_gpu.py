@@ -1,6 +1,7 @@
 """A GPU's runners on a CPU: graphs run their steps anew, attention is plain torch. Imported where Triton is."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,6 +135,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         return allocate(*size, **kwargs)
 
     monkeypatch.setattr(torch, "empty", empty)
+    memory = SimpleNamespace(memory_clock_rate=2_619_000, memory_bus_width=5_120)  # an H100's
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: memory)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     for module in (cuda, cuda_heads):

@@ -1,4 +1,4 @@
-"""What a step takes, launched as a whole or as recorded parts, estimated from the model's shape and the step alone.
+"""What a step takes, launched as a whole or as recorded parts: estimated from a model's shape, a kind of GPU, a step.
 
 Never measured by the engine itself: two engines on the same kind of GPU would then choose differently for the same
 requests, and tokens would not repeat. The constants are of an H100 (2026-11-28); how fast the memory is, the GPU says.

@@ -74,9 +74,9 @@ class CudaRunner:
         self._drops_rows = can_drop_rows(loaded.model)
         config = loaded.model.config
         weights = weights_of(loaded.model, getattr(config, "num_experts_per_tok", None))
-        self._costs = StepCosts(
-            config.num_hidden_layers, weights, loaded.kv_shape.bytes_per_token, _bytes_per_ms(loaded.device)
-        )
+        gpu = torch.cuda.get_device_properties(loaded.device)
+        rate = bytes_per_ms(gpu.memory_clock_rate, gpu.memory_bus_width)
+        self._costs = StepCosts(config.num_hidden_layers, weights, loaded.kv_shape.bytes_per_token, rate)
         self.cache = cache
         self._limits = limits
         self._max_blocks = -(-limits.max_model_len // cache.block_size)
@@ -332,10 +332,3 @@ class CudaRunner:
 
         recorded.logits = record(recorded.graph, run, pool)
         return recorded.graph.pool()
-
-
-def _bytes_per_ms(device: torch.device) -> float:
-    if device.type != "cuda":  # a faked one
-        return bytes_per_ms(0, 0)
-    properties = torch.cuda.get_device_properties(device)
-    return bytes_per_ms(properties.memory_clock_rate, properties.memory_bus_width)

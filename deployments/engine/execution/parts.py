@@ -1,8 +1,8 @@
 """Steps as recorded parts: which run as one graph for single tokens and one for each prompt, and what graphs read.
 
 Launched as a whole, a step reads the weights once, but this process has to launch several hundred kernels, and the GPU
-waits for it where there is little to compute. The choice depends on the model and the step alone, so that tokens
-repeat. Knows no tensor and no model. G groups of layers have slots and tables of their own.
+waits for it where there is little to compute. The choice depends on the model, the kind of GPU and the step
+alone, so that tokens repeat. Knows no tensor and no model. G groups of layers have slots and tables of their own.
 """
 # mypy: disable-error-code="untyped-decorator"
 

@@ -18,7 +18,12 @@ from deployments.engine.execution.base import Runner
 from deployments.engine.execution.heads import HeadRunner, KnownTokens, NewestTokens
 from deployments.engine.execution.portable import build_runner
 from deployments.engine.execution.portable_heads import build_head_runner
-from deployments.engine.execution.rehearsed import SAMPLING, build_rehearsed_sequences, rehearsed_mask
+from deployments.engine.execution.rehearsed import (
+    SAMPLING,
+    RehearsedSequences,
+    build_rehearsed_sequences,
+    rehearsed_mask,
+)
 from deployments.engine.kv.cache import KVCache
 from deployments.engine.model.eagle3 import Eagle3Head
 from deployments.engine.model.load import LoadedModel
@@ -147,11 +152,7 @@ def rehearse(runner: Runner, limits: EngineLimits, vocab_size: int) -> None:
     """
     sequences = build_rehearsed_sequences(runner, limits, vocab_size)
     for step in worst_steps(limits):
-        items = [
-            ScheduledSequence.of(sequences.sequence(number, start, start + count), count)
-            for number, (start, count) in enumerate(step)
-        ]
-        _run(runner, items)
+        _run(runner, _scheduled(sequences, step))
     # The first chunk of a prompt draws nothing.
     prompt = sequences.sequence(0, 0, limits.max_model_len)
     chunk = min(limits.max_num_batched_tokens, limits.max_model_len - 1)
@@ -177,12 +178,15 @@ def rehearse_small(runner: Runner, limits: EngineLimits, vocab_size: int) -> Non
     """Run small steps that are launched as a whole; arguments as those of `rehearse`."""
     sequences = build_rehearsed_sequences(runner, limits, vocab_size)
     for step in small_steps(limits):
-        items = [
-            ScheduledSequence.of(sequences.sequence(number, start, start + count), count)
-            for number, (start, count) in enumerate(step)
-        ]
         scored = sequences.sequence(len(step), 0, _SCORED_TOKENS + 1, num_prompt_logprobs=MAX_LOGPROBS)
-        _run(runner, [*items, ScheduledSequence.of(scored, _SCORED_TOKENS)])
+        _run(runner, [*_scheduled(sequences, step), ScheduledSequence.of(scored, _SCORED_TOKENS)])
+
+
+def _scheduled(sequences: RehearsedSequences, step: list[tuple[int, int]]) -> list[ScheduledSequence]:
+    return [
+        ScheduledSequence.of(sequences.sequence(number, start, start + count), count)
+        for number, (start, count) in enumerate(step)
+    ]
 
 
 def _run(runner: Runner, items: list[ScheduledSequence]) -> None:

@@ -122,7 +122,7 @@ def normalised(value, weight, at, inside, eps, size, dtype: tl.constexpr):
     return (scaled * factor).to(dtype) if weight.dtype.element_ty == tl.float32 else scaled.to(dtype) * factor
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"])  # or steps of other sizes would compile their own
 def _rms_norm(
     x, weight, out, num_rows, group_stride, row_stride, eps, size, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr
 ):

@@ -96,7 +96,7 @@ def decode_attention(queries: Tensor, kv: PagedKV, tables: Tensor, splits: Split
     return out
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride"])  # or steps of other sizes would compile their own
 def _decode_attention(
     queries,
     keys,

@@ -51,7 +51,7 @@ def _copy(pool: Tensor, block_ids: Tensor, chunk: Tensor, scatter_programs: int 
     )
 
 
-@triton.jit(do_not_specialize=["count", "num_items"])
+@triton.jit(do_not_specialize=["count", "num_items"])  # or chunks of other sizes would compile their own
 def _copy_blocks(
     pool,
     block_ids,

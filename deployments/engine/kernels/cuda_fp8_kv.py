@@ -88,7 +88,7 @@ def widen_blocks(codes: Tensor, scales: Tensor, block_ids: Tensor, dtype: torch.
     return out
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots"])
+@triton.jit(do_not_specialize_on_alignment=["slots"])  # see `_rotate_and_write`
 def _rotate_and_round(
     queries,
     keys,
@@ -220,7 +220,7 @@ def _store_rounded(value, scale, place, kept, at, inside, written, KEEP: tl.cons
         tl.store(kept + at, (codes.to(tl.float32) * scale).to(value.dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize_on_alignment=["block_ids"])
+@triton.jit(do_not_specialize_on_alignment=["block_ids"])  # behind a window they begin amid a table
 def _widen_blocks(
     codes,
     scales,

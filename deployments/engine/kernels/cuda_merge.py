@@ -57,7 +57,7 @@ def scale_rows(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
     )
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+@triton.jit(do_not_specialize=["num_tokens"])  # or steps of other sizes would compile their own
 def _scale_rows(
     out, lse, sinks, num_tokens, num_heads, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, DIMS: tl.constexpr
 ):
@@ -72,7 +72,7 @@ def _scale_rows(
     tl.store(out + at, value.to(out.dtype.element_ty), mask=kept)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])  # or steps of other sizes would compile their own
 def _merge_rows(
     out,
     lse,

@@ -107,6 +107,7 @@ def _room_for_parts(queries: Tensor, num_splits: int) -> tuple[Tensor, Tensor]:
     return parts, queries.new_empty((num_queries * num_splits, num_heads, 2), dtype=torch.float32)
 
 
+# Graphs have starts, lengths and tables at places of their own, and steps tables of any width.
 @triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["starts", "lens", "tables"])
 def _prefill_attention(
     queries, keys, values, key_scales, value_scales, starts, lens, tables, sinks, out, parts, stats,

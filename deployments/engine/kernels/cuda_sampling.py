@@ -46,7 +46,7 @@ def _gumbel_scores(logits, best, temperature, keys, out, size, BLOCK: tl.constex
     tl.store(out + row * size + token, score.to(tl.float32), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows"])  # or steps of other sizes would compile their own
 def _best_within(scores, logits, best, bounds, out, num_rows, size, BLOCK: tl.constexpr):
     row = tl.program_id(0)
     scores += row.to(tl.int64) * size

@@ -148,7 +148,7 @@ def merge_queries(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_seqs", "num_items", "target", "max_splits"])
+@triton.jit(do_not_specialize=["num_seqs", "num_items", "target", "max_splits"])  # which any step has of its own
 def _plan_splits(
     lens,
     items,
@@ -298,6 +298,7 @@ def _merge_parts(
         )  # fmt: skip
 
 
+# As `_prefill_attention`, whose graphs and steps have these at other places.
 @triton.jit(do_not_specialize=["num_sequences"], do_not_specialize_on_alignment=["starts"])
 def _merge_queries(
     parts, stats, starts, sinks, out, num_sequences, num_heads,
